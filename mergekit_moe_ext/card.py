@@ -1,0 +1,87 @@
+"""The model card of a structural merge. Unlike mergekit's own it never asks the Hub anything."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from mergekit.common import ModelPath, ModelReference
+
+from mergekit_moe_ext.methods.base import Job, Plan
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TEMPLATE = """---
+{metadata}---
+# {name}
+
+A {architecture} with {num_experts} experts per layer, {experts_per_token} of them per token, merged with
+[mergekit](https://github.com/arcee-ai/mergekit) and mergekit-moe-ext.
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+## How it was made
+
+Method: [{method}]({url}), shared parameters merged by {shared}{base}.
+
+Experts, in order:
+
+{experts}
+
+Seed {seed}; {versions}.
+
+```yaml
+{config_yaml}
+```
+"""
+
+
+def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
+    """`README.md` and `mergekit_config.yml`, the names that mergekit uses."""
+    hub_ids = [path.path for model in job.sources for path in (model.model, model.lora) if _on_hub(path)]
+    spec, shared = job.method.spec, job.shared.spec
+    card = _TEMPLATE.format(
+        metadata=yaml.safe_dump(
+            {
+                "base_model": list(dict.fromkeys(hub_ids)),
+                "library_name": "transformers",
+                "tags": ["mergekit", "merge", "moe"],
+            }
+        ),
+        name=directory.name,
+        architecture=plan.config.architectures[0],
+        num_experts=plan.config.num_local_experts,
+        experts_per_token=plan.config.num_experts_per_tok,
+        method=spec.pretty_name,
+        url=spec.reference_url,
+        shared=f"[{shared.name}]({shared.reference_url})" if shared.reference_url else shared.name,
+        base=f" with {_linked(job.base)} as base" if job.base else "",
+        experts="\n".join(f"{i}. {_linked(model)}" for i, model in enumerate(job.experts)),
+        seed=job.seed,
+        versions=", ".join(f"{name} {version(name)}" for name in _VERSIONS),
+        config_yaml=config_yaml.rstrip(),
+    )
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    (directory / "mergekit_config.yml").write_text(config_yaml, encoding="utf-8")
+
+
+_VERSIONS = ("mergekit-moe-ext", "mergekit", "transformers", "torch")
+
+
+def _on_hub(path: ModelPath | None) -> bool:
+    """By its looks: of the form owner/name, and no such path here."""
+    return path is not None and bool(_HUB_ID.fullmatch(path.path)) and not Path(path.path).exists()
+
+
+def _linked(model: ModelReference) -> str:
+    return " + ".join(
+        f"[{path}](https://huggingface.co/{path.path})" if _on_hub(path) else str(path)
+        for path in (model.model, model.lora)
+        if path is not None
+    )

@@ -1,0 +1,117 @@
+"""The seam to mergekit: the names in `mergekit.merge` that are replaced, and what stands there instead.
+
+Each replacement changes nothing for a stock method. For ours, `run_merge` checks everything first, runs the
+stock `run_merge` into a staging directory, adds card, tokenizer and processor files, and renames once.
+"""
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from mergekit.common import ModelReference
+
+from mergekit_moe_ext.methods import METHODS
+
+LOG = logging.getLogger(__name__)
+# What mergekit's own tokenizer copy leaves behind.
+_BESIDE_TOKENIZER = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+def register_methods(registry: ModuleType) -> None:
+    """Put our methods into `mergekit.merge_methods.registry`, once."""
+    present = {method.spec.name for method in registry.registered_methods()}
+    for method in METHODS:
+        if method.spec.name not in present:
+            registry.register(method)
+
+
+def extend_merge_module(merge: Any) -> None:
+    """Replace the three names in `mergekit.merge`, once."""
+    from mergekit_moe_ext.planner import MergePlanner
+
+    if merge.MergePlanner is MergePlanner:
+        return
+    stock_architecture, stock_run_merge = merge.get_architecture_info, merge.run_merge
+    merge.MergePlanner = MergePlanner
+    merge.get_architecture_info = _planning_structural_methods(stock_architecture)
+    merge.run_merge = _staging_structural_methods(stock_run_merge, merge)
+
+
+def _planning_structural_methods(stock: Callable) -> Callable:
+    from mergekit_moe_ext.planner import PREPARED, prepare, structural_method
+    from mergekit_moe_ext.preflight import read_job
+
+    @functools.wraps(stock)
+    def get_architecture_info(config: Any, options: Any) -> Any:
+        method = structural_method(config.merge_method)
+        if method is None:
+            return stock(config, options)
+        return PREPARED.get() or prepare(read_job(config, options, method))
+
+    return get_architecture_info
+
+
+def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
+    from mergekit.io.tasks import LoaderCache
+
+    from mergekit_moe_ext.card import write_card
+    from mergekit_moe_ext.planner import PREPARED, prepare, structural_method
+    from mergekit_moe_ext.preflight import check_document, read_job
+    from mergekit_moe_ext.sources import merge_loras
+    from mergekit_moe_ext.staging import check_output, check_room, staged
+
+    @functools.wraps(stock)
+    def run_merge(
+        merge_config: Any, out_path: str, options: Any, config_source: str | None = None
+    ) -> None:
+        method = structural_method(merge_config.merge_method)
+        if method is None:
+            stock(merge_config, out_path, options, config_source)
+            return
+        if config_source:
+            check_document(yaml.safe_load(config_source))
+        job = read_job(merge_config, options, method)
+        out = check_output(out_path)
+        prepared = prepare(job)
+        check_room(out, prepared.plan.bytes)
+        merge_loras(job)
+        # We write the card and copy the tokenizer ourselves: stock asks the Hub about paths for the one and
+        # takes the other from a model that it picks by chance where there is no base.
+        stock_options = options.model_copy(update={"write_model_card": False, "copy_tokenizer": False})
+        makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
+        stock_config = merge_config.model_copy(
+            update={} if makes_tokenizer else {"chat_template": None}
+        )
+        # mergekit keeps loaders for the life of the process, so a second merge would read stale weights.
+        LoaderCache.loaders.clear()
+        token = PREPARED.set(prepared)
+        try:
+            with staged(out) as directory:
+                stock(stock_config, str(directory), stock_options)
+                if options.copy_tokenizer:
+                    _copy_tokenizer_files(merge, job, directory, tokenizer_is_there=makes_tokenizer)
+                if options.write_model_card:
+                    write_card(job, prepared.plan, directory, config_source or merge_config.to_yaml())
+        finally:
+            PREPARED.reset(token)
+            LoaderCache.loaders.clear()
+
+    return run_merge
+
+
+def _copy_tokenizer_files(merge: Any, job: Any, directory: Path, *, tokenizer_is_there: bool) -> None:
+    if not tokenizer_is_there:
+        from_donor = job.config.model_copy(update={"base_model": job.donor})
+        try:
+            merge._copy_tokenizer(from_donor, str(directory), job.merge_options)
+        except (OSError, ValueError, RuntimeError) as error:
+            LOG.warning("no tokenizer was copied: %s", str(error).splitlines()[0])
+    donor = Path(ModelReference(model=job.donor.model).local_path(job.merge_options.transformers_cache))
+    for name in _BESIDE_TOKENIZER:
+        if (donor / name).exists() and not (directory / name).exists():
+            shutil.copy(donor / name, directory / name)

@@ -1,0 +1,57 @@
+"""What transformers says a checkpoint of a config must hold: every tensor's name and shape.
+
+The model is built without memory (on torch's meta device) and its state dict is brought into the layout
+that `save_pretrained` writes, which is what other readers of a checkpoint know.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import transformers
+from transformers import PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+
+@dataclass(frozen=True)
+class Manifest:
+    shapes: Mapping[str, tuple[int, ...]]  # without the names that are tied to another
+    tied: frozenset[str]  # names that the model has but its checkpoint need not hold
+    vocabulary: frozenset[str]  # names, in `shapes`, of tensors whose first axis is the vocabulary
+
+
+def manifest_of(config: PretrainedConfig) -> Manifest:
+    """The manifest of the one class in `config.architectures`."""
+    model_class = getattr(transformers, config.architectures[0])
+    with torch.device("meta"):
+        model = model_class(config)
+    tied = frozenset(model.all_tied_weights_keys)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    vocabulary = {id(layer.weight) for layer in embeddings if layer is not None}
+    state = revert_weight_conversion(model, model.state_dict(keep_vars=True))
+    return Manifest(
+        shapes={name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied},
+        tied=tied,
+        vocabulary=frozenset(
+            name for name, tensor in state.items() if id(tensor) in vocabulary and name not in tied
+        ),
+    )
+
+
+def check_against(manifest: Manifest, planned: Mapping[str, tuple[int, ...]]) -> None:
+    """Planned names and shapes must be the manifest's, no more and no less. `ValueError` if not."""
+    missing = manifest.shapes.keys() - planned.keys()
+    surplus = planned.keys() - manifest.shapes.keys()
+    differing = [
+        f"{name} is planned as {planned[name]}, must be {shape}"
+        for name, shape in manifest.shapes.items()
+        if name in planned and planned[name] != shape
+    ]
+    complaints = [
+        *(f"{name} comes from nowhere" for name in sorted(missing)),
+        *(f"{name} has no place in the output" for name in sorted(surplus)),
+        *differing,
+    ]
+    if complaints:
+        shown = "; ".join(complaints[:5]) + (f"; and {len(complaints) - 5} more" if complaints[5:] else "")
+        raise ValueError(f"the planned tensors are not those of the output's architecture: {shown}")

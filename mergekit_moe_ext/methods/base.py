@@ -1,0 +1,105 @@
+"""What a structural merge method is: a method whose output has other tensors than its inputs.
+
+Stock mergekit methods are tensor methods: they make one tensor out of its namesakes. A structural
+method says for every tensor of the output where it comes from (`Plan`); the planner does the rest.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Task
+from mergekit.merge_methods.base import MergeMethod, MergeMethodSpec
+from mergekit.options import MergeOptions
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PretrainedConfig
+
+
+class MethodOptions(BaseModel):
+    """Options that every structural method has; they stand under `parameters:` of the merge."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    allow_nonfinite: bool = Field(False, description="let NaN and Inf in a source through")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One merge as the user asked for it, after its keys and options were found to be good."""
+
+    config: MergeConfiguration
+    merge_options: MergeOptions
+    method: "StructuralMethod"
+    options: Any  # the method's own MethodOptions subclass
+    shared: MergeMethod  # the tensor method that merges the shared parameters
+
+    @property
+    def experts(self) -> list[ModelReference]:
+        """`models:` in order; one that is listed twice is here twice."""
+        return [entry.model for entry in self.config.models or []]
+
+    @property
+    def base(self) -> ModelReference | None:
+        return self.config.base_model
+
+    @property
+    def donor(self) -> ModelReference:
+        """Where config and tokenizer come from."""
+        return self.base or self.experts[0]
+
+    @property
+    def sources(self) -> list[ModelReference]:
+        """Every model once: `models:` in order, then the base if it is not among them."""
+        return list(dict.fromkeys([*self.experts, *([self.base] if self.base else [])]))
+
+    @property
+    def seed(self) -> int:
+        return self.merge_options.random_seed or 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every tensor of the output comes from, by its name in the output."""
+
+    config: PretrainedConfig  # of the output; its class is what transformers will load
+    shared: Sequence[WeightInfo]  # merged by the shared method from the namesakes in all sources
+    copies: Mapping[str, tuple[ModelReference, str]]  # taken as they are: source, name there
+    computed: Mapping[str, Task]  # made by a task that has a `shape`
+    shapes: Mapping[str, tuple[int, ...]]  # of all of these
+    dtype: str  # as torch names it, of what is computed and in general of all
+
+    @property
+    def bytes(self) -> int:
+        size = torch.finfo(getattr(torch, self.dtype)).bits // 8
+        return size * sum(math.prod(shape) for shape in self.shapes.values())
+
+
+class StructuralMethod(MergeMethod):
+    """A merge method that mergekit's own planner cannot run, and ours can."""
+
+    options_type: type[MethodOptions]
+
+    def __init__(self, name: str, pretty_name: str, reference_url: str, description: str):
+        self.spec = MergeMethodSpec(name=name, pretty_name=pretty_name, reference_url=reference_url)
+        self.description = description
+
+    @abstractmethod
+    def shared_method_name(self, options: Any) -> str:
+        """The tensor method that merges the shared parameters."""
+
+    @abstractmethod
+    def plan(self, job: Job) -> Plan:
+        """Check the sources and say where every tensor comes from. Reads headers, never tensors."""
+
+    def _execute(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise click.ClickException(
+            f"{self.spec.name} builds a new architecture, so it cannot merge single tensors; "
+            "run it with mergekit-yaml or mergekit.merge.run_merge"
+        )

@@ -1,0 +1,123 @@
+"""Finds a user's mistakes before any work starts, and says what would be right.
+
+mergekit drops the keys that it does not know, so the raw YAML is looked at here. Our own options are read
+and checked by pydantic; what is left under `parameters:` must be the shared method's.
+"""
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import click
+import pydantic
+from mergekit.common import dtype_from_name
+from mergekit.config import InputModelDefinition, MergeConfiguration
+from mergekit.merge_methods import MergeMethod, registered_methods
+from mergekit.options import MergeOptions
+from mergekit.tokenizer.config import TokenizerConfig
+
+from mergekit_moe_ext.methods.base import Job, MethodOptions, StructuralMethod
+from mergekit_moe_ext.planner import NEUTRAL_PARAMETERS, merged_models
+
+
+def check_document(document: Any) -> None:
+    """Every key of a raw merge configuration, outside `parameters:`, must be one that mergekit reads."""
+    if not isinstance(document, Mapping):
+        raise click.ClickException("the configuration is not a mapping of keys to values")
+    _check_keys(document, MergeConfiguration.model_fields, "the configuration")
+    for index, entry in enumerate(document.get("models") or []):
+        if isinstance(entry, Mapping):
+            _check_keys(entry, InputModelDefinition.model_fields, f"models[{index}]")
+    if isinstance(document.get("tokenizer"), Mapping):
+        _check_keys(document["tokenizer"], TokenizerConfig.model_fields, "tokenizer")
+
+
+def read_job(config: MergeConfiguration, merge_options: MergeOptions, method: StructuralMethod) -> Job:
+    """Everything under `parameters:`, checked. `ClickException` for what is wrong."""
+    if not config.models:
+        raise click.ClickException(f"{method.spec.name} takes `models:`, not slices or modules")
+    for key in ("dtype", "out_dtype"):
+        try:
+            dtype_from_name(getattr(config, key))
+        except RuntimeError as error:
+            raise click.ClickException(f"{key}: {error}; use float32, bfloat16 or float16") from error
+    given = config.parameters or {}
+    ours = {key: value for key, value in given.items() if key in method.options_type.model_fields}
+    options = _read_options(method, ours)
+    shared = _shared_method(method.shared_method_name(options))
+    job = Job(config, merge_options, method, options, shared)
+
+    shared_names = [parameter.name for parameter in shared.spec.parameters]
+    per_model_names = [parameter.name for parameter in shared.spec.input_parameters]
+    where = f"parameters ({method.spec.name} with shared method {shared.spec.name})"
+    _check_keys(given, [*method.options_type.model_fields, *shared_names], where)
+    for index, entry in enumerate(config.models):
+        for key in entry.parameters or {}:
+            if key not in per_model_names and key in (*method.options_type.model_fields, *shared_names):
+                raise click.ClickException(
+                    f"`{key}` under models[{index}] belongs under the merge's `parameters:`"
+                )
+        _check_keys(entry.parameters or {}, per_model_names, f"models[{index}].parameters")
+    _check_duplicates(config)
+    _check_shared_inputs(job)
+    return job
+
+
+def _read_options(method: StructuralMethod, given: Mapping[str, Any]) -> MethodOptions:
+    try:
+        return method.options_type.model_validate(given)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise click.ClickException(
+            f"`{first['loc'][0]}` under `parameters:` is {first['input']!r}: {first['msg']}"
+        ) from error
+
+
+def _shared_method(name: str) -> MergeMethod:
+    methods = {method.spec.name: method for method in registered_methods()}
+    tensor_methods = [key for key, method in methods.items() if not isinstance(method, StructuralMethod)]
+    if name not in tensor_methods:
+        known = "is no tensor method" if name in methods else "is not a merge method"
+        raise click.ClickException(f"shared: {name!r} {known}{_nearest(name, tensor_methods)}")
+    return methods[name]
+
+
+def _check_duplicates(config: MergeConfiguration) -> None:
+    """A model listed twice is two experts, but the shared method sees it once, with one set of parameters."""
+    seen: dict[Any, Any] = {}
+    for entry in config.models or []:
+        if seen.setdefault(entry.model, entry.parameters) != entry.parameters:
+            raise click.ClickException(
+                f"{entry.model} is listed more than once with different parameters; "
+                "its shared parameters are merged once, so they must agree"
+            )
+
+
+def _check_shared_inputs(job: Job) -> None:
+    """The shared method must accept these models, and have every parameter that it requires."""
+    models, base = merged_models(job)
+    try:
+        job.shared.validate_inputs(models, base)
+    except ValueError as error:
+        hint = " (name the model that the others were fine-tuned from as `base_model:`)" if not base else ""
+        raise click.ClickException(f"{job.shared.spec.name}: {error}{hint}") from error
+    given = [job.config.parameters or {}, *(entry.parameters or {} for entry in job.config.models or [])]
+    for parameter in job.shared.spec.parameters:
+        supplied = any(parameter.name in parameters for parameters in given)
+        if parameter.required and not supplied and parameter.name not in NEUTRAL_PARAMETERS:
+            raise click.ClickException(
+                f"{job.shared.spec.name} needs `{parameter.name}` under `parameters:`"
+            )
+
+
+def _check_keys(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise click.ClickException(f"unknown key `{key}` in {where}{_nearest(key, known)}")
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(str(word), known, n=1)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known here: {', '.join(known)}" if known else "; none is known here"

@@ -1,0 +1,195 @@
+"""The models that a merge reads: their configs, and the names, shapes and dtypes of their tensors.
+
+Everything here reads headers only, and everything that can be wrong with a source is found here, before
+any tensor is read.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
+from mergekit.options import MergeOptions
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+
+from mergekit_moe_ext.manifest import Manifest, manifest_of
+from mergekit_moe_ext.methods.base import Job
+
+# Config keys that must agree for tensors of the sources to be merged with each other. The vocabulary
+# is not among them: mergekit's `tokenizer:` aligns it.
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+)
+# Recomputed by transformers; old checkpoints hold them all the same.
+_NOT_PARAMETERS = ("rotary_emb.inv_freq",)
+_SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class Headers:
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]  # as torch names them
+    bytes: int
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most of its tensors."""
+        names = list(self.dtypes.values())
+        return max(set(names), key=names.count)
+
+
+def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
+    """The config of every source, in the order of `job.sources`."""
+    return {model: _read_config(model, job.merge_options) for model in job.sources}
+
+
+def _read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
+    for path in (model.model, model.lora):
+        looks_local = path is not None and (path.path.startswith((".", "/", "~")) or path.path.count("/") > 1)
+        if path is not None and looks_local and not Path(path.path).exists():
+            raise click.ClickException(f"{path.path} does not exist (named as {model} in the configuration)")
+    if model.lora and not options.lora_merge_cache:
+        raise click.ClickException(
+            f"{model} is a LoRA on a base model; name a directory for the merged model with --lora-merge-cache"
+        )
+    try:
+        config = model.config(trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"cannot read the config of {model}: {_first_line(error)}") from error
+    if getattr(config, "quantization_config", None):
+        raise click.ClickException(f"{model} is quantised; merge the weights that it was quantised from")
+    return config
+
+
+def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
+    """All sources must have the sizes of the donor. `ClickException` names the key that differs."""
+    may_change_vocabulary = (
+        job.config.tokenizer or job.config.tokenizer_source or job.merge_options.unsafe_truncate_embeddings
+    )
+    keys = (*_SIZES, *(() if may_change_vocabulary else ("vocab_size",)))
+    wanted = configs[job.donor]
+    for model, config in configs.items():
+        for key in keys:
+            here, there = getattr(config, key, None), getattr(wanted, key, None)
+            if here != there:
+                hint = "; `tokenizer: {source: union}` aligns vocabularies" if key == "vocab_size" else ""
+                raise click.ClickException(
+                    f"{model} has another size than {job.donor}: `{key}` is {here!r}, not {there!r}{hint}"
+                )
+
+
+def read_headers(
+    job: Job, configs: Mapping[ModelReference, PretrainedConfig]
+) -> dict[ModelReference, Headers]:
+    """The headers of every source, checked against what the donor's architecture holds.
+
+    Of a LoRA source the headers are those of the model beneath it.
+    """
+    wanted = manifest_of(configs[job.donor])
+    headers = {}
+    for model in job.sources:
+        headers[model] = _read_headers(ModelReference(model=model.model), job.merge_options)
+        _check_headers(model, headers[model], configs[model], wanted)
+    return headers
+
+
+def _read_headers(model: ModelReference, options: MergeOptions) -> Headers:
+    try:
+        index = model.tensor_index(cache_dir=options.transformers_cache)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise click.ClickException(f"cannot read the weights of {model}: {_first_line(error)}") from error
+    shapes, dtypes = {}, {}
+    for shard in index.shards:
+        path = Path(index.base_path, shard.filename)
+        if not path.exists():
+            raise click.ClickException(f"{path} is missing, though the index of {model} names it")
+        try:
+            for name, shape, dtype in _shard_headers(index, path):
+                shapes[name], dtypes[name] = shape, dtype
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise click.ClickException(f"{path} cannot be read: {_first_line(error)}") from error
+        lost = [name for name in shard.contained_keys if name not in shapes]
+        if lost:
+            raise click.ClickException(f"{path} lacks {lost[0]}, though the index of {model} names it there")
+    size = sum(Path(index.base_path, shard.filename).stat().st_size for shard in index.shards)
+    return Headers(shapes, dtypes, size)
+
+
+def _shard_headers(index: ShardedTensorIndex, path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    if index.is_safetensors:
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a dictionary)
+                view = shard.get_slice(name)
+                yield name, tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(view.get_dtype(), "other")
+    else:
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+        for name, tensor in tensors.items():
+            yield name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+
+
+def _check_headers(model: ModelReference, headers: Headers, config: PretrainedConfig, wanted: Manifest) -> None:
+    tied_here = wanted.vocabulary | wanted.tied if config.tie_word_embeddings else frozenset()
+    for name, shape in wanted.shapes.items():
+        if name not in headers.shapes:
+            if name in tied_here and any(other in headers.shapes for other in tied_here):
+                continue
+            raise click.ClickException(f"{model} lacks the tensor {name}")
+        # A vocabulary axis may differ where the tokenizers are aligned; check_same_size has seen to that.
+        skip = 1 if name in wanted.vocabulary else 0
+        if headers.shapes[name][skip:] != shape[skip:]:
+            raise click.ClickException(
+                f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture wants {shape}"
+            )
+    for name in headers.shapes:
+        if name in wanted.shapes or name in tied_here or name.endswith(_NOT_PARAMETERS):
+            continue
+        hint = ": its embeddings are not tied, the output's are" if name in wanted.tied else ""
+        raise click.ClickException(f"{name} of {model} has no place in the output{hint}")
+
+
+def merge_loras(job: Job) -> None:
+    """Merge every LoRA source into mergekit's `--lora-merge-cache`, each whole or not at all.
+
+    mergekit takes a directory that exists there for a finished one, so an interrupted merge would
+    spoil the cache.
+    """
+    options = job.merge_options
+    for model in job.sources:
+        if not model.lora:
+            continue
+        cache = Path(options.lora_merge_cache)
+        merged = cache / f"{model.model._unique_id()}_{model.lora._unique_id()}"
+        if merged.exists() and not any(merged.glob("*.safetensors*")):
+            shutil.rmtree(merged)
+        if merged.exists():
+            continue
+        partial = cache / f".partial-{os.getpid()}"
+        try:
+            model.merged(
+                cache_dir=str(partial),
+                trust_remote_code=options.trust_remote_code,
+                lora_merge_dtype=options.lora_merge_dtype,
+            )
+            (partial / merged.name).rename(merged)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise click.ClickException(
+                f"cannot merge the LoRA {model.lora} into {model.model}: {_first_line(error)}"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

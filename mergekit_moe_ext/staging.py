@@ -1,0 +1,102 @@
+"""An output directory that appears whole or not at all.
+
+The merge writes into a hidden directory beside the output, which one rename then puts into place. What a
+killed merge left behind is recognised by its name and removed by the next merge to the same output.
+"""
+
+import atexit
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from filelock import FileLock, Timeout
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_output(out_path: str) -> Path:
+    """The resolved output directory, if it may be written. `ClickException` if not."""
+    out = Path(out_path).expanduser().resolve()
+    if out.is_file():
+        raise click.ClickException(f"{out_path} is a file; name a directory that does not exist yet")
+    if out.is_dir() and any(out.iterdir()):
+        raise click.ClickException(
+            f"{out_path} is not empty and nothing in it is overwritten; remove it or name another directory"
+        )
+    if os.path.ismount(out):
+        raise click.ClickException(f"{out_path} is a mount point; name a directory inside it")
+    return out
+
+
+def check_room(out: Path, needed: int) -> None:
+    """`ClickException` if the output's disk has fewer than `needed` bytes free."""
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise click.ClickException(
+            f"the output takes {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free"
+        )
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Yields a directory of the same name to write into; on success it becomes `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.partial-"
+    lock = FileLock(out.parent / f"{prefix}lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise click.ClickException(f"another merge is writing to {out}") from None
+    try:
+        for stale in out.parent.glob(f"{prefix}*"):
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        # Threads that still write when we fail are joined only at exit, so clean up once more then.
+        atexit.register(shutil.rmtree, staging, ignore_errors=True)
+        try:
+            directory = staging / out.name
+            directory.mkdir()
+            with _disk_errors_explained(out):
+                yield directory
+                _flush_to_disk(directory)
+            directory.rename(out)
+            _flush(out.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors_explained(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # safetensors reports the same through an error of its own
+        texts = [os.strerror(number) for number in _NO_ROOM]
+        if getattr(error, "errno", None) in _NO_ROOM or any(text in str(error) for text in texts):
+            raise click.ClickException(f"no room to write {out}: {error}; nothing was left there") from error
+        raise
+
+
+def _flush_to_disk(directory: Path) -> None:
+    for path in (*directory.rglob("*"), directory):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a directory
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
