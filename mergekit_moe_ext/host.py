@@ -66,9 +66,7 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
     from mergekit_moe_ext.staging import check_output, check_room, staged
 
     @functools.wraps(stock)
-    def run_merge(
-        merge_config: Any, out_path: str, options: Any, config_source: str | None = None
-    ) -> None:
+    def run_merge(merge_config: Any, out_path: str, options: Any, config_source: str | None = None) -> None:
         method = structural_method(merge_config.merge_method)
         if method is None:
             stock(merge_config, out_path, options, config_source)
@@ -84,9 +82,7 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
         # takes the other from a model that it picks by chance where there is no base.
         stock_options = options.model_copy(update={"write_model_card": False, "copy_tokenizer": False})
         makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
-        stock_config = merge_config.model_copy(
-            update={} if makes_tokenizer else {"chat_template": None}
-        )
+        stock_config = merge_config.model_copy(update={} if makes_tokenizer else {"chat_template": None})
         # mergekit keeps loaders for the life of the process, so a second merge would read stale weights.
         LoaderCache.loaders.clear()
         token = PREPARED.set(prepared)

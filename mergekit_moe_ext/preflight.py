@@ -105,9 +105,7 @@ def _check_shared_inputs(job: Job) -> None:
     for parameter in job.shared.spec.parameters:
         supplied = any(parameter.name in parameters for parameters in given)
         if parameter.required and not supplied and parameter.name not in NEUTRAL_PARAMETERS:
-            raise click.ClickException(
-                f"{job.shared.spec.name} needs `{parameter.name}` under `parameters:`"
-            )
+            raise click.ClickException(f"{job.shared.spec.name} needs `{parameter.name}` under `parameters:`")
 
 
 def _check_keys(given: Mapping[str, Any], known: Collection[str], where: str) -> None:

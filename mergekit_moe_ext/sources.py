@@ -90,9 +90,7 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
                 )
 
 
-def read_headers(
-    job: Job, configs: Mapping[ModelReference, PretrainedConfig]
-) -> dict[ModelReference, Headers]:
+def read_headers(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> dict[ModelReference, Headers]:
     """The headers of every source, checked against what the donor's architecture holds.
 
     Of a LoRA source the headers are those of the model beneath it.

@@ -1,0 +1,158 @@
+"""The `mergekit-moe-ext` command: what mergekit's own commands do not offer."""
+
+import logging
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+from typing import Any, Literal, get_args, get_origin
+
+import click
+import yaml as yaml_format
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+import mergekit_moe_ext
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(mergekit_moe_ext.__version__)
+def main() -> None:
+    """Build and merge mixtures of experts with mergekit."""
+
+
+@main.command("yaml", cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out_path", type=click.Path())
+@add_merge_options
+def run_yaml(merge_options: MergeOptions, config_file: str, out_path: str) -> None:
+    """Run a merge: mergekit-yaml, without relying on torch's autoload."""
+    from mergekit.merge import run_merge
+
+    merge_options.apply_global_options()
+    config, source = _read_config(config_file)
+    run_merge(config, out_path, options=merge_options, config_source=source)
+
+
+@main.command(cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@add_merge_options
+def plan(merge_options: MergeOptions, config_file: str) -> None:
+    """Check a configuration and its models, and say what the merge would make, without merging."""
+    from mergekit_moe_ext.planner import merged_models, prepare, structural_method
+    from mergekit_moe_ext.preflight import read_job
+
+    merge_options.apply_global_options()
+    config, _source = _read_config(config_file)
+    method = structural_method(config.merge_method)
+    if method is None:
+        raise click.ClickException(
+            f"{config.merge_method} is not one of this package's structural methods: "
+            + ", ".join(method.spec.name for method in _ours())
+        )
+    job = read_job(config, merge_options, method)
+    planned = prepare(job).plan
+    models, base = merged_models(job)
+    click.echo(f"output    {planned.config.architectures[0]}, {planned.dtype}, {planned.bytes / 1e9:.3f} GB")
+    click.echo(
+        f"experts   {len(job.experts)} per layer, {planned.config.num_experts_per_tok} per token, "
+        f"{planned.config.num_hidden_layers} layers"
+    )
+    for index, model in enumerate(job.experts):
+        click.echo(f"          {index}. {model}")
+    click.echo(
+        f"shared    {len(planned.shared)} tensors by {job.shared.spec.name} from "
+        f"{', '.join(map(str, models))}" + (f" (base: {base})" if base else "")
+    )
+    click.echo(f"copied    {len(planned.copies)} tensors")
+    click.echo(f"computed  {len(planned.computed)} tensors, seed {job.seed}")
+    click.echo(f"config and tokenizer from {job.donor}")
+
+
+@main.command()
+@click.argument("names", nargs=-1)
+def methods(names: tuple[str, ...]) -> None:
+    """Every merge method, or those NAMED, with all parameters: type, default and meaning."""
+    from mergekit.merge_methods import registered_methods
+
+    by_name = {method.spec.name: method for method in registered_methods()}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise click.ClickException(f"no merge method {unknown[0]!r}; there are: {', '.join(by_name)}")
+    for name in names or by_name:
+        _describe(by_name[name])
+
+
+@main.command()
+def doctor() -> None:
+    """Say whether `mergekit-yaml` finds this package, and whether the versions fit."""
+    from _mergekit_moe_ext_autoload import mergekit_is_known
+
+    for name in ("mergekit-moe-ext", "mergekit", "transformers", "peft", "torch"):
+        click.echo(f"{name:<18}{version(name)}")
+    # As mergekit-yaml starts: a process of its own, in which nothing imports this package.
+    fresh = subprocess.run(
+        [sys.executable, "-c", "import mergekit.merge, mergekit.merge_methods as m; m.get('moe')"],
+        capture_output=True,
+        text=True,
+    )
+    checks = {
+        "this mergekit is one that we know (>=0.1.5,<0.2)": mergekit_is_known(),
+        "torch's autoload is on (TORCH_DEVICE_BACKEND_AUTOLOAD is not 0)": (
+            os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
+        ),
+        "torch finds our entry point": any(
+            point.name == "mergekit_moe_ext" for point in entry_points(group="torch.backends")
+        ),
+        "a fresh mergekit process has our methods": fresh.returncode == 0,
+    }
+    for check, passed in checks.items():
+        click.echo(f"{'ok  ' if passed else 'FAIL'}  {check}")
+    if not all(checks.values()):
+        click.echo(fresh.stderr.strip())
+        click.echo(
+            "mergekit-yaml will say `Unimplemented merge method`. `mergekit-moe-ext yaml` works as long as "
+            "the versions fit; else reinstall with `pip install --force-reinstall --no-deps mergekit-moe-ext`."
+        )
+        sys.exit(1)
+
+
+def _read_config(config_file: str) -> tuple[MergeConfiguration, str]:
+    """The configuration and its text. `ClickException` for what mergekit would raise as a traceback."""
+    from mergekit_moe_ext.preflight import check_document
+
+    with click.open_file(config_file, encoding="utf-8") as file:
+        source = file.read()
+    try:
+        document = yaml_format.safe_load(source)
+        check_document(document)
+        return MergeConfiguration.model_validate(document), source
+    except (yaml_format.YAMLError, ValueError, RuntimeError) as error:
+        logging.debug("%s", config_file, exc_info=error)
+        raise click.ClickException(f"{config_file}: {error}") from error
+
+
+def _ours() -> list[Any]:
+    from mergekit_moe_ext.methods import METHODS
+
+    return list(METHODS)
+
+
+def _describe(method: Any) -> None:
+    spec = method.spec
+    click.echo(f"{spec.name}: {getattr(method, 'description', spec.pretty_name or spec.name)}")
+    options = getattr(method, "options_type", None)
+    if options is not None:
+        for name, field in options.model_fields.items():
+            default = "required" if field.is_required() else f"default {field.default}"
+            _describe_parameter(name, field.annotation, default, field.description)
+        click.echo("  and every parameter of the shared method")
+    for parameter in spec.parameters:
+        default = "required" if parameter.required else f"default {parameter.default}"
+        _describe_parameter(parameter.name, parameter.value_type, default, parameter.description)
+
+
+def _describe_parameter(name: str, kind: Any, default: str, meaning: str | None) -> None:
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    kind_name = " | ".join(choices) if choices else getattr(kind, "__name__", str(kind))
+    click.echo(f"  {name} ({kind_name}, {default})" + (f": {meaning}" if meaning else ""))

@@ -1,0 +1,109 @@
+"""Tiny models, and the real commands to run on them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import mergekit_moe_ext  # noqa: F401  (registers the methods)
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # and so for every process that a test starts
+BIN = Path(sys.executable).parent
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+}
+NAMES = ("base", "math", "code", "law")
+
+
+def make_model(path: Path, seed: int, *, family: str = "llama", dtype: Any = torch.float32, **config: Any) -> Path:
+    """A random dense model; fine-tunes are the base (seed 0) plus noise of their own."""
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }[family]
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**TINY, **config}))
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if seed:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
+    model.to(dtype).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with base, math, code and law: tiny Llamas, the last three fine-tunes of the first."""
+    root = tmp_path_factory.mktemp("sources")
+    for seed, name in enumerate(NAMES):
+        make_model(root / name, seed)
+    return root
+
+
+@pytest.fixture
+def here(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory from which the sources are `./base`, `./math`, `./code` and `./law`."""
+    for name in NAMES:
+        (tmp_path / name).symlink_to(sources / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def document(method: str = "moe_linear", models: Any = NAMES, base: str | None = "./base", **keys: Any) -> dict:
+    """A merge configuration; `parameters` and further keys as given."""
+    listed = [{"model": f"./{name}"} if isinstance(name, str) else name for name in models]
+    return {"merge_method": method, **({"base_model": base} if base else {}), "models": listed, **keys}
+
+
+def merge(config: dict, out: str = "out", **options: Any) -> Path:
+    """Run a merge in this process, as `mergekit-yaml` would."""
+    from mergekit.merge import run_merge
+
+    source = yaml.safe_dump(config, sort_keys=False)
+    parsed = MergeConfiguration.model_validate(yaml.safe_load(source))
+    run_merge(parsed, out, MergeOptions(**{"quiet": True, **options}), config_source=source)
+    return Path(out)
+
+
+def run(*command: str | Path, **keywords: Any) -> subprocess.CompletedProcess:
+    """Run a command; one that is installed with the package is found by its name."""
+    program = BIN / str(command[0])
+    return subprocess.run(
+        [str(program if program.exists() else command[0]), *map(str, command[1:])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **keywords,
+    )
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: t for shard in sorted(path.glob("*.safetensors")) for name, t in load_file(shard).items()}
+
+
+def same_files(first: Path, second: Path) -> bool:
+    names = sorted(path.name for path in first.iterdir())
+    return names == sorted(path.name for path in second.iterdir()) and all(
+        (first / name).read_bytes() == (second / name).read_bytes() for name in names if name != "README.md"
+    )
+
+
+Merge = Callable[..., Path]
