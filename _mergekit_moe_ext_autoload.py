@@ -55,7 +55,7 @@ class _WaitForMergekit(MetaPathFinder):
                 load(module)
                 _extend(module)
 
-            spec.loader.exec_module = load_and_extend
+            spec.loader.exec_module = load_and_extend  # type: ignore[method-assign]
         return spec
 
 
@@ -79,7 +79,7 @@ class _StillLoading(ModuleType):
     def _finish(self) -> None:
         if "run_merge" not in self.__dict__:
             raise AttributeError(f"module {self.__name__!r} has no attribute 'run_merge' yet")
-        self.__class__ = ModuleType
+        self.__class__ = ModuleType  # type: ignore[assignment]
         _extend(self)
 
 

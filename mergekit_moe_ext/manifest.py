@@ -32,9 +32,7 @@ def manifest_of(config: PretrainedConfig) -> Manifest:
     return Manifest(
         shapes={name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied},
         tied=tied,
-        vocabulary=frozenset(
-            name for name, tensor in state.items() if id(tensor) in vocabulary and name not in tied
-        ),
+        vocabulary=frozenset(name for name, tensor in state.items() if id(tensor) in vocabulary and name not in tied),
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import click
+import pydantic
 from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, InputSliceDefinition, OutputSliceDefinition
@@ -30,7 +31,7 @@ NEUTRAL_PARAMETERS = {"weight": 1.0}
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-class PlannedArchitecture(ModelArchitecture, arbitrary_types_allowed=True):
+class PlannedArchitecture(ModelArchitecture):
     """Carries a plan to the planner through `run_merge`, in place of the architecture of one model."""
 
     job: Any
@@ -92,8 +93,9 @@ class MergePlanner(StockMergePlanner):
         # mergekit saves the object that it made before planning, so that object has to become ours.
         out_model_config.__class__ = type(self._plan_of_job.config)
         out_model_config.__dict__ = self._plan_of_job.config.__dict__
-        if self._tokenizer_task:  # in the order of the YAML, which referenced_models() does not keep
-            self._tokenizer_task = self._tokenizer_task.model_copy(
+        tokenizer_task: Any = self._tokenizer_task
+        if tokenizer_task:  # in the order of the YAML, which referenced_models() does not keep
+            self._tokenizer_task: Any = tokenizer_task.model_copy(
                 update={"base_model": self._job.donor, "referenced_models": tuple(self._job.sources)}
             )
 
@@ -111,8 +113,7 @@ class MergePlanner(StockMergePlanner):
         num_layers = self._plan_of_job.config.num_hidden_layers
         parameters = {entry.model: entry.parameters for entry in reversed(self._job.config.models)}
         sources = [
-            InputSliceDefinition(model=m, layer_range=(0, num_layers), parameters=parameters.get(m))
-            for m in models
+            InputSliceDefinition(model=m, layer_range=(0, num_layers), parameters=parameters.get(m)) for m in models
         ]
         reader = SharedConfigReader(
             config=self.config,
@@ -122,10 +123,13 @@ class MergePlanner(StockMergePlanner):
         )
         try:
             self.plan_tensor(weight, [weight] * len(models), models, reader)
-        except (RuntimeError, ValueError) as error:
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
             raise click.ClickException(
-                f"{self._method.spec.name} cannot merge {weight.name}: {error}"
+                f"{self._method.spec.name} cannot merge {weight.name}: {first['input']!r}: {first['msg']}"
             ) from error
+        except (RuntimeError, ValueError) as error:
+            raise click.ClickException(f"{self._method.spec.name} cannot merge {weight.name}: {error}") from error
         if not self._job.options.allow_nonfinite:
             weight, task = self._tensors.pop()
             self._tensors.append((weight, _refusing_nonfinite(task)))

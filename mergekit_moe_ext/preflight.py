@@ -54,9 +54,7 @@ def read_job(config: MergeConfiguration, merge_options: MergeOptions, method: St
     for index, entry in enumerate(config.models):
         for key in entry.parameters or {}:
             if key not in per_model_names and key in (*method.options_type.model_fields, *shared_names):
-                raise click.ClickException(
-                    f"`{key}` under models[{index}] belongs under the merge's `parameters:`"
-                )
+                raise click.ClickException(f"`{key}` under models[{index}] belongs under the merge's `parameters:`")
         _check_keys(entry.parameters or {}, per_model_names, f"models[{index}].parameters")
     _check_duplicates(config)
     _check_shared_inputs(job)
@@ -115,7 +113,7 @@ def _check_keys(given: Mapping[str, Any], known: Collection[str], where: str) ->
 
 
 def _nearest(word: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=1)
+    close = difflib.get_close_matches(str(word), known, n=2)
     if close:
-        return f"; did you mean `{close[0]}`?"
+        return f"; did you mean {' or '.join(f'`{name}`' for name in close)}?"
     return f"; known here: {', '.join(known)}" if known else "; none is known here"

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import mergekit_moe_ext  # noqa: F401  (registers the methods)
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # and so for every process that a test starts
+# These hold for every process that a test starts, too.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests themselves run in parallel
+torch.set_num_threads(1)
 BIN = Path(sys.executable).parent
 TINY = {
     "hidden_size": 32,
@@ -104,6 +106,3 @@ def same_files(first: Path, second: Path) -> bool:
     return names == sorted(path.name for path in second.iterdir()) and all(
         (first / name).read_bytes() == (second / name).read_bytes() for name in names if name != "README.md"
     )
-
-
-Merge = Callable[..., Path]

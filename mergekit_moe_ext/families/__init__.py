@@ -24,9 +24,7 @@ class Upcycling:
     refuse: Callable[[PretrainedConfig], str | None]  # what in this dense config has no place in the MoE
 
 
-def upcycling_for(
-    configs: Mapping[ModelReference, PretrainedConfig], *, mix_architectures: bool = False
-) -> Upcycling:
+def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_architectures: bool = False) -> Upcycling:
     """The pair that holds all these dense models. `ClickException` names the model that does not fit."""
     from mergekit_moe_ext.families.mixtral import MIXTRAL
 
@@ -36,9 +34,7 @@ def upcycling_for(
         family = by_type.get(config.model_type)
         architecture = (config.architectures or [None])[0]
         if family is None or architecture not in (None, family.dense[config.model_type]):
-            supported = ", ".join(
-                f"{name} (to {family.moe})" for family in families for name in family.dense.values()
-            )
+            supported = ", ".join(f"{name} (to {family.moe})" for family in families for name in family.dense.values())
             raise click.ClickException(
                 f"{model} is a {architecture or config.model_type}, which has no mixture-of-experts "
                 f"architecture here; supported: {supported}"

@@ -69,9 +69,7 @@ class MoeMethod(StructuralMethod):
 
         layers = range(config.num_hidden_layers)
         ffn_names = {
-            source.format(layer=layer): (output, layer)
-            for source, output in family.ffn.items()
-            for layer in layers
+            source.format(layer=layer): (output, layer) for source, output in family.ffn.items() for layer in layers
         }
         copies = {
             output.format(layer=layer, expert=index): (model, name)

@@ -1,0 +1,239 @@
+"""Every mistake gets one clear message before any work, and leaves nothing behind."""
+
+import json
+import shutil
+
+import click
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import document, make_model, merge, read_tensors, run
+
+PLAIN = {"format": "pt"}
+
+
+def refused(here, config, *fragments, **options):
+    before = sorted(path.name for path in here.iterdir())
+    with pytest.raises(click.ClickException) as caught:
+        merge(config, **options)
+    for fragment in fragments:
+        assert fragment in caught.value.message, caught.value.message
+    assert "\n" not in caught.value.message
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "fragments"),
+    [
+        (document(dtipe="float32"), ["`dtipe`", "did you mean `dtype`"]),
+        (document(gate_mode="random"), ["`gate_mode`", "the configuration"]),
+        (
+            document(models=[{"model": "./base", "paramaters": {}}]),
+            ["`paramaters`", "models[0]", "`parameters`"],
+        ),
+        (document(tokenizer={"sauce": "union"}), ["`sauce`", "tokenizer", "`source`"]),
+        (document(parameters={"gate_mod": "random"}), ["`gate_mod`", "did you mean `gate_mode`"]),
+        (document(parameters={"density": 0.5}), ["`density`", "moe_linear", "linear"]),
+        (document("moe_ties", parameters={"densty": 0.5}), ["`densty`", "did you mean `density`"]),
+        (
+            document("moe_ties", models=[{"model": "./math", "parameters": {"wieght": 1.0}}]),
+            ["`wieght`", "models[0]", "did you mean `weight`"],
+        ),
+        (
+            document("moe_ties", models=[{"model": "./math", "parameters": {"normalize": False}}]),
+            ["`normalize`", "models[0]", "belongs under the merge's `parameters:`"],
+        ),
+        (
+            document(models=["base", {"model": "./math", "parameters": {"gate_mode": "zeros"}}]),
+            ["`gate_mode`", "models[1]", "belongs under the merge's"],
+        ),
+        (document(parameters={"shared": "ties"}), ["`shared`"]),  # moe_linear has fixed it
+        (document("moe", parameters={"shared": "tise"}), ["'tise'", "did you mean `ties`"]),
+        (document("moe", parameters={"shared": "moe_ties"}), ["'moe_ties' is no tensor method"]),
+        (document(parameters={"gate_mode": "rand"}), ["`gate_mode`", "'rand'", "uniform_random"]),
+        (document(parameters={"experts_per_token": "two"}), ["`experts_per_token`", "'two'"]),
+        (document(parameters={"experts_per_token": 0}), ["`experts_per_token`", "greater than or equal to 1"]),
+        (document(parameters={"experts_per_token": 5}), ["experts_per_token is 5", "at most 4"]),
+        (document(parameters={"experts_per_token": [1, 2]}), ["`experts_per_token`"]),
+        (document(dtype="float31"), ["dtype", "float31", "float32"]),
+        (document("moe_ties", base=None), ["ties", "requires a base", "base_model:"]),
+        (document("moe", parameters={"shared": "slerp", "t": 0.5}), ["slerp", "got 4"]),
+        (document("moe", models=["base", "math"], parameters={"shared": "slerp"}), ["slerp needs `t`"]),
+        (document("moe_ties", parameters={"density": "much"}), ["ties cannot merge", "much"]),
+        (document(models=["base", "./nowhere"]), ["./nowhere does not exist"]),
+        (document(base="./nowhere"), ["./nowhere does not exist"]),
+        (document(models=["base", {"model": "./math+./lora"}]), ["./lora does not exist"]),
+        (document(models=["base", {"model": "./math+./code"}]), ["--lora-merge-cache"]),
+        (
+            document(models=["math", {"model": "./math", "parameters": {"weight": 2.0}}]),
+            ["./math", "more than once", "agree"],
+        ),
+        (
+            {
+                "merge_method": "moe_linear",
+                "slices": [{"sources": [{"model": "./base", "layer_range": [0, 1]}]}],
+            },
+            ["`models:`", "not slices"],
+        ),
+    ],
+)
+def test_configuration(here, config, fragments):
+    for entry in config.get("models", []):
+        entry["model"] = entry["model"].replace("././", "./")
+    refused(here, config, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("config", "fragments"),
+    [
+        ({"hidden_size": 64}, ["./odd", "`hidden_size` is 64, not 32"]),
+        ({"num_hidden_layers": 2}, ["`num_hidden_layers` is 2, not 3"]),
+        ({"num_key_value_heads": 4}, ["`num_key_value_heads` is 4, not 2"]),
+        ({"hidden_act": "gelu"}, ["`hidden_act` is 'gelu', not 'silu'"]),
+        ({"vocab_size": 80}, ["`vocab_size` is 80, not 96", "tokenizer: {source: union}"]),
+        ({"attention_bias": True}, ["./odd", "`attention_bias: true` has no place in Mixtral"]),
+        ({"mlp_bias": True}, ["./odd", "`mlp_bias: true` has no place in Mixtral"]),
+        ({"family": "mistral"}, ["./odd", "model_type is 'mistral', not 'llama'", "--allow-crimes"]),
+    ],
+)
+def test_source_of_another_shape(here, config, fragments):
+    make_model(here / "odd", 1, **config)
+    refused(here, document(models=["base", "odd"]), *fragments)
+
+
+def test_mistral_and_llama_mix_when_asked_to(here):
+    make_model(here / "odd", 1, family="mistral")
+    assert (merge(document(models=["base", "odd"]), allow_crimes=True) / "config.json").exists()
+
+
+def test_unsupported_family_names_the_supported(here):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)).save_pretrained(here / "gpt")
+    refused(
+        here,
+        document(models=["gpt"], base=None, parameters={"experts_per_token": 1}),
+        "GPT2LMHeadModel",
+        "LlamaForCausalLM (to MixtralForCausalLM)",
+        "MistralForCausalLM",
+    )
+
+
+@pytest.fixture
+def damaged(here):
+    """./damaged: a copy of ./math that a test may spoil."""
+    shutil.copytree(here / "math", here / "damaged")
+    return here / "damaged"
+
+
+def test_untied_source_for_a_tied_output(here):
+    make_model(here / "tied", 0, tie_word_embeddings=True)
+    refused(here, document(models=["tied", "math"], base="./tied"), "lm_head.weight of ./math", "not tied")
+
+
+def test_missing_shard(here, damaged):
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM.from_pretrained(damaged).save_pretrained(damaged, max_shard_size="20KB")
+    (damaged / "model.safetensors").unlink()
+    shard = sorted(damaged.glob("model-*"))[1]
+    shard.unlink()
+    refused(here, document(models=["base", "damaged"]), shard.name, "is missing", "./damaged")
+
+
+def test_truncated_shard(here, damaged):
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(here, document(models=["base", "damaged"]), "damaged")
+
+
+def test_no_weights_and_no_config(here, damaged):
+    (damaged / "model.safetensors").unlink()
+    refused(here, document(models=["base", "damaged"]), "cannot read the weights of ./damaged")
+    (damaged / "config.json").unlink()
+    refused(here, document(models=["base", "damaged"]), "cannot read the config of ./damaged")
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus", "shape"])
+def test_tensors_that_do_not_fit(here, damaged, change):
+    tensors = load_file(damaged / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    if change == "missing":
+        del tensors[name]
+        fragments = ["./damaged lacks the tensor", name]
+    elif change == "surplus":
+        name = "model.layers.1.self_attn.q_proj.bias"
+        tensors[name] = torch.zeros(32)
+        fragments = [name, "./damaged", "has no place"]
+    else:
+        tensors[name] = torch.zeros(32, 16)
+        fragments = [name, "(32, 16)", "(32, 32)"]
+    save_file(tensors, damaged / "model.safetensors", PLAIN)
+    refused(here, document(models=["base", "damaged"]), *fragments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.down_proj.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nonfinite(here, damaged, value, name, dtype):
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(damaged / "model.safetensors").items()}
+    tensors[name].view(-1)[7] = value
+    save_file(tensors, damaged / "model.safetensors", PLAIN)
+    config = document(models=["base", "damaged"])
+    refused(here, config, f"{name} of ./damaged holds NaN or Inf", "allow_nonfinite")
+    out = merge({**config, "parameters": {"allow_nonfinite": True}})
+    assert sum(not tensor.isfinite().all() for tensor in read_tensors(out).values()) == 1
+
+
+def test_quantised_source(here, damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (damaged / "config.json").write_text(json.dumps(config))
+    refused(here, document(models=["base", "damaged"]), "./damaged is quantised")
+
+
+def test_output_that_is_there_already(here):
+    (here / "out").mkdir()
+    (here / "out" / "thesis.txt").write_text("mine")
+    refused(here, document(), "out is not empty")
+    assert (here / "out" / "thesis.txt").read_text() == "mine"
+    refused(here, document(), "is a file", out="out/thesis.txt")
+
+
+def test_an_empty_output_directory_is_fine(here):
+    (here / "out").mkdir()
+    assert (merge(document()) / "model.safetensors").exists()
+
+
+def test_the_real_command_prints_one_line_and_no_traceback(here):
+    import yaml
+
+    (here / "bad.yml").write_text(yaml.safe_dump(document(parameters={"gate_mod": "zeros"})))
+    result = run("mergekit-yaml", "bad.yml", "out")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "Error: unknown key `gate_mod`" in result.stderr
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("modles: []\nmerge_method: moe", "`models`?"),
+        ("merge_metod: moe\nmodels: [{model: ./base}]", "did you mean `merge_method`"),
+        ("merge_method: [", "bad.yml"),
+        ("- 1", "not a mapping"),
+        ("merge_method: moe", "models"),
+        ("merge_method: moe\nmodels: [{model: ./base}]\nparameters: {shared: {a: 1}}", "shared"),
+    ],
+)
+def test_our_command_explains_what_mergekit_would_raise(here, text, fragment):
+    from click.testing import CliRunner
+
+    from mergekit_moe_ext.cli import main
+
+    (here / "bad.yml").write_text(text)
+    result = CliRunner().invoke(main, ["yaml", "bad.yml", "out"])
+    assert result.exit_code == 1 and fragment in result.output
+    assert isinstance(result.exception, SystemExit)
