@@ -24,7 +24,8 @@ def check_document(document: Any) -> None:
     """Every key of a raw merge configuration, outside `parameters:`, must be one that mergekit reads."""
     if not isinstance(document, Mapping):
         raise click.ClickException("the configuration is not a mapping of keys to values")
-    _check_keys(document, MergeConfiguration.model_fields, "the configuration")
+    # `name` is what mergekit-multi reads, and stands in many a configuration for a single merge
+    _check_keys(document, [*MergeConfiguration.model_fields, "name"], "the configuration")
     for index, entry in enumerate(document.get("models") or []):
         if isinstance(entry, Mapping):
             _check_keys(entry, InputModelDefinition.model_fields, f"models[{index}]")

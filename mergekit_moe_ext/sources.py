@@ -4,6 +4,7 @@ Everything here reads headers only, and everything that can be wrong with a sour
 any tensor is read.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,9 +19,10 @@ from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
-from mergekit_moe_ext.manifest import Manifest, manifest_of
+from mergekit_moe_ext.manifest import Manifest
 from mergekit_moe_ext.methods.base import Job
 
+LOG = logging.getLogger(__name__)
 # Config keys that must agree for tensors of the sources to be merged with each other. The vocabulary
 # is not among them: mergekit's `tokenizer:` aligns it.
 _SIZES = (
@@ -32,6 +34,8 @@ _SIZES = (
     "head_dim",
     "hidden_act",
 )
+# Config keys that say how the tensors are used; where they differ, the output does as the donor does.
+_BEHAVIOUR = ("rms_norm_eps", "rope_parameters", "sliding_window")
 # Recomputed by transformers; old checkpoints hold them all the same.
 _NOT_PARAMETERS = ("rotary_emb.inv_freq",)
 _SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -74,7 +78,10 @@ def _read_config(model: ModelReference, options: MergeOptions) -> PretrainedConf
 
 
 def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
-    """All sources must have the sizes of the donor. `ClickException` names the key that differs."""
+    """All sources must have the sizes of the donor. `ClickException` names the key that differs.
+
+    Keys that change what a model computes, but not its sizes, are warned about.
+    """
     may_change_vocabulary = (
         job.config.tokenizer or job.config.tokenizer_source or job.merge_options.unsafe_truncate_embeddings
     )
@@ -88,14 +95,19 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
                 raise click.ClickException(
                     f"{model} has another size than {job.donor}: `{key}` is {here!r}, not {there!r}{hint}"
                 )
+        for key in _BEHAVIOUR:
+            here, there = getattr(config, key, None), getattr(wanted, key, None)
+            if here != there:
+                LOG.warning("`%s` of %s is %s; the output has that of %s: %s", key, model, here, job.donor, there)
 
 
-def read_headers(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> dict[ModelReference, Headers]:
-    """The headers of every source, checked against what the donor's architecture holds.
+def read_headers(
+    job: Job, configs: Mapping[ModelReference, PretrainedConfig], wanted: Manifest
+) -> dict[ModelReference, Headers]:
+    """The headers of every source, checked against the manifest of the donor.
 
     Of a LoRA source the headers are those of the model beneath it.
     """
-    wanted = manifest_of(configs[job.donor])
     headers = {}
     for model in job.sources:
         headers[model] = _read_headers(ModelReference(model=model.model), job.merge_options)

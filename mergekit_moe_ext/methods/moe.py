@@ -22,7 +22,9 @@ _BTX = "https://arxiv.org/abs/2403.07816"
 
 
 class MoeOptions(MethodOptions):
-    experts_per_token: int = Field(2, ge=1, description="how many experts the gate chooses per token")
+    experts_per_token: int = Field(
+        2, ge=1, description="how many experts the gate chooses per token; with 1 a Mixtral gate gets no gradient"
+    )
     gate_mode: Literal["random", "uniform_random", "zeros"] = Field(
         "random",
         description="how gates start: random (normal) and uniform_random have the architecture's "
@@ -63,7 +65,7 @@ class MoeMethod(StructuralMethod):
         check_same_size(job, configs)
         config = family.output_config(configs[job.donor], len(experts), options.experts_per_token)
         dense = manifest_of(configs[job.donor])
-        headers = read_headers(job, configs)
+        headers = read_headers(job, configs, dense)
         dtype = job.config.out_dtype or job.config.dtype or headers[job.donor].dtype
         config.dtype = dtype
 

@@ -1,0 +1,136 @@
+"""A whole merge of four models: ours, `mergekit-moe`, and the physical limit, side by side in one run.
+
+    python benchmarks/merge.py            # four bfloat16 Llamas of 0.54 GB
+    python benchmarks/merge.py --layers 2 # a quick look
+
+The limit is what any merge has to do: read every input file once and write as many bytes as the output has.
+mergekit-moe does less than ours: it copies everything that is not an expert from the base instead of merging it.
+All write to the same disk, with the inputs in the page cache; ours and the copy end with an fsync, mergekit-moe
+does not. Runs are interleaved, and medians are shown.
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+import yaml
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+NAMES = ("base", "math", "code", "law")
+BIN = Path(sys.executable).parent
+
+
+def make_sources(root: Path, layers: int) -> None:
+    """Four random Llamas: 66 M parameters of embeddings and 13 M per layer."""
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    )
+    for seed, name in enumerate(NAMES):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(root / name)
+    # mergekit-moe wants a tokenizer even for random gates
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="</s>", eos_token="</s>")
+    tokenizer.save_pretrained(root / "base")
+
+
+def write_configs(root: Path) -> None:
+    listed = [{"model": f"./{name}"} for name in NAMES]
+    ours = {"base_model": "./base", "models": listed, "dtype": "bfloat16"}
+    for method, parameters in (("moe_linear", {}), ("moe_ties", {"density": 0.8})):
+        text = yaml.safe_dump({"merge_method": method, "parameters": parameters, **ours})
+        (root / f"{method}.yml").write_text(text)
+    experts = [{"source_model": f"./{name}", "positive_prompts": [""]} for name in NAMES]
+    moe = {"base_model": "./base", "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
+    (root / "mergekit-moe.yml").write_text(yaml.safe_dump(moe))
+
+
+def run_measured(command: Sequence[str | Path], root: Path) -> tuple[float, float, float]:
+    """Wall seconds, peak anonymous memory and peak resident memory (with mapped files), both in GB."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([str(part) for part in command], cwd=root, stdout=log, stderr=log)
+        anonymous = resident = 0
+        while process.poll() is None:
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                break
+            fields = dict(line.split(":", 1) for line in status.splitlines())
+            anonymous = max(anonymous, int(fields.get("RssAnon", "0 kB").split()[0]))
+            resident = max(resident, int(fields.get("VmHWM", "0 kB").split()[0]))
+            time.sleep(0.02)
+        if process.wait() != 0:
+            log.seek(0)
+            raise click.ClickException(log.read().decode()[-2000:])
+    return time.perf_counter() - started, anonymous / 1e6, resident / 1e6
+
+
+def copy_measured(root: Path, size: int) -> float:
+    """Seconds to read every input and write `size` bytes to the disk."""
+    started = time.perf_counter()
+    block = bytearray(16 << 20)
+    for name in NAMES:
+        with (root / name / "model.safetensors").open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+    with (root / "copy.bin").open("wb", buffering=0) as file:
+        for _ in range(-(-size // len(block))):
+            file.write(block)
+        os.fsync(file.fileno())
+    return time.perf_counter() - started
+
+
+@click.command(help=__doc__)
+@click.option("--layers", default=16, show_default=True, help="layers of each source model")
+@click.option("--repeats", default=5, show_default=True, help="runs of each")
+def main(layers: int, repeats: int) -> None:
+    tools: dict[str, list[str | Path]] = {
+        "moe_linear": [BIN / "mergekit-yaml", "moe_linear.yml", "out", "--quiet", "--random-seed", "0"],
+        "moe_ties": [BIN / "mergekit-yaml", "moe_ties.yml", "out", "--quiet", "--random-seed", "0"],
+        "mergekit-moe": [BIN / "mergekit-moe", "mergekit-moe.yml", "out", "--quiet"],
+        "import mergekit only": [sys.executable, "-c", "import mergekit.scripts.run_yaml"],
+    }
+    with tempfile.TemporaryDirectory(prefix="merge-benchmark-") as directory:
+        root = Path(directory)
+        make_sources(root, layers)
+        write_configs(root)
+        read = sum((root / name / "model.safetensors").stat().st_size for name in NAMES)
+        runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in (*tools, "plain files")}
+        written = 0
+        for _ in range(repeats):
+            for name, command in tools.items():
+                runs[name].append(run_measured(command, root))
+                written = sum(path.stat().st_size for path in root.glob("out/*.safetensors")) or written
+                shutil.rmtree(root / "out", ignore_errors=True)
+            runs["plain files"].append((copy_measured(root, written), 0.0, 0.0))
+    click.echo(f"read {read / 1e9:.2f} GB, wrote {written / 1e9:.2f} GB; {repeats} runs each, medians, and seconds'")
+    click.echo(f"range; torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    click.echo(f"{'':22}{'seconds':>9}{'range':>15}{'/ plain files':>15}{'anon GB':>9}{'resident GB':>13}")
+    limit = statistics.median(seconds for seconds, *_ in runs["plain files"])
+    for name, measured in runs.items():
+        seconds, anonymous, resident = (list(column) for column in zip(*measured, strict=True))
+        median = statistics.median(seconds)
+        spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
+        click.echo(
+            f"{name:22}{median:9.2f}{spread:>15}{median / limit:15.2f}"
+            f"{statistics.median(anonymous):9.2f}{statistics.median(resident):13.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
