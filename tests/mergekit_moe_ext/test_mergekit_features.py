@@ -168,7 +168,7 @@ def test_the_plan_command_merges_nothing(here):
     before = {path.name for path in here.iterdir()}
     result = CliRunner().invoke(main, ["plan", "config.yml"])
     assert result.exit_code == 0, result.output
-    for fact in ("MixtralForCausalLM", "4 per layer, 2 per token", "21 tensors by ties", "36 tensors", "./law"):
+    for fact in ("MixtralForCausalLM", "4 per layer, 2 per token", "21 tensors by fast_ties", "36 tensors", "./law"):
         assert fact in result.output
     assert {path.name for path in here.iterdir()} == before
 
@@ -218,7 +218,7 @@ def test_multi_gpu_writes_the_same_tensors(here, monkeypatch):
     monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_module", lambda _type: torch.cpu)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
-    config = document("moe_ties", parameters={"density": 0.8})
+    config = document("moe_dare", parameters={"density": 0.8})
     expected = read_tensors(merge(config, "one", random_seed=1))
     got = read_tensors(merge(config, "two", random_seed=1, multi_gpu=True))
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)

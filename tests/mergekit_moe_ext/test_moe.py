@@ -46,6 +46,21 @@ def test_shared_parameters_are_the_stock_method_s_own(here, shared, parameters):
         assert torch.equal(got[name], tensor), name
 
 
+def test_moe_ties_is_the_stock_ties_of_the_shared_parameters(here):
+    stock = merge(document("ties", parameters={"weight": 1.0, **PAPER}, dtype="float32"), "stock")
+    got = read_tensors(merge(document("moe_ties", parameters=PAPER, dtype="float32")))
+    for name, tensor in without_ffn(read_tensors(stock)).items():
+        assert torch.equal(got[name], tensor), name
+
+
+def test_moe_dare_depends_on_the_random_seed(here):
+    config = document("moe_dare", parameters={"density": 0.5})
+    first, again, other = (merge(config, out, random_seed=seed) for out, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert same_files(first, again)
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(read_tensors(first)[name], read_tensors(other)[name])
+
+
 @pytest.mark.parametrize("shared", ["dare_linear", "dare_ties", "della"])
 def test_random_shared_methods_equal_stock_per_tensor_from_the_same_generator_state(here, shared):
     from mergekit import merge_methods
@@ -231,7 +246,7 @@ def test_bfloat16_sources_without_dtype_stay_bfloat16(tmp_path, monkeypatch):
     ids=lambda options: next(iter(options)),
 )
 def test_execution_options_change_no_byte(here, options):
-    config = document("moe_ties", parameters=PAPER)
+    config = document("moe_dare", parameters={"density": 0.5})
     serial = merge(config, "serial", out_shard_size=20_000)
     other = merge(config, "other", out_shard_size=20_000, **options)
     assert len(list(serial.glob("model-*.safetensors"))) > 3

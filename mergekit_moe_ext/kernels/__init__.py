@@ -1,0 +1,20 @@
+"""Tensor arithmetic of the merge methods: pure functions of tensors, in time linear in their size.
+
+They run over chunks of a flat tensor, so that what they need beside their inputs and their result is a small
+constant. The result depends neither on the chunk size, nor on the number of threads, nor on the device.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+# Small enough to stay in a core's cache from one operation to the next, large enough to share between cores.
+_CPU_CHUNK = 1 << 18
+_ACCELERATOR_CHUNK = 1 << 24
+
+
+def chunks(flat: torch.Tensor) -> Iterator[slice]:
+    """Consecutive slices that cover a flat tensor, of a size that suits its device."""
+    size = _CPU_CHUNK if flat.device.type == "cpu" else _ACCELERATOR_CHUNK
+    for start in range(0, flat.numel(), size):
+        yield slice(start, min(start + size, flat.numel()))
