@@ -38,14 +38,14 @@ _SIZES = (
 _BEHAVIOUR = ("rms_norm_eps", "rope_parameters", "sliding_window")
 # Recomputed by transformers; old checkpoints hold them all the same.
 _NOT_PARAMETERS = ("rotary_emb.inv_freq",)
-_SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+# As safetensors and as torch name them.
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True)
 class Headers:
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]  # as torch names them
-    bytes: int
 
     @property
     def dtype(self) -> str:
@@ -133,8 +133,7 @@ def _read_headers(model: ModelReference, options: MergeOptions) -> Headers:
         lost = [name for name in shard.contained_keys if name not in shapes]
         if lost:
             raise click.ClickException(f"{path} lacks {lost[0]}, though the index of {model} names it there")
-    size = sum(Path(index.base_path, shard.filename).stat().st_size for shard in index.shards)
-    return Headers(shapes, dtypes, size)
+    return Headers(shapes, dtypes)
 
 
 def _shard_headers(index: ShardedTensorIndex, path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
@@ -142,7 +141,7 @@ def _shard_headers(index: ShardedTensorIndex, path: Path) -> Iterator[tuple[str,
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dictionary)
                 view = shard.get_slice(name)
-                yield name, tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(view.get_dtype(), "other")
+                yield name, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())
     else:
         tensors = torch.load(path, map_location="meta", weights_only=True)
         for name, tensor in tensors.items():
@@ -161,6 +160,10 @@ def _check_headers(model: ModelReference, headers: Headers, config: PretrainedCo
         if headers.shapes[name][skip:] != shape[skip:]:
             raise click.ClickException(
                 f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture wants {shape}"
+            )
+        if headers.dtypes[name] not in _DTYPES.values():
+            raise click.ClickException(
+                f"{name} of {model} is {headers.dtypes[name]}; only {', '.join(_DTYPES.values())} can be merged"
             )
     for name in headers.shapes:
         if name in wanted.shapes or name in tied_here or name.endswith(_NOT_PARAMETERS):

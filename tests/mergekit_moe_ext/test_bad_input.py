@@ -155,7 +155,7 @@ def test_no_weights_and_no_config(here, damaged):
     refused(here, document(models=["base", "damaged"]), "cannot read the config of ./damaged")
 
 
-@pytest.mark.parametrize("change", ["missing", "surplus", "shape"])
+@pytest.mark.parametrize("change", ["missing", "surplus", "shape", "dtype"])
 def test_tensors_that_do_not_fit(here, damaged, change):
     tensors = load_file(damaged / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -166,6 +166,9 @@ def test_tensors_that_do_not_fit(here, damaged, change):
         name = "model.layers.1.self_attn.q_proj.bias"
         tensors[name] = torch.zeros(32)
         fragments = [name, "./damaged", "has no place"]
+    elif change == "dtype":
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        fragments = [name, "./damaged is F8_E4M3", "bfloat16"]
     else:
         tensors[name] = torch.zeros(32, 16)
         fragments = [name, "(32, 16)", "(32, 32)"]

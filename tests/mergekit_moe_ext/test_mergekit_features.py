@@ -191,20 +191,23 @@ def test_the_methods_command_shows_every_option():
     assert CliRunner().invoke(main, ["methods", "no"]).exit_code == 1
 
 
-def test_examples_are_good_configurations(here):
+def test_examples_and_the_readme_s_configuration_run(here):
+    import re
+
     from click.testing import CliRunner
 
     from mergekit_moe_ext.cli import main
     from tests.test_autoload import ROOT
 
-    examples = sorted((ROOT / "examples").glob("*.yml"))
-    assert examples
-    for example in examples:
-        text = example.read_text()
-        (here / example.name).write_text(text)
-        result = CliRunner().invoke(main, ["yaml", example.name, f"out-{example.stem}"])
+    examples = {path.stem: path.read_text() for path in (ROOT / "examples").glob("*.yml")}
+    readme = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    examples |= {f"readme-{index}": text for index, text in enumerate(readme)}
+    assert len(examples) >= 2
+    for name, text in examples.items():
+        (here / "config.yml").write_text(text)
+        result = CliRunner().invoke(main, ["yaml", "config.yml", name])
         assert result.exit_code == 0, result.output
-        assert all(f"./{name}" in text for name in NAMES)
+        assert len(yaml.safe_load(text)["models"]) == len(NAMES)
 
 
 def test_multi_gpu_writes_the_same_tensors(here, monkeypatch):

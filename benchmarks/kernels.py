@@ -1,0 +1,134 @@
+"""Our tensor methods against mergekit's, on one matrix, side by side in one process.
+
+    python benchmarks/kernels.py                 # 4096 x 11008; some minutes, most of them mergekit's sort
+    python benchmarks/kernels.py --device cuda
+    python benchmarks/kernels.py --write docs    # also docs/kernels.md and docs/kernels.png
+
+Seconds are the best of several runs (one for what takes longer than ten seconds), after a warm-up. Extra memory is the
+peak beyond what is held before, in units of one input tensor, the result included. `copy` reads and writes all inputs
+once, the least that any merge does.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from mergekit.merge_methods import merge_tensors
+from mergekit.sparsify import magnitude
+
+from mergekit_moe_ext.kernels.trim import trim
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+METHODS = ("ties", "fast_ties", "dare_linear", "dare")
+DENSITY = 0.8
+
+
+def peak_extra_bytes(work: Callable[[], object], device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    before = _status("VmRSS")
+    work()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def best_seconds(work: Callable[[], object], device: str, runs: int = 5) -> float:
+    best = float("inf")
+    for _ in range(runs):
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+        if best > 10:
+            break
+    return best
+
+
+def measure(shape: tuple[int, int], device: str) -> list[tuple[str, str, int, float, float]]:
+    """Rows of what, dtype, sources, seconds, and extra memory in tensors."""
+    rows = []
+    for dtype_name, dtype in DTYPES.items():
+        inputs = [torch.randn(shape, device=device).to(dtype) for _ in range(9)]
+        size = inputs[0].numel() * inputs[0].element_size()
+        jobs: list[tuple[str, int, Callable[[], object]]] = [
+            ("mergekit's trim (a sort)", 1, partial(magnitude, inputs[0], DENSITY)),
+            ("trim", 1, partial(trim, inputs[0], DENSITY)),
+        ]
+        for count in (1, 3, 8):
+            used = inputs[: count + 1]
+            jobs.append(("copy", count, partial(_copy, used, torch.empty_like(used[0]))))
+            jobs += [(name, count, partial(_merge, used, name)) for name in METHODS]
+        for name, count, job in jobs:
+            job()
+            row = (name, dtype_name, count, best_seconds(job, device), peak_extra_bytes(job, device) / size)
+            rows.append(row)
+            click.echo(f"{name:26}{dtype_name:10}{count:3}{row[3]:10.3f} s{row[4]:8.2f} tensors")
+    return rows
+
+
+def _copy(tensors: list[torch.Tensor], target: torch.Tensor) -> None:
+    for tensor in tensors:
+        target.copy_(tensor)
+
+
+def _merge(tensors: list[torch.Tensor], method: str) -> torch.Tensor:
+    return merge_tensors(tensors, method, base_index=0, parameters={"weight": 1.0, "density": DENSITY})
+
+
+def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    lines = [f"# Kernels\n\n{title}. Made by `python benchmarks/kernels.py --write docs`.\n"]
+    lines.append("![Seconds of each method](kernels.png)\n")
+    lines.append("| | dtype | sources | seconds | extra memory (tensors) |\n|---|---|---:|---:|---:|")
+    lines += [f"| {name} | {dtype} | {n} | {seconds:.3f} | {extra:.2f} |" for name, dtype, n, seconds, extra in rows]
+    (folder / "kernels.md").write_text("\n".join(lines) + "\n")
+
+    shown = ("copy", *METHODS)
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, dtype in zip(axes, DTYPES, strict=True):
+        for index, name in enumerate(shown):
+            seconds = [row[3] for row in rows if row[0] == name and row[1] == dtype]
+            axis.bar([group + (index - 2) * 0.17 for group in range(3)], seconds, width=0.16, label=name)
+        axis.set(title=dtype, yscale="log", xlabel="sources", xticks=range(3), xticklabels=["1", "3", "8"])
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("seconds (log scale)")
+    axes[1].legend()
+    figure.suptitle(title)
+    figure.savefig(folder / "kernels.png", dpi=110)
+
+
+@click.command(help=__doc__)
+@click.option("--rows", default=4096, show_default=True)
+@click.option("--columns", default=11008, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--write", "folder", type=click.Path(file_okay=False, path_type=Path), help="for kernels.md and .png")
+def main(rows: int, columns: int, device: str, folder: Path | None) -> None:
+    where = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads of {os.uname()[4]}"
+    )
+    title = f"{rows} x {columns}, density {DENSITY}, torch {torch.__version__}, {where}"
+    click.echo(title)
+    measured = measure((rows, columns), device)
+    if folder:
+        write(measured, title, folder)
+
+
+if __name__ == "__main__":
+    main()
