@@ -7,6 +7,7 @@ loaded. An exception in here would break `import torch` for the whole environmen
 what goes wrong becomes one warning. Standard library only, and nothing is imported before mergekit is.
 """
 
+import contextlib
 import sys
 import warnings
 from importlib.abc import MetaPathFinder
@@ -21,13 +22,20 @@ _warned = False
 
 def activate() -> None:
     """Wait for mergekit, and extend what of it is loaded already. Calling it again changes nothing."""
+    try:
+        _activate()
+    except Exception as error:
+        _stay_off(error)
+
+
+def _activate() -> None:
     if not any(isinstance(finder, _WaitForMergekit) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WaitForMergekit())
     for name in _EXTENDED_BY:
         module = sys.modules.get(name)
         if module is None:
             continue
-        if getattr(module.__spec__, "_initializing", False):
+        if getattr(getattr(module, "__spec__", None), "_initializing", False):
             module.__class__ = _StillLoading
         else:
             _extend(module)
@@ -84,7 +92,6 @@ class _StillLoading(ModuleType):
 
 
 def _extend(module: ModuleType) -> None:
-    global _warned
     try:
         if not mergekit_is_known():
             raise RuntimeError("this version of mergekit is not one it knows (it knows >=0.1.5,<0.2)")
@@ -92,11 +99,18 @@ def _extend(module: ModuleType) -> None:
 
         getattr(mergekit_moe_ext.host, _EXTENDED_BY[module.__name__])(module)
     except Exception as error:
-        if not _warned:
-            _warned = True
-            warnings.warn(
-                f"mergekit-moe-ext stays off: {type(error).__name__}: {error}. "
-                "`mergekit-moe-ext doctor` says more; mergekit itself is unchanged.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _stay_off(error)
+
+
+def _stay_off(error: Exception) -> None:
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    with contextlib.suppress(Warning):  # where warnings are errors
+        warnings.warn(
+            f"mergekit-moe-ext stays off: {type(error).__name__}: {error}. "
+            "`mergekit-moe-ext doctor` says more; mergekit itself is unchanged.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

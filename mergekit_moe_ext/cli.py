@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 import yaml as yaml_format
@@ -53,7 +53,8 @@ def plan(merge_options: MergeOptions, config_file: str) -> None:
     job = read_job(config, merge_options, method)
     planned = prepare(job).plan
     models, base = merged_models(job)
-    click.echo(f"output    {planned.config.architectures[0]}, {planned.dtype}, {planned.bytes / 1e9:.3f} GB")
+    dtype = str(planned.dtype).removeprefix("torch.")
+    click.echo(f"output    {planned.config.architectures[0]}, {dtype}, {planned.bytes / 1e9:.3f} GB")
     click.echo(
         f"experts   {len(job.experts)} per layer, {planned.config.num_experts_per_tok} per token, "
         f"{planned.config.num_hidden_layers} layers"
@@ -153,6 +154,8 @@ def _describe(method: Any) -> None:
 
 
 def _describe_parameter(name: str, kind: Any, default: str, meaning: str | None) -> None:
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     kind_name = " | ".join(choices) if choices else getattr(kind, "__name__", str(kind))
     click.echo(f"  {name} ({kind_name}, {default})" + (f": {meaning}" if meaning else ""))

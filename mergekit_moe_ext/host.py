@@ -77,10 +77,15 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
         out = check_output(out_path)
         prepared = prepare(job)
         check_room(out, prepared.plan.bytes)
-        merge_loras(job)
+        if any(model.lora for model in job.sources):
+            merge_loras(job)
+            prepared = prepare(job)  # a LoRA may bring tensors of its own
         # We write the card and copy the tokenizer ourselves: stock asks the Hub about paths for the one and
         # takes the other from a model that it picks by chance where there is no base.
-        stock_options = options.model_copy(update={"write_model_card": False, "copy_tokenizer": False})
+        # And it seeds nothing where no seed is given, while what we write names one.
+        stock_options = options.model_copy(
+            update={"write_model_card": False, "copy_tokenizer": False, "random_seed": job.seed}
+        )
         makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
         stock_config = merge_config.model_copy(update={} if makes_tokenizer else {"chat_template": None})
         # mergekit keeps loaders for the life of the process, so a second merge would read stale weights.

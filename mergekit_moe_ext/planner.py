@@ -24,7 +24,7 @@ from mergekit.plan import MergePlanner as StockMergePlanner
 
 from mergekit_moe_ext.manifest import check_against, manifest_of
 from mergekit_moe_ext.methods.base import Job, Plan, StructuralMethod
-from mergekit_moe_ext.tasks import CopyTensors, GatherFiniteTensors, LoadFiniteTensor
+from mergekit_moe_ext.tasks import CopyTensors, GatherFiniteTensors, LoadFiniteTensor, RefuseNonfinite
 
 LOG = logging.getLogger(__name__)
 NEUTRAL_PARAMETERS = {"weight": 1.0}
@@ -132,7 +132,10 @@ class MergePlanner(StockMergePlanner):
             raise click.ClickException(f"{self._method.spec.name} cannot merge {weight.name}: {error}") from error
         if not self._job.options.allow_nonfinite:
             weight, task = self._tensors.pop()
-            self._tensors.append((weight, _refusing_nonfinite(task)))
+            checked = RefuseNonfinite(
+                tensor_task=_loading_finite(task), name=weight.name, out_dtype=self.config.out_dtype
+            )
+            self._tensors.append((weight, checked))
 
     def plan_to_disk(self, out_path: str) -> list[Task]:
         tasks = super().plan_to_disk(out_path)
@@ -177,10 +180,10 @@ def _gradient_position(tensor_name: str, num_layers: int) -> float:
     return int(layer.group(1)) / (num_layers - 1) if num_layers > 1 else 1.0
 
 
-def _refusing_nonfinite(task: Any) -> Any:
+def _loading_finite(task: Any) -> Any:
     if type(task) is GatherTensors:
         return GatherFiniteTensors(**dict(task))
-    return task.model_copy(update={"gather_tensors": _refusing_nonfinite(task.gather_tensors)})
+    return task.model_copy(update={"gather_tensors": _loading_finite(task.gather_tensors)})
 
 
 def structural_method(name: str) -> StructuralMethod | None:

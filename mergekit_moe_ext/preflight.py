@@ -6,18 +6,20 @@ and checked by pydantic; what is left under `parameters:` must be the shared met
 
 import difflib
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 import pydantic
-from mergekit.common import dtype_from_name
-from mergekit.config import InputModelDefinition, MergeConfiguration
+from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration
 from mergekit.merge_methods import MergeMethod, registered_methods
 from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import TokenizerConfig
 
 from mergekit_moe_ext.methods.base import Job, MethodOptions, StructuralMethod
 from mergekit_moe_ext.planner import NEUTRAL_PARAMETERS, merged_models
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def check_document(document: Any) -> None:
@@ -38,10 +40,9 @@ def read_job(config: MergeConfiguration, merge_options: MergeOptions, method: St
     if not config.models:
         raise click.ClickException(f"{method.spec.name} takes `models:`, not slices or modules")
     for key in ("dtype", "out_dtype"):
-        try:
-            dtype_from_name(getattr(config, key))
-        except RuntimeError as error:
-            raise click.ClickException(f"{key}: {error}; use float32, bfloat16 or float16") from error
+        name = getattr(config, key)
+        if name and name.removeprefix("torch.") not in ("float64", "float32", "bfloat16", "float16"):
+            raise click.ClickException(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
     given = config.parameters or {}
     ours = {key: value for key, value in given.items() if key in method.options_type.model_fields}
     options = _read_options(method, ours)
@@ -58,6 +59,7 @@ def read_job(config: MergeConfiguration, merge_options: MergeOptions, method: St
                 raise click.ClickException(f"`{key}` under models[{index}] belongs under the merge's `parameters:`")
         _check_keys(entry.parameters or {}, per_model_names, f"models[{index}].parameters")
     _check_duplicates(config)
+    _check_tokenizers(job)
     _check_shared_inputs(job)
     return job
 
@@ -67,8 +69,11 @@ def _read_options(method: StructuralMethod, given: Mapping[str, Any]) -> MethodO
         return method.options_type.model_validate(given)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        value = first["input"]
+        several = isinstance(value, (list, ConditionalParameter))
         raise click.ClickException(
-            f"`{first['loc'][0]}` under `parameters:` is {first['input']!r}: {first['msg']}"
+            f"`{first['loc'][0]}` under `parameters:` "
+            + ("takes one value, no list, gradient or filter" if several else f"is {value!r}: {first['msg']}")
         ) from error
 
 
@@ -90,6 +95,22 @@ def _check_duplicates(config: MergeConfiguration) -> None:
                 f"{entry.model} is listed more than once with different parameters; "
                 "its shared parameters are merged once, so they must agree"
             )
+
+
+def _check_tokenizers(job: Job) -> None:
+    """Where tokenizers are aligned, every local model must have one, and the source must exist."""
+    source = job.config.tokenizer.source if job.config.tokenizer else job.config.tokenizer_source
+    if source is None:
+        return
+    if not isinstance(source, str) and difflib.get_close_matches(str(source), ("base", "union"), n=1):
+        nearest = _nearest(str(source), ("base", "union"))
+        raise click.ClickException(f"tokenizer source: {str(source)!r} is unknown{nearest}")
+    for model in [*job.sources, *([] if isinstance(source, str) else [source])]:
+        directory = Path(model.model.path)
+        if directory.is_dir() and not any((directory / name).exists() for name in _TOKENIZER_FILES):
+            raise click.ClickException(f"{model} has no tokenizer, and aligning vocabularies takes one of every model")
+        if not directory.exists() and model.model.path.startswith((".", "/")):
+            raise click.ClickException(f"{directory} does not exist (named as a tokenizer's source)")
 
 
 def _check_shared_inputs(job: Job) -> None:

@@ -6,6 +6,7 @@ any tensor is read.
 
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import click
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
@@ -38,6 +39,17 @@ _SIZES = (
 _BEHAVIOUR = ("rms_norm_eps", "rope_parameters", "sliding_window")
 # Recomputed by transformers; old checkpoints hold them all the same.
 _NOT_PARAMETERS = ("rotary_emb.inv_freq",)
+# What a damaged index, safetensors file or pickle makes its reader raise.
+_UNREADABLE = (
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 # As safetensors and as torch name them.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -68,10 +80,14 @@ def _read_config(model: ModelReference, options: MergeOptions) -> PretrainedConf
         raise click.ClickException(
             f"{model} is a LoRA on a base model; name a directory for the merged model with --lora-merge-cache"
         )
+    if Path(model.model.path, "adapter_config.json").exists() and not Path(model.model.path, "config.json").exists():
+        raise click.ClickException(f"{model} is a LoRA; write its base model before it: BASE+{model}")
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
         raise click.ClickException(f"cannot read the config of {model}: {_first_line(error)}") from error
+    except KeyError as error:
+        raise click.ClickException(f"the config of {model} lacks {error}") from error
     if getattr(config, "quantization_config", None):
         raise click.ClickException(f"{model} is quantised; merge the weights that it was quantised from")
     return config
@@ -82,10 +98,7 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
 
     Keys that change what a model computes, but not its sizes, are warned about.
     """
-    may_change_vocabulary = (
-        job.config.tokenizer or job.config.tokenizer_source or job.merge_options.unsafe_truncate_embeddings
-    )
-    keys = (*_SIZES, *(() if may_change_vocabulary else ("vocab_size",)))
+    keys = (*_SIZES, *(() if _vocabulary_may_differ(job) else ("vocab_size",)))
     wanted = configs[job.donor]
     for model, config in configs.items():
         for key in keys:
@@ -106,19 +119,45 @@ def read_headers(
 ) -> dict[ModelReference, Headers]:
     """The headers of every source, checked against the manifest of the donor.
 
-    Of a LoRA source the headers are those of the model beneath it.
+    Of a LoRA source the headers are those of the merged model once `merge_loras` has made it, and those of the
+    model beneath it before.
     """
+    vocabulary_may_differ = _vocabulary_may_differ(job)
     headers = {}
     for model in job.sources:
-        headers[model] = _read_headers(ModelReference(model=model.model), job.merge_options)
-        _check_headers(model, headers[model], configs[model], wanted)
+        merged = merged_lora(model, job.merge_options)
+        is_merged = merged is not None and _is_whole(merged)
+        stored = ModelReference(model=ModelPath(path=str(merged)) if is_merged else model.model)
+        config = stored.config() if is_merged else configs[model]
+        headers[model] = _read_headers(stored, job.merge_options)
+        _check_headers(model, headers[model], config, wanted, vocabulary_may_differ)
+        for name in wanted.tied & headers[model].shapes.keys():
+            _check_really_tied(model, stored, name, wanted, job.merge_options)
     return headers
+
+
+def _vocabulary_may_differ(job: Job) -> bool:
+    options = (job.config.tokenizer, job.config.tokenizer_source, job.merge_options.unsafe_truncate_embeddings)
+    return any(options)
+
+
+def _check_really_tied(
+    model: ModelReference, stored: ModelReference, name: str, wanted: Manifest, options: MergeOptions
+) -> None:
+    """A stored copy of a tied tensor is dropped only if it is one: transformers unties those that differ."""
+    loader = stored.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle)
+    (embedding,) = wanted.vocabulary
+    stored_names = loader.index.tensor_paths
+    if embedding in stored_names and not torch.equal(loader.get_tensor(name), loader.get_tensor(embedding)):
+        raise click.ClickException(
+            f"{name} of {model} has no place in the output, which ties it to the embedding: the two differ"
+        )
 
 
 def _read_headers(model: ModelReference, options: MergeOptions) -> Headers:
     try:
         index = model.tensor_index(cache_dir=options.transformers_cache)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise click.ClickException(f"cannot read the weights of {model}: {_first_line(error)}") from error
     shapes, dtypes = {}, {}
     for shard in index.shards:
@@ -128,7 +167,7 @@ def _read_headers(model: ModelReference, options: MergeOptions) -> Headers:
         try:
             for name, shape, dtype in _shard_headers(index, path):
                 shapes[name], dtypes[name] = shape, dtype
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise click.ClickException(f"{path} cannot be read: {_first_line(error)}") from error
         lost = [name for name in shard.contained_keys if name not in shapes]
         if lost:
@@ -148,15 +187,20 @@ def _shard_headers(index: ShardedTensorIndex, path: Path) -> Iterator[tuple[str,
             yield name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 
-def _check_headers(model: ModelReference, headers: Headers, config: PretrainedConfig, wanted: Manifest) -> None:
+def _check_headers(
+    model: ModelReference,
+    headers: Headers,
+    config: PretrainedConfig,
+    wanted: Manifest,
+    vocabulary_may_differ: bool,
+) -> None:
     tied_here = wanted.vocabulary | wanted.tied if config.tie_word_embeddings else frozenset()
     for name, shape in wanted.shapes.items():
         if name not in headers.shapes:
             if name in tied_here and any(other in headers.shapes for other in tied_here):
                 continue
             raise click.ClickException(f"{model} lacks the tensor {name}")
-        # A vocabulary axis may differ where the tokenizers are aligned; check_same_size has seen to that.
-        skip = 1 if name in wanted.vocabulary else 0
+        skip = 1 if name in wanted.vocabulary and vocabulary_may_differ else 0
         if headers.shapes[name][skip:] != shape[skip:]:
             raise click.ClickException(
                 f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture wants {shape}"
@@ -172,6 +216,13 @@ def _check_headers(model: ModelReference, headers: Headers, config: PretrainedCo
         raise click.ClickException(f"{name} of {model} has no place in the output{hint}")
 
 
+def merged_lora(model: ModelReference, options: MergeOptions) -> Path | None:
+    """Where mergekit keeps the merged model of a LoRA source, whether it is there yet or not."""
+    if not model.lora or not options.lora_merge_cache:
+        return None
+    return Path(options.lora_merge_cache, f"{model.model._unique_id()}_{model.lora._unique_id()}")
+
+
 def merge_loras(job: Job) -> None:
     """Merge every LoRA source into mergekit's `--lora-merge-cache`, each whole or not at all.
 
@@ -180,15 +231,13 @@ def merge_loras(job: Job) -> None:
     """
     options = job.merge_options
     for model in job.sources:
-        if not model.lora:
+        merged = merged_lora(model, options)
+        if merged is None:
             continue
-        cache = Path(options.lora_merge_cache)
-        merged = cache / f"{model.model._unique_id()}_{model.lora._unique_id()}"
-        if merged.exists() and not any(merged.glob("*.safetensors*")):
-            shutil.rmtree(merged)
-        if merged.exists():
+        if _is_whole(merged):
             continue
-        partial = cache / f".partial-{os.getpid()}"
+        shutil.rmtree(merged, ignore_errors=True)
+        partial = merged.parent / f".partial-{os.getpid()}"
         try:
             model.merged(
                 cache_dir=str(partial),
@@ -204,5 +253,11 @@ def merge_loras(job: Job) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def _is_whole(merged: Path) -> bool:
+    """mergekit, where it is interrupted, leaves a directory without weights."""
+    return any(merged.glob("*.safetensors*"))
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    lines = [line.strip() for line in (str(error) or type(error).__name__).strip().splitlines()]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

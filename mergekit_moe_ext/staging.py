@@ -6,6 +6,7 @@ killed merge left behind is recognised by its name and removed by the next merge
 
 import atexit
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -30,12 +31,15 @@ def check_output(out_path: str) -> Path:
         )
     if os.path.ismount(out):
         raise click.ClickException(f"{out_path} is a mount point; name a directory inside it")
+    parent = _nearest_existing(out.parent)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise click.ClickException(f"cannot write {out_path}: {parent} is not a directory that you may write to")
     return out
 
 
 def check_room(out: Path, needed: int) -> None:
     """`ClickException` if the output's disk has fewer than `needed` bytes free."""
-    existing = next(path for path in (out, *out.parents) if path.exists())
+    existing = _nearest_existing(out)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise click.ClickException(
@@ -46,15 +50,17 @@ def check_room(out: Path, needed: int) -> None:
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """Yields a directory of the same name to write into; on success it becomes `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.partial-"
     lock = FileLock(out.parent / f"{prefix}lock")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise click.ClickException(f"another merge is writing to {out}") from None
+    except OSError as error:
+        raise click.ClickException(f"cannot write {out}: {error}") from error
     try:
-        for stale in out.parent.glob(f"{prefix}*"):
+        for stale in out.parent.glob(f"{glob.escape(prefix)}*"):
             if stale.is_dir():
                 shutil.rmtree(stale, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
@@ -66,13 +72,23 @@ def staged(out: Path) -> Iterator[Path]:
             with _disk_errors_explained(out):
                 yield directory
                 _flush_to_disk(directory)
-            directory.rename(out)
+            directory.rename(_still_free(out))
             _flush(out.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _still_free(out: Path) -> Path:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise click.ClickException(f"{out} was written to by something else during the merge; it is left as it is")
+    return out
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 @contextmanager

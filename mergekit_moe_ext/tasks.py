@@ -7,6 +7,8 @@ from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
 
+_LET_THROUGH = "`allow_nonfinite: true` under `parameters:` lets it through"
+
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or Inf. Makes no copy: the extremes show both."""
@@ -15,17 +17,46 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
+def cast_finite(tensor: torch.Tensor, dtype: torch.dtype | None, what: str) -> torch.Tensor:
+    """`tensor.to(dtype)`, whose values must stay finite. `ClickException` says `what` does not fit."""
+    cast = tensor.to(dtype) if dtype else tensor
+    if cast is not tensor and not is_finite(cast):
+        raise click.ClickException(f"{what} has values too large for {dtype}; {_LET_THROUGH}")
+    return cast
+
+
 class LoadFiniteTensor(LoadTensor):
     """`LoadTensor` that refuses NaN and Inf, naming model and tensor."""
 
     def execute(self) -> torch.Tensor | None:
-        tensor = super().execute()
-        if tensor is not None and not is_finite(tensor):
-            raise click.ClickException(
-                f"{self.tensor} of {self.model} holds NaN or Inf; "
-                "`allow_nonfinite: true` under `parameters:` lets it through"
-            )
-        return tensor
+        tensor = LoadTensor(**{**dict(self), "dtype": None}).execute()
+        if tensor is None:
+            return None
+        what = f"{self.tensor} of {self.model}"
+        if not is_finite(tensor):
+            raise click.ClickException(f"{what} holds NaN or Inf; {_LET_THROUGH}")
+        return cast_finite(tensor, dtype_from_name(self.dtype), what)
+
+
+class RefuseNonfinite(Task[torch.Tensor | None]):
+    """Passes a merged tensor on in the dtype in which it is written, if it is finite."""
+
+    tensor_task: Task
+    name: str
+    out_dtype: str | None = None
+
+    def arguments(self) -> dict[str, Task]:
+        return {"tensor": self.tensor_task}
+
+    def group_label(self) -> str | None:
+        return self.tensor_task.group_label()
+
+    def execute(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if not is_finite(tensor):
+            raise click.ClickException(f"merging {self.name} gave NaN or Inf; {_LET_THROUGH}")
+        return cast_finite(tensor, dtype_from_name(self.out_dtype), self.name)
 
 
 class GatherFiniteTensors(GatherTensors):
@@ -62,4 +93,8 @@ class CopyTensors(Task[None]):
         out_dtype = dtype_from_name(self.out_dtype)
         for output_name, model, source_name in self.copies:
             tensor = self.load(model=model, tensor=source_name, dtype=self.dtype).execute()
-            writer.save_tensor(output_name, tensor.to(out_dtype) if out_dtype else tensor, clone=self.clone)
+            if self.load is LoadFiniteTensor:
+                tensor = cast_finite(tensor, out_dtype, output_name)
+            elif out_dtype:
+                tensor = tensor.to(out_dtype)
+            writer.save_tensor(output_name, tensor, clone=self.clone)

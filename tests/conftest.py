@@ -79,7 +79,13 @@ def merge(config: dict, out: str = "out", **options: Any) -> Path:
 
     source = yaml.safe_dump(config, sort_keys=False)
     parsed = MergeConfiguration.model_validate(yaml.safe_load(source))
-    run_merge(parsed, out, MergeOptions(**{"quiet": True, **options}), config_source=source)
+    merge_options = MergeOptions(**{"quiet": True, **options})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(merge_options.num_threads or threads)
+    try:
+        run_merge(parsed, out, merge_options, config_source=source)
+    finally:
+        torch.set_num_threads(threads)
     return Path(out)
 
 

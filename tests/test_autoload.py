@@ -62,6 +62,11 @@ def test_only_importing_torch_loads_nothing_of_ours_but_the_hook():
     assert python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").stdout.strip() == "[]"
 
 
+def test_a_stubbed_mergekit_does_not_break_torch():
+    stub = "import sys, types; sys.modules['mergekit.merge'] = types.SimpleNamespace()\nimport torch"
+    assert python(stub).returncode == 0
+
+
 def test_the_hook_imports_only_the_standard_library():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import _mergekit_moe_ext_autoload as a; a.activate()"
     result = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(ROOT)], capture_output=True, text=True)

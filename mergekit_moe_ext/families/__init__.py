@@ -39,6 +39,7 @@ def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_arc
                 f"{model} is a {architecture or config.model_type}, which has no mixture-of-experts "
                 f"architecture here; supported: {supported}"
             )
+        config.architectures = [family.dense[config.model_type]]  # some configs name none
         if complaint := family.refuse(config):
             raise click.ClickException(f"{model}: {complaint}")
     first, *others = configs

@@ -9,6 +9,7 @@ from mergekit_moe_ext.families import Upcycling
 _DENSE_ONLY = {
     "_name_or_path",
     "architectures",
+    "auto_map",
     "attention_bias",
     "mlp_bias",
     "model_type",

@@ -52,7 +52,7 @@ def merge_dare(
     """
     flat_base = base.reshape(-1)
     flat = [tensor.reshape(-1) for tensor in tensors]
-    factors = [weight / density if density > 0 else 0.0 for weight, density in zip(weights, densities, strict=True)]
+    factors = [w / min(d, 1.0) if d > 0 else 0.0 for w, d in zip(weights, densities, strict=True)]
     wide = torch.promote_types(base.dtype, torch.float32)
     result = torch.empty_like(flat_base)
     for piece in chunks(flat_base):

@@ -106,7 +106,7 @@ def _magnitudes(values: torch.Tensor) -> torch.Tensor:
 
 def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold:
     """The threshold that keeps `count` elements; 1 <= count < numel."""
-    least, most = 0, torch.iinfo(_INTEGERS[flat.dtype]).max  # the threshold lies in here, ends included
+    least, most = 0, torch.iinfo(magnitudes(slice(0, 1)).dtype).max  # the threshold lies in here, ends included
     low, high = _bracket(magnitudes, flat.numel(), count, most)
     while True:
         above, inside, collected = _count(magnitudes, flat, low, high)

@@ -8,18 +8,20 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.merge_methods.base import MergeMethod, MergeMethodSpec
 from mergekit.options import MergeOptions
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PretrainedConfig
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class MethodOptions(BaseModel):
@@ -60,6 +62,11 @@ class Job:
         return list(dict.fromkeys([*self.experts, *([self.base] if self.base else [])]))
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the output, if the configuration says."""
+        return dtype_from_name(self.config.out_dtype or self.config.dtype)
+
+    @property
     def seed(self) -> int:
         return self.merge_options.random_seed or 0
 
@@ -73,12 +80,11 @@ class Plan:
     copies: Mapping[str, tuple[ModelReference, str]]  # taken as they are: source, name there
     computed: Mapping[str, Task]  # made by a task that has a `shape`
     shapes: Mapping[str, tuple[int, ...]]  # of all of these
-    dtype: str  # as torch names it, of what is computed and in general of all
+    dtype: torch.dtype  # of what is computed and in general of all
 
     @property
     def bytes(self) -> int:
-        size = torch.finfo(getattr(torch, self.dtype)).bits // 8
-        return size * sum(math.prod(shape) for shape in self.shapes.values())
+        return self.dtype.itemsize * sum(math.prod(shape) for shape in self.shapes.values())
 
 
 class StructuralMethod(MergeMethod):

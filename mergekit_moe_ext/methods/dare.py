@@ -1,7 +1,7 @@
 """`dare`: DARE as MergeME 3.1.2 and its own paper write it; mergekit's rescales by L1 norms instead.
 
-A mask depends on the seed (`--random-seed`; the same fixed one where none is given), the source's position among
-the models that are not the base, and the tensor's name. It does not depend on the order of execution, so reruns,
+A mask depends on torch's seed (that is `--random-seed`), the source's position among the models that are not the
+base, and the tensor's name. It does not depend on the order of execution, so reruns,
 threads, shards and GPUs agree.
 """
 
@@ -19,6 +19,7 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_moe_ext.kernels.drop import mask_key, merge_dare
+from mergekit_moe_ext.methods.base import Fraction
 
 
 def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
@@ -47,7 +48,7 @@ DARE = FunctionalGroupMergeMethod(
         contract=InputContract(base=BasePolicy.REQUIRED),
         parameters=(
             ParameterSpec("weight", float, _NON_BASE, 1.0, "of a task vector"),
-            ParameterSpec("density", float, _NON_BASE, 1.0, "the probability that a value is kept"),
+            ParameterSpec("density", Fraction, _NON_BASE, 1.0, "the probability that a value is kept"),
             ParameterSpec("lambda", float, _SHARED, 1.0, "scales the merged task vector"),
             ParameterSpec("elect_sign", bool, _SHARED, False, "sum only what agrees with the sign that TIES elects"),
         ),

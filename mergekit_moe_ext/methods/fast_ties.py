@@ -14,6 +14,7 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_moe_ext.kernels.ties import merge_ties
+from mergekit_moe_ext.methods.base import Fraction
 
 
 def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
@@ -39,7 +40,7 @@ FAST_TIES = FunctionalGroupMergeMethod(
         contract=InputContract(base=BasePolicy.REQUIRED),
         parameters=(
             ParameterSpec("weight", float, _NON_BASE, description="of a task vector"),
-            ParameterSpec("density", float, _NON_BASE, 1.0, "the fraction of a task vector that is kept"),
+            ParameterSpec("density", Fraction, _NON_BASE, 1.0, "the fraction of a task vector that is kept"),
             ParameterSpec("normalize", bool, _SHARED, True, "divide by the weights of the values that agree"),
             ParameterSpec("lambda", float, _SHARED, 1.0, "scales the merged task vector"),
             ParameterSpec("int8_mask", bool, _SHARED, False, "accepted as mergekit's ties does; changes nothing"),

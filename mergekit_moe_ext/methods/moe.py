@@ -5,9 +5,11 @@ attention, norms, head) is merged by the tensor method that `shared:` names. A g
 `gate_mode` says; MergeME, like BTX before it, trains it afterwards.
 """
 
+import functools
 from typing import Any, Literal
 
 import click
+import torch
 from mergekit.architecture import WeightInfo
 from pydantic import Field
 
@@ -66,8 +68,16 @@ class MoeMethod(StructuralMethod):
         config = family.output_config(configs[job.donor], len(experts), options.experts_per_token)
         dense = manifest_of(configs[job.donor])
         headers = read_headers(job, configs, dense)
-        dtype = job.config.out_dtype or job.config.dtype or headers[job.donor].dtype
-        config.dtype = dtype
+        config.dtype = dtype = job.dtype or functools.reduce(
+            torch.promote_types, [getattr(torch, source.dtype) for source in headers.values()]
+        )
+        if job.merge_options.unsafe_truncate_embeddings:
+            config.vocab_size = min(
+                shape[0]
+                for source in headers.values()
+                for name, shape in source.shapes.items()
+                if name in dense.vocabulary
+            )
 
         layers = range(config.num_hidden_layers)
         ffn_names = {
@@ -94,7 +104,7 @@ class MoeMethod(StructuralMethod):
                 mode=options.gate_mode,
                 std=config.initializer_range,
                 seed=job.seed,
-                dtype=dtype,
+                dtype=str(dtype),
             )
             for layer in layers
         }
@@ -104,7 +114,11 @@ class MoeMethod(StructuralMethod):
             copies=copies,
             computed=gates,
             shapes={
-                **{weight.name: dense.shapes[weight.name] for weight in shared},
+                **{
+                    name: (config.vocab_size, *shape[1:]) if name in dense.vocabulary else shape
+                    for name, shape in dense.shapes.items()
+                    if name not in ffn_names
+                },
                 **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
                 **{name: gate.shape for name, gate in gates.items()},
             },

@@ -57,6 +57,18 @@ def refused(here, config, *fragments, **options):
         (document(parameters={"experts_per_token": 5}), ["experts_per_token is 5", "at most 4"]),
         (document(parameters={"experts_per_token": [1, 2]}), ["`experts_per_token`"]),
         (document(dtype="float31"), ["dtype", "float31", "float32"]),
+        (document(out_dtype="int64"), ["out_dtype", "int64", "float32"]),
+        (document("moe_dare", parameters={"density": 80}), ["dare cannot merge", "80", "less than or equal to 1"]),
+        (document("moe_ties", parameters={"density": float("nan")}), ["fast_ties cannot merge", "nan"]),
+        (document("moe_ties", parameters={"density": -0.5}), ["greater than or equal to 0"]),
+        (document(parameters={"weight": float("nan")}), ["NaN or Inf", "allow_nonfinite"]),
+        (
+            document(parameters={"experts_per_token": [{"filter": "mlp", "value": 1}]}),
+            ["`experts_per_token`", "takes one value"],
+        ),
+        (document(tokenizer_source="unoin"), ["'unoin'", "did you mean `union`"]),
+        (document(tokenizer_source="./nowhere"), ["./base has no tokenizer"]),
+        (document(tokenizer_source="union"), ["./base has no tokenizer"]),
         (document("moe_ties", base=None), ["fast_ties", "requires a base", "base_model:"]),
         (document("moe", parameters={"shared": "slerp", "t": 0.5}), ["slerp", "got 4"]),
         (document("moe", models=["base", "math"], parameters={"shared": "slerp"}), ["slerp needs `t`"]),
@@ -194,6 +206,57 @@ def test_quantised_source(here, damaged):
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (damaged / "config.json").write_text(json.dumps(config))
     refused(here, document(models=["base", "damaged"]), "./damaged is quantised")
+
+
+@pytest.mark.parametrize("keys", [{"out_dtype": "float16"}, {"dtype": "float16"}])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.down_proj.weight"])
+def test_values_that_do_not_fit_the_dtype(here, damaged, keys, name):
+    tensors = load_file(damaged / "model.safetensors")
+    tensors[name].view(-1)[7] = 4e5
+    save_file(tensors, damaged / "model.safetensors", PLAIN)
+    refused(here, document(models=["base", "damaged"], **keys), "values too large for torch.float16")
+
+
+def test_a_stored_head_that_is_not_the_embedding_it_is_tied_to(here):
+    for name in ("tied", "odd"):
+        make_model(here / name, 0, tie_word_embeddings=True)
+    tensors = load_file(here / "odd" / "model.safetensors")
+    copy = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(copy, here / "odd" / "model.safetensors", PLAIN)
+    assert merge(document(models=["tied", "odd"], base=None), "fine").exists()
+    save_file({**copy, "lm_head.weight": torch.ones(96, 32)}, here / "odd" / "model.safetensors", PLAIN)
+    refused(here, document(models=["tied", "odd"], base=None), "lm_head.weight of ./odd", "the two differ")
+
+
+def test_more_rows_than_the_vocabulary_has(here, damaged):
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["lm_head.weight"] = torch.zeros(100, 32)
+    save_file(tensors, damaged / "model.safetensors", PLAIN)
+    refused(here, document(models=["damaged"] * 2, base=None), "lm_head.weight", "(100, 32)", "(96, 32)")
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"weight_map": 3}'])
+def test_damaged_index(here, damaged, content):
+    (damaged / "model.safetensors").unlink()
+    (damaged / "model.safetensors.index.json").write_text(content)
+    refused(here, document(models=["base", "damaged"]), "cannot read the weights of ./damaged")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04"])
+def test_damaged_pickle(here, damaged, content):
+    (damaged / "model.safetensors").unlink()
+    (damaged / "pytorch_model.bin").write_bytes(content)
+    refused(here, document(models=["base", "damaged"]), "cannot read the weights of ./damaged")
+
+
+def test_a_lora_listed_as_a_model(here):
+    (here / "lora").mkdir()
+    (here / "lora" / "adapter_config.json").write_text("{}")
+    refused(here, document(models=["base", "lora"]), "./lora is a LoRA", "BASE+./lora")
+
+
+def test_output_below_a_file(here):
+    refused(here, document(), "cannot write", out="base/config.json/out")
 
 
 def test_output_that_is_there_already(here):

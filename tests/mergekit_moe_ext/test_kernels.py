@@ -133,6 +133,12 @@ def test_the_threshold_of_a_difference_is_that_of_the_difference(split):
     assert magnitude_threshold(tensor, 0.7, base) == magnitude_threshold(tensor - base, 0.7)
 
 
+def test_the_threshold_of_a_difference_of_two_dtypes():
+    tensor, base = random_tensor((500,), torch.bfloat16, 1), random_tensor((500,), torch.float32, 2)
+    for density in (0.01, 0.5):
+        assert magnitude_threshold(tensor, density, base) == magnitude_threshold(tensor - base, density)
+
+
 CASES = [
     {"weight": [1.0, 1.0, 1.0], "density": [0.8, 0.8, 0.8], "normalize": False, "lambda": 1 / 3},
     {"weight": [0.5, -2.0, 1.0], "density": [0.2, 1.0, 0.6], "normalize": True, "lambda": 1.0},

@@ -215,6 +215,52 @@ def test_gates_depend_on_the_seed_and_the_mode(here):
     assert not gates("e", 1, "zeros").any()
 
 
+def test_gates_have_the_architecture_s_initializer_range(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "base", 0, initializer_range=0.3)
+    for mode in ("random", "uniform_random"):
+        got = read_tensors(merge(document(models=["base"] * 8, parameters={"gate_mode": mode}), mode))
+        assert got["model.layers.1.block_sparse_moe.gate.weight"].std().item() == pytest.approx(0.3, rel=0.15)
+
+
+def test_sources_of_several_dtypes_are_promoted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "base", 0, dtype=torch.bfloat16)
+    make_model(tmp_path / "math", 1)
+    out = merge(document(models=["base", "math"]))
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_without_a_seed_the_seed_is_the_one_on_the_card(here):
+    config = document("moe_dare", parameters={"density": 0.5})
+    merge(config, "other", random_seed=3)
+    unseeded, seeded = merge(config, "unseeded"), merge(config, "seeded", random_seed=0)
+    assert same_files(unseeded, seeded) and "Seed 0" in (unseeded / "README.md").read_text()
+
+
+def edited_config(here, name, **changes):
+    """./name: a copy of ./base with another config.json; None removes a key."""
+    import shutil
+
+    shutil.copytree(here / "base", here / name)
+    config = {**json.loads((here / name / "config.json").read_text()), **changes}
+    kept = {key: value for key, value in config.items() if value is not None}
+    (here / name / "config.json").write_text(json.dumps(kept))
+
+
+def test_remote_code_of_a_source_is_not_the_output_s(here):
+    edited_config(here, "remote", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    out = merge(document(models=["remote", "math"], base=None))
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+
+
+def test_a_donor_that_names_no_architecture(here):
+    edited_config(here, "nameless", architectures=None)
+    expected = read_tensors(merge(document(models=["base", "math"], base=None), "expected"))
+    got = read_tensors(merge(document(models=["nameless", "math"], base=None)))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+
+
 def test_dtypes(here):
     out = merge(document(dtype="float32", out_dtype="bfloat16"))
     assert {tensor.dtype for tensor in read_tensors(out).values()} == {torch.bfloat16}
@@ -236,11 +282,9 @@ def test_bfloat16_sources_without_dtype_stay_bfloat16(tmp_path, monkeypatch):
     "options",
     [
         {"async_write": True, "write_threads": 3},
-        {"num_threads": 1},
+        {"num_threads": 3},
         {"clone_tensors": True},
-        {"lazy_unpickle": True},
         {"low_cpu_memory": True},
-        {"read_to_gpu": True},
         {"allow_crimes": True},
     ],
     ids=lambda options: next(iter(options)),

@@ -147,6 +147,20 @@ def test_too_little_room_is_found_before_the_merge(tmp_path):
         check_room(tmp_path / "not" / "yet", 10**18)
 
 
+def test_an_output_that_is_filled_during_the_merge_is_left_alone(tmp_path):
+    with pytest.raises(click.ClickException, match="written to by something else"), staged(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "mine").exists()
+
+
+def test_names_that_look_like_patterns_are_names(tmp_path):
+    with staged(tmp_path / "modela"), staged(tmp_path / "model[ab]"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"modela", "model[ab]"}
+
+
 def test_two_merges_to_one_output(tmp_path):
     with staged(tmp_path / "out"), pytest.raises(click.ClickException, match="another merge is writing"):
         staged(tmp_path / "out").__enter__()
