@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-# Small enough to stay in a core's cache from one operation to the next, large enough to share between cores.
-_CPU_CHUNK = 1 << 18
+# Small enough for the caches from one operation to the next; so large that the threads of an operation, which wait
+# for each other at its end, do so rarely: on a busy machine each such wait may take longer than the work.
+_CPU_CHUNK = 1 << 20
 _ACCELERATOR_CHUNK = 1 << 24
 
 

@@ -1,12 +1,13 @@
 """Our tensor methods against mergekit's, on one matrix, side by side in one process.
 
-    python benchmarks/kernels.py                 # 4096 x 11008; some minutes, most of them mergekit's sort
-    python benchmarks/kernels.py --device cuda
-    python benchmarks/kernels.py --write docs    # also docs/kernels.md and docs/kernels.png
+    python benchmarks/tensor_methods.py                 # 4096 x 11008; some minutes, most of them mergekit's sort
+    python benchmarks/tensor_methods.py --device cuda
+    python benchmarks/tensor_methods.py --write docs    # also docs/kernels.md and docs/kernels.png
 
-Seconds are the best of several runs (one for what takes longer than ten seconds), after a warm-up. Extra memory is the
-peak beyond what is held before, in units of one input tensor, the result included. `copy` reads and writes all inputs
-once, the least that any merge does.
+Seconds are the best of up to five runs after a warm-up. Extra memory is the peak beyond what is held before, in
+units of one input tensor, the result included. `copy` reads and writes all inputs once, the least that any merge does.
+
+(Not called kernels.py: transformers imports a module of that name, and would find this one.)
 """
 
 import os
@@ -44,15 +45,17 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def best_seconds(work: Callable[[], object], device: str, runs: int = 5) -> float:
-    best = float("inf")
-    for _ in range(runs):
+def best_seconds(work: Callable[[], object], device: str) -> float:
+    """Of five runs, or fewer if they take more than five seconds together."""
+    best, spent = float("inf"), 0.0
+    for _ in range(5):
         started = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-        if best > 10:
+        seconds = time.perf_counter() - started
+        best, spent = min(best, seconds), spent + seconds
+        if spent > 5:
             break
     return best
 
@@ -72,8 +75,8 @@ def measure(shape: tuple[int, int], device: str) -> list[tuple[str, str, int, fl
             jobs.append(("copy", count, partial(_copy, used, torch.empty_like(used[0]))))
             jobs += [(name, count, partial(_merge, used, name)) for name in METHODS]
         for name, count, job in jobs:
-            job()
-            row = (name, dtype_name, count, best_seconds(job, device), peak_extra_bytes(job, device) / size)
+            extra = peak_extra_bytes(job, device) / size  # and a warm-up
+            row = (name, dtype_name, count, best_seconds(job, device), extra)
             rows.append(row)
             click.echo(f"{name:26}{dtype_name:10}{count:3}{row[3]:10.3f} s{row[4]:8.2f} tensors")
     return rows
@@ -94,7 +97,7 @@ def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Pa
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    lines = [f"# Kernels\n\n{title}. Made by `python benchmarks/kernels.py --write docs`.\n"]
+    lines = [f"# Kernels\n\n{title}. Made by `python benchmarks/tensor_methods.py --write docs`.\n"]
     lines.append("![Seconds of each method](kernels.png)\n")
     lines.append("| | dtype | sources | seconds | extra memory (tensors) |\n|---|---|---:|---:|---:|")
     lines += [f"| {name} | {dtype} | {n} | {seconds:.3f} | {extra:.2f} |" for name, dtype, n, seconds, extra in rows]
