@@ -112,7 +112,7 @@ def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Pa
         axis.set(title=dtype, yscale="log", xlabel="sources", xticks=range(3), xticklabels=["1", "3", "8"])
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("seconds (log scale)")
-    axes[1].legend()
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(title)
     figure.savefig(folder / "kernels.png", dpi=110)
 
