@@ -128,7 +128,7 @@ def read_headers(
         merged = merged_lora(model, job.merge_options)
         is_merged = merged is not None and _is_whole(merged)
         stored = ModelReference(model=ModelPath(path=str(merged)) if is_merged else model.model)
-        config = stored.config() if is_merged else configs[model]
+        config = stored.config(job.merge_options.trust_remote_code) if is_merged else configs[model]
         headers[model] = _read_headers(stored, job.merge_options)
         _check_headers(model, headers[model], config, wanted, vocabulary_may_differ)
         for name in wanted.tied & headers[model].shapes.keys():

@@ -76,14 +76,15 @@ def runs_again(here, whole):
     assert hidden(here) == []
 
 
+def merge_until(where: str, nth: int, number: signal.Signals) -> subprocess.CompletedProcess:
+    """A merge in a process of its own that gets a signal when a function is called for the n-th time."""
+    command = [sys.executable, "-c", KILLER, where, str(nth), str(int(number))]
+    return subprocess.run(command, capture_output=True, timeout=120)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed(ready, whole, stage):
-    where, nth = STAGES[stage]
-    process = subprocess.run(
-        [sys.executable, "-c", KILLER, where, str(nth), str(int(signal.SIGKILL))],
-        capture_output=True,
-        timeout=120,
-    )
+    process = merge_until(*STAGES[stage], signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert not (ready / "out").exists()
     runs_again(ready, whole)
@@ -91,21 +92,14 @@ def test_killed(ready, whole, stage):
 
 @pytest.mark.parametrize("stage", ["first tensor", "flush"])
 def test_ctrl_c(ready, whole, stage):
-    where, nth = STAGES[stage]
-    process = subprocess.run(
-        [sys.executable, "-c", KILLER, where, str(nth), str(int(signal.SIGINT))],
-        capture_output=True,
-        timeout=120,
-    )
+    process = merge_until(*STAGES[stage], signal.SIGINT)
     assert process.returncode not in (0, -signal.SIGKILL)
     assert not (ready / "out").exists() and hidden(ready) == []
     runs_again(ready, whole)
 
 
 def test_killed_after_the_rename_leaves_a_whole_output(ready, whole):
-    process = subprocess.run(
-        [sys.executable, "-c", KILLER, "shutil:rmtree", "1", str(int(signal.SIGKILL))], capture_output=True
-    )
+    process = merge_until("shutil:rmtree", 1, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert {path.name for path in (ready / "out").iterdir()} == {path.name for path in whole.iterdir()}
     assert all((ready / "out" / p.name).read_bytes() == p.read_bytes() for p in whole.glob("*.safetensors"))
