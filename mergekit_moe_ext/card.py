@@ -20,9 +20,9 @@ A {architecture} with {num_experts} experts per layer, {experts_per_token} of th
 ## Load it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
@@ -56,8 +56,9 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
         ),
         name=directory.name,
         architecture=plan.config.architectures[0],
-        num_experts=plan.config.num_local_experts,
-        experts_per_token=plan.config.num_experts_per_tok,
+        auto_class="AutoModelForSeq2SeqLM" if plan.config.is_encoder_decoder else "AutoModelForCausalLM",
+        num_experts=plan.num_experts,
+        experts_per_token=plan.experts_per_token,
         method=spec.pretty_name,
         url=spec.reference_url,
         shared=f"[{shared.name}]({shared.reference_url})" if shared.reference_url else shared.name,

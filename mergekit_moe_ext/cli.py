@@ -56,7 +56,7 @@ def plan(merge_options: MergeOptions, config_file: str) -> None:
     dtype = str(planned.dtype).removeprefix("torch.")
     click.echo(f"output    {planned.config.architectures[0]}, {dtype}, {planned.bytes / 1e9:.3f} GB")
     click.echo(
-        f"experts   {len(job.experts)} per layer, {planned.config.num_experts_per_tok} per token, "
+        f"experts   {planned.num_experts} per layer, {planned.experts_per_token} per token, "
         f"{planned.config.num_hidden_layers} layers"
     )
     for index, model in enumerate(job.experts):

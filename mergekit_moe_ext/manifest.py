@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 class Manifest:
     shapes: Mapping[str, tuple[int, ...]]  # without the names that are tied to another
     tied: frozenset[str]  # names that the model has but its checkpoint need not hold
+    embedding: str  # the name of the input embedding
     vocabulary: frozenset[str]  # names, in `shapes`, of tensors whose first axis is the vocabulary
 
 
@@ -26,12 +27,14 @@ def manifest_of(config: PretrainedConfig) -> Manifest:
     with torch.device("meta"):
         model = model_class(config)
     tied = frozenset(model.all_tied_weights_keys)
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    vocabulary = {id(layer.weight) for layer in embeddings if layer is not None}
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = [layer.weight for layer in layers if layer is not None]
+    vocabulary = {id(weight) for weight in embeddings}
     state = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     return Manifest(
         shapes={name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied},
         tied=tied,
+        embedding=next(name for name, tensor in state.items() if tensor is embeddings[0] and name not in tied),
         vocabulary=frozenset(name for name, tensor in state.items() if id(tensor) in vocabulary and name not in tied),
     )
 

@@ -103,12 +103,12 @@ class MergePlanner(StockMergePlanner):
         if not isinstance(self.arch_info, PlannedArchitecture):
             super()._plan()
             return
-        for weight in self._plan_of_job.shared:
-            self._plan_shared(weight)
+        for name, weight in self._plan_of_job.shared.items():
+            self._plan_shared(name, weight)
         for name, task in self._plan_of_job.computed.items():
             self._tensors.append((WeightInfo(name=name), task))
 
-    def _plan_shared(self, weight: WeightInfo) -> None:
+    def _plan_shared(self, name: str, weight: WeightInfo) -> None:
         models, base = merged_models(self._job)
         num_layers = self._plan_of_job.config.num_hidden_layers
         parameters = {entry.model: entry.parameters for entry in reversed(self._job.config.models)}
@@ -130,12 +130,10 @@ class MergePlanner(StockMergePlanner):
             ) from error
         except (RuntimeError, ValueError) as error:
             raise click.ClickException(f"{self._method.spec.name} cannot merge {weight.name}: {error}") from error
+        weight, task = self._tensors.pop()
         if not self._job.options.allow_nonfinite:
-            weight, task = self._tensors.pop()
-            checked = RefuseNonfinite(
-                tensor_task=_loading_finite(task), name=weight.name, out_dtype=self.config.out_dtype
-            )
-            self._tensors.append((weight, checked))
+            task = RefuseNonfinite(tensor_task=_loading_finite(task), name=name, out_dtype=self.config.out_dtype)
+        self._tensors.append((weight.model_copy(update={"name": name}), task))
 
     def plan_to_disk(self, out_path: str) -> list[Task]:
         tasks = super().plan_to_disk(out_path)

@@ -7,7 +7,7 @@ and checked by pydantic; what is left under `parameters:` must be the shared met
 import difflib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import pydantic
@@ -16,9 +16,10 @@ from mergekit.merge_methods import MergeMethod, registered_methods
 from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import TokenizerConfig
 
-from mergekit_moe_ext.methods.base import Job, MethodOptions, StructuralMethod
+from mergekit_moe_ext.methods.base import Job, StructuralMethod
 from mergekit_moe_ext.planner import NEUTRAL_PARAMETERS, merged_models
 
+Options = TypeVar("Options", bound=pydantic.BaseModel)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -44,35 +45,41 @@ def read_job(config: MergeConfiguration, merge_options: MergeOptions, method: St
         if name and name.removeprefix("torch.") not in ("float64", "float32", "bfloat16", "float16"):
             raise click.ClickException(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
     given = config.parameters or {}
-    ours = {key: value for key, value in given.items() if key in method.options_type.model_fields}
-    options = _read_options(method, ours)
+    options: Any = _read_options(method.options_type, given, "`parameters:`")
     shared = _shared_method(method.shared_method_name(options))
-    job = Job(config, merge_options, method, options, shared)
 
     shared_names = [parameter.name for parameter in shared.spec.parameters]
-    per_model_names = [parameter.name for parameter in shared.spec.input_parameters]
+    shared_per_model = [parameter.name for parameter in shared.spec.input_parameters]
+    per_model_names = [*method.model_options_type.model_fields, *shared_per_model]
     where = f"parameters ({method.spec.name} with shared method {shared.spec.name})"
+    for key in given:
+        if key in method.model_options_type.model_fields:
+            raise click.ClickException(f"`{key}` belongs under the `parameters:` of a model")
     _check_keys(given, [*method.options_type.model_fields, *shared_names], where)
+    model_options = []
     for index, entry in enumerate(config.models):
         for key in entry.parameters or {}:
             if key not in per_model_names and key in (*method.options_type.model_fields, *shared_names):
                 raise click.ClickException(f"`{key}` under models[{index}] belongs under the merge's `parameters:`")
         _check_keys(entry.parameters or {}, per_model_names, f"models[{index}].parameters")
-    _check_duplicates(config)
+        where = f"models[{index}].parameters"
+        model_options.append(_read_options(method.model_options_type, entry.parameters or {}, where))
+    job = Job(config, merge_options, method, options, model_options, shared)
+    _check_duplicates(config, shared_per_model)
     _check_tokenizers(job)
     _check_shared_inputs(job)
     return job
 
 
-def _read_options(method: StructuralMethod, given: Mapping[str, Any]) -> MethodOptions:
+def _read_options(options_type: type[Options], given: Mapping[str, Any], where: str) -> Options:
     try:
-        return method.options_type.model_validate(given)
+        return options_type.model_validate({key: given[key] for key in options_type.model_fields if key in given})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         value = first["input"]
-        several = isinstance(value, (list, ConditionalParameter))
+        several = isinstance(value, (list, ConditionalParameter)) and "list" not in first["msg"]
         raise click.ClickException(
-            f"`{first['loc'][0]}` under `parameters:` "
+            f"`{first['loc'][0]}` under {where} "
             + ("takes one value, no list, gradient or filter" if several else f"is {value!r}: {first['msg']}")
         ) from error
 
@@ -86,11 +93,12 @@ def _shared_method(name: str) -> MergeMethod:
     return methods[name]
 
 
-def _check_duplicates(config: MergeConfiguration) -> None:
+def _check_duplicates(config: MergeConfiguration, shared_per_model: Collection[str]) -> None:
     """A model listed twice is two experts, but the shared method sees it once, with one set of parameters."""
     seen: dict[Any, Any] = {}
     for entry in config.models or []:
-        if seen.setdefault(entry.model, entry.parameters) != entry.parameters:
+        parameters = {key: value for key, value in (entry.parameters or {}).items() if key in shared_per_model}
+        if seen.setdefault(entry.model, parameters) != parameters:
             raise click.ClickException(
                 f"{entry.model} is listed more than once with different parameters; "
                 "its shared parameters are merged once, so they must agree"

@@ -146,9 +146,10 @@ def _check_really_tied(
 ) -> None:
     """A stored copy of a tied tensor is dropped only if it is one: transformers unties those that differ."""
     loader = stored.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle)
-    (embedding,) = wanted.vocabulary
     stored_names = loader.index.tensor_paths
-    if embedding in stored_names and not torch.equal(loader.get_tensor(name), loader.get_tensor(embedding)):
+    if wanted.embedding in stored_names and not torch.equal(
+        loader.get_tensor(name), loader.get_tensor(wanted.embedding)
+    ):
         raise click.ClickException(
             f"{name} of {model} has no place in the output, which ties it to the embedding: the two differ"
         )

@@ -1,4 +1,4 @@
-"""Graph tasks that mergekit lacks: loading with a check for NaN and Inf, and copying many tensors."""
+"""Graph tasks that mergekit lacks: loading with a check for NaN and Inf, copying many tensors, and zeros."""
 
 import click
 import torch
@@ -98,3 +98,15 @@ class CopyTensors(Task[None]):
             elif out_dtype:
                 tensor = tensor.to(out_dtype)
             writer.save_tensor(output_name, tensor, clone=self.clone)
+
+
+class Zeros(Task[torch.Tensor]):
+    name: str  # makes it another task than the next one of the same shape
+    shape: tuple[int, ...]
+    dtype: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {}
+
+    def execute(self, **_kwargs: object) -> torch.Tensor:
+        return torch.zeros(self.shape, dtype=dtype_from_name(self.dtype), device="cpu")

@@ -11,7 +11,7 @@ import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import mergekit_moe_ext  # noqa: F401  (registers the methods)
 
@@ -29,17 +29,15 @@ TINY = {
     "vocab_size": 96,
     "max_position_embeddings": 128,
 }
+SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}  # some families' defaults are beyond 96
 NAMES = ("base", "math", "code", "law")
 
 
 def make_model(path: Path, seed: int, *, family: str = "llama", dtype: Any = torch.float32, **config: Any) -> Path:
     """A random dense model; fine-tunes are the base (seed 0) plus noise of their own."""
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[family]
+    auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
     torch.manual_seed(0)
-    model = model_class(config_class(**{**TINY, **config}))
+    model = auto.from_config(AutoConfig.for_model(family, **{**TINY, **SPECIAL_TOKENS, **config}))
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

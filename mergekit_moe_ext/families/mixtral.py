@@ -1,27 +1,17 @@
-"""Llama and Mistral to Mixtral. Exact: with equal sources the output's logits are the dense model's."""
+"""Llama and Mistral to Mixtral."""
 
 from transformers import MixtralConfig, PretrainedConfig
 
-from mergekit_moe_ext.families import Upcycling
+from mergekit_moe_ext.families import Stack, Upcycling, moe_config
 
-# Of the dense model only. `model_type` in particular: passed on it stays "mistral" in memory, and
-# transformers then silently skips the weight conversion.
-_DENSE_ONLY = {
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "attention_bias",
-    "mlp_bias",
-    "model_type",
-    "pretraining_tp",
-    "transformers_version",
-}
+_NO_BIASES = ("attention_bias", "mlp_bias")
 
 
 def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
-    kept = {key: value for key, value in dense.to_dict().items() if key not in _DENSE_ONLY}
-    return MixtralConfig(
-        **kept,
+    return moe_config(
+        MixtralConfig,
+        dense,
+        drop=_NO_BIASES,
         architectures=["MixtralForCausalLM"],
         num_local_experts=num_experts,
         num_experts_per_tok=experts_per_token,
@@ -29,7 +19,7 @@ def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token:
 
 
 def _refuse(dense: PretrainedConfig) -> str | None:
-    for key in ("attention_bias", "mlp_bias"):
+    for key in _NO_BIASES:
         if getattr(dense, key, False):
             return f"`{key}: true` has no place in Mixtral, whose layers have no biases"
     return None
@@ -38,13 +28,18 @@ def _refuse(dense: PretrainedConfig) -> str | None:
 MIXTRAL = Upcycling(
     dense={"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
     moe="MixtralForCausalLM",
-    ffn={
-        f"model.layers.{{layer}}.mlp.{dense}.weight": (
-            f"model.layers.{{layer}}.block_sparse_moe.experts.{{expert}}.{moe}.weight"
-        )
-        for dense, moe in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
-    },
-    gate="model.layers.{layer}.block_sparse_moe.gate.weight",
+    stacks=(
+        Stack(
+            ffn="model.layers.{layer}.mlp",
+            experts={
+                f"model.layers.{{layer}}.mlp.{dense}.weight": (
+                    f"model.layers.{{layer}}.block_sparse_moe.experts.{{expert}}.{moe}.weight"
+                )
+                for dense, moe in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
+            },
+            gate="model.layers.{layer}.block_sparse_moe.gate.weight",
+        ),
+    ),
     output_config=_output_config,
     refuse=_refuse,
 )

@@ -32,6 +32,12 @@ class MethodOptions(BaseModel):
     allow_nonfinite: bool = Field(False, description="let NaN and Inf in a source through")
 
 
+class ModelOptions(BaseModel):
+    """Options of one entry of `models:`; they stand under its `parameters:`. A structural method may have some."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
 @dataclass(frozen=True)
 class Job:
     """One merge as the user asked for it, after its keys and options were found to be good."""
@@ -40,6 +46,7 @@ class Job:
     merge_options: MergeOptions
     method: "StructuralMethod"
     options: Any  # the method's own MethodOptions subclass
+    model_options: Sequence[Any]  # the method's own ModelOptions subclass, per entry of `models:`
     shared: MergeMethod  # the tensor method that merges the shared parameters
 
     @property
@@ -76,7 +83,9 @@ class Plan:
     """Where every tensor of the output comes from, by its name in the output."""
 
     config: PretrainedConfig  # of the output; its class is what transformers will load
-    shared: Sequence[WeightInfo]  # merged by the shared method from the namesakes in all sources
+    num_experts: int
+    experts_per_token: int
+    shared: Mapping[str, WeightInfo]  # merged by the shared method from the tensors of one name in all sources
     copies: Mapping[str, tuple[ModelReference, str]]  # taken as they are: source, name there
     computed: Mapping[str, Task]  # made by a task that has a `shape`
     shapes: Mapping[str, tuple[int, ...]]  # of all of these
@@ -91,6 +100,7 @@ class StructuralMethod(MergeMethod):
     """A merge method that mergekit's own planner cannot run, and ours can."""
 
     options_type: type[MethodOptions]
+    model_options_type: type[ModelOptions] = ModelOptions
 
     def __init__(self, name: str, pretty_name: str, reference_url: str, description: str):
         self.spec = MergeMethodSpec(name=name, pretty_name=pretty_name, reference_url=reference_url)

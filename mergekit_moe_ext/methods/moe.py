@@ -6,31 +6,41 @@ attention, norms, head) is merged by the tensor method that `shared:` names. A g
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import click
 import torch
 from mergekit.architecture import WeightInfo
 from pydantic import Field
 
-from mergekit_moe_ext.families import upcycling_for
-from mergekit_moe_ext.gates import InitialGate
-from mergekit_moe_ext.manifest import manifest_of
-from mergekit_moe_ext.methods.base import Job, MethodOptions, Plan, StructuralMethod
+from mergekit_moe_ext.families import Upcycling, upcycling_for
+from mergekit_moe_ext.gates import GateMode, initial_gates
+from mergekit_moe_ext.manifest import Manifest, manifest_of
+from mergekit_moe_ext.methods.base import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
 from mergekit_moe_ext.sources import check_same_size, read_configs, read_headers
+from mergekit_moe_ext.tasks import Zeros
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
 _BTX = "https://arxiv.org/abs/2403.07816"
 
 
 class MoeOptions(MethodOptions):
-    experts_per_token: int = Field(
-        2, ge=1, description="how many experts the gate chooses per token; with 1 a Mixtral gate gets no gradient"
+    experts_per_token: int | None = Field(
+        None,
+        ge=1,
+        description="how many experts the gate chooses per token: 2 if not given, 1 in Switch Transformers, which has "
+        "no other; with 1 the gate of any other architecture gets no gradient",
     )
-    gate_mode: Literal["random", "uniform_random", "zeros"] = Field(
+    gate_mode: GateMode = Field(
         "random",
-        description="how gates start: random (normal) and uniform_random have the architecture's "
-        "initializer_range as standard deviation; zeros chooses arbitrarily and weighs equally",
+        description="how gates start: random (normal) and uniform_random have the architecture's initializer_range as "
+        "standard deviation; zeros chooses arbitrarily and weighs equally; hidden (or hidden_last), hidden_avg and "
+        "cheap_embed are made of the models' positive_prompts and negative_prompts",
+    )
+    expert_capacity: int | None = Field(
+        None,
+        ge=1,
+        description="Switch Transformers only: how many tokens of a sequence an expert takes; 64 if not given",
     )
 
 
@@ -38,8 +48,19 @@ class MoeOptionsWithShared(MoeOptions):
     shared: str = Field("linear", description="the tensor method that merges everything but the FFNs")
 
 
+class MoeModelOptions(ModelOptions):
+    positive_prompts: list[str] | str | None = Field(
+        None, description="texts that this expert is for: a list, or a text file with one per line"
+    )
+    negative_prompts: list[str] | str | None = Field(
+        None, description="texts that this expert is not for: a list, or a text file with one per line"
+    )
+
+
 class MoeMethod(StructuralMethod):
     """With `shared` given, a spelling of `moe` that fixes it."""
+
+    model_options_type = MoeModelOptions
 
     def __init__(self, name: str, pretty_name: str, reference_url: str, shared: str | None = None):
         merged_by = f"the {shared} method" if shared else "the method that `shared` names"
@@ -56,16 +77,14 @@ class MoeMethod(StructuralMethod):
         return self._shared or options.shared
 
     def plan(self, job: Job) -> Plan:
-        options, experts = job.options, job.experts
-        if options.experts_per_token > len(experts):
-            raise click.ClickException(
-                f"experts_per_token is {options.experts_per_token}, but `models:` lists {len(experts)} "
-                f"expert(s); it can be at most {len(experts)}"
-            )
+        experts = job.experts
         configs = read_configs(job)
         family = upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
         check_same_size(job, configs)
-        config = family.output_config(configs[job.donor], len(experts), options.experts_per_token)
+        experts_per_token = _experts_per_token(job, family)
+        config = family.output_config(
+            configs[job.donor], len(experts), experts_per_token, **_options_of_family(job, family)
+        )
         dense = manifest_of(configs[job.donor])
         headers = read_headers(job, configs, dense)
         config.dtype = dtype = job.dtype or functools.reduce(
@@ -79,51 +98,80 @@ class MoeMethod(StructuralMethod):
                 if name in dense.vocabulary
             )
 
-        layers = range(config.num_hidden_layers)
-        ffn_names = {
-            source.format(layer=layer): (output, layer) for source, output in family.ffn.items() for layer in layers
-        }
+        layers = [(stack, layer) for stack in family.stacks for layer in range(getattr(config, stack.layers))]
         copies = {
-            output.format(layer=layer, expert=index): (model, name)
-            for name, (output, layer) in ffn_names.items()
+            output.format(layer=layer, expert=index): (model, name.format(layer=layer))
+            for stack, layer in layers
+            for name, output in stack.experts.items()
             for index, model in enumerate(experts)
         }
-        shared = [
-            WeightInfo(
-                name=name,
-                vocabulary_axis=0 if name in dense.vocabulary else None,
-                tied_names=tuple(dense.vocabulary) if name in dense.vocabulary else None,
-            )
-            for name in dense.shapes
-            if name not in ffn_names
-        ]
-        gates = {
-            (name := family.gate.format(layer=layer)): InitialGate(
-                name=name,
-                shape=(len(experts), config.hidden_size),
-                mode=options.gate_mode,
-                std=config.initializer_range,
-                seed=job.seed,
-                dtype=str(dtype),
-            )
-            for layer in layers
+        of_experts = {name for _model, name in copies.values()}
+        shared = {name: _shared_weight(name, dense) for name in dense.shapes if name not in of_experts}
+        shared |= {
+            output.format(layer=layer): _shared_weight(name.format(layer=layer), dense)
+            for stack, layer in layers
+            for output, name in stack.merged.items()
+        }
+        computed: dict[str, Any] = initial_gates(job, config, layers, dense.embedding, dtype)
+        output_shapes = manifest_of(config).shapes
+        computed |= {
+            name: Zeros(name=name, shape=output_shapes[name], dtype=str(dtype))
+            for stack, layer in layers
+            for name in (template.format(layer=layer) for template in stack.zeros)
         }
         return Plan(
             config=config,
+            num_experts=len(experts),
+            experts_per_token=experts_per_token,
             shared=shared,
             copies=copies,
-            computed=gates,
+            computed=computed,
             shapes={
                 **{
-                    name: (config.vocab_size, *shape[1:]) if name in dense.vocabulary else shape
-                    for name, shape in dense.shapes.items()
-                    if name not in ffn_names
+                    name: (config.vocab_size, *dense.shapes[weight.name][1:])
+                    if weight.name in dense.vocabulary
+                    else dense.shapes[weight.name]
+                    for name, weight in shared.items()
                 },
                 **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
-                **{name: gate.shape for name, gate in gates.items()},
+                **{name: task.shape for name, task in computed.items()},
             },
             dtype=dtype,
         )
+
+
+def _experts_per_token(job: Job, family: Upcycling) -> int:
+    given, number = job.options.experts_per_token, len(job.experts)
+    if family.experts_per_token is not None:
+        if given not in (None, family.experts_per_token):
+            raise click.ClickException(
+                f"experts_per_token is {given}, but {family.moe} has always {family.experts_per_token}"
+            )
+        return family.experts_per_token
+    wanted = 2 if given is None else given
+    if wanted > number:
+        raise click.ClickException(
+            f"experts_per_token is {wanted}, but `models:` lists {number} expert(s); it can be at most {number}"
+        )
+    return wanted
+
+
+def _options_of_family(job: Job, family: Upcycling) -> dict[str, Any]:
+    """The options that only some architectures have, which must be this one."""
+    given = {key: getattr(job.options, key) for key in ("expert_capacity",) if getattr(job.options, key) is not None}
+    for key in given:
+        if key not in family.options:
+            raise click.ClickException(f"{family.moe} has no `{key}`")
+    return given
+
+
+def _shared_weight(name: str, dense: Manifest) -> WeightInfo:
+    in_vocabulary = name in dense.vocabulary
+    return WeightInfo(
+        name=name,
+        vocabulary_axis=0 if in_vocabulary else None,
+        tied_names=tuple(dense.vocabulary) if in_vocabulary else None,
+    )
 
 
 MOE_METHODS = (

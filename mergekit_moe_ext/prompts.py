@@ -1,0 +1,120 @@
+"""What a dense model makes of prompts at the places where the gates of its mixture of experts will read.
+
+The modes are those of mergekit-moe, with two faults mended: states are taken as the FFN receives them, after the
+norm that stands before it, since that is what the gate will receive; and padding does not count.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+LOG = logging.getLogger(__name__)
+Tokens = tuple[tuple[int, ...], ...]  # prompts, as token ids
+_BATCH = 8  # prompts per forward pass
+_DEGENERATE = 5.0  # the condition number of a gate from which on mergekit-moe warns
+
+
+def hidden_states(model: Any, ffns: Sequence[str], prompts: Tokens, *, average: bool) -> torch.Tensor:
+    """What each of the modules `ffns` receives, meaned over the prompts: (len(ffns), hidden), float32, on the CPU.
+
+    Of a prompt the mean over its tokens counts if `average`, else its last token.
+    """
+    received: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _module, inputs, name=name: received.__setitem__(name, inputs[0])
+        )
+        for name in ffns
+    ]
+    total = torch.zeros(len(ffns), model.config.hidden_size)
+    try:
+        for start in range(0, len(prompts), _BATCH):
+            batch = [torch.tensor(prompt) for prompt in prompts[start : start + _BATCH]]
+            lengths = torch.tensor([len(prompt) for prompt in batch])
+            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+            real = torch.arange(ids.shape[1]) < lengths[:, None]
+            with torch.no_grad():
+                model(input_ids=ids.to(model.device), attention_mask=real.long().to(model.device), use_cache=False)
+            # weights over (prompt, token) that sum to one per prompt
+            counts = real / lengths[:, None] if average else (torch.arange(ids.shape[1]) == lengths[:, None] - 1)
+            for layer, name in enumerate(ffns):
+                total[layer] += torch.einsum("pt,pth->h", counts.float(), received.pop(name).float().cpu())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total / len(prompts)
+
+
+def embedding_states(embedding: torch.Tensor, prompts: Tokens) -> torch.Tensor:
+    """The direction of the sum of the prompts' token embeddings: (hidden,), float32, of length one."""
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=embedding.device)
+    return _direction(embedding[tokens].float().sum(dim=0))
+
+
+def _direction(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+
+
+def warn_of_degenerate(gates: torch.Tensor) -> None:
+    """`gates`: (layers, experts, hidden). Warns of layers that can hardly tell the experts apart."""
+    degenerate = [
+        str(layer) for layer, gate in enumerate(gates) if torch.linalg.cond(gate.float()).item() > _DEGENERATE
+    ]
+    if degenerate:
+        where = "all layers" if len(degenerate) == len(gates) else f"layers {', '.join(degenerate)}"
+        LOG.warning(
+            "the gates of %s are degenerate: your prompts may be too similar, and one or more experts will be "
+            "chosen too seldom",
+            where,
+        )
+
+
+class PromptStates(Task[torch.Tensor]):
+    """Per gate and expert, positive minus negative prompts' states, of length one: (gates, experts, hidden)."""
+
+    model: ModelReference
+    prompts: tuple[tuple[Tokens, Tokens], ...]  # positive and negative, per expert
+    ffns: tuple[str, ...]  # the modules in the dense model, one per gate
+    mode: str
+    embedding: str  # the name of the input embedding
+    device: str
+    lora_merge_cache: str | None
+    transformers_cache: str | None
+    trust_remote_code: bool
+    quiet: bool
+
+    def arguments(self) -> dict[str, Task]:
+        return {}
+
+    def execute(self, **_kwargs: object) -> torch.Tensor:
+        source = self.model.merged(self.lora_merge_cache, self.trust_remote_code)
+        if self.mode == "cheap_embed":
+            loader = source.lazy_loader(self.transformers_cache)
+            embedding = loader.get_tensor(self.embedding)
+
+            def states(prompts: Tokens) -> torch.Tensor:
+                return embedding_states(embedding, prompts).expand(len(self.ffns), -1)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.local_path(self.transformers_cache),
+                dtype="auto",
+                device_map="auto" if self.device.startswith("cuda") else None,
+                trust_remote_code=self.trust_remote_code,
+            ).eval()
+
+            def states(prompts: Tokens) -> torch.Tensor:
+                return hidden_states(model, self.ffns, prompts, average=self.mode == "hidden_avg")
+
+        gates = []
+        for positive, negative in tqdm(self.prompts, desc="prompts", disable=self.quiet):
+            gate = states(positive)
+            gates.append(_direction(gate - states(negative) if negative else gate))
+        stacked = torch.stack(gates, dim=1)
+        warn_of_degenerate(stacked)
+        return stacked

@@ -1,0 +1,147 @@
+"""Each pair of architectures: what it computes, against the dense model or a loop written from the equation."""
+
+import json
+
+import click
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from tests.conftest import document, make_model, merge, read_tensors
+
+TOKENS = torch.arange(1, 41).reshape(2, 20) * 7 % 96
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+CASES = [
+    ("qwen2", {}, "Qwen2MoeForCausalLM"),
+    ("qwen2", {**WINDOW, "max_window_layers": 0}, "Qwen2MoeForCausalLM"),
+    ("qwen2", {**WINDOW, "max_window_layers": 2}, "Qwen2MoeForCausalLM"),
+    ("qwen3", {}, "Qwen3MoeForCausalLM"),
+    ("qwen3", {**WINDOW, "max_window_layers": 0}, "Qwen3MoeForCausalLM"),
+    ("qwen3", {"attention_bias": True}, "Qwen3MoeForCausalLM"),
+    ("olmo2", {}, "FlexOlmoForCausalLM"),
+    ("olmo2", {"attention_bias": True}, "FlexOlmoForCausalLM"),
+]
+SHAPES = [
+    {},
+    {"tie_word_embeddings": True},
+    {"num_key_value_heads": 4, "num_hidden_layers": 1, "hidden_act": "gelu"},
+    {"head_dim": 6, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+]
+
+
+def logits(model, **inputs):
+    with torch.no_grad():
+        return model.eval()(**(inputs or {"input_ids": TOKENS})).logits
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("family", "config", "moe"), CASES, ids=str)
+def test_equal_sources_give_the_dense_model(tmp_path, monkeypatch, family, config, shape, moe):
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "base", 1, family=family, **{**shape, **config})
+    out = merge(document("moe_ties", ["base"] * 3))
+    dense = AutoModelForCausalLM.from_pretrained("base")
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert json.loads((out / "config.json").read_text())["architectures"] == [moe] == [type(loaded).__name__]
+    assert torch.allclose(logits(dense), logits(loaded), atol=1e-5)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == dense.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2"])
+def test_one_expert_in_the_mixture_is_the_dense_model_with_that_ffn(tmp_path, monkeypatch, family):
+    """With every token sent to expert 1: the merged model with the FFNs of `math`."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math", "code"), 1):
+        make_model(tmp_path / name, seed, family=family)
+    out = merge(document("moe", ["base", "math", "code"], parameters={"experts_per_token": 1, "gate_mode": "zeros"}))
+    moe, dense = AutoModelForCausalLM.from_pretrained(out), AutoModelForCausalLM.from_pretrained("base")
+    tensors = read_tensors(out)
+    state = {name: tensors[name] for name in dense.state_dict() if ".mlp." not in name}
+    state |= {name: tensor for name, tensor in read_tensors(tmp_path / "math").items() if ".mlp." in name}
+    dense.load_state_dict(state)
+    for layer in moe.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _gate, _inputs, out: (*out[:2], torch.ones_like(out[2])))
+    assert torch.allclose(logits(dense), logits(moe), atol=1e-5)
+
+
+def test_the_shared_expert_of_qwen2_moe_is_merged_and_silent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math"), 1):
+        make_model(tmp_path / name, seed, family="qwen2")
+    got = read_tensors(merge(document(models=["base", "math"])))
+    base, math = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "math")
+    for part in ("gate_proj", "up_proj"):
+        name = f"model.layers.1.mlp.{part}.weight"
+        merged = got[f"model.layers.1.mlp.shared_expert.{part}.weight"]
+        assert torch.allclose(merged, (base[name] + math[name]) / 2)
+    assert not got["model.layers.1.mlp.shared_expert.down_proj.weight"].any()
+    assert not got["model.layers.1.mlp.shared_expert_gate.weight"].any()
+
+
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+
+
+def switch_by_hand(dense, tensors, capacity):
+    """Switch Transformers, equations 1 and 2, in the FFNs of a T5: each sequence's tokens one after the other."""
+    for side, position in (("encoder", 1), ("decoder", 2)):
+        for index, block in enumerate(dense.get_submodule(side).block):
+            prefix = f"{side}.block.{index}.layer.{position}.mlp"
+
+            def forward(states, prefix=prefix):
+                result = torch.zeros_like(states)
+                for sequence in range(len(states)):
+                    taken = {}
+                    for token, v in enumerate(states[sequence]):
+                        probabilities = (tensors[f"{prefix}.router.classifier.weight"] @ v).softmax(0)
+                        chosen = int(probabilities.argmax())
+                        taken[chosen] = taken.get(chosen, 0) + 1
+                        if taken[chosen] <= capacity:
+                            wi, wo = (tensors[f"{prefix}.experts.expert_{chosen}.{w}.weight"] for w in ("wi", "wo"))
+                            result[sequence, token] = probabilities[chosen] * (wo @ (wi @ v).relu())
+                return result
+
+            block.layer[-1].DenseReluDense.forward = forward
+    return dense
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_t5_becomes_a_switch_transformer(tmp_path, monkeypatch, capacity):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math"), 1):
+        make_model(tmp_path / name, seed, family="t5", **T5)
+    parameters = {} if capacity is None else {"expert_capacity": capacity}
+    out = merge(document("moe_linear", ["base", "math"], parameters=parameters))
+    moe, info = AutoModelForSeq2SeqLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(moe).__name__ == "SwitchTransformersForConditionalGeneration"
+    tensors = read_tensors(out)
+    dense = AutoModelForSeq2SeqLM.from_pretrained("base")
+    dense.load_state_dict({k: v for k, v in tensors.items() if ".mlp." not in k}, strict=False)
+    inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :7]}
+    got = logits(moe, **inputs)
+    assert torch.allclose(got, logits(switch_by_hand(dense.eval(), tensors, capacity or 64), **inputs), atol=1e-5)
+    for index, name in enumerate(("base", "math")):
+        source = read_tensors(tmp_path / name)["decoder.block.2.layer.2.DenseReluDense.wo.weight"]
+        assert torch.equal(tensors[f"decoder.block.2.layer.2.mlp.experts.expert_{index}.wo.weight"], source)
+    assert "AutoModelForSeq2SeqLM" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "parameters", "complaint"),
+    [
+        ("t5", {**T5, "feed_forward_proj": "gated-gelu"}, {}, "gated FFN"),
+        ("t5", {**T5, "tie_word_embeddings": False}, {}, "not tied"),
+        ("t5", T5, {"experts_per_token": 2}, "always 1"),
+        ("t5", T5, {"gate_mode": "hidden"}, "has two"),
+        ("llama", {}, {"expert_capacity": 4}, "MixtralForCausalLM has no `expert_capacity`"),
+        ("qwen3", {**WINDOW, "max_window_layers": 2}, {}, "in all layers or in none"),
+        ("gpt2", {}, {}, "supported: LlamaForCausalLM"),
+    ],
+)
+def test_what_has_no_place_is_refused(tmp_path, monkeypatch, family, config, parameters, complaint):
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "base", 0, family=family, **config)
+    with pytest.raises(click.ClickException, match=complaint):
+        merge(document("moe", ["base", "base"], parameters=parameters))
+    assert not (tmp_path / "out").exists()
