@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
@@ -13,6 +14,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_moe_ext
+from mergekit_moe_ext.options import Reading, reading_options
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,6 +70,54 @@ def plan(merge_options: MergeOptions, config_file: str) -> None:
     click.echo(f"copied    {len(planned.copies)} tensors")
     click.echo(f"computed  {len(planned.computed)} tensors, seed {job.seed}")
     click.echo(f"config and tokenizer from {job.donor}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--data", "data", multiple=True, required=True, metavar="[TASK=]SOURCE", help="Texts to count on.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Keep the counts: *.usage.json.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw them: *.png, *.pdf or *.svg.")
+@click.option("--max-samples", type=click.IntRange(min=1), help="Use the first so many rows of each source.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows at a time.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one, and spreads over all where one is too small.",
+)
+@reading_options
+def usage(
+    model: str,
+    data: tuple[str, ...],
+    output: Path | None,
+    plot: Path | None,
+    max_samples: int | None,
+    batch_size: int,
+    device: str,
+    reading: Reading,
+) -> None:
+    """Count how often each expert of the mixture MODEL is chosen on texts, per source.
+
+    SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a split if you like:
+    news=news.jsonl, owner/name:test[:100]. Prints, per source, the routing probability of each expert, averaged over
+    layers and tokens. Runs on many processes under `accelerate launch -m mergekit_moe_ext`, with the same counts.
+    """
+    from mergekit_moe_ext.calibration import count_usage, table
+    from mergekit_moe_ext.plots import plot_usage, pyplot
+
+    if plot:
+        pyplot()  # is it there? better to know before counting
+    for path in filter(None, (output, plot)):
+        if path.exists():
+            raise click.ClickException(f"{path} exists and is not overwritten; remove it or name another")
+    counted = count_usage(model, list(data), reading, max_samples=max_samples, batch_size=batch_size, device=device)
+    if counted is None:  # not the main process
+        return
+    if output:
+        counted.write(output)
+    if plot:
+        plot_usage(counted, plot)
+    click.echo(table(counted))
 
 
 @main.command()

@@ -23,6 +23,8 @@ def _output_config(
         num_experts=num_experts,
         num_sparse_encoder_layers=dense.num_layers,
         num_sparse_decoder_layers=dense.num_decoder_layers,
+        # T5's default; a config that lacks it cannot make the decoder's inputs from labels
+        decoder_start_token_id=getattr(dense, "decoder_start_token_id", dense.pad_token_id),
         **options,
     )
 

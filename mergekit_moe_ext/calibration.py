@@ -1,0 +1,240 @@
+"""Expert usage: how often each expert of each layer was chosen on some data, counted once and kept in a file.
+
+Every token counts that is no padding, in every MoE layer, encoder and decoder apart. What is counted is what the
+router dispatched: a token that Switch Transformers drops because its expert is full counts for no expert.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import pydantic
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from pydantic import BaseModel, ConfigDict
+from tqdm import tqdm
+
+from mergekit_moe_ext.data import Source, collate, fingerprint, load, parse_sources, tokenise
+from mergekit_moe_ext.loading import load_config, load_model, load_tokenizer, silence
+from mergekit_moe_ext.options import Reading
+from mergekit_moe_ext.routing import recorded, routers_of
+
+
+class LayerUsage(BaseModel):
+    """One router's choices."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int  # that passed the router
+    counts: list[int]  # how often each expert was chosen
+    weights: list[float]  # the sum of the weights with which each was chosen
+
+
+class TaskUsage(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str
+    fingerprint: str  # sha256 of the token ids
+    samples: int
+    layers: dict[str, LayerUsage]  # by the router's name in the model, in order
+
+
+class Usage(BaseModel):
+    """The content of a usage file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["mergekit-moe-ext usage 1"] = "mergekit-moe-ext usage 1"
+    model: str
+    routers: str  # sha256 of the routers' parameters: tells fine-tunes of one model apart, and knows a renamed one
+    architecture: str
+    experts_per_token: int
+    tasks: dict[str, TaskUsage]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+
+
+def read_usage(path: Path) -> Usage:
+    """`ClickException` for a file that is none, or that counted nothing."""
+    try:
+        usage = Usage.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.ClickException(f"cannot read the usage file {path}: {error.strerror}") from error
+    except (pydantic.ValidationError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"{path} is no usage file of this version: {error}") from error
+    for name, task in usage.tasks.items():
+        if any(layer.tokens == 0 for layer in task.layers.values()) or not task.layers:
+            raise click.ClickException(f"{path} counted nothing for the task {name!r}")
+    if not usage.tasks:
+        raise click.ClickException(f"{path} counted nothing")
+    return usage
+
+
+def routers_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
+    """The sha256 of the routers' parameters, by name, in any dtype."""
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        digest.update(name.encode())
+        digest.update(parameters[name].detach().cpu().double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def count(
+    model: Any,
+    data: Dataset,
+    source: Source,
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    accelerator: Accelerator,
+    quiet: bool,
+) -> TaskUsage:
+    """Run the model over tokenised `data` and count. Under `accelerate launch` each process takes its part."""
+    model.eval()
+    with accelerator.split_between_processes(list(range(len(data)))) as mine:
+        rows = data.select(mine)
+    sums: dict[str, torch.Tensor] = {}
+    batches = range(0, len(rows), batch_size)
+    with recorded(model) as choices:
+        for start in tqdm(batches, desc=source.name, unit="batch", disable=quiet or not accelerator.is_main_process):
+            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))], pad_token_id)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            real = {"": batch["attention_mask"].bool().flatten()}
+            if "labels" in batch:
+                batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+                real["decoder."] = (batch.pop("labels") != -100).flatten()
+            model(**batch, use_cache=False)
+            for name, choice in choices.items():
+                mask = real["decoder." if name.startswith("decoder.") else ""].to(choice.experts.device)
+                counted = _sums(choice.experts[mask], choice.weights[mask], choice.logits.shape[-1])
+                sums[name] = sums[name] + counted if name in sums else counted
+    return TaskUsage(
+        data=str(source),
+        fingerprint=fingerprint(data),
+        samples=len(data),
+        layers=_reduced(sums, model, accelerator),
+    )
+
+
+def _sums(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Counts, weights and, last, the number of tokens: (2 * experts + 1,), float64, on the CPU."""
+    chosen = experts >= 0
+    indices, weights = experts[chosen], weights[chosen].double()
+    return torch.cat(
+        [
+            torch.bincount(indices, minlength=num_experts).double(),
+            torch.zeros(num_experts, dtype=torch.float64, device=indices.device).index_add_(0, indices, weights),
+            torch.tensor([float(len(experts))], dtype=torch.float64, device=indices.device),
+        ]
+    ).cpu()
+
+
+def _reduced(sums: Mapping[str, torch.Tensor], model: Any, accelerator: Accelerator) -> dict[str, LayerUsage]:
+    """The sums of all processes. A process without rows has none of its own."""
+    of_processes = gather_object([{name: tensor.tolist() for name, tensor in sums.items()}])
+    layers = {}
+    for name in routers_of(model):
+        rows = [process[name] for process in of_processes if name in process]
+        total = [sum(values) for values in zip(*rows, strict=True)]
+        num_experts = len(total) // 2
+        layers[name] = LayerUsage(
+            tokens=round(total[-1]),
+            counts=[round(value) for value in total[:num_experts]],
+            weights=total[num_experts:-1],
+        )
+    return layers
+
+
+def routing_probability(task: TaskUsage) -> list[float]:
+    """Per expert the weight that a token gives it, averaged over layers and tokens: MergeME's figure 5.
+
+    The paper says "routing probability averaged from each layer and token". We take the weights with which experts
+    are combined, softmax after top-k, which sum to one per token (in Switch Transformers to less). Layers must have
+    equally many experts.
+    """
+    per_layer = [[weight / layer.tokens for weight in layer.weights] for layer in task.layers.values()]
+    return [sum(values) / len(per_layer) for values in zip(*per_layer, strict=True)]
+
+
+def share_of_choices(layer: LayerUsage) -> list[float]:
+    """Per expert its share of all choices of this layer; zeros if there were none."""
+    total = sum(layer.counts) or 1
+    return [number / total for number in layer.counts]
+
+
+def table(usage: Usage) -> str:
+    """A line per task and a column per expert: the routing probability, the highest marked."""
+    rows = {name: routing_probability(task) for name, task in usage.tasks.items()}
+    return format_table([f"expert {i}" for i in range(len(next(iter(rows.values()))))], rows)
+
+
+def format_table(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{column:>11}" for column in columns)]
+    for name, values in rows.items():
+        cells = [f"{value:.3f}" + ("*" if value == max(values) else " ") for value in values]
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells).rstrip())
+    return "\n".join(lines)
+
+
+def count_usage(
+    model_path: str,
+    data: Sequence[str],
+    reading: Reading,
+    *,
+    max_samples: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> Usage | None:
+    """The usage of a model on each of the sources, as `--data` names them. None in all but the main process."""
+    silence(reading)
+    config = load_config(model_path, reading)
+    sources = parse_sources(data)
+    tokenizer = load_tokenizer(model_path, reading)
+    accelerator = Accelerator(cpu=device == "cpu")
+    with accelerator.main_process_first():
+        tokenised = {
+            source: tokenise(
+                load(source, max_samples),
+                source,
+                tokenizer,
+                columns=reading.columns,
+                max_length=reading.max_length,
+                encoder_decoder=config.is_encoder_decoder,
+            )
+            for source in sources
+        }
+    spread = device == "auto" and accelerator.num_processes == 1 and accelerator.device.type != "cpu"
+    model = load_model(model_path, config, reading, dtype="auto", device_map="auto" if spread else None)
+    routers = routers_of(model)
+    if not spread:
+        model.to(accelerator.device if device == "auto" else device)
+    tasks = {
+        source.name: count(
+            model,
+            tokens,
+            source,
+            pad_token_id=tokenizer.pad_token_id,
+            batch_size=batch_size,
+            accelerator=accelerator,
+            quiet=reading.quiet,
+        )
+        for source, tokens in tokenised.items()
+    }
+    if not accelerator.is_main_process:
+        return None
+    parameters = {f"{name}.{key}": p for name, router in routers.items() for key, p in router.state_dict().items()}
+    return Usage(
+        model=model_path,
+        routers=routers_fingerprint(parameters),
+        architecture=type(model).__name__,
+        experts_per_token=getattr(config, "num_experts_per_tok", 1),  # Switch Transformers, which has one, lacks it
+        tasks=tasks,
+    )

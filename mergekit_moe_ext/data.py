@@ -1,0 +1,179 @@
+"""Texts to train on, to measure and to count with: anything that `datasets` reads, as token ids.
+
+A source is written `[NAME=]SOURCE[:SPLIT]`. SOURCE is a file (jsonl, json, csv, tsv, parquet, arrow, txt), a
+directory of such, a directory written by `save_to_disk`, or `owner/name[/config]` on the Hub. SPLIT is a split as
+`datasets` writes it, `train` if not given. Columns are `messages` (a chat) or `text` for decoders, and `input` and
+`target` for encoder-decoders.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+_BUILDERS = {
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".tsv": "csv",
+    ".txt": "text",
+}
+_SPLIT = re.compile(r"(.+):(\w+(?:\[[^\]]*\])?)")
+_NAME = re.compile(r"([\w.-]+)=(.+)")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns are called."""
+
+    text: str = "text"
+    messages: str = "messages"
+    input: str = "input"
+    target: str = "target"
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    path: str
+    split: str = "train"
+
+    def __str__(self) -> str:
+        return self.path if self.split == "train" else f"{self.path}:{self.split}"
+
+
+def parse_sources(texts: Iterable[str]) -> list[Source]:
+    """Each `[NAME=]SOURCE[:SPLIT]`. `ClickException` if two have one name."""
+    sources = [_parse(text) for text in texts]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.ClickException(f"two sources are called {name!r}; name them: --data NAME=SOURCE")
+    return sources
+
+
+def _parse(text: str) -> Source:
+    named = _NAME.fullmatch(text)
+    name, rest = named.groups() if named and not Path(text).exists() else (None, text)
+    with_split = _SPLIT.fullmatch(rest)
+    path, split = with_split.groups() if with_split and not Path(rest).exists() else (rest, "train")
+    return Source(name or Path(path).name.split(".")[0], path, split)
+
+
+def load(source: Source, max_samples: int | None = None) -> Dataset:
+    """The rows of a source, the first `max_samples` of them. `ClickException` for what cannot be read."""
+    path = Path(source.path)
+    try:
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = load_from_disk(source.path)
+            data = loaded[source.split] if isinstance(loaded, DatasetDict) else loaded
+        elif path.is_file():
+            if path.suffix not in _BUILDERS:
+                raise click.ClickException(f"{path} is none of {', '.join(sorted(_BUILDERS))}")
+            delimiter = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            # the file's only split is called train, so a split of it is a slice of that
+            data = load_dataset(
+                _BUILDERS[path.suffix], data_files={"train": source.path}, split=source.split, **delimiter
+            )
+        elif path.is_dir():
+            data = load_dataset(source.path, split=source.split)
+        elif source.path.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
+            raise click.ClickException(f"{source.path} does not exist (data {source.name!r})")
+        else:
+            owner, name, *config = source.path.split("/") if "/" in source.path else ("", source.path)
+            data = load_dataset("/".join(filter(None, (owner, name))), *config, split=source.split)
+    except StopIteration:  # what datasets raises for an empty file
+        raise click.ClickException(f"{source} (data {source.name!r}) has no rows") from None
+    except (OSError, ValueError, KeyError, DatasetGenerationError, DatasetNotFoundError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise click.ClickException(f"cannot read {source} (data {source.name!r}): {reason}") from error
+    if max_samples is not None:
+        data = data.select(range(min(max_samples, len(data))))
+    if len(data) == 0:
+        raise click.ClickException(f"{source} (data {source.name!r}) has no rows")
+    return data
+
+
+def tokenise(
+    data: Dataset,
+    source: Source,
+    tokenizer: Any,
+    *,
+    columns: Columns = Columns(),
+    max_length: int,
+    encoder_decoder: bool = False,
+) -> Dataset:
+    """`input_ids` (and `labels`, for encoder-decoders) per row, cut to `max_length` tokens, without empty rows."""
+    present = data.column_names
+    if encoder_decoder:
+        _require((columns.input, columns.target), present, source, "an encoder-decoder needs")
+
+        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+            return {
+                "input_ids": tokenizer(row[columns.input], truncation=True, max_length=max_length)["input_ids"],
+                "labels": tokenizer(text_target=row[columns.target], truncation=True, max_length=max_length)[
+                    "input_ids"
+                ],
+            }
+
+    elif columns.messages in present:
+        if not tokenizer.chat_template:
+            raise click.ClickException(f"{source} holds chats, but the model's tokenizer has no chat template")
+
+        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+            ids = tokenizer.apply_chat_template(row[columns.messages], tokenize=True, return_dict=False)
+            return {"input_ids": ids[:max_length]}
+
+    else:
+        _require((columns.text,), present, source, "a decoder needs")
+
+        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+            text = row[columns.text] or ""
+            return {"input_ids": tokenizer(text, truncation=True, max_length=max_length)["input_ids"]}
+
+    encoded = data.map(encode, remove_columns=present, desc=f"tokenising {source.name}")
+    encoded = encoded.filter(lambda row: all(len(ids) > 0 for ids in row.values()))
+    if len(encoded) == 0:
+        raise click.ClickException(f"{source} (data {source.name!r}) has no tokens")
+    return encoded
+
+
+def _require(wanted: Sequence[str], present: Sequence[str], source: Source, who: str) -> None:
+    for name in wanted:
+        if name not in present:
+            raise click.ClickException(
+                f"{source} (data {source.name!r}) has no column {name!r}: {who} {' and '.join(wanted)}; "
+                f"there are {', '.join(present)} (--text-column, --input-column and --target-column name others)"
+            )
+
+
+def fingerprint(data: Dataset) -> str:
+    """The sha256 of all token ids: the same for the same texts and tokenizer, wherever they lie."""
+    digest = hashlib.sha256()
+    for row in data:
+        digest.update(repr(sorted(row.items())).encode())
+    return digest.hexdigest()
+
+
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad on the right: `input_ids`, `attention_mask`, and `labels` (-100 is padding) where the rows have them."""
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        tensors = [torch.tensor(row[name]) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    ids = padded("input_ids", pad_token_id)
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+    if "labels" in rows[0]:
+        batch["labels"] = padded("labels", -100)
+    return batch

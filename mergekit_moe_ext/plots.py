@@ -1,0 +1,83 @@
+"""Figures of expert usage. matplotlib is wanted only when one is drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_moe_ext.calibration import LayerUsage, TaskUsage, Usage, routing_probability, share_of_choices
+
+
+def plot_usage(usage: Usage, path: Path) -> None:
+    """MergeME's figure 5 (routing probability per expert and task) above CAEM's figure 3 (a heat map per task).
+
+    Heat maps have a row per layer and a column per expert, encoder and decoder apart; their shades are shares of the
+    choices of one layer.
+    """
+    plt = pyplot()
+    tasks = usage.tasks
+    stacks = _stacks(next(iter(tasks.values())))
+    rows = 1 + len(stacks)
+    heights = [2.2, *(1.2 + 0.12 * len(names) for names in stacks.values())]  # inches
+    figure = plt.figure(figsize=(max(6.0, 2.6 * len(tasks) + 1), sum(heights) + 0.8 * rows))
+    grid = figure.add_gridspec(rows, len(tasks) + 1, height_ratios=heights, width_ratios=[*([1] * len(tasks)), 0.06])
+    _bars(figure.add_subplot(grid[0, :-1]), tasks)
+    highest = max(max(share_of_choices(layer)) for task in tasks.values() for layer in task.layers.values())
+    for row, (stack, names) in enumerate(stacks.items(), 1):
+        for column, (name, task) in enumerate(tasks.items()):
+            axes = figure.add_subplot(grid[row, column])
+            image = _heat_map(axes, [task.layers[layer] for layer in names], highest)
+            axes.set_title(f"{name} ({stack})" if len(stacks) > 1 else name, fontsize=9)
+            axes.set_xlabel("expert")
+            if column == 0:
+                axes.set_ylabel("layer")
+        figure.colorbar(image, cax=figure.add_subplot(grid[row, -1]), label="share of choices")
+    figure.suptitle(f"Expert usage of {Path(usage.model).name}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def pyplot() -> Any:
+    """matplotlib without a display. `ClickException` where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise click.ClickException("--plot needs matplotlib: pip install 'mergekit-moe-ext[plots]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def _stacks(task: TaskUsage) -> dict[str, list[str]]:
+    """Router names, encoder and decoder apart; a decoder-only model is one stack."""
+    stacks: dict[str, list[str]] = {}
+    for name in task.layers:
+        stacks.setdefault(name.split(".")[0] if name.startswith(("encoder.", "decoder.")) else "layers", []).append(
+            name
+        )
+    return stacks
+
+
+def _bars(axes: Any, tasks: dict[str, TaskUsage]) -> None:
+    width = 0.8 / len(tasks)
+    for index, (name, task) in enumerate(tasks.items()):
+        heights = routing_probability(task)
+        positions = [expert + (index - (len(tasks) - 1) / 2) * width for expert in range(len(heights))]
+        axes.bar(positions, heights, width * 0.92, label=name)
+    axes.set_xticks(range(len(heights)))
+    axes.set_xlabel("expert")
+    axes.set_ylabel("routing probability")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=min(len(tasks), 6), loc="lower right", bbox_to_anchor=(1, 0.97))
+
+
+def _heat_map(axes: Any, layers: Sequence[LayerUsage], highest: float) -> Any:
+    shares = [share_of_choices(layer) for layer in layers]
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(shares[0])) if len(shares[0]) <= 16 else range(0, len(shares[0]), len(shares[0]) // 8))
+    axes.set_yticks(range(0, len(shares), max(1, len(shares) // 8)))
+    axes.tick_params(labelsize=8)
+    return image

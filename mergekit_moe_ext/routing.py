@@ -1,0 +1,82 @@
+"""What the routers of a mixture of experts choose, as they choose it.
+
+transformers names the router classes of every architecture itself (`_can_record_outputs["router_logits"]`). We hook
+those modules and take what they return; choosing again from the logits would be wrong where a router adds a bias to
+them or drops tokens beyond a capacity.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one router chose in one forward pass. A row is a token; the tokens of a batch stand one after the other."""
+
+    logits: torch.Tensor  # (tokens, experts)
+    weights: torch.Tensor  # (tokens, k), of the chosen experts
+    experts: torch.Tensor  # (tokens, k), indices; -1 where a capacity was full and the token went nowhere
+
+
+def routers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every router by its name in the model, in order. `ClickException` if there is none."""
+    return {name: router for name, (router, _index) in _routers(model).items()}
+
+
+def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Routers, and where in their output the logits are."""
+    positions: dict[type, int] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+            for recorder in recorders if isinstance(recorders, list) else [recorders]:
+                positions[recorder.target_class] = recorder.index
+    routers = {
+        name: (module, positions[type(module)]) for name, module in model.named_modules() if type(module) in positions
+    }
+    if not routers:
+        raise click.ClickException(f"{type(model).__name__} has no router that transformers knows of")
+    return routers
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[dict[str, Choice]]:
+    """Inside, a dictionary that holds every router's choice in the last forward pass, by the router's name."""
+    choices: dict[str, Choice] = {}
+
+    def record(name: str, logits_at: int) -> Any:
+        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+            choices[name] = _choice(module, output, logits_at)
+
+        return hook
+
+    hooks = [
+        router.register_forward_hook(record(name, logits_at)) for name, (router, logits_at) in _routers(model).items()
+    ]
+    try:
+        yield choices
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
+    """Two forms are known: (logits, weights, experts), and Switch's (dispatch mask, weights, logits)."""
+    if isinstance(output, tuple) and len(output) >= 3:
+        if logits_at == 0 and not output[2].is_floating_point():
+            return Choice(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in output[:3]))
+        if logits_at == 2 and not output[0].is_floating_point():
+            dispatch, weights, logits = (tensor.reshape(-1, tensor.shape[-1]) for tensor in output[:3])
+            sent, expert = dispatch.max(dim=-1, keepdim=True)
+            return Choice(logits, weights, torch.where(sent > 0, expert, -1))
+    raise click.ClickException(
+        f"{type(router).__name__} does not return what it chose in a form that is known here, "
+        "so its use of experts cannot be counted"
+    )
