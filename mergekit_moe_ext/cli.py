@@ -14,7 +14,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_moe_ext
-from mergekit_moe_ext.options import Reading, reading_options
+from mergekit_moe_ext.options import Reading, Recipe, options_of
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -85,7 +85,7 @@ def plan(merge_options: MergeOptions, config_file: str) -> None:
     show_default=True,
     help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one, and spreads over all where one is too small.",
 )
-@reading_options
+@options_of(Reading, "reading")
 def usage(
     model: str,
     data: tuple[str, ...],
@@ -118,6 +118,68 @@ def usage(
     if plot:
         plot_usage(counted, plot)
     click.echo(table(counted))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--train", "part", type=click.Choice(["gates", "all"]), required=True, help="What is trained.")
+@click.option("--data", multiple=True, required=True, metavar="[NAME=]SOURCE", help="Texts to train on.")
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    help="How often a row of a source is drawn, next to 1 for the others. Without any, every row is read as often.",
+)
+@click.option("--eval-data", multiple=True, metavar="[NAME=]SOURCE", help="Texts to measure on, instead of held-out.")
+@click.option("-o", "--output-dir", type=click.Path(), help="The trained model. [default: MODEL-trained]")
+@click.option("--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted training.")
+@options_of(Recipe, "recipe")
+@options_of(Reading, "reading")
+def train(
+    model: str,
+    part: Any,
+    data: tuple[str, ...],
+    weights: tuple[str, ...],
+    eval_data: tuple[str, ...],
+    output_dir: str | None,
+    resume: bool,
+    recipe: Recipe,
+    reading: Reading,
+) -> None:
+    """Train the gates of the mixture MODEL, or all of it, on texts.
+
+    SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a split if you like:
+    math=math.jsonl, owner/name:train[:1%]. The result is written whole, and MODEL is left as it is. Runs on many
+    processes under `accelerate launch -m mergekit_moe_ext`.
+    """
+    from mergekit_moe_ext.training import train as run_training
+
+    losses = run_training(
+        model,
+        output_dir,
+        part,
+        data,
+        reading,
+        recipe,
+        weights=dict(map(_weight, weights)),
+        eval_data=eval_data,
+        resume=resume,
+    )
+    if not losses:
+        return
+    width = max(len("held-out loss"), *map(len, losses))
+    click.echo(f"{'held-out loss':{width}}    before     after")
+    for name, (before, after) in losses.items():
+        click.echo(f"{name:{width}}  {before:>8.4f}  {after:>8.4f}")
+
+
+def _weight(text: str) -> tuple[str, float]:
+    name, _, number = text.rpartition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise click.ClickException(f"--weight {text}: write NAME=NUMBER") from None
 
 
 @main.command()

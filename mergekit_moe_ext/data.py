@@ -109,20 +109,18 @@ def tokenise(
     tokenizer: Any,
     *,
     columns: Columns = Columns(),
-    max_length: int,
+    max_length: int | None,
     encoder_decoder: bool = False,
 ) -> Dataset:
     """`input_ids` (and `labels`, for encoder-decoders) per row, cut to `max_length` tokens, without empty rows."""
-    present = data.column_names
+    present, cut = data.column_names, {"truncation": max_length is not None, "max_length": max_length}
     if encoder_decoder:
         _require((columns.input, columns.target), present, source, "an encoder-decoder needs")
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
             return {
-                "input_ids": tokenizer(row[columns.input], truncation=True, max_length=max_length)["input_ids"],
-                "labels": tokenizer(text_target=row[columns.target], truncation=True, max_length=max_length)[
-                    "input_ids"
-                ],
+                "input_ids": tokenizer(row[columns.input], **cut)["input_ids"],
+                "labels": tokenizer(text_target=row[columns.target], **cut)["input_ids"],
             }
 
     elif columns.messages in present:
@@ -137,11 +135,10 @@ def tokenise(
         _require((columns.text,), present, source, "a decoder needs")
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-            text = row[columns.text] or ""
-            return {"input_ids": tokenizer(text, truncation=True, max_length=max_length)["input_ids"]}
+            return {"input_ids": tokenizer(row[columns.text] or "", **cut)["input_ids"]}
 
     encoded = data.map(encode, remove_columns=present, desc=f"tokenising {source.name}")
-    encoded = encoded.filter(lambda row: all(len(ids) > 0 for ids in row.values()))
+    encoded = encoded.filter(lambda row: all(len(ids) > 0 for ids in row.values()), desc="leaving out empty rows")
     if len(encoded) == 0:
         raise click.ClickException(f"{source} (data {source.name!r}) has no tokens")
     return encoded
@@ -154,6 +151,17 @@ def _require(wanted: Sequence[str], present: Sequence[str], source: Source, who:
                 f"{source} (data {source.name!r}) has no column {name!r}: {who} {' and '.join(wanted)}; "
                 f"there are {', '.join(present)} (--text-column, --input-column and --target-column name others)"
             )
+
+
+def pack(data: Dataset, length: int, separator: int | None) -> Dataset:
+    """All rows joined, `separator` after each, and cut into rows of `length` tokens; the last may be shorter."""
+
+    def joined(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        end = [] if separator is None else [separator]
+        ids = [token for row in rows["input_ids"] for token in [*row, *end]]
+        return {"input_ids": [ids[start : start + length] for start in range(0, len(ids), length)]}
+
+    return data.map(joined, batched=True, remove_columns=data.column_names, desc="packing")
 
 
 def fingerprint(data: Dataset) -> str:

@@ -5,7 +5,7 @@ those modules and take what they return; choosing again from the logits would be
 them or drops tokens beyond a capacity.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,3 +80,21 @@ def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
         f"{type(router).__name__} does not return what it chose in a form that is known here, "
         "so its use of experts cannot be counted"
     )
+
+
+def load_balancing_loss(choices: Mapping[str, Choice], real: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Switch Transformers' equations 4 to 6, per layer and then averaged over the layers; a scalar.
+
+    N * sum_i f_i P_i, with f_i the number of times that expert i was chosen per token and P_i the mean probability
+    that the gate gives it. k if balanced. `real` says which tokens are no padding, by the prefix of the router's
+    name. transformers' own sums f and P over all layers first, which lets one layer make up for another.
+    """
+    losses = []
+    for name, choice in choices.items():
+        mask = real[max((prefix for prefix in real if name.startswith(prefix)), key=len)].to(choice.logits.device)
+        probabilities = choice.logits[mask].float().softmax(dim=-1)
+        tokens, num_experts = probabilities.shape
+        chosen = choice.experts[mask]
+        counts = torch.bincount(chosen[chosen >= 0], minlength=num_experts)
+        losses.append(num_experts * (counts / tokens * probabilities.mean(dim=0)).sum())
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()

@@ -30,6 +30,9 @@ TINY = {
     "max_position_embeddings": 128,
 }
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}  # some families' defaults are beyond 96
+# `accelerate launch` starts one process only where there is no GPU
+TWO_PROCESSES = ("torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}
 NAMES = ("base", "math", "code", "law")
 
 

@@ -6,15 +6,16 @@ import random
 import click
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from mergekit_moe_ext.calibration import count_usage, read_usage, routing_probability
-from mergekit_moe_ext.data import Columns, collate, fingerprint, load, parse_sources, tokenise
+from mergekit_moe_ext.data import collate, fingerprint, load, parse_sources, tokenise
 from mergekit_moe_ext.options import Reading
-from tests.conftest import SPECIAL_TOKENS, TINY, run
+from tests.conftest import ON_CPU, SPECIAL_TOKENS, TINY, TWO_PROCESSES, make_model, run
 from tests.tokenizers import save_tokenizer
 
-READING = Reading(Columns(), max_length=24, trust_remote_code=False, quiet=True)
+READING = Reading(max_length=24, quiet=True)
 EXPERTS = {
     "moe_intermediate_size": 16,
     "num_experts_per_tok": 2,
@@ -182,14 +183,14 @@ def test_the_command_writes_a_file_and_a_figure_and_two_processes_count_the_same
     make_moe(tmp_path / "moe", "mixtral", **FAMILIES["mixtral"])
     write(tmp_path / "news.jsonl", words(4, 11))
     write(tmp_path / "one.jsonl", words(5, 1))  # one process has nothing to do
-    arguments = ["usage", "moe", "--data", "news.jsonl", "--data", "short=one.jsonl", "--batch-size", "2", "--quiet"]
+    arguments = ["usage", "moe", "--data", "news.jsonl", "--data", "short=one.jsonl", "--batch-size", "2"]
     one = run("mergekit-moe-ext", *arguments, "-o", "one.usage.json", "--plot", "usage.png", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     assert [line.split()[0] for line in one.stdout.splitlines()] == ["expert", "news", "short"]
     assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
-    launch = ["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "mergekit_moe_ext", *arguments]
-    two = run(*launch, "-o", "two.usage.json", cwd=tmp_path)
+    two = run(*TWO_PROCESSES, "-m", "mergekit_moe_ext", *arguments, "-o", "two.usage.json", cwd=tmp_path, env=ON_CPU)
     assert two.returncode == 0, two.stderr
+    assert " 6/6 " in one.stderr and " 3/3 " in two.stderr  # batches of the first process
     assert two.stdout.strip() == one.stdout.strip()
     first, second = (read_usage(tmp_path / f"{name}.usage.json") for name in ("one", "two"))
     for task in ("news", "short"):
@@ -239,17 +240,11 @@ def test_a_file_that_counted_nothing(tmp_path):
 
 
 def test_a_dense_model_has_no_router(here):
-    save_tokenizer_of(here)
+    make_model(here / "dense", 0)
+    save_tokenizer(here / "dense", 96)
     write(here / "news.jsonl", words(1, 2))
     with pytest.raises(click.ClickException, match="no router"):
         count_usage("./dense", ["news.jsonl"], READING)
-
-
-def save_tokenizer_of(here):
-    from tests.conftest import make_model
-
-    make_model(here / "dense", 0)
-    save_tokenizer(here / "dense", 96)
 
 
 # What `--data` reads.
@@ -257,8 +252,6 @@ def save_tokenizer_of(here):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet", ".txt", "", "-saved"])
 def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
-    from datasets import Dataset
-
     save_tokenizer(tmp_path / "tokenizer", 96)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     data, path = Dataset.from_list(words(1, 6)), tmp_path / f"data{suffix}"
