@@ -228,7 +228,9 @@ def count_usage(
         )
         for source, tokens in tokenised.items()
     }
-    if not accelerator.is_main_process:
+    is_main = accelerator.is_main_process
+    accelerator.end_training()
+    if not is_main:
         return None
     parameters = {f"{name}.{key}": p for name, router in routers.items() for key, p in router.state_dict().items()}
     return Usage(

@@ -100,6 +100,26 @@ class CopyTensors(Task[None]):
             writer.save_tensor(output_name, tensor, clone=self.clone)
 
 
+class StackedExperts(Task[torch.Tensor]):
+    """All experts of a layer in one tensor: (experts, rows, columns). Of each, its tensors joined along the rows."""
+
+    experts: tuple[tuple[tuple[ModelReference, str], ...], ...]
+    shape: tuple[int, ...]
+    load: type[LoadTensor]
+    dtype: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {}
+
+    def execute(self, **_kwargs: object) -> torch.Tensor:
+        stacked = torch.empty(self.shape, dtype=dtype_from_name(self.dtype), device="cpu")
+        for expert, parts in zip(stacked, self.experts, strict=True):
+            rows = expert.chunk(len(parts))
+            for target, (model, name) in zip(rows, parts, strict=True):
+                target.copy_(self.load(model=model, tensor=name, dtype=self.dtype).execute())
+        return stacked
+
+
 class Zeros(Task[torch.Tensor]):
     name: str  # makes it another task than the next one of the same shape
     shape: tuple[int, ...]

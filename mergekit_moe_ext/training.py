@@ -24,7 +24,14 @@ import torch
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.utils import is_torch_bf16_gpu_available
 
 from mergekit_moe_ext.data import Source, collate, fingerprint, load, pack, parse_sources, tokenise
@@ -129,6 +136,14 @@ class Progress(ProgressCallback):
                 self.training_bar.write(f"step {state.global_step:>6}  loss {value:.4f}  {what}")
 
 
+class NoLastCheckpoint(TrainerCallback):
+    """The Trainer checkpoints the last step as well; the trained model itself is written right after it."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
 def train(
     model_path: str,
     output: str | None,
@@ -182,6 +197,7 @@ def train(
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    trainer.add_callback(NoLastCheckpoint())
     if not reading.quiet:
         trainer.add_callback(Progress())
     if arguments.should_save:
@@ -191,6 +207,7 @@ def train(
     losses = _first_and_last(trainer.state.log_history, held_out)
 
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # the processes part here: only one writes
     if not arguments.should_save:
         return None
     with torch.no_grad():

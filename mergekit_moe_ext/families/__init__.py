@@ -22,8 +22,10 @@ class Stack:
     """One stack of layers. Names are templates with {layer}; those of experts with {expert} as well."""
 
     ffn: str  # the dense FFN, a module; the gate reads what it reads
-    experts: Mapping[str, str]  # dense tensor -> the expert's, by its hub name
     gate: str  # hub name
+    experts: Mapping[str, str] = field(default_factory=dict)  # dense tensor -> the expert's, by its hub name
+    # hub name -> dense tensors that are joined along their first axis; those of all experts lie on one another in it
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     layers: str = "num_hidden_layers"  # the config key that counts them
     merged: Mapping[str, str] = field(default_factory=dict)  # hub name -> the dense tensors that are merged into it
     zeros: tuple[str, ...] = ()  # hub names
@@ -53,12 +55,19 @@ def moe_config(
 
 def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_architectures: bool = False) -> Upcycling:
     """The pair that holds all these dense models. `ClickException` names the model that does not fit."""
+    from mergekit_moe_ext.families.cohere import COHERE2_MOE
+    from mergekit_moe_ext.families.ernie import ERNIE_MOE
     from mergekit_moe_ext.families.flex_olmo import FLEX_OLMO
+    from mergekit_moe_ext.families.granite import GRANITE_MOE
+    from mergekit_moe_ext.families.hunyuan import HUNYUAN_MOE
     from mergekit_moe_ext.families.mixtral import MIXTRAL
     from mergekit_moe_ext.families.qwen import QWEN2_MOE, QWEN3_MOE
     from mergekit_moe_ext.families.switch import SWITCH
 
-    families = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, FLEX_OLMO, SWITCH)
+    families = (
+        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, FLEX_OLMO, GRANITE_MOE, COHERE2_MOE, ERNIE_MOE, HUNYUAN_MOE),
+        SWITCH,
+    )
     by_type = {model_type: family for family in families for model_type in family.dense}
     for model, config in configs.items():
         family = by_type.get(config.model_type)

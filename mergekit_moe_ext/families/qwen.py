@@ -1,4 +1,4 @@
-"""Qwen2 to Qwen2-MoE and Qwen3 to Qwen3-MoE.
+"""Qwen2, Seed-OSS and Ministral to Qwen2-MoE, and Qwen3 to Qwen3-MoE.
 
 transformers does not normalise the weights of the chosen experts by default; an upcycled model needs it to.
 """
@@ -14,17 +14,32 @@ GATE = f"{_FFN}.gate.weight"
 
 
 def _qwen2_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+    layer_types = getattr(dense, "layer_types", None) or ["full_attention"] * dense.num_hidden_layers
     return moe_config(
         Qwen2MoeConfig,
         dense,
+        drop=("attention_bias", "attention_out_bias", "mlp_bias", "residual_dropout"),
         architectures=["Qwen2MoeForCausalLM"],
         num_experts=num_experts,
         num_experts_per_tok=experts_per_token,
         moe_intermediate_size=dense.intermediate_size,
         shared_expert_intermediate_size=dense.intermediate_size,
         norm_topk_prob=True,
-        qkv_bias=True,
+        # Qwen2 has them, and no key that says so
+        qkv_bias=dense.model_type == "qwen2" or getattr(dense, "attention_bias", False),
+        # as the dense model resolved them: Qwen2-MoE has another rule for which layers have a window
+        layer_types=layer_types,
+        use_sliding_window="sliding_attention" in layer_types,
     )
+
+
+def _refuse_other_biases(dense: PretrainedConfig) -> str | None:
+    for key in ("attention_out_bias", "mlp_bias"):
+        if getattr(dense, key, False):
+            return f"`{key}: true` has no place in Qwen2-MoE, which has biases on queries, keys and values only"
+    if dense.model_type in ("cwm", "ministral") and getattr(dense, "attention_bias", False):
+        return "`attention_bias: true` puts a bias on the attention's output, which has no place in Qwen2-MoE"
+    return None
 
 
 def _qwen3_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
@@ -37,6 +52,8 @@ def _qwen3_config(dense: PretrainedConfig, num_experts: int, experts_per_token: 
         num_experts_per_tok=experts_per_token,
         moe_intermediate_size=dense.intermediate_size,
         norm_topk_prob=True,
+        # Qwen3-MoE reads no layer types: with a window, all layers have it
+        use_sliding_window=dense.layer_types[0] == "sliding_attention",
     )
 
 
@@ -50,7 +67,12 @@ def _refuse_mixed_windows(dense: PretrainedConfig) -> str | None:
 
 
 QWEN2_MOE = Upcycling(
-    dense={"qwen2": "Qwen2ForCausalLM"},
+    dense={
+        "qwen2": "Qwen2ForCausalLM",
+        "seed_oss": "SeedOssForCausalLM",
+        "ministral": "MinistralForCausalLM",
+        "cwm": "CwmForCausalLM",
+    },
     moe="Qwen2MoeForCausalLM",
     stacks=(
         Stack(
@@ -66,7 +88,7 @@ QWEN2_MOE = Upcycling(
         ),
     ),
     output_config=_qwen2_config,
-    refuse=lambda dense: None,
+    refuse=_refuse_other_biases,
 )
 
 QWEN3_MOE = Upcycling(

@@ -6,19 +6,21 @@ attention, norms, head) is merged by the tensor method that `shared:` names. A g
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import click
 import torch
 from mergekit.architecture import WeightInfo
+from mergekit.io.tasks import LoadTensor
 from pydantic import Field
 
-from mergekit_moe_ext.families import Upcycling, upcycling_for
+from mergekit_moe_ext.families import Stack, Upcycling, upcycling_for
 from mergekit_moe_ext.gates import GateMode, initial_gates
 from mergekit_moe_ext.manifest import Manifest, manifest_of
 from mergekit_moe_ext.methods.base import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
 from mergekit_moe_ext.sources import check_same_size, read_configs, read_headers
-from mergekit_moe_ext.tasks import Zeros
+from mergekit_moe_ext.tasks import LoadFiniteTensor, StackedExperts, Zeros
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
 _BTX = "https://arxiv.org/abs/2403.07816"
@@ -105,14 +107,16 @@ class MoeMethod(StructuralMethod):
             for name, output in stack.experts.items()
             for index, model in enumerate(experts)
         }
+        stacks = _stacked_experts(job, layers, dense, dtype)
         of_experts = {name for _model, name in copies.values()}
+        of_experts |= {name for task in stacks.values() for parts in task.experts for _model, name in parts}
         shared = {name: _shared_weight(name, dense) for name in dense.shapes if name not in of_experts}
         shared |= {
             output.format(layer=layer): _shared_weight(name.format(layer=layer), dense)
             for stack, layer in layers
             for output, name in stack.merged.items()
         }
-        computed: dict[str, Any] = initial_gates(job, config, layers, dense.embedding, dtype)
+        computed: dict[str, Any] = stacks | initial_gates(job, config, layers, dense.embedding, dtype)
         output_shapes = manifest_of(config).shapes
         computed |= {
             name: Zeros(name=name, shape=output_shapes[name], dtype=str(dtype))
@@ -163,6 +167,24 @@ def _options_of_family(job: Job, family: Upcycling) -> dict[str, Any]:
         if key not in family.options:
             raise click.ClickException(f"{family.moe} has no `{key}`")
     return given
+
+
+def _stacked_experts(
+    job: Job, layers: Sequence[tuple[Stack, int]], dense: Manifest, dtype: torch.dtype
+) -> dict[str, StackedExperts]:
+    """Where a family keeps all experts of a layer in one tensor: that tensor, by its name in the output."""
+    tasks = {}
+    for stack, layer in layers:
+        for output, templates in stack.stacked.items():
+            names = [template.format(layer=layer) for template in templates]
+            rows, *rest = dense.shapes[names[0]]
+            tasks[output.format(layer=layer)] = StackedExperts(
+                experts=tuple(tuple((model, name) for name in names) for model in job.experts),
+                shape=(len(job.experts), rows * len(names), *rest),
+                load=LoadTensor if job.options.allow_nonfinite else LoadFiniteTensor,
+                dtype=str(dtype),
+            )
+    return tasks
 
 
 def _shared_weight(name: str, dense: Manifest) -> WeightInfo:

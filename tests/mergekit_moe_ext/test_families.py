@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from mergekit_moe_ext.routing import routers_of
 from tests.conftest import document, make_model, merge, read_tensors
 
 TOKENS = torch.arange(1, 41).reshape(2, 20) * 7 % 96
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 CASES = [
     ("qwen2", {}, "Qwen2MoeForCausalLM"),
     ("qwen2", {**WINDOW, "max_window_layers": 0}, "Qwen2MoeForCausalLM"),
@@ -18,8 +20,27 @@ CASES = [
     ("qwen3", {}, "Qwen3MoeForCausalLM"),
     ("qwen3", {**WINDOW, "max_window_layers": 0}, "Qwen3MoeForCausalLM"),
     ("qwen3", {"attention_bias": True}, "Qwen3MoeForCausalLM"),
+    ("qwen3", {**WINDOW, "max_window_layers": 28}, "Qwen3MoeForCausalLM"),  # transformers' default: no layer slides
+    ("seed_oss", {"attention_out_bias": False}, "Qwen2MoeForCausalLM"),
+    ("ministral", {"head_dim": 8, "sliding_window": 5, "layer_types": MIXED_LAYERS}, "Qwen2MoeForCausalLM"),
+    ("cwm", {"sliding_window": 5, "layer_types": MIXED_LAYERS}, "Qwen2MoeForCausalLM"),
     ("olmo2", {}, "FlexOlmoForCausalLM"),
     ("olmo2", {"attention_bias": True}, "FlexOlmoForCausalLM"),
+    ("olmo3", {"layer_types": ["full_attention"] * 3}, "FlexOlmoForCausalLM"),
+    (
+        "granite",
+        {
+            "attention_bias": True,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+        "GraniteMoeForCausalLM",
+    ),
+    ("cohere2", {"sliding_window": 5, "logit_scale": 0.3, "layer_types": MIXED_LAYERS}, "Cohere2MoeForCausalLM"),
+    ("ernie4_5", {}, "Ernie4_5_MoeForCausalLM"),
+    ("hunyuan_v1_dense", {"attention_bias": True, "head_dim": 8}, "HunYuanMoEV1ForCausalLM"),
 ]
 SHAPES = [
     {},
@@ -38,30 +59,34 @@ def logits(model, **inputs):
 @pytest.mark.parametrize(("family", "config", "moe"), CASES, ids=str)
 def test_equal_sources_give_the_dense_model(tmp_path, monkeypatch, family, config, shape, moe):
     monkeypatch.chdir(tmp_path)
-    make_model(tmp_path / "base", 1, family=family, **{**shape, **config})
+    config = {**shape, **config}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][: config.get("num_hidden_layers", 3)]
+    make_model(tmp_path / "base", 1, family=family, **config)
     out = merge(document("moe_ties", ["base"] * 3))
     dense = AutoModelForCausalLM.from_pretrained("base")
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
     assert json.loads((out / "config.json").read_text())["architectures"] == [moe] == [type(loaded).__name__]
     assert torch.allclose(logits(dense), logits(loaded), atol=1e-5)
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == dense.config.tie_word_embeddings
+    tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert tied == (dense.lm_head.weight is dense.model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "granite", "cohere2", "ernie4_5", "hunyuan_v1_dense"])
 def test_one_expert_in_the_mixture_is_the_dense_model_with_that_ffn(tmp_path, monkeypatch, family):
     """With every token sent to expert 1: the merged model with the FFNs of `math`."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", "math", "code"), 1):
-        make_model(tmp_path / name, seed, family=family)
+        make_model(tmp_path / name, seed, family=family, head_dim=8, tie_word_embeddings=False)
     out = merge(document("moe", ["base", "math", "code"], parameters={"experts_per_token": 1, "gate_mode": "zeros"}))
     moe, dense = AutoModelForCausalLM.from_pretrained(out), AutoModelForCausalLM.from_pretrained("base")
     tensors = read_tensors(out)
     state = {name: tensors[name] for name in dense.state_dict() if ".mlp." not in name}
     state |= {name: tensor for name, tensor in read_tensors(tmp_path / "math").items() if ".mlp." in name}
     dense.load_state_dict(state)
-    for layer in moe.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda _gate, _inputs, out: (*out[:2], torch.ones_like(out[2])))
+    for router in routers_of(moe).values():
+        router.register_forward_hook(lambda _gate, _inputs, out: (*out[:2], torch.ones_like(out[2])))
     assert torch.allclose(logits(dense), logits(moe), atol=1e-5)
 
 
@@ -136,6 +161,11 @@ def test_t5_becomes_a_switch_transformer(tmp_path, monkeypatch, capacity):
         ("t5", T5, {"gate_mode": "hidden"}, "has two"),
         ("llama", {}, {"expert_capacity": 4}, "MixtralForCausalLM has no `expert_capacity`"),
         ("qwen3", {**WINDOW, "max_window_layers": 2}, {}, "in all layers or in none"),
+        ("granite", {"mlp_bias": True}, {}, "no place in GraniteMoe"),
+        ("ernie4_5", {"use_bias": True}, {}, "no place in Ernie"),
+        ("seed_oss", {"attention_out_bias": True}, {}, "no place in Qwen2-MoE"),
+        ("cwm", {"attention_bias": True}, {}, "no place in Qwen2-MoE"),
+        ("olmo3", {"layer_types": MIXED_LAYERS}, {}, "some of its layers have a sliding window"),
         ("gpt2", {}, {}, "supported: LlamaForCausalLM"),
     ],
 )
