@@ -6,7 +6,7 @@
 2. Fine-tune one LoRA adapter per domain, with PEFT and the Hugging Face Trainer.
 3. Merge the model and its three fine-tunes into a mixture of four experts: `mergekit-yaml`, the command
    of mergekit, with `merge_method: moe_ties`, the merge method of this package.
-4. Load the result with transformers alone, and train its gates.
+4. Train the gates of the result: `mergekit-moe-ext train`, and load it with transformers alone.
 5. Print the held-out perplexity of all of them.
 
 The models and adapters are fetched and trained once, and then kept (`benchmarks/real_data.py` says where).
@@ -200,33 +200,43 @@ dtype: float32
 
 
 def merge(output: Path, base: Path, folders: dict[str, Path], quiet: bool) -> None:
-    """Writes `config.yml` and runs `mergekit-yaml config.yml moe` on it, as a user would in a shell."""
-    script = shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or "mergekit-yaml"
+    """Writes `config.yml` and runs `mergekit-yaml config.yml moe` on it."""
     (output / "config.yml").write_text(CONFIG.format(**{**folders, "base": base}))
     # mergekit takes a merged LoRA that it finds in its cache without looking at the LoRA: begin with none.
     with tempfile.TemporaryDirectory(dir=output) as merged_loras:
-        command = [script, str(output / "config.yml"), str(output / "moe")]
-        command += ["--lora-merge-cache", merged_loras, "--random-seed", str(SEED)]
-        click.echo("$ " + " ".join(command), err=True)
-        if quiet:
-            done = subprocess.run([*command, "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        else:
-            done = subprocess.run(command)
+        command = [str(output / "config.yml"), str(output / "moe")]
+        command += ["--lora-merge-cache", merged_loras, "--random-seed", str(SEED), *(["--quiet"] if quiet else [])]
+        run_command("mergekit-yaml", command, quiet)
+
+
+def run_command(name: str, arguments: list[str], quiet: bool) -> None:
+    """Runs a command that is installed beside this Python, as a user would in a shell."""
+    command = [shutil.which(name, path=str(Path(sys.executable).parent)) or name, *arguments]
+    click.echo("$ " + " ".join(command), err=True)
+    if quiet:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    else:
+        done = subprocess.run(command)
     if done.returncode != 0:
-        raise click.ClickException(f"mergekit-yaml failed.\n{(done.stdout or b'').decode(errors='replace')}")
+        raise click.ClickException(f"{name} failed.\n{(done.stdout or b'').decode(errors='replace')}")
 
 
-def train_gates(model: Any, tokenizer: Any, texts: dict[str, Domain], quiet: bool) -> None:
-    """Trains the gates, and nothing else, on all domains in equal parts.
+def train_gates(output: Path, tokenizer: Any, texts: dict[str, Domain], quiet: bool) -> None:
+    """Writes files to train on, all domains in equal parts, and runs `mergekit-moe-ext train` on them.
 
     The documents come from the end of the list, where no fine-tune has read.
     """
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith("mlp.gate.weight"))
-    each = GATE_TRAINING.steps * GATE_TRAINING.batch // len(DOMAINS)
-    data = torch.cat([blocks(tokenizer, texts[name].train[::-1], each) for name in DOMAINS])
-    with tqdm(total=GATE_TRAINING.steps, desc="gates", unit="batch", disable=quiet) as bar:
-        train(model, data, GATE_TRAINING, bar)
+    command = ["train", str(output / "moe"), "--train", "gates", "--output-dir", str(output / "moe-trained")]
+    for name in DOMAINS:
+        rows = blocks(tokenizer, texts[name].train[::-1], GATE_TRAINING.steps * GATE_TRAINING.batch // len(DOMAINS))
+        path = output / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
+        command += ["--data", str(path)]
+    command += ["--max-length", str(BLOCK), "--max-steps", str(GATE_TRAINING.steps), "--held-out", "0"]
+    command += ["--per-device-train-batch-size", str(GATE_TRAINING.batch), "--seed", str(SEED)]
+    command += ["--learning-rate", str(GATE_TRAINING.learning_rate), "--lr-scheduler-type", "cosine"]
+    command += ["--warmup-steps", "3", *(["--quiet"] if quiet else [])]
+    run_command("mergekit-moe-ext", command, quiet)
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -299,11 +309,11 @@ def main(output: Path, quiet: bool) -> None:
     sequences = sum(map(len, held_out.values()))
     with tqdm(total=sequences, desc="before", unit="batch", disable=quiet) as bar:
         before = perplexities(moe, held_out, bar)
-    train_gates(moe, tokenizer, texts, quiet)
+    del moe
+    train_gates(output, tokenizer, texts, quiet)
+    moe = AutoModelForCausalLM.from_pretrained(output / "moe-trained")
     with tqdm(total=sequences, desc="after", unit="batch", disable=quiet) as bar:
         after = perplexities(moe, held_out, bar)
-    moe.save_pretrained(output / "moe-trained")
-    tokenizer.save_pretrained(output / "moe-trained")
 
     rows = {"base model": of_sources["base"]}
     rows |= {f"fine-tuned on {name}": of_sources[name] for name in DOMAINS}
