@@ -6,7 +6,7 @@ router dispatched: a token that Switch Transformers drops because its expert is 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,12 +76,11 @@ def read_usage(path: Path) -> Usage:
     return usage
 
 
-def routers_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
-    """The sha256 of the routers' parameters, by name, in any dtype."""
+def routers_fingerprint(parameters: Iterable[torch.Tensor]) -> str:
+    """The sha256 of the routers' parameters, whatever their dtype; router by router, each one's by their names."""
     digest = hashlib.sha256()
-    for name in sorted(parameters):
-        digest.update(name.encode())
-        digest.update(parameters[name].detach().cpu().double().numpy().tobytes())
+    for parameter in parameters:
+        digest.update(parameter.detach().cpu().double().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -232,7 +231,7 @@ def count_usage(
     accelerator.end_training()
     if not is_main:
         return None
-    parameters = {f"{name}.{key}": p for name, router in routers.items() for key, p in router.state_dict().items()}
+    parameters = [p for router in routers.values() for _name, p in sorted(router.state_dict().items())]
     return Usage(
         model=model_path,
         routers=routers_fingerprint(parameters),

@@ -30,10 +30,10 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 Method: [{method}]({url}), shared parameters merged by {shared}{base}.
 
-Experts, in order:
+{sources}, in order:
 
 {experts}
-
+{notes}
 Seed {seed}; {versions}.
 
 ```yaml
@@ -63,7 +63,9 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
         url=spec.reference_url,
         shared=f"[{shared.name}]({shared.reference_url})" if shared.reference_url else shared.name,
         base=f" with {_linked(job.base)} as base" if job.base else "",
+        sources="Experts" if len(job.experts) == plan.num_experts else "Sources",
         experts="\n".join(f"{i}. {_linked(model)}" for i, model in enumerate(job.experts)),
+        notes=f"\n{plan.notes}\n" if plan.notes else "",
         seed=job.seed,
         versions=", ".join(f"{name} {version(name)}" for name in _VERSIONS),
         config_yaml=config_yaml.rstrip(),

@@ -38,8 +38,9 @@ def run_yaml(merge_options: MergeOptions, config_file: str, out_path: str) -> No
 
 @main.command(cls=PrettyPrintHelp)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the allocation of caem: *.png …")
 @add_merge_options
-def plan(merge_options: MergeOptions, config_file: str) -> None:
+def plan(merge_options: MergeOptions, config_file: str, plot: Path | None) -> None:
     """Check a configuration and its models, and say what the merge would make, without merging."""
     from mergekit_moe_ext.planner import merged_models, prepare, structural_method
     from mergekit_moe_ext.preflight import read_job
@@ -52,6 +53,8 @@ def plan(merge_options: MergeOptions, config_file: str) -> None:
             f"{config.merge_method} is not one of this package's structural methods: "
             + ", ".join(method.spec.name for method in _ours())
         )
+    if plot and plot.exists():
+        raise click.ClickException(f"{plot} exists and is not overwritten; remove it or name another")
     job = read_job(config, merge_options, method)
     planned = prepare(job).plan
     models, base = merged_models(job)
@@ -59,7 +62,7 @@ def plan(merge_options: MergeOptions, config_file: str) -> None:
     click.echo(f"output    {planned.config.architectures[0]}, {dtype}, {planned.bytes / 1e9:.3f} GB")
     click.echo(
         f"experts   {planned.num_experts} per layer, {planned.experts_per_token} per token, "
-        f"{planned.config.num_hidden_layers} layers"
+        f"{planned.config.num_hidden_layers} layers, from"
     )
     for index, model in enumerate(job.experts):
         click.echo(f"          {index}. {model}")
@@ -70,6 +73,12 @@ def plan(merge_options: MergeOptions, config_file: str) -> None:
     click.echo(f"copied    {len(planned.copies)} tensors")
     click.echo(f"computed  {len(planned.computed)} tensors, seed {job.seed}")
     click.echo(f"config and tokenizer from {job.donor}")
+    if planned.notes:
+        click.echo(f"\n{planned.notes}")
+    if plot:
+        if planned.draw is None:
+            raise click.ClickException(f"{config.merge_method} has nothing to draw")
+        planned.draw(plot)
 
 
 @main.command()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 
@@ -21,16 +21,21 @@ class Manifest:
     vocabulary: frozenset[str]  # names, in `shapes`, of tensors whose first axis is the vocabulary
 
 
-def manifest_of(config: PretrainedConfig) -> Manifest:
-    """The manifest of the one class in `config.architectures`."""
+def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A model of the one class in `config.architectures`, without memory, and its state dict in hub layout."""
     model_class = getattr(transformers, config.architectures[0])
     with torch.device("meta"):
         model = model_class(config)
+    return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))
+
+
+def manifest_of(config: PretrainedConfig) -> Manifest:
+    """The manifest of the one class in `config.architectures`."""
+    model, state = hub_state(config)
     tied = frozenset(model.all_tied_weights_keys)
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = [layer.weight for layer in layers if layer is not None]
     vocabulary = {id(weight) for weight in embeddings}
-    state = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     return Manifest(
         shapes={name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied},
         tied=tied,

@@ -9,7 +9,7 @@ import contextvars
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
@@ -54,6 +54,7 @@ class SharedConfigReader(ConfigReader):
     """Reads the shared method's parameters; one that it requires and nobody gave gets its neutral value."""
 
     merged_base: ModelReference | None
+    weights: Mapping[ModelReference, float]  # 1 where none is given
 
     @property
     def base_model(self) -> ModelReference | None:
@@ -61,7 +62,7 @@ class SharedConfigReader(ConfigReader):
 
     def parameter_sources(self, model: ModelReference | None = None) -> Iterable[Any]:
         yield from super().parameter_sources(model)
-        yield NEUTRAL_PARAMETERS
+        yield {**NEUTRAL_PARAMETERS, **({"weight": self.weights[model]} if model in self.weights else {})}
 
 
 def merged_models(job: Job) -> tuple[list[ModelReference], ModelReference | None]:
@@ -120,6 +121,7 @@ class MergePlanner(StockMergePlanner):
             slice_out=OutputSliceDefinition(sources=sources),
             t=_gradient_position(weight.name, num_layers),
             merged_base=base,
+            weights=self._plan_of_job.weights.get(name, {}),
         )
         try:
             self.plan_tensor(weight, [weight] * len(models), models, reader)

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_moe_ext.calibration import LayerUsage, TaskUsage, Usage, routing_probability, share_of_choices
+from mergekit_moe_ext.calibration import TaskUsage, Usage, routing_probability, share_of_choices
+
+if TYPE_CHECKING:
+    from mergekit_moe_ext.methods.caem import LayerAllocation
 
 
 def plot_usage(usage: Usage, path: Path) -> None:
@@ -27,7 +30,7 @@ def plot_usage(usage: Usage, path: Path) -> None:
     for row, (stack, names) in enumerate(stacks.items(), 1):
         for column, (name, task) in enumerate(tasks.items()):
             axes = figure.add_subplot(grid[row, column])
-            image = _heat_map(axes, [task.layers[layer] for layer in names], highest)
+            image = _heat_map(axes, [share_of_choices(task.layers[layer]) for layer in names], highest)
             axes.set_title(f"{name} ({stack})" if len(stacks) > 1 else name, fontsize=9)
             axes.set_xlabel("expert")
             if column == 0:
@@ -36,6 +39,26 @@ def plot_usage(usage: Usage, path: Path) -> None:
     figure.suptitle(f"Expert usage of {Path(usage.model).name}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_allocation(models: Sequence[str], allocations: Sequence["LayerAllocation"], path: Path) -> None:
+    """A heat map of expert usage per source, the experts that are taken marked with a cross."""
+    plt = pyplot()
+    height = 1.6 + 0.18 * len(allocations)
+    figure, panels = plt.subplots(1, len(models), figsize=(3 * len(models) + 0.5, height), squeeze=False)
+    shares = [[[n / sum(counts) for n in counts] for counts in a.counts] for a in allocations]  # layer, source, expert
+    highest = max(max(of_source) for of_layer in shares for of_source in of_layer)
+    for index, (axes, model) in enumerate(zip(panels[0], models, strict=True)):
+        image = _heat_map(axes, [of_layer[index] for of_layer in shares], highest)
+        taken = [(expert, row) for row, a in enumerate(allocations) for expert in a.chosen[index]]
+        axes.scatter(*zip(*taken, strict=True), marker="x", s=18, linewidths=1.2, color="tab:orange")
+        axes.set_title(Path(model).name, fontsize=9)
+        axes.set_xlabel("expert")
+    panels[0][0].set_ylabel("MoE layer")
+    figure.tight_layout()
+    figure.colorbar(image, ax=panels[0].tolist(), label="share of choices", fraction=0.03, pad=0.02)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -74,8 +97,7 @@ def _bars(axes: Any, tasks: dict[str, TaskUsage]) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=min(len(tasks), 6), loc="lower right", bbox_to_anchor=(1, 0.97))
 
 
-def _heat_map(axes: Any, layers: Sequence[LayerUsage], highest: float) -> Any:
-    shares = [share_of_choices(layer) for layer in layers]
+def _heat_map(axes: Any, shares: Sequence[Sequence[float]], highest: float) -> Any:
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
     axes.set_xticks(range(len(shares[0])) if len(shares[0]) <= 16 else range(0, len(shares[0]), len(shares[0]) // 8))
     axes.set_yticks(range(0, len(shares), max(1, len(shares) // 8)))

@@ -4,6 +4,7 @@ Everything here reads headers only, and everything that can be wrong with a sour
 any tensor is read.
 """
 
+import functools
 import logging
 import os
 import pickle
@@ -115,9 +116,9 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
 
 
 def read_headers(
-    job: Job, configs: Mapping[ModelReference, PretrainedConfig], wanted: Manifest
+    job: Job, configs: Mapping[ModelReference, PretrainedConfig], manifests: Mapping[ModelReference, Manifest]
 ) -> dict[ModelReference, Headers]:
-    """The headers of every source, checked against the manifest of the donor.
+    """The headers of every source, checked against what it must hold.
 
     Of a LoRA source the headers are those of the merged model once `merge_loras` has made it, and those of the
     model beneath it before.
@@ -130,10 +131,18 @@ def read_headers(
         stored = ModelReference(model=ModelPath(path=str(merged)) if is_merged else model.model)
         config = stored.config(job.merge_options.trust_remote_code) if is_merged else configs[model]
         headers[model] = _read_headers(stored, job.merge_options)
+        wanted = manifests[model]
         _check_headers(model, headers[model], config, wanted, vocabulary_may_differ)
         for name in wanted.tied & headers[model].shapes.keys():
             _check_really_tied(model, stored, name, wanted, job.merge_options)
     return headers
+
+
+def output_dtype(job: Job, headers: Mapping[ModelReference, Headers]) -> torch.dtype:
+    """What the configuration says, or else what holds the values of all sources."""
+    return job.dtype or functools.reduce(
+        torch.promote_types, [getattr(torch, source.dtype) for source in headers.values()]
+    )
 
 
 def _vocabulary_may_differ(job: Job) -> bool:

@@ -120,6 +120,42 @@ class StackedExperts(Task[torch.Tensor]):
         return stacked
 
 
+class ExpertRows(Task[torch.Tensor]):
+    """A tensor in which experts lie side by side: those of the sources that are taken, source after source.
+
+    With `scaled_by`, the name of the router's matrix, the part of each source is multiplied by a number that brings
+    the mean norm of that matrix's rows to its average over the sources.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+    sources: tuple[tuple[ModelReference, tuple[int, ...]], ...]
+    scaled_by: str | None
+    load: type[LoadTensor]
+    dtype: str | None = None
+
+    def arguments(self) -> dict[str, Task]:
+        return {}
+
+    def execute(self, **_kwargs: object) -> torch.Tensor:
+        parts = []
+        for model, indices in self.sources:
+            tensor = self.load(model=model, tensor=self.name, dtype=self.dtype).execute()
+            parts.append(tensor.index_select(self.axis, torch.tensor(indices, device=tensor.device)))
+        if self.scaled_by:
+            norms = [self._norm(model) for model, _indices in self.sources]
+            target = sum(norms) / len(norms)
+            parts = [
+                part * (target / norm) if norm != target else part for part, norm in zip(parts, norms, strict=True)
+            ]
+        return torch.cat(parts, dim=self.axis)
+
+    def _norm(self, model: ModelReference) -> float:
+        matrix = self.load(model=model, tensor=self.scaled_by, dtype=self.dtype).execute()
+        return matrix.float().norm(dim=1).mean().item()
+
+
 class Zeros(Task[torch.Tensor]):
     name: str  # makes it another task than the next one of the same shape
     shape: tuple[int, ...]

@@ -6,8 +6,9 @@ method says for every tensor of the output where it comes from (`Plan`); the pla
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import click
@@ -90,6 +91,10 @@ class Plan:
     computed: Mapping[str, Task]  # made by a task that has a `shape`
     shapes: Mapping[str, tuple[int, ...]]  # of all of these
     dtype: torch.dtype  # of what is computed and in general of all
+    # Where the method decides how much each model counts in a shared parameter: its `weight`, by name. Else 1.
+    weights: Mapping[str, Mapping[ModelReference, float]] = field(default_factory=dict)
+    notes: str = ""  # Markdown, for the card and for `mergekit-moe-ext plan`
+    draw: Callable[[Path], None] | None = None  # a figure, for `mergekit-moe-ext plan --plot`
 
     @property
     def bytes(self) -> int:

@@ -5,7 +5,6 @@ attention, norms, head) is merged by the tensor method that `shared:` names. A g
 `gate_mode` says; MergeME, like BTX before it, trains it afterwards.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from mergekit_moe_ext.families import Stack, Upcycling, upcycling_for
 from mergekit_moe_ext.gates import GateMode, initial_gates
 from mergekit_moe_ext.manifest import Manifest, manifest_of
 from mergekit_moe_ext.methods.base import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
-from mergekit_moe_ext.sources import check_same_size, read_configs, read_headers
+from mergekit_moe_ext.sources import check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.tasks import LoadFiniteTensor, StackedExperts, Zeros
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
@@ -88,10 +87,8 @@ class MoeMethod(StructuralMethod):
             configs[job.donor], len(experts), experts_per_token, **_options_of_family(job, family)
         )
         dense = manifest_of(configs[job.donor])
-        headers = read_headers(job, configs, dense)
-        config.dtype = dtype = job.dtype or functools.reduce(
-            torch.promote_types, [getattr(torch, source.dtype) for source in headers.values()]
-        )
+        headers = read_headers(job, configs, dict.fromkeys(configs, dense))
+        config.dtype = dtype = output_dtype(job, headers)
         if job.merge_options.unsafe_truncate_embeddings:
             config.vocab_size = min(
                 shape[0]

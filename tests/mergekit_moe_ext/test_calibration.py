@@ -70,11 +70,13 @@ def write(path, rows):
     return path
 
 
-def make_moe(path, family, **config):
+def make_moe(path, family, seed=0, **config):
+    """A random mixture of experts; other seeds are fine-tunes of it."""
     auto = AutoModelForSeq2SeqLM if family == "switch_transformers" else AutoModelForCausalLM
     torch.manual_seed(0)
     sizes = {} if family == "switch_transformers" else {**TINY, **EXPERTS}
     model = auto.from_config(AutoConfig.for_model(family, **{**sizes, "vocab_size": 96, **SPECIAL_TOKENS, **config}))
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():  # routers that are zero would choose by the order of ties
             parameter += 0.05 * torch.randn_like(parameter)
