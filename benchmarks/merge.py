@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -80,15 +80,15 @@ def run_measured(command: Sequence[str | Path], root: Path) -> tuple[float, floa
     return time.perf_counter() - started, anonymous / 1e6, resident / 1e6
 
 
-def copy_measured(root: Path, size: int) -> float:
+def copy_measured(inputs: Sequence[Path], target: Path, size: int) -> float:
     """Seconds to read every input and write `size` bytes to the disk."""
     started = time.perf_counter()
     block = bytearray(16 << 20)
-    for name in NAMES:
-        with (root / name / "model.safetensors").open("rb", buffering=0) as file:
+    for path in inputs:
+        with path.open("rb", buffering=0) as file:
             while file.readinto(block):
                 pass
-    with (root / "copy.bin").open("wb", buffering=0) as file:
+    with target.open("wb", buffering=0) as file:
         for _ in range(-(-size // len(block))):
             file.write(block)
         os.fsync(file.fileno())
@@ -117,19 +117,26 @@ def main(layers: int, repeats: int) -> None:
                 runs[name].append(run_measured(command, root))
                 written = sum(path.stat().st_size for path in root.glob("out/*.safetensors")) or written
                 shutil.rmtree(root / "out", ignore_errors=True)
-            runs["plain files"].append((copy_measured(root, written), 0.0, 0.0))
+            inputs = [root / name / "model.safetensors" for name in NAMES]
+            runs["plain files"].append((copy_measured(inputs, root / "copy.bin", written), 0.0, 0.0))
     click.echo(f"read {read / 1e9:.2f} GB, wrote {written / 1e9:.2f} GB; {repeats} runs each, medians, and seconds'")
     click.echo(f"range; torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    click.echo(f"{'':22}{'seconds':>9}{'range':>15}{'/ plain files':>15}{'anon GB':>9}{'resident GB':>13}")
+    click.echo(report(runs))
+
+
+def report(runs: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    """A line per tool: the median of its seconds, also in times those of `plain files`, and of its peak memory."""
+    lines = [f"{'':22}{'seconds':>9}{'range':>15}{'/ plain files':>15}{'anon GB':>9}{'resident GB':>13}"]
     limit = statistics.median(seconds for seconds, *_ in runs["plain files"])
     for name, measured in runs.items():
         seconds, anonymous, resident = (list(column) for column in zip(*measured, strict=True))
         median = statistics.median(seconds)
         spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
-        click.echo(
+        lines.append(
             f"{name:22}{median:9.2f}{spread:>15}{median / limit:15.2f}"
             f"{statistics.median(anonymous):9.2f}{statistics.median(resident):13.2f}"
         )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
