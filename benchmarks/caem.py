@@ -46,9 +46,7 @@ def make_sources(root: Path, model_class: type, config: PretrainedConfig, expert
             layers[router] = LayerUsage(tokens=sum(counts), counts=counts, weights=[float(n) for n in counts])
         Usage(
             model=name,
-            routers=routers_fingerprint(
-                p for router in routers.values() for _, p in sorted(router.state_dict().items())
-            ),
+            routers=routers_fingerprint(parameters),
             architecture=model_class.__name__,
             experts_per_token=2,
             tasks={name: TaskUsage(data="made up", fingerprint="", samples=1, layers=layers)},
