@@ -19,6 +19,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/tensor_methods.py
+	$(BIN)/python benchmarks/caem.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,5 +1,6 @@
 """CAEM's allocation: against a brute-force reading of appendix A.2, and properties that must hold."""
 
+import doctest
 import itertools
 import math
 from fractions import Fraction
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
+from mergekit_moe_ext import allocation
 from mergekit_moe_ext.allocation import allocate, most_used, normalised_entropy
 
 
@@ -90,6 +92,11 @@ def test_equal_entropies_share_evenly(sources, n_s, entropy):
     for n_m in range(sources, sources * n_s + 1):
         got = allocate([entropy] * sources, n_m, [n_s] * sources)
         assert max(got) - min(got) <= 1 and sum(got) == n_m
+
+
+def test_examples_in_docstrings():
+    results = doctest.testmod(allocation)
+    assert results.attempted and not results.failed
 
 
 def test_the_paper_s_figure_and_ties():

@@ -9,7 +9,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from tests.conftest import NAMES, document, make_model, merge, read_tensors, run, same_files
+from tests.conftest import document, make_model, merge, read_tensors, run, same_files
 from tests.tokenizers import save_tokenizer
 
 
@@ -208,25 +208,6 @@ def test_the_methods_command_shows_every_option():
     everything = CliRunner().invoke(main, ["methods"]).output
     assert all(f"\n{name}: " in everything for name in ("linear", "moe_linear", "moe_ties"))
     assert CliRunner().invoke(main, ["methods", "no"]).exit_code == 1
-
-
-def test_examples_and_the_readme_s_configuration_run(here):
-    import re
-
-    from click.testing import CliRunner
-
-    from mergekit_moe_ext.cli import main
-    from tests.test_autoload import ROOT
-
-    examples = {path.stem: path.read_text() for path in (ROOT / "examples").glob("*.yml")}
-    readme = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    examples |= {f"readme-{index}": text for index, text in enumerate(readme)}
-    assert len(examples) >= 2
-    for name, text in examples.items():
-        (here / "config.yml").write_text(text)
-        result = CliRunner().invoke(main, ["yaml", "config.yml", name])
-        assert result.exit_code == 0, result.output
-        assert len(yaml.safe_load(text)["models"]) == len(NAMES)
 
 
 def test_multi_gpu_writes_the_same_tensors(here, monkeypatch):

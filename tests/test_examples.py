@@ -1,0 +1,131 @@
+"""What the README, the docs and `examples/` show runs as it stands there."""
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from mergekit_moe_ext.cli import main
+from tests.conftest import run
+from tests.mergekit_moe_ext.test_calibration import make_moe, words, write
+from tests.test_autoload import ROOT
+from tests.tokenizers import save_tokenizer
+
+SCRIPTS = ("demo", "mergeme_homogeneous", "caem_tasks")
+
+
+def configurations():
+    found = {f"examples/{path.name}": path.read_text() for path in (ROOT / "examples").glob("*.yml")}
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        blocks = re.findall(r"```yaml\n(.*?)```", path.read_text(), flags=re.DOTALL)
+        found |= {f"{path.name}-{index}": text for index, text in enumerate(blocks)}
+    return found
+
+
+@pytest.fixture
+def everything(here, sources, monkeypatch):
+    """All that a configuration names: dense models with tokenizers, mixtures of experts, and texts."""
+    import shutil
+
+    for name in ("base", "math", "code"):
+        (here / name).unlink()
+        shutil.copytree(sources / name, here / name)
+        save_tokenizer(here / name, 96)
+    (here / "code.txt").write_text("w20 w21 w22\nw23 w24\n")
+    for seed, task in enumerate(("news", "squad", "xsum")):
+        make_moe(here / f"moe-{task}", "mixtral", seed=seed, num_local_experts=8)
+        write(here / f"{task}.jsonl", words(seed, 20))
+    for seed, task in enumerate(("math", "code", "law")):
+        write(here / f"{task}.jsonl", words(seed, 40))
+    counted = CliRunner().invoke(
+        main, ["usage", "moe-xsum", "--data", "xsum.jsonl", "-o", "xsum.usage.json", "--quiet"]
+    )
+    assert counted.exit_code == 0, counted.output
+    return here
+
+
+def test_every_configuration_runs(everything):
+    assert len(configurations()) >= 4
+    for name, text in configurations().items():
+        (everything / "config.yml").write_text(text)
+        result = CliRunner().invoke(main, ["yaml", "config.yml", name.replace("/", "-")])
+        assert result.exit_code == 0, (name, result.output)
+
+
+def test_the_readme_s_commands_run(everything):
+    """Those that train and count, on the mixture that its first configuration makes."""
+    readme = (ROOT / "README.md").read_text()
+    (everything / "config.yml").write_text(re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)[0])
+    assert CliRunner().invoke(main, ["yaml", "config.yml", "out"]).exit_code == 0
+    commands = re.findall(r"^mergekit-moe-ext ((?:train|usage) .*)$", readme, flags=re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        result = CliRunner().invoke(main, [*command.split(), "--quiet"])
+        assert result.exit_code == 0, (command, result.output)
+    assert (everything / "out-trained" / "model.safetensors").exists() and (everything / "usage.png").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_start(script):
+    done = run("python", str(ROOT / "examples" / f"{script}.py"), "--help")
+    assert done.returncode == 0 and "--output" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def mergeme(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import mergeme_homogeneous
+
+    yield mergeme_homogeneous
+    for name in ("mergeme_homogeneous", "demo", "real_data"):
+        sys.modules.pop(name, None)
+
+
+def test_the_orderings_of_the_paper_are_judged_by_the_means(mergeme):
+    torch.manual_seed(0)
+    dense = {"base": dict.fromkeys(mergeme.DOMAINS, 3.0)}
+    for name in mergeme.DOMAINS:
+        dense[f"{name} expert"] = {other: 2.0 if other == name else 3.5 for other in mergeme.DOMAINS}
+    levels = {
+        "Random routing": 3.0,
+        "Router fine-tuning": 2.9,
+        "BTX merging": 2.5,
+        "Ties merging": 2.6,
+        "Dare merging": 2.4,
+        "MoE upcycling": 2.45,
+    }
+    rows = {name: [dict.fromkeys(mergeme.DOMAINS, level)] * 3 for name, level in levels.items()}
+    rows["Dare merging"] = [*rows["Dare merging"][:2], dict.fromkeys(mergeme.DOMAINS, 2.55)]
+    lines = mergeme.orderings(dense, rows)
+    assert sum(line.startswith("holds") for line in lines[:6]) == 6
+    verdicts = {line[7:]: line[:5] for line in lines[6:]}
+    assert verdicts["Ties merging is better than BTX merging on average (0 of 3 seeds)"] == "FAILS"
+    assert verdicts["BTX merging is better than Random routing on average (3 of 3 seeds)"] == "holds"
+    assert verdicts["Dare merging is better than BTX merging on average (2 of 3 seeds)"] == "mixed"
+
+
+def test_the_figures_of_the_experiment_are_drawn(mergeme, tmp_path):
+    def made_up():
+        losses = {name: torch.rand(4).tolist() for name in mergeme.DOMAINS}
+        return mergeme.Run(
+            [0, 4, 8, 12], losses, {name: torch.rand(4).softmax(0).tolist() for name in mergeme.DOMAINS}
+        )
+
+    runs = {row: [made_up(), made_up()] for row in ("Router fine-tuning", *mergeme.SHARED)}
+    mergeme.draw_curves(runs, tmp_path / "10.png")
+    mergeme.draw_routing(runs, tmp_path / "5.png")
+    assert all(Path(tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("10.png", "5.png"))
+    assert mergeme.means([[1.0, 2.0], [3.0, 6.0]]) == [statistics.mean([1, 3]), 4.0]
+
+
+def test_the_experiment_s_configurations_are_the_paper_s(mergeme):
+    """Appendix A: 80 percent kept, lambda a third."""
+    for row in ("Ties merging", "Dare merging"):
+        parameters = mergeme.SHARED[row]["parameters"]
+        assert parameters["density"] == 0.8 and parameters["lambda"] == pytest.approx(1 / 3)
+    assert yaml.safe_dump(mergeme.SHARED)
