@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from mergekit.architecture import WeightInfo
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -19,6 +20,15 @@ class Manifest:
     tied: frozenset[str]  # names that the model has but its checkpoint need not hold
     embedding: str  # the name of the input embedding
     vocabulary: frozenset[str]  # names, in `shapes`, of tensors whose first axis is the vocabulary
+
+    def weight_info(self, name: str) -> WeightInfo:
+        """What mergekit wants to know of a tensor that it merges."""
+        in_vocabulary = name in self.vocabulary
+        return WeightInfo(
+            name=name,
+            vocabulary_axis=0 if in_vocabulary else None,
+            tied_names=tuple(self.vocabulary) if in_vocabulary else None,
+        )
 
 
 def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:

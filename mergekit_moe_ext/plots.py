@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mergekit_moe_ext.calibration import TaskUsage, Usage, routing_probability, share_of_choices
-
-if TYPE_CHECKING:
-    from mergekit_moe_ext.methods.caem import LayerAllocation
 
 
 def plot_usage(usage: Usage, path: Path) -> None:
@@ -42,16 +39,24 @@ def plot_usage(usage: Usage, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_allocation(models: Sequence[str], allocations: Sequence["LayerAllocation"], path: Path) -> None:
-    """A heat map of expert usage per source, the experts that are taken marked with a cross."""
+def plot_allocation(
+    models: Sequence[str],
+    counts: Sequence[Sequence[Sequence[int]]],
+    chosen: Sequence[Sequence[Sequence[int]]],
+    path: Path,
+) -> None:
+    """A heat map of expert usage per source, the experts that are taken marked with a cross.
+
+    `counts` and `chosen` (indices): layer by layer, source by source.
+    """
     plt = pyplot()
-    height = 1.6 + 0.18 * len(allocations)
+    height = 1.6 + 0.18 * len(counts)
     figure, panels = plt.subplots(1, len(models), figsize=(3 * len(models) + 0.5, height), squeeze=False)
-    shares = [[[n / sum(counts) for n in counts] for counts in a.counts] for a in allocations]  # layer, source, expert
+    shares = [[[n / sum(of_source) for n in of_source] for of_source in of_layer] for of_layer in counts]
     highest = max(max(of_source) for of_layer in shares for of_source in of_layer)
     for index, (axes, model) in enumerate(zip(panels[0], models, strict=True)):
         image = _heat_map(axes, [of_layer[index] for of_layer in shares], highest)
-        taken = [(expert, row) for row, a in enumerate(allocations) for expert in a.chosen[index]]
+        taken = [(expert, row) for row, of_layer in enumerate(chosen) for expert in of_layer[index]]
         axes.scatter(*zip(*taken, strict=True), marker="x", s=18, linewidths=1.2, color="tab:orange")
         axes.set_title(Path(model).name, fontsize=9)
         axes.set_xlabel("expert")

@@ -42,9 +42,8 @@ def everything(here, sources, monkeypatch):
         write(here / f"{task}.jsonl", words(seed, 20))
     for seed, task in enumerate(("math", "code", "law")):
         write(here / f"{task}.jsonl", words(seed, 40))
-    counted = CliRunner().invoke(
-        main, ["usage", "moe-xsum", "--data", "xsum.jsonl", "-o", "xsum.usage.json", "--quiet"]
-    )
+    usage = ["usage", "moe-xsum", "--data", "xsum.jsonl", "-o", "xsum.usage.json", "--quiet"]
+    counted = CliRunner().invoke(main, usage)
     assert counted.exit_code == 0, counted.output
     return here
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods.base import BasePolicy
@@ -127,9 +126,7 @@ class CaemMethod(StructuralMethod):
             for name, axis in allocation.layer.rows.items()
         }
         weights = _weights(job, allocations)
-        shared = {
-            name: _weight_info(name, output) for name in output.shapes if name not in copies.keys() | rows.keys()
-        }
+        shared = {name: output.weight_info(name) for name in output.shapes if name not in copies.keys() | rows.keys()}
         if job.merge_options.unsafe_truncate_embeddings:
             raise click.ClickException("caem does not truncate embeddings; align vocabularies with `tokenizer:`")
         return Plan(
@@ -143,7 +140,12 @@ class CaemMethod(StructuralMethod):
             dtype=dtype,
             weights={name: weights.get(_stack(name), weights["all"]) for name in shared},
             notes=_notes(job, allocations, weights),
-            draw=lambda path: plot_allocation([str(model) for model in job.experts], allocations, path),
+            draw=lambda path: plot_allocation(
+                [str(model) for model in job.experts],
+                [allocation.counts for allocation in allocations],
+                [allocation.chosen for allocation in allocations],
+                path,
+            ),
         )
 
 
@@ -360,15 +362,6 @@ def _weights(job: Job, allocations: Sequence[LayerAllocation]) -> dict[str, dict
         stack: {model: number / sum(of_stack.values()) for model, number in of_stack.items()}
         for stack, of_stack in totals.items()
     }
-
-
-def _weight_info(name: str, output: Manifest) -> WeightInfo:
-    in_vocabulary = name in output.vocabulary
-    return WeightInfo(
-        name=name,
-        vocabulary_axis=0 if in_vocabulary else None,
-        tied_names=tuple(output.vocabulary) if in_vocabulary else None,
-    )
 
 
 def _notes(

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 import torch
-from mergekit.architecture import WeightInfo
 from mergekit.io.tasks import LoadTensor
 from pydantic import Field
 
@@ -107,9 +106,9 @@ class MoeMethod(StructuralMethod):
         stacks = _stacked_experts(job, layers, dense, dtype)
         of_experts = {name for _model, name in copies.values()}
         of_experts |= {name for task in stacks.values() for parts in task.experts for _model, name in parts}
-        shared = {name: _shared_weight(name, dense) for name in dense.shapes if name not in of_experts}
+        shared = {name: dense.weight_info(name) for name in dense.shapes if name not in of_experts}
         shared |= {
-            output.format(layer=layer): _shared_weight(name.format(layer=layer), dense)
+            output.format(layer=layer): dense.weight_info(name.format(layer=layer))
             for stack, layer in layers
             for output, name in stack.merged.items()
         }
@@ -182,15 +181,6 @@ def _stacked_experts(
                 dtype=str(dtype),
             )
     return tasks
-
-
-def _shared_weight(name: str, dense: Manifest) -> WeightInfo:
-    in_vocabulary = name in dense.vocabulary
-    return WeightInfo(
-        name=name,
-        vocabulary_axis=0 if in_vocabulary else None,
-        tied_names=tuple(dense.vocabulary) if in_vocabulary else None,
-    )
 
 
 MOE_METHODS = (
