@@ -18,13 +18,15 @@ import click
 import torch
 import yaml
 from merge import BIN, copy_measured, report, run_measured
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors import safe_open
 from transformers import MixtralConfig, MixtralForCausalLM, PretrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import mergekit_moe_ext  # noqa: F401  (registers caem)
-from mergekit_moe_ext.calibration import LayerUsage, TaskUsage, Usage, routers_fingerprint
+from mergekit_moe_ext.calibration import LayerUsage, TaskUsage, Usage
+from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.planner import prepare, structural_method
 from mergekit_moe_ext.preflight import read_job
 from mergekit_moe_ext.routing import routers_of
@@ -39,14 +41,13 @@ def make_sources(root: Path, model_class: type, config: PretrainedConfig, expert
         model = model_class(config).to(torch.bfloat16)
         model.save_pretrained(root / name)
         routers = routers_of(model)
-        parameters = [p for router in routers.values() for _name, p in sorted(router.state_dict().items())]
         layers = {}
         for router in routers:
             counts = torch.randint(1, 1000, (experts,)).tolist()
             layers[router] = LayerUsage(tokens=sum(counts), counts=counts, weights=[float(n) for n in counts])
         Usage(
             model=name,
-            routers=routers_fingerprint(parameters),
+            checkpoint=checkpoint_fingerprint(ModelReference.model_validate(str(root / name)), MergeOptions()),
             architecture=model_class.__name__,
             experts_per_token=2,
             tasks={name: TaskUsage(data="made up", fingerprint="", samples=1, layers=layers)},

@@ -30,7 +30,7 @@ from demo import BLOCK, DOMAINS, blocks, table
 from mergeme_homogeneous import BATCH, READING, write_texts
 from transformers import AutoTokenizer
 
-from mergekit_moe_ext.calibration import count_usage
+from mergekit_moe_ext.calibration import count_usage, read_texts
 from mergekit_moe_ext.options import Recipe
 from mergekit_moe_ext.training import train
 
@@ -100,7 +100,8 @@ def main(output: Path, steps: int) -> None:
             rows = blocks(tokenizer, documents, CALIBRATION_BLOCKS)
             calibration = folder / f"{name}-calibration.jsonl"
             calibration.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
-            usage = count_usage(str(model), [f"{name}={calibration}"], READING, batch_size=2)
+            read = read_texts(str(model), [f"{name}={calibration}"], READING)
+            usage = count_usage(str(model), read, READING, batch_size=2)
             assert usage is not None  # this is the only process
             usage.write(output / f"{name}.usage.json")
             parameters = {"usage": str(output / f"{name}.usage.json")}

@@ -38,7 +38,7 @@ from demo import train as train_dense
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_moe_ext.calibration import count_usage, routing_probability
+from mergekit_moe_ext.calibration import count_usage, read_texts, routing_probability
 from mergekit_moe_ext.options import Reading, Recipe
 from mergekit_moe_ext.plots import pyplot
 from mergekit_moe_ext.training import train
@@ -139,7 +139,7 @@ def run(merged: Path, part: Any, named: dict[str, list[str]], seed: int, steps: 
     train(str(merged), str(trained), part, named["train"], READING, recipe, eval_data=named["held_out"])
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
     measured = {name: [entry for entry in history if f"eval_{name}_loss" in entry] for name in DOMAINS}
-    usage = count_usage(str(trained), named["held_out"], READING, batch_size=2)
+    usage = count_usage(str(trained), read_texts(str(trained), named["held_out"], READING), READING, batch_size=2)
     assert usage is not None  # this is the only process
     shutil.rmtree(trained)
     return Run(

@@ -27,7 +27,8 @@ def normalised_entropy(counts: Sequence[int]) -> float:
     if len(counts) == 1:
         return 0.0
     shares = [count / total for count in counts if count > 0]
-    return max(0.0, -math.fsum(share * math.log(share) for share in shares)) / math.log(len(counts))
+    entropy = -math.fsum(share * math.log(share) for share in shares) / math.log(len(counts))
+    return min(1.0, max(0.0, entropy))  # rounding may overstep
 
 
 def allocate(entropies: Sequence[float], num_experts: int, capacities: Sequence[int]) -> list[int]:

@@ -4,9 +4,9 @@ Every token counts that is no padding, in every MoE layer, encoder and decoder a
 router dispatched: a token that Switch Transformers drops because its expert is full counts for no expert.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +16,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-from mergekit_moe_ext.data import Source, collate, fingerprint, load, parse_sources, tokenise
-from mergekit_moe_ext.loading import load_config, load_model, load_tokenizer, silence
+from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
+from mergekit_moe_ext.data import (
+    Source,
+    collate,
+    decoder_inputs,
+    fingerprint,
+    load,
+    parse_sources,
+    real_tokens,
+    tokenise,
+)
+from mergekit_moe_ext.families.mixture import experts_per_token
+from mergekit_moe_ext.loading import load_config, load_model, load_tokenizer, padding_token, silence
 from mergekit_moe_ext.options import Reading
-from mergekit_moe_ext.routing import recorded, routers_of
+from mergekit_moe_ext.routing import recorded, routers_of, stack_of
 
 
 class LayerUsage(BaseModel):
@@ -51,13 +64,15 @@ class Usage(BaseModel):
 
     format: Literal["mergekit-moe-ext usage 1"] = "mergekit-moe-ext usage 1"
     model: str
-    routers: str  # sha256 of the routers' parameters: tells fine-tunes of one model apart, and knows a renamed one
+    checkpoint: str  # its fingerprint: tells fine-tunes of one model apart, and knows a renamed one
     architecture: str
     experts_per_token: int
     tasks: dict[str, TaskUsage]
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
 def read_usage(path: Path) -> Usage:
@@ -74,14 +89,6 @@ def read_usage(path: Path) -> Usage:
     if not usage.tasks:
         raise click.ClickException(f"{path} counted nothing")
     return usage
-
-
-def routers_fingerprint(parameters: Iterable[torch.Tensor]) -> str:
-    """The sha256 of the routers' parameters, whatever their dtype; router by router, each one's by their names."""
-    digest = hashlib.sha256()
-    for parameter in parameters:
-        digest.update(parameter.detach().cpu().double().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @torch.inference_mode()
@@ -105,13 +112,14 @@ def count(
         for start in tqdm(batches, desc=source.name, unit="batch", disable=quiet or not accelerator.is_main_process):
             batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))], pad_token_id)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            real = {"": batch["attention_mask"].bool().flatten()}
+            real = real_tokens(batch)
             if "labels" in batch:
-                batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-                real["decoder."] = (batch.pop("labels") != -100).flatten()
-            model(**batch, use_cache=False)
+                batch["decoder_input_ids"] = decoder_inputs(model, batch.pop("labels"))
+                model(**batch, use_cache=False)
+            else:
+                model.base_model(**batch, use_cache=False)  # without the head, whose logits nobody looks at
             for name, choice in choices.items():
-                mask = real["decoder." if name.startswith("decoder.") else ""].to(choice.experts.device)
+                mask = real[stack_of(name) == "decoder"].to(choice.experts.device)
                 counted = _sums(choice.experts[mask], choice.weights[mask], choice.logits.shape[-1])
                 sums[name] = sums[name] + counted if name in sums else counted
     return TaskUsage(
@@ -125,14 +133,14 @@ def count(
 def _sums(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Counts, weights and, last, the number of tokens: (2 * experts + 1,), float64, on the CPU."""
     chosen = experts >= 0
-    indices, weights = experts[chosen], weights[chosen].double()
+    indices, weights = experts[chosen].cpu(), weights[chosen].cpu().double()
     return torch.cat(
         [
             torch.bincount(indices, minlength=num_experts).double(),
-            torch.zeros(num_experts, dtype=torch.float64, device=indices.device).index_add_(0, indices, weights),
-            torch.tensor([float(len(experts))], dtype=torch.float64, device=indices.device),
+            torch.zeros(num_experts, dtype=torch.float64).index_add_(0, indices, weights),
+            torch.tensor([float(len(experts))], dtype=torch.float64),
         ]
-    ).cpu()
+    )
 
 
 def _reduced(sums: Mapping[str, torch.Tensor], model: Any, accelerator: Accelerator) -> dict[str, LayerUsage]:
@@ -154,9 +162,9 @@ def _reduced(sums: Mapping[str, torch.Tensor], model: Any, accelerator: Accelera
 def routing_probability(task: TaskUsage) -> list[float]:
     """Per expert the weight that a token gives it, averaged over layers and tokens: MergeME's figure 5.
 
-    The paper says "routing probability averaged from each layer and token". We take the weights with which experts
-    are combined, softmax after top-k, which sum to one per token (in Switch Transformers to less). Layers must have
-    equally many experts.
+    The paper says "routing probability averaged from each layer and token". We take the weights
+    with which experts are combined, softmax after top-k, which sum to one per token in most families. Layers must
+    have equally many experts.
     """
     per_layer = [[weight / layer.tokens for weight in layer.weights] for layer in task.layers.values()]
     return [sum(values) / len(per_layer) for values in zip(*per_layer, strict=True)]
@@ -183,36 +191,46 @@ def format_table(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) ->
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What usage is counted on, tokenised for a model."""
+
+    tokenizer: Any
+    by_source: Mapping[Source, Dataset]
+
+
+def read_texts(model_path: str, data: Sequence[str], reading: Reading, max_samples: int | None = None) -> Texts:
+    """`data` as `--data` names it. `ClickException` for what cannot be read."""
+    silence(reading)
+    config, tokenizer = load_config(model_path, reading), load_tokenizer(model_path, reading)
+    by_source = {
+        source: tokenise(
+            load(source, max_samples),
+            source,
+            tokenizer,
+            columns=reading.columns,
+            max_length=reading.max_length,
+            encoder_decoder=config.is_encoder_decoder,
+        )
+        for source in parse_sources(data)
+    }
+    return Texts(tokenizer, by_source)
+
+
 def count_usage(
-    model_path: str,
-    data: Sequence[str],
-    reading: Reading,
-    *,
-    max_samples: int | None = None,
-    batch_size: int = 8,
-    device: str = "auto",
+    model_path: str, texts: Texts, reading: Reading, *, batch_size: int = 8, device: str = "auto"
 ) -> Usage | None:
-    """The usage of a model on each of the sources, as `--data` names them. None in all but the main process."""
+    """The usage of a model on each of the sources. None in all but the main process.
+
+    Where there are several processes, their group is gone afterwards.
+    """
     silence(reading)
     config = load_config(model_path, reading)
-    sources = parse_sources(data)
-    tokenizer = load_tokenizer(model_path, reading)
+    checkpoint = checkpoint_fingerprint(ModelReference.model_validate(model_path), MergeOptions())
     accelerator = Accelerator(cpu=device == "cpu")
-    with accelerator.main_process_first():
-        tokenised = {
-            source: tokenise(
-                load(source, max_samples),
-                source,
-                tokenizer,
-                columns=reading.columns,
-                max_length=reading.max_length,
-                encoder_decoder=config.is_encoder_decoder,
-            )
-            for source in sources
-        }
     spread = device == "auto" and accelerator.num_processes == 1 and accelerator.device.type != "cpu"
     model = load_model(model_path, config, reading, dtype="auto", device_map="auto" if spread else None)
-    routers = routers_of(model)
+    routers_of(model)  # is it a mixture of experts?
     if not spread:
         model.to(accelerator.device if device == "auto" else device)
     tasks = {
@@ -220,22 +238,21 @@ def count_usage(
             model,
             tokens,
             source,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=padding_token(texts.tokenizer),
             batch_size=batch_size,
             accelerator=accelerator,
             quiet=reading.quiet,
         )
-        for source, tokens in tokenised.items()
+        for source, tokens in texts.by_source.items()
     }
     is_main = accelerator.is_main_process
     accelerator.end_training()
     if not is_main:
         return None
-    parameters = [p for router in routers.values() for _name, p in sorted(router.state_dict().items())]
     return Usage(
         model=model_path,
-        routers=routers_fingerprint(parameters),
+        checkpoint=checkpoint,
         architecture=type(model).__name__,
-        experts_per_token=getattr(config, "num_experts_per_tok", 1),  # Switch Transformers, which has one, lacks it
+        experts_per_token=experts_per_token(config),
         tasks=tasks,
     )

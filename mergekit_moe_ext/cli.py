@@ -53,8 +53,8 @@ def plan(merge_options: MergeOptions, config_file: str, plot: Path | None) -> No
             f"{config.merge_method} is not one of this package's structural methods: "
             + ", ".join(method.spec.name for method in _ours())
         )
-    if plot and plot.exists():
-        raise click.ClickException(f"{plot} exists and is not overwritten; remove it or name another")
+    if plot:
+        _check_new_figure(plot)
     job = read_job(config, merge_options, method)
     planned = prepare(job).plan
     models, base = merged_models(job)
@@ -92,7 +92,7 @@ def plan(merge_options: MergeOptions, config_file: str, plot: Path | None) -> No
     "--device",
     default="auto",
     show_default=True,
-    help="cpu, cuda, cuda:1 …; auto takes a GPU if there is one, and spreads over all where one is too small.",
+    help="cpu, cuda, cuda:1 …; auto spreads the model over all GPUs and, where they are too small, the CPU.",
 )
 @options_of(Reading, "reading")
 def usage(
@@ -111,22 +111,22 @@ def usage(
     news=news.jsonl, owner/name:test[:100]. Prints, per source, the routing probability of each expert, averaged over
     layers and tokens. Runs on many processes under `accelerate launch -m mergekit_moe_ext`, with the same counts.
     """
-    from mergekit_moe_ext.calibration import count_usage, table
-    from mergekit_moe_ext.plots import plot_usage, pyplot
+    from mergekit_moe_ext.calibration import count_usage, read_texts, table
+    from mergekit_moe_ext.plots import plot_usage
 
     if plot:
-        pyplot()  # is it there? better to know before counting
-    for path in filter(None, (output, plot)):
-        if path.exists():
-            raise click.ClickException(f"{path} exists and is not overwritten; remove it or name another")
-    counted = count_usage(model, list(data), reading, max_samples=max_samples, batch_size=batch_size, device=device)
+        _check_new_figure(plot)
+    if output:
+        _check_new_file(output)
+    texts = read_texts(model, data, reading, max_samples)
+    counted = count_usage(model, texts, reading, batch_size=batch_size, device=device)
     if counted is None:  # not the main process
         return
     if output:
         counted.write(output)
+    click.echo(table(counted))
     if plot:
         plot_usage(counted, plot)
-    click.echo(table(counted))
 
 
 @main.command()
@@ -138,9 +138,15 @@ def usage(
     "weights",
     multiple=True,
     metavar="NAME=NUMBER",
-    help="How often a row of a source is drawn, next to 1 for the others. Without any, every row is read as often.",
+    help="How likely a source is drawn, next to 1 for the others, whatever their sizes; an epoch then ends when each "
+    "was read once. Without any, all rows of all sources are read.",
 )
-@click.option("--eval-data", multiple=True, metavar="[NAME=]SOURCE", help="Texts to measure on, instead of held-out.")
+@click.option(
+    "--eval-data",
+    multiple=True,
+    metavar="[NAME=]SOURCE",
+    help="Texts to measure on; instead of the held-out rows of the source of that name.",
+)
 @click.option("-o", "--output-dir", type=click.Path(), help="The trained model. [default: MODEL-trained]")
 @click.option("--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted training.")
 @options_of(Recipe, "recipe")
@@ -181,6 +187,23 @@ def train(
     click.echo(f"{'held-out loss':{width}}    before     after")
     for name, (before, after) in losses.items():
         click.echo(f"{name:{width}}  {before:>8.4f}  {after:>8.4f}")
+
+
+def _check_new_file(path: Path) -> None:
+    if path.exists():
+        raise click.ClickException(f"{path} exists and is not overwritten; remove it or name another")
+    if not path.parent.is_dir():
+        raise click.ClickException(f"{path}: there is no directory {path.parent}")
+
+
+def _check_new_figure(path: Path) -> None:
+    """Before any work: it may be written, in a format that matplotlib knows, and matplotlib is there."""
+    from mergekit_moe_ext.plots import pyplot
+
+    _check_new_file(path)
+    formats = pyplot().figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in formats:
+        raise click.ClickException(f"{path}: figures are written as {', '.join(formats)}")
 
 
 def _weight(text: str) -> tuple[str, float]:

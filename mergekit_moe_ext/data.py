@@ -3,7 +3,7 @@
 A source is written `[NAME=]SOURCE[:SPLIT]`. SOURCE is a file (jsonl, json, csv, tsv, parquet, arrow, txt), a
 directory of such, a directory written by `save_to_disk`, or `owner/name[/config]` on the Hub. SPLIT is a split as
 `datasets` writes it, `train` if not given. Columns are `messages` (a chat) or `text` for decoders, and `input` and
-`target` for encoder-decoders.
+`target` for encoder-decoders; where there are both, `messages` are read and not `text`.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import click
 import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from jinja2 import TemplateError
 
 _BUILDERS = {
     ".arrow": "arrow",
@@ -27,7 +28,8 @@ _BUILDERS = {
     ".tsv": "csv",
     ".txt": "text",
 }
-_SPLIT = re.compile(r"(.+):(\w+(?:\[[^\]]*\])?)")
+_PART = r"\w+(?:\[[^\]]*\])?"
+_SPLIT = re.compile(rf"(.+?):({_PART}(?:\+{_PART})*)")
 _NAME = re.compile(r"([\w.-]+)=(.+)")
 
 
@@ -75,7 +77,13 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             loaded = load_from_disk(source.path)
-            data = loaded[source.split] if isinstance(loaded, DatasetDict) else loaded
+            splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+            if source.split not in splits:
+                raise click.ClickException(
+                    f"{source} (data {source.name!r}): a saved dataset is read by whole splits; there are "
+                    + ", ".join(splits)
+                )
+            data = splits[source.split]
         elif path.is_file():
             if path.suffix not in _BUILDERS:
                 raise click.ClickException(f"{path} is none of {', '.join(sorted(_BUILDERS))}")
@@ -93,7 +101,7 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
             data = load_dataset("/".join(filter(None, (owner, name))), *config, split=source.split)
     except StopIteration:  # what datasets raises for an empty file
         raise click.ClickException(f"{source} (data {source.name!r}) has no rows") from None
-    except (OSError, ValueError, KeyError, DatasetGenerationError, DatasetNotFoundError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, DatasetGenerationError, DatasetNotFoundError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise click.ClickException(f"cannot read {source} (data {source.name!r}): {reason}") from error
     if max_samples is not None:
@@ -137,7 +145,14 @@ def tokenise(
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
             return {"input_ids": tokenizer(row[columns.text] or "", **cut)["input_ids"]}
 
-    encoded = data.map(encode, remove_columns=present, desc=f"tokenising {source.name}")
+    def encode_or_explain(row: dict[str, Any], number: int) -> dict[str, list[int]]:
+        try:
+            return encode(row)
+        except (TypeError, ValueError, KeyError, TemplateError) as error:
+            reason = str(error).splitlines()[0]
+            raise click.ClickException(f"row {number} of {source} (data {source.name!r}): {reason}") from error
+
+    encoded = data.map(encode_or_explain, with_indices=True, remove_columns=present, desc=f"tokenising {source.name}")
     encoded = encoded.filter(lambda row: all(len(ids) > 0 for ids in row.values()), desc="leaving out empty rows")
     if len(encoded) == 0:
         raise click.ClickException(f"{source} (data {source.name!r}) has no tokens")
@@ -154,14 +169,17 @@ def _require(wanted: Sequence[str], present: Sequence[str], source: Source, who:
 
 
 def pack(data: Dataset, length: int, separator: int | None) -> Dataset:
-    """All rows joined, `separator` after each, and cut into rows of `length` tokens; the last may be shorter."""
+    """Rows joined, a thousand at a time, `separator` after each, and cut into rows of `length` tokens.
+
+    The last of each thousand may be shorter.
+    """
 
     def joined(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         end = [] if separator is None else [separator]
         ids = [token for row in rows["input_ids"] for token in [*row, *end]]
         return {"input_ids": [ids[start : start + length] for start in range(0, len(ids), length)]}
 
-    return data.map(joined, batched=True, remove_columns=data.column_names, desc="packing")
+    return data.map(joined, batched=True, batch_size=1000, remove_columns=data.column_names, desc="packing")
 
 
 def fingerprint(data: Dataset) -> str:
@@ -185,3 +203,17 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torc
     if "labels" in rows[0]:
         batch["labels"] = padded("labels", -100)
     return batch
+
+
+def real_tokens(batch: dict[str, torch.Tensor]) -> dict[bool, torch.Tensor]:
+    """Which tokens are no padding, flat: under True of a decoder that has an encoder, under False of all else."""
+    real = {False: batch["attention_mask"].bool().flatten()}
+    real[True] = (batch["labels"] != -100).flatten() if "labels" in batch else real[False]
+    return real
+
+
+def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """What an encoder-decoder's decoder reads to predict the labels."""
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise click.ClickException(f"{type(model).__name__} does not say what its decoder reads, so it is not run")
+    return model.prepare_decoder_input_ids_from_labels(labels)

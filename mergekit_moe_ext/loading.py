@@ -23,12 +23,14 @@ def load_config(model: str, reading: Reading) -> Any:
 
 def load_tokenizer(model: str, reading: Reading) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=reading.trust_remote_code)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=reading.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise click.ClickException(f"cannot read the tokenizer of {model}: {str(error).splitlines()[0]}") from error
-    if tokenizer.pad_token_id is None:  # never seen by the model: padding is masked
-        tokenizer.pad_token_id = tokenizer.eos_token_id or 0
-    return tokenizer
+
+
+def padding_token(tokenizer: Any) -> int:
+    """Any that exists, where the tokenizer has none: padding is masked."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
 def load_model(model: str, config: Any, reading: Reading, **keywords: Any) -> Any:

@@ -7,6 +7,7 @@ that `save_pretrained` writes, which is what other readers of a checkpoint know.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import click
 import torch
 import transformers
 from mergekit.architecture import WeightInfo
@@ -18,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 class Manifest:
     shapes: Mapping[str, tuple[int, ...]]  # without the names that are tied to another
     tied: frozenset[str]  # names that the model has but its checkpoint need not hold
+    ignored: tuple[str, ...]  # patterns of names that a checkpoint may hold and transformers leaves out
     embedding: str  # the name of the input embedding
     vocabulary: frozenset[str]  # names, in `shapes`, of tensors whose first axis is the vocabulary
 
@@ -33,7 +35,9 @@ class Manifest:
 
 def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """A model of the one class in `config.architectures`, without memory, and its state dict in hub layout."""
-    model_class = getattr(transformers, config.architectures[0])
+    model_class = getattr(transformers, config.architectures[0], None)
+    if model_class is None:
+        raise click.ClickException(f"{config.architectures[0]} is no architecture of transformers")
     with torch.device("meta"):
         model = model_class(config)
     return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))
@@ -49,6 +53,7 @@ def manifest_of(config: PretrainedConfig) -> Manifest:
     return Manifest(
         shapes={name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied},
         tied=tied,
+        ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         embedding=next(name for name, tensor in state.items() if tensor is embeddings[0] and name not in tied),
         vocabulary=frozenset(name for name, tensor in state.items() if id(tensor) in vocabulary and name not in tied),
     )

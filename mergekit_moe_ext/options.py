@@ -64,7 +64,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a mixture of experts is trained. Names and, where no paper says otherwise, defaults are transformers'."""
+    """How a mixture of experts is trained. Names are transformers', defaults MergeME's or, mostly, transformers'."""
 
     learning_rate: float | None = option(
         None, "AdamW's initial learning rate. [default: 1e-5 for all (MergeME), 1e-3 for gates]", at_least=0
@@ -77,11 +77,17 @@ class Recipe:
     per_device_train_batch_size: int = option(8, "Rows per process and forward pass.", at_least=1)
     per_device_eval_batch_size: int = option(8, "The same for held-out rows.", at_least=1)
     gradient_accumulation_steps: int = option(1, "Forward passes per step.", at_least=1)
-    router_aux_loss: float = option(0.0, "Weight of the load-balancing loss (MergeME trains without).", at_least=0)
-    packing: bool = option(False, "Join the texts and cut them into rows of --max-length tokens; nothing is cut off.")
+    router_aux_loss: float = option(
+        0.0, "Weight of the load-balancing loss, per layer (MergeME trains without).", at_least=0
+    )
+    packing: bool = option(False, "Join the texts and cut them into rows of --max-length tokens.")
     held_out: int = option(32, "Rows of each source that are measured, not trained on; see --eval-data.", at_least=0)
     eval_steps: float = option(0.1, "Measure every so many steps; below 1: a share of all steps.", at_least=0)
     save_steps: float = option(500.0, "Checkpoint every so many steps; below 1: a share of all steps.", at_least=0)
-    bf16: bool = option(False, "Compute in bfloat16; what is trained is kept in float32.")
+    bf16: bool = option(
+        False,
+        "Compute in bfloat16, as autocast does; what is trained is kept in float32. Always on for the gates of a "
+        "model that is stored in bfloat16.",
+    )
     gradient_checkpointing: bool = option(False, "Less memory for more time.")
     seed: int = option(42, "For the order of the data and the held-out rows.")

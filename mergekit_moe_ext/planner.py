@@ -107,6 +107,8 @@ class MergePlanner(StockMergePlanner):
         for name, weight in self._plan_of_job.shared.items():
             self._plan_shared(name, weight)
         for name, task in self._plan_of_job.computed.items():
+            if not self._job.options.allow_nonfinite:
+                task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
             self._tensors.append((WeightInfo(name=name), task))
 
     def _plan_shared(self, name: str, weight: WeightInfo) -> None:

@@ -25,6 +25,11 @@ class Choice:
     experts: torch.Tensor  # (tokens, k), indices; -1 where a capacity was full and the token went nowhere
 
 
+def stack_of(name: str) -> str:
+    """Of a module or tensor: `encoder`, `decoder`, or nothing where there is one stack only."""
+    return next((part for part in name.split(".") if part in ("encoder", "decoder")), "")
+
+
 def routers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Every router by its name in the model, in order. `ClickException` if there is none."""
     return {name: router for name, (router, _index) in _routers(model).items()}
@@ -75,23 +80,24 @@ def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
         if logits_at == 2 and not output[0].is_floating_point():
             dispatch, weights, logits = (tensor.reshape(-1, tensor.shape[-1]) for tensor in output[:3])
             sent, expert = dispatch.max(dim=-1, keepdim=True)
-            return Choice(logits, weights, torch.where(sent > 0, expert, -1))
+            if weights.shape == expert.shape:  # NLLB's second choice is not in what it returns
+                return Choice(logits, weights, torch.where(sent > 0, expert, -1))
     raise click.ClickException(
         f"{type(router).__name__} does not return what it chose in a form that is known here, "
         "so its use of experts cannot be counted"
     )
 
 
-def load_balancing_loss(choices: Mapping[str, Choice], real: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def load_balancing_loss(choices: Mapping[str, Choice], real: Mapping[bool, torch.Tensor]) -> torch.Tensor:
     """Switch Transformers' equations 4 to 6, per layer and then averaged over the layers; a scalar.
 
     N * sum_i f_i P_i, with f_i the number of times that expert i was chosen per token and P_i the mean probability
-    that the gate gives it. k if balanced. `real` says which tokens are no padding, by the prefix of the router's
-    name. transformers' own sums f and P over all layers first, which lets one layer make up for another.
+    that the gate gives it. k if balanced. `real` says which tokens are no padding, as `data.real_tokens`
+    does. transformers' own sums f and P over all layers first, which lets one layer make up for another.
     """
     losses = []
     for name, choice in choices.items():
-        mask = real[max((prefix for prefix in real if name.startswith(prefix)), key=len)].to(choice.logits.device)
+        mask = real[stack_of(name) == "decoder"].to(choice.logits.device)
         probabilities = choice.logits[mask].float().softmax(dim=-1)
         tokens, num_experts = probabilities.shape
         chosen = choice.experts[mask]

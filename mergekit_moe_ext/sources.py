@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,7 +38,20 @@ _SIZES = (
     "hidden_act",
 )
 # Config keys that say how the tensors are used; where they differ, the output does as the donor does.
-_BEHAVIOUR = ("rms_norm_eps", "rope_parameters", "sliding_window")
+_BEHAVIOUR = (
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    # of mixtures of experts
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "scoring_func",
+    "topk_method",
+    "n_group",
+    "topk_group",
+    "expert_capacity",
+)
 # Recomputed by transformers; old checkpoints hold them all the same.
 _NOT_PARAMETERS = ("rotary_emb.inv_freq",)
 # What a damaged index, safetensors file or pickle makes its reader raise.
@@ -221,6 +235,9 @@ def _check_headers(
             )
     for name in headers.shapes:
         if name in wanted.shapes or name in tied_here or name.endswith(_NOT_PARAMETERS):
+            continue
+        if any(re.search(pattern, name) for pattern in wanted.ignored):  # prediction of further tokens, mostly
+            LOG.warning("%s of %s is left out, as transformers does", name, model)
             continue
         hint = ": its embeddings are not tied, the output's are" if name in wanted.tied else ""
         raise click.ClickException(f"{name} of {model} has no place in the output{hint}")

@@ -146,10 +146,11 @@ class ExpertRows(Task[torch.Tensor]):
         if self.scaled_by:
             norms = [self._norm(model) for model, _indices in self.sources]
             target = sum(norms) / len(norms)
-            parts = [
-                part * (target / norm) if norm != target else part for part, norm in zip(parts, norms, strict=True)
-            ]
-        return torch.cat(parts, dim=self.axis)
+            # one that has this norm already is left alone, so that a single source stays bit for bit; and so are zeros
+            parts = [part if n in (target, 0) else part * (target / n) for part, n in zip(parts, norms, strict=True)]
+        joined = torch.cat(parts, dim=self.axis)
+        assert joined.shape == self.shape, f"{self.name} is {tuple(joined.shape)}, not {self.shape}"
+        return joined
 
     def _norm(self, model: ModelReference) -> float:
         matrix = self.load(model=model, tensor=self.scaled_by, dtype=self.dtype).execute()

@@ -14,14 +14,16 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 import torch
 from datasets import Dataset, concatenate_datasets, interleave_datasets
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import (
@@ -34,8 +36,19 @@ from transformers import (
 )
 from transformers.utils import is_torch_bf16_gpu_available
 
-from mergekit_moe_ext.data import Source, collate, fingerprint, load, pack, parse_sources, tokenise
-from mergekit_moe_ext.loading import load_config, load_model, load_tokenizer, silence
+from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
+from mergekit_moe_ext.data import (
+    Source,
+    collate,
+    decoder_inputs,
+    fingerprint,
+    load,
+    pack,
+    parse_sources,
+    real_tokens,
+    tokenise,
+)
+from mergekit_moe_ext.loading import load_config, load_model, load_tokenizer, padding_token, silence
 from mergekit_moe_ext.options import Reading, Recipe
 from mergekit_moe_ext.routing import load_balancing_loss, recorded, routers_of
 from mergekit_moe_ext.staging import check_output, check_room, staged
@@ -46,7 +59,7 @@ LEARNING_RATES: dict[Part, float] = {"gates": 1e-3, "all": 1e-5}
 _TRAINED = "trained.safetensors"
 _SETTINGS = "settings.json"
 _ON_CARD = ("learning_rate", "weight_decay", "seed", "processes")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 class MoeTrainer(Trainer):
@@ -59,19 +72,21 @@ class MoeTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the tokens of a step
         self._loss_shifts_labels = not self.model.config.is_encoder_decoder
         self._router_aux_loss = router_aux_loss
-        self._hooks = ExitStack()
-        self._choices = self._hooks.enter_context(recorded(self.model)) if router_aux_loss else {}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels = inputs["labels"]
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+        balancing = bool(self._router_aux_loss) and model.training
+        # only here, and not when gradient checkpointing runs the layers again: what it recomputes would stay
+        recording: Any = recorded(self.model) if balancing else nullcontext({})
+        with recording as choices:
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
         losses, counts = self._token_losses(outputs.logits, labels)
         processes = self.accelerator.num_processes  # over which the gradients are averaged
         loss = losses.sum() / (num_items_in_batch if num_items_in_batch is not None else counts.sum()) * processes
-        if self._router_aux_loss and model.training:
-            balance = load_balancing_loss(self._choices, _real_tokens(inputs))
+        if balancing:
+            balance = load_balancing_loss(choices, real_tokens(inputs))
             loss = loss + self._router_aux_loss * balance / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
@@ -116,14 +131,6 @@ def _mean_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
     return {"loss": float(prediction.predictions.sum() / prediction.label_ids.sum())}
 
 
-def _real_tokens(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Which tokens are no padding, flat, by the prefix of the router's name."""
-    real = {"": inputs["attention_mask"].bool().flatten()}
-    if "decoder_input_ids" in inputs:
-        real["decoder."] = (inputs["labels"] != -100).flatten()
-    return real
-
-
 class Progress(ProgressCallback):
     """The Trainer's bar, with a line per measurement that a person can read."""
 
@@ -159,19 +166,23 @@ def train(
     """Train a mixture of experts and write the result to `output`, `<model>-trained` if not given.
 
     Returns the held-out loss of every source before and after; None in all but the main process. Checkpoints lie in
-    `<output>.checkpoints` until the training is complete; `resume` goes on from the last one.
+    `<output>.checkpoints` until the training is complete; `resume` goes on from the last one. Where there are several
+    processes, their group is gone afterwards.
     """
     silence(reading)
     out = check_output(output or f"{model_path.rstrip('/')}-trained")
     checkpoints = out.with_name(f"{out.name}.checkpoints")
-    arguments = _arguments(recipe, reading, checkpoints, LEARNING_RATES[part], bool(recipe.held_out or eval_data))
     config = load_config(model_path, reading)
+    if part == "gates" and config.dtype == torch.bfloat16:  # nothing is gained from frozen weights in float32
+        recipe = replace(recipe, bf16=True)
+    arguments = _arguments(recipe, reading, checkpoints, LEARNING_RATES[part], bool(recipe.held_out or eval_data))
     tokenizer = load_tokenizer(model_path, reading)
     with arguments.main_process_first(desc="reading the data"):
         training, held_out = _read(data, weights or {}, eval_data, tokenizer, config, reading, recipe)
     settings = {
         "model": str(Path(model_path).resolve()) if Path(model_path).exists() else model_path,
         "train": part,
+        "weights": checkpoint_fingerprint(ModelReference.model_validate(model_path), MergeOptions()),
         "data": fingerprint(training),
         **asdict(recipe),
         "learning_rate": arguments.learning_rate,
@@ -184,7 +195,7 @@ def train(
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     _choose_parameters(model, part)
     _prepare_dtypes(model, recipe.bf16)
-    batch = _batches(model, tokenizer.pad_token_id)
+    batch = _batches(model, padding_token(tokenizer))
     _check_gradient(model, batch([training[0]]), part, recipe)
 
     trainer = MoeTrainer(
@@ -195,6 +206,11 @@ def train(
         eval_dataset=held_out or None,
         router_aux_loss=recipe.router_aux_loss,
     )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise click.ClickException(
+            "FSDP and DeepSpeed are not supported yet: every process holds the whole model; use `accelerate launch "
+            "--multi_gpu`"
+        )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(NoLastCheckpoint())
@@ -202,7 +218,9 @@ def train(
         trainer.add_callback(Progress())
     if arguments.should_save:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        (checkpoints / _SETTINGS).write_text(json.dumps(settings, indent=1))
+        partial = checkpoints / f".{_SETTINGS}.partial"
+        partial.write_text(json.dumps(settings, indent=1))
+        partial.replace(checkpoints / _SETTINGS)
     trainer.train(resume_from_checkpoint=checkpoint)
     losses = _first_and_last(trainer.state.log_history, held_out)
 
@@ -231,6 +249,8 @@ def _arguments(
         del values[ours]
     if values.pop("gradient_checkpointing"):
         values |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if recipe.eval_steps <= 0 or recipe.save_steps <= 0:
+        raise click.ClickException("--eval-steps and --save-steps must be above 0")
     if values["learning_rate"] is None:
         values["learning_rate"] = learning_rate
     for name in ("eval_steps", "save_steps"):  # counts are whole
@@ -242,6 +262,7 @@ def _arguments(
             eval_strategy="steps" if measure else "no",
             eval_on_start=measure,
             dataloader_pin_memory=torch.cuda.is_available(),
+            ddp_find_unused_parameters=True,  # an expert that no token of this process chose
             use_cpu=recipe.bf16 and not is_torch_bf16_gpu_available(),  # else the Trainer refuses bf16 on a CPU
             save_strategy="steps",
             save_total_limit=2,
@@ -339,7 +360,7 @@ def _checkpoint(checkpoints: Path, settings: dict[str, Any], *, resume: bool) ->
         return None
     if not complete:
         raise click.ClickException(f"there is no checkpoint in {checkpoints} to resume from")
-    before = json.loads((checkpoints / _SETTINGS).read_text())
+    before = json.loads((checkpoints / _SETTINGS).read_text(encoding="utf-8"))
     for name, value in settings.items():
         if before.get(name) != value:
             raise click.ClickException(
@@ -352,9 +373,9 @@ def _choose_parameters(model: Any, part: Part) -> None:
     """Leaves gradients to what is trained only."""
     routers = routers_of(model)  # also where all is trained: a model without routers is no mixture of experts
     if part == "gates":
-        model.requires_grad_(False)
-        for router in routers.values():
-            router.requires_grad_(True)
+        of_routers = {id(p) for router in routers.values() for p in router.parameters()}
+        for parameter in model.parameters():  # what the architecture itself keeps fixed stays so
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in of_routers)
 
 
 def _prepare_dtypes(model: Any, bf16: bool) -> None:
@@ -370,7 +391,7 @@ def _batches(model: Any, pad_token_id: int) -> Any:
     def batch(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tensors = collate(rows, pad_token_id)
         if "labels" in tensors:
-            tensors["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(tensors["labels"])
+            tensors["decoder_input_ids"] = decoder_inputs(model, tensors["labels"])
         else:
             tensors["labels"] = tensors["input_ids"].masked_fill(tensors["attention_mask"] == 0, -100)
         return tensors
@@ -380,18 +401,19 @@ def _batches(model: Any, pad_token_id: int) -> Any:
 
 def _check_gradient(model: Any, batch: dict[str, torch.Tensor], part: Part, recipe: Recipe) -> None:
     """Finds gates that keep one expert and give it all the weight: they change nothing, and so they learn nothing."""
-    if recipe.router_aux_loss:
+    if recipe.router_aux_loss or getattr(model.config, "num_experts_per_tok", 1) > 1:
         return
     model.eval()
-    with recorded(model) as choices:
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16)
+    with autocast, recorded(model) as choices:
         model(**{name: tensor[:, :16] for name, tensor in batch.items() if name != "labels"}, use_cache=False)
     for name, choice in choices.items():
         if choice.weights.shape[-1] > 1:
             continue
-        router = list(model.get_submodule(name).parameters())
-        of_weights = torch.autograd.grad(choice.weights.sum(), router, retain_graph=True)
-        of_softmax = torch.autograd.grad(choice.logits.softmax(-1).amax(-1).sum(), router, retain_graph=True)
-        if sum(g.norm() for g in of_weights) <= 1e-4 * sum(g.norm() for g in of_softmax):
+        router = [p for p in model.get_submodule(name).parameters() if p.requires_grad]
+        of_weights = _gradient_norm(choice.weights.sum(), router)
+        of_softmax = _gradient_norm(choice.logits.float().softmax(-1).amax(-1).sum(), router)
+        if of_weights <= (0.01 if recipe.bf16 else 1e-4) * of_softmax:
             complaint = (
                 f"the gates of this model choose one expert and give it all the weight (as {name} does), so the loss "
                 "has no gradient for them; give --router-aux-loss, or merge with experts_per_token: 2"
@@ -400,6 +422,11 @@ def _check_gradient(model: Any, batch: dict[str, torch.Tensor], part: Part, reci
                 raise click.ClickException(complaint)
             LOG.warning("%s", complaint)
             return
+
+
+def _gradient_norm(value: torch.Tensor, parameters: Sequence[torch.Tensor]) -> float:
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return sum(gradient.norm().item() for gradient in gradients if gradient is not None)
 
 
 def _first_and_last(history: Sequence[dict[str, Any]], names: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -424,10 +451,7 @@ def _extend_card(
         "",
         f"After merging, {'the gates alone were' if part == 'gates' else 'all parameters were'} trained with "
         f"mergekit-moe-ext on {', '.join(data)}: "
-        + ", ".join(
-            f"{name.replace('_', ' ')} {settings[name]}"
-            for name in ("learning_rate", "weight_decay", "seed", "processes")
-        )
+        + ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in _ON_CARD)
         + ".",
     ]
     if losses:

@@ -13,7 +13,7 @@ import click
 from transformers import PretrainedConfig
 
 from mergekit_moe_ext.manifest import hub_state
-from mergekit_moe_ext.routing import routers_of
+from mergekit_moe_ext.routing import routers_of, stack_of
 
 _LAYER = re.compile(r".*?\.\d+\.")
 _NUMBER = re.compile(r"\d+")
@@ -31,9 +31,17 @@ class MoeLayer:
 
     @property
     def stack(self) -> str:
-        """`encoder` or `decoder`, or nothing where there is one stack only."""
-        first = self.router.split(".")[0]
-        return first if first in ("encoder", "decoder") else ""
+        return stack_of(self.router)
+
+
+def experts_per_token(config: PretrainedConfig) -> int:
+    """How many experts a token passes. `ClickException` where the config does not say."""
+    for key in ("num_experts_per_tok", "moe_topk", "moe_k"):
+        if isinstance(getattr(config, key, None), int):
+            return getattr(config, key)
+    if config.model_type == "switch_transformers":  # always one, and no key
+        return 1
+    raise click.ClickException(f"the config of {config.architectures[0]} does not say how many experts a token passes")
 
 
 def num_experts(config: PretrainedConfig) -> int:
@@ -65,23 +73,34 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
         experts.setdefault(_layer_of(name), set()).add(template)
     rows: dict[str, dict[str, int]] = {}
     for name, tensor in state.items():
-        axes = [
-            axis
-            for axis, (here, there) in enumerate(zip(tensor.shape, doubled[name].shape, strict=True))
-            if here != there
+        differing = [
+            (axis, sizes)
+            for axis, sizes in enumerate(zip(tensor.shape, doubled[name].shape, strict=True))
+            if sizes[0] != sizes[1]
         ]
-        if axes:
-            rows.setdefault(_layer_of(name), {})[name] = axes[0]
+        if differing:
+            (axis, sizes), *others = differing
+            if others or sizes != (number, 2 * number):
+                raise click.ClickException(
+                    f"{name} of {config.architectures[0]} does not hold one entry per expert, "
+                    "so experts cannot be taken from it one by one"
+                )
+            rows.setdefault(_layer_of(name), {})[name] = axis
     hub_names = {id(tensor): name for name, tensor in state.items()}
     layers = {}
     for router_name, router in routers.items():
         key = _layer_of(router_name)
         if key in layers or key not in rows:
             raise click.ClickException(f"the experts of {config.architectures[0]} do not lie as they do elsewhere")
-        own = (tensor for _name, tensor in sorted(router.state_dict(keep_vars=True).items()))
+        own = [tensor for _name, tensor in sorted(router.state_dict(keep_vars=True).items())]
+        router_tensors = tuple(hub_names[id(tensor)] for tensor in own if id(tensor) in hub_names)
+        if not set(router_tensors) <= rows[key].keys():
+            raise click.ClickException(
+                f"{router_name} of {config.architectures[0]} is more than a row per expert, so it cannot be merged"
+            )
         layers[key] = MoeLayer(
             router=router_name,
-            router_tensors=tuple(hub_names[id(tensor)] for tensor in own if id(tensor) in hub_names),
+            router_tensors=router_tensors,
             experts=tuple(sorted(experts.get(key, ()))),
             rows=rows[key],
         )

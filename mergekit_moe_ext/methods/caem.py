@@ -5,6 +5,7 @@ of the router. Everything else is averaged, weighted by how many experts a sourc
 what both share (the embedding) by how many it gave in all layers.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,24 @@ from pydantic import Field
 from transformers import PretrainedConfig
 
 from mergekit_moe_ext.allocation import allocate, most_used, normalised_entropy
-from mergekit_moe_ext.calibration import Usage, count_usage, read_usage, routers_fingerprint
-from mergekit_moe_ext.families.mixture import MoeLayer, moe_layers, num_experts, with_num_experts
+from mergekit_moe_ext.calibration import Usage, count_usage, read_texts, read_usage
+from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
+from mergekit_moe_ext.families.mixture import (
+    MoeLayer,
+    experts_per_token,
+    moe_layers,
+    num_experts,
+    with_num_experts,
+)
 from mergekit_moe_ext.manifest import Manifest, manifest_of
 from mergekit_moe_ext.methods.base import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
 from mergekit_moe_ext.options import Reading
 from mergekit_moe_ext.plots import plot_allocation
+from mergekit_moe_ext.routing import stack_of
 from mergekit_moe_ext.sources import check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.tasks import ExpertRows, LoadFiniteTensor
 
+LOG = logging.getLogger(__name__)
 _CAEM = "https://arxiv.org/search/?query=CAEM-MoE+Complexity-Aware+Expert+Merging"
 
 
@@ -101,9 +111,10 @@ class CaemMethod(StructuralMethod):
         _check_routing(config, number)
         _check_shapes(job, configs, layers, manifests)
         config.dtype = dtype = output_dtype(job, headers)
-        allocations = _allocate(job, layers, sizes, number)
+        allocations = _allocate(job, configs, layers, sizes, number)
 
-        output = manifest_of(config)
+        axes = {name: axis for layer in layers[job.donor] for name, axis in layer.rows.items()}
+        of_donor = manifests[job.donor]
         copies = {
             template.format(expert=target): (model, template.format(expert=source))
             for allocation in allocations
@@ -113,12 +124,12 @@ class CaemMethod(StructuralMethod):
         rows = {
             name: ExpertRows(
                 name=name,
-                shape=output.shapes[name],
+                shape=tuple(number if at == axis else size for at, size in enumerate(of_donor.shapes[name])),
                 axis=axis,
                 sources=tuple(
                     (model, tuple(indices)) for model, indices in zip(job.experts, allocation.chosen, strict=True)
                 ),
-                scaled_by=_scale(job, allocation.layer, name, output),
+                scaled_by=_scale(job, allocation.layer, name),
                 load=LoadTensor if job.options.allow_nonfinite else LoadFiniteTensor,
                 dtype=job.config.dtype,
             )
@@ -126,19 +137,25 @@ class CaemMethod(StructuralMethod):
             for name, axis in allocation.layer.rows.items()
         }
         weights = _weights(job, allocations)
-        shared = {name: output.weight_info(name) for name in output.shapes if name not in copies.keys() | rows.keys()}
-        if job.merge_options.unsafe_truncate_embeddings:
-            raise click.ClickException("caem does not truncate embeddings; align vocabularies with `tokenizer:`")
+        size = num_experts(configs[job.donor])
+        of_experts = axes.keys() | {
+            template.format(expert=e) for layer in layers[job.donor] for template in layer.experts for e in range(size)
+        }
+        shared = {name: of_donor.weight_info(name) for name in of_donor.shapes if name not in of_experts}
         return Plan(
             config=config,
             num_experts=number,
-            experts_per_token=getattr(config, "num_experts_per_tok", 1),  # Switch Transformers has one, and no key
+            experts_per_token=experts_per_token(config),
             shared=shared,
             copies=copies,
             computed=rows,
-            shapes=output.shapes,
+            shapes={
+                **{name: of_donor.shapes[name] for name in shared},
+                **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
+                **{name: task.shape for name, task in rows.items()},
+            },
             dtype=dtype,
-            weights={name: weights.get(_stack(name), weights["all"]) for name in shared},
+            weights={name: weights.get(stack_of(name), weights["all"]) for name in shared},
             notes=_notes(job, allocations, weights),
             draw=lambda path: plot_allocation(
                 [str(model) for model in job.experts],
@@ -155,6 +172,10 @@ def _check_options(job: Job) -> None:
         raise click.ClickException("caem takes no LoRA sources; merge each into its mixture of experts first")
     if "weight" in (job.config.parameters or {}) or any("weight" in (e.parameters or {}) for e in job.config.models):
         raise click.ClickException("`weight` is set by caem itself: by how many experts a source gives")
+    if job.merge_options.unsafe_truncate_embeddings:
+        raise click.ClickException("caem does not truncate embeddings; align vocabularies with `tokenizer:`")
+    if "weight" not in [parameter.name for parameter in job.shared.spec.parameters]:
+        LOG.warning("%s knows no weights, so all sources count alike in the shared parameters", job.shared.spec.name)
     uses_base = job.shared.spec.contract.base in (BasePolicy.OPTIONAL, BasePolicy.REQUIRED)
     if job.base in job.experts and uses_base:
         raise click.ClickException(
@@ -220,12 +241,17 @@ def _number_of_experts(job: Job, sizes: Sequence[int]) -> int:
 
 
 def _check_routing(config: PretrainedConfig, number: int) -> None:
-    per_token, groups = getattr(config, "num_experts_per_tok", 1), getattr(config, "n_group", None) or 1
+    per_token, groups = experts_per_token(config), getattr(config, "n_group", None) or 1
     if per_token > number:
         raise click.ClickException(f"the sources choose {per_token} experts per token; num_experts is only {number}")
     if number % groups:
         raise click.ClickException(
             f"num_experts is {number}, but the sources choose among {groups} groups of experts; it must be a multiple"
+        )
+    if groups > 1 and number // groups < 2 and config.model_type != "deepseek_v2":  # they add up the best two of each
+        raise click.ClickException(
+            f"num_experts is {number}, but the sources choose by the best two experts of each of {groups} groups; "
+            f"it must be at least {2 * groups}"
         )
     reachable = number // groups * (getattr(config, "topk_group", None) or groups)
     if per_token > reachable:
@@ -266,9 +292,13 @@ def _check_shapes(
 
 
 def _allocate(
-    job: Job, layers: Mapping[ModelReference, Sequence[MoeLayer]], sizes: Sequence[int], number: int
+    job: Job,
+    configs: Mapping[ModelReference, PretrainedConfig],
+    layers: Mapping[ModelReference, Sequence[MoeLayer]],
+    sizes: Sequence[int],
+    number: int,
 ) -> list[LayerAllocation]:
-    usages = [_usage(job, index, layers[model]) for index, model in enumerate(job.experts)]
+    usages = _usages(job, configs, layers)
     allocations = []
     for layer in layers[job.donor]:
         counts = [_counts(usage, layer.router) for usage in usages]
@@ -287,13 +317,18 @@ def _allocate(
     return allocations
 
 
-def _usage(job: Job, index: int, layers: Sequence[MoeLayer]) -> Usage:
-    """Read or counted, and checked against the model that it is to be of."""
-    model, options = job.experts[index], job.model_options[index]
-    if options.usage:
-        usage = read_usage(Path(options.usage))
-        _check_usage_is_of(job, model, usage, options.usage, layers)
-        return usage
+def _usages(
+    job: Job,
+    configs: Mapping[ModelReference, PretrainedConfig],
+    layers: Mapping[ModelReference, Sequence[MoeLayer]],
+) -> list[Usage]:
+    """Per entry of `models:`, read or counted. All files and texts are read before anything is counted."""
+    entries = list(zip(job.experts, job.model_options, strict=True))
+    read = {}
+    for index, (model, options) in enumerate(entries):
+        if options.usage:
+            read[index] = read_usage(Path(options.usage))
+            _check_usage_is_of(job, model, configs[model], read[index], options.usage, layers[model])
     settings, merge_options = job.options, job.merge_options
     reading = Reading(
         max_length=settings.max_length,
@@ -304,26 +339,35 @@ def _usage(job: Job, index: int, layers: Sequence[MoeLayer]) -> Usage:
         trust_remote_code=merge_options.trust_remote_code,
         quiet=merge_options.quiet,
     )
-    counted = count_usage(
-        model.local_path(merge_options.transformers_cache),
-        [f"calibration={options.calibration}"],
-        reading,
-        max_samples=settings.max_samples,
-        batch_size=settings.batch_size,
-        device="auto" if merge_options.device == "cuda" else merge_options.device or "cpu",
-    )
-    assert counted is not None  # a merge is one process
-    return counted
+    paths = {model: model.local_path(merge_options.transformers_cache) for model in job.experts}
+    texts = {
+        index: read_texts(paths[model], [f"calibration={options.calibration}"], reading, settings.max_samples)
+        for index, (model, options) in enumerate(entries)
+        if options.calibration
+    }
+    for index, of_entry in texts.items():
+        counted = count_usage(
+            paths[job.experts[index]],
+            of_entry,
+            reading,
+            batch_size=settings.batch_size,
+            device="auto" if merge_options.device == "cuda" else merge_options.device or "cpu",
+        )
+        assert counted is not None  # a merge is one process
+        read[index] = counted
+    return [read[index] for index in range(len(entries))]
 
 
-def _check_usage_is_of(job: Job, model: ModelReference, usage: Usage, path: str, layers: Sequence[MoeLayer]) -> None:
-    loader = model.lazy_loader(job.merge_options.transformers_cache, job.merge_options.lazy_unpickle)
-    names = [name for layer in layers for name in layer.router_tensors]
-    if usage.routers != routers_fingerprint(loader.get_tensor(name) for name in names):
+def _check_usage_is_of(
+    job: Job, model: ModelReference, config: PretrainedConfig, usage: Usage, path: str, layers: Sequence[MoeLayer]
+) -> None:
+    if usage.checkpoint != checkpoint_fingerprint(model, job.merge_options):
         raise click.ClickException(f"{path} is the usage of another model ({usage.model}), not of {model}")
+    number = num_experts(config)
     for task, of_task in usage.tasks.items():
-        if list(of_task.layers) != [layer.router for layer in layers]:
-            raise click.ClickException(f"{path} names other routers for the task {task!r} than {model} has")
+        shapes = {router: len(layer.counts) for router, layer in of_task.layers.items()}
+        if shapes != {layer.router: number for layer in layers}:
+            raise click.ClickException(f"{path} names other routers or experts for the task {task!r} than {model} has")
 
 
 def _counts(usage: Usage, router: str) -> list[int]:
@@ -338,16 +382,11 @@ def _taken(job: Job, allocation: LayerAllocation) -> list[tuple[ModelReference, 
     return [(model, index) for model, indices in pairs for index in indices]
 
 
-def _scale(job: Job, layer: MoeLayer, name: str, output: Manifest) -> str | None:
+def _scale(job: Job, layer: MoeLayer, name: str) -> str | None:
     """The router's matrix, if `name` is of that router and is to be brought to one scale by it."""
-    if not job.options.router_scale or name not in layer.router_tensors or name.endswith("correction_bias"):
-        return None
-    return next(tensor for tensor in layer.router_tensors if len(output.shapes[tensor]) == 2 and "bias" not in tensor)
-
-
-def _stack(name: str) -> str:
-    first = name.split(".")[0]
-    return first if first in ("encoder", "decoder") else "all"
+    matrix = next(tensor for tensor in layer.router_tensors if tensor.endswith("weight"))
+    bias = matrix.removesuffix("weight") + "bias"  # added to the logits; other biases stand in the scores' own scale
+    return matrix if job.options.router_scale and name in (matrix, bias) else None
 
 
 def _weights(job: Job, allocations: Sequence[LayerAllocation]) -> dict[str, dict[ModelReference, float]]:

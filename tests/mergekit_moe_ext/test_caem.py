@@ -14,11 +14,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mergekit_moe_ext.allocation import allocate, normalised_entropy
-from mergekit_moe_ext.calibration import count_usage
 from mergekit_moe_ext.families.mixture import moe_layers
-from mergekit_moe_ext.options import Reading
 from tests.conftest import document, make_model, merge, read_tensors, run
-from tests.mergekit_moe_ext.test_calibration import FAMILIES, SWITCH, make_moe, words, write
+from tests.mergekit_moe_ext.test_calibration import FAMILIES, SWITCH, make_moe, usage_of, words, write
+from tests.tokenizers import save_tokenizer
 
 TASKS = ("news", "squad", "xsum")
 ALL = {**FAMILIES, "switch_transformers": SWITCH}
@@ -81,7 +80,7 @@ def experts_of(model, router):
 def test_every_family(tmp_path, monkeypatch, family):
     monkeypatch.chdir(tmp_path)
     make_sources(tmp_path, family)
-    usages = {task: count_usage(task, [f"{task}={task}.jsonl"], Reading(max_length=24, quiet=True)) for task in TASKS}
+    usages = {task: usage_of(task, [f"{task}={task}.jsonl"]) for task in TASKS}
     out = merge(caem())
     merged, info = load(out, family, output_loading_info=True)
     assert not any(info.values()), info
@@ -112,6 +111,11 @@ def test_every_family(tmp_path, monkeypatch, family):
                 assert torch.equal(buffer.flatten(), torch.stack(expected))
     tensors = [read_tensors(tmp_path / task) for task in TASKS]
     got = read_tensors(out)
+    for layer in layers:
+        chosen = expected_choice(usages, layer.router, size, [size] * 3)
+        for name, axis in layer.rows.items():
+            parts = [t[name].index_select(axis, torch.tensor(c)) for t, c in zip(tensors, chosen, strict=True)]
+            assert torch.equal(got[name], torch.cat(parts, dim=axis)), name
     for name in got:
         if ".experts" in name or ".router." in name or ".gate." in name or "moe_statics" in name or "_linear" in name:
             continue
@@ -321,7 +325,7 @@ def test_mistakes(tmp_path, monkeypatch, config, complaint):
 
 @pytest.mark.parametrize(
     ("number", "complaint"),
-    [(3, "2 groups"), (2, "hold only 1"), (6, None)],
+    [(3, "2 groups"), (2, "must be at least 4"), (6, None)],
 )
 def test_deepseek_s_groups(tmp_path, monkeypatch, number, complaint):
     monkeypatch.chdir(tmp_path)
@@ -332,6 +336,124 @@ def test_deepseek_s_groups(tmp_path, monkeypatch, number, complaint):
             merge(config)
     else:
         assert load(merge(config), "deepseek_v3").eval()(torch.arange(20)[None]).logits.isfinite().all()
+
+
+def test_more_limits_of_routing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, "deepseek_v3", TASKS[:2], n_routed_experts=8, num_experts_per_tok=3)
+    with pytest.raises(click.ClickException, match="hold only 2 with num_experts 4"):
+        merge(caem(TASKS[:2], num_experts=4))
+    make_moe(tmp_path / "deep", "deepseek_v3", **{**FAMILIES["deepseek_v3"], "first_k_dense_replace": 2})
+    write(tmp_path / "deep.jsonl", words(1, 2))
+    with pytest.raises(click.ClickException, match="in other layers"):
+        merge(caem(("news", "deep"), num_experts=4))
+    make_sources(tmp_path, "mixtral", ("squad",))
+    with pytest.raises(click.ClickException, match="choose 2 experts per token; num_experts is only 1"):
+        merge(caem(("squad",), num_experts=1))
+    models = entries(("squad",), experts=5)
+    with pytest.raises(click.ClickException, match=r"5 experts are to be taken of ./squad, which has 4"):
+        merge(caem(models=models, allocation="fixed"))
+    with pytest.raises(click.ClickException, match="does not truncate"):
+        merge(caem(("squad",)), unsafe_truncate_embeddings=True)
+
+
+def edit_usage(where, task, change):
+    path = where / f"{task}.usage.json"
+    data = json.loads(path.read_text())
+    for router, layer in data["tasks"][task]["layers"].items():
+        layer["counts"] = change(router, layer["counts"])
+    path.write_text(json.dumps(data))
+
+
+def usage_entries(tasks):
+    return [{"model": f"./{task}", "parameters": {"usage": f"{task}.usage.json"}} for task in tasks]
+
+
+def test_encoder_and_decoder_have_weights_of_their_own(tmp_path, monkeypatch):
+    """In the encoder `news` uses one expert and `squad` all evenly; in the decoder the other way round."""
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, "switch_transformers", TASKS[:2])
+    for task, narrow in (("news", "encoder"), ("squad", "decoder")):
+        count(tmp_path, task)
+        edit_usage(tmp_path, task, lambda router, _counts, n=narrow: [9, 0, 0, 0] if router.startswith(n) else [5] * 4)
+    got = read_tensors(merge(caem(models=usage_entries(TASKS[:2]))))
+    news, squad = (read_tensors(tmp_path / task) for task in TASKS[:2])
+    for name, of_news in (
+        ("encoder.final_layer_norm.weight", 1 / 4),
+        ("decoder.final_layer_norm.weight", 3 / 4),
+        ("shared.weight", (1 + 1 + 3) / 12),  # two layers in the encoder, one in the decoder
+    ):
+        assert torch.allclose(got[name], of_news * news[name] + (1 - of_news) * squad[name], atol=1e-6), name
+
+
+def test_usage_of_another_shape_or_of_nothing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, tasks=TASKS[:1])
+    for change, complaint in (
+        (lambda _router, counts: [*counts, 7], "names other routers or experts"),
+        (lambda router, counts: [0] * 4 if ".1." in router else counts, "was ever chosen"),
+    ):
+        (tmp_path / "news.usage.json").unlink(missing_ok=True)
+        count(tmp_path, "news")
+        edit_usage(tmp_path, "news", change)
+        with pytest.raises(click.ClickException, match=complaint):
+            merge(caem(models=usage_entries(TASKS[:1])))
+
+
+def test_fine_tunes_with_the_same_routers_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, tasks=TASKS[:2])
+    news, squad = load("news", "mixtral"), load("squad", "mixtral")
+    for mine, theirs in zip(squad.model.layers, news.model.layers, strict=True):
+        mine.mlp.gate.load_state_dict(theirs.mlp.gate.state_dict())
+    squad.save_pretrained("squad")
+    for task in TASKS[:2]:
+        count(tmp_path, task)
+    merge(caem(models=usage_entries(TASKS[:2])))
+    (tmp_path / "news.usage.json").rename(tmp_path / "squad.usage.json")
+    with pytest.raises(click.ClickException, match="usage of another model"):
+        merge(caem(models=usage_entries(TASKS[1:2])), "other")
+
+
+def test_a_source_listed_twice_with_two_calibrations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path)
+    models = [{"model": "./news", "parameters": {"calibration": f"{task}.jsonl"}} for task in TASKS[:2]]
+    models.append({"model": "./xsum", "parameters": {"calibration": "xsum.jsonl"}})
+    got = read_tensors(merge(caem(models=models, num_experts=6)))
+    news, xsum = read_tensors(tmp_path / "news"), read_tensors(tmp_path / "xsum")
+    card = (tmp_path / "out" / "README.md").read_text()
+    weight = float(next(line for line in card.splitlines() if line.startswith("| all |")).split("|")[2])
+    name = "model.norm.weight"
+    assert torch.allclose(got[name], weight * news[name] + (1 - weight) * xsum[name], atol=1e-3)
+    assert weight > 0.5
+
+
+def test_families_whose_routers_are_no_rows_are_refused():
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("zaya", num_hidden_layers=2, hidden_size=32, num_experts=4)
+    config.architectures = ["ZayaForCausalLM"]
+    with pytest.raises(click.ClickException, match=r"one entry per expert|more than a row|do not lie"):
+        moe_layers(config)
+
+
+def test_a_method_without_weights_is_warned_about(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path)
+    merge(caem(shared="karcher"))
+    assert "karcher knows no weights" in caplog.text
+
+
+def test_the_union_of_vocabularies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, tasks=TASKS[:1])
+    make_moe(tmp_path / "squad", "mixtral", seed=1, **FAMILIES["mixtral"])
+    save_tokenizer(tmp_path / "squad", 96, extra=("new",))
+    write(tmp_path / "squad.jsonl", words(1, 6))
+    out = merge({**caem(TASKS[:2]), "tokenizer": {"source": "union"}})
+    assert read_tensors(out)["model.embed_tokens.weight"].shape[0] == 97
+    assert load(out, "mixtral").eval()(torch.arange(20)[None]).logits.shape[-1] == 97
 
 
 def test_a_killed_merge_leaves_nothing_and_the_next_one_succeeds(tmp_path):

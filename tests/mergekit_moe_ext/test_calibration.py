@@ -6,10 +6,12 @@ import random
 import click
 import pytest
 import torch
+from click.testing import CliRunner
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from mergekit_moe_ext.calibration import count_usage, read_usage, routing_probability
+from mergekit_moe_ext.calibration import count_usage, read_texts, read_usage, routing_probability
+from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.data import collate, fingerprint, load, parse_sources, tokenise
 from mergekit_moe_ext.options import Reading
 from tests.conftest import ON_CPU, SPECIAL_TOKENS, TINY, TWO_PROCESSES, make_model, run
@@ -82,10 +84,14 @@ def make_moe(path, family, seed=0, **config):
             parameter += 0.05 * torch.randn_like(parameter)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # makes DeepSeek choose other experts than its logits say
-                buffer += torch.tensor([0.5, 0.0, -0.5, 0.2])
+                buffer += torch.linspace(0.5, -0.5, buffer.numel()).view_as(buffer)
     model.save_pretrained(path)
     save_tokenizer(path, 96)
     return model.eval()
+
+
+def usage_of(model, data, reading=READING, **options):
+    return count_usage(model, read_texts(model, data, reading), reading, **options)
 
 
 def counts(usage, task):
@@ -98,7 +104,7 @@ def test_counts_are_those_of_the_experts_that_ran(tmp_path, monkeypatch, family)
     monkeypatch.chdir(tmp_path)
     make_moe(tmp_path / "moe", family, **FAMILIES[family])
     write(tmp_path / "news.jsonl", words(1, 9))
-    usage = count_usage("moe", ["news.jsonl"], READING, batch_size=4)
+    usage = usage_of("moe", ["news.jsonl"], READING, batch_size=4)
     model, tokenizer = AutoModelForCausalLM.from_pretrained("moe"), AutoTokenizer.from_pretrained("moe")
     experts = {name: module for name, module in model.named_modules() if name.endswith(".experts")}
     expected = {name: [0] * 5 for name in experts}
@@ -133,7 +139,7 @@ def test_switch_counts_what_its_capacity_lets_through(tmp_path, monkeypatch):
     make_moe(tmp_path / "moe", "switch_transformers", **SWITCH)
     rows = words(2, 7, ("input", "target"))
     write(tmp_path / "news.jsonl", rows)
-    usage = count_usage("moe", ["news=news.jsonl"], READING, batch_size=3)
+    usage = usage_of("moe", ["news=news.jsonl"], READING, batch_size=3)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("moe"), AutoTokenizer.from_pretrained("moe")
     expected = {name: [0] * 4 for name in counts(usage, "news")}
     assert [name.split(".")[0] for name in expected] == ["encoder", "encoder", "decoder"]
@@ -163,7 +169,7 @@ def test_routing_probability_is_the_mean_weight(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = make_moe(tmp_path / "moe", "mixtral", **FAMILIES["mixtral"])
     write(tmp_path / "news.jsonl", words(3, 5))
-    task = count_usage("moe", ["news.jsonl"], READING).tasks["news"]
+    task = usage_of("moe", ["news.jsonl"], READING).tasks["news"]
     tokenizer = AutoTokenizer.from_pretrained("moe")
     weights = []
 
@@ -198,11 +204,17 @@ def test_the_command_writes_a_file_and_a_figure_and_two_processes_count_the_same
     for task in ("news", "short"):
         assert counts(first, task) == counts(second, task)
         assert first.tasks[task].fingerprint == second.tasks[task].fingerprint
-    again = run("mergekit-moe-ext", *arguments, "-o", "one.usage.json", cwd=tmp_path)
-    assert again.returncode != 0 and "not overwritten" in again.stderr
+    for option, path, complaint in (
+        ("-o", "one.usage.json", "not overwritten"),
+        ("-o", "nowhere/x.usage.json", "there is no directory"),
+        ("--plot", "x.figure", "figures are written as"),
+    ):
+        command = ["usage", "moe", "--data", "news.jsonl", option, str(tmp_path / path)]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code != 0 and complaint in result.output
 
 
-def test_the_fingerprint_of_the_routers_knows_a_copy_and_tells_a_fine_tune(tmp_path, monkeypatch):
+def test_the_fingerprint_knows_a_copy_and_tells_a_fine_tune(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = make_moe(tmp_path / "moe", "mixtral", **FAMILIES["mixtral"])
     model.to(torch.bfloat16).float().save_pretrained("other")
@@ -211,7 +223,7 @@ def test_the_fingerprint_of_the_routers_knows_a_copy_and_tells_a_fine_tune(tmp_p
     (tmp_path / "copy").rename(tmp_path / "renamed")
     save_tokenizer(tmp_path / "renamed", 96)
     write(tmp_path / "news.jsonl", words(1, 2))
-    moe, other, renamed = (count_usage(m, ["news.jsonl"], READING).routers for m in ("moe", "other", "renamed"))
+    moe, other, renamed = (usage_of(m, ["news.jsonl"], READING).checkpoint for m in ("moe", "other", "renamed"))
     assert other == renamed != moe
 
 
@@ -234,7 +246,7 @@ def test_files_that_are_no_usage(tmp_path, content, complaint):
 def test_a_file_that_counted_nothing(tmp_path):
     layer = {"tokens": 0, "counts": [0, 0], "weights": [0.0, 0.0]}
     task = {"data": "x", "fingerprint": "", "samples": 0, "layers": {"gate": layer}}
-    usage = {"model": "m", "routers": "", "architecture": "A", "experts_per_token": 1, "tasks": {"news": task}}
+    usage = {"model": "m", "checkpoint": "", "architecture": "A", "experts_per_token": 1, "tasks": {"news": task}}
     path = tmp_path / "x.usage.json"
     path.write_text(json.dumps(usage))
     with pytest.raises(click.ClickException, match="counted nothing for the task 'news'"):
@@ -246,7 +258,7 @@ def test_a_dense_model_has_no_router(here):
     save_tokenizer(here / "dense", 96)
     write(here / "news.jsonl", words(1, 2))
     with pytest.raises(click.ClickException, match="no router"):
-        count_usage("./dense", ["news.jsonl"], READING)
+        usage_of("./dense", ["news.jsonl"], READING)
 
 
 # What `--data` reads.
@@ -274,9 +286,12 @@ def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
     tokens = tokenise(load(source), source, tokenizer, max_length=24)
     assert tokens["input_ids"] == [tokenizer(row["text"])["input_ids"][:24] for row in words(1, 6)]
     assert len(load(source, 4)) == 4
-    (part,) = parse_sources([f"{path}:train[:2]"])
-    if suffix != "-saved":
-        assert len(load(part)) == 2 and part.name == "data"
+    (part,) = parse_sources([f"data={path}:train[:2]+train[-1:]"])
+    if suffix == "-saved":
+        with pytest.raises(click.ClickException, match="read by whole splits; there are train"):
+            load(part)
+    else:
+        assert len(load(part)) == 3 and part.name == "data"
     assert fingerprint(tokens) == fingerprint(tokens) != fingerprint(tokens.select(range(5)))
 
 
@@ -304,6 +319,7 @@ def test_chats_go_through_the_tokenizer_s_template(tmp_path):
         ("other.jsonl", "no column 'text'.*there are words"),
         ("owner/name", "cannot read owner/name"),
         ("other.jsonl:test", "cannot read other.jsonl:test"),
+        ("numbers.jsonl", r"row 0 of numbers.jsonl"),
     ],
 )
 def test_sources_that_cannot_be_read(tmp_path, monkeypatch, text, complaint):
@@ -313,6 +329,7 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch, text, complaint):
     (tmp_path / "empty.jsonl").touch()
     write(tmp_path / "blank.jsonl", [{"text": ""}])
     write(tmp_path / "other.jsonl", [{"words": "w1"}])
+    write(tmp_path / "numbers.jsonl", [{"text": 5}])
     (source,) = parse_sources([text])
     with pytest.raises(click.ClickException, match=complaint):
         tokenise(load(source), source, AutoTokenizer.from_pretrained("tokenizer"), max_length=24)

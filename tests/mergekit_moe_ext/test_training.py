@@ -255,10 +255,37 @@ def test_ways_to_save_memory_train_the_same(moe, changes):
             assert torch.equal(tensor, got[name])
 
 
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "gpt_oss", "granitemoe"])
+def test_gates_of_a_bfloat16_model(tmp_path, monkeypatch, family):
+    """Its other weights stay in bfloat16 while it trains, and its gates, kept in float32 meanwhile, move."""
+    monkeypatch.chdir(tmp_path)
+    one = 1 if family == "olmoe" else 2  # where one expert is chosen, the check for a gradient runs as well
+    make_moe(tmp_path / "moe", family, **{**FAMILIES[family], "num_experts_per_tok": one})
+    AutoModelForCausalLM.from_pretrained("moe", dtype=torch.bfloat16).save_pretrained("moe")
+    write(tmp_path / "news.jsonl", words(1, 8))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        stock = training.MoeTrainer.training_step
+        patch.setattr(
+            training.MoeTrainer,
+            "training_step",
+            lambda self, model, *rest: (
+                seen.append({p.dtype for p in model.parameters() if not p.requires_grad}) or stock(self, model, *rest)
+            ),
+        )
+        train("moe", "out", "gates", ["news.jsonl"], READING, recipe(learning_rate=0.1))
+    assert seen[0] == {torch.bfloat16}
+    before, after = read_tensors(tmp_path / "moe"), read_tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".gate." in name or ".router." in name for name in changed)
+
+
 def test_packing_joins_texts_and_loses_none(moe):
     rows = [[5, 6, 7], [8], [9, 10, 11, 12]]
     packed = pack(Dataset.from_dict({"input_ids": rows}), 4, 1)["input_ids"]
     assert list(packed) == [[5, 6, 7, 1], [8, 1, 9, 10], [11, 12, 1]]
+    many = pack(Dataset.from_dict({"input_ids": [[5, 6, 7]] * 2500}), 64, 1)["input_ids"]
+    assert sum(map(len, many)) == 10_000 and sorted(set(map(len, many))) == [16, 32, 64]
     steps = []
     with pytest.MonkeyPatch.context() as patch:
         stock = training.MoeTrainer.training_step
@@ -273,18 +300,15 @@ def test_packing_joins_texts_and_loses_none(moe):
     assert {ids.shape[1] for ids in steps} <= {24} and 0 <= sum(ids.numel() for ids in steps) - total < 24
 
 
-def test_sources_are_mixed_by_their_weights(moe):
-    from datasets import Dataset
-
+def test_sources_are_drawn_by_their_weights_whatever_their_sizes():
     sources = {
-        name: Dataset.from_dict({"input_ids": [[number]] * rows})
-        for number, (name, rows) in enumerate((("a", 300), ("b", 300)))
+        "a": Dataset.from_dict({"input_ids": [[0]] * 90}),
+        "b": Dataset.from_dict({"input_ids": [[1]] * 300}),
     }
-    share = sum(row["input_ids"][0] for row in training._mixed(sources, {"a": 3.0}, 0)) / 600
     mixed = training._mixed(sources, {"a": 3.0}, 0)
-    share = sum(row["input_ids"][0] for row in mixed) / len(mixed)
-    assert share == pytest.approx(0.25, abs=0.05)
-    assert len(training._mixed(sources, {}, 0)) == 600
+    assert sum(row["input_ids"][0] for row in mixed) / len(mixed) == pytest.approx(0.25, abs=0.05)
+    assert sum(row["input_ids"][0] for row in training._mixed(sources, {}, 0)) == 300
+    assert len(training._mixed(sources, {}, 0)) == 390
 
 
 # The load-balancing loss.
@@ -295,9 +319,9 @@ def test_load_balancing_is_that_of_transformers_in_one_layer():
     logits = torch.randn(2 * 7, 5)
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     choice = Choice(logits, logits.softmax(-1).topk(2).values, logits.topk(2).indices)
-    got = load_balancing_loss({"gate": choice}, {"": mask.bool().flatten()})
+    got = load_balancing_loss({"gate": choice}, {False: mask.bool().flatten()})
     assert got.item() == pytest.approx(load_balancing_loss_func((logits,), 5, 2, mask).item(), abs=1e-5)
-    every_layer = load_balancing_loss({"one": choice, "two": choice}, {"": mask.bool().flatten()})
+    every_layer = load_balancing_loss({"one": choice, "two": choice}, {False: mask.bool().flatten()})
     assert every_layer.item() == pytest.approx(got.item(), abs=1e-6)
 
 
@@ -306,11 +330,11 @@ def test_load_balancing_by_hand_with_encoder_and_decoder():
     logits = {name: torch.randn(6, 3) for name in ("encoder.gate", "decoder.gate")}
     experts = {name: of_gate.argmax(-1, keepdim=True) for name, of_gate in logits.items()}
     experts["decoder.gate"][2] = -1  # beyond the capacity
-    real = {"": torch.tensor([1, 1, 1, 1, 0, 0]).bool(), "decoder.": torch.tensor([1, 1, 1, 0, 1, 1]).bool()}
+    real = {False: torch.tensor([1, 1, 1, 1, 0, 0]).bool(), True: torch.tensor([1, 1, 1, 0, 1, 1]).bool()}
     choices = {name: Choice(of_gate, torch.ones(6, 1), experts[name]) for name, of_gate in logits.items()}
     total = 0.0
     for name, of_gate in logits.items():
-        rows = [i for i in range(6) if real["decoder." if name.startswith("decoder") else ""][i]]
+        rows = [i for i in range(6) if real[name.startswith("decoder")][i]]
         for expert in range(3):
             f = sum(int(experts[name][i]) == expert for i in rows) / len(rows)
             p = sum(of_gate[i].softmax(0)[expert].item() for i in rows) / len(rows)
@@ -336,10 +360,11 @@ def test_the_load_balancing_loss_balances(moe):
 # Mistakes.
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "ernie4_5_moe"])
 def test_gates_without_a_gradient_are_refused(tmp_path, monkeypatch, caplog, family):
     monkeypatch.chdir(tmp_path)
-    make_moe(tmp_path / "moe", family, **{**FAMILIES[family], "num_experts_per_tok": 1})
+    ernie = {"moe_num_experts": 4, "moe_k": 1}
+    make_moe(tmp_path / "moe", family, **{**FAMILIES.get(family, ernie), "num_experts_per_tok": 1})
     write(tmp_path / "news.jsonl", words(1, 6))
     with pytest.raises(click.ClickException, match="no gradient for them"):
         train("moe", "out", "gates", ["news.jsonl"], READING, recipe())
@@ -371,6 +396,7 @@ def test_one_expert_whose_weight_is_its_probability_has_a_gradient(tmp_path, mon
         (["--data", "news.jsonl", "-o", "full"], "not empty"),
         (["--data", "news.jsonl", "--held-out", "0", "--resume"], "no checkpoint"),
         (["--data", "news.jsonl", "--lr-scheduler-type", "wrong"], "is not a valid SchedulerType"),
+        (["--data", "news.jsonl", "--held-out", "0", "--eval-steps", "0"], "must be above 0"),
         (["--data", "news.jsonl", "--train", "experts"], "is not one of 'gates', 'all'"),
     ],
 )
