@@ -288,9 +288,11 @@ def _describe(method: Any) -> None:
     click.echo(f"{spec.name}: {getattr(method, 'description', spec.pretty_name or spec.name)}")
     options = getattr(method, "options_type", None)
     if options is not None:
-        for name, field in options.model_fields.items():
-            default = "required" if field.is_required() else f"default {field.default}"
-            _describe_parameter(name, field.annotation, default, field.description)
+        for fields in (options.model_fields, method.model_options_type.model_fields):
+            for name, field in fields.items():
+                default = "required" if field.is_required() else f"default {field.default}"
+                where = "" if fields is options.model_fields else ", per model"
+                _describe_parameter(name, field.annotation, default + where, field.description)
         click.echo("  and every parameter of the shared method")
     for parameter in spec.parameters:
         default = "required" if parameter.required else f"default {parameter.default}"

@@ -1,6 +1,7 @@
 """Each pair of architectures: what it computes, against the dense model or a loop written from the equation."""
 
 import json
+import os
 
 import click
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mergekit_moe_ext.routing import routers_of
-from tests.conftest import document, make_model, merge, read_tensors
+from tests.conftest import document, make_model, merge, read_tensors, run
 
 TOKENS = torch.arange(1, 41).reshape(2, 20) * 7 % 96
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
@@ -71,6 +72,29 @@ def test_equal_sources_give_the_dense_model(tmp_path, monkeypatch, family, confi
     assert torch.allclose(logits(dense), logits(loaded), atol=1e-5)
     tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert tied == (dense.lm_head.weight is dense.model.embed_tokens.weight)
+
+
+def test_all_load_where_this_package_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    families = ["qwen2", "qwen3", "olmo2", "granite", "cohere2", "ernie4_5", "hunyuan_v1_dense"]
+    for family in families:
+        make_model(tmp_path / family, 1, family=family, head_dim=8)
+        merge(document("moe_linear", [family] * 2, base=None), f"{family}-moe")
+    script = (
+        "import sys, torch\n"
+        "for name in ('mergekit_moe_ext', '_mergekit_moe_ext_autoload', 'mergekit'): sys.modules[name] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "tokens = torch.arange(1, 41).reshape(2, 20) * 7 % 96\n"
+        f"for family in {families}:\n"
+        "    model, info = AutoModelForCausalLM.from_pretrained(family + '-moe', output_loading_info=True)\n"
+        "    assert not any(info.values()), (family, info)\n"
+        "    torch.save(model.eval()(tokens).logits.detach(), family + '.pt')\n"
+    )
+    done = run("python", "-c", script, env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for family in families:
+        dense = logits(AutoModelForCausalLM.from_pretrained(family))
+        assert torch.allclose(torch.load(f"{family}.pt"), dense, atol=1e-5), family
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "granite", "cohere2", "ernie4_5", "hunyuan_v1_dense"])
