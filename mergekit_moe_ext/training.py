@@ -401,7 +401,7 @@ def _batches(model: Any, pad_token_id: int) -> Any:
 
 def _check_gradient(model: Any, batch: dict[str, torch.Tensor], part: Part, recipe: Recipe) -> None:
     """Finds gates that keep one expert and give it all the weight: they change nothing, and so they learn nothing."""
-    if recipe.router_aux_loss or getattr(model.config, "num_experts_per_tok", 1) > 1:
+    if recipe.router_aux_loss or (getattr(model.config, "num_experts_per_tok", None) or 1) > 1:
         return
     model.eval()
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16)

@@ -292,7 +292,10 @@ def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
             load(part)
     else:
         assert len(load(part)) == 3 and part.name == "data"
-    assert fingerprint(tokens) == fingerprint(tokens) != fingerprint(tokens.select(range(5)))
+    again = Dataset.from_dict({"input_ids": list(tokens["input_ids"])})
+    assert fingerprint(tokens) == fingerprint(again) != fingerprint(tokens.select(range(5)))
+    joined = Dataset.from_dict({"input_ids": [sum(tokens["input_ids"], [])]})
+    assert fingerprint(joined) != fingerprint(tokens)
 
 
 def test_chats_go_through_the_tokenizer_s_template(tmp_path):
