@@ -294,7 +294,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
         assert len(load(part)) == 3 and part.name == "data"
     again = Dataset.from_dict({"input_ids": list(tokens["input_ids"])})
     assert fingerprint(tokens) == fingerprint(again) != fingerprint(tokens.select(range(5)))
-    joined = Dataset.from_dict({"input_ids": [sum(tokens["input_ids"], [])]})
+    joined = Dataset.from_dict({"input_ids": [[token for row in tokens["input_ids"] for token in row]]})
     assert fingerprint(joined) != fingerprint(tokens)
 
 
