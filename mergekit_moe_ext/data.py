@@ -19,6 +19,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from jinja2 import TemplateError
 
+from mergekit_moe_ext.options import USUAL_COLUMNS, Columns
+
 _BUILDERS = {
     ".arrow": "arrow",
     ".csv": "csv",
@@ -31,16 +33,6 @@ _BUILDERS = {
 _PART = r"\w+(?:\[[^\]]*\])?"
 _SPLIT = re.compile(rf"(.+?):({_PART}(?:\+{_PART})*)")
 _NAME = re.compile(r"([\w.-]+)=(.+)")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What the columns are called."""
-
-    text: str = "text"
-    messages: str = "messages"
-    input: str = "input"
-    target: str = "target"
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ def tokenise(
     source: Source,
     tokenizer: Any,
     *,
-    columns: Columns = Columns(),
+    columns: Columns = USUAL_COLUMNS,
     max_length: int | None,
     encoder_decoder: bool = False,
 ) -> Dataset:

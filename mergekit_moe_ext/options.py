@@ -7,7 +7,18 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from mergekit_moe_ext.data import Columns
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns are called."""
+
+    text: str = "text"
+    messages: str = "messages"
+    input: str = "input"
+    target: str = "target"
+
+
+USUAL_COLUMNS = Columns()
 
 
 def option(default: Any, meaning: str, *, at_least: float | None = None) -> Any:

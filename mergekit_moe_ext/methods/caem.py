@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from mergekit.common import ModelReference
@@ -19,7 +19,6 @@ from pydantic import Field
 from transformers import PretrainedConfig
 
 from mergekit_moe_ext.allocation import allocate, most_used, normalised_entropy
-from mergekit_moe_ext.calibration import Usage, count_usage, read_texts, read_usage
 from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.families.mixture import (
     MoeLayer,
@@ -31,10 +30,12 @@ from mergekit_moe_ext.families.mixture import (
 from mergekit_moe_ext.manifest import Manifest, manifest_of
 from mergekit_moe_ext.methods.base import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
 from mergekit_moe_ext.options import Reading
-from mergekit_moe_ext.plots import plot_allocation
 from mergekit_moe_ext.routing import stack_of
 from mergekit_moe_ext.sources import check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.tasks import ExpertRows, LoadFiniteTensor
+
+if TYPE_CHECKING:
+    from mergekit_moe_ext.calibration import Usage
 
 LOG = logging.getLogger(__name__)
 _CAEM = "https://arxiv.org/search/?query=CAEM-MoE+Complexity-Aware+Expert+Merging"
@@ -157,12 +158,7 @@ class CaemMethod(StructuralMethod):
             dtype=dtype,
             weights={name: weights.get(stack_of(name), weights["all"]) for name in shared},
             notes=_notes(job, allocations, weights),
-            draw=lambda path: plot_allocation(
-                [str(model) for model in job.experts],
-                [allocation.counts for allocation in allocations],
-                [allocation.chosen for allocation in allocations],
-                path,
-            ),
+            draw=lambda path: _draw(job, allocations, path),
         )
 
 
@@ -321,8 +317,11 @@ def _usages(
     job: Job,
     configs: Mapping[ModelReference, PretrainedConfig],
     layers: Mapping[ModelReference, Sequence[MoeLayer]],
-) -> list[Usage]:
+) -> "list[Usage]":
     """Per entry of `models:`, read or counted. All files and texts are read before anything is counted."""
+    # only here: `datasets` takes seconds to import, and every command of mergekit imports this file
+    from mergekit_moe_ext.calibration import count_usage, read_texts, read_usage
+
     entries = list(zip(job.experts, job.model_options, strict=True))
     read = {}
     for index, (model, options) in enumerate(entries):
@@ -359,7 +358,7 @@ def _usages(
 
 
 def _check_usage_is_of(
-    job: Job, model: ModelReference, config: PretrainedConfig, usage: Usage, path: str, layers: Sequence[MoeLayer]
+    job: Job, model: ModelReference, config: PretrainedConfig, usage: "Usage", path: str, layers: Sequence[MoeLayer]
 ) -> None:
     if usage.checkpoint != checkpoint_fingerprint(model, job.merge_options):
         raise click.ClickException(f"{path} is the usage of another model ({usage.model}), not of {model}")
@@ -370,7 +369,7 @@ def _check_usage_is_of(
             raise click.ClickException(f"{path} names other routers or experts for the task {task!r} than {model} has")
 
 
-def _counts(usage: Usage, router: str) -> list[int]:
+def _counts(usage: "Usage", router: str) -> list[int]:
     """Over all tasks of a usage file."""
     per_task = [task.layers[router].counts for task in usage.tasks.values()]
     return [sum(numbers) for numbers in zip(*per_task, strict=True)]
@@ -428,6 +427,17 @@ def _notes(
         for stack, of_stack in sorted(weights.items())
     ]
     return "\n".join(lines)
+
+
+def _draw(job: Job, allocations: Sequence[LayerAllocation], path: Path) -> None:
+    from mergekit_moe_ext.plots import plot_allocation
+
+    plot_allocation(
+        [str(model) for model in job.experts],
+        [allocation.counts for allocation in allocations],
+        [allocation.chosen for allocation in allocations],
+        path,
+    )
 
 
 CAEM = CaemMethod()
