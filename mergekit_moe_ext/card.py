@@ -28,7 +28,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 ## How it was made
 
-Method: [{method}]({url}), shared parameters merged by {shared}{base}.
+Method: {method}, shared parameters merged by {shared}{base}.
 
 {sources}, in order:
 
@@ -59,9 +59,8 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
         auto_class="AutoModelForSeq2SeqLM" if plan.config.is_encoder_decoder else "AutoModelForCausalLM",
         num_experts=plan.num_experts,
         experts_per_token=plan.experts_per_token,
-        method=spec.pretty_name,
-        url=spec.reference_url,
-        shared=f"[{shared.name}]({shared.reference_url})" if shared.reference_url else shared.name,
+        method=_with_reference(spec.pretty_name, spec.reference_url),
+        shared=_with_reference(shared.name, shared.reference_url),
         base=f" with {_linked(job.base)} as base" if job.base else "",
         sources="Experts" if len(job.experts) == plan.num_experts else "Sources",
         experts="\n".join(f"{i}. {_linked(model)}" for i, model in enumerate(job.experts)),
@@ -80,6 +79,10 @@ _VERSIONS = ("mergekit-moe-ext", "mergekit", "transformers", "torch")
 def _on_hub(path: ModelPath | None) -> bool:
     """By its looks: of the form owner/name, and no such path here."""
     return path is not None and bool(_HUB_ID.fullmatch(path.path)) and not Path(path.path).exists()
+
+
+def _with_reference(name: str, url: str | None) -> str:
+    return f"[{name}]({url})" if url else name
 
 
 def _linked(model: ModelReference) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mergekit_moe_ext.calibration import TaskUsage, Usage, routing_probability, share_of_choices
+from mergekit_moe_ext.routing import stack_of
 
 
 def plot_usage(usage: Usage, path: Path) -> None:
@@ -83,9 +84,7 @@ def _stacks(task: TaskUsage) -> dict[str, list[str]]:
     """Router names, encoder and decoder apart; a decoder-only model is one stack."""
     stacks: dict[str, list[str]] = {}
     for name in task.layers:
-        stacks.setdefault(name.split(".")[0] if name.startswith(("encoder.", "decoder.")) else "layers", []).append(
-            name
-        )
+        stacks.setdefault(stack_of(name) or "layers", []).append(name)
     return stacks
 
 

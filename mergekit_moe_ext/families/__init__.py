@@ -65,7 +65,14 @@ def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_arc
     from mergekit_moe_ext.families.switch import SWITCH
 
     families = (
-        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, FLEX_OLMO, GRANITE_MOE, COHERE2_MOE, ERNIE_MOE, HUNYUAN_MOE),
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        FLEX_OLMO,
+        GRANITE_MOE,
+        COHERE2_MOE,
+        ERNIE_MOE,
+        HUNYUAN_MOE,
         SWITCH,
     )
     by_type = {model_type: family for family in families for model_type in family.dense}

@@ -107,7 +107,7 @@ class StructuralMethod(MergeMethod):
     options_type: type[MethodOptions]
     model_options_type: type[ModelOptions] = ModelOptions
 
-    def __init__(self, name: str, pretty_name: str, reference_url: str, description: str):
+    def __init__(self, name: str, pretty_name: str, reference_url: str | None, description: str):
         self.spec = MergeMethodSpec(name=name, pretty_name=pretty_name, reference_url=reference_url)
         self.description = description
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from mergekit_moe_ext.calibration import Usage
 
 LOG = logging.getLogger(__name__)
-_CAEM = "https://arxiv.org/search/?query=CAEM-MoE+Complexity-Aware+Expert+Merging"
 
 
 class CaemOptions(MethodOptions):
@@ -89,8 +88,8 @@ class CaemMethod(StructuralMethod):
     def __init__(self) -> None:
         super().__init__(
             "caem",
-            "CAEM (complexity-aware expert merging)",
-            _CAEM,
+            "CAEM-MoE (complexity-aware expert merging)",
+            None,
             "mixtures of experts of one family become one; experts are allotted by the entropy of their usage",
         )
 

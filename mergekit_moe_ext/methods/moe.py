@@ -113,12 +113,10 @@ class MoeMethod(StructuralMethod):
             for output, name in stack.merged.items()
         }
         computed: dict[str, Any] = stacks | initial_gates(job, config, layers, dense.embedding, dtype)
-        output_shapes = manifest_of(config).shapes
-        computed |= {
-            name: Zeros(name=name, shape=output_shapes[name], dtype=str(dtype))
-            for stack, layer in layers
-            for name in (template.format(layer=layer) for template in stack.zeros)
-        }
+        zeros = [template.format(layer=layer) for stack, layer in layers for template in stack.zeros]
+        if zeros:
+            shapes = manifest_of(config).shapes
+            computed |= {name: Zeros(name=name, shape=shapes[name], dtype=str(dtype)) for name in zeros}
         return Plan(
             config=config,
             num_experts=len(experts),
