@@ -1,0 +1,216 @@
+"""What a module must know of the forward pass it is in: padding, prefix and cache, for choices per sequence.
+
+A coefficient that holds for a whole sequence comes from a prefix alone: the prompt where a cache is filled
+(`generate`), else the first `routing_tokens` tokens of a decoder. It is kept with the cache that it belongs to.
+Positions inside the prefix depend on one another, so labels there are left out of the loss. A model that does not
+generate (an encoder, a classifier, a vision model) is routed by the whole input.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ON_CACHE = "_routed_lora_coefficients"
+
+
+class Call:
+    """One forward pass of the whole model."""
+
+    def __init__(self, model: nn.Module, arguments: dict[str, Any], outer: "Call | None"):
+        self.outer = outer
+        self.balance: list[Tensor] = []
+        self._mask = arguments.get("attention_mask")
+        self._predicts_tokens = hasattr(model, "can_generate") and model.can_generate()
+        self._batch_size = next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.ndim), None)
+        self._cache = arguments.get("past_key_values")
+        self._fills_cache = self._cache is not None and self._cache.get_seq_length() == 0
+        if self._fills_cache:
+            setattr(self._cache, _ON_CACHE, {})
+        self._grows_without_cache = (
+            self._cache is None and arguments.get("use_cache") is False and "logits_to_keep" in arguments
+        )
+        self._state_space = arguments.get("cache_params") is not None
+
+    def coefficients(self, router: Any, x: Tensor, key: Any) -> Tensor:
+        """Of a router that depends on its input: (…, experts), to be broadcast over the tokens of `x`."""
+        if router.granularity == "token":
+            scores = router.scores(x)
+            coefficients = router.coefficients(scores)
+        elif self._cache is not None and not self._fills_cache:
+            known: dict[Any, Tensor] = getattr(self._cache, _ON_CACHE, {})
+            if key not in known:
+                raise ValueError(
+                    "this cache was not filled by this adapter, so there are no coefficients for its sequences: "
+                    "start with an empty cache"
+                )
+            return _over_tokens(known[key], x)
+        else:
+            scores = self._mean(router.scores(x), self.prefix(x, router.routing_tokens))
+            coefficients = router.coefficients(scores)
+            if self._fills_cache:
+                getattr(self._cache, _ON_CACHE)[key] = coefficients
+        if router.is_balanced and torch.is_grad_enabled():
+            self.balance.append(self._imbalance(router, scores))
+        return coefficients if router.granularity == "token" else _over_tokens(coefficients, x)
+
+    def prefix(self, x: Tensor, routing_tokens: int) -> Tensor | None:
+        """Which tokens of x (batch, length, …) choose; None for all of them."""
+        if self._grows_without_cache:
+            raise ValueError("routing per sequence keeps its choice with the cache: generate with use_cache=True")
+        if self._state_space:
+            raise ValueError("routing per sequence keeps its choice with a key-value cache, which this model has not")
+        if self._batch_size is not None and len(x) != self._batch_size:
+            raise ValueError(
+                f"cannot tell the sequences apart in an input of shape {tuple(x.shape)} with {self._batch_size} "
+                "sequences: use granularity='token'"
+            )
+        if x.ndim != 3:
+            return None
+        real = self._real(x)
+        if self._predicts_tokens and not self._fills_cache:
+            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
+            return real & (real.cumsum(dim=1) <= routing_tokens)
+        return real
+
+    def _real(self, x: Tensor) -> Tensor | None:
+        """Which tokens of x (batch, length, …) are no padding; None for all of them."""
+        if self._mask is None:
+            return None
+        if not isinstance(self._mask, Tensor) or self._mask.shape != x.shape[:2]:
+            shape = tuple(self._mask.shape) if isinstance(self._mask, Tensor) else type(self._mask).__name__
+            raise ValueError(
+                f"routing needs an attention mask of shape (batch, tokens) to leave out padding; it is {shape} for an "
+                f"input of shape {tuple(x.shape)}"
+            )
+        return self._mask.bool().to(x.device)
+
+    @staticmethod
+    def _mean(scores: Tensor, chosen: Tensor | None) -> Tensor:
+        """(batch, …, n) over the chosen tokens to (batch, n)."""
+        scores = scores.float()
+        if scores.ndim == 2:
+            return scores
+        if chosen is None:
+            return scores.flatten(1, -2).mean(dim=1)
+        return (scores * chosen[..., None]).sum(dim=1) / chosen.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def _imbalance(self, router: Any, scores: Tensor) -> Tensor:
+        """n sum of f_i P_i: what was chosen times its probability, both averaged over tokens; 1 at balance."""
+        probabilities = router.probabilities(scores)
+        chosen = router.load(scores).detach()
+        if router.granularity == "token" and scores.ndim == 3 and (real := self._real(scores)) is not None:
+            probabilities, chosen = probabilities[real], chosen[real]
+        of_each = probabilities.flatten(0, -2).mean(dim=0) * chosen.flatten(0, -2).mean(dim=0)
+        return of_each.sum() * scores.shape[-1]
+
+    def without_prefix(self, labels: Tensor, routing_tokens: int) -> Tensor:
+        """Labels whose tokens had no part in the choice; the others become -100."""
+        if not self._predicts_tokens or labels.ndim != 2:
+            return labels
+        chosen = self.prefix(labels[..., None], routing_tokens)
+        return labels if chosen is None else labels.masked_fill(chosen.to(labels.device), -100)
+
+
+_CALL: ContextVar[Call | None] = ContextVar("peft_routing_call", default=None)
+
+
+def coefficients(router: Any, x: Tensor, key: Any) -> Tensor:
+    """What the router gives to the input x of the module called `key`."""
+    if not router.depends_on_input or (router.granularity == "token" and not router.is_balanced):
+        return router(x)
+    call = _CALL.get()
+    if call is not None:
+        return call.coefficients(router, x, key)
+    if router.granularity == "sequence":
+        raise RuntimeError("routing per sequence needs the whole model to be called, not a part of it")
+    return router(x)
+
+
+def watch(model: nn.Module) -> list[Any]:
+    """Follow the model's forward passes; returns the hooks' handles. The hooks have no state: copies keep working."""
+    return [
+        model.register_forward_pre_hook(_enter, with_kwargs=True),
+        model.register_forward_hook(_leave, with_kwargs=True, always_call=True),
+    ]
+
+
+def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError("adapter_names: routed adapters do not mix in one batch; use set_adapter, a batch for each")
+
+
+def _watched(model: Any) -> list[Any]:
+    """The configurations for which forward passes must be followed."""
+    return [c for c in model.peft_config.values() if c.granularity == "sequence" or c.router_aux_loss_coef]
+
+
+def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    refuse_mixed_batches(kwargs)
+    configs = _watched(model)
+    if not configs:
+        return None
+    call = Call(model, _arguments(model, args, kwargs), outer=_CALL.get())
+    per_sequence = [c.routing_tokens for c in configs if c.granularity == "sequence"]
+    if per_sequence and isinstance(kwargs.get("labels"), Tensor):
+        kwargs = {**kwargs, "labels": call.without_prefix(kwargs["labels"], max(per_sequence))}
+    if model.training:
+        _keep_in_checkpoints(model)
+    _CALL.set(call)
+    return args, kwargs
+
+
+def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    call = _CALL.get()
+    if call is None or not _watched(model):
+        return None
+    _CALL.set(call.outer)
+    weight = max(c.router_aux_loss_coef for c in _watched(model))
+    if call.balance and isinstance(getattr(output, "loss", None), Tensor):
+        output.loss = output.loss + weight * _share(kwargs) * torch.stack(call.balance).mean().to(output.loss.device)
+    return output
+
+
+def _share(kwargs: dict[str, Any]) -> Any:
+    """Of a step's tokens, those of this forward pass, where the Trainer says how many there are."""
+    if kwargs.get("num_items_in_batch") is None or kwargs.get("labels") is None:
+        return 1.0
+    return (kwargs["labels"] != -100).sum() / kwargs["num_items_in_batch"]
+
+
+def _keep_in_checkpoints(model: nn.Module) -> None:
+    """Gradient checkpointing runs layers again after the forward pass is over: within the same call, then."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, _InCall):
+            module._gradient_checkpointing_func = _InCall(function)  # type: ignore[assignment]
+
+
+class _InCall:
+    def __init__(self, checkpoint: Callable):
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        call = _CALL.get()
+
+        def in_call(*args: Any, **kwargs: Any) -> Any:
+            token = _CALL.set(call)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _CALL.reset(token)
+
+        return self.checkpoint(in_call, *args, **kwargs)
+
+
+def _over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
+    """(batch, experts) to (batch, 1 …, experts), in as many dimensions as x."""
+    return coefficients[(slice(None), *[None] * (x.ndim - 2))]

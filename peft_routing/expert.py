@@ -1,0 +1,187 @@
+"""Ordinary LoRA adapters as experts: reading them, and finding out whether they can be routed on a model."""
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+_CANNOT_BE_ROUTED = {
+    "use_dora": "DoRA divides by the norm of the merged weight, so its updates do not add up",
+    "modules_to_save": "whole modules cannot be mixed",
+    "lora_bias": "biases are not routed",
+    "target_parameters": "its updates are of parameters, not of linear modules",
+    "layer_replication": "its layers are not those of the base model",
+    "trainable_token_indices": "embeddings have no hidden state to route by",
+    "alora_invocation_tokens": "aLoRA is off before its invocation tokens",
+    "arrow_config": "it is a router already",
+    "use_qalora": "QA-LoRA pools its input",
+    "lora_ga_config": "LoRA-GA changes the base model's weights",
+}
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A LoRA adapter: its configuration, and per module A (rank, in), B (out, rank) and the scaling of B A."""
+
+    name: str
+    config: dict[str, Any]
+    factors: dict[str, tuple[Tensor, Tensor]]
+    scalings: dict[str, float]
+
+    def rank(self, module: str) -> int:
+        return self.factors[module][0].shape[0] if module in self.factors else 0
+
+
+def read_expert(name: str, path: str) -> Expert:
+    """From a directory, or `owner/name[/subfolder]` on the Hub.
+
+    `ValueError` for what cannot be routed, `FileNotFoundError` for what is not there. Weights are read from
+    safetensors only: nothing is unpickled.
+    """
+    where = f"expert {name!r} ({path})"
+    with _file(path, CONFIG_NAME, where).open(encoding="utf-8") as file:
+        config = json.load(file)
+    _check_config(config, where)
+    weights = _file(path, SAFETENSORS_WEIGHTS_NAME, where)
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{where}: {weights} is damaged: {error}") from error
+    factors = _pairs(tensors, where)
+    scalings = {module: _scaling(config, module, a.shape[0], where) for module, (a, _) in factors.items()}
+    return Expert(name, config, factors, scalings)
+
+
+def _file(path: str, name: str, where: str) -> Path:
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        if not (directory / name).is_file():
+            hint = ""
+            if name == SAFETENSORS_WEIGHTS_NAME and (directory / "adapter_model.bin").exists():
+                hint = "; adapter_model.bin is a pickle: load it with PEFT once and save it as safetensors"
+            raise FileNotFoundError(f"{where}: {directory} has no {name}{hint}")
+        return directory / name
+    owner, _, rest = path.partition("/")
+    repository, _, subfolder = rest.partition("/")
+    if path.startswith((".", "/", "~")) or not repository:
+        raise FileNotFoundError(f"{where}: there is no such directory")
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", name, subfolder=subfolder or None))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{where}: no such directory, and no {name} on the Hub: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _check_config(config: dict[str, Any], where: str) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: its peft_type is {config.get('peft_type')}; only LORA adapters are routed")
+    for key, reason in _CANNOT_BE_ROUTED.items():
+        if config.get(key):
+            raise ValueError(f"{where} cannot be routed: {key} is {config[key]}; {reason}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{where} cannot be routed: bias is {config['bias']!r}; biases are not routed")
+    if str(config.get("init_lora_weights", "")).startswith(_CHANGES_THE_BASE):
+        raise ValueError(
+            f"{where} cannot be routed: init_lora_weights is {config['init_lora_weights']!r}, which changes the base "
+            "model; save it with path_initial_model_for_weight_conversion first"
+        )
+
+
+def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
+        if match is None:
+            reason = "embeddings have no hidden state to route by" if "lora_embedding" in key else "it is no LoRA factor"
+            raise ValueError(f"{where} cannot be routed: {key}: {reason}")
+        if tensor.ndim != 2:
+            raise ValueError(f"{where} cannot be routed: {key} has {tensor.ndim} dimensions; only linear modules are")
+        halves.setdefault(match[1], {})[match[2]] = tensor
+    if not halves:
+        raise ValueError(f"{where}: {SAFETENSORS_WEIGHTS_NAME} is empty")
+    for module, pair in halves.items():
+        if len(pair) == 1:
+            raise ValueError(f"{where}: {module} has lora_{min(pair)} and not the other factor")
+        if pair["A"].shape[0] != pair["B"].shape[1]:
+            raise ValueError(f"{where}: {module}: A is {tuple(pair['A'].shape)} and B is {tuple(pair['B'].shape)}")
+    return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
+
+
+def _scaling(config: dict[str, Any], module: str, rank: int, where: str) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns as PEFT reads them."""
+
+    def value(name: str, pattern: str) -> Any:
+        patterns = config.get(pattern) or {}
+        return patterns.get(get_pattern_key(patterns.keys(), module), config[name])
+
+    if rank != value("r", "rank_pattern"):
+        raise ValueError(
+            f"{where}: {module} has rank {rank}, and {CONFIG_NAME} says {value('r', 'rank_pattern')}"
+        )
+    alpha = value("lora_alpha", "alpha_pattern")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
+    """`ValueError` where the experts do not fit the model; a warning where they say that they are of another."""
+    modules = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
+    for expert in experts:
+        for name, (a, b) in expert.factors.items():
+            where = f"expert {expert.name!r}: {name}"
+            if name not in modules:
+                last = name.rpartition(".")[2]
+                alike = next((other for other in modules if other.endswith(last)), None)
+                raise ValueError(f"{where} is not in the base model" + (f", which has {alike}" if alike else ""))
+            base = modules[name]
+            if isinstance(base, BaseTunerLayer):
+                base = base.get_base_layer()
+            if not isinstance(base, nn.Linear | Conv1D):
+                raise ValueError(f"{where} is a {type(base).__name__}; only linear modules are routed")
+            in_features, out_features = _get_in_out_features(base)
+            if (a.shape[1], b.shape[0]) != (in_features, out_features):
+                raise ValueError(
+                    f"{where} maps {a.shape[1]} to {b.shape[0]}, and {in_features} to {out_features} in the base model"
+                )
+    name = model.__dict__.get("name_or_path") or None
+    others = {e.name: e.config.get("base_model_name_or_path") for e in experts}
+    different = {expert: other for expert, other in others.items() if name and other and other != name}
+    if different:
+        expert, other = next(iter(different.items()))
+        warnings.warn(
+            f"the base model is {name}, and {len(different)} of {len(experts)} experts were trained on another: "
+            f"{expert!r} on {other}",
+            stacklevel=2,
+        )
+
+
+def layout(experts: Sequence[Expert], model: nn.Module) -> list[dict[str, Any]]:
+    """Modules, in the model's order, grouped by what the experts have there."""
+    touched = {module for expert in experts for module in expert.factors}
+    groups: dict[tuple[Any, Any], list[str]] = {}
+    for name, _ in model.named_modules():
+        if name in touched:
+            ranks = tuple(expert.rank(name) for expert in experts)
+            scalings = tuple(float(expert.scalings.get(name, 0.0)) for expert in experts)
+            groups.setdefault((ranks, scalings), []).append(name)
+    return [
+        {"modules": modules, "ranks": list(ranks), "scalings": list(scalings)}
+        for (ranks, scalings), modules in groups.items()
+    ]

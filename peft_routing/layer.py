@@ -1,0 +1,167 @@
+"""A linear module with routed LoRA experts.
+
+All experts' A lie below each other as (R, in) and all B side by side as (out, R), R being the sum of their ranks.
+A forward pass is z = x Aᵀ, z weighed by the coefficients, and z Bᵀ: nothing of the size (tokens, experts, out) exists.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from peft_routing.calls import coefficients
+from peft_routing.config import RoutedLoraConfig, Site
+
+
+class Experts(nn.Module):
+    """The frozen factors of all experts at one module."""
+
+    owners: Tensor
+    scalings: Tensor
+
+    def __init__(self, site: Site, in_features: int, out_features: int, mixing: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.site, self.mixing = site, mixing
+        rank = sum(site.ranks)
+        self.A = nn.Parameter(torch.zeros(rank, in_features, dtype=dtype), requires_grad=False)
+        self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype), requires_grad=False)
+        owners = torch.arange(len(site.ranks)).repeat_interleave(torch.tensor(site.ranks))
+        self.register_buffer("owners", owners, persistent=False)
+        self.register_buffer("scalings", torch.tensor(site.scalings), persistent=False)
+
+    def fill(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Put each expert's factors in, on the CPU or where they are."""
+        a, b = (torch.cat(parts, dim).to(self.A.dtype) for dim, parts in enumerate(zip(*factors, strict=True)))
+        # not by setattr: under `low_cpu_mem_usage` PEFT would send a new parameter to the meta device
+        self._parameters["A"] = nn.Parameter(a, requires_grad=False)
+        self._parameters["B"] = nn.Parameter(b, requires_grad=False)
+
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each expert, as views."""
+        ranks = list(self.site.ranks)
+        return list(zip(self.A.split(ranks), self.B.split(ranks, dim=1), strict=True))
+
+    def forward(self, x: Tensor, coefficients: Tensor) -> Tensor:
+        """(…, in) and (…, experts), or (experts,), to the update (…, out)."""
+        z = self._mix(functional.linear(x, self.A), coefficients)
+        return functional.linear(z, self.B)
+
+    def _mix(self, z: Tensor, coefficients: Tensor) -> Tensor:
+        if self.mixing == "full":  # sum of c_i s_i B_i (A_i x)
+            return z * (coefficients * self.scalings).to(z.dtype)[..., self.owners]
+        # (sum of c_i s_i B_i) (sum of c_j A_j x)
+        per_expert = z.unflatten(-1, (len(self.site.ranks), -1))
+        mixed = (per_expert * coefficients.to(z.dtype)[..., None]).sum(dim=-2, keepdim=True)
+        return (mixed * (coefficients * self.scalings).to(z.dtype)[..., None]).flatten(-2)
+
+    @torch.no_grad()
+    def delta_weight(self, coefficients: Tensor) -> Tensor:
+        """(out, in), in float32 or wider, for coefficients (experts,)."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        z = self._mix(self.A.to(dtype).T, coefficients.to(dtype))  # what x Aᵀ is for the unit vectors
+        return self.B.to(dtype) @ z.T
+
+
+class RoutedLoraLayer(BaseTunerLayer):
+    """What PEFT needs to find, freeze, move, save and delete: experts are frozen, only routers are trained."""
+
+    adapter_layer_names: tuple[str, ...] = ("routed_lora_router",)
+    other_param_names: tuple[str, ...] = ("routed_lora_experts",)
+
+    def __init__(self, base_layer: nn.Module, key: str) -> None:
+        self.base_layer = base_layer
+        self.key = key
+        self.routed_lora_router = nn.ModuleDict()
+        self.routed_lora_experts = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def update_layer(self, adapter_name: str, config: RoutedLoraConfig, router: nn.Module) -> None:
+        dtype = getattr(torch, config.expert_dtype or "float32")
+        self.routed_lora_experts[adapter_name] = Experts(
+            config.sites[self.key], self.in_features, self.out_features, config.mixing or "full", dtype
+        )
+        self.routed_lora_router[adapter_name] = router
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the device alone: experts keep the dtype that they were saved in, routers are float32."""
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for adapters in (self.routed_lora_experts, self.routed_lora_router):
+            if adapter_name in adapters and device is not None and device.type != "meta":
+                module = adapters[adapter_name]
+                if not any(p.is_meta for p in module.parameters()):
+                    module.to(device)
+
+    def check_mergeable(self, adapter: str) -> None:
+        router = self.routed_lora_router[adapter]
+        if router.depends_on_input:
+            raise ValueError(
+                f"adapter {adapter!r} cannot be merged: the coefficients of router={router.name!r} depend on the "
+                "input, and a weight does not. Keep it as an adapter, or use uniform, fixed, global or layer"
+            )
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """In the shape of the base layer's weight. `ValueError` if it depends on the input."""
+        self.check_mergeable(adapter)
+        router, experts = self.routed_lora_router[adapter], self.routed_lora_experts[adapter]
+        delta = experts.delta_weight(router(experts.A))
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+
+class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
+    """`nn.Linear` or `Conv1D`."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: RoutedLoraConfig, key: str, router: nn.Module
+    ) -> None:
+        super().__init__()
+        RoutedLoraLayer.__init__(self, base_layer, key)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, router)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the update to the base weight. `ValueError` if it depends on the input, before anything is changed."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.routed_lora_experts]
+        deltas = {name: self.get_delta_weight(name) for name in names}
+        weight = self.get_base_layer().weight
+        for name, delta in deltas.items():
+            merged = weight.data + delta.to(weight.device)
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(f"merging adapter {name!r} into {self.key} gives NaN or infinity")
+            weight.data = merged.to(weight.dtype)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        weight = self.get_base_layer().weight
+        while self.merged_adapters:
+            delta = self.get_delta_weight(self.merged_adapters.pop())
+            weight.data = (weight.data - delta.to(weight.device)).to(weight.dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            if name in self.routed_lora_experts:
+                result = result + self._update(name, x).to(result.dtype)
+        return result
+
+    def _update(self, name: str, x: Tensor) -> Tensor:
+        router, experts = self.routed_lora_router[name], self.routed_lora_experts[name]
+        weights = coefficients(router, x, (name, self.key))
+        return experts(self._cast_input_dtype(x, experts.A.dtype), weights)
+
+    def __repr__(self) -> str:
+        return "routed_lora." + super().__repr__()

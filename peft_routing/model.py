@@ -1,0 +1,242 @@
+"""The tuner: it composes experts into a routed adapter, or makes room for one that is being loaded."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from torch import nn
+
+from peft_routing.calls import refuse_mixed_batches, watch
+from peft_routing.config import Mixing, RoutedLoraConfig
+from peft_routing.expert import Expert, check_experts, layout, read_expert
+from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear
+from peft_routing.routers import Router, SharedRouter
+from peft_routing.routers.fixed import FixedRouter
+
+LOG = logging.getLogger(__name__)
+
+
+class RoutedLoraModel(BaseTuner):
+    """Puts routed experts beside a model's linear modules; `get_peft_model` and `PeftModel` make it.
+
+    Its methods can be called on the `PeftModel`: `add_expert`, `remove_expert`, `merge_and_unload` and PEFT's others.
+    """
+
+    prefix: str = "routed_lora_"
+    tuner_layer_cls = RoutedLoraLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        self._owners: dict[str, Router] = {}
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self._handles = watch(self.model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        """As PEFT's, but reads the experts first, where the configuration names directories, and checks them all."""
+        config = self.peft_config[adapter_name]
+        if config.is_composed:
+            self._make_room(model, adapter_name, config, **kwargs)
+        else:
+            experts = [read_expert(name, path) for name, path in config.experts.items()]
+            self._put_in(model, adapter_name, composed(config, experts, model), experts, **kwargs)
+
+    def add_expert(
+        self,
+        name: str,
+        path: str,
+        adapter_name: str | None = None,
+        *,
+        weight: float | None = None,
+        cluster: Any = None,
+    ) -> None:
+        """Add a LoRA adapter as one more expert; everything of the others stays as it is.
+
+        A learned router gives it what an expert starts with; `fixed` needs its `weight`, `hierarchical` its
+        `cluster`. `ValueError` if it cannot be routed here, before anything is changed.
+        """
+        adapter_name, config, experts = self._taken_out(adapter_name)
+        if name in config.experts:
+            raise ValueError(f"there is an expert {name!r} already")
+        clusters = None if config.clusters is None else {**config.clusters, name: cluster}
+        weights = None if config.weights is None else {**_weights(config), name: weight}
+        if (clusters and cluster is None) or (weights and weight is None) or (weight is not None and not weights):
+            raise ValueError(f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical")
+        self._replace(adapter_name, config, [*experts, read_expert(name, path)], clusters=clusters, weights=weights)
+
+    def remove_expert(self, name: str, adapter_name: str | None = None) -> None:
+        """Take an expert out; everything of the others stays as it is."""
+        adapter_name, config, experts = self._taken_out(adapter_name)
+        if name not in config.experts:
+            raise ValueError(f"there is no expert {name!r}; there are {', '.join(config.names)}")
+        clusters = config.clusters and {other: id_ for other, id_ in config.clusters.items() if other != name}
+        weights = config.weights and {other: w for other, w in _weights(config).items() if other != name}
+        self._replace(adapter_name, config, [e for e in experts if e.name != name], clusters=clusters, weights=weights)
+
+    def _taken_out(self, adapter_name: str | None) -> tuple[str, RoutedLoraConfig, list[Expert]]:
+        adapter_name = adapter_name or self.active_adapters[0]
+        config = self.peft_config[adapter_name]
+        if any(adapter_name in layer.merged_adapters for layer in self._layers(adapter_name)):
+            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it first")
+        experts = [Expert(name, of_expert, {}, {}) for name, of_expert in config.experts.items()]
+        for layer in self._layers(adapter_name):
+            site = config.sites[layer.key]
+            pairs = layer.routed_lora_experts[adapter_name].factors()
+            for expert, pair, rank, scaling in zip(experts, pairs, site.ranks, site.scalings, strict=True):
+                if rank:
+                    expert.factors[layer.key], expert.scalings[layer.key] = pair, scaling
+        return adapter_name, config, experts
+
+    def _replace(
+        self, adapter_name: str, config: RoutedLoraConfig, experts: Sequence[Expert], **changes: Any
+    ) -> None:
+        names = {expert.name: expert.config for expert in experts}
+        changed = dataclasses.replace(config, experts=names, layout=None, expert_dtype=None, **changes)
+        changed = composed(changed, experts, self.model)
+        layers = self._layers(adapter_name)
+        owner = self._owners[adapter_name]
+        before = {layer.key: layer.routed_lora_router[adapter_name] for layer in layers}
+        for layer in layers:
+            del layer.routed_lora_router[adapter_name], layer.routed_lora_experts[adapter_name]
+        self._put_in(self.model, adapter_name, changed, experts)
+        for layer in self._layers(adapter_name):
+            router = layer.routed_lora_router[adapter_name]
+            if isinstance(router, Router) and layer.key in before:
+                router.take(owner if router.is_shared else before[layer.key])
+
+    def _put_in(
+        self, model: nn.Module, adapter_name: str, config: RoutedLoraConfig, experts: Sequence[Expert], **kwargs: Any
+    ) -> None:
+        self._make_room(model, adapter_name, config, **kwargs)
+        for layer in self._layers(adapter_name):
+            site, inside = config.sites[layer.key], layer.routed_lora_experts[adapter_name]
+            empty = (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0))
+            inside.fill([expert.factors.get(layer.key, empty) for expert in experts])
+            router = layer.routed_lora_router[adapter_name]
+            if isinstance(router, Router):
+                router.start(inside.factors(), site.scalings, config.mixing or "full")
+            layer._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _make_room(self, model: nn.Module, adapter_name: str, config: RoutedLoraConfig, **kwargs: Any) -> None:
+        """Layers for a composed configuration, with empty experts."""
+        _check_model(config, model)
+        self.peft_config[adapter_name] = config
+        self._owners.pop(adapter_name, None)
+        super().inject_adapter(model, adapter_name, **kwargs)
+
+    def _layers(self, adapter_name: str) -> list[RoutedLoraLinear]:
+        return [
+            module
+            for module in self.model.modules()
+            if isinstance(module, RoutedLoraLinear) and adapter_name in module.routed_lora_experts
+        ]
+
+    def _prepare_adapter_config(self, peft_config: RoutedLoraConfig, model_config: dict) -> RoutedLoraConfig:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: RoutedLoraConfig, key: str) -> bool:
+        return key in peft_config.sites
+
+    def _create_and_replace(
+        self,
+        peft_config: RoutedLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        router = self._router(adapter_name, peft_config, _get_in_out_features(base)[0])
+        if isinstance(target, RoutedLoraLayer):
+            target.update_layer(adapter_name, peft_config, router)
+            return
+        layer = RoutedLoraLinear(target, adapter_name, peft_config, current_key, router)
+        if adapter_name != self.active_adapter:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _router(self, adapter_name: str, config: RoutedLoraConfig, in_features: int) -> nn.Module:
+        kind = config.router_class
+        if kind.is_shared and adapter_name in self._owners:
+            return SharedRouter(self._owners[adapter_name])
+        self._owners[adapter_name] = kind(config, config.names, in_features)
+        return self._owners[adapter_name]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Only the router: experts are not trained."""
+        for layer in self._layers(adapter_name) if autocast_adapter_dtype else ():
+            for parameter in layer.routed_lora_router[adapter_name].parameters():
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name in self.active_adapters:
+            for layer in self._layers(name):
+                layer.check_mergeable(name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for handle in self._handles:
+            handle.remove()
+        return model
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        refuse_mixed_batches(kwargs)
+        yield
+
+
+def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Module) -> RoutedLoraConfig:
+    """The configuration with everything said that the experts and the model decide. `ValueError` if they do not fit."""
+    check_experts(experts, model)
+    dtype = functools.reduce(torch.promote_types, (t.dtype for e in experts for pair in e.factors.values() for t in pair))
+    tasks = {expert.config.get("task_type") for expert in experts}
+    return dataclasses.replace(
+        config,
+        experts={expert.name: expert.config for expert in experts},
+        layout=layout(experts, model),
+        expert_dtype=str(dtype).removeprefix("torch."),
+        mixing=_mixing(config, experts),
+        task_type=config.task_type or (tasks.pop() if len(tasks) == 1 else None),
+    )
+
+
+def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
+    wanted = config.mixing or config.router_class.mixing
+    modules = sorted({module for expert in experts for module in expert.factors})
+    differing = next((m for m in modules if len({expert.rank(m) for expert in experts}) > 1), None)
+    if wanted == "full" or differing is None:
+        return wanted
+    ranks = ", ".join(f"{expert.name} {expert.rank(differing)}" for expert in experts)
+    if config.mixing == "low_rank":
+        raise ValueError(f"mixing='low_rank' needs one rank per module; {differing} has {ranks}. Use mixing='full'")
+    LOG.info("mixing is full: low_rank needs one rank per module, and %s has %s", differing, ranks)
+    return "full"
+
+
+def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
+    """`ValueError` if the model lacks a module, or cannot be routed as the configuration says."""
+    present = {name for name, _ in model.named_modules()}
+    absent = [module for module in config.sites if module not in present]
+    if absent:
+        raise ValueError(
+            f"this adapter is for another model: {len(absent)} of its {len(config.sites)} modules are not in the base "
+            f"model, {absent[0]} among them"
+        )
+    if config.granularity == "sequence" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "granularity='sequence' is for models with one stack: the decoder of an encoder-decoder starts from a "
+            "single token, which has nothing to choose by. Use granularity='token'"
+        )
+
+
+def _weights(config: RoutedLoraConfig) -> dict[str, float]:
+    return dict(zip(config.names, FixedRouter.given(config, config.names), strict=True))

@@ -1,0 +1,79 @@
+"""`hierarchical`: a learned merge inside each cluster of experts, learned routing across (Trade-offs 5.3)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from peft_routing.prototypes import top_right_singular_vectors
+from peft_routing.routers import largest
+from peft_routing.routers.linear import LinearRouter
+
+if TYPE_CHECKING:
+    from peft_routing.config import RoutedLoraConfig
+
+
+class HierarchicalRouter(LinearRouter):
+    """The coefficient of expert i of cluster c is rho_c(x) mu_i: routing between clusters times merging inside.
+
+    For both ways of mixing this is the mixture of the clusters' merged experts. `top_k` counts clusters.
+    `init="arrow"` is Arrow HC: a cluster's row starts as the prototype of its uniform merge.
+    """
+
+    name = "hierarchical"
+    options = (*LinearRouter.options, "clusters")
+    rows = {"weight": "cluster", "logits": "expert"}  # noqa: RUF012
+    cluster_of: Tensor
+
+    def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
+        of_expert = {str(name): str(cluster) for name, cluster in (config.clusters or {}).items()}
+        self.clusters = sorted({of_expert[name] for name in experts})
+        super().__init__(config, experts, in_features)
+        self.k = min(config.top_k or len(self.clusters), len(self.clusters))
+        self.logits = nn.Parameter(torch.zeros(len(experts)))
+        ids = torch.tensor([self.clusters.index(of_expert[name]) for name in experts])
+        self.register_buffer("cluster_of", ids, persistent=False)
+
+    @classmethod
+    def check(cls, config: "RoutedLoraConfig") -> None:
+        super().check(config)
+        if config.clusters is None:
+            raise ValueError("router='hierarchical' needs clusters={'math': 0, 'code': 0, 'fr': 1}")
+        if config.clusters.keys() != config.experts.keys():
+            wrong = min(config.clusters.keys() ^ config.experts.keys())
+            raise ValueError(f"clusters: every expert has one, and {wrong!r} is only on one side")
+        if config.top_k is not None and config.top_k > len(set(config.clusters.values())):
+            raise ValueError(f"top_k={config.top_k} counts clusters, and there are {len(set(config.clusters.values()))}")
+
+    def labels(self, of: str) -> list[str]:
+        return self.clusters if of == "cluster" else self.experts
+
+    def coefficients(self, scores: Tensor) -> Tensor:
+        across = torch.softmax(largest(scores.float() / self.temperature, self.k), dim=-1)
+        return across[..., self.cluster_of] * self._inside()
+
+    def load(self, scores: Tensor) -> Tensor:
+        return torch.softmax(largest(scores.float() / self.temperature, self.k), dim=-1)
+
+    def _inside(self) -> Tensor:
+        """(experts,): each expert's share of its cluster."""
+        logits = self.logits.float()
+        of_others = torch.where(self.cluster_of[:, None] == self.cluster_of, logits, float("-inf"))
+        return torch.exp(logits - of_others.logsumexp(dim=-1))
+
+    @torch.no_grad()
+    def start(self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str) -> None:
+        if not self.from_arrow:
+            return
+        merged = []
+        for cluster in range(len(self.clusters)):
+            members = [i for i, of in enumerate(self.cluster_of.tolist()) if of == cluster]
+            down = [factors[i][0].double() for i in members]
+            up = [factors[i][1].double() * scalings[i] for i in members]
+            if mixing == "low_rank":
+                merged.append((sum(down[1:], down[0]), sum(up[1:], up[0])))
+            else:  # the sum of the updates, as one update of the summed rank
+                merged.append((torch.cat(down), torch.cat(up, dim=1)))
+        vectors = top_right_singular_vectors(merged)
+        self.weight = nn.Parameter(vectors.to(torch.float32), requires_grad=self.weight.requires_grad)

@@ -1,0 +1,34 @@
+"""`global` and `layer`: learned coefficients that do not depend on the input (Trade-offs 4.3)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from peft_routing.routers import Router
+
+if TYPE_CHECKING:
+    from peft_routing.config import RoutedLoraConfig
+
+
+class LayerRouter(Router):
+    """One set per adapted module, as logits: uniform before training."""
+
+    name = "layer"
+    depends_on_input = False
+    rows = {"logits": "expert"}  # noqa: RUF012
+
+    def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
+        super().__init__(config, experts, in_features)
+        self.logits = nn.Parameter(torch.zeros(len(experts)))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        return self.logits
+
+
+class GlobalRouter(LayerRouter):
+    """One set for the whole model."""
+
+    name = "global"
+    is_shared = True

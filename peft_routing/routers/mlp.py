@@ -1,0 +1,63 @@
+"""`mlp`: WEMoE's router (3.2 and B.3) on LoRA experts."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from peft_routing.routers import Router
+
+if TYPE_CHECKING:
+    from peft_routing.config import RoutedLoraConfig
+
+# The paper writes a variance of 0.01; with that, coefficients would start far from lambda for hidden states of the
+# usual size, and it wants them "approximately equal". The authors' code has this standard deviation.
+_STANDARD_DEVIATION = 0.01
+
+
+class MlpRouter(Router):
+    """Coefficients are free: neither positive nor of a given sum. `top_k` keeps the largest by magnitude, as they are.
+
+    With 0 layers a bias, with 1 a linear map, with 2 a hidden layer as wide as the input and ReLU between. Over a
+    sequence, coefficients are averaged.
+    """
+
+    name = "mlp"
+    options = ("top_k", "mlp_layers", "init_lambda")
+    is_simplex = False
+    rows = {"weight_out": "expert", "bias_out": "expert"}  # noqa: RUF012
+
+    def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
+        super().__init__(config, experts, in_features)
+        self.layers = 2 if config.mlp_layers is None else config.mlp_layers
+        self.depends_on_input = self.layers > 0
+        start = 0.3 if config.init_lambda is None else config.init_lambda
+        if self.layers == 2:
+            self.weight_in = nn.Parameter(torch.randn(in_features, in_features) * _STANDARD_DEVIATION)
+            self.bias_in = nn.Parameter(torch.zeros(in_features))
+        if self.layers:
+            self.weight_out = nn.Parameter(torch.randn(len(experts), in_features) * _STANDARD_DEVIATION)
+        self.bias_out = nn.Parameter(torch.full((len(experts),), start))
+
+    @classmethod
+    def check(cls, config: "RoutedLoraConfig") -> None:
+        super().check(config)
+        if config.mlp_layers not in (None, 0, 1, 2):
+            raise ValueError(f"mlp_layers={config.mlp_layers} is none of 0, 1 and 2")
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        if not self.layers:
+            return self.bias_out
+        hidden = hidden.to(self.weight_out.dtype)
+        if self.layers == 2:
+            hidden = functional.relu(functional.linear(hidden, self.weight_in, self.bias_in))
+        return functional.linear(hidden, self.weight_out, self.bias_out)
+
+    def coefficients(self, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        if self.k == scores.shape[-1]:
+            return scores
+        kept = scores.abs().topk(self.k, dim=-1).indices
+        return torch.zeros_like(scores).scatter(-1, kept, scores.gather(-1, kept))
