@@ -20,7 +20,7 @@ _ON_CACHE = "_routed_lora_coefficients"
 class Call:
     """One forward pass of the whole model."""
 
-    def __init__(self, model: nn.Module, arguments: dict[str, Any], outer: "Call | None"):
+    def __init__(self, model: Any, arguments: dict[str, Any], outer: "Call | None"):
         self.outer = outer
         self.balance: list[Tensor] = []
         self._mask = arguments.get("attention_mask")
@@ -213,4 +213,4 @@ class _InCall:
 
 def _over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
     """(batch, experts) to (batch, 1 …, experts), in as many dimensions as x."""
-    return coefficients[(slice(None), *[None] * (x.ndim - 2))]
+    return coefficients.reshape(len(coefficients), *[1] * (x.ndim - 2), -1)

@@ -52,7 +52,9 @@ class RoutedLoraConfig(PeftConfig):
     )
     routing_tokens: int = field(
         default=32,
-        metadata={"help": "The prefix of a sequence in a plain forward pass of a decoder; `generate` uses the prompt."},
+        metadata={
+            "help": "The prefix of a sequence in a plain forward pass of a decoder; `generate` uses the prompt."
+        },
     )
     mixing: Mixing | None = field(
         default=None,

@@ -32,6 +32,9 @@ _CANNOT_BE_ROUTED = {
     "arrow_config": "it is a router already",
     "use_qalora": "QA-LoRA pools its input",
     "lora_ga_config": "LoRA-GA changes the base model's weights",
+    "kasa_config": "KaSA changes the base model's weights",
+    "monteclora_config": "MonteCLoRA draws its updates at random",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal",
 }
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -66,7 +69,8 @@ def read_expert(name: str, path: str) -> Expert:
         raise ValueError(f"{where}: {weights} is damaged: {error}") from error
     factors = _pairs(tensors, where)
     scalings = {module: _scaling(config, module, a.shape[0], where) for module, (a, _) in factors.items()}
-    return Expert(name, config, factors, scalings)
+    said = {key: value for key, value in config.items() if value not in (None, {}, [])}
+    return Expert(name, said, factors, scalings)
 
 
 def _file(path: str, name: str, where: str) -> Path:
@@ -110,7 +114,9 @@ def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Te
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
         if match is None:
-            reason = "embeddings have no hidden state to route by" if "lora_embedding" in key else "it is no LoRA factor"
+            reason = (
+                "embeddings have no hidden state to route by" if "lora_embedding" in key else "it is no LoRA factor"
+            )
             raise ValueError(f"{where} cannot be routed: {key}: {reason}")
         if tensor.ndim != 2:
             raise ValueError(f"{where} cannot be routed: {key} has {tensor.ndim} dimensions; only linear modules are")
@@ -133,9 +139,7 @@ def _scaling(config: dict[str, Any], module: str, rank: int, where: str) -> floa
         return patterns.get(get_pattern_key(patterns.keys(), module), config[name])
 
     if rank != value("r", "rank_pattern"):
-        raise ValueError(
-            f"{where}: {module} has rank {rank}, and {CONFIG_NAME} says {value('r', 'rank_pattern')}"
-        )
+        raise ValueError(f"{where}: {module} has rank {rank}, and {CONFIG_NAME} says {value('r', 'rank_pattern')}")
     alpha = value("lora_alpha", "alpha_pattern")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -160,14 +164,14 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
                 raise ValueError(
                     f"{where} maps {a.shape[1]} to {b.shape[0]}, and {in_features} to {out_features} in the base model"
                 )
-    name = model.__dict__.get("name_or_path") or None
+    base_name = model.__dict__.get("name_or_path")
     others = {e.name: e.config.get("base_model_name_or_path") for e in experts}
-    different = {expert: other for expert, other in others.items() if name and other and other != name}
+    different = {expert: other for expert, other in others.items() if base_name and other and other != base_name}
     if different:
-        expert, other = next(iter(different.items()))
+        first, other = next(iter(different.items()))
         warnings.warn(
-            f"the base model is {name}, and {len(different)} of {len(experts)} experts were trained on another: "
-            f"{expert!r} on {other}",
+            f"the base model is {base_name}, and {len(different)} of {len(experts)} experts were trained on another: "
+            f"{first!r} on {other}",
             stacklevel=2,
         )
 

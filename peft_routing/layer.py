@@ -5,7 +5,7 @@ A forward pass is z = x Aᵀ, z weighed by the coefficients, and z Bᵀ: nothing
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,8 @@ class RoutedLoraLayer(BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("routed_lora_router",)
     other_param_names: tuple[str, ...] = ("routed_lora_experts",)
+    get_base_layer: Callable[[], Any]
+    active_adapters: list[str]
 
     def __init__(self, base_layer: nn.Module, key: str) -> None:
         self.base_layer = base_layer
@@ -91,6 +93,12 @@ class RoutedLoraLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def router_of(self, adapter: str) -> Any:
+        return self.routed_lora_router[adapter]
+
+    def experts_of(self, adapter: str) -> Any:
+        return self.routed_lora_experts[adapter]
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device alone: experts keep the dtype that they were saved in, routers are float32."""
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
@@ -101,7 +109,7 @@ class RoutedLoraLayer(BaseTunerLayer):
                     module.to(device)
 
     def check_mergeable(self, adapter: str) -> None:
-        router = self.routed_lora_router[adapter]
+        router = self.router_of(adapter)
         if router.depends_on_input:
             raise ValueError(
                 f"adapter {adapter!r} cannot be merged: the coefficients of router={router.name!r} depend on the "
@@ -111,8 +119,8 @@ class RoutedLoraLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """In the shape of the base layer's weight. `ValueError` if it depends on the input."""
         self.check_mergeable(adapter)
-        router, experts = self.routed_lora_router[adapter], self.routed_lora_experts[adapter]
-        delta = experts.delta_weight(router(experts.A))
+        experts = self.experts_of(adapter)
+        delta = experts.delta_weight(self.router_of(adapter)(experts.A))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
 
@@ -159,8 +167,8 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         return result
 
     def _update(self, name: str, x: Tensor) -> Tensor:
-        router, experts = self.routed_lora_router[name], self.routed_lora_experts[name]
-        weights = coefficients(router, x, (name, self.key))
+        experts = self.experts_of(name)
+        weights = coefficients(self.router_of(name), x, (name, self.key))
         return experts(self._cast_input_dtype(x, experts.A.dtype), weights)
 
     def __repr__(self) -> str:

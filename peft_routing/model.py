@@ -85,26 +85,24 @@ class RoutedLoraModel(BaseTuner):
         experts = [Expert(name, of_expert, {}, {}) for name, of_expert in config.experts.items()]
         for layer in self._layers(adapter_name):
             site = config.sites[layer.key]
-            pairs = layer.routed_lora_experts[adapter_name].factors()
+            pairs = layer.experts_of(adapter_name).factors()
             for expert, pair, rank, scaling in zip(experts, pairs, site.ranks, site.scalings, strict=True):
                 if rank:
                     expert.factors[layer.key], expert.scalings[layer.key] = pair, scaling
         return adapter_name, config, experts
 
-    def _replace(
-        self, adapter_name: str, config: RoutedLoraConfig, experts: Sequence[Expert], **changes: Any
-    ) -> None:
+    def _replace(self, adapter_name: str, config: RoutedLoraConfig, experts: Sequence[Expert], **changes: Any) -> None:
         names = {expert.name: expert.config for expert in experts}
         changed = dataclasses.replace(config, experts=names, layout=None, expert_dtype=None, **changes)
         changed = composed(changed, experts, self.model)
         layers = self._layers(adapter_name)
         owner = self._owners[adapter_name]
-        before = {layer.key: layer.routed_lora_router[adapter_name] for layer in layers}
+        before = {layer.key: layer.router_of(adapter_name) for layer in layers}
         for layer in layers:
             del layer.routed_lora_router[adapter_name], layer.routed_lora_experts[adapter_name]
         self._put_in(self.model, adapter_name, changed, experts)
         for layer in self._layers(adapter_name):
-            router = layer.routed_lora_router[adapter_name]
+            router = layer.router_of(adapter_name)
             if isinstance(router, Router) and layer.key in before:
                 router.take(owner if router.is_shared else before[layer.key])
 
@@ -113,10 +111,10 @@ class RoutedLoraModel(BaseTuner):
     ) -> None:
         self._make_room(model, adapter_name, config, **kwargs)
         for layer in self._layers(adapter_name):
-            site, inside = config.sites[layer.key], layer.routed_lora_experts[adapter_name]
+            site, inside = config.sites[layer.key], layer.experts_of(adapter_name)
             empty = (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0))
             inside.fill([expert.factors.get(layer.key, empty) for expert in experts])
-            router = layer.routed_lora_router[adapter_name]
+            router = layer.router_of(adapter_name)
             if isinstance(router, Router):
                 router.start(inside.factors(), site.scalings, config.mixing or "full")
             layer._move_adapter_to_device_of_base_layer(adapter_name)
@@ -172,7 +170,7 @@ class RoutedLoraModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Only the router: experts are not trained."""
         for layer in self._layers(adapter_name) if autocast_adapter_dtype else ():
-            for parameter in layer.routed_lora_router[adapter_name].parameters():
+            for parameter in layer.router_of(adapter_name).parameters():
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
 
@@ -195,11 +193,13 @@ class RoutedLoraModel(BaseTuner):
 
 
 def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Module) -> RoutedLoraConfig:
-    """The configuration with everything said that the experts and the model decide. `ValueError` if they do not fit."""
+    """The configuration with everything in it that the experts decide. `ValueError` if they do not fit."""
     check_experts(experts, model)
-    dtype = functools.reduce(torch.promote_types, (t.dtype for e in experts for pair in e.factors.values() for t in pair))
+    dtype = functools.reduce(
+        torch.promote_types, (t.dtype for e in experts for pair in e.factors.values() for t in pair)
+    )
     tasks = {expert.config.get("task_type") for expert in experts}
-    return dataclasses.replace(
+    return dataclasses.replace(  # type: ignore[call-arg]
         config,
         experts={expert.name: expert.config for expert in experts},
         layout=layout(experts, model),
@@ -210,7 +210,7 @@ def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Modu
 
 
 def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
-    wanted = config.mixing or config.router_class.mixing
+    wanted: Mixing = config.mixing or config.router_class.mixing
     modules = sorted({module for expert in experts for module in expert.factors})
     differing = next((m for m in modules if len({expert.rank(m) for expert in experts}) > 1), None)
     if wanted == "full" or differing is None:

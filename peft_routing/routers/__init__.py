@@ -16,7 +16,7 @@ A router of your own is a subclass of `Router` with a `name`, in any module that
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Router(nn.Module):
     depends_on_input: bool = True
     is_shared: ClassVar[bool] = False  # one for the whole model, not one per adapted module
     is_simplex: ClassVar[bool] = True  # coefficients are a softmax; the load can be balanced
-    mixing: ClassVar[str] = "low_rank"  # by default, where ranks and targets agree
+    mixing: ClassVar[Literal["full", "low_rank"]] = "low_rank"  # by default, where ranks and targets agree
     top_k: ClassVar[int | None] = None  # by default
     rows: ClassVar[dict[str, str]] = {"weight": "expert"}  # parameters with a row per "expert" or "cluster"
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class FixedRouter(Router):
     """The given weights, whatever their sum."""
 
     name = "fixed"
-    options = ("weights",)
+    options: ClassVar[tuple[str, ...]] = ("weights",)
     depends_on_input = False
     is_simplex = False
     weights: Tensor

@@ -44,7 +44,9 @@ class HierarchicalRouter(LinearRouter):
             wrong = min(config.clusters.keys() ^ config.experts.keys())
             raise ValueError(f"clusters: every expert has one, and {wrong!r} is only on one side")
         if config.top_k is not None and config.top_k > len(set(config.clusters.values())):
-            raise ValueError(f"top_k={config.top_k} counts clusters, and there are {len(set(config.clusters.values()))}")
+            raise ValueError(
+                f"top_k={config.top_k} counts clusters, and there are {len(set(config.clusters.values()))}"
+            )
 
     def labels(self, of: str) -> list[str]:
         return self.clusters if of == "cluster" else self.experts

@@ -1,7 +1,7 @@
 """`linear`, learned routing per adapted module (Trade-offs 4.4), and `arrow`, the same without learning (2.4, B.1)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class LinearRouter(Router):
     """
 
     name = "linear"
-    options = ("top_k", "router_temperature", "init", "score")
+    options: ClassVar[tuple[str, ...]] = ("top_k", "router_temperature", "init", "score")
 
     def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
