@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_routing.routers import wide
+
 _ON_CACHE = "_routed_lora_coefficients"
 
 
@@ -91,7 +93,7 @@ class Call:
     @staticmethod
     def _mean(scores: Tensor, chosen: Tensor | None) -> Tensor:
         """(batch, …, n) over the chosen tokens to (batch, n)."""
-        scores = scores.float()
+        scores = wide(scores)
         if scores.ndim == 2:
             return scores
         if chosen is None:

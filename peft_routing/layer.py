@@ -73,6 +73,7 @@ class RoutedLoraLayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("routed_lora_router",)
     other_param_names: tuple[str, ...] = ("routed_lora_experts",)
     get_base_layer: Callable[[], Any]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
     active_adapters: list[str]
 
     def __init__(self, base_layer: nn.Module, key: str) -> None:

@@ -73,12 +73,12 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def coefficients(self, scores: Tensor) -> Tensor:
-        """Softmax over the k largest scores, the others 0 (Trade-offs B.1 and B.4), in float32."""
-        return torch.softmax(largest(scores.float() / self.temperature, self.k), dim=-1)
+        """Softmax over the k largest scores, the others 0 (Trade-offs B.1 and B.4), in float32 or wider."""
+        return torch.softmax(largest(wide(scores) / self.temperature, self.k), dim=-1)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Over all that could be chosen, before the top k: what the load-balancing loss has a gradient through."""
-        return torch.softmax(scores.float() / self.temperature, dim=-1)
+        return torch.softmax(wide(scores) / self.temperature, dim=-1)
 
     def load(self, scores: Tensor) -> Tensor:
         """What was chosen, in the same terms."""
@@ -125,6 +125,11 @@ class SharedRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self._owner[0](hidden).to(hidden.device)
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32, or as they are where that is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def largest(scores: Tensor, k: int) -> Tensor:

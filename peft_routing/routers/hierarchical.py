@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_routing.prototypes import top_right_singular_vectors
-from peft_routing.routers import largest
+from peft_routing.routers import largest, wide
 from peft_routing.routers.linear import LinearRouter
 
 if TYPE_CHECKING:
@@ -52,15 +52,15 @@ class HierarchicalRouter(LinearRouter):
         return self.clusters if of == "cluster" else self.experts
 
     def coefficients(self, scores: Tensor) -> Tensor:
-        across = torch.softmax(largest(scores.float() / self.temperature, self.k), dim=-1)
+        across = torch.softmax(largest(wide(scores) / self.temperature, self.k), dim=-1)
         return across[..., self.cluster_of] * self._inside()
 
     def load(self, scores: Tensor) -> Tensor:
-        return torch.softmax(largest(scores.float() / self.temperature, self.k), dim=-1)
+        return torch.softmax(largest(wide(scores) / self.temperature, self.k), dim=-1)
 
     def _inside(self) -> Tensor:
         """(experts,): each expert's share of its cluster."""
-        logits = self.logits.float()
+        logits = wide(self.logits)
         of_others = torch.where(self.cluster_of[:, None] == self.cluster_of, logits, float("-inf"))
         return torch.exp(logits - of_others.logsumexp(dim=-1))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peft_routing.routers import Router
+from peft_routing.routers import Router, wide
 
 if TYPE_CHECKING:
     from peft_routing.config import RoutedLoraConfig
@@ -56,7 +56,7 @@ class MlpRouter(Router):
         return functional.linear(hidden, self.weight_out, self.bias_out)
 
     def coefficients(self, scores: Tensor) -> Tensor:
-        scores = scores.float()
+        scores = wide(scores)
         if self.k == scores.shape[-1]:
             return scores
         kept = scores.abs().topk(self.k, dim=-1).indices
