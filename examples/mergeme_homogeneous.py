@@ -38,9 +38,10 @@ from demo import train as train_dense
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from _mergekit_moe_ext_common.figures import pyplot
+from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.calibration import count_usage, read_texts, routing_probability
-from mergekit_moe_ext.options import Reading, Recipe
-from mergekit_moe_ext.plots import pyplot
+from mergekit_moe_ext.options import Recipe
 from mergekit_moe_ext.training import train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

@@ -21,8 +21,7 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
-from mergekit_moe_ext.data import (
+from _mergekit_moe_ext_common.data import (
     Source,
     collate,
     decoder_inputs,
@@ -32,9 +31,10 @@ from mergekit_moe_ext.data import (
     real_tokens,
     tokenise,
 )
+from _mergekit_moe_ext_common.loading import load_config, load_model, load_tokenizer, padding_token, silence
+from _mergekit_moe_ext_common.options import Reading
+from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.families.mixture import experts_per_token
-from mergekit_moe_ext.loading import load_config, load_model, load_tokenizer, padding_token, silence
-from mergekit_moe_ext.options import Reading
 from mergekit_moe_ext.routing import recorded, routers_of, stack_of
 
 

@@ -14,7 +14,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_moe_ext
-from mergekit_moe_ext.options import Reading, Recipe, options_of
+from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
+from _mergekit_moe_ext_common.options import Reading, options_of
+from mergekit_moe_ext.options import Recipe
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,7 +56,7 @@ def plan(merge_options: MergeOptions, config_file: str, plot: Path | None) -> No
             + ", ".join(method.spec.name for method in _ours())
         )
     if plot:
-        _check_new_figure(plot)
+        check_new_figure(plot)
     job = read_job(config, merge_options, method)
     planned = prepare(job).plan
     models, base = merged_models(job)
@@ -115,9 +117,9 @@ def usage(
     from mergekit_moe_ext.plots import plot_usage
 
     if plot:
-        _check_new_figure(plot)
+        check_new_figure(plot)
     if output:
-        _check_new_file(output)
+        check_new_file(output)
     texts = read_texts(model, data, reading, max_samples)
     counted = count_usage(model, texts, reading, batch_size=batch_size, device=device)
     if counted is None:  # not the main process
@@ -187,23 +189,6 @@ def train(
     click.echo(f"{'held-out loss':{width}}    before     after")
     for name, (before, after) in losses.items():
         click.echo(f"{name:{width}}  {before:>8.4f}  {after:>8.4f}")
-
-
-def _check_new_file(path: Path) -> None:
-    if path.exists():
-        raise click.ClickException(f"{path} exists and is not overwritten; remove it or name another")
-    if not path.parent.is_dir():
-        raise click.ClickException(f"{path}: there is no directory {path.parent}")
-
-
-def _check_new_figure(path: Path) -> None:
-    """Before any work: it may be written, in a format that matplotlib knows, and matplotlib is there."""
-    from mergekit_moe_ext.plots import pyplot
-
-    _check_new_file(path)
-    formats = pyplot().figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in formats:
-        raise click.ClickException(f"{path}: figures are written as {', '.join(formats)}")
 
 
 def _weight(text: str) -> tuple[str, float]:

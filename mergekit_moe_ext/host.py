@@ -59,11 +59,11 @@ def _planning_structural_methods(stock: Callable) -> Callable:
 def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
     from mergekit.io.tasks import LoaderCache
 
+    from _mergekit_moe_ext_common.staging import check_output, check_room, staged
     from mergekit_moe_ext.card import write_card
     from mergekit_moe_ext.planner import PREPARED, prepare, structural_method
     from mergekit_moe_ext.preflight import check_document, read_job
     from mergekit_moe_ext.sources import merge_loras
-    from mergekit_moe_ext.staging import check_output, check_room, staged
 
     @functools.wraps(stock)
     def run_merge(merge_config: Any, out_path: str, options: Any, config_source: str | None = None) -> None:

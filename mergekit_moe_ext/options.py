@@ -1,104 +1,24 @@
-"""Options that several commands share, each set a dataclass: a field is an option, its default and its help."""
+"""The options of `train`."""
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin
+from dataclasses import dataclass
 
-import click
+from _mergekit_moe_ext_common import options
+from _mergekit_moe_ext_common.options import option
 
 
 @dataclass(frozen=True)
-class Columns:
-    """What the columns are called."""
-
-    text: str = "text"
-    messages: str = "messages"
-    input: str = "input"
-    target: str = "target"
-
-
-USUAL_COLUMNS = Columns()
-
-
-def option(default: Any, meaning: str, *, at_least: float | None = None) -> Any:
-    """A field of a set of options."""
-    return field(default=default, metadata={"help": meaning, "at_least": at_least})
-
-
-def options_of(options: type, name: str) -> Callable[[Callable], Callable]:
-    """Adds a click option per field of the dataclass, and hands the command an instance as `name`."""
-
-    def decorate(command: Callable) -> Callable:
-        @functools.wraps(command)
-        def with_options(**values: Any) -> Any:
-            ours = {item.name: values.pop(item.name) for item in fields(options)}
-            return command(**{name: options(**ours)}, **values)
-
-        decorated: Callable = with_options
-        for item in reversed(fields(options)):
-            decorated = _click_option(item)(decorated)
-        return decorated
-
-    return decorate
-
-
-def _click_option(item: Any) -> Callable[[Callable], Callable]:
-    flag = "--" + item.name.replace("_", "-")
-    meaning, at_least = item.metadata["help"], item.metadata["at_least"]
-    if item.type is bool:
-        return click.option(flag, is_flag=True, help=meaning)
-    kind = next(kind for kind in get_args(item.type) or (item.type,) if kind is not type(None))
-    if get_origin(item.type) is Literal:
-        kind = click.Choice(get_args(item.type))
-    elif at_least is not None:
-        kind = (click.IntRange if kind is int else click.FloatRange)(min=at_least)
-    return click.option(flag, type=kind, default=item.default, show_default=item.default is not None, help=meaning)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a command reads its model and its texts."""
-
-    max_length: int = option(1024, "Tokens of a row; longer ones are cut.", at_least=2)
-    text_column: str = option("text", "Texts, for decoders.")
-    messages_column: str = option("messages", "Chats, for decoders.")
-    input_column: str = option("input", "Inputs, for encoder-decoders.")
-    target_column: str = option("target", "Targets, for encoder-decoders.")
-    trust_remote_code: bool = option(False, "Run code that comes with the model (danger).")
-    quiet: bool = option(False, "No progress bars.")
-
-    @property
-    def columns(self) -> Columns:
-        return Columns(self.text_column, self.messages_column, self.input_column, self.target_column)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a mixture of experts is trained. Names are transformers', defaults MergeME's or, mostly, transformers'."""
+class Recipe(options.Recipe):
+    """How a mixture of experts is trained. Defaults are MergeME's or, mostly, transformers'."""
 
     learning_rate: float | None = option(
         None, "AdamW's initial learning rate. [default: 1e-5 for all (MergeME), 1e-3 for gates]", at_least=0
     )
     weight_decay: float = option(0.01, "AdamW's (MergeME).", at_least=0)
-    lr_scheduler_type: str = option("linear", "How the learning rate falls: linear, cosine, constant …")
-    warmup_steps: int = option(0, "Steps in which the learning rate rises.", at_least=0)
-    num_train_epochs: float = option(3.0, "How often the data is read.", at_least=0)
-    max_steps: int = option(-1, "Steps in all; overrides the epochs.")
-    per_device_train_batch_size: int = option(8, "Rows per process and forward pass.", at_least=1)
-    per_device_eval_batch_size: int = option(8, "The same for held-out rows.", at_least=1)
-    gradient_accumulation_steps: int = option(1, "Forward passes per step.", at_least=1)
     router_aux_loss: float = option(
         0.0, "Weight of the load-balancing loss, per layer (MergeME trains without).", at_least=0
     )
-    packing: bool = option(False, "Join the texts and cut them into rows of --max-length tokens.")
-    held_out: int = option(32, "Rows of each source that are measured, not trained on; see --eval-data.", at_least=0)
-    eval_steps: float = option(0.1, "Measure every so many steps; below 1: a share of all steps.", at_least=0)
-    save_steps: float = option(500.0, "Checkpoint every so many steps; below 1: a share of all steps.", at_least=0)
     bf16: bool = option(
         False,
         "Compute in bfloat16, as autocast does; what is trained is kept in float32. Always on for the gates of a "
         "model that is stored in bfloat16.",
     )
-    gradient_checkpointing: bool = option(False, "Less memory for more time.")
-    seed: int = option(42, "For the order of the data and the held-out rows.")

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
+from _mergekit_moe_ext_common.figures import heat_map, pyplot
 from mergekit_moe_ext.calibration import TaskUsage, Usage, routing_probability, share_of_choices
 from mergekit_moe_ext.routing import stack_of
 
@@ -28,7 +27,7 @@ def plot_usage(usage: Usage, path: Path) -> None:
     for row, (stack, names) in enumerate(stacks.items(), 1):
         for column, (name, task) in enumerate(tasks.items()):
             axes = figure.add_subplot(grid[row, column])
-            image = _heat_map(axes, [share_of_choices(task.layers[layer]) for layer in names], highest)
+            image = heat_map(axes, [share_of_choices(task.layers[layer]) for layer in names], highest)
             axes.set_title(f"{name} ({stack})" if len(stacks) > 1 else name, fontsize=9)
             axes.set_xlabel("expert")
             if column == 0:
@@ -56,7 +55,7 @@ def plot_allocation(
     shares = [[[n / sum(of_source) for n in of_source] for of_source in of_layer] for of_layer in counts]
     highest = max(max(of_source) for of_layer in shares for of_source in of_layer)
     for index, (axes, model) in enumerate(zip(panels[0], models, strict=True)):
-        image = _heat_map(axes, [of_layer[index] for of_layer in shares], highest)
+        image = heat_map(axes, [of_layer[index] for of_layer in shares], highest)
         taken = [(expert, row) for row, of_layer in enumerate(chosen) for expert in of_layer[index]]
         axes.scatter(*zip(*taken, strict=True), marker="x", s=18, linewidths=1.2, color="tab:orange")
         axes.set_title(Path(model).name, fontsize=9)
@@ -66,18 +65,6 @@ def plot_allocation(
     figure.colorbar(image, ax=panels[0].tolist(), label="share of choices", fraction=0.03, pad=0.02)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
-
-
-def pyplot() -> Any:
-    """matplotlib without a display. `ClickException` where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise click.ClickException("--plot needs matplotlib: pip install 'mergekit-moe-ext[plots]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
 
 
 def _stacks(task: TaskUsage) -> dict[str, list[str]]:
@@ -99,11 +86,3 @@ def _bars(axes: Any, tasks: dict[str, TaskUsage]) -> None:
     axes.set_ylabel("routing probability")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=min(len(tasks), 6), loc="lower right", bbox_to_anchor=(1, 0.97))
-
-
-def _heat_map(axes: Any, shares: Sequence[Sequence[float]], highest: float) -> Any:
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(shares[0])) if len(shares[0]) <= 16 else range(0, len(shares[0]), len(shares[0]) // 8))
-    axes.set_yticks(range(0, len(shares), max(1, len(shares) // 8)))
-    axes.tick_params(labelsize=8)
-    return image

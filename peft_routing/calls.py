@@ -177,15 +177,19 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     _CALL.set(call.outer)
     weight = max(c.router_aux_loss_coef for c in _watched(model))
     if call.balance and isinstance(getattr(output, "loss", None), Tensor):
-        output.loss = output.loss + weight * _share(kwargs) * torch.stack(call.balance).mean().to(output.loss.device)
+        output.loss = output.loss + weight * _share(model, kwargs) * torch.stack(call.balance).mean().to(
+            output.loss.device
+        )
     return output
 
 
-def _share(kwargs: dict[str, Any]) -> Any:
+def _share(model: Any, kwargs: dict[str, Any]) -> Any:
     """Of a step's tokens, those of this forward pass, where the Trainer says how many there are."""
-    if kwargs.get("num_items_in_batch") is None or kwargs.get("labels") is None:
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None or labels is None:
         return 1.0
-    return (kwargs["labels"] != -100).sum() / kwargs["num_items_in_batch"]
+    predicted = labels if model.config.is_encoder_decoder else labels[..., 1:]
+    return (predicted != -100).sum() / items
 
 
 def _keep_in_checkpoints(model: nn.Module) -> None:

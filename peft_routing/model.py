@@ -167,6 +167,13 @@ class RoutedLoraModel(BaseTuner):
         self._owners[adapter_name] = kind(config, config.names, in_features)
         return self._owners[adapter_name]
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """A layer of ours is where it belongs already; PEFT would send it after a base model on the meta device."""
+        if isinstance(new_module, RoutedLoraLayer):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Only the router: experts are not trained."""
         for layer in self._layers(adapter_name) if autocast_adapter_dtype else ():

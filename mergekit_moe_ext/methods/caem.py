@@ -18,6 +18,7 @@ from mergekit.merge_methods.base import BasePolicy
 from pydantic import Field
 from transformers import PretrainedConfig
 
+from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.allocation import allocate, most_used, normalised_entropy
 from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.families.mixture import (
@@ -29,7 +30,6 @@ from mergekit_moe_ext.families.mixture import (
 )
 from mergekit_moe_ext.manifest import Manifest, manifest_of
 from mergekit_moe_ext.methods.base import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
-from mergekit_moe_ext.options import Reading
 from mergekit_moe_ext.routing import stack_of
 from mergekit_moe_ext.sources import check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.tasks import ExpertRows, LoadFiniteTensor

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from _mergekit_moe_ext_common.data import collate, fingerprint, load, parse_sources, tokenise
+from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.calibration import count_usage, read_texts, read_usage, routing_probability
 from mergekit_moe_ext.cli import main
-from mergekit_moe_ext.data import collate, fingerprint, load, parse_sources, tokenise
-from mergekit_moe_ext.options import Reading
 from tests.conftest import ON_CPU, SPECIAL_TOKENS, TINY, TWO_PROCESSES, make_model, run
 from tests.tokenizers import save_tokenizer
 

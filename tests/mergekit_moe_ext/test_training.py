@@ -10,9 +10,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from _mergekit_moe_ext_common import training as shared_training
+from _mergekit_moe_ext_common.data import pack
+from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext import training
-from mergekit_moe_ext.data import pack
-from mergekit_moe_ext.options import Reading, Recipe
+from mergekit_moe_ext.options import Recipe
 from mergekit_moe_ext.routing import Choice, load_balancing_loss, recorded
 from mergekit_moe_ext.training import train
 from tests.conftest import ON_CPU, TWO_PROCESSES, make_model, read_tensors, run
@@ -305,10 +307,10 @@ def test_sources_are_drawn_by_their_weights_whatever_their_sizes():
         "a": Dataset.from_dict({"input_ids": [[0]] * 90}),
         "b": Dataset.from_dict({"input_ids": [[1]] * 300}),
     }
-    mixed = training._mixed(sources, {"a": 3.0}, 0)
+    mixed = shared_training._mixed(sources, {"a": 3.0}, 0)
     assert sum(row["input_ids"][0] for row in mixed) / len(mixed) == pytest.approx(0.25, abs=0.05)
-    assert sum(row["input_ids"][0] for row in training._mixed(sources, {}, 0)) == 300
-    assert len(training._mixed(sources, {}, 0)) == 390
+    assert sum(row["input_ids"][0] for row in shared_training._mixed(sources, {}, 0)) == 300
+    assert len(shared_training._mixed(sources, {}, 0)) == 390
 
 
 # The load-balancing loss.

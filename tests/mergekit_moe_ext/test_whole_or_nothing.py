@@ -11,7 +11,7 @@ import click
 import pytest
 import yaml
 
-from mergekit_moe_ext.staging import check_room, staged
+from _mergekit_moe_ext_common.staging import check_room, staged
 from tests.conftest import BIN, document, merge, same_files
 
 # In a fresh process: raise a signal when a function is called for the n-th time.
@@ -44,7 +44,7 @@ STAGES = {
     "naming shards": ("mergekit.io.tensor_writer:TensorWriter.finalize", 1),
     "config": ("transformers:PretrainedConfig.save_pretrained", 1),
     "card": ("pathlib:Path.write_text", 1),
-    "flush": ("mergekit_moe_ext.staging:_flush_to_disk", 1),
+    "flush": ("_mergekit_moe_ext_common.staging:_flush_to_disk", 1),
     "rename": ("pathlib:Path.rename", 1),
 }
 

@@ -9,7 +9,7 @@ import datasets
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from mergekit_moe_ext.options import Reading
+from _mergekit_moe_ext_common.options import Reading
 
 
 def load_config(model: str, reading: Reading) -> Any:

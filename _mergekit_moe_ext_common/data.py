@@ -3,7 +3,8 @@
 A source is written `[NAME=]SOURCE[:SPLIT]`. SOURCE is a file (jsonl, json, csv, tsv, parquet, arrow, txt), a
 directory of such, a directory written by `save_to_disk`, or `owner/name[/config]` on the Hub. SPLIT is a split as
 `datasets` writes it, `train` if not given. Columns are `messages` (a chat) or `text` for decoders, and `input` and
-`target` for encoder-decoders; where there are both, `messages` are read and not `text`.
+`target` for encoder-decoders and for decoders that learn completions only; where there are both, `messages` are read
+and not `text`.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from jinja2 import TemplateError
 
-from mergekit_moe_ext.options import USUAL_COLUMNS, Columns
+from _mergekit_moe_ext_common.options import USUAL_COLUMNS, Columns
 
 _BUILDERS = {
     ".arrow": "arrow",
@@ -111,8 +112,13 @@ def tokenise(
     columns: Columns = USUAL_COLUMNS,
     max_length: int | None,
     encoder_decoder: bool = False,
+    completions_only: bool = False,
 ) -> Dataset:
-    """`input_ids` (and `labels`, for encoder-decoders) per row, cut to `max_length` tokens, without empty rows."""
+    """`input_ids` per row, cut to `max_length` tokens, without empty rows; `labels` where they are not the same.
+
+    Those are an encoder-decoder's targets, or, with `completions_only`, a decoder's last answer of a chat or target
+    after an input, with -100 for what comes before it.
+    """
     present, cut = data.column_names, {"truncation": max_length is not None, "max_length": max_length}
     if encoder_decoder:
         _require((columns.input, columns.target), present, source, "an encoder-decoder needs")
@@ -123,13 +129,28 @@ def tokenise(
                 "labels": tokenizer(text_target=row[columns.target], **cut)["input_ids"],
             }
 
+    elif completions_only and columns.messages not in present:
+        _require((columns.input, columns.target), present, source, "completions need")
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+            prompt = tokenizer(row[columns.input])["input_ids"]
+            answer = tokenizer(row[columns.target], add_special_tokens=False)["input_ids"] + end
+            return _completion(prompt, prompt + answer, max_length)
+
     elif columns.messages in present:
         if not tokenizer.chat_template:
             raise click.ClickException(f"{source} holds chats, but the model's tokenizer has no chat template")
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-            ids = tokenizer.apply_chat_template(row[columns.messages], tokenize=True, return_dict=False)
-            return {"input_ids": ids[:max_length]}
+            chat, options = row[columns.messages], {"tokenize": True, "return_dict": False}
+            ids = tokenizer.apply_chat_template(chat, **options)
+            if not completions_only:
+                return {"input_ids": ids[:max_length]}
+            prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **options)
+            if ids[: len(prompt)] != prompt:
+                raise ValueError("the chat template does not continue a prompt, so its last answer cannot be found")
+            return _completion(prompt, ids, max_length)
 
     else:
         _require((columns.text,), present, source, "a decoder needs")
@@ -149,6 +170,11 @@ def tokenise(
     if len(encoded) == 0:
         raise click.ClickException(f"{source} (data {source.name!r}) has no tokens")
     return encoded
+
+
+def _completion(prompt: Sequence[int], ids: list[int], max_length: int | None) -> dict[str, list[int]]:
+    labels = [-100] * len(prompt) + ids[len(prompt) :]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 def _require(wanted: Sequence[str], present: Sequence[str], source: Source, who: str) -> None:

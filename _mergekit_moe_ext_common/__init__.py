@@ -1,0 +1,1 @@
+"""What both packages need, which do not import each other: data, options, outputs, training. Private."""

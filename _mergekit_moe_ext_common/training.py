@@ -1,0 +1,237 @@
+"""What every training of ours shares: reading the data, the Trainer's arguments, measuring, resuming.
+
+Held-out losses are means over tokens, whatever the batches and processes. (The stock Trainer's are means over
+batches.)
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from datasets import Dataset, concatenate_datasets, interleave_datasets
+from torch.nn import functional
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import is_torch_bf16_gpu_available
+
+from _mergekit_moe_ext_common.data import Source, load, pack, parse_sources, tokenise
+from _mergekit_moe_ext_common.options import Reading, Recipe
+
+_SETTINGS = "settings.json"
+
+
+class TokenTrainer(Trainer):
+    """The Trainer, with held-out losses over tokens."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, compute_metrics=_mean_over_tokens, **kwargs)
+        self._loss_shifts_labels = not self.model.config.is_encoder_decoder
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(NoLastCheckpoint())
+        if not self.args.disable_tqdm:
+            self.add_callback(Progress())
+
+    def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per row the sum of the losses of its tokens, and their number."""
+        if self._loss_shifts_labels:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        losses = functional.cross_entropy(
+            logits.float().transpose(1, 2), labels.to(logits.device), ignore_index=-100, reduction="none"
+        )
+        return losses.sum(dim=1), (labels != -100).sum(dim=1).to(losses.device)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, use_cache=False).logits
+        losses, counts = self.token_losses(logits, labels)
+        return None, losses, counts
+
+
+def _mean_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
+    return {"loss": float(prediction.predictions.sum() / prediction.label_ids.sum())}
+
+
+class Progress(ProgressCallback):
+    """The Trainer's bar, with a line per measurement that a person can read."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        for key, value in (logs or {}).items():
+            if key == "loss" or (key.startswith("eval_") and key.endswith("_loss")):
+                what = "training" if key == "loss" else f"held-out, {key[5:-5]}"
+                self.training_bar.write(f"step {state.global_step:>6}  loss {value:.4f}  {what}")
+
+
+class NoLastCheckpoint(TrainerCallback):
+    """The Trainer checkpoints the last step as well; the trained model itself is written right after it."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
+def training_arguments(
+    recipe: Recipe, reading: Reading, checkpoints: Path, *, learning_rate: float, measure: bool, **more: Any
+) -> TrainingArguments:
+    """What the Trainer knows of the recipe, and how it reports and checkpoints. `ClickException` if it refuses."""
+    known = {item.name for item in fields(TrainingArguments)}
+    values = {name: value for name, value in asdict(recipe).items() if name in known}
+    values["learning_rate"] = learning_rate
+    if values.pop("gradient_checkpointing"):
+        values |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if recipe.eval_steps <= 0 or recipe.save_steps <= 0:
+        raise click.ClickException("--eval-steps and --save-steps must be above 0")
+    for name in ("eval_steps", "save_steps"):  # counts are whole
+        values[name] = int(values[name]) if values[name] >= 1 else values[name]
+    try:
+        arguments = TrainingArguments(
+            str(checkpoints),
+            **values,
+            eval_strategy="steps" if measure else "no",
+            eval_on_start=measure,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=recipe.bf16 and not is_torch_bf16_gpu_available(),  # else the Trainer refuses bf16 on a CPU
+            save_strategy="steps",
+            save_total_limit=2,
+            logging_steps=values["eval_steps"],
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=reading.quiet,
+            **more,
+        )
+    except ValueError as error:
+        raise click.ClickException(str(error).splitlines()[0]) from error
+    # With several GPUs in one process the Trainer would copy the model to each, away from our hooks;
+    # `accelerate launch` is the way to use them.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def read_data(
+    data: Sequence[str],
+    weights: Mapping[str, float],
+    eval_data: Sequence[str],
+    tokenizer: Any,
+    config: Any,
+    reading: Reading,
+    recipe: Recipe,
+    *,
+    completions_only: bool = False,
+    first_label: int = 1,
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """What is trained on, the sources mixed, and what is held out of each, as token ids.
+
+    Rows without a token to predict at `first_label` or after it are left out: of a decoder's rows the first token
+    is never predicted.
+    """
+    sources, measured = parse_sources(data), parse_sources(eval_data)
+    names = [source.name for source in sources]
+    for name, weight in weights.items():
+        if name not in names:
+            raise click.ClickException(f"--weight {name}: there is no such source; there are {', '.join(names)}")
+        if weight <= 0:
+            raise click.ClickException(f"--weight {name}: {weight} is not above 0; leave the source out instead")
+
+    def tokens(rows: Dataset, source: Source) -> Dataset:
+        encoded = tokenise(
+            rows,
+            source,
+            tokenizer,
+            columns=reading.columns,
+            max_length=None if recipe.packing else reading.max_length,
+            encoder_decoder=config.is_encoder_decoder,
+            completions_only=completions_only,
+        )
+        if recipe.packing:
+            if "labels" in encoded.column_names:
+                raise click.ClickException("--packing joins texts, which inputs with their targets are not")
+            encoded = pack(encoded, reading.max_length, tokenizer.eos_token_id)
+        if config.is_encoder_decoder:
+            return encoded
+        return encoded.filter(
+            lambda row: any(label != -100 for label in row.get("labels", row["input_ids"])[first_label:]),
+            desc="leaving out rows that teach nothing",
+        )
+
+    training, held_out = {}, {source.name: tokens(load(source), source) for source in measured}
+    for source in sources:
+        rows = load(source)
+        if recipe.held_out and source.name not in held_out:
+            if len(rows) <= recipe.held_out:
+                raise click.ClickException(
+                    f"{source} (data {source.name!r}) has {len(rows)} rows, and {recipe.held_out} are to be held out; "
+                    "see --held-out and --eval-data"
+                )
+            split = rows.train_test_split(test_size=recipe.held_out, seed=recipe.seed)
+            rows, held_out[source.name] = split["train"], tokens(split["test"], source)
+        training[source.name] = tokens(rows, source)
+    for name, encoded in {**training, **held_out}.items():
+        if len(encoded) == 0:
+            raise click.ClickException(f"data {name!r} has no row with a token to predict")
+    return _mixed(training, weights, recipe.seed), held_out
+
+
+def _mixed(training: Mapping[str, Dataset], weights: Mapping[str, float], seed: int) -> Dataset:
+    """Rows of the sources at random, by their weights, until each was read once; without weights all of them."""
+    if len(training) == 1 or not weights:
+        return concatenate_datasets(list(training.values()))
+    numbers = [weights.get(name, 1.0) for name in training]
+    return interleave_datasets(
+        list(training.values()),
+        probabilities=[number / sum(numbers) for number in numbers],
+        seed=seed,
+        stopping_strategy="all_exhausted",
+    )
+
+
+def last_checkpoint(checkpoints: Path, settings: dict[str, Any], *, resume: bool) -> str | None:
+    """The last complete checkpoint, to resume from; None for a fresh start. `ClickException` if neither fits."""
+    complete = sorted(
+        (path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")),
+        key=lambda path: int(path.name.rsplit("-", 1)[1]),
+    )
+    if not resume:
+        if complete:
+            raise click.ClickException(
+                f"{checkpoints} holds an unfinished training; --resume goes on with it, or remove it"
+            )
+        return None
+    if not complete:
+        raise click.ClickException(f"there is no checkpoint in {checkpoints} to resume from")
+    before = json.loads((checkpoints / _SETTINGS).read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise click.ClickException(
+                f"the training in {checkpoints} had another {name.replace('_', ' ')}: {before.get(name)}, not {value}"
+            )
+    return str(complete[-1])
+
+
+def keep_settings(checkpoints: Path, settings: Mapping[str, Any]) -> None:
+    """Beside the checkpoints: what must be the same when they are resumed from."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    partial = checkpoints / f".{_SETTINGS}.partial"
+    partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    partial.replace(checkpoints / _SETTINGS)
+
+
+def first_and_last(history: Sequence[dict[str, Any]], names: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """The held-out loss of each source before and after."""
+    losses = {name: [entry[key] for entry in history if (key := f"eval_{name}_loss") in entry] for name in names}
+    return {name: (values[0], values[-1]) for name, values in losses.items()}

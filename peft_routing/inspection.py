@@ -1,0 +1,158 @@
+"""Who is chosen where: the coefficients that a routed adapter gives to texts, per task and module."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from _mergekit_moe_ext_common.data import collate, decoder_inputs, load, parse_sources, tokenise
+from _mergekit_moe_ext_common.figures import heat_map, pyplot
+from _mergekit_moe_ext_common.loading import load_model, load_tokenizer, padding_token, silence
+from _mergekit_moe_ext_common.options import Reading
+from peft_routing.layer import Experts
+from peft_routing.loading import base_of, load_adapter_config
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Mean coefficients over tokens: task, module, expert."""
+
+    adapter: str
+    router: str
+    experts: list[str]
+    tasks: dict[str, dict[str, list[float]]]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def inspect_adapter(
+    adapter: str,
+    data: Sequence[str],
+    reading: Reading,
+    *,
+    base: str | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 8,
+) -> Inspection:
+    """Run the texts of each source through the model. `ClickException` for what cannot be read."""
+    silence(reading)
+    config = load_adapter_config(adapter)
+    base, base_config = base_of(base, config, reading)
+    tokenizer = load_tokenizer(base, reading)
+    sources = parse_sources(data)
+    encoder_decoder = base_config.is_encoder_decoder
+    texts = {
+        source.name: tokenise(
+            load(source, max_samples),
+            source,
+            tokenizer,
+            columns=reading.columns,
+            max_length=reading.max_length,
+            encoder_decoder=encoder_decoder,
+        )
+        for source in sources
+    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = PeftModel.from_pretrained(load_model(base, base_config, reading, dtype="auto"), adapter).to(device).eval()
+    tasks = {}
+    for name, rows in texts.items():
+        with _recorded(model) as means:
+            batches = DataLoader(rows, batch_size, collate_fn=lambda rows: collate(rows, padding_token(tokenizer)))
+            for batch in tqdm(batches, desc=name, disable=reading.quiet):
+                inputs = {key: value.to(device) for key, value in batch.items()}
+                real = {inputs["input_ids"].shape[1]: inputs["attention_mask"].bool()}
+                if encoder_decoder:
+                    labels = inputs.pop("labels")
+                    inputs["decoder_input_ids"] = decoder_inputs(model.get_base_model(), labels)
+                    real[labels.shape[1]] = labels != -100
+                means.real = real
+                with torch.no_grad():
+                    model(**inputs, use_cache=False)
+        tasks[name] = means.result()
+    return Inspection(str(adapter), config.router, config.names, tasks)
+
+
+class _Means:
+    """Sums over tokens that are no padding, module by module."""
+
+    def __init__(self) -> None:
+        self.real: dict[int, Tensor] = {}  # by the number of tokens of a row
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, module: str, x: Tensor, coefficients: Tensor) -> None:
+        coefficients = coefficients.expand(*x.shape[:-1], coefficients.shape[-1])
+        if x.ndim == 3 and x.shape[1] in self.real and self.real[x.shape[1]].shape == x.shape[:2]:
+            coefficients = coefficients[self.real[x.shape[1]]]
+        coefficients = coefficients.flatten(0, -2).double()
+        self._sums[module] = self._sums.get(module, 0) + coefficients.sum(dim=0).cpu()
+        self._counts[module] = self._counts.get(module, 0) + len(coefficients)
+
+    def result(self) -> dict[str, list[float]]:
+        return {module: (total / self._counts[module]).tolist() for module, total in self._sums.items()}
+
+
+class _recorded:  # noqa: N801
+    """Watches every module's experts while it is open."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def __enter__(self) -> _Means:
+        means, self._handles = _Means(), []
+        for name, module in self._model.named_modules():
+            if isinstance(module, Experts):
+                key = name.removeprefix("base_model.model.").partition(".routed_lora_")[0]
+
+                def record(_: Any, inputs: tuple[Tensor, Tensor], key: str = key) -> None:
+                    means.add(key, *inputs)
+
+                self._handles.append(module.register_forward_pre_hook(record))
+        return means
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def table(inspection: Inspection) -> str:
+    """Per task each expert's coefficient, averaged over modules and tokens."""
+    rows = {task: torch.tensor(list(modules.values())).mean(dim=0) for task, modules in inspection.tasks.items()}
+    width = max(len("coefficient"), *map(len, rows))
+    columns = [max(7, len(name)) for name in inspection.experts]
+    cells = {"coefficient": inspection.experts}
+    cells |= {task: [f"{mean:.3f}" for mean in means.tolist()] for task, means in rows.items()}
+    return "\n".join(
+        "  ".join([f"{head:{width}}", *(f"{cell:>{column}}" for cell, column in zip(row, columns, strict=True))])
+        for head, row in cells.items()
+    )
+
+
+def plot(inspection: Inspection, path: Path) -> None:
+    """A heat map per task: a row per module, a column per expert."""
+    plt = pyplot()
+    tasks = inspection.tasks
+    modules = list(next(iter(tasks.values())))
+    highest = max(max(row) for task in tasks.values() for row in task.values())
+    height = min(12.0, 1.6 + 0.1 * len(modules))  # inches
+    figure, panels = plt.subplots(1, len(tasks), figsize=(2.4 * len(tasks) + 1.2, height), squeeze=False)
+    for axes, (name, task) in zip(panels[0], tasks.items(), strict=True):
+        image = heat_map(axes, [task[module] for module in modules], highest)
+        axes.set_title(name, fontsize=9)
+        if len(inspection.experts) <= 16:
+            axes.set_xticks(range(len(inspection.experts)), inspection.experts, rotation=90)
+        axes.set_xlabel("expert")
+    panels[0][0].set_ylabel("module")
+    figure.suptitle(f"{Path(inspection.adapter).name}: {inspection.router}", fontsize=11)
+    figure.tight_layout()
+    figure.colorbar(image, ax=panels[0].tolist(), label="mean coefficient", fraction=0.03, pad=0.02)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)

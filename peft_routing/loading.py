@@ -1,0 +1,45 @@
+"""Finding a routed adapter's configuration and its base model, with errors for people."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+from peft.utils import CONFIG_NAME
+from torch import nn
+
+from _mergekit_moe_ext_common.loading import load_config
+from _mergekit_moe_ext_common.options import Reading
+from peft_routing.config import RoutedLoraConfig
+
+
+def load_adapter_config(adapter: str) -> RoutedLoraConfig:
+    """Of a routed adapter in a directory. `ClickException` if it is none."""
+    if not (Path(adapter) / CONFIG_NAME).is_file():
+        raise click.ClickException(f"{adapter} has no {CONFIG_NAME}: name a directory that `compose` wrote")
+    try:
+        config = RoutedLoraConfig.from_pretrained(adapter)
+    except (ValueError, TypeError, KeyError) as error:
+        raise click.ClickException(f"{adapter}: {error}") from error
+    if not isinstance(config, RoutedLoraConfig) or not config.is_composed:
+        raise click.ClickException(f"{adapter} holds no routed adapter; `peft-route compose` makes one")
+    return config
+
+
+def base_of(base: str | None, config: RoutedLoraConfig, reading: Reading) -> tuple[str, Any]:
+    """The base model's name and its configuration: the given one, or the one that the adapter names."""
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise click.ClickException("the adapter does not say what its base model is: give --base")
+    return name, load_config(name, reading)
+
+
+def empty_model(config: Any, reading: Reading) -> nn.Module:
+    """The architecture on the meta device: names and shapes without weights."""
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if architecture is not None:
+            return architecture(config)
+        auto = transformers.AutoModelForCausalLM
+        return auto.from_config(config, trust_remote_code=reading.trust_remote_code)
