@@ -123,6 +123,15 @@ class RoutedLoraConfig(PeftConfig):
         """Whether the experts are inside, and not yet to be read."""
         return self.layout is not None
 
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT sorts a dictionary's keys when it saves; the experts' order is that of the coefficients."""
+        values = super().to_dict()
+        values["experts"] = [
+            {"name": name, **(value if isinstance(value, dict) else {"path": value})}
+            for name, value in self.experts.items()
+        ]
+        return values
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         card.extend(save_directory, self)
@@ -139,6 +148,9 @@ def _by_name(experts: Any) -> dict[str, Any]:
         return {str(name): value if isinstance(value, dict) else str(value) for name, value in experts.items()}
     if isinstance(experts, str) or not isinstance(experts, Sequence):
         raise ValueError(f"experts={experts!r} is neither a dict of names and directories nor a list of directories")
+    if all(isinstance(expert, dict) for expert in experts):  # as saved
+        of_name = {expert["name"]: {k: v for k, v in expert.items() if k != "name"} for expert in experts}
+        return {name: value.get("path", value) for name, value in of_name.items()}
     paths = [str(path) for path in experts]
     return dict(zip(_unique_names(paths), paths, strict=True))
 
