@@ -5,7 +5,7 @@ batches.)
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -200,19 +200,26 @@ def _mixed(training: Mapping[str, Dataset], weights: Mapping[str, float], seed: 
     )
 
 
-def last_checkpoint(checkpoints: Path, settings: dict[str, Any], *, resume: bool) -> str | None:
-    """The last complete checkpoint, to resume from; None for a fresh start. `ClickException` if neither fits."""
-    complete = sorted(
-        (path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")),
-        key=lambda path: int(path.name.rsplit("-", 1)[1]),
-    )
+def last_checkpoints(
+    checkpoints: Path,
+    settings: dict[str, Any],
+    parts: Sequence[str] = ("",),
+    *,
+    resume: bool,
+    finished: Collection[str] = (),
+) -> dict[str, str | None]:
+    """Where each part of a training, a directory in `checkpoints`, starts: its last complete checkpoint, or None.
+
+    `ClickException` if there is a training and it is not to be resumed, or none to resume, or another.
+    """
+    found = {part: _complete(checkpoints / part) for part in parts}
     if not resume:
-        if complete:
+        if finished or any(found.values()):
             raise click.ClickException(
                 f"{checkpoints} holds an unfinished training; --resume goes on with it, or remove it"
             )
-        return None
-    if not complete:
+        return dict.fromkeys(parts)
+    if not finished and not any(found.values()):
         raise click.ClickException(f"there is no checkpoint in {checkpoints} to resume from")
     before = json.loads((checkpoints / _SETTINGS).read_text(encoding="utf-8"))
     for name, value in settings.items():
@@ -220,7 +227,14 @@ def last_checkpoint(checkpoints: Path, settings: dict[str, Any], *, resume: bool
             raise click.ClickException(
                 f"the training in {checkpoints} had another {name.replace('_', ' ')}: {before.get(name)}, not {value}"
             )
-    return str(complete[-1])
+    return {part: str(complete[-1]) if complete else None for part, complete in found.items()}
+
+
+def _complete(directory: Path) -> list[Path]:
+    return sorted(
+        (path.parent for path in directory.glob("checkpoint-*/trainer_state.json")),
+        key=lambda path: int(path.name.rsplit("-", 1)[1]),
+    )
 
 
 def keep_settings(checkpoints: Path, settings: Mapping[str, Any]) -> None:

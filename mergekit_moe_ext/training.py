@@ -32,7 +32,7 @@ from _mergekit_moe_ext_common.training import (
     TokenTrainer,
     first_and_last,
     keep_settings,
-    last_checkpoint,
+    last_checkpoints,
     read_data,
     training_arguments,
 )
@@ -137,7 +137,7 @@ def train(
         "learning_rate": arguments.learning_rate,
         "processes": arguments.world_size,
     }
-    checkpoint = last_checkpoint(checkpoints, settings, resume=resume)
+    checkpoint = last_checkpoints(checkpoints, settings, resume=resume)[""]
 
     model = load_model(model_path, config, reading, dtype="auto")
     check_room(out, sum(p.nbytes for p in model.parameters()))

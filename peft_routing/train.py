@@ -26,7 +26,7 @@ from _mergekit_moe_ext_common.training import (
     TokenTrainer,
     first_and_last,
     keep_settings,
-    last_checkpoint,
+    last_checkpoints,
     read_data,
     training_arguments,
 )
@@ -178,16 +178,14 @@ def _earlier(
     checkpoints: Path, settings: dict[str, Any], learning_rates: Sequence[float], *, resume: bool
 ) -> tuple[dict[float, Result], dict[float, str | None]]:
     """What an interrupted training has finished, and where each of the others starts: a checkpoint, or afresh."""
-    any_checkpoint = last_checkpoint(checkpoints, settings, resume=resume)
-    finished, starts = {}, {}
-    for rate in learning_rates:
-        directory = checkpoints / f"lr-{rate:g}"
-        if any_checkpoint and (directory / _RESULT).exists():
-            losses = json.loads((directory / _RESULT).read_text(encoding="utf-8"))
-            finished[rate] = Result(rate, {name: (before, after) for name, (before, after) in losses.items()})
-        else:
-            starts[rate] = last_checkpoint(directory, settings, resume=resume) if directory.exists() else None
-    return finished, starts
+    parts = {f"lr-{rate:g}": rate for rate in learning_rates}
+    finished = {part: rate for part, rate in parts.items() if (checkpoints / part / _RESULT).exists()}
+    starts = last_checkpoints(checkpoints, settings, list(parts), resume=resume, finished=finished)
+    results = {}
+    for part, rate in finished.items():
+        losses = json.loads((checkpoints / part / _RESULT).read_text(encoding="utf-8"))
+        results[rate] = Result(rate, {name: (before, after) for name, (before, after) in losses.items()})
+    return results, {rate: starts[part] for part, rate in parts.items() if part not in finished}
 
 
 def _extend_card(
