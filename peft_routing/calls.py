@@ -25,6 +25,7 @@ class Call:
     def __init__(self, model: Any, arguments: dict[str, Any], outer: "Call | None"):
         self.outer = outer
         self.balance: list[Tensor] = []
+        self._training = model.training
         self._mask = arguments.get("attention_mask")
         self._predicts_tokens = hasattr(model, "can_generate") and model.can_generate()
         self._batch_size = next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.ndim), None)
@@ -55,7 +56,7 @@ class Call:
             coefficients = router.coefficients(scores)
             if self._fills_cache:
                 getattr(self._cache, _ON_CACHE)[key] = coefficients
-        if router.is_balanced and torch.is_grad_enabled():
+        if router.is_balanced and self._training:
             self.balance.append(self._imbalance(router, scores))
         return coefficients if router.granularity == "token" else _over_tokens(coefficients, x)
 

@@ -41,6 +41,7 @@ def main() -> None:
 @fields_as_options(RoutedLoraConfig, _ROUTING)
 @click.option("--weight", "weights", multiple=True, metavar="NAME=NUMBER", help="For fixed: an expert's coefficient.")
 @click.option("--cluster", "clusters", multiple=True, metavar="NAME=ID", help="For hierarchical: an expert's cluster.")
+@click.option("--seed", type=int, default=42, show_default=True, help="Of mlp's random start.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the base model (danger).")
 def compose(
     base: str,
@@ -49,6 +50,7 @@ def compose(
     output: str,
     weights: tuple[str, ...],
     clusters: tuple[str, ...],
+    seed: int,
     trust_remote_code: bool,
     **routing: Any,
 ) -> None:
@@ -58,6 +60,7 @@ def compose(
     `import peft_routing`.
     """
     from peft import get_peft_model
+    from transformers import set_seed
 
     from _mergekit_moe_ext_common.loading import load_config
     from _mergekit_moe_ext_common.staging import check_output, staged
@@ -73,7 +76,9 @@ def compose(
             clusters=dict(_pairs("--cluster", clusters)) or None,
             **routing,
         )
-        model = get_peft_model(empty_model(load_config(base, reading), reading), config)
+        model = empty_model(load_config(base, reading), reading)
+        set_seed(seed)
+        model = get_peft_model(model, config)
     except (ValueError, FileNotFoundError) as error:
         raise click.ClickException(str(error)) from error
     with staged(out) as directory:
