@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from peft import PeftModel, get_peft_model
 
 from mergekit_moe_ext.cli import main
+from peft_routing.cli import main as route
 from tests.conftest import run
 from tests.mergekit_moe_ext.test_calibration import make_moe, words, write
+from tests.peft_routing.adapters import make_base, save_lora
 from tests.test_autoload import ROOT
 from tests.tokenizers import save_tokenizer
 
@@ -66,6 +69,39 @@ def test_the_readme_s_commands_run(everything):
         result = CliRunner().invoke(main, [*command.split(), "--quiet"])
         assert result.exit_code == 0, (command, result.output)
     assert (everything / "out-trained" / "model.safetensors").exists() and (everything / "usage.png").exists()
+
+
+def test_the_readme_s_routed_adapters_run(here):
+    make_base().save_pretrained(here / "a-base")
+    save_tokenizer(here / "a-base", 96)
+    (here / "base").unlink()
+    (here / "a-base").rename(here / "base")
+    for seed, task in enumerate(("math", "code")):
+        save_lora(here / f"{task}-lora", seed)
+        write(here / f"{task}.jsonl", words(seed, 40))
+    readme = (ROOT / "README.md").read_text()
+    blocks = [text for text in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "peft_routing" in text]
+    assert len(blocks) == 2
+    whole: dict = {}
+    exec(blocks[0].rpartition("\n\nbase =")[0], whole)
+    composed = whole["model"].eval()
+    exec(blocks[0], whole)
+    ids = torch.arange(2, 20)[None]
+    assert torch.equal(whole["model"](input_ids=ids).logits, composed(input_ids=ids).logits)
+    own: dict = {}
+    exec(blocks[1], own)
+    model = get_peft_model(make_base(), own["config"]).eval()
+    model.save_pretrained("cosine")
+    loaded = PeftModel.from_pretrained(make_base(), "cosine").eval()
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    commands = re.findall(r"^peft-route (.*)$", readme, flags=re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        quiet = [] if command.startswith("compose") else ["--quiet"]
+        more = ["--held-out", "4", "--num-train-epochs", "1"] if command.startswith("train") else []
+        result = CliRunner().invoke(route, [*command.split(), *quiet, *more])
+        assert result.exit_code == 0, (command, result.output)
+    assert (here / "learned-trained" / "adapter_model.safetensors").exists() and (here / "who.png").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
