@@ -14,22 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_routing.config import RoutedLoraConfig
 from peft_routing.routers import wide
 
 _ON_CACHE = "_routed_lora_coefficients"
+_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
 
 class Call:
     """One forward pass of the whole model."""
 
-    def __init__(self, model: Any, arguments: dict[str, Any], outer: "Call | None"):
-        self.outer = outer
+    def __init__(self, model: Any, arguments: dict[str, Any], *, per_sequence: bool, outer: "Call | None"):
+        self.model, self.outer = model, outer
         self.balance: list[Tensor] = []
         self._training = model.training
+        self._is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self._mask = arguments.get("attention_mask")
         self._predicts_tokens = hasattr(model, "can_generate") and model.can_generate()
-        self._batch_size = next((len(v) for v in arguments.values() if isinstance(v, Tensor) and v.ndim), None)
-        self._cache = arguments.get("past_key_values")
+        self._batch_size = next((len(arguments[name]) for name in _INPUTS if arguments.get(name) is not None), None)
+        self._cache = arguments.get("past_key_values") if per_sequence else None
         self._fills_cache = self._cache is not None and self._cache.get_seq_length() == 0
         if self._fills_cache:
             setattr(self._cache, _ON_CACHE, {})
@@ -81,8 +84,8 @@ class Call:
 
     def _real(self, x: Tensor) -> Tensor | None:
         """Which tokens of x (batch, length, …) are no padding; None for all of them."""
-        if self._mask is None:
-            return None
+        if self._mask is None or (self._is_encoder_decoder and self._mask.shape != x.shape[:2]):
+            return None  # the mask is the encoder's
         if not isinstance(self._mask, Tensor) or self._mask.shape != x.shape[:2]:
             shape = tuple(self._mask.shape) if isinstance(self._mask, Tensor) else type(self._mask).__name__
             raise ValueError(
@@ -148,7 +151,8 @@ def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
 
 def _watched(model: Any) -> list[Any]:
     """The configurations for which forward passes must be followed."""
-    return [c for c in model.peft_config.values() if c.granularity == "sequence" or c.router_aux_loss_coef]
+    routed = [config for config in model.peft_config.values() if isinstance(config, RoutedLoraConfig)]
+    return [config for config in routed if config.granularity == "sequence" or config.router_aux_loss_coef]
 
 
 def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +165,8 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     configs = _watched(model)
     if not configs:
         return None
-    call = Call(model, _arguments(model, args, kwargs), outer=_CALL.get())
     per_sequence = [c.routing_tokens for c in configs if c.granularity == "sequence"]
+    call = Call(model, _arguments(model, args, kwargs), per_sequence=bool(per_sequence), outer=_CALL.get())
     if per_sequence and isinstance(kwargs.get("labels"), Tensor):
         kwargs = {**kwargs, "labels": call.without_prefix(kwargs["labels"], max(per_sequence))}
     if model.training:
@@ -173,7 +177,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     call = _CALL.get()
-    if call is None or not _watched(model):
+    if call is None or call.model is not model:
         return None
     _CALL.set(call.outer)
     weight = max(c.router_aux_loss_coef for c in _watched(model))
