@@ -27,6 +27,7 @@ class Call:
     def __init__(self, model: Any, arguments: dict[str, Any], *, per_sequence: bool, outer: "Call | None"):
         self.model, self.outer = model, outer
         self.balance: list[Tensor] = []
+        self.balance_weight = 0.0
         self._training = model.training
         self._is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self._mask = arguments.get("attention_mask")
@@ -102,7 +103,7 @@ class Call:
             return scores
         if chosen is None:
             return scores.flatten(1, -2).mean(dim=1)
-        return (scores * chosen[..., None]).sum(dim=1) / chosen.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.where(chosen[..., None], scores, 0).sum(dim=1) / chosen.sum(dim=1, keepdim=True).clamp(min=1)
 
     def _imbalance(self, router: Any, scores: Tensor) -> Tensor:
         """n sum of f_i P_i: what was chosen times its probability, both averaged over tokens; 1 at balance."""
@@ -149,10 +150,18 @@ def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
         raise ValueError("adapter_names: routed adapters do not mix in one batch; use set_adapter, a batch for each")
 
 
-def _watched(model: Any) -> list[Any]:
-    """The configurations for which forward passes must be followed."""
-    routed = [config for config in model.peft_config.values() if isinstance(config, RoutedLoraConfig)]
-    return [config for config in routed if config.granularity == "sequence" or config.router_aux_loss_coef]
+def _watched(model: Any) -> list[RoutedLoraConfig]:
+    """The configurations of the active adapters for which the forward pass must be followed."""
+    configs = {
+        name: config
+        for name, config in getattr(model, "peft_config", {}).items()
+        if isinstance(config, RoutedLoraConfig) and (config.granularity == "sequence" or config.router_aux_loss_coef)
+    }
+    layers = (module for module in model.modules() if hasattr(module, "routed_lora_experts"))
+    layer: Any = next(layers, None) if configs else None
+    if layer is None or layer.disable_adapters or layer.merged:
+        return []
+    return [configs[name] for name in layer.active_adapters if name in configs]
 
 
 def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +176,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return None
     per_sequence = [c.routing_tokens for c in configs if c.granularity == "sequence"]
     call = Call(model, _arguments(model, args, kwargs), per_sequence=bool(per_sequence), outer=_CALL.get())
+    call.balance_weight = max(config.router_aux_loss_coef for config in configs)
     if per_sequence and isinstance(kwargs.get("labels"), Tensor):
         kwargs = {**kwargs, "labels": call.without_prefix(kwargs["labels"], max(per_sequence))}
     if model.training:
@@ -180,9 +190,8 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if call is None or call.model is not model:
         return None
     _CALL.set(call.outer)
-    weight = max(c.router_aux_loss_coef for c in _watched(model))
     if call.balance and isinstance(getattr(output, "loss", None), Tensor):
-        output.loss = output.loss + weight * _share(model, kwargs) * torch.stack(call.balance).mean().to(
+        output.loss = output.loss + call.balance_weight * _share(model, kwargs) * torch.stack(call.balance).mean().to(
             output.loss.device
         )
     return output

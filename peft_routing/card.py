@@ -1,5 +1,6 @@
 """What the adapter's README.md says beyond PEFT's card: that loading it takes one more import."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,13 @@ _HEADING = "## Routed LoRA"
 
 
 def extend(directory: str, config: "RoutedLoraConfig") -> None:
-    """Add our section to the card that PEFT has written, once."""
-    path = Path(directory) / "README.md"
+    """Put our section into the card that PEFT has written: beside the adapter, or above one that has a name."""
+    own, above = Path(directory) / "README.md", Path(directory).parent / "README.md"
+    path = own if own.exists() else above
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if not text or _HEADING in text:
+    if "library_name: peft" not in text:
         return
+    text = re.sub(rf"\n*{_HEADING}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
     lines = [
         _HEADING,
         "",

@@ -4,6 +4,7 @@ The same fields are written by a user, who names experts by their directories, a
 experts are inside: each then stands with its own LoRA configuration, and `layout` says what lies in which module.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -90,6 +91,9 @@ class RoutedLoraConfig(PeftConfig):
         self.experts = _by_name(self.experts)
         if not self.experts:
             raise ValueError("a routed adapter needs experts: experts={'math': 'math/', 'code': 'code/'}")
+        for option in ("weights", "clusters"):  # by expert, whose names are strings
+            if isinstance(getattr(self, option), dict):
+                setattr(self, option, {str(name): value for name, value in getattr(self, option).items()})
         hints = get_type_hints(type(self))
         for name in ("granularity", "mixing", "init", "score"):
             value, allowed = getattr(self, name), _choices(hints[name])
@@ -100,8 +104,10 @@ class RoutedLoraConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)} is below 1")
         if self.top_k is not None and self.top_k > len(self.experts):
             raise ValueError(f"top_k={self.top_k}, but there are {len(self.experts)} experts")
-        if self.router_temperature is not None and self.router_temperature <= 0:
+        if self.router_temperature is not None and not 0 < self.router_temperature < math.inf:
             raise ValueError(f"router_temperature={self.router_temperature} is not above 0")
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} is below 0")
         self.router_class.check(self)
         self.sites = {
             module: Site(tuple(group["ranks"]), tuple(group["scalings"]))

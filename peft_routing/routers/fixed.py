@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from peft_routing.routers import Router
+from peft_routing.routers import Router, constant
 
 if TYPE_CHECKING:
     from peft_routing.config import RoutedLoraConfig
@@ -20,11 +20,10 @@ class FixedRouter(Router):
     options: ClassVar[tuple[str, ...]] = ("weights",)
     depends_on_input = False
     is_simplex = False
-    weights: Tensor
 
     def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
-        self.register_buffer("weights", torch.tensor(self.given(config, experts)), persistent=False)
+        self.weights = tuple(self.given(config, experts))
 
     @classmethod
     def check(cls, config: "RoutedLoraConfig") -> None:
@@ -45,7 +44,7 @@ class FixedRouter(Router):
         return [float(config.weights.get(name, math.nan)) for name in experts]
 
     def scores(self, hidden: Tensor) -> Tensor:
-        return self.weights
+        return constant(self.weights, torch.promote_types(hidden.dtype, torch.float32), hidden.device)
 
     def coefficients(self, scores: Tensor) -> Tensor:
         return scores

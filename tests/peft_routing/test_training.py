@@ -99,7 +99,6 @@ def test_gradients_are_those_of_finite_differences(mixing):
             for _ in range(3)
         ]
     )
-    inside.scalings = inside.scalings.double()
     x = torch.randn(3, 5, generator=generator).double().requires_grad_()
     coefficients = torch.rand(3, 3, generator=generator).double().requires_grad_()
     assert torch.autograd.gradcheck(inside, (x, coefficients))
