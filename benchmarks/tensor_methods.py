@@ -11,13 +11,13 @@ units of one input tensor, the result included. `copy` reads and writes all inpu
 """
 
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import click
 import torch
+from measuring import best_seconds, peak_extra_bytes
 from mergekit.merge_methods import merge_tensors
 from mergekit.sparsify import magnitude
 
@@ -26,38 +26,6 @@ from mergekit_moe_ext.kernels.trim import trim
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METHODS = ("ties", "fast_ties", "dare_linear", "dare")
 DENSITY = 0.8
-
-
-def peak_extra_bytes(work: Callable[[], object], device: str) -> int:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    before = _status("VmRSS")
-    work()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def best_seconds(work: Callable[[], object], device: str) -> float:
-    """Of five runs, or fewer if they take more than five seconds together."""
-    best, spent = float("inf"), 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        best, spent = min(best, seconds), spent + seconds
-        if spent > 5:
-            break
-    return best
 
 
 def measure(shape: tuple[int, int], device: str) -> list[tuple[str, str, int, float, float]]:

@@ -1,0 +1,39 @@
+"""Seconds and memory of a piece of work, on a CPU or a GPU."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def peak_extra_bytes(work: Callable[[], object], device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    before = _status("VmRSS")
+    work()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def best_seconds(work: Callable[[], object], device: str, runs: int = 5) -> float:
+    """Of so many runs, or fewer if they take more than five seconds together."""
+    best, spent = float("inf"), 0.0
+    for _ in range(runs):
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        best, spent = min(best, seconds), spent + seconds
+        if spent > 5:
+            break
+    return best
