@@ -66,10 +66,10 @@ def _parse(text: str) -> Source:
 
 def load(source: Source, max_samples: int | None = None) -> Dataset:
     """The rows of a source, the first `max_samples` of them. `ClickException` for what cannot be read."""
-    path = Path(source.path)
+    path = Path(source.path).expanduser()
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = load_from_disk(source.path)
+            loaded = load_from_disk(path)
             splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
             if source.split not in splits:
                 raise click.ClickException(
@@ -83,10 +83,10 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
             delimiter = {"sep": "\t"} if path.suffix == ".tsv" else {}
             # the file's only split is called train, so a split of it is a slice of that
             data = load_dataset(
-                _BUILDERS[path.suffix], data_files={"train": source.path}, split=source.split, **delimiter
+                _BUILDERS[path.suffix], data_files={"train": str(path)}, split=source.split, **delimiter
             )
         elif path.is_dir():
-            data = load_dataset(source.path, split=source.split)
+            data = load_dataset(str(path), split=source.split)
         elif source.path.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
             raise click.ClickException(f"{source.path} does not exist (data {source.name!r})")
         else:

@@ -12,18 +12,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from _mergekit_moe_ext_common.options import Reading
 
 
+def _expanded(model: str) -> str:
+    return str(Path(model).expanduser()) if model.startswith("~") else model
+
+
 def load_config(model: str, reading: Reading) -> Any:
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise click.ClickException(f"{model} does not exist")
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=reading.trust_remote_code)
+        return AutoConfig.from_pretrained(_expanded(model), trust_remote_code=reading.trust_remote_code)
     except (OSError, ValueError) as error:
         raise click.ClickException(f"cannot read the config of {model}: {str(error).splitlines()[0]}") from error
 
 
 def load_tokenizer(model: str, reading: Reading) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=reading.trust_remote_code)
+        return AutoTokenizer.from_pretrained(_expanded(model), trust_remote_code=reading.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise click.ClickException(f"cannot read the tokenizer of {model}: {str(error).splitlines()[0]}") from error
 
@@ -36,7 +40,9 @@ def padding_token(tokenizer: Any) -> int:
 def load_model(model: str, config: Any, reading: Reading, **keywords: Any) -> Any:
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        return auto.from_pretrained(model, config=config, trust_remote_code=reading.trust_remote_code, **keywords)
+        return auto.from_pretrained(
+            _expanded(model), config=config, trust_remote_code=reading.trust_remote_code, **keywords
+        )
     except (OSError, ValueError) as error:
         raise click.ClickException(f"cannot load {model}: {str(error).splitlines()[0]}") from error
 

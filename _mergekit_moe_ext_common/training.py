@@ -5,7 +5,9 @@ batches.)
 """
 
 import json
+import shutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -183,7 +185,9 @@ def read_data(
         training[source.name] = tokens(rows, source)
     for name, encoded in {**training, **held_out}.items():
         if len(encoded) == 0:
-            raise click.ClickException(f"data {name!r} has no row with a token to predict")
+            raise click.ClickException(
+                f"data {name!r} has no row with a token to predict at position {first_label} or after"
+            )
     return _mixed(training, weights, recipe.seed), held_out
 
 
@@ -214,7 +218,7 @@ def last_checkpoints(
     """
     found = {part: _complete(checkpoints / part) for part in parts}
     if not resume:
-        if finished or any(found.values()):
+        if finished or any(found.values()) or any(checkpoints.glob("*/checkpoint-*/trainer_state.json")):
             raise click.ClickException(
                 f"{checkpoints} holds an unfinished training; --resume goes on with it, or remove it"
             )
@@ -235,6 +239,15 @@ def _complete(directory: Path) -> list[Path]:
         (path.parent for path in directory.glob("checkpoint-*/trainer_state.json")),
         key=lambda path: int(path.name.rsplit("-", 1)[1]),
     )
+
+
+def remove_checkpoints(checkpoints: Path, parts: Sequence[str]) -> None:
+    """Those of a training that is complete, and nothing that somebody else put there."""
+    for part in parts:
+        shutil.rmtree(checkpoints / part, ignore_errors=True)
+    (checkpoints / _SETTINGS).unlink(missing_ok=True)
+    with suppress(OSError):
+        checkpoints.rmdir()
 
 
 def keep_settings(checkpoints: Path, settings: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ generate (an encoder, a classifier, a vision model) is routed by the whole input
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,6 +18,8 @@ from peft_routing.config import RoutedLoraConfig
 from peft_routing.routers import wide
 
 _ON_CACHE = "_routed_lora_coefficients"
+_NO_CACHE = "routing per sequence keeps its choice with a key-value cache, which this model has not"
+_NOT_PER_SEQUENCE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
 
@@ -42,8 +44,9 @@ class Call:
         )
         self._state_space = arguments.get("cache_params") is not None
 
-    def coefficients(self, router: Any, x: Tensor, key: Any) -> Tensor:
+    def coefficients(self, router: Any, x: Tensor, adapter: str, layer: Any) -> Tensor:
         """Of a router that depends on its input: (…, experts), to be broadcast over the tokens of `x`."""
+        key = adapter, layer.key
         if router.granularity == "token":
             scores = router.scores(x)
             coefficients = router.coefficients(scores)
@@ -51,8 +54,8 @@ class Call:
             known: dict[Any, Tensor] = getattr(self._cache, _ON_CACHE, {})
             if key not in known:
                 raise ValueError(
-                    "this cache was not filled by this adapter, so there are no coefficients for its sequences: "
-                    "start with an empty cache"
+                    "there are no coefficients for the sequences of this cache: start with an empty one of your own, "
+                    "past_key_values=DynamicCache(config=model.config), with this adapter active"
                 )
             return _over_tokens(known[key], x)
         else:
@@ -67,9 +70,12 @@ class Call:
     def prefix(self, x: Tensor, routing_tokens: int) -> Tensor | None:
         """Which tokens of x (batch, length, …) choose; None for all of them."""
         if self._grows_without_cache:
-            raise ValueError("routing per sequence keeps its choice with the cache: generate with use_cache=True")
+            raise ValueError(
+                "routing per sequence keeps its choice with the cache: generate with use_cache=True, and leave "
+                "logits_to_keep out of a pass without one"
+            )
         if self._state_space:
-            raise ValueError("routing per sequence keeps its choice with a key-value cache, which this model has not")
+            raise ValueError(_NO_CACHE)
         if self._batch_size is not None and len(x) != self._batch_size:
             raise ValueError(
                 f"cannot tell the sequences apart in an input of shape {tuple(x.shape)} with {self._batch_size} "
@@ -114,6 +120,10 @@ class Call:
         of_each = probabilities.flatten(0, -2).mean(dim=0) * chosen.flatten(0, -2).mean(dim=0)
         return of_each.sum() * scores.shape[-1]
 
+    def check_cache(self) -> None:
+        if self._cache is not None and self._fills_cache and self._cache.get_seq_length() == 0:
+            raise ValueError(_NO_CACHE)
+
     def without_prefix(self, labels: Tensor, routing_tokens: int) -> Tensor:
         """Labels whose tokens had no part in the choice; the others become -100."""
         if not self._predicts_tokens or labels.ndim != 2:
@@ -125,13 +135,13 @@ class Call:
 _CALL: ContextVar[Call | None] = ContextVar("peft_routing_call", default=None)
 
 
-def coefficients(router: Any, x: Tensor, key: Any) -> Tensor:
-    """What the router gives to the input x of the module called `key`."""
+def coefficients(router: Any, x: Tensor, adapter: str, layer: Any) -> Tensor:
+    """What the router of an adapter gives to the input x of a layer."""
     if not router.depends_on_input or (router.granularity == "token" and not router.is_balanced):
         return router(x)
     call = _CALL.get()
     if call is not None:
-        return call.coefficients(router, x, key)
+        return call.coefficients(router, x, adapter, layer)
     if router.granularity == "sequence":
         raise RuntimeError("routing per sequence needs the whole model to be called, not a part of it")
     return router(x)
@@ -145,18 +155,43 @@ def watch(model: nn.Module) -> list[Any]:
     ]
 
 
+def unwatch(model: nn.Module, handles: Sequence[Any]) -> None:
+    """Leave nothing of ours on the model."""
+    for handle in handles:
+        handle.remove()
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, _InCall):
+            module._gradient_checkpointing_func = function.checkpoint  # type: ignore[assignment]
+
+
 def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
     if kwargs.get("adapter_names") is not None:
         raise ValueError("adapter_names: routed adapters do not mix in one batch; use set_adapter, a batch for each")
 
 
-def _watched(model: Any) -> list[RoutedLoraConfig]:
-    """The configurations of the active adapters for which the forward pass must be followed."""
-    configs = {
+def refuse_several_passes(model: Any, kwargs: dict[str, Any]) -> None:
+    """The prompt must be the first pass: `generate` must not add a draft to it, or cut it."""
+    if not any(config.routes_sequences for config in _watched(model)):
+        return
+    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    for name in _NOT_PER_SEQUENCE:
+        if kwargs.get(name, getattr(settings, name, None)) is not None:
+            raise ValueError(f"{name}: routing per sequence chooses by the first pass, which must be the prompt")
+
+
+def _followed(model: Any) -> dict[str, RoutedLoraConfig]:
+    """The adapters for which a forward pass is followed where they are active."""
+    return {
         name: config
         for name, config in getattr(model, "peft_config", {}).items()
-        if isinstance(config, RoutedLoraConfig) and (config.granularity == "sequence" or config.router_aux_loss_coef)
+        if isinstance(config, RoutedLoraConfig) and (config.routes_sequences or config.router_aux_loss_coef)
     }
+
+
+def _watched(model: Any) -> list[RoutedLoraConfig]:
+    """Of the active adapters those that are followed."""
+    configs = _followed(model)
     layers = (module for module in model.modules() if hasattr(module, "routed_lora_experts"))
     layer: Any = next(layers, None) if configs else None
     if layer is None or layer.disable_adapters or layer.merged:
@@ -174,22 +209,36 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     configs = _watched(model)
     if not configs:
         return None
-    per_sequence = [c.routing_tokens for c in configs if c.granularity == "sequence"]
+    per_sequence = [c.routing_tokens for c in configs if c.routes_sequences]
     call = Call(model, _arguments(model, args, kwargs), per_sequence=bool(per_sequence), outer=_CALL.get())
     call.balance_weight = max(config.router_aux_loss_coef for config in configs)
     if per_sequence and isinstance(kwargs.get("labels"), Tensor):
-        kwargs = {**kwargs, "labels": call.without_prefix(kwargs["labels"], max(per_sequence))}
+        kwargs = _without_prefix(call, kwargs, max(per_sequence))
     if model.training:
         _keep_in_checkpoints(model)
     _CALL.set(call)
     return args, kwargs
 
 
+def _without_prefix(call: Call, kwargs: dict[str, Any], routing_tokens: int) -> dict[str, Any]:
+    """Labels of the prefix left out, and of the number of items that the Trainer counted beforehand as well."""
+    before, after = kwargs["labels"], call.without_prefix(kwargs["labels"], routing_tokens)
+    items = kwargs.get("num_items_in_batch")
+    if items is not None and after is not before:
+        kept, counted = ((labels[..., 1:] != -100).sum() for labels in (after, before))
+        kwargs = {**kwargs, "num_items_in_batch": items * kept.clamp(min=1) / counted.clamp(min=1)}
+    return {**kwargs, "labels": after}
+
+
 def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    if not _followed(model):
+        return None
     call = _CALL.get()
     if call is None or call.model is not model:
         return None
     _CALL.set(call.outer)
+    if output is not None:
+        call.check_cache()
     if call.balance and isinstance(getattr(output, "loss", None), Tensor):
         output.loss = output.loss + call.balance_weight * _share(model, kwargs) * torch.stack(call.balance).mean().to(
             output.loss.device

@@ -200,7 +200,7 @@ def inspect(
 
 def _experts(texts: Sequence[str]) -> Any:
     """By name where names are given, else a list, which is named by its directories."""
-    named = [text.partition("=") for text in texts]
+    named = [(text, "", "") if Path(text).exists() else text.partition("=") for text in texts]
     if all(separator for _, separator, _ in named):
         experts = {name: path for name, _, path in named}
         if len(experts) < len(named):

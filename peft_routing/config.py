@@ -125,6 +125,11 @@ class RoutedLoraConfig(PeftConfig):
         return list(self.experts)
 
     @property
+    def routes_sequences(self) -> bool:
+        """Whether a choice is made per sequence: not where it does not depend on the input at all."""
+        return self.granularity == "sequence" and self.router_class.uses_input(self)
+
+    @property
     def is_composed(self) -> bool:
         """Whether the experts are inside, and not yet to be read."""
         return self.layout is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
@@ -140,7 +141,8 @@ def _scaling(config: dict[str, Any], module: str, rank: int, where: str) -> floa
 
     def value(name: str, pattern: str) -> Any:
         patterns = config.get(pattern) or {}
-        return patterns.get(get_pattern_key(patterns.keys(), module), config[name])
+        default = config.get(name, getattr(LoraConfig, name))
+        return patterns.get(get_pattern_key(patterns.keys(), module), default)
 
     if rank != value("r", "rank_pattern"):
         raise ValueError(f"{where}: {module} has rank {rank}, and {CONFIG_NAME} says {value('r', 'rank_pattern')}")

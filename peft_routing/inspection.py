@@ -1,23 +1,28 @@
 """Who is chosen where: the coefficients that a routed adapter gives to texts, per task and module."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from _mergekit_moe_ext_common.data import collate, decoder_inputs, load, parse_sources, tokenise
 from _mergekit_moe_ext_common.figures import heat_map, pyplot
-from _mergekit_moe_ext_common.loading import load_model, load_tokenizer, padding_token, silence
+from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading
 from peft_routing.layer import Experts
-from peft_routing.loading import base_of, load_adapter_config
+from peft_routing.loading import base_of, load_adapter_config, load_routed
+
+# keys and values of a decoder's cross-attention, as T5, BART and most others call them
+_READS_THE_ENCODER = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|crossattention).*\.(k|v|k_proj|v_proj|key|value)$"
+)
 
 
 @dataclass(frozen=True)
@@ -61,19 +66,18 @@ def inspect_adapter(
         for source in sources
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = PeftModel.from_pretrained(load_model(base, base_config, reading, dtype="auto"), adapter).to(device).eval()
+    model = load_routed(adapter, config, base, base_config, reading).to(device).eval()
     tasks = {}
     for name, rows in texts.items():
         with _recorded(model) as means:
             batches = DataLoader(rows, batch_size, collate_fn=lambda rows: collate(rows, padding_token(tokenizer)))
             for batch in tqdm(batches, desc=name, disable=reading.quiet):
                 inputs = {key: value.to(device) for key, value in batch.items()}
-                real = {inputs["input_ids"].shape[1]: inputs["attention_mask"].bool()}
+                means.real = dict.fromkeys((True, False), inputs["attention_mask"].bool())
                 if encoder_decoder:
                     labels = inputs.pop("labels")
                     inputs["decoder_input_ids"] = decoder_inputs(model.get_base_model(), labels)
-                    real[labels.shape[1]] = labels != -100
-                means.real = real
+                    means.real[True] = labels != -100
                 with torch.no_grad():
                     model(**inputs, use_cache=False)
         tasks[name] = means.result()
@@ -84,14 +88,15 @@ class _Means:
     """Sums over tokens that are no padding, module by module."""
 
     def __init__(self) -> None:
-        self.real: dict[int, Tensor] = {}  # by the number of tokens of a row
+        self.real: dict[bool, Tensor] = {}  # by whether a module reads what a decoder reads
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, module: str, x: Tensor, coefficients: Tensor) -> None:
         coefficients = coefficients.expand(*x.shape[:-1], coefficients.shape[-1])
-        if x.ndim == 3 and x.shape[1] in self.real and self.real[x.shape[1]].shape == x.shape[:2]:
-            coefficients = coefficients[self.real[x.shape[1]]]
+        real = self.real["decoder" in module and not _READS_THE_ENCODER.search(module)]
+        if real.shape == x.shape[:-1]:
+            coefficients = coefficients[real]
         coefficients = coefficients.flatten(0, -2).double()
         self._sums[module] = self._sums.get(module, 0) + coefficients.sum(dim=0).cpu()
         self._counts[module] = self._counts.get(module, 0) + len(coefficients)

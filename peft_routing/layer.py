@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_routing.calls import coefficients
 from peft_routing.config import RoutedLoraConfig, Site
-from peft_routing.routers import constant
+from peft_routing.routers import Constant
+
+_CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Experts(nn.Module):
@@ -27,6 +29,7 @@ class Experts(nn.Module):
     def __init__(self, site: Site, in_features: int, out_features: int, mixing: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.site, self.mixing = site, mixing
+        self.scalings = Constant(site.scalings)
         rank = sum(site.ranks)
         self.A = nn.Parameter(torch.zeros(rank, in_features, dtype=dtype), requires_grad=False)
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype), requires_grad=False)
@@ -51,7 +54,7 @@ class Experts(nn.Module):
         return functional.linear(z, self.B)
 
     def _mix(self, z: Tensor, coefficients: Tensor) -> Tensor:
-        scaled = coefficients * constant(self.site.scalings, coefficients.dtype, coefficients.device)
+        scaled = coefficients * self.scalings(coefficients.dtype, coefficients.device)
         if self.mixing == "full":  # sum of c_i s_i B_i (A_i x)
             return z * scaled.to(z.dtype)[..., self.owners]
         # (sum of c_i s_i B_i) (sum of c_j A_j x)
@@ -141,6 +144,8 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.routed_lora_experts]
         deltas = {name: self.get_delta_weight(name) for name in names}
         weight = self.get_base_layer().weight
+        if names and weight.dtype not in _CAN_BE_ADDED_TO:
+            raise ValueError(f"{self.key} holds {weight.dtype}: updates cannot be merged into quantised weights")
         for name, delta in deltas.items():
             merged = weight.data + delta.to(weight.device)
             if safe_merge and not merged.isfinite().all():
@@ -169,7 +174,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         experts = self.experts_of(name)
-        weights = coefficients(self.router_of(name), x, (name, self.key))
+        weights = coefficients(self.router_of(name), x, name, self)
         return experts(self._cast_input_dtype(x, experts.A.dtype), weights)
 
     def __repr__(self) -> str:

@@ -6,10 +6,12 @@ from typing import Any
 import click
 import torch
 import transformers
-from peft.utils import CONFIG_NAME
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from torch import nn
 
-from _mergekit_moe_ext_common.loading import load_config
+from _mergekit_moe_ext_common.loading import load_config, load_model
 from _mergekit_moe_ext_common.options import Reading
 from peft_routing.config import RoutedLoraConfig
 
@@ -33,6 +35,27 @@ def base_of(base: str | None, config: RoutedLoraConfig, reading: Reading) -> tup
     if not name:
         raise click.ClickException("the adapter does not say what its base model is: give --base")
     return name, load_config(name, reading)
+
+
+def load_routed(
+    adapter: str,
+    config: RoutedLoraConfig,
+    base: str,
+    base_config: Any,
+    reading: Reading,
+    *,
+    is_trainable: bool = False,
+) -> Any:
+    """The base model with the adapter on it. `ClickException` where they do not fit."""
+    if not (Path(adapter) / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise click.ClickException(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}")
+    model = load_model(base, base_config, reading, dtype="auto")
+    try:
+        return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=is_trainable)
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        first, *more = str(error).splitlines()
+        reason = " ".join([first, *more[:1]])
+        raise click.ClickException(f"{adapter} does not fit {base}, a {type(model).__name__}: {reason}") from error
 
 
 def empty_model(config: Any, reading: Reading) -> nn.Module:

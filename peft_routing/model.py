@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from torch import nn
 
-from peft_routing.calls import refuse_mixed_batches, watch
+from peft_routing.calls import refuse_mixed_batches, refuse_several_passes, unwatch, watch
 from peft_routing.config import Mixing, RoutedLoraConfig
 from peft_routing.expert import Expert, check_experts, layout, read_expert
 from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear
@@ -79,6 +79,8 @@ class RoutedLoraModel(BaseTuner):
 
     def _taken_out(self, adapter_name: str | None) -> tuple[str, RoutedLoraConfig, list[Expert]]:
         adapter_name = adapter_name or self.active_adapters[0]
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"there is no adapter {adapter_name!r}; there are {', '.join(self.peft_config)}")
         config = self.peft_config[adapter_name]
         if any(adapter_name in layer.merged_adapters for layer in self._layers(adapter_name)):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it first")
@@ -98,6 +100,7 @@ class RoutedLoraModel(BaseTuner):
         layers = self._layers(adapter_name)
         owner = self._owners[adapter_name]
         before = {layer.key: layer.router_of(adapter_name) for layer in layers}
+        changed.router_class(changed, changed.names, owner.in_features).check_rows(owner)
         for layer in layers:
             del layer.routed_lora_router[adapter_name], layer.routed_lora_experts[adapter_name]
         self._put_in(self.model, adapter_name, changed, experts)
@@ -183,21 +186,29 @@ class RoutedLoraModel(BaseTuner):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for name in self.active_adapters:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if merge:
+            self._check_mergeable(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+        unwatch(model, self._handles)
+        return model
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        """All of them, before a weight is changed."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
             for layer in self._layers(name):
                 layer.check_mergeable(name)
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for handle in self._handles:
-            handle.remove()
-        return model
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_mixed_batches(kwargs)
+        refuse_several_passes(self.model, kwargs)
         yield
 
 
@@ -226,7 +237,9 @@ def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
         return wanted
     ranks = ", ".join(f"{expert.name} {expert.rank(differing)}" for expert in experts)
     if config.mixing == "low_rank":
-        raise ValueError(f"mixing='low_rank' needs one rank per module; {differing} has {ranks}. Use mixing='full'")
+        raise ValueError(
+            f"mixing='low_rank' needs one rank per module; {differing} has {ranks}. Compose with mixing='full'"
+        )
     LOG.info("mixing is full: low_rank needs one rank per module, and %s has %s", differing, ranks)
     return "full"
 

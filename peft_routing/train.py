@@ -6,6 +6,7 @@ learning rate, each from the same start; the one with the lowest held-out loss i
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +15,11 @@ from typing import Any
 
 import click
 import torch
-from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from _mergekit_moe_ext_common import options
-from _mergekit_moe_ext_common.data import collate, fingerprint
-from _mergekit_moe_ext_common.loading import load_model, load_tokenizer, padding_token, silence
+from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint
+from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading, option
 from _mergekit_moe_ext_common.staging import check_output, check_room, staged
 from _mergekit_moe_ext_common.training import (
@@ -28,10 +28,11 @@ from _mergekit_moe_ext_common.training import (
     keep_settings,
     last_checkpoints,
     read_data,
+    remove_checkpoints,
     training_arguments,
 )
 from peft_routing.config import RoutedLoraConfig
-from peft_routing.loading import base_of, load_adapter_config
+from peft_routing.loading import base_of, load_adapter_config, load_routed
 
 LEARNING_RATES = (1e-3, 1e-4, 1e-5)  # the paper tunes over these
 _RESULT = "result.json"
@@ -123,9 +124,9 @@ def train(
     }
     results, starts = _earlier(checkpoints, settings, learning_rates, resume=resume)
 
-    model = load_model(base, base_config, reading, dtype="auto")
     check_room(out, (2 + len(learning_rates)) * (Path(adapter) / SAFETENSORS_WEIGHTS_NAME).stat().st_size)
-    routed = PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
+    routed = load_routed(adapter, config, base, base_config, reading, is_trainable=True)
+    model = routed.get_base_model()
     if not any(parameter.requires_grad for parameter in routed.parameters()):
         raise click.ClickException(f"router={config.router!r} has nothing to learn")
     if first.should_save:
@@ -137,6 +138,8 @@ def train(
             tensors["labels"] = tensors["input_ids"].masked_fill(tensors["attention_mask"] == 0, -100)
         if not base_config.is_encoder_decoder:
             tensors["labels"][:, :first_label] = -100
+        else:  # held-out losses are computed from logits, without labels
+            tensors["decoder_input_ids"] = decoder_inputs(model, tensors["labels"])
         return tensors
 
     for rate, start in starts.items():
@@ -156,12 +159,14 @@ def train(
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.free_memory()
 
-    ranked = sorted(results.values(), key=lambda result: result.mean)
+    ranked = sorted(results.values(), key=lambda result: (math.isnan(result.mean), result.mean))
+    if math.isnan(ranked[0].mean):
+        raise click.ClickException("the training diverged at every learning rate: the held-out loss is not a number")
     if first.should_save:
         with staged(out) as directory:
             shutil.copytree(checkpoints / f"lr-{ranked[0].learning_rate:g}" / "trained", directory, dirs_exist_ok=True)
             _extend_card(directory, data, recipe, ranked, first.world_size)
-        shutil.rmtree(checkpoints)
+        remove_checkpoints(checkpoints, [f"lr-{rate:g}" for rate in learning_rates])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return ranked if first.should_save else []

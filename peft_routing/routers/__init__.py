@@ -13,7 +13,6 @@ A router of your own is a subclass of `Router` with a `name`, in any module that
             return functional.cosine_similarity(hidden[..., None, :], self.weight, dim=-1)
 """
 
-import functools
 import importlib
 import pkgutil
 from collections.abc import Sequence
@@ -38,7 +37,6 @@ class Router(nn.Module):
 
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ("top_k", "router_temperature")  # of _OPTIONS, those that it takes
-    depends_on_input: bool = True
     is_shared: ClassVar[bool] = False  # one for the whole model, not one per adapted module
     is_simplex: ClassVar[bool] = True  # coefficients are a softmax; the load can be balanced
     mixing: ClassVar[Literal["full", "low_rank"]] = "low_rank"  # by default, where ranks and targets agree
@@ -52,12 +50,18 @@ class Router(nn.Module):
 
     def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
         super().__init__()
-        self.experts = list(experts)
+        self.depends_on_input = self.uses_input(config)
+        self.experts, self.in_features = list(experts), in_features
         self.k = min(config.top_k or self.top_k or len(experts), len(experts))
         self.temperature = config.router_temperature or 1.0
         self.granularity = config.granularity
         self.routing_tokens = config.routing_tokens
         self.is_balanced = config.router_aux_loss_coef > 0
+
+    @classmethod
+    def uses_input(cls, config: "RoutedLoraConfig") -> bool:
+        """Whether coefficients depend on the input: if not, the adapter can be merged."""
+        return True
 
     @classmethod
     def check(cls, config: "RoutedLoraConfig") -> None:
@@ -66,7 +70,7 @@ class Router(nn.Module):
             if getattr(config, option) is not None and option not in cls.options:
                 takers = ", ".join(name for name, router in all_routers().items() if option in router.options)
                 raise ValueError(f"{option} is not an option of router={cls.name!r}; it is one of {takers}")
-        if config.router_aux_loss_coef and not (cls.depends_on_input and cls.is_simplex):
+        if config.router_aux_loss_coef and not (cls.uses_input(config) and cls.is_simplex):
             raise ValueError(f"router={cls.name!r} has no load to balance: leave router_aux_loss_coef at 0")
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -94,6 +98,15 @@ class Router(nn.Module):
     def labels(self, of: str) -> list[str]:
         """What the rows of a parameter with a row per `of` stand for."""
         return self.experts
+
+    def check_rows(self, other: "Router") -> None:
+        """`ValueError` if a parameter depends on the experts and is not in `rows`."""
+        for name, theirs in other.named_parameters():
+            if name not in self.rows and self.get_parameter(name).shape != theirs.shape:
+                raise ValueError(
+                    f"router {self.name!r}: {name} has a row per expert or cluster; say so in its `rows`, "
+                    f"as {{{name!r}: 'expert'}}, and experts can be added and removed"
+                )
 
     @torch.no_grad()
     def take(self, other: "Router") -> None:
@@ -133,11 +146,19 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-@functools.lru_cache(maxsize=1024)
-def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of numbers that no cast of the model rounds; made once, so that a GPU does not wait for it again."""
-    with torch.inference_mode(False):  # it may be needed in a backward pass later
-        return torch.tensor(values, dtype=dtype, device=device)
+class Constant:
+    """Numbers that no cast of the model rounds, as a tensor that is made once: a GPU would wait for each."""
+
+    def __init__(self, values: Sequence[float]):
+        self.values = list(values)
+        self._tensors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = dtype, device
+        if key not in self._tensors:
+            with torch.inference_mode(False):  # it may be needed in a backward pass later
+                self._tensors[key] = torch.tensor(self.values, dtype=dtype, device=device)
+        return self._tensors[key]
 
 
 def largest(scores: Tensor, k: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from peft_routing.routers import Router, constant
+from peft_routing.routers import Constant, Router
 
 if TYPE_CHECKING:
     from peft_routing.config import RoutedLoraConfig
@@ -18,12 +18,15 @@ class FixedRouter(Router):
 
     name = "fixed"
     options: ClassVar[tuple[str, ...]] = ("weights",)
-    depends_on_input = False
     is_simplex = False
 
     def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
-        self.weights = tuple(self.given(config, experts))
+        self.weights = Constant(self.given(config, experts))
+
+    @classmethod
+    def uses_input(cls, config: "RoutedLoraConfig") -> bool:
+        return False
 
     @classmethod
     def check(cls, config: "RoutedLoraConfig") -> None:
@@ -44,7 +47,7 @@ class FixedRouter(Router):
         return [float(config.weights.get(name, math.nan)) for name in experts]
 
     def scores(self, hidden: Tensor) -> Tensor:
-        return constant(self.weights, torch.promote_types(hidden.dtype, torch.float32), hidden.device)
+        return self.weights(torch.promote_types(hidden.dtype, torch.float32), hidden.device)
 
     def coefficients(self, scores: Tensor) -> Tensor:
         return scores

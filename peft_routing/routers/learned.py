@@ -16,12 +16,15 @@ class LayerRouter(Router):
     """One set per adapted module, as logits: uniform before training."""
 
     name = "layer"
-    depends_on_input = False
     rows = {"logits": "expert"}  # noqa: RUF012
 
     def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
         self.logits = nn.Parameter(torch.zeros(len(experts)))
+
+    @classmethod
+    def uses_input(cls, config: "RoutedLoraConfig") -> bool:
+        return False
 
     def scores(self, hidden: Tensor) -> Tensor:
         return self.logits

@@ -32,7 +32,6 @@ class MlpRouter(Router):
     def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
         self.layers = 2 if config.mlp_layers is None else config.mlp_layers
-        self.depends_on_input = self.layers > 0
         start = 0.3 if config.init_lambda is None else config.init_lambda
         if self.layers == 2:
             self.weight_in = nn.Parameter(torch.randn(in_features, in_features) * _STANDARD_DEVIATION)
@@ -40,6 +39,10 @@ class MlpRouter(Router):
         if self.layers:
             self.weight_out = nn.Parameter(torch.randn(len(experts), in_features) * _STANDARD_DEVIATION)
         self.bias_out = nn.Parameter(torch.full((len(experts),), start))
+
+    @classmethod
+    def uses_input(cls, config: "RoutedLoraConfig") -> bool:
+        return config.mlp_layers != 0
 
     @classmethod
     def check(cls, config: "RoutedLoraConfig") -> None:

@@ -87,6 +87,13 @@ def test_experts_without_names_are_called_by_their_directories(here):
     assert "2 experts (math, law)" in result.output
 
 
+def test_a_directory_may_have_an_equals_sign_in_its_name(here):
+    (here / "lr=1").mkdir()
+    (here / "lr=1" / "tax").symlink_to(here / "law")
+    result = route("compose", "base", "--expert", "math", "--expert", "lr=1/tax", "-o", "routed")
+    assert "2 experts (math, tax)" in result.output
+
+
 def test_inspect_tells_coefficients_per_task_and_module(here):
     compose("--router", "arrow", "--top-k", 2)
     result = route(

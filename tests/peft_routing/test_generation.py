@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from peft_routing import RoutedLoraConfig
-from tests.peft_routing.adapters import make_base, save_experts
+from tests.peft_routing.adapters import make_base, save_experts, save_lora
 
 PROMPT = torch.tensor([[5, 17, 40, 9, 66, 31], [12, 80, 33, 7, 21, 90]])
 ROUTERS = {
@@ -163,3 +163,29 @@ def test_padding_has_no_part_in_the_choice(experts):
     short = model(input_ids=PROMPT[:, :3]).logits
     long = model(input_ids=padded[:, :8], attention_mask=mask[:, :8] * (torch.arange(8) < 3)).logits[:, :3]
     assert torch.allclose(short, long, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}], ids=lambda o: next(iter(o))
+)
+def test_a_first_pass_that_is_not_the_prompt_is_refused_per_sequence(experts, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: .* must be the prompt"):
+        generate(routed(experts, granularity="sequence"), PROMPT[:1], **options)
+    expected = generate(routed(experts), PROMPT[:1]).sequences
+    assert torch.equal(generate(routed(experts), PROMPT[:1], **options).sequences, expected)
+
+
+def test_a_model_without_a_cache_is_refused_per_sequence(tmp_path):
+    config = AutoConfig.for_model("openai-gpt", vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    base = AutoModelForCausalLM.from_config(config)
+    path = save_lora(tmp_path / "one", 1, copy.deepcopy(base), target_modules=["c_attn"])
+    model = get_peft_model(base, RoutedLoraConfig(experts=[path, path], granularity="sequence"))
+    with pytest.raises(ValueError, match="which this model has not"):
+        model.eval().generate(input_ids=PROMPT, max_new_tokens=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize("router", ["arrow", "linear", "mlp"])
+def test_choices_per_token_compile_without_a_break(experts, router):
+    model = routed(experts, router)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(input_ids=PROMPT).logits, model(input_ids=PROMPT).logits, atol=1e-6)

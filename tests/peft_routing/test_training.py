@@ -1,6 +1,7 @@
 """Training routers: with the Trainer as it is, and with `peft-route train`, one way of running against another."""
 
 import json
+import math
 import random
 import shutil
 
@@ -9,7 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
 from _mergekit_moe_ext_common import training as shared_training
 from _mergekit_moe_ext_common.data import load, parse_sources, tokenise
@@ -17,10 +25,11 @@ from _mergekit_moe_ext_common.options import Reading
 from peft_routing import RoutedLoraConfig
 from peft_routing.cli import main
 from peft_routing.config import Site
+from peft_routing.inspection import inspect_adapter
 from peft_routing.layer import Experts
 from peft_routing.train import Recipe, train
 from tests.conftest import ON_CPU, TWO_PROCESSES, read_tensors, run
-from tests.peft_routing.adapters import make_base, save_experts
+from tests.peft_routing.adapters import make_base, save_experts, save_lora
 from tests.tokenizers import save_tokenizer
 
 READING = Reading(max_length=24, quiet=True)
@@ -339,3 +348,71 @@ def test_a_router_without_parameters_is_not_trained(here, experts):
     model.save_pretrained("uniform")
     with pytest.raises(click.ClickException, match="nothing to learn"):
         train("uniform", "out", ["news.jsonl"], READING, recipe(), base="base")
+
+
+def test_the_trainer_s_loss_per_sequence_is_that_of_the_tokens_after_the_prefix(experts, tmp_path):
+    model = routed(experts, granularity="sequence", routing_tokens=8)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=8)
+    measured = Trainer(model, arguments, eval_dataset=ROWS).evaluate()["eval_loss"]
+    logits = model.eval()(input_ids=IDS).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, 7:-1].flatten(0, 1), IDS[:, 8:].flatten())
+    assert measured == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_an_encoder_decoder_is_trained_and_inspected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    t5 = AutoConfig.for_model(
+        "t5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=96, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    AutoModelForSeq2SeqLM.from_config(t5).save_pretrained("base")
+    save_tokenizer(tmp_path / "base", 96)
+    for seed in (1, 2):
+        base = AutoModelForSeq2SeqLM.from_pretrained("base")
+        save_lora(tmp_path / f"e{seed}", seed, base, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    config = RoutedLoraConfig(experts=["e1", "e2"], router="linear", init="arrow")
+    get_peft_model(AutoModelForSeq2SeqLM.from_pretrained("base"), config).save_pretrained("routed")
+    rows = [{"input": f"w1 w2 w{i}", "target": f"w{i} w{i} w4 w5"[: 3 + i]} for i in range(10)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (result,) = train("routed", "out", ["pairs.jsonl"], READING, recipe(), base="base", learning_rates=(0.05,))
+    assert result.losses["pairs"][1] < result.losses["pairs"][0]
+    before, after = read_tensors(tmp_path / "routed"), read_tensors(tmp_path / "out")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if "routed_lora_router" in name
+    }
+    one, many = (
+        inspect_adapter("out", ["pairs.jsonl"], READING, base="base", batch_size=size).tasks["pairs"]
+        for size in (1, 10)
+    )
+    for module, means in one.items():
+        assert means == pytest.approx(many[module], abs=1e-5), module
+
+
+def test_a_diverged_learning_rate_is_not_kept(here):
+    results = train("routed", "out", ["news.jsonl"], READING, recipe(), learning_rates=(1e30, 1e-3))
+    assert [result.learning_rate for result in results] == [1e-3, 1e30] and math.isnan(results[1].mean)
+    with pytest.raises(click.ClickException, match="diverged at every learning rate"):
+        train("routed", "no", ["news.jsonl"], READING, recipe(), learning_rates=(1e30,))
+    assert not (here / "no").exists()
+
+
+def test_checkpoints_of_another_training_are_left_alone(here):
+    other = here / "out.checkpoints" / "lr-0.5" / "checkpoint-9"
+    other.mkdir(parents=True)
+    (other / "trainer_state.json").write_text("{}")
+    with pytest.raises(click.ClickException, match="unfinished training"):
+        train("routed", "out", ["news.jsonl"], READING, recipe(), learning_rates=(0.01,))
+    (other / "trainer_state.json").rename(here / "out.checkpoints" / "notes.txt")
+    train("routed", "out", ["news.jsonl"], READING, recipe(), learning_rates=(0.01,))
+    assert other.exists() and (here / "out.checkpoints" / "notes.txt").exists()
+
+
+def test_a_base_that_does_not_fit_is_explained(here):
+    make_base(num_hidden_layers=2).save_pretrained("short")
+    save_tokenizer(here / "short", 96)
+    make_base(hidden_size=16).save_pretrained("narrow")
+    save_tokenizer(here / "narrow", 96)
+    for base in ("short", "narrow"):
+        with pytest.raises(click.ClickException, match=f"routed does not fit {base}"):
+            train("routed", "out", ["news.jsonl"], READING, recipe(), base=base, learning_rates=(0.01,))
