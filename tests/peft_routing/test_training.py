@@ -375,7 +375,7 @@ def test_an_encoder_decoder_is_trained_and_inspected(tmp_path, monkeypatch):
     get_peft_model(AutoModelForSeq2SeqLM.from_pretrained("base"), config).save_pretrained("routed")
     rows = [{"input": f"w1 w2 w{i}", "target": f"w{i} w{i} w4 w5"[: 3 + i]} for i in range(10)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (result,) = train("routed", "out", ["pairs.jsonl"], READING, recipe(), base="base", learning_rates=(0.05,))
+    (result,) = train("routed", "out", ["pairs.jsonl"], READING, recipe(), base="base", learning_rates=(0.003,))
     assert result.losses["pairs"][1] < result.losses["pairs"][0]
     before, after = read_tensors(tmp_path / "routed"), read_tensors(tmp_path / "out")
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
@@ -390,10 +390,10 @@ def test_an_encoder_decoder_is_trained_and_inspected(tmp_path, monkeypatch):
 
 
 def test_a_diverged_learning_rate_is_not_kept(here):
-    results = train("routed", "out", ["news.jsonl"], READING, recipe(), learning_rates=(1e30, 1e-3))
-    assert [result.learning_rate for result in results] == [1e-3, 1e30] and math.isnan(results[1].mean)
+    results = train("routed", "out", ["news.jsonl"], READING, recipe(), learning_rates=(1e38, 1e-3))
+    assert [result.learning_rate for result in results] == [1e-3, 1e38] and math.isnan(results[1].mean)
     with pytest.raises(click.ClickException, match="diverged at every learning rate"):
-        train("routed", "no", ["news.jsonl"], READING, recipe(), learning_rates=(1e30,))
+        train("routed", "no", ["news.jsonl"], READING, recipe(), learning_rates=(1e38,))
     assert not (here / "no").exists()
 
 
