@@ -1,16 +1,13 @@
 """What the adapter's README.md says beyond PEFT's card: that loading it takes one more import."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from peft_routing.config import RoutedLoraConfig
 
 _HEADING = "## Routed LoRA"
 
 
-def extend(directory: str, config: "RoutedLoraConfig") -> None:
+def extend(directory: str, experts: Sequence[str], router: str) -> None:
     """Put our section into the card that PEFT has written: beside the adapter, or above one that has a name."""
     own, above = Path(directory) / "README.md", Path(directory).parent / "README.md"
     path = own if own.exists() else above
@@ -21,7 +18,7 @@ def extend(directory: str, config: "RoutedLoraConfig") -> None:
     lines = [
         _HEADING,
         "",
-        f"{len(config.experts)} LoRA experts ({', '.join(config.names)}) and the router `{config.router}` in one "
+        f"{len(experts)} LoRA experts ({', '.join(experts)}) and the router `{router}` in one "
         "adapter. `pip install mergekit-moe-ext`, and import `peft_routing` before loading; without it PEFT says "
         "`KeyError: 'ROUTED_LORA'`.",
         "",

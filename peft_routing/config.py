@@ -145,7 +145,7 @@ class RoutedLoraConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        card.extend(save_directory, self)
+        card.extend(save_directory, self.names, self.router)
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
