@@ -198,6 +198,38 @@ def inspect(
         inspection.plot(found, plot)
 
 
+@main.command()
+@click.argument("adapter")
+@click.option("-o", "--output", type=click.Path(), required=True, help="The directory to write.")
+@click.option("--merged", is_flag=True, help="One LoRA adapter, where the router does not depend on the input.")
+@click.option("--rank", type=click.IntRange(min=1), help="With --merged: the closest update of this rank.")
+@click.option("--base", help="The base model, where it is not the one that the adapter names.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the base model (danger).")
+def export(
+    adapter: str, output: str, merged: bool, rank: int | None, base: str | None, trust_remote_code: bool
+) -> None:
+    """Write the experts of the routed adapter in ADAPTER back as LoRA directories, or their mixture as one.
+
+    PEFT, vLLM and llama.cpp read those without this package. Of the base model only the configuration is read.
+    """
+    from peft_routing.loading import base_of, load_adapter_config, load_on_empty
+
+    if rank is not None and not merged:
+        raise click.ClickException("--rank goes with --merged")
+    reading = Reading(trust_remote_code=trust_remote_code)
+    config = load_adapter_config(adapter)
+    model = load_on_empty(adapter, config, *base_of(base, config, reading), reading)
+    if not merged:
+        model.export_experts(output)
+        click.echo(f"{output}: {', '.join(config.names)}")
+        return
+    try:
+        error = model.to_lora(output, rank=rank)
+    except ValueError as complaint:
+        raise click.ClickException(str(complaint)) from complaint
+    click.echo(f"{output}: one LoRA adapter" + (f", relative error of the updates {error:.4f}" if rank else ""))
+
+
 def _experts(texts: Sequence[str]) -> Any:
     """By name where names are given, else a list, which is named by its directories."""
     named = [(text, "", "") if Path(text).exists() else text.partition("=") for text in texts]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _CANNOT_BE_ROUTED = {
     "use_dora": "DoRA divides by the norm of the merged weight, so its updates do not add up",
@@ -118,7 +118,7 @@ def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Te
     if embedding := next((key for key in tensors if "lora_embedding" in key), None):
         raise ValueError(f"{where} cannot be routed: {embedding}: embeddings have no hidden state to route by")
     for key, tensor in tensors.items():
-        match = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
+        match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
         if match is None:
             of_base = "it is the base model's own; save the adapter with save_embedding_layers=False"
             reason = of_base if ".base_layer." in key else "it is no LoRA factor"

@@ -63,11 +63,22 @@ class Experts(nn.Module):
         return (mixed * scaled.to(z.dtype)[..., None]).flatten(-2)
 
     @torch.no_grad()
+    def merged_factors(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of the one update, in float32 or wider, for coefficients (experts,): (rank, in) and (out, rank)."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        a, b, coefficients = self.A.to(dtype), self.B.to(dtype), coefficients.to(dtype)
+        scaled = coefficients * self.scalings(dtype, coefficients.device)
+        if self.mixing == "full":
+            return a, b * scaled[self.owners]
+        count = len(self.site.ranks)
+        a = (a.unflatten(0, (count, -1)) * coefficients[:, None, None]).sum(dim=0)
+        return a, (b.unflatten(1, (count, -1)) * scaled[:, None]).sum(dim=1)
+
+    @torch.no_grad()
     def delta_weight(self, coefficients: Tensor) -> Tensor:
         """(out, in), in float32 or wider, for coefficients (experts,)."""
-        dtype = torch.promote_types(self.A.dtype, torch.float32)
-        z = self._mix(self.A.to(dtype).T, coefficients.to(dtype))  # what x Aᵀ is for the unit vectors
-        return self.B.to(dtype) @ z.T
+        a, b = self.merged_factors(coefficients)
+        return b @ a
 
 
 class RoutedLoraLayer(BaseTunerLayer):

@@ -47,9 +47,17 @@ def load_routed(
     is_trainable: bool = False,
 ) -> Any:
     """The base model with the adapter on it. `ClickException` where they do not fit."""
+    return _put_on(load_model(base, base_config, reading, dtype="auto"), adapter, config, base, is_trainable)
+
+
+def load_on_empty(adapter: str, config: RoutedLoraConfig, base: str, base_config: Any, reading: Reading) -> Any:
+    """The adapter on its base model's architecture, without the weights of that. `ClickException` as above."""
+    return _put_on(empty_model(base_config, reading), adapter, config, base, is_trainable=False)
+
+
+def _put_on(model: nn.Module, adapter: str, config: RoutedLoraConfig, base: str, is_trainable: bool) -> Any:
     if not (Path(adapter) / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise click.ClickException(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}")
-    model = load_model(base, base_config, reading, dtype="auto")
     try:
         return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=is_trainable)
     except (ValueError, RuntimeError, SafetensorError) as error:

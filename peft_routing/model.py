@@ -14,6 +14,7 @@ from torch import nn
 from peft_routing.calls import refuse_mixed_batches, refuse_several_passes, unwatch, watch
 from peft_routing.config import Mixing, RoutedLoraConfig
 from peft_routing.expert import Expert, check_experts, layout, read_expert
+from peft_routing.export import truncated, write_experts, write_lora
 from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear
 from peft_routing.routers import Router, SharedRouter
 from peft_routing.routers.fixed import FixedRouter
@@ -76,6 +77,31 @@ class RoutedLoraModel(BaseTuner):
         clusters = config.clusters and {other: id_ for other, id_ in config.clusters.items() if other != name}
         weights = config.weights and {other: w for other, w in _weights(config).items() if other != name}
         self._replace(adapter_name, config, [e for e in experts if e.name != name], clusters=clusters, weights=weights)
+
+    def export_experts(self, directory: str, adapter_name: str | None = None) -> None:
+        """Write each expert as an ordinary LoRA directory, `<directory>/<name>`, its tensors as they came in."""
+        write_experts(self._taken_out(adapter_name)[2], directory)
+
+    def to_lora(self, directory: str, adapter_name: str | None = None, *, rank: int | None = None) -> float:
+        """Write the mixture as one ordinary LoRA adapter, where it does not depend on the input.
+
+        Without `rank` it is exact: of the rank of the experts together, or of each for `low_rank`. With it, every
+        update is the closest one of that rank. Returns the relative error. `ValueError` where coefficients depend on
+        the input.
+        """
+        adapter_name, config, _ = self._taken_out(adapter_name)
+        self._check_mergeable([adapter_name])
+        factors = {}
+        for layer in self._layers(adapter_name):
+            experts = layer.experts_of(adapter_name)
+            factors[layer.key] = experts.merged_factors(layer.router_of(adapter_name)(experts.A))
+        error = 0.0
+        if rank is not None:
+            if rank < 1:
+                raise ValueError(f"rank={rank} is below 1")
+            factors, error = truncated(factors, rank)
+        write_lora(factors, config.base_model_name_or_path, config.task_type, directory)
+        return error
 
     def _taken_out(self, adapter_name: str | None) -> tuple[str, RoutedLoraConfig, list[Expert]]:
         adapter_name = adapter_name or self.active_adapters[0]
@@ -215,18 +241,24 @@ class RoutedLoraModel(BaseTuner):
 def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Module) -> RoutedLoraConfig:
     """The configuration with everything in it that the experts decide. `ValueError` if they do not fit."""
     check_experts(experts, model)
-    dtype = functools.reduce(
-        torch.promote_types, (t.dtype for e in experts for pair in e.factors.values() for t in pair)
-    )
+    dtype = functools.reduce(torch.promote_types, map(_dtype, experts))
     tasks = {expert.config.get("task_type") for expert in experts}
     return dataclasses.replace(  # type: ignore[call-arg]
         config,
-        experts={expert.name: expert.config for expert in experts},
+        experts={expert.name: {"dtype": _name(_dtype(expert)), **expert.config} for expert in experts},
         layout=layout(experts, model),
-        expert_dtype=str(dtype).removeprefix("torch."),
+        expert_dtype=_name(dtype),
         mixing=_mixing(config, experts),
         task_type=config.task_type or (tasks.pop() if len(tasks) == 1 else None),
     )
+
+
+def _dtype(expert: Expert) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (t.dtype for pair in expert.factors.values() for t in pair))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:

@@ -1,0 +1,88 @@
+"""The ways out of a routed adapter: ordinary LoRA directories, which PEFT, vLLM and llama.cpp read.
+
+Outputs appear whole or not at all, and nothing that exists is overwritten.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from _mergekit_moe_ext_common.staging import check_output, staged
+from peft_routing.expert import PREFIX, Expert
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def write_experts(experts: Sequence[Expert], directory: str) -> None:
+    """A directory per expert, with the tensors and the configuration that it was composed from."""
+    folders = {re.sub(r"[^\w.-]|^\.+", "-", expert.name): expert for expert in experts}  # a name is no path
+    if len(folders) < len(experts):
+        raise ValueError(f"two experts would be written to one directory: {', '.join(e.name for e in experts)}")
+    with staged(check_output(directory)) as out:
+        for folder, expert in folders.items():
+            config = {key: value for key, value in expert.config.items() if key != "dtype"}
+            dtype = getattr(torch, expert.config["dtype"])
+            _write_lora(
+                {module: (a.to(dtype), b.to(dtype)) for module, (a, b) in expert.factors.items()},
+                config,
+                out / folder,
+            )
+
+
+def write_lora(factors: Factors, base: str | None, task_type: Any, directory: str) -> None:
+    """One LoRA adapter whose updates are B A, its alpha being its rank."""
+    ranks = {module: a.shape[0] for module, (a, _) in factors.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: other for module, other in ranks.items() if other != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=sorted(ranks),
+        base_model_name_or_path=base,
+        task_type=task_type,
+        inference_mode=True,
+    )
+    said = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    with staged(check_output(directory)) as out:
+        _write_lora(factors, said, out)
+
+
+def _write_lora(factors: Factors, config: Mapping[str, Any], out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    (out / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tensors = {
+        f"{PREFIX}{module}.lora_{name}.weight": tensor.contiguous().cpu()
+        for module, pair in factors.items()
+        for name, tensor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def truncated(factors: Factors, rank: int) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Each update as the closest one of the given rank, and the relative error of all together (Frobenius norm)."""
+    closest, dropped, whole = {}, 0.0, 0.0
+    for module, (a, b) in factors.items():
+        left, core_left = torch.linalg.qr(b.double())
+        right, core_right = torch.linalg.qr(a.double().T)
+        u, s, vt = torch.linalg.svd(core_left @ core_right.T)
+        kept = min(rank, len(s))
+        root = s[:kept].sqrt()
+        closest[module] = (
+            (root[:, None] * (vt[:kept] @ right.T)).to(a.dtype),
+            (left @ (u[:, :kept] * root)).to(b.dtype),
+        )
+        dropped += s[kept:].square().sum().item()
+        whole += s.square().sum().item()
+    return closest, math.sqrt(dropped / whole) if whole else 0.0
