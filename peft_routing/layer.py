@@ -2,8 +2,10 @@
 
 All experts' A lie below each other as (R, in) and all B side by side as (out, R), R being the sum of their ranks.
 A forward pass is z = x Aᵀ, z weighed by the coefficients, and z Bᵀ: nothing of the size (tokens, experts, out) exists.
+Where few tokens choose few of many experts, as in decoding, only the chosen experts are read.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +20,9 @@ from peft_routing.calls import coefficients
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.routers import Constant
 
+# Reading an expert for one token costs about so many times its share of reading all experts once for all tokens
+# (`benchmarks/routed_lora.py`, on a CPU).
+_GATHERING = 16
 _CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,6 +38,7 @@ class Experts(nn.Module):
         rank = sum(site.ranks)
         self.A = nn.Parameter(torch.zeros(rank, in_features, dtype=dtype), requires_grad=False)
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype), requires_grad=False)
+        self._of_one_rank = len(set(site.ranks)) == 1
         owners = torch.arange(len(site.ranks)).repeat_interleave(torch.tensor(site.ranks))
         self.register_buffer("owners", owners, persistent=False)
 
@@ -48,19 +54,36 @@ class Experts(nn.Module):
         ranks = list(self.site.ranks)
         return list(zip(self.A.split(ranks), self.B.split(ranks, dim=1), strict=True))
 
-    def forward(self, x: Tensor, coefficients: Tensor) -> Tensor:
-        """(…, in) and (…, experts), or (experts,), to the update (…, out)."""
-        z = self._mix(functional.linear(x, self.A), coefficients)
+    def forward(self, x: Tensor, coefficients: Tensor, kept: int | None = None) -> Tensor:
+        """(…, in) and (…, experts), or (experts,), to the update (…, out).
+
+        `kept`: at most so many coefficients of a token are not 0.
+        """
+        scaled = coefficients * self.scalings(coefficients.dtype, coefficients.device)
+        if (
+            kept is not None
+            and self._of_one_rank
+            and math.prod(x.shape[:-1]) * kept * _GATHERING <= len(self.site.ranks)
+        ):
+            return self._of_the_chosen(x, coefficients, scaled, kept)
+        z = functional.linear(x, self.A)
+        if self.mixing == "full":  # sum of c_i s_i B_i (A_i x)
+            z = z * scaled.to(z.dtype)[..., self.owners]
+        else:
+            z = _low_rank(z.unflatten(-1, (len(self.site.ranks), -1)), coefficients, scaled).flatten(-2)
         return functional.linear(z, self.B)
 
-    def _mix(self, z: Tensor, coefficients: Tensor) -> Tensor:
-        scaled = coefficients * self.scalings(coefficients.dtype, coefficients.device)
-        if self.mixing == "full":  # sum of c_i s_i B_i (A_i x)
-            return z * scaled.to(z.dtype)[..., self.owners]
-        # (sum of c_i s_i B_i) (sum of c_j A_j x)
-        per_expert = z.unflatten(-1, (len(self.site.ranks), -1))
-        mixed = (per_expert * coefficients.to(z.dtype)[..., None]).sum(dim=-2, keepdim=True)
-        return (mixed * scaled.to(z.dtype)[..., None]).flatten(-2)
+    def _of_the_chosen(self, x: Tensor, coefficients: Tensor, scaled: Tensor, kept: int) -> Tensor:
+        """The same, reading the factors of each token's `kept` experts alone."""
+        count = len(self.site.ranks)
+        coefficients, scaled = (c.expand(*x.shape[:-1], count) for c in (coefficients, scaled))
+        chosen = coefficients.abs().topk(kept, dim=-1).indices
+        coefficients, scaled = coefficients.gather(-1, chosen), scaled.gather(-1, chosen)
+        a = self.A.unflatten(0, (count, -1))[chosen]  # (…, kept, rank, in)
+        z = (a.flatten(-3, -2) @ x[..., None])[..., 0].unflatten(-1, (kept, -1))
+        z = z * scaled.to(z.dtype)[..., None] if self.mixing == "full" else _low_rank(z, coefficients, scaled)
+        b = self.B.unflatten(1, (count, -1))[:, chosen]  # (out, …, kept, rank)
+        return torch.einsum("o...kr,...kr->...o", b, z)
 
     @torch.no_grad()
     def merged_factors(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +102,12 @@ class Experts(nn.Module):
         """(out, in), in float32 or wider, for coefficients (experts,)."""
         a, b = self.merged_factors(coefficients)
         return b @ a
+
+
+def _low_rank(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
+    """A_j x of the experts (…, experts, rank) to what B is to be applied to: (sum c_i s_i B_i) (sum c_j A_j x)."""
+    mixed = (z * coefficients.to(z.dtype)[..., None]).sum(dim=-2, keepdim=True)
+    return mixed * scaled.to(z.dtype)[..., None]
 
 
 class RoutedLoraLayer(BaseTunerLayer):
@@ -186,7 +215,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     def _update(self, name: str, x: Tensor) -> Tensor:
         experts = self.experts_of(name)
         weights = coefficients(self.router_of(name), x, name, self)
-        return experts(self._cast_input_dtype(x, experts.A.dtype), weights)
+        return experts(self._cast_input_dtype(x, experts.A.dtype), weights, self.router_of(name).kept)
 
     def __repr__(self) -> str:
         return "routed_lora." + super().__repr__()

@@ -73,6 +73,12 @@ class Router(nn.Module):
         if config.router_aux_loss_coef and not (cls.uses_input(config) and cls.is_simplex):
             raise ValueError(f"router={cls.name!r} has no load to balance: leave router_aux_loss_coef at 0")
 
+    @property
+    def kept(self) -> int | None:
+        """How many coefficients of a token are not 0 at most, where that is known and fewer than all."""
+        is_ours = type(self).coefficients is Router.coefficients
+        return self.k if is_ours and self.k < len(self.experts) and self.granularity == "token" else None
+
     def scores(self, hidden: Tensor) -> Tensor:
         """(…, in_features) to (…, experts), or just (experts,) where the input does not matter."""
         raise NotImplementedError

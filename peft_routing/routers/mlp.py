@@ -50,6 +50,10 @@ class MlpRouter(Router):
         if config.mlp_layers not in (None, 0, 1, 2):
             raise ValueError(f"mlp_layers={config.mlp_layers} is none of 0, 1 and 2")
 
+    @property
+    def kept(self) -> int | None:
+        return self.k if self.k < len(self.experts) and self.granularity == "token" else None
+
     def scores(self, hidden: Tensor) -> Tensor:
         if not self.layers:
             return self.bias_out
