@@ -20,6 +20,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/tensor_methods.py
 	$(BIN)/python benchmarks/caem.py
+	$(BIN)/python benchmarks/routed_lora.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
