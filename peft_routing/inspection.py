@@ -117,8 +117,8 @@ class _recorded:  # noqa: N801
             if isinstance(module, Experts):
                 key = name.removeprefix("base_model.model.").partition(".routed_lora_")[0]
 
-                def record(_: Any, inputs: tuple[Tensor, Tensor], key: str = key) -> None:
-                    means.add(key, *inputs)
+                def record(_: Any, inputs: tuple[Any, ...], key: str = key) -> None:
+                    means.add(key, *inputs[:2])
 
                 self._handles.append(module.register_forward_pre_hook(record))
         return means
