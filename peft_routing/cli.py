@@ -210,7 +210,7 @@ def export(
 ) -> None:
     """Write the experts of the routed adapter in ADAPTER back as LoRA directories, or their mixture as one.
 
-    PEFT, vLLM and llama.cpp read those without this package. Of the base model only the configuration is read.
+    PEFT reads those without this package. Of the base model only the configuration is read.
     """
     from peft_routing.loading import base_of, load_adapter_config, load_on_empty
 

@@ -44,7 +44,9 @@ class RoutedLoraConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "LoRA adapters by name, or a list of them: directories or repositories on the Hub."},
     )
-    router: str = field(default="arrow", metadata={"help": "Where the coefficients come from; see `peft-route -h`."})
+    router: str = field(
+        default="arrow", metadata={"help": "Where the coefficients come from; see `peft-route compose -h`."}
+    )
     top_k: int | None = field(
         default=None, metadata={"help": "Experts per token, or clusters. Default: all; 3 for arrow, as in PEFT."}
     )
@@ -76,7 +78,7 @@ class RoutedLoraConfig(PeftConfig):
         default=None, metadata={"help": "Of `mlp`: where all coefficients start. Default: 0.3 (WEMoE)."}
     )
     router_aux_loss_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the load-balancing loss, per module, in training."}
+        default=0.0, metadata={"help": "Weight of the load-balancing loss, averaged over modules, in training."}
     )
     layout: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "Written by composing: modules, and each expert's rank and scaling there."}

@@ -1,4 +1,4 @@
-"""The ways out of a routed adapter: ordinary LoRA directories, which PEFT, vLLM and llama.cpp read.
+"""The ways out of a routed adapter: ordinary LoRA directories, as PEFT itself saves them.
 
 Outputs appear whole or not at all, and nothing that exists is overwritten.
 """

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,26 +106,22 @@ class _Means:
         return {module: (total / self._counts[module]).tolist() for module, total in self._sums.items()}
 
 
-class _recorded:  # noqa: N801
+@contextmanager
+def _recorded(model: Any) -> Iterator[_Means]:
     """Watches every module's experts while it is open."""
+    means, handles = _Means(), []
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            key = name.removeprefix("base_model.model.").partition(".routed_lora_")[0]
 
-    def __init__(self, model: Any):
-        self._model = model
+            def record(_: Any, inputs: tuple[Any, ...], key: str = key) -> None:
+                means.add(key, *inputs[:2])
 
-    def __enter__(self) -> _Means:
-        means, self._handles = _Means(), []
-        for name, module in self._model.named_modules():
-            if isinstance(module, Experts):
-                key = name.removeprefix("base_model.model.").partition(".routed_lora_")[0]
-
-                def record(_: Any, inputs: tuple[Any, ...], key: str = key) -> None:
-                    means.add(key, *inputs[:2])
-
-                self._handles.append(module.register_forward_pre_hook(record))
-        return means
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self._handles:
+            handles.append(module.register_forward_pre_hook(record))
+    try:
+        yield means
+    finally:
+        for handle in handles:
             handle.remove()
 
 

@@ -20,8 +20,8 @@ from peft_routing.calls import coefficients
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.routers import Constant
 
-# Reading an expert for one token costs about so many times its share of reading all experts once for all tokens
-# (`benchmarks/routed_lora.py`, on a CPU).
+# Reading the chosen experts of each token pays where tokens times chosen is at most this small a part of all
+# experts: by a trial on a CPU at rank 16. At rank 4 both ways are about as fast there. Not measured on a GPU.
 _GATHERING = 16
 _CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

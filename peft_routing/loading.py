@@ -18,8 +18,9 @@ from peft_routing.config import RoutedLoraConfig
 
 def load_adapter_config(adapter: str) -> RoutedLoraConfig:
     """Of a routed adapter in a directory. `ClickException` if it is none."""
-    if not (Path(adapter) / CONFIG_NAME).is_file():
-        raise click.ClickException(f"{adapter} has no {CONFIG_NAME}: name a directory that `compose` wrote")
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (Path(adapter) / name).is_file():
+            raise click.ClickException(f"{adapter} has no {name}: name a directory that `compose` wrote")
     try:
         config = RoutedLoraConfig.from_pretrained(adapter)
     except (ValueError, TypeError, KeyError) as error:
@@ -56,8 +57,6 @@ def load_on_empty(adapter: str, config: RoutedLoraConfig, base: str, base_config
 
 
 def _put_on(model: nn.Module, adapter: str, config: RoutedLoraConfig, base: str, is_trainable: bool) -> Any:
-    if not (Path(adapter) / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise click.ClickException(f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}")
     try:
         return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=is_trainable)
     except (ValueError, RuntimeError, SafetensorError) as error:

@@ -184,9 +184,8 @@ def all_routers() -> dict[str, type[Router]]:
 
 def find_router(name: str) -> type[Router]:
     """`ValueError` if there is none of that name."""
-    routers = all_routers()
-    if name not in routers:
+    if name not in _ROUTERS and name not in all_routers():
         raise ValueError(
-            f"there is no router {name!r}; there are {', '.join(routers)}. One of your own must be imported first"
+            f"there is no router {name!r}; there are {', '.join(_ROUTERS)}. One of your own must be imported first"
         )
-    return routers[name]
+    return _ROUTERS[name]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_routing.prototypes import top_right_singular_vectors
-from peft_routing.routers import largest, wide
+from peft_routing.routers import wide
 from peft_routing.routers.linear import LinearRouter
 
 if TYPE_CHECKING:
@@ -52,11 +52,10 @@ class HierarchicalRouter(LinearRouter):
         return self.clusters if of == "cluster" else self.experts
 
     def coefficients(self, scores: Tensor) -> Tensor:
-        across = torch.softmax(largest(wide(scores) / self.temperature, self.k), dim=-1)
-        return across[..., self.cluster_of] * self._inside()
+        return self.load(scores)[..., self.cluster_of] * self._inside()
 
     def load(self, scores: Tensor) -> Tensor:
-        return torch.softmax(largest(wide(scores) / self.temperature, self.k), dim=-1)
+        return super().coefficients(scores)
 
     def _inside(self) -> Tensor:
         """(experts,): each expert's share of its cluster."""
