@@ -185,7 +185,6 @@ def all_routers() -> dict[str, type[Router]]:
 def find_router(name: str) -> type[Router]:
     """`ValueError` if there is none of that name."""
     if name not in _ROUTERS and name not in all_routers():
-        raise ValueError(
-            f"there is no router {name!r}; there are {', '.join(sorted(_ROUTERS))}. One of your own must be imported first"
-        )
+        known = ", ".join(sorted(_ROUTERS))
+        raise ValueError(f"there is no router {name!r}; there are {known}. One of your own must be imported first")
     return _ROUTERS[name]
