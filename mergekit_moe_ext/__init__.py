@@ -1,13 +1,15 @@
 """Merge methods for mergekit that build and merge mixtures of experts.
 
 Importing this package makes the methods known to mergekit (they are already where torch's autoload is
-on, which is the default): `mergekit.merge.run_merge` then takes them.
+on, which is the default): `mergekit.merge.run_merge` then takes them. It also makes the architectures of `modeling/`
+known to transformers, so that they load without `trust_remote_code`.
 
 >>> import mergekit_moe_ext
 >>> from mergekit.merge import run_merge
 """
 
 from _mergekit_moe_ext_autoload import activate
+from mergekit_moe_ext import modeling  # noqa: F401  (registers the architectures)
 
 __version__ = "0.1.0"
 __all__ = ["__version__"]

@@ -14,7 +14,7 @@ _TEMPLATE = """---
 {metadata}---
 # {name}
 
-A {architecture} with {num_experts} experts per layer, {experts_per_token} of them per token, merged with
+A {architecture} with {experts}, merged with
 [mergekit](https://github.com/arcee-ai/mergekit) and mergekit-moe-ext.
 
 ## Load it
@@ -22,17 +22,17 @@ A {architecture} with {num_experts} experts per layer, {experts_per_token} of th
 ```python
 from transformers import {auto_class}, AutoTokenizer
 
-model = {auto_class}.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}"{trust})
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 ## How it was made
 
-Method: {method}, shared parameters merged by {shared}{base}.
+Method: {method}{shared}.
 
 {sources}, in order:
 
-{experts}
+{listed}
 {notes}
 Seed {seed}; {versions}.
 
@@ -45,7 +45,7 @@ Seed {seed}; {versions}.
 def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
     """`README.md` and `mergekit_config.yml`, the names that mergekit uses."""
     hub_ids = [path.path for model in job.sources for path in (model.model, model.lora) if _on_hub(path)]
-    spec, shared = job.method.spec, job.shared.spec
+    spec = job.method.spec
     card = _TEMPLATE.format(
         metadata=yaml.safe_dump(
             {
@@ -57,13 +57,12 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
         name=directory.name,
         architecture=plan.config.architectures[0],
         auto_class="AutoModelForSeq2SeqLM" if plan.config.is_encoder_decoder else "AutoModelForCausalLM",
-        num_experts=plan.num_experts,
-        experts_per_token=plan.experts_per_token,
+        experts=experts_in_words(plan),
+        trust=", trust_remote_code=True" if hasattr(plan.config, "auto_map") else "",
         method=_with_reference(spec.pretty_name, spec.reference_url),
-        shared=_with_reference(shared.name, shared.reference_url),
-        base=f" with {_linked(job.base)} as base" if job.base else "",
+        shared=_merging(job) if plan.shared else "",
         sources="Experts" if len(job.experts) == plan.num_experts else "Sources",
-        experts="\n".join(f"{i}. {_linked(model)}" for i, model in enumerate(job.experts)),
+        listed="\n".join(f"{i}. {_linked(model)}" for i, model in enumerate(job.experts)),
         notes=f"\n{plan.notes}\n" if plan.notes else "",
         seed=job.seed,
         versions=", ".join(f"{name} {version(name)}" for name in _VERSIONS),
@@ -74,6 +73,19 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
 
 
 _VERSIONS = ("mergekit-moe-ext", "mergekit", "transformers", "torch")
+
+
+def experts_in_words(plan: Plan) -> str:
+    """How many experts there are, and how many of them are chosen."""
+    per_layer = " per layer" if plan.routed_per == "token" else ""
+    return f"{plan.num_experts} experts{per_layer}, {plan.experts_per_token} of them per {plan.routed_per}"
+
+
+def _merging(job: Job) -> str:
+    base = f" with {_linked(job.base)} as base" if job.base else ""
+    return (
+        f", shared parameters merged by {_with_reference(job.shared.spec.name, job.shared.spec.reference_url)}{base}"
+    )
 
 
 def _on_hub(path: ModelPath | None) -> bool:

@@ -44,6 +44,7 @@ def run_yaml(merge_options: MergeOptions, config_file: str, out_path: str) -> No
 @add_merge_options
 def plan(merge_options: MergeOptions, config_file: str, plot: Path | None) -> None:
     """Check a configuration and its models, and say what the merge would make, without merging."""
+    from mergekit_moe_ext.card import experts_in_words
     from mergekit_moe_ext.planner import merged_models, prepare, structural_method
     from mergekit_moe_ext.preflight import read_job
 
@@ -62,10 +63,7 @@ def plan(merge_options: MergeOptions, config_file: str, plot: Path | None) -> No
     models, base = merged_models(job)
     dtype = str(planned.dtype).removeprefix("torch.")
     click.echo(f"output    {planned.config.architectures[0]}, {dtype}, {planned.bytes / 1e9:.3f} GB")
-    click.echo(
-        f"experts   {planned.num_experts} per layer, {planned.experts_per_token} per token, "
-        f"{planned.config.num_hidden_layers} layers, from"
-    )
+    click.echo(f"experts   {experts_in_words(planned)}, {planned.config.num_hidden_layers} layers, from")
     for index, model in enumerate(job.experts):
         click.echo(f"          {index}. {model}")
     click.echo(

@@ -53,7 +53,7 @@ def initial_gates(
             LOG.warning("gate_mode is %s, so the prompts are not used; `gate_mode: hidden` uses them", mode)
         std = getattr(config, "initializer_range", 0.02)  # as transformers initialises
         return {
-            name: InitialGate(name=name, shape=shape, mode=mode, std=std, seed=job.seed, dtype=str(dtype))
+            name: RandomTensor(name=name, shape=shape, mode=mode, std=std, seed=job.seed, dtype=str(dtype))
             for name in names
         }
     if config.is_encoder_decoder and mode != "cheap_embed":
@@ -131,8 +131,8 @@ def _texts(prompts: list[str] | str | None, where: str) -> list[str]:
     return prompts or []
 
 
-class InitialGate(Task[torch.Tensor]):
-    """One layer's gate, of shape (experts, hidden).
+class RandomTensor(Task[torch.Tensor]):
+    """A gate, or another tensor that starts at random.
 
     It depends on the seed and its own name, not on when or where it is made. Drawn in float32 on the
     CPU, then cast.

@@ -14,6 +14,8 @@ from mergekit.architecture import WeightInfo
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from mergekit_moe_ext.modeling import ARCHITECTURES
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -35,7 +37,7 @@ class Manifest:
 
 def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """A model of the one class in `config.architectures`, without memory, and its state dict in hub layout."""
-    model_class = getattr(transformers, config.architectures[0], None)
+    model_class = ARCHITECTURES.get(config.architectures[0]) or getattr(transformers, config.architectures[0], None)
     if model_class is None:
         raise click.ClickException(f"{config.architectures[0]} is no architecture of transformers")
     with torch.device("meta"):

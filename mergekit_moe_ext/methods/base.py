@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import click
 import torch
@@ -93,6 +93,7 @@ class Plan:
     dtype: torch.dtype  # of what is computed and in general of all
     # Where the method decides how much each model counts in a shared parameter: its `weight`, by name. Else 1.
     weights: Mapping[str, Mapping[ModelReference, float]] = field(default_factory=dict)
+    routed_per: Literal["token", "sequence"] = "token"
     notes: str = ""  # Markdown, for the card and for `mergekit-moe-ext plan`
     draw: Callable[[Path], None] | None = None  # a figure, for `mergekit-moe-ext plan --plot`
 
