@@ -92,10 +92,11 @@ def task_vector_similarity(
       large matrices. Tensors that one of the two left as they were have no cosine, and are left out of the mean.
 
     Weights and biases count, norms do not, those inside attention included. A cosine with a task vector that is zero
-    is 0/0, and NaN here. Sums are in float64; one tensor of each model is in memory at a time.
+    is 0/0, and NaN here. Sums are in float64. Files are mapped and one tensor of each is read at a time, so that
+    memory does not grow with the number of layers.
 
     `ValueError` for other architectures and shapes, missing tensors, and decoder layers of which it cannot be told
-    what is attention and what is the FFN, as with mixtures of experts.
+    what is attention and what is the FFN, as in most mixtures of experts.
     """
     if len(models) < 2:
         raise ValueError(f"similarity takes two fine-tunes or more, not {len(models)}")
