@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
@@ -23,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from mergekit_moe_ext.manifest import Manifest
-from mergekit_moe_ext.methods.base import Job
+
+if TYPE_CHECKING:  # the methods import this module
+    from mergekit_moe_ext.methods.base import Job
 
 LOG = logging.getLogger(__name__)
 # Config keys that must agree for tensors of the sources to be merged with each other. The vocabulary
@@ -66,7 +69,7 @@ _UNREADABLE = (
     pickle.UnpicklingError,
 )
 # As safetensors and as torch name them.
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Headers:
         return max(set(names), key=names.count)
 
 
-def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
+def read_configs(job: "Job") -> dict[ModelReference, PretrainedConfig]:
     """The config of every source, in the order of `job.sources`."""
     return {model: _read_config(model, job.merge_options) for model in job.sources}
 
@@ -108,7 +111,7 @@ def _read_config(model: ModelReference, options: MergeOptions) -> PretrainedConf
     return config
 
 
-def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
+def check_same_size(job: "Job", configs: Mapping[ModelReference, PretrainedConfig]) -> None:
     """All sources must have the sizes of the donor. `ClickException` names the key that differs.
 
     Keys that change what a model computes, but not its sizes, are warned about.
@@ -130,7 +133,7 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
 
 
 def read_headers(
-    job: Job, configs: Mapping[ModelReference, PretrainedConfig], manifests: Mapping[ModelReference, Manifest]
+    job: "Job", configs: Mapping[ModelReference, PretrainedConfig], manifests: Mapping[ModelReference, Manifest]
 ) -> dict[ModelReference, Headers]:
     """The headers of every source, checked against what it must hold.
 
@@ -144,7 +147,7 @@ def read_headers(
         is_merged = merged is not None and _is_whole(merged)
         stored = ModelReference(model=ModelPath(path=str(merged)) if is_merged else model.model)
         config = stored.config(job.merge_options.trust_remote_code) if is_merged else configs[model]
-        headers[model] = _read_headers(stored, job.merge_options)
+        headers[model] = stored_headers(stored, job.merge_options)
         wanted = manifests[model]
         _check_headers(model, headers[model], config, wanted, vocabulary_may_differ)
         for name in wanted.tied & headers[model].shapes.keys():
@@ -152,14 +155,14 @@ def read_headers(
     return headers
 
 
-def output_dtype(job: Job, headers: Mapping[ModelReference, Headers]) -> torch.dtype:
+def output_dtype(job: "Job", headers: Mapping[ModelReference, Headers]) -> torch.dtype:
     """What the configuration says, or else what holds the values of all sources."""
     return job.dtype or functools.reduce(
         torch.promote_types, [getattr(torch, source.dtype) for source in headers.values()]
     )
 
 
-def _vocabulary_may_differ(job: Job) -> bool:
+def _vocabulary_may_differ(job: "Job") -> bool:
     options = (job.config.tokenizer, job.config.tokenizer_source, job.merge_options.unsafe_truncate_embeddings)
     return any(options)
 
@@ -178,7 +181,8 @@ def _check_really_tied(
         )
 
 
-def _read_headers(model: ModelReference, options: MergeOptions) -> Headers:
+def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
+    """What is in the files of a checkpoint. `ClickException` for one that is missing, damaged or incomplete."""
     try:
         index = model.tensor_index(cache_dir=options.transformers_cache)
     except _UNREADABLE as error:
@@ -204,7 +208,7 @@ def _shard_headers(index: ShardedTensorIndex, path: Path) -> Iterator[tuple[str,
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dictionary)
                 view = shard.get_slice(name)
-                yield name, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())
+                yield name, tuple(view.get_shape()), DTYPES.get(view.get_dtype(), view.get_dtype())
     else:
         tensors = torch.load(path, map_location="meta", weights_only=True)
         for name, tensor in tensors.items():
@@ -229,9 +233,9 @@ def _check_headers(
             raise click.ClickException(
                 f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture wants {shape}"
             )
-        if headers.dtypes[name] not in _DTYPES.values():
+        if headers.dtypes[name] not in DTYPES.values():
             raise click.ClickException(
-                f"{name} of {model} is {headers.dtypes[name]}; only {', '.join(_DTYPES.values())} can be merged"
+                f"{name} of {model} is {headers.dtypes[name]}; only {', '.join(DTYPES.values())} can be merged"
             )
     for name in headers.shapes:
         if name in wanted.shapes or name in tied_here or name.endswith(_NOT_PARAMETERS):
@@ -250,7 +254,7 @@ def merged_lora(model: ModelReference, options: MergeOptions) -> Path | None:
     return Path(options.lora_merge_cache, f"{model.model._unique_id()}_{model.lora._unique_id()}")
 
 
-def merge_loras(job: Job) -> None:
+def merge_loras(job: "Job") -> None:
     """Merge every LoRA source into mergekit's `--lora-merge-cache`, each whole or not at all.
 
     mergekit takes a directory that exists there for a finished one, so an interrupted merge would

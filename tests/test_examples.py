@@ -1,5 +1,6 @@
 """What the README, the docs and `examples/` show runs as it stands there."""
 
+import json
 import re
 import statistics
 import sys
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from peft import PeftModel, get_peft_model
 
 from mergekit_moe_ext.cli import main
+from mergekit_moe_ext.similarity import task_vector_similarity
 from peft_routing.cli import main as route
 from tests.conftest import run
 from tests.mergekit_moe_ext.test_calibration import make_moe, words, write
@@ -18,7 +20,7 @@ from tests.peft_routing.adapters import make_base, save_lora
 from tests.test_autoload import ROOT
 from tests.tokenizers import save_tokenizer
 
-SCRIPTS = ("demo", "mergeme_homogeneous", "caem_tasks", "tradeoffs_routers")
+SCRIPTS = ("demo", "mergeme_homogeneous", "caem_tasks", "tradeoffs_routers", "task_vector_similarity")
 
 
 def configurations():
@@ -162,3 +164,51 @@ def test_the_experiment_s_configurations_are_the_paper_s(mergeme):
     for row in ("Ties merging", "Dare merging"):
         parameters = mergeme.SHARED[row]["parameters"]
         assert parameters["density"] == 0.8 and parameters["lambda"] == pytest.approx(1 / 3)
+
+
+@pytest.fixture
+def similarity(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import task_vector_similarity
+
+    yield task_vector_similarity
+    sys.modules.pop("task_vector_similarity", None)
+
+
+def test_the_docs_command_for_task_vectors_runs(similarity, here):
+    docs = (ROOT / "docs" / "mergeme.md").read_text()
+    (command,) = re.findall(r"python examples/task_vector_similarity.py (.*)", docs)
+    result = CliRunner().invoke(similarity.main, [*command.split(), "--quiet"])
+    assert result.exit_code == 0, result.output
+    models = {name: str(here / name) for name in ("math", "code", "law")}
+    pairs = task_vector_similarity(here / "base", models)
+    rows = [line.split() for line in result.output.splitlines()[2:]]
+    columns = [column for pair in pairs for column in (pair.attention, pair.ffn)]
+    assert [row[0] for row in rows] == ["0", "1", "2", "mean"]
+    assert [row[1:] for row in rows[:3]] == [[f"{c:.3f}" for c in row] for row in zip(*columns, strict=True)]
+    assert rows[3][1:] == [f"{statistics.mean(column):.3f}" for column in columns]
+    written = json.loads((here / "similarity.json").read_text())
+    assert written["pairs"][1] == {
+        "first": "math",
+        "second": "law",
+        "attention": list(pairs[1].attention),
+        "ffn": list(pairs[1].ffn),
+    }
+    assert (here / "figure4.png").read_bytes().startswith(b"\x89PNG")
+    again = CliRunner().invoke(similarity.main, [*command.split(), "--quiet"])
+    assert again.exit_code == 1 and "similarity.json exists and is not overwritten" in again.output
+
+
+def test_untrained_layers_and_mistakes_in_the_script_for_task_vectors(similarity, here):
+    untrained = ["--base", "base", "--model", "a=base", "--model", "b=math", "--quiet"]
+    result = CliRunner().invoke(similarity.main, [*untrained, "-o", "nan.json", "--plot", "nan.png"])
+    assert result.exit_code == 0 and result.output.splitlines()[-1].split() == ["mean", "nan", "nan"], result.output
+    assert json.loads((here / "nan.json").read_text())["pairs"][0]["ffn"] == [None] * 3
+    for arguments, message in (
+        (["--model", "math"], "write NAME=DIR"),
+        (["--model", "a=math", "--model", "a=code"], "two models are called 'a'"),
+        (["--model", "a=math"], "two fine-tunes or more, not 1"),
+        (["--model", "a=math", "--model", "b=nowhere"], "there is no directory nowhere"),
+    ):
+        result = CliRunner().invoke(similarity.main, ["--base", "base", *arguments])
+        assert result.exit_code == 1 and message in result.output, result.output
