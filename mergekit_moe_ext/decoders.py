@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mergekit_moe_ext.layers import decoder_layers
 from mergekit_moe_ext.manifest import Manifest, hub_state, manifest_of
 from mergekit_moe_ext.methods.base import Job
 
@@ -35,8 +36,8 @@ class Decoder:
     head: Mapping[str, str]  # the same of the head; without a weight where that is the embedding's
     widths: tuple[int, int]  # of the embedding, and of what the head reads
     softcap: float | None
-    layers: str  # hub name of the list of decoder layers
-    ffns: tuple[str, ...]  # what the FFN of a decoder layer is called there
+    layers: str  # what the list of decoder layers is called
+    a_layer: nn.Module  # one of them, on the meta device
 
     @property
     def trunk(self) -> list[str]:
@@ -74,7 +75,10 @@ def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
     config.architectures = [name]
     network, state = hub_state(config)
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
-    layers, ffns = _layers(network)
+    try:
+        layers = decoder_layers(network)
+    except ValueError as error:
+        raise click.ClickException(f"{model} cannot be an expert of a sequence MoE: {error}") from error
     names = {id(tensor): hub_name for hub_name, tensor in reversed(state.items())}
     manifest = manifest_of(config)
     own = {key: names[id(parameter)] for key, parameter in head.named_parameters()}
@@ -85,8 +89,8 @@ def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
         head={key: hub_name for key, hub_name in own.items() if head.get_parameter(key) is not embedding.weight},
         widths=(embedding.embedding_dim, head.in_features),
         softcap=getattr(config, "final_logit_softcapping", None),
-        layers=layers,
-        ffns=ffns,
+        layers=next(iter(layers)).rpartition(".")[0],
+        a_layer=next(iter(layers.values())),
     )
 
 
@@ -115,18 +119,6 @@ def _causal_architectures() -> set[str]:
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         names |= {value} if isinstance(value, str) else set(value)
     return names
-
-
-def _layers(network: nn.Module) -> tuple[str, tuple[str, ...]]:
-    """The list of decoder layers, and what of a layer is the FFN, by the names of their classes."""
-    lists = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.ModuleList)]
-    name, layers = max(lists, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
-    children = dict(layers[0].named_children())
-    alike = ("mlp", "feedforward", "ffn")
-    ffns = [
-        child for child, module in children.items() if any(word in type(module).__name__.lower() for word in alike)
-    ]
-    return name, tuple(ffns)
 
 
 def special_token_ids(job: Job, donor: PretrainedConfig) -> list[int]:

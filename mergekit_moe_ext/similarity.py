@@ -5,7 +5,7 @@ prints and draws what is measured here.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from mergekit.options import MergeOptions
 from torch import nn
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from _mergekit_moe_ext_common.loading import load_config
 from _mergekit_moe_ext_common.options import Reading as ModelReading
+from mergekit_moe_ext.layers import attention_and_ffn, decoder_layers, is_norm
 from mergekit_moe_ext.manifest import hub_state
 from mergekit_moe_ext.sources import DTYPES, Headers, stored_headers
 
@@ -151,71 +151,29 @@ def _normalised(products: torch.Tensor) -> torch.Tensor:
 
 
 def _layers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> list[_Layer]:
-    """The decoder layers are what transformers can checkpoint the activations of."""
-    architecture = type(model).__name__
-    decoder = model.get_decoder()
-    found = {
-        name: module
-        for name, module in (decoder.named_modules() if decoder is not None else ())
-        if isinstance(module, GradientCheckpointingLayer)
-    }
-    stacks = {name.rpartition(".")[0] for name in found}
-    if len(stacks) != 1:
-        raise ValueError(f"{architecture} has {len(stacks)} stacks of decoder layers, not one")
     hub_names = {id(tensor): name for name, tensor in state.items()}
     layers = []
-    for name, module in found.items():
+    for name, module in decoder_layers(model).items():
         try:
-            parts = {kind: _tensors(modules, hub_names) for kind, modules in _attention_and_ffn(module).items()}
+            attention, ffn = (_tensors(part.values(), hub_names) for part in attention_and_ffn(module))
         except ValueError as error:
-            raise ValueError(f"layer {name} of {architecture}: {error}") from error
-        layers.append(_Layer(**parts))
+            raise ValueError(f"layer {name} of {type(model).__name__}: {error}") from error
+        layers.append(_Layer(attention, ffn))
     return layers
 
 
-def _attention_and_ffn(layer: nn.Module) -> dict[str, list[nn.Module]]:
-    """The parts of a layer by the names of their classes, which transformers writes alike for all architectures."""
-    parts: dict[str, list[nn.Module]] = {"attention": [], "ffn": []}
-    linear = []
-    if any(True for _ in layer.parameters(recurse=False)):
-        raise ValueError("it has parameters of its own, which are neither attention nor FFN")
-    for name, module in layer.named_children():
-        kind = type(module).__name__
-        if not any(True for _ in module.parameters()):
-            continue
-        if "Attention" in kind:
-            parts["attention"].append(module)
-        elif "MLP" in kind or "FeedForward" in kind:
-            parts["ffn"].append(module)
-        elif isinstance(module, nn.Linear):
-            linear.append(module)
-        elif not _is_norm(module):
-            raise ValueError(f"{name} ({kind}) is neither attention nor FFN nor norm")
-    if linear and parts["ffn"]:
-        raise ValueError("it has linear layers that belong neither to attention nor to the FFN")
-    parts["ffn"] += linear  # OPT's FFN is no module of its own
-    for kind, modules in parts.items():
-        if not modules:
-            raise ValueError(f"it has no {'attention' if kind == 'attention' else 'FFN'}")
-    return parts
-
-
-def _tensors(modules: list[nn.Module], hub_names: Mapping[int, str]) -> dict[str, tuple[int, ...]]:
+def _tensors(modules: Iterable[nn.Module], hub_names: Mapping[int, str]) -> dict[str, tuple[int, ...]]:
     """Hub names and shapes of their parameters, norms left out."""
     tensors = {}
     for module in modules:
         for part in module.modules():
-            if _is_norm(part):
+            if is_norm(part):
                 continue
             for name, parameter in part.named_parameters(recurse=False):
                 if id(parameter) not in hub_names:
                     raise ValueError(f"{name} of {type(part).__name__} is stored in another form than it is used")
                 tensors[hub_names[id(parameter)]] = tuple(parameter.shape)
     return tensors
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__
 
 
 def _open(path: str | Path, prefix: str) -> _Checkpoint:

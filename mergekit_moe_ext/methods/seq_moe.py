@@ -13,6 +13,7 @@ from mergekit.common import ModelReference
 from pydantic import Field
 
 from mergekit_moe_ext.decoders import Decoder, read_decoders
+from mergekit_moe_ext.layers import attention_and_ffn
 from mergekit_moe_ext.methods.base import Job, Plan, StructuralMethod
 from mergekit_moe_ext.methods.sequence import SequenceOptions, learned_router, sequence_config
 from mergekit_moe_ext.sources import check_same_size, output_dtype, read_configs, read_headers
@@ -124,18 +125,19 @@ def _base_expert(job: Job) -> int:
 
 def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
     """What experts share of their decoders, as patterns of parameters' names."""
-    layers = re.escape(donor.layers)
-    own = []
+    layers, patterns = re.escape(donor.layers), []
     if options.attention == "merged":
-        if not donor.ffns:
+        try:
+            _, ffn = attention_and_ffn(donor.a_layer)
+        except ValueError as error:
             raise click.ClickException(
-                f"attention: merged keeps the FFNs of a layer apart, and in {donor.config.architectures[0]} they are "
-                "no module of their own; take attention: separate"
-            )
-        own = [rf"{layers}\.\d+\.(?:{'|'.join(map(re.escape, donor.ffns))})\."]
-    elif options.embedding == "merged":
-        own = [rf"{layers}\.\d+\."]
-    return [f"^(?!{pattern})" for pattern in own]
+                f"attention: merged keeps the FFNs apart, which a layer of {donor.config.architectures[0]} does not "
+                f"allow: {error}; take attention: separate"
+            ) from error
+        patterns.append(rf"^{layers}\.\d+\.(?!(?:{'|'.join(map(re.escape, ffn))})\.)")
+    if options.embedding == "merged":
+        patterns.append(rf"^(?!{layers}\.\d+\.)")
+    return patterns
 
 
 SEQ_MOE = SeqMoe(
