@@ -228,6 +228,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             return self.lm_head
         return self.experts[self.config.base_expert].lm_head
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Embeddings and heads that were taken out of a decoder start as that decoder says (Gemma's scale, say)."""
+        for expert in self.experts:
+            if module in (getattr(expert, "embed_tokens", None), getattr(expert, "lm_head", None)):
+                expert.trunk._init_weights(module)
+                return
+        super()._init_weights(module)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("a sequence MoE keeps its vocabulary: change that of the sources, and merge again")
 
