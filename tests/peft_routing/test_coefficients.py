@@ -214,8 +214,9 @@ def test_they_get_a_gradient_through_checkpoints_too(experts, router, reentrant)
     assert gradients[0].abs().min() > 0
 
 
-def test_a_compiled_model_takes_them(experts):
-    model = routed(experts, router="arrow")
+def test_a_compiled_model_takes_them(tmp_path):
+    paths = save_experts(tmp_path, base=make_base(num_hidden_layers=1), target_modules=["down_proj"])
+    model = routed(paths, make_base(num_hidden_layers=1), router="arrow")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for given in (contextlib.nullcontext(), given_coefficients(EACH), contextlib.nullcontext()):
         with given:
