@@ -6,10 +6,11 @@ Positions inside the prefix depend on one another, so labels there are left out 
 generate (an encoder, a classifier, a vision model) is routed by the whole input.
 """
 
-import functools
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,10 +163,10 @@ def watch(model: Any) -> list[Any]:
     """Follow the model's forward passes; returns the hooks' handles. The hooks have no state: copies keep working.
 
     Its `generate` then takes `coefficients=`, of which transformers' own would say that the model does not use it. It
-    is a plain attribute, since a plain `PeftModel` calls the model's without asking the tuner.
+    is an attribute of the model, since a plain `PeftModel` calls the model's without asking the tuner.
     """
     if hasattr(model, "generate"):
-        model.generate = functools.partial(_generate, model.generate)
+        model.generate = _Generate(model)
     return [
         model.register_forward_pre_hook(_enter, with_kwargs=True),
         model.register_forward_hook(_leave, with_kwargs=True, always_call=True),
@@ -176,22 +177,33 @@ def unwatch(model: Any, handles: Sequence[Any]) -> None:
     """Leave nothing of ours on the model."""
     for handle in handles:
         handle.remove()
-    while getattr(vars(model).get("generate"), "func", None) is _generate:
-        before = model.generate.args[0]
+    while isinstance(ours := vars(model).get("generate"), _Generate):
         del model.generate
-        if before != model.generate:  # it was not the class's
-            model.generate = before
+        if ours.before is not None:
+            model.generate = ours.before
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(function, _InCall):
             module._gradient_checkpointing_func = function.checkpoint
 
 
-def _generate(generate: Callable, *args: Any, coefficients: Tensor | None = None, **kwargs: Any) -> Any:
-    if coefficients is None:
-        return generate(*args, **kwargs)
-    with given.given_coefficients(coefficients):
-        return generate(*args, **kwargs)
+class _Generate:
+    """A model's `generate`, with `coefficients=`. Without a cycle, so that a model that is let go is freed at once."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model)
+        self.before = vars(model).get("generate")  # where it was not the class's
+
+    def __reduce__(self) -> Any:
+        return _Generate, (self.model(),), {"before": self.before}
+
+    def __call__(self, *args: Any, coefficients: Tensor | None = None, **kwargs: Any) -> Any:
+        model: Any = self.model()
+        generate = self.before or partial(type(model).generate, model)
+        if coefficients is None:
+            return generate(*args, **kwargs)
+        with given.given_coefficients(coefficients):
+            return generate(*args, **kwargs)
 
 
 def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:

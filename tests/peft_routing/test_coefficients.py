@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -116,6 +118,18 @@ def test_all_the_ways_to_call_agree(experts, tmp_path):
                 assert torch.equal(model(IDS.flip(0)).logits, expected.flip(0))
             assert torch.equal(model(IDS.flip(0), coefficients=EACH.flip(0)).logits, expected.flip(0))
             assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_model_that_is_let_go_is_freed_at_once(experts):
+    model = routed(experts, router="arrow")
+    seen = weakref.ref(model.get_base_model())
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def pickled(model):
@@ -365,6 +379,7 @@ def test_merged_weights_are_refused_and_the_base_model_is_left_alone(experts):
         with pytest.raises(ValueError, match="'default' is merged"):
             call(input_ids=IDS, coefficients=ONE)
     model.unmerge_adapter()
+    get_peft_model(model.get_base_model(), RoutedLoraConfig(experts=experts, router="arrow"))
     unloaded = model.unload()
     assert "generate" not in vars(unloaded)
     with pytest.raises(ValueError, match="not used by the model"):
