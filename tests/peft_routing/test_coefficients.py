@@ -86,6 +86,14 @@ def test_one_set_is_the_fixed_router(experts, router):
     assert not torch.allclose(before, reference(input_ids=IDS).logits, atol=1e-2)
 
 
+def test_a_top_k_of_the_router_is_none_of_theirs(experts):
+    """Of many experts, few tokens: only the chosen ones would be read."""
+    many, weights = list(experts.values()) * 6, torch.linspace(-0.5, 1, 18)
+    model, token = routed(many, router="arrow", top_k=1), IDS[:1, :1]
+    expected = fixed(many, weights)(input_ids=token).logits
+    assert torch.equal(model(input_ids=token, coefficients=weights).logits, expected)
+
+
 @pytest.mark.parametrize("router", ["arrow", "low_rank", "sequence"])
 @pytest.mark.parametrize("cached", [True, False])
 def test_each_sequence_has_its_own(experts, router, cached):
