@@ -145,14 +145,16 @@ class RoutedLoraLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device alone: experts keep the dtype that they were saved in, routers are float32."""
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        base = self.get_base_layer()
+        device = device or next((t.device for t in (*base.parameters(), *base.buffers())), None)
         for adapters in (self.routed_lora_experts, self.routed_lora_router):
             if adapter_name in adapters and device is not None and device.type != "meta":
                 module = adapters[adapter_name]
                 if not any(p.is_meta for p in module.parameters()):
                     module.to(device)
 
-    def check_mergeable(self, adapter: str) -> None:
+    def check_constant(self, adapter: str) -> None:
+        """`ValueError` if the update depends on the input."""
         router = self.router_of(adapter)
         if router.depends_on_input:
             raise ValueError(
@@ -160,16 +162,27 @@ class RoutedLoraLayer(BaseTunerLayer):
                 "input, and a weight does not. Keep it as an adapter, or use uniform, fixed, global or layer"
             )
 
+    def check_mergeable(self, adapter: str) -> None:
+        """`ValueError` if there is no one update, or no plain weight to add it to."""
+        self.check_constant(adapter)
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)  # GPTQ and AWQ have none; torchao's says that it is floating-point
+        if weight is None or type(weight.data) is not Tensor or weight.dtype not in _CAN_BE_ADDED_TO:
+            raise ValueError(
+                f"adapter {adapter!r} cannot be merged: {self.key} is a {type(base).__name__} without a plain weight, "
+                "as quantised ones are. Keep it as an adapter, or merge it into the base model as it was before"
+            )
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """In the shape of the base layer's weight. `ValueError` if it depends on the input."""
-        self.check_mergeable(adapter)
+        self.check_constant(adapter)
         experts = self.experts_of(adapter)
         delta = experts.delta_weight(self.router_of(adapter)(experts.A))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
 
 class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
-    """`nn.Linear` or `Conv1D`."""
+    """`nn.Linear`, `Conv1D`, or what a quantised model has in their place."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: RoutedLoraConfig, key: str, router: nn.Module
@@ -182,10 +195,10 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the update to the base weight. `ValueError` if it depends on the input, before anything is changed."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.routed_lora_experts]
+        for name in names:
+            self.check_mergeable(name)
         deltas = {name: self.get_delta_weight(name) for name in names}
         weight = self.get_base_layer().weight
-        if names and weight.dtype not in _CAN_BE_ADDED_TO:
-            raise ValueError(f"{self.key} holds {weight.dtype}: updates cannot be merged into quantised weights")
         for name, delta in deltas.items():
             merged = weight.data + delta.to(weight.device)
             if safe_merge and not merged.isfinite().all():

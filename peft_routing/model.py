@@ -90,9 +90,9 @@ class RoutedLoraModel(BaseTuner):
         the input.
         """
         adapter_name, config, _ = self._taken_out(adapter_name)
-        self._check_mergeable([adapter_name])
         factors = {}
         for layer in self._layers(adapter_name):
+            layer.check_constant(adapter_name)
             experts = layer.experts_of(adapter_name)
             factors[layer.key] = experts.merged_factors(layer.router_of(adapter_name)(experts.A))
         error = 0.0
