@@ -104,6 +104,17 @@ class Experts(nn.Module):
         return b @ a
 
 
+def with_general(coefficients: Tensor, general: int) -> Tensor:
+    """(…, experts) to (…, experts + general): the general experts', so that their mean update is subtracted.
+
+    sum of c_i (U_i - mean of G_j) is sum of c_i U_i - sum of (sum of c_i / general) G_j.
+    """
+    if not general:
+        return coefficients
+    of_each = -coefficients.sum(dim=-1, keepdim=True) / general
+    return torch.cat([coefficients, of_each.expand(*of_each.shape[:-1], general)], dim=-1)
+
+
 def _low_rank(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
     """A_j x of the experts (…, experts, rank) to what B is to be applied to: (sum c_i s_i B_i) (sum c_j A_j x)."""
     mixed = (z * coefficients.to(z.dtype)[..., None]).sum(dim=-2, keepdim=True)
@@ -154,13 +165,19 @@ class RoutedLoraLayer(BaseTunerLayer):
                     module.to(device)
 
     def check_constant(self, adapter: str) -> None:
-        """`ValueError` if the update depends on the input."""
+        """`ValueError` if coefficients depend on the input."""
         router = self.router_of(adapter)
         if router.depends_on_input:
             raise ValueError(
                 f"adapter {adapter!r} cannot be merged: the coefficients of router={router.name!r} depend on the "
                 "input, and a weight does not. Keep it as an adapter, or use uniform, fixed, global or layer"
             )
+
+    def constant_coefficients(self, adapter: str) -> Tensor:
+        """(experts,), the general ones included. `ValueError` if they depend on the input."""
+        self.check_constant(adapter)
+        experts = self.experts_of(adapter)
+        return with_general(self.router_of(adapter)(experts.A), experts.site.general)
 
     def check_mergeable(self, adapter: str) -> None:
         """`ValueError` if there is no one update, or no plain weight to add it to."""
@@ -175,9 +192,7 @@ class RoutedLoraLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """In the shape of the base layer's weight. `ValueError` if it depends on the input."""
-        self.check_constant(adapter)
-        experts = self.experts_of(adapter)
-        delta = experts.delta_weight(self.router_of(adapter)(experts.A))
+        delta = self.experts_of(adapter).delta_weight(self.constant_coefficients(adapter))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
 
@@ -227,8 +242,10 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         experts = self.experts_of(name)
-        weights = coefficients(self.router_of(name), x, name, self)
-        return experts(self._cast_input_dtype(x, experts.A.dtype), weights, self.router_of(name).kept)
+        general, kept = experts.site.general, self.router_of(name).kept
+        weights = with_general(coefficients(self.router_of(name), x, name, self), general)
+        kept = None if kept is None else kept + general
+        return experts(self._cast_input_dtype(x, experts.A.dtype), weights, kept)
 
     def __repr__(self) -> str:
         return "routed_lora." + super().__repr__()
