@@ -184,7 +184,7 @@ class RoutedLoraLayer(BaseTunerLayer):
         self.check_constant(adapter)
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)  # GPTQ and AWQ have none; torchao's says that it is floating-point
-        if weight is None or type(weight.data) is not Tensor or weight.dtype not in _CAN_BE_ADDED_TO:
+        if type(weight) is not nn.Parameter or weight.dtype not in _CAN_BE_ADDED_TO:
             raise ValueError(
                 f"adapter {adapter!r} cannot be merged: {self.key} is a {type(base).__name__} without a plain weight, "
                 "as quantised ones are. Keep it as an adapter, or merge it into the base model as it was before"
