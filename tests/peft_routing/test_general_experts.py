@@ -1,5 +1,7 @@
 """General experts (GenKnowSub): their mean update is subtracted from each expert's, update by update."""
 
+import copy
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -7,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch.nn import functional
 
 from peft_routing import RoutedLoraConfig
+from peft_routing.choosers import perplexity, task_vector
 from peft_routing.cli import main
 from peft_routing.config import Site
 from peft_routing.layer import Experts, RoutedLoraLinear, with_general
@@ -243,3 +246,27 @@ def test_from_the_shell(experts, general, tmp_path, monkeypatch):
         main, ["compose", "base", *named, *subtract, f"--general-expert={experts['law']}", "-o", "x"]
     )
     assert "--general-expert: name all experts, or none" in done.output
+
+
+@pytest.mark.parametrize("choose", [perplexity, task_vector])
+def test_choosers_see_what_is_left_of_an_expert(experts, general, choose):
+    ids = torch.tensor([[5, 17, 40, 8, 8, 61, 2, 33, 90]])
+    model, base = routed(experts, general), make_base().double()
+    expected = {name: updates for name, updates in subtracted(experts, general).items() if name in layers(model)}
+    weights = {name: base.get_submodule(name).weight for name in expected}
+    values = []
+    if choose is task_vector:
+        gradients = torch.autograd.grad(base(input_ids=ids, labels=ids).loss, list(weights.values()))
+        gradient = torch.cat([part.flatten() for part in gradients])
+        for i in range(len(experts)):
+            update = torch.cat([updates[i].double().flatten() for updates in expected.values()])
+            values.append(-functional.cosine_similarity(gradient, update, dim=0))
+    for i in range(len(experts) if choose is perplexity else 0):
+        one = copy.deepcopy(base)
+        with torch.no_grad():
+            for name, updates in expected.items():
+                one.get_submodule(name).weight += updates[i].double()
+            values.append(torch.exp(-one(input_ids=ids, labels=ids).loss))
+    chosen = choose(model, ids)
+    assert torch.allclose(chosen[0].double(), torch.softmax(torch.stack(values).detach().double(), dim=0), atol=1e-6)
+    assert chosen[0].max() - chosen[0].min() > 1e-4
