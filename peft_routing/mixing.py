@@ -1,0 +1,122 @@
+"""The update of a module's experts, three ways: the same result at different costs.
+
+All take x (…, in), all experts' A below each other (R, in) and B transposed the same way (R, out), so that an
+expert's factors are contiguous, R being the sum of ranks. `weigh` puts the coefficients on what lies between A and B.
+No tensor of (tokens, experts, out) is made, and what a backward pass needs grows with ranks, not with in or out.
+
+`dense`    every token with every expert: two products as of one LoRA of rank R. Any ranks.
+`gathered` copies the factors of each token's experts: few tokens, as in decoding.
+`grouped`  copies each token to its experts: many tokens that choose few of many experts.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Mixing = Literal["full", "low_rank"]
+Way = Literal["dense", "gathered", "grouped"]
+Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Milliseconds per unit of `work`, as `python benchmarks/routed_lora_rule.py` found them on a CPU of two cores.
+COSTS: dict[Way, tuple[float, ...]] = {
+    "dense": (0.05, 0.06, 0.006),
+    "gathered": (0.12, 0.4),
+    "grouped": (0.2, 2.0, 0.3, 0.5, 0.02),
+}
+HAS_GROUPED_MM = hasattr(functional, "grouped_mm")  # torch 2.10
+
+
+def full(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
+    """For the sum of c_i s_i B_i A_i x: z_i (…, experts, rank) times c_i s_i."""
+    return z * scaled.to(z.dtype)[..., None]
+
+
+def low_rank(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
+    """For (sum of c_i s_i B_i) (sum of c_j A_j) x: the same mixture for every expert, times c_i s_i."""
+    mixed = (z * coefficients.to(z.dtype)[..., None]).sum(dim=-2, keepdim=True)
+    return mixed * scaled.to(z.dtype)[..., None]
+
+
+def dense(x: Tensor, a: Tensor, b: Tensor, coefficients: Tensor, scaled: Tensor, weigh: Weigh) -> Tensor:
+    z = functional.linear(x, a).unflatten(-1, (scaled.shape[-1], -1))
+    return weigh(z, coefficients, scaled).flatten(-2) @ b
+
+
+def dense_of_mixed_ranks(x: Tensor, a: Tensor, b: Tensor, scaled: Tensor, owners: Tensor) -> Tensor:
+    """`full` where expert `owners[i]` has row i of A and B."""
+    z = functional.linear(x, a)
+    return (z * scaled.to(z.dtype)[..., owners]) @ b
+
+
+def gathered(x: Tensor, a: Tensor, b: Tensor, coefficients: Tensor, scaled: Tensor, weigh: Weigh, k: int) -> Tensor:
+    """At most k coefficients of a token are not 0."""
+    rank = len(a) // scaled.shape[-1]
+    coefficients, scaled, chosen = _chosen(x, coefficients, scaled, k)
+    rows = (chosen[..., None] * rank + torch.arange(rank, device=x.device)).flatten(1)  # (tokens, k * rank)
+    tokens = len(rows)
+    a, b = (factor.index_select(0, rows.flatten()).unflatten(0, (tokens, k * rank)) for factor in (a, b))
+    z = (a @ x.reshape(tokens, -1, 1)).view(tokens, k, rank)
+    z = weigh(z, coefficients, scaled).reshape(tokens, 1, k * rank)
+    return (z @ b).view(*x.shape[:-1], b.shape[-1])
+
+
+def grouped(x: Tensor, a: Tensor, b: Tensor, coefficients: Tensor, scaled: Tensor, weigh: Weigh, k: int) -> Tensor:
+    """At most k coefficients of a token are not 0. `can_be_grouped` says what it takes."""
+    count = scaled.shape[-1]
+    coefficients, scaled, chosen = _chosen(x, coefficients, scaled, k)
+    experts, order = chosen.flatten().sort(stable=True)  # pairs of token and expert, by expert
+    ends = torch.searchsorted(experts, torch.arange(count, device=x.device), right=True, out_int32=True)
+    tokens = order // k
+    a, b = a.unflatten(0, (count, -1)), b.unflatten(0, (count, -1))
+    z = functional.grouped_mm(x.reshape(-1, x.shape[-1]).index_select(0, tokens), a.mT, offs=ends)
+    z = z.index_select(0, order.argsort()).view(-1, k, a.shape[1])  # (tokens, k, rank)
+    z = weigh(z, coefficients, scaled).flatten(0, 1).index_select(0, order)
+    update = functional.grouped_mm(z, b, offs=ends)
+    flat = update.new_zeros(len(chosen), b.shape[-1]).index_add(0, tokens, update)
+    return flat.view(*x.shape[:-1], b.shape[-1])
+
+
+def cheapest(x: Tensor, a: Tensor, b: Tensor, experts: int, k: int) -> Way:
+    """Of the three by the estimate of `work`, for experts of one rank."""
+    tokens, rank = math.prod(x.shape[:-1]), len(a) // experts
+    estimates = work(tokens, experts, rank, k, a.shape[1] + b.shape[1])
+    if not can_be_grouped(x, a, b, rank):
+        del estimates["grouped"]
+    return min(estimates, key=lambda way: sum(map(operator.mul, COSTS[way], estimates[way])))
+
+
+def work(tokens: int, experts: int, rank: int, k: int, width: int) -> dict[Way, tuple[float, ...]]:
+    """What each way takes: a call, and millions of numbers read, copied or multiplied; `width` is in + out."""
+    million = width / 1e6
+    return {
+        "dense": (1, million * experts * rank, million * tokens * experts * rank),
+        "gathered": (1, million * tokens * k * rank),
+        "grouped": (
+            1,
+            experts / 1e3,
+            million * min(experts, tokens * k) * rank,
+            million * tokens * k,
+            million * tokens * k * rank,
+        ),
+    }
+
+
+def can_be_grouped(x: Tensor, a: Tensor, b: Tensor, rank: int) -> bool:
+    """What torch's grouped product takes, where it was measured: on a GPU it was not."""
+    sizes = (size * x.element_size() for size in (rank, a.shape[1], b.shape[1]))
+    return HAS_GROUPED_MM and x.device.type == "cpu" and x.dtype != torch.float64 and not any(s % 16 for s in sizes)
+
+
+def _chosen(x: Tensor, coefficients: Tensor, scaled: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token the k coefficients that can differ from 0, scaled too, and whose they are: (tokens, k) each."""
+    count = scaled.shape[-1]
+    coefficients, scaled = (c.expand(*x.shape[:-1], count).reshape(-1, count) for c in (coefficients, scaled))
+    chosen = coefficients.abs().topk(k, dim=-1).indices
+    return coefficients.gather(-1, chosen), scaled.gather(-1, chosen), chosen
+
+
+WAYS = {"gathered": gathered, "grouped": grouped}
