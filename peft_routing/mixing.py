@@ -12,7 +12,7 @@ No tensor of (tokens, experts, out) is made, and what a backward pass needs grow
 import math
 import operator
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ Way = Literal["dense", "gathered", "grouped"]
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Milliseconds per unit of `work`, as `python benchmarks/routed_lora_rule.py` found them on a CPU of two cores.
 COSTS: dict[Way, tuple[float, ...]] = {
-    "dense": (0.05, 0.06, 0.006),
-    "gathered": (0.12, 0.4),
-    "grouped": (0.2, 2.0, 0.3, 0.5, 0.02),
+    "dense": (0.033, 0.18, 0.016),
+    "gathered": (0.11, 0.85),
+    "grouped": (0.14, 2.9, 0.21, 1.1, 0.04),
 }
 HAS_GROUPED_MM = hasattr(functional, "grouped_mm")  # torch 2.10
 
@@ -59,7 +59,7 @@ def gathered(x: Tensor, a: Tensor, b: Tensor, coefficients: Tensor, scaled: Tens
     rows = (chosen[..., None] * rank + torch.arange(rank, device=x.device)).flatten(1)  # (tokens, k * rank)
     tokens = len(rows)
     a, b = (factor.index_select(0, rows.flatten()).unflatten(0, (tokens, k * rank)) for factor in (a, b))
-    z = (a @ x.reshape(tokens, -1, 1)).view(tokens, k, rank)
+    z = (a @ x.reshape(tokens, x.shape[-1], 1)).view(tokens, k, rank)
     z = weigh(z, coefficients, scaled).reshape(tokens, 1, k * rank)
     return (z @ b).view(*x.shape[:-1], b.shape[-1])
 
@@ -76,17 +76,30 @@ def grouped(x: Tensor, a: Tensor, b: Tensor, coefficients: Tensor, scaled: Tenso
     z = z.index_select(0, order.argsort()).view(-1, k, a.shape[1])  # (tokens, k, rank)
     z = weigh(z, coefficients, scaled).flatten(0, 1).index_select(0, order)
     update = functional.grouped_mm(z, b, offs=ends)
-    flat = update.new_zeros(len(chosen), b.shape[-1]).index_add(0, tokens, update)
-    return flat.view(*x.shape[:-1], b.shape[-1])
+    return _PerToken.apply(update, tokens, len(chosen)).view(*x.shape[:-1], b.shape[-1])
+
+
+class _PerToken(torch.autograd.Function):
+    """The sum of each token's rows (pairs, out), as by index_add, which would keep them all for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, update: Tensor, tokens: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return update.new_zeros(count, update.shape[-1]).index_add_(0, tokens, update)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def cheapest(x: Tensor, a: Tensor, b: Tensor, experts: int, k: int) -> Way:
     """Of the three by the estimate of `work`, for experts of one rank."""
     tokens, rank = math.prod(x.shape[:-1]), len(a) // experts
-    estimates = work(tokens, experts, rank, k, a.shape[1] + b.shape[1])
-    if not can_be_grouped(x, a, b, rank):
-        del estimates["grouped"]
-    return min(estimates, key=lambda way: sum(map(operator.mul, COSTS[way], estimates[way])))
+    units = work(tokens, experts, rank, k, a.shape[1] + b.shape[1])
+    costs = {way: sum(map(operator.mul, COSTS[way], units[way])) for way in COSTS}
+    if costs["grouped"] < min(costs["dense"], costs["gathered"]) and can_be_grouped(x, a, b, rank):
+        return "grouped"
+    return "gathered" if costs["gathered"] < costs["dense"] else "dense"
 
 
 def work(tokens: int, experts: int, rank: int, k: int, width: int) -> dict[Way, tuple[float, ...]]:
@@ -106,9 +119,13 @@ def work(tokens: int, experts: int, rank: int, k: int, width: int) -> dict[Way, 
 
 
 def can_be_grouped(x: Tensor, a: Tensor, b: Tensor, rank: int) -> bool:
-    """What torch's grouped product takes, where it was measured: on a GPU it was not."""
+    """What torch's grouped product takes: rows of multiples of 16 bytes, and compiled bfloat16 alone.
+
+    On a GPU it was not measured, and is not used.
+    """
+    known = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.float32, torch.bfloat16, torch.float16)
     sizes = (size * x.element_size() for size in (rank, a.shape[1], b.shape[1]))
-    return HAS_GROUPED_MM and x.device.type == "cpu" and x.dtype != torch.float64 and not any(s % 16 for s in sizes)
+    return HAS_GROUPED_MM and x.device.type == "cpu" and x.dtype in known and not any(size % 16 for size in sizes)
 
 
 def _chosen(x: Tensor, coefficients: Tensor, scaled: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
