@@ -10,8 +10,7 @@ times with the least mean squared relative error.
 """
 
 import itertools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from measuring import best_in_turn
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -38,8 +38,9 @@ class Case:
     def __str__(self) -> str:
         return f"{self.sizes[0]:>5} x {self.sizes[1]:<4} {self.experts:>4} {self.rank:>3} {self.k:>2} {self.tokens:>6}"
 
-    def work(self) -> dict[mixing.Way, tuple[float, ...]]:
-        return mixing.work(self.tokens, self.experts, self.rank, self.k, sum(self.sizes))
+    def work(self) -> dict[mixing.Way, Sequence[float]]:
+        units = mixing.work(self.tokens, self.experts, self.rank, self.k, sum(self.sizes))
+        return dict(zip(mixing.COSTS, units, strict=True))
 
     def ways(self, dtype: torch.dtype) -> tuple[dict[mixing.Way, Callable[[], Tensor]], mixing.Way]:
         """Those that can be gone, and the one that the rule chooses."""
@@ -55,19 +56,6 @@ class Case:
         if mixing.can_be_grouped(x, a, b, self.rank):
             ways["grouped"] = partial(mixing.grouped, *given, self.k)
         return ways, mixing.cheapest(x, a, b, self.experts, self.k)
-
-
-def best_of_each(works: Mapping[Any, Callable[[], object]], seconds: float) -> dict[Any, float]:
-    """Milliseconds of each, run in turn for about so many seconds and at least three rounds."""
-    best = dict.fromkeys(works, float("inf"))
-    end, rounds = time.thread_time() + seconds, 0
-    while rounds < 3 or (time.thread_time() < end and rounds < 50):
-        for name, work in works.items():
-            started = time.thread_time()
-            work()
-            best[name] = min(best[name], (time.thread_time() - started) * 1e3)
-        rounds += 1
-    return best
 
 
 def forward(way: Callable[[], Tensor]) -> None:
@@ -104,7 +92,7 @@ def main(
             case = Case(count, experts, rank, k, sizes)
             ways, chosen = case.ways(getattr(torch, dtype))
             works = {(name, work): partial(work, way) for name, way in ways.items() for work in WORKS}
-            best = best_of_each(works, seconds=0.3)
+            best = {name: seconds * 1e3 for name, seconds in best_in_turn(works, "cpu", 0.3).items()}
             click.echo(
                 f"{case}  "
                 + "  ".join(

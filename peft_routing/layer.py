@@ -186,9 +186,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         return result
 
     def _update(self, name: str, x: Tensor) -> Tensor:
-        experts = self.experts_of(name)
-        weights = coefficients(self.router_of(name), x, name, self)
-        return experts(self._cast_input_dtype(x, experts.A.dtype), weights, self.router_of(name).kept)
+        experts, router = self.experts_of(name), self.router_of(name)
+        weights = coefficients(router, x, name, self)
+        return experts(self._cast_input_dtype(x, experts.A.dtype), weights, router.kept)
 
     def __repr__(self) -> str:
         return "routed_lora." + super().__repr__()

@@ -9,9 +9,7 @@ No tensor of (tokens, experts, out) is made, and what a backward pass needs grow
 `grouped`  copies each token to its experts: many tokens that choose few of many experts.
 """
 
-import math
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,11 +19,11 @@ from torch.nn import functional
 Mixing = Literal["full", "low_rank"]
 Way = Literal["dense", "gathered", "grouped"]
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Milliseconds per unit of `work`, as `python benchmarks/routed_lora_rule.py` found them on a CPU of two cores.
+# Milliseconds per unit of `work`, as `python benchmarks/routed_lora_rule.py` found them for one thread of a CPU.
 COSTS: dict[Way, tuple[float, ...]] = {
-    "dense": (0.033, 0.18, 0.016),
-    "gathered": (0.11, 0.85),
-    "grouped": (0.14, 2.9, 0.21, 1.1, 0.04),
+    "dense": (0.029, 0.19, 0.016),
+    "gathered": (0.12, 0.8),
+    "grouped": (0.14, 3.2, 0.21, 1.1, 0.031),
 }
 HAS_GROUPED_MM = hasattr(functional, "grouped_mm")  # torch 2.10
 
@@ -42,7 +40,8 @@ def low_rank(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
 
 
 def dense(x: Tensor, a: Tensor, b: Tensor, coefficients: Tensor, scaled: Tensor, weigh: Weigh) -> Tensor:
-    z = functional.linear(x, a).unflatten(-1, (scaled.shape[-1], -1))
+    count = scaled.shape[-1]
+    z = functional.linear(x, a).view(*x.shape[:-1], count, a.shape[0] // count)
     return weigh(z, coefficients, scaled).flatten(-2) @ b
 
 
@@ -94,28 +93,29 @@ class _PerToken(torch.autograd.Function):
 
 def cheapest(x: Tensor, a: Tensor, b: Tensor, experts: int, k: int) -> Way:
     """Of the three by the estimate of `work`, for experts of one rank."""
-    tokens, rank = math.prod(x.shape[:-1]), len(a) // experts
-    units = work(tokens, experts, rank, k, a.shape[1] + b.shape[1])
-    costs = {way: sum(map(operator.mul, COSTS[way], units[way])) for way in COSTS}
-    if costs["grouped"] < min(costs["dense"], costs["gathered"]) and can_be_grouped(x, a, b, rank):
+    tokens, rank = x.shape[:-1].numel(), a.shape[0] // experts
+    dense, gathered, grouped = work(tokens, experts, rank, k, a.shape[1] + b.shape[1])
+    of_dense = _cost("dense", dense)
+    if of_dense <= COSTS["gathered"][0]:  # few experts: a call of another way alone takes longer
+        return "dense"
+    of_gathered = _cost("gathered", gathered)
+    if _cost("grouped", grouped) < min(of_dense, of_gathered) and can_be_grouped(x, a, b, rank):
         return "grouped"
-    return "gathered" if costs["gathered"] < costs["dense"] else "dense"
+    return "gathered" if of_gathered < of_dense else "dense"
 
 
-def work(tokens: int, experts: int, rank: int, k: int, width: int) -> dict[Way, tuple[float, ...]]:
-    """What each way takes: a call, and millions of numbers read, copied or multiplied; `width` is in + out."""
-    million = width / 1e6
-    return {
-        "dense": (1, million * experts * rank, million * tokens * experts * rank),
-        "gathered": (1, million * tokens * k * rank),
-        "grouped": (
-            1,
-            experts / 1e3,
-            million * min(experts, tokens * k) * rank,
-            million * tokens * k,
-            million * tokens * k * rank,
-        ),
-    }
+def work(tokens: int, experts: int, rank: int, k: int, width: int) -> tuple[Sequence[float], ...]:
+    """What each way takes: a call, experts, and millions of numbers read, copied or multiplied; `width`: in + out."""
+    read = width * 1e-6 * rank
+    return (
+        (1, read * experts, read * experts * tokens),
+        (1, read * tokens * k),
+        (1, experts / 1e3, read * min(experts, tokens * k), width * 1e-6 * tokens * k, read * tokens * k),
+    )
+
+
+def _cost(way: Way, units: Sequence[float]) -> float:
+    return sum([cost * unit for cost, unit in zip(COSTS[way], units, strict=True)])
 
 
 def can_be_grouped(x: Tensor, a: Tensor, b: Tensor, rank: int) -> bool:
