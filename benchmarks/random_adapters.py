@@ -27,7 +27,7 @@ def random_adapters(model: nn.Module, count: int, rank: int, scale: float = 0.02
         for index in range(count):
             folder = Path(root) / f"expert{index}"
             folder.mkdir()
-            (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+            (folder / "adapter_config.json").write_text(json.dumps(config))
             tensors = {}
             for name, module in modules.items():
                 for factor, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
