@@ -42,8 +42,8 @@ class Case:
         units = mixing.work(self.tokens, self.experts, self.rank, self.k, sum(self.sizes))
         return dict(zip(mixing.COSTS, units, strict=True))
 
-    def ways(self, dtype: torch.dtype) -> tuple[dict[mixing.Way, Callable[[], Tensor]], mixing.Way]:
-        """Those that can be gone, and the one that the rule chooses."""
+    def ways(self, dtype: torch.dtype) -> tuple[dict[mixing.Way, Callable[[], Tensor]], list[mixing.Way]]:
+        """Those that can be gone, and which one the rule chooses for each of `WORKS`."""
         torch.manual_seed(0)
         a, b = (torch.randn(self.experts * self.rank, size).mul(0.02).to(dtype) for size in self.sizes)
         x = torch.randn(self.tokens, self.sizes[0]).to(dtype).requires_grad_()
@@ -55,7 +55,9 @@ class Case:
             ways["gathered"] = partial(mixing.gathered, *given, self.k)
         if mixing.can_be_grouped(x, a, b, self.rank):
             ways["grouped"] = partial(mixing.grouped, *given, self.k)
-        return ways, mixing.cheapest(x, a, b, self.experts, self.k)
+        return ways, [
+            mixing.cheapest(x, a, b, self.experts, self.k, gradients=work is forward_and_backward) for work in WORKS
+        ]
 
 
 def forward(way: Callable[[], Tensor]) -> None:
@@ -68,6 +70,7 @@ def forward_and_backward(way: Callable[[], Tensor]) -> None:
 
 
 WORKS = (forward, forward_and_backward)
+NOT_CHOSEN = ("gathered", forward_and_backward)  # it would keep its copies
 
 
 @click.command()
@@ -96,13 +99,21 @@ def main(
             click.echo(
                 f"{case}  "
                 + "  ".join(
-                    f"{name}{'*' if name == chosen else ''} {best[name, forward]:.2f}/"
-                    f"{best[name, forward_and_backward]:.2f}"
+                    name
+                    + "/".join(
+                        f" {best[name, work]:.2f}{'*' * (name == choice)}"
+                        for work, choice in zip(WORKS, chosen, strict=True)
+                    )
                     for name in ways
                 )
             )
             measured.append((case, {name: best[name, forward] for name in ways}))
-            regrets.append(tuple(best[chosen, work] / min(best[name, work] for name in ways) - 1 for work in WORKS))
+            regrets.append(
+                tuple(
+                    best[choice, work] / min(best[n, work] for n in ways if (n, work) != NOT_CHOSEN) - 1
+                    for work, choice in zip(WORKS, chosen, strict=True)
+                )
+            )
     for work, of_work in zip(("forward", "forward and backward"), zip(*regrets, strict=True), strict=True):
         click.echo(
             f"{work}: the rule takes {np.mean(of_work):.1%} more than the best way, at worst {max(of_work):.0%}"

@@ -59,10 +59,12 @@ class Experts(nn.Module):
         if not self._of_one_rank:
             return mixing.dense_of_mixed_ranks(x, self.A, self.B, scaled, self.owners)
         weigh = mixing.full if self.mixing == "full" else mixing.low_rank
-        way = "dense" if kept is None else mixing.cheapest(x, self.A, self.B, len(self.site.ranks), kept)
-        if kept is None or way == "dense":
-            return mixing.dense(x, self.A, self.B, coefficients, scaled, weigh)
-        return mixing.WAYS[way](x, self.A, self.B, coefficients, scaled, weigh, kept)
+        given = x, self.A, self.B, coefficients, scaled, weigh
+        if kept is None:
+            return mixing.dense(*given)
+        gradients = torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad)
+        way = mixing.cheapest(x, self.A, self.B, len(self.site.ranks), kept, gradients=gradients)
+        return mixing.dense(*given) if way == "dense" else mixing.WAYS[way](*given, kept)
 
     @torch.no_grad()
     def merged_factors(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:

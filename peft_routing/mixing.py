@@ -2,7 +2,8 @@
 
 All take x (…, in), all experts' A below each other (R, in) and B transposed the same way (R, out), so that an
 expert's factors are contiguous, R being the sum of ranks. `weigh` puts the coefficients on what lies between A and B.
-No tensor of (tokens, experts, out) is made, and what a backward pass needs grows with ranks, not with in or out.
+No tensor of (tokens, experts, out) is made, and what is kept for a backward pass grows with ranks, not with in or
+out, but for the copies of `gathered`, which is not chosen where gradients are wanted.
 
 `dense`    every token with every expert: two products as of one LoRA of rank R. Any ranks.
 `gathered` copies the factors of each token's experts: few tokens, as in decoding.
@@ -25,7 +26,7 @@ COSTS: dict[Way, tuple[float, ...]] = {
     "gathered": (0.12, 0.8),
     "grouped": (0.14, 3.2, 0.21, 1.1, 0.031),
 }
-HAS_GROUPED_MM = hasattr(functional, "grouped_mm")  # torch 2.10
+HAS_GROUPED_MM = hasattr(functional, "grouped_mm")  # torch 2.5, our oldest, has none
 
 
 def full(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
@@ -91,14 +92,14 @@ class _PerToken(torch.autograd.Function):
         return gradient.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-def cheapest(x: Tensor, a: Tensor, b: Tensor, experts: int, k: int) -> Way:
-    """Of the three by the estimate of `work`, for experts of one rank."""
+def cheapest(x: Tensor, a: Tensor, b: Tensor, experts: int, k: int, *, gradients: bool) -> Way:
+    """Of the three by the estimate of `work`, for experts of one rank; with `gradients` not `gathered`."""
     tokens, rank = x.shape[:-1].numel(), a.shape[0] // experts
     dense, gathered, grouped = work(tokens, experts, rank, k, a.shape[1] + b.shape[1])
     of_dense = _cost("dense", dense)
     if of_dense <= COSTS["gathered"][0]:  # few experts: a call of another way alone takes longer
         return "dense"
-    of_gathered = _cost("gathered", gathered)
+    of_gathered = float("inf") if gradients else _cost("gathered", gathered)
     if _cost("grouped", grouped) < min(of_dense, of_gathered) and can_be_grouped(x, a, b, rank):
         return "grouped"
     return "gathered" if of_gathered < of_dense else "dense"
