@@ -158,7 +158,9 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     panels = sorted({(row.tokens, row.rank) for row in rows})
     columns = len({rank for _, rank in panels})
     lines = len(panels) // columns
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.6 * lines), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4 * columns, 2.6 * lines), sharex=True, sharey="row", squeeze=False
+    )
     for axis, (tokens, rank) in zip(axes.flat, panels, strict=True):
         here = [row for row in rows if (row.tokens, row.rank) == (tokens, rank)]
         for name, style in STYLES.items():
@@ -166,11 +168,13 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), label=name, **style)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.set_title(f"{tokens} token{'s' * (tokens > 1)}, rank {rank}", fontsize=10)
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
         counts = sorted({row.experts for row in rows})
-        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.set_xticks(counts, [str(count) if count != 10 else "" for count in counts])  # beside 8
         axis.set_xlabel("experts")
     for axis in axes[:, 0]:
         axis.set_ylabel("ms, forward")
