@@ -137,7 +137,7 @@ class _Products:
         runs.pairs.clear()
         experts = runs.layer.experts_of(self.adapter)
         a, b = wide(experts.A), wide(experts.B)
-        of_ranks = ((x.to(a.dtype) @ a.T) * (delta.to(b.dtype) @ b)).sum(dim=1)
+        of_ranks = ((x.to(a.dtype) @ a.T) * (delta.to(b.dtype) @ b.mT)).sum(dim=1)
         of_experts = torch.zeros(self.batch, len(experts.site.ranks), dtype=of_ranks.dtype, device=of_ranks.device)
         of_experts = of_experts.index_add(1, experts.owners, of_ranks)
         of_experts = of_experts * experts.scalings(of_experts.dtype, of_experts.device)
