@@ -325,6 +325,11 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.routing == "uniform":
             scores = torch.zeros(len(prefix), number, device=prefix.device)
         elif self.config.routing == "learned":
+            if self.training and k == 1 < number and self.router.weight.requires_grad:
+                raise ValueError(
+                    "a router that keeps one expert gets no gradient, since the softmax over one is always 1: set "
+                    "experts_per_sequence to 2 or more, or freeze the router"
+                )
             embedded = self.get_input_embeddings()(batch.tokens)
             total = torch.where(prefix[..., None], embedded, 0).sum(dim=1)
             mean = total / prefix.sum(dim=1, keepdim=True).clamp(min=1)
@@ -336,11 +341,19 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         coefficients = torch.softmax(_largest(scores, k), dim=-1)
         if self.config.routing in ("perplexity", "task_vector"):  # nothing to choose by: all alike
             blind = ~self._scored(batch, prefix).any(dim=1, keepdim=True)
-            coefficients = torch.where(blind.to(coefficients.device), 1 / number, coefficients)
+            coefficients = torch.where(blind.to(coefficients.device), self._without_choice(coefficients), coefficients)
         if self.config.routing == "learned" and self.training:
             chosen = (coefficients > 0).float().mean(dim=0) / k
             aux_loss = number * (chosen * torch.softmax(scores, dim=-1).mean(dim=0)).sum()
         return coefficients, aux_loss, ran
+
+    def _without_choice(self, like: Tensor) -> Tensor:
+        """All experts alike; where they cap their logits differently and so cannot be mixed, the base alone."""
+        if len(set(self.config.logit_softcaps)) > 1:
+            alone = torch.zeros_like(like)
+            alone[:, self.config.base_expert] = 1
+            return alone
+        return torch.full_like(like, 1 / len(self.experts))
 
     def _scored(self, batch: Batch, prefix: Tensor) -> Tensor:
         """Which tokens of the prefix a heuristic predicts: no padding, no special tokens, none after padding."""
@@ -391,7 +404,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
                     leaf.register_post_accumulate_grad_hook(partial(compared.take, name))
                 one = batch.of(torch.tensor([row], device=batch.tokens.device)).copied()
                 if scored[row].any():
-                    self._loss_at_base(base, leaves, one, scored[row].clone()).backward()
+                    loss = self._loss_at_base(base, leaves, one, scored[row].clone())
+                    loss.backward(inputs=list(leaves.values()))
                 similarities.append(compared.cosines())
         return torch.stack(similarities).to(batch.tokens.device)
 
@@ -478,7 +492,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def _checked(self, coefficients: Tensor, tokens: Tensor) -> Tensor:
         """Given coefficients, one row per sequence."""
         number = len(self.experts)
-        if coefficients.ndim != 2 or coefficients.shape[1] != number or len(tokens) % max(1, len(coefficients)):
+        fits = coefficients.ndim == 2 and coefficients.shape[1] == number and len(coefficients) > 0
+        if not fits or len(tokens) % len(coefficients):
             raise ValueError(
                 f"coefficients are of shape {tuple(coefficients.shape)}; give ({len(tokens)}, {number}), a row per "
                 f"sequence, or (1, {number}) for all"
