@@ -215,7 +215,16 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             self.router: Any = nn.Linear(width, len(configs), bias=False)
         for name in _TAKEN_FROM_TRUNKS:
             setattr(self, name, {item for expert in self.experts for item in getattr(expert.trunk, name) or ()})
+        self._tied_weights_keys = self.get_expanded_tied_weights_keys()  # save_pretrained looks here
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """A source's embedding and head as the source's own class does: some keep there what no checkpoint holds."""
+        for expert in self.experts if self.config.embedding == "separate" else ():
+            if module is expert.embed_tokens or module is expert.lm_head:
+                expert.trunk._init_weights(module)
+                return
+        super()._init_weights(module)
 
     def get_input_embeddings(self) -> Any:
         """The shared embedding; the base expert's, where each has its own."""

@@ -161,7 +161,7 @@ def test_task_vector_against_autograd(tuned, side, base):
 
 
 def test_an_expert_down_the_gradient_is_chosen(tuned):
-    """One step of gradient descent on the prompt itself: a cosine of 1 with the paper's task vector; and one up: -1."""
+    """One step of gradient descent on the prompt itself has a cosine of 1 with the paper's task vector; one up, -1."""
     ids = words(1)
     base = copy.deepcopy(tuned[0])
     base(ids, labels=ids).loss.backward()
