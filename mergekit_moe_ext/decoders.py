@@ -46,6 +46,11 @@ class Decoder:
         return [name for name in self.manifest.shapes if name not in outside]
 
     @property
+    def head_weight(self) -> str:
+        """The hub name of what the head multiplies by."""
+        return self.head.get("weight", self.embedding["weight"])
+
+    @property
     def is_tied(self) -> bool:
         return "weight" not in self.head
 

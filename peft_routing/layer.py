@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from peft_routing import given
 from peft_routing.calls import coefficients
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.routers import Constant
@@ -204,6 +205,8 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.merged:
+            given.refuse_merged(self.merged_adapters)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
@@ -213,9 +216,13 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         return result
 
     def _update(self, name: str, x: Tensor) -> Tensor:
-        experts = self.experts_of(name)
-        weights = coefficients(self.router_of(name), x, name, self)
-        return experts(self._cast_input_dtype(x, experts.A.dtype), weights, self.router_of(name).kept)
+        experts, router = self.experts_of(name), self.router_of(name)
+        instead = given.current()
+        if instead is None:
+            weights, kept = coefficients(router, x, name, self), router.kept
+        else:
+            weights, kept = instead.over(x, name, router.experts), None
+        return experts(self._cast_input_dtype(x, experts.A.dtype), weights, kept)
 
     def __repr__(self) -> str:
         return "routed_lora." + super().__repr__()

@@ -8,7 +8,7 @@ choice already knows what is to be predicted.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -237,6 +237,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             return self.lm_head
         return self.experts[self.config.base_expert].lm_head
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Embeddings and heads that were taken out of a decoder start as that decoder says (Gemma's scale, say)."""
+        for expert in self.experts:
+            if module in (getattr(expert, "embed_tokens", None), getattr(expert, "lm_head", None)):
+                expert.trunk._init_weights(module)
+                return
+        super()._init_weights(module)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("a sequence MoE keeps its vocabulary: change that of the sources, and merge again")
 
@@ -404,10 +412,10 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         base = self.experts[self.config.base_expert]
         names = [name for name, _ in base.named_parameters() if self._is_compared(name)]
         scored = self._scored(batch, prefix)
-        similarities = []
+        compared, similarities = _Comparison(self.experts, self.config.base_expert), []
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(base):
             for row in range(len(batch.tokens)):
-                compared = _Comparison(self.experts, self.config.base_expert)
+                compared.start()
                 leaves = {name: base.get_parameter(name).detach().requires_grad_() for name in names}
                 for name, leaf in leaves.items():
                     leaf.register_post_accumulate_grad_hook(partial(compared.take, name))
@@ -528,30 +536,51 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class _Comparison:
-    """Inner products of a gradient with base minus expert, and their norms, parameter by parameter."""
+    """Inner products of a sequence's gradient with base minus expert, and the norms of both, parameter by parameter.
+
+    Sums are left on their devices until the end, so that a GPU need not wait.
+    """
 
     def __init__(self, experts: nn.ModuleList, base: int) -> None:
-        self.experts, self.base = experts, experts[base]
-        self.products = torch.zeros(len(experts), dtype=torch.float64)
-        self.norms = torch.zeros(len(experts), dtype=torch.float64)
-        self.norm = torch.zeros((), dtype=torch.float64)
+        self.others = {index: expert for index, expert in enumerate(experts) if index != base}
+        self.number, self.base = len(experts), experts[base]
+        self.norms: dict[tuple[int, str], Tensor] = {}  # of the differences: the same for all sequences
+        self.start()
+
+    def start(self) -> None:
+        """With the next sequence."""
+        self.of_gradient: list[Tensor] = []
+        self.products: dict[int, list[Tensor]] = {index: [] for index in self.others}
 
     @torch.no_grad()
     def take(self, name: str, leaf: Tensor) -> None:
         assert leaf.grad is not None
-        gradient, leaf.grad = leaf.grad.float(), None
-        base = self.base.get_parameter(name)
-        self.norm += gradient.square().sum(dtype=torch.float64).cpu()
-        for index, expert in enumerate(self.experts):
-            if expert is not self.base:
-                vector = base.float() - expert.get_parameter(name).to(base.device).float()
-                self.products[index] += (gradient * vector).sum(dtype=torch.float64).cpu()
-                self.norms[index] += vector.square().sum(dtype=torch.float64).cpu()
+        gradient, leaf.grad = leaf.grad.flatten().float(), None
+        self.of_gradient.append(gradient.dot(gradient))
+        base = self.base.get_parameter(name).flatten().float()
+        for index, expert in self.others.items():
+            difference = base - expert.get_parameter(name).flatten().to(base)
+            self.products[index].append(gradient.dot(difference))
+            if (index, name) not in self.norms:
+                self.norms[index, name] = difference.dot(difference)
 
     def cosines(self) -> Tensor:
-        """0 where there is no difference to compare with."""
-        lengths = (self.norms * self.norm).sqrt()
-        return torch.where(lengths > 0, self.products / lengths.clamp(min=1e-300), 0.0).float()
+        """(experts,) in float32; 0 where there is no difference to compare with."""
+        cosines = torch.zeros(self.number, dtype=torch.float64)
+        for index in self.others:
+            norm = _sum(value for (of, _), value in self.norms.items() if of == index)
+            length = (norm * _sum(self.of_gradient)).sqrt()
+            if length > 0:
+                cosines[index] = _sum(self.products[index]) / length
+        return cosines.float()
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    """Of scalars anywhere, in float64 on the CPU."""
+    parts = list(values)
+    return (
+        torch.stack([part.double().cpu() for part in parts]).sum() if parts else torch.zeros((), dtype=torch.float64)
+    )
 
 
 @contextmanager
