@@ -218,14 +218,6 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self._tied_weights_keys = self.get_expanded_tied_weights_keys()  # save_pretrained looks here
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """A source's embedding and head as the source's own class does: some keep there what no checkpoint holds."""
-        for expert in self.experts if self.config.embedding == "separate" else ():
-            if module is expert.embed_tokens or module is expert.lm_head:
-                expert.trunk._init_weights(module)
-                return
-        super()._init_weights(module)
-
     def get_input_embeddings(self) -> Any:
         """The shared embedding; the base expert's, where each has its own."""
         if self.config.embedding == "shared":
