@@ -172,13 +172,16 @@ class Expert(nn.Module):
             self.proj_out = Projector(kind, residual, head.in_features, width)
 
     def forward(
-        self, batch: Batch, embed: nn.Module | None = None, cache: Cache | None = None, *, with_head: bool = False
+        self, batch: Batch, shared: Tensor | None = None, cache: Cache | None = None, *, with_head: bool = False
     ) -> Tensor:
-        """(rows, length) to (rows, length, width), or to logits by the expert's own head; `embed` if it has none."""
-        if embed is None:
+        """(rows, length) to (rows, length, width), or to logits by the expert's own head.
+
+        shared: what the shared embedding makes of the tokens, if the expert has none of its own.
+        """
+        if shared is None:
             x = self.embed_tokens(batch.tokens)
         else:
-            x = embed(batch.tokens)
+            x = shared
             if hasattr(self, "proj_in"):
                 x = self.proj_in(x)
             if self.scale != 1:
@@ -427,18 +430,20 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return layers is None or (layer is not None and int(layer[1]) in layers)
 
     def _loss_at_base(self, base: nn.Module, leaves: dict[str, Tensor], one: Batch, scored: Tensor) -> Tensor:
-        embed = self.embed_tokens if self.config.embedding == "shared" else None
-        if embed is None:
+        shared = self._embedded(one)
+        if shared is None:
             logits = functional_call(base, leaves, (one,), {"with_head": True})
         else:
-            logits = self.lm_head(functional_call(base, leaves, (one, embed)))
+            logits = self.lm_head(functional_call(base, leaves, (one, shared)))
         logits = self._capped(logits, self.config.logit_softcaps[self.config.base_expert])
         columns = scored.nonzero()[:, 0].to(logits.device)
         return functional.cross_entropy(logits[0, columns - 1].float(), one.tokens[0, columns.to(one.tokens.device)])
 
     def _run(self, index: int, batch: Batch, cache: Cache | None) -> Tensor:
-        embed = self.embed_tokens if self.config.embedding == "shared" else None
-        return self.experts[index](batch, embed, cache)
+        return self.experts[index](batch, self._embedded(batch), cache)
+
+    def _embedded(self, batch: Batch) -> Tensor | None:
+        return self.embed_tokens(batch.tokens) if self.config.embedding == "shared" else None
 
     def _head(self, index: int) -> Any:
         return self.lm_head if self.config.embedding == "shared" else self.experts[index].lm_head

@@ -150,11 +150,13 @@ def test_a_device_map_places_experts(stored, tmp_path, device_map):
     assert torch.equal(model.generate(ids, **options), expected.generate(ids, **options))
 
 
-def test_a_device_map_places_experts_that_share_parameters(tmp_path):
+@pytest.mark.parametrize("on_disk", ["experts", "embed_tokens", "lm_head"])
+def test_a_device_map_places_experts_that_share_parameters(tmp_path, on_disk):
+    """The embedding stays where it is, whatever expert reads it."""
     base = fine_tunes(1)[0]
     own = base.get_input_embeddings(), base.get_output_embeddings()
     path = saved(tmp_path / "moe", "perplexity", *own, shared_parameters=[r"^(?!model\.layers\.\d+\.mlp\.)"])
-    places = {"experts.0": "cpu", "experts.1": "disk", "experts.2": "cpu", "embed_tokens": "cpu", "lm_head": "cpu"}
+    places = {**dict.fromkeys(("experts", "embed_tokens", "lm_head"), "cpu"), on_disk: "disk"}
     model = AutoModelForCausalLM.from_pretrained(path, device_map=places, offload_folder=tmp_path / "offload")
     expected, ids = AutoModelForCausalLM.from_pretrained(path), words(2)
     torch.testing.assert_close(model(ids).logits, expected(ids).logits)
