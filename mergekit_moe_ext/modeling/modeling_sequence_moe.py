@@ -240,6 +240,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 return
         super()._init_weights(module)
 
+    def _adjust_bias(self, *args: Any) -> None:
+        """Nothing. Tying pads the bias beside a tied weight, for heads that grow; ours do not, but GPT-2's lie across."""
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("a sequence MoE keeps its vocabulary: change that of the sources, and merge again")
 

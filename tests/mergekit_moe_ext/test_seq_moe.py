@@ -96,6 +96,20 @@ def test_each_expert_is_its_source_in_half_precision(tmp_path, monkeypatch, fami
         assert torch.equal(model(ids, coefficients=only(index, 2)).logits, logits_of(dense_at(name), ids))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_merged_with_itself_stays_itself(tmp_path, monkeypatch, family):
+    """With everything shared that can be: what a family does between embedding, layers and head is still done."""
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "one", 1, family=family, initializer_range=0.3, **FAMILIES[family])
+    model = load(merge(seq_moe(("one", "one"), base=None, attention="merged")))
+    expected = logits_of(dense_at("one"), words(2))
+    for coefficients in (only(1, 2), torch.tensor([[0.5, 0.5]])):
+        got = model(words(2), coefficients=coefficients).logits
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    model.save_pretrained("again")
+    torch.testing.assert_close(load("again")(words(2)).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_generates_what_a_source_generates(here):
     model, source = load(merge(seq_moe(**SEPARATE))), dense_at("code")
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
@@ -261,6 +275,44 @@ def test_a_text_generation_pipeline(here):
     several = made(["w1 w2", "w3 w4 w5 w6"], max_new_tokens=4, do_sample=False, batch_size=2)
     assert len(several) == 2
     assert load(out).config.special_token_ids == [0, 1]
+
+
+@pytest.mark.parametrize("attention", ["merged", "separate"])
+def test_vocabularies_that_differ_are_joined(tmp_path, monkeypatch, attention):
+    monkeypatch.chdir(tmp_path)
+    for name, size, extra in (("base", 96, ("<a>",)), ("math", 97, ("<b>", "<c>"))):
+        make_model(tmp_path / name, 1, vocab_size=size)
+        save_tokenizer(tmp_path / name, size, extra)
+    out = merge({**seq_moe(("base", "math"), attention=attention), "tokenizer_source": "union"})
+    model, tokenizer = load(out), AutoTokenizer.from_pretrained(out)
+    assert model.config.vocab_size == len(tokenizer) == 98  # 95 in both, and three
+    ids = tokenizer("w1 <a> w2 <c>", return_tensors="pt").input_ids
+    assert model(ids, labels=ids).logits.shape == (1, 4, 98)
+    own, merged = (
+        read_tensors(tmp_path / "math")["model.embed_tokens.weight"],
+        read_tensors(out)["embed_tokens.weight"],
+    )
+    in_math = AutoTokenizer.from_pretrained("math").convert_tokens_to_ids("<c>")
+    torch.testing.assert_close(merged[ids[0, 3]], own[in_math])
+
+
+def test_loads_as_asked_for(here):
+    out = merge(seq_moe(**SEPARATE))
+    ids, model = words(2), load(out)
+    eager = load(out, attn_implementation="eager")
+    assert {expert.trunk.config._attn_implementation for expert in eager.experts} == {"eager"}
+    torch.testing.assert_close(eager(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    trusted = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert torch.equal(trusted(ids).logits, model(ids).logits)
+    assert load(out, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_plan_says_what_it_would_be(here):
+    (here / "config.yml").write_text(yaml.safe_dump(seq_moe(attention="merged", shared="ties", density=0.5)))
+    result = run("mergekit-moe-ext", "plan", "config.yml")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "stays off" not in result.stderr
+    assert "4 experts, 2 of them per sequence" in result.stdout and not (here / "out").exists()
 
 
 def test_the_command(here):
