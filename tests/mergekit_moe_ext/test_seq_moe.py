@@ -280,19 +280,19 @@ def test_a_text_generation_pipeline(here):
 @pytest.mark.parametrize("attention", ["merged", "separate"])
 def test_vocabularies_that_differ_are_joined(tmp_path, monkeypatch, attention):
     monkeypatch.chdir(tmp_path)
-    for name, size, extra in (("base", 96, ("<a>",)), ("math", 97, ("<b>", "<c>"))):
+    for name, size, extra in (("base", 96, ("apple",)), ("math", 97, ("banana", "cherry"))):
         make_model(tmp_path / name, 1, vocab_size=size)
         save_tokenizer(tmp_path / name, size, extra)
     out = merge({**seq_moe(("base", "math"), attention=attention), "tokenizer_source": "union"})
     model, tokenizer = load(out), AutoTokenizer.from_pretrained(out)
     assert model.config.vocab_size == len(tokenizer) == 98  # 95 in both, and three
-    ids = tokenizer("w1 <a> w2 <c>", return_tensors="pt").input_ids
+    ids = tokenizer("w1 apple w2 cherry", return_tensors="pt").input_ids
     assert model(ids, labels=ids).logits.shape == (1, 4, 98)
     own, merged = (
         read_tensors(tmp_path / "math")["model.embed_tokens.weight"],
         read_tensors(out)["embed_tokens.weight"],
     )
-    in_math = AutoTokenizer.from_pretrained("math").convert_tokens_to_ids("<c>")
+    in_math = AutoTokenizer.from_pretrained("math").convert_tokens_to_ids("cherry")
     torch.testing.assert_close(merged[ids[0, 3]], own[in_math])
 
 
