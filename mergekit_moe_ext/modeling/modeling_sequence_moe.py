@@ -241,7 +241,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
 
     def _adjust_bias(self, *args: Any) -> None:
-        """Nothing. Tying pads the bias beside a tied weight, for heads that grow; here it would spoil GPT-2's layers."""
+        """Nothing: tying would pad the bias beside a tied weight, as of a head that grew, and spoil GPT-2's layers."""
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("a sequence MoE keeps its vocabulary: change that of the sources, and merge again")
