@@ -586,12 +586,13 @@ def _sum(values: Iterable[Tensor]) -> Tensor:
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Without dropout, so that a choice is no game of chance."""
-    was_training = module.training
+    in_training = [part for part in module.modules() if part.training]
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part in in_training:
+            part.training = True
 
 
 def _chosen(coefficients: Tensor) -> list[int]:
