@@ -6,11 +6,12 @@ Importing this package is what makes PEFT know the adapter type `ROUTED_LORA`.
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from peft_routing.config import RoutedLoraConfig
+from peft_routing.given import given_coefficients
 from peft_routing.model import RoutedLoraModel
 from peft_routing.routers import Router
 from peft_routing.types import PeftType
 
-__all__ = ["PeftType", "RoutedLoraConfig", "RoutedLoraModel", "Router"]
+__all__ = ["PeftType", "RoutedLoraConfig", "RoutedLoraModel", "Router", "given_coefficients"]
 
 # `register_peft_method` takes only the names in PEFT's own enum.
 PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.ROUTED_LORA] = RoutedLoraConfig

@@ -7,20 +7,31 @@ generate (an encoder, a classifier, a vision model) is routed by the whole input
 """
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_routing import given
 from peft_routing.config import RoutedLoraConfig
-from peft_routing.routers import wide
+from peft_routing.routers import over_tokens, wide
 
 _ON_CACHE = "_routed_lora_coefficients"
 _NO_CACHE = "routing per sequence keeps its choice with a key-value cache, which this model has not"
 _NOT_PER_SEQUENCE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
-_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "pixel_values",
+    "input_values",
+    "input_features",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+)
 
 
 class Call:
@@ -34,7 +45,8 @@ class Call:
         self._is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self._mask = arguments.get("attention_mask")
         self._predicts_tokens = hasattr(model, "can_generate") and model.can_generate()
-        self._batch_size = next((len(arguments[name]) for name in _INPUTS if arguments.get(name) is not None), None)
+        example = _input(arguments)
+        self._batch_size = None if example is None else len(example)
         self._cache = arguments.get("past_key_values") if per_sequence else None
         self._fills_cache = self._cache is not None and self._cache.get_seq_length() == 0
         if self._fills_cache:
@@ -57,7 +69,7 @@ class Call:
                     "there are no coefficients for the sequences of this cache: start with an empty one of your own, "
                     "past_key_values=DynamicCache(config=model.config), with this adapter active"
                 )
-            return _over_tokens(known[key], x)
+            return over_tokens(known[key], x)
         else:
             scores = self._mean(router.scores(x), self.prefix(x, router.routing_tokens))
             coefficients = router.coefficients(scores)
@@ -65,7 +77,7 @@ class Call:
                 getattr(self._cache, _ON_CACHE)[key] = coefficients
         if router.is_balanced and self._training:
             self.balance.append(self._imbalance(router, scores))
-        return coefficients if router.granularity == "token" else _over_tokens(coefficients, x)
+        return coefficients if router.granularity == "token" else over_tokens(coefficients, x)
 
     def prefix(self, x: Tensor, routing_tokens: int) -> Tensor | None:
         """Which tokens of x (batch, length, …) choose; None for all of them."""
@@ -147,22 +159,51 @@ def coefficients(router: Any, x: Tensor, adapter: str, layer: Any) -> Tensor:
     return router(x)
 
 
-def watch(model: nn.Module) -> list[Any]:
-    """Follow the model's forward passes; returns the hooks' handles. The hooks have no state: copies keep working."""
+def watch(model: Any) -> list[Any]:
+    """Follow the model's forward passes; returns the hooks' handles. The hooks have no state: copies keep working.
+
+    Its `generate` then takes `coefficients=`, of which transformers' own would say that the model does not use it. It
+    is an attribute of the model, since a plain `PeftModel` calls the model's without asking the tuner.
+    """
+    if hasattr(model, "generate"):
+        model.generate = _Generate(model)
     return [
         model.register_forward_pre_hook(_enter, with_kwargs=True),
         model.register_forward_hook(_leave, with_kwargs=True, always_call=True),
     ]
 
 
-def unwatch(model: nn.Module, handles: Sequence[Any]) -> None:
+def unwatch(model: Any, handles: Sequence[Any]) -> None:
     """Leave nothing of ours on the model."""
     for handle in handles:
         handle.remove()
+    while isinstance(ours := vars(model).get("generate"), _Generate):
+        del model.generate
+        if ours.before is not None:
+            model.generate = ours.before
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(function, _InCall):
-            module._gradient_checkpointing_func = function.checkpoint  # type: ignore[assignment]
+            module._gradient_checkpointing_func = function.checkpoint
+
+
+class _Generate:
+    """A model's `generate`, with `coefficients=`. Without a cycle, so that a model that is let go is freed at once."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model)
+        self.before = vars(model).get("generate")  # where it was not the class's
+
+    def __reduce__(self) -> Any:
+        return _Generate, (self.model(),), {"before": self.before}
+
+    def __call__(self, *args: Any, coefficients: Tensor | None = None, **kwargs: Any) -> Any:
+        model: Any = self.model()
+        generate = self.before or partial(type(model).generate, model)
+        if coefficients is None:
+            return generate(*args, **kwargs)
+        with given.given_coefficients(coefficients):
+            return generate(*args, **kwargs)
 
 
 def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
@@ -172,6 +213,8 @@ def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
 
 def refuse_several_passes(model: Any, kwargs: dict[str, Any]) -> None:
     """The prompt must be the first pass: `generate` must not add a draft to it, or cut it."""
+    if kwargs.get("coefficients") is not None or given.current() is not None:
+        return
     if not any(config.routes_sequences for config in _watched(model)):
         return
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
@@ -204,11 +247,22 @@ def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def _input(arguments: dict[str, Any]) -> Any:
+    """One of the inputs (batch, …) of a forward pass."""
+    return next((arguments[name] for name in _INPUTS if arguments.get(name) is not None), None)
+
+
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     refuse_mixed_batches(kwargs)
+    kwargs, coefficients = _given(kwargs)
+    if coefficients is not None:
+        given.enter(model, coefficients, _input(_arguments(model, args, kwargs)))
+        if model.training:
+            _keep_in_checkpoints(model)
+        return args, kwargs
     configs = _watched(model)
     if not configs:
-        return None
+        return args, kwargs
     per_sequence = [c.routing_tokens for c in configs if c.routes_sequences]
     call = Call(model, _arguments(model, args, kwargs), per_sequence=bool(per_sequence), outer=_CALL.get())
     call.balance_weight = max(config.router_aux_loss_coef for config in configs)
@@ -218,6 +272,16 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         _keep_in_checkpoints(model)
     _CALL.set(call)
     return args, kwargs
+
+
+def _given(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """The model's own arguments, and the coefficients of this call."""
+    coefficients = kwargs.get("coefficients")
+    if coefficients is not None:
+        given.checked(coefficients)
+    elif (outer := given.current()) is not None:
+        coefficients = outer.coefficients
+    return {name: value for name, value in kwargs.items() if name != "coefficients"}, coefficients
 
 
 def _without_prefix(call: Call, kwargs: dict[str, Any], routing_tokens: int) -> dict[str, Any]:
@@ -231,7 +295,7 @@ def _without_prefix(call: Call, kwargs: dict[str, Any], routing_tokens: int) -> 
 
 
 def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    if not _followed(model):
+    if given.leave(model) or not _followed(model):
         return None
     call = _CALL.get()
     if call is None or call.model is not model:
@@ -268,18 +332,14 @@ class _InCall:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        call = _CALL.get()
+        call, coefficients = _CALL.get(), given.current()
 
         def in_call(*args: Any, **kwargs: Any) -> Any:
             token = _CALL.set(call)
             try:
-                return function(*args, **kwargs)
+                with given.held(coefficients):
+                    return function(*args, **kwargs)
             finally:
                 _CALL.reset(token)
 
         return self.checkpoint(in_call, *args, **kwargs)
-
-
-def _over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
-    """(batch, experts) to (batch, 1 …, experts), in as many dimensions as x."""
-    return coefficients.reshape(len(coefficients), *[1] * (x.ndim - 2), -1)

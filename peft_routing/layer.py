@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from peft_routing import given
 from peft_routing.calls import coefficients
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.routers import Constant
@@ -104,6 +105,31 @@ class Experts(nn.Module):
         return b @ a
 
 
+def with_general(coefficients: Tensor, general: int) -> Tensor:
+    """(…, experts) to (…, experts + general): the general experts', so that their mean update is subtracted.
+
+    sum of c_i (U_i - mean of G_j) is sum of c_i U_i - sum of (sum of c_i / general) G_j.
+    """
+    if not general:
+        return coefficients
+    of_each = -coefficients.sum(dim=-1, keepdim=True) / general
+    return torch.cat([coefficients, of_each.expand(*of_each.shape[:-1], general)], dim=-1)
+
+
+def updates(
+    factors: Sequence[tuple[Tensor, Tensor]], site: Site
+) -> tuple[Sequence[tuple[Tensor, Tensor]], Sequence[float]]:
+    """A, B and the scaling of each expert's update, less the mean of the general ones where there are any."""
+    if not site.general:
+        return factors, site.scalings
+    scaled = [(a.double(), b.double() * scaling) for (a, b), scaling in zip(factors, site.scalings, strict=True)]
+    routed, general = scaled[: -site.general], scaled[-site.general :]
+    less_a = [a for a, _ in general]
+    less_b = [-b / site.general for _, b in general]
+    less = [(torch.cat([a, *less_a]), torch.cat([b, *less_b], dim=1)) for a, b in routed]
+    return less, [1.0] * len(less)
+
+
 def _low_rank(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
     """A_j x of the experts (…, experts, rank) to what B is to be applied to: (sum c_i s_i B_i) (sum c_j A_j x)."""
     mixed = (z * coefficients.to(z.dtype)[..., None]).sum(dim=-2, keepdim=True)
@@ -145,14 +171,16 @@ class RoutedLoraLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device alone: experts keep the dtype that they were saved in, routers are float32."""
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        base = self.get_base_layer()
+        device = device or next((t.device for t in (*base.parameters(), *base.buffers())), None)
         for adapters in (self.routed_lora_experts, self.routed_lora_router):
             if adapter_name in adapters and device is not None and device.type != "meta":
                 module = adapters[adapter_name]
                 if not any(p.is_meta for p in module.parameters()):
                     module.to(device)
 
-    def check_mergeable(self, adapter: str) -> None:
+    def check_constant(self, adapter: str) -> None:
+        """`ValueError` if coefficients depend on the input."""
         router = self.router_of(adapter)
         if router.depends_on_input:
             raise ValueError(
@@ -160,16 +188,31 @@ class RoutedLoraLayer(BaseTunerLayer):
                 "input, and a weight does not. Keep it as an adapter, or use uniform, fixed, global or layer"
             )
 
+    def constant_coefficients(self, adapter: str) -> Tensor:
+        """(experts,), the general ones included. `ValueError` if they depend on the input."""
+        self.check_constant(adapter)
+        experts = self.experts_of(adapter)
+        return with_general(self.router_of(adapter)(experts.A), experts.site.general)
+
+    def check_mergeable(self, adapter: str) -> None:
+        """`ValueError` if there is no one update, or no plain weight to add it to."""
+        self.check_constant(adapter)
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)  # GPTQ and AWQ have none; torchao's says that it is floating-point
+        if type(weight) is not nn.Parameter or weight.dtype not in _CAN_BE_ADDED_TO:
+            raise ValueError(
+                f"adapter {adapter!r} cannot be merged: {self.key} is a {type(base).__name__} without a plain weight, "
+                "as quantised ones are. Keep it as an adapter, or merge it into the base model as it was before"
+            )
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """In the shape of the base layer's weight. `ValueError` if it depends on the input."""
-        self.check_mergeable(adapter)
-        experts = self.experts_of(adapter)
-        delta = experts.delta_weight(self.router_of(adapter)(experts.A))
+        delta = self.experts_of(adapter).delta_weight(self.constant_coefficients(adapter))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
 
 class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
-    """`nn.Linear` or `Conv1D`."""
+    """`nn.Linear`, `Conv1D`, or what a quantised model has in their place."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: RoutedLoraConfig, key: str, router: nn.Module
@@ -182,10 +225,10 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the update to the base weight. `ValueError` if it depends on the input, before anything is changed."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.routed_lora_experts]
+        for name in names:
+            self.check_mergeable(name)
         deltas = {name: self.get_delta_weight(name) for name in names}
         weight = self.get_base_layer().weight
-        if names and weight.dtype not in _CAN_BE_ADDED_TO:
-            raise ValueError(f"{self.key} holds {weight.dtype}: updates cannot be merged into quantised weights")
         for name, delta in deltas.items():
             merged = weight.data + delta.to(weight.device)
             if safe_merge and not merged.isfinite().all():
@@ -204,6 +247,8 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.merged:
+            given.refuse_merged(self.merged_adapters)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
@@ -213,9 +258,16 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         return result
 
     def _update(self, name: str, x: Tensor) -> Tensor:
-        experts = self.experts_of(name)
-        weights = coefficients(self.router_of(name), x, name, self)
-        return experts(self._cast_input_dtype(x, experts.A.dtype), weights, self.router_of(name).kept)
+        experts, router = self.experts_of(name), self.router_of(name)
+        instead = given.current()
+        if instead is None:
+            weights, kept = coefficients(router, x, name, self), router.kept
+        else:
+            weights, kept = instead.over(x, name, router.experts), None
+        general = experts.site.general
+        kept = None if kept is None else kept + general
+        weights = with_general(weights, general)
+        return experts(self._cast_input_dtype(x, experts.A.dtype), weights, kept)
 
     def __repr__(self) -> str:
         return "routed_lora." + super().__repr__()

@@ -10,17 +10,25 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.similarity import task_vector_similarity
 from peft_routing.cli import main as route
-from tests.conftest import run
+from tests.conftest import make_model, run
 from tests.mergekit_moe_ext.test_calibration import make_moe, words, write
 from tests.peft_routing.adapters import make_base, save_lora
 from tests.test_autoload import ROOT
 from tests.tokenizers import save_tokenizer
 
-SCRIPTS = ("demo", "mergeme_homogeneous", "caem_tasks", "tradeoffs_routers", "task_vector_similarity")
+SCRIPTS = (
+    "demo",
+    "mergeme_homogeneous",
+    "caem_tasks",
+    "tradeoffs_routers",
+    "task_vector_similarity",
+    "seq_moe_finetune",
+)
 
 
 def configurations():
@@ -40,6 +48,8 @@ def everything(here, sources, monkeypatch):
         (here / name).unlink()
         shutil.copytree(sources / name, here / name)
         save_tokenizer(here / name, 96)
+    make_model(here / "stories-gpt2", 9, family="gpt2", hidden_size=24)
+    save_tokenizer(here / "stories-gpt2", 96)
     (here / "code.txt").write_text("w20 w21 w22\nw23 w24\n")
     for seed, task in enumerate(("news", "squad", "xsum")):
         make_moe(here / f"moe-{task}", "mixtral", seed=seed, num_local_experts=8)
@@ -110,6 +120,25 @@ def test_the_readme_s_routed_adapters_run(here):
 def test_scripts_start(script):
     done = run("python", str(ROOT / "examples" / f"{script}.py"), "--help")
     assert done.returncode == 0 and "--output" in done.stdout, done.stderr
+
+
+def test_a_sequence_moe_is_fine_tuned(everything, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import seq_moe_finetune
+
+    docs = (ROOT / "docs" / "sequence_moe.md").read_text()
+    text = next(block for block in re.findall(r"```yaml\n(.*?)```", docs, flags=re.DOTALL) if "hetero_moe" in block)
+    (everything / "config.yml").write_text(text)
+    assert CliRunner().invoke(main, ["yaml", "config.yml", "out"]).exit_code == 0
+    command = re.search(r"^python examples/seq_moe_finetune.py (.*)$", docs, flags=re.MULTILINE)[1].split()
+    few = ["--max-steps", "2", "--batch-size", "2"]
+    result = CliRunner().invoke(seq_moe_finetune.main, [*command, *few])
+    assert result.exit_code == 0, result.output
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in ("out", "out-trained"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".proj_" in name or name == "router.weight" for name in changed)
+    again = CliRunner().invoke(seq_moe_finetune.main, [*command, *few])
+    assert again.exit_code == 1 and "not empty" in again.output
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ class SeqMoe(StructuralMethod):
         donor = decoders[job.donor]
         headers = read_headers(job, configs, {model: decoder.manifest for model, decoder in decoders.items()})
         base = _base_expert(job)
+        _check_task_vector_layers(options, donor.config.num_hidden_layers)
         patterns = _shared_patterns(donor, options)
         if options.embedding == "separate" and (job.config.tokenizer or job.config.tokenizer_source):
             raise click.ClickException("embedding: separate keeps every expert's vocabulary: leave `tokenizer` out")
@@ -121,6 +122,18 @@ def _base_expert(job: Job) -> int:
             + (f"list {job.base} in `models:`" if job.base else "name one of `models:` as `base_model:`")
         )
     return 0
+
+
+def _check_task_vector_layers(options: SeqMoeOptions, number: int) -> None:
+    layers = options.task_vector_layers
+    if layers is None:
+        return
+    if options.routing != "task_vector":
+        raise click.ClickException("task_vector_layers is for routing: task_vector; nothing else compares layers")
+    if not layers or not all(0 <= layer < number for layer in layers):
+        raise click.ClickException(
+            f"task_vector_layers is {layers}, but the models' {number} layers are 0 to {number - 1}"
+        )
 
 
 def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:

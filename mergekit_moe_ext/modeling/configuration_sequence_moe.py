@@ -1,6 +1,6 @@
 """The configuration of a sequence MoE: whole decoders as experts, of which each sequence chooses some (MergeME)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -35,7 +35,7 @@ class SequenceMoEConfig(PretrainedConfig):
     """
 
     model_type = "sequence_moe"
-    keys_to_ignore_at_inference = ("past_key_values", "coefficients", "aux_loss")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "coefficients", "aux_loss"]
 
     def __init__(
         self,

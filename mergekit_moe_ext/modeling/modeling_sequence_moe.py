@@ -8,7 +8,7 @@ choice already knows what is to be predicted.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -172,13 +172,16 @@ class Expert(nn.Module):
             self.proj_out = Projector(kind, residual, head.in_features, width)
 
     def forward(
-        self, batch: Batch, embed: nn.Module | None = None, cache: Cache | None = None, *, with_head: bool = False
+        self, batch: Batch, shared: Tensor | None = None, cache: Cache | None = None, *, with_head: bool = False
     ) -> Tensor:
-        """(rows, length) to (rows, length, width), or to logits by the expert's own head; `embed` if it has none."""
-        if embed is None:
+        """(rows, length) to (rows, length, width), or to logits by the expert's own head.
+
+        shared: what the shared embedding makes of the tokens, if the expert has none of its own.
+        """
+        if shared is None:
             x = self.embed_tokens(batch.tokens)
         else:
-            x = embed(batch.tokens)
+            x = shared
             if hasattr(self, "proj_in"):
                 x = self.proj_in(x)
             if self.scale != 1:
@@ -215,6 +218,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             self.router: Any = nn.Linear(width, len(configs), bias=False)
         for name in _TAKEN_FROM_TRUNKS:
             setattr(self, name, {item for expert in self.experts for item in getattr(expert.trunk, name) or ()})
+        self._tied_weights_keys = self.get_expanded_tied_weights_keys()  # save_pretrained looks here
         self.post_init()
 
     def get_input_embeddings(self) -> Any:
@@ -333,6 +337,11 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.routing == "uniform":
             scores = torch.zeros(len(prefix), number, device=prefix.device)
         elif self.config.routing == "learned":
+            if self.training and k == 1 < number and self.router.weight.requires_grad:
+                raise ValueError(
+                    "a router that keeps one expert gets no gradient, since the softmax over one is always 1: set "
+                    "experts_per_sequence to 2 or more, or freeze the router"
+                )
             embedded = self.get_input_embeddings()(batch.tokens)
             total = torch.where(prefix[..., None], embedded, 0).sum(dim=1)
             mean = total / prefix.sum(dim=1, keepdim=True).clamp(min=1)
@@ -344,11 +353,19 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         coefficients = torch.softmax(_largest(scores, k), dim=-1)
         if self.config.routing in ("perplexity", "task_vector"):  # nothing to choose by: all alike
             blind = ~self._scored(batch, prefix).any(dim=1, keepdim=True)
-            coefficients = torch.where(blind.to(coefficients.device), 1 / number, coefficients)
+            coefficients = torch.where(blind.to(coefficients.device), self._without_choice(coefficients), coefficients)
         if self.config.routing == "learned" and self.training:
             chosen = (coefficients > 0).float().mean(dim=0) / k
             aux_loss = number * (chosen * torch.softmax(scores, dim=-1).mean(dim=0)).sum()
         return coefficients, aux_loss, ran
+
+    def _without_choice(self, like: Tensor) -> Tensor:
+        """All experts alike; where they cap their logits differently and so cannot be mixed, the base alone."""
+        if len(set(self.config.logit_softcaps)) > 1:
+            alone = torch.zeros_like(like)
+            alone[:, self.config.base_expert] = 1
+            return alone
+        return torch.full_like(like, 1 / len(self.experts))
 
     def _scored(self, batch: Batch, prefix: Tensor) -> Tensor:
         """Which tokens of the prefix a heuristic predicts: no padding, no special tokens, none after padding."""
@@ -390,16 +407,17 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         base = self.experts[self.config.base_expert]
         names = [name for name, _ in base.named_parameters() if self._is_compared(name)]
         scored = self._scored(batch, prefix)
-        similarities = []
+        compared, similarities = _Comparison(self.experts, self.config.base_expert), []
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(base):
             for row in range(len(batch.tokens)):
-                compared = _Comparison(self.experts, self.config.base_expert)
+                compared.start()
                 leaves = {name: base.get_parameter(name).detach().requires_grad_() for name in names}
                 for name, leaf in leaves.items():
                     leaf.register_post_accumulate_grad_hook(partial(compared.take, name))
                 one = batch.of(torch.tensor([row], device=batch.tokens.device)).copied()
                 if scored[row].any():
-                    self._loss_at_base(base, leaves, one, scored[row].clone()).backward()
+                    loss = self._loss_at_base(base, leaves, one, scored[row].clone())
+                    loss.backward(inputs=list(leaves.values()))
                 similarities.append(compared.cosines())
         return torch.stack(similarities).to(batch.tokens.device)
 
@@ -412,18 +430,20 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return layers is None or (layer is not None and int(layer[1]) in layers)
 
     def _loss_at_base(self, base: nn.Module, leaves: dict[str, Tensor], one: Batch, scored: Tensor) -> Tensor:
-        embed = self.embed_tokens if self.config.embedding == "shared" else None
-        if embed is None:
+        shared = self._embedded(one)
+        if shared is None:
             logits = functional_call(base, leaves, (one,), {"with_head": True})
         else:
-            logits = self.lm_head(functional_call(base, leaves, (one, embed)))
+            logits = self.lm_head(functional_call(base, leaves, (one, shared)))
         logits = self._capped(logits, self.config.logit_softcaps[self.config.base_expert])
         columns = scored.nonzero()[:, 0].to(logits.device)
         return functional.cross_entropy(logits[0, columns - 1].float(), one.tokens[0, columns.to(one.tokens.device)])
 
     def _run(self, index: int, batch: Batch, cache: Cache | None) -> Tensor:
-        embed = self.embed_tokens if self.config.embedding == "shared" else None
-        return self.experts[index](batch, embed, cache)
+        return self.experts[index](batch, self._embedded(batch), cache)
+
+    def _embedded(self, batch: Batch) -> Tensor | None:
+        return self.embed_tokens(batch.tokens) if self.config.embedding == "shared" else None
 
     def _head(self, index: int) -> Any:
         return self.lm_head if self.config.embedding == "shared" else self.experts[index].lm_head
@@ -486,7 +506,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def _checked(self, coefficients: Tensor, tokens: Tensor) -> Tensor:
         """Given coefficients, one row per sequence."""
         number = len(self.experts)
-        if coefficients.ndim != 2 or coefficients.shape[1] != number or len(tokens) % max(1, len(coefficients)):
+        fits = coefficients.ndim == 2 and coefficients.shape[1] == number and len(coefficients) > 0
+        if not fits or len(tokens) % len(coefficients):
             raise ValueError(
                 f"coefficients are of shape {tuple(coefficients.shape)}; give ({len(tokens)}, {number}), a row per "
                 f"sequence, or (1, {number}) for all"
@@ -512,30 +533,51 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class _Comparison:
-    """Inner products of a gradient with base minus expert, and their norms, parameter by parameter."""
+    """Inner products of a sequence's gradient with base minus expert, and the norms of both, parameter by parameter.
+
+    Sums are left on their devices until the end, so that a GPU need not wait.
+    """
 
     def __init__(self, experts: nn.ModuleList, base: int) -> None:
-        self.experts, self.base = experts, experts[base]
-        self.products = torch.zeros(len(experts), dtype=torch.float64)
-        self.norms = torch.zeros(len(experts), dtype=torch.float64)
-        self.norm = torch.zeros((), dtype=torch.float64)
+        self.others = {index: expert for index, expert in enumerate(experts) if index != base}
+        self.number, self.base = len(experts), experts[base]
+        self.norms: dict[tuple[int, str], Tensor] = {}  # of the differences: the same for all sequences
+        self.start()
+
+    def start(self) -> None:
+        """With the next sequence."""
+        self.of_gradient: list[Tensor] = []
+        self.products: dict[int, list[Tensor]] = {index: [] for index in self.others}
 
     @torch.no_grad()
     def take(self, name: str, leaf: Tensor) -> None:
         assert leaf.grad is not None
-        gradient, leaf.grad = leaf.grad.float(), None
-        base = self.base.get_parameter(name)
-        self.norm += gradient.square().sum(dtype=torch.float64).cpu()
-        for index, expert in enumerate(self.experts):
-            if expert is not self.base:
-                vector = base.float() - expert.get_parameter(name).to(base.device).float()
-                self.products[index] += (gradient * vector).sum(dtype=torch.float64).cpu()
-                self.norms[index] += vector.square().sum(dtype=torch.float64).cpu()
+        gradient, leaf.grad = leaf.grad.flatten().float(), None
+        self.of_gradient.append(gradient.dot(gradient))
+        base = self.base.get_parameter(name).flatten().float()
+        for index, expert in self.others.items():
+            difference = base - expert.get_parameter(name).flatten().to(base)
+            self.products[index].append(gradient.dot(difference))
+            if (index, name) not in self.norms:
+                self.norms[index, name] = difference.dot(difference)
 
     def cosines(self) -> Tensor:
-        """0 where there is no difference to compare with."""
-        lengths = (self.norms * self.norm).sqrt()
-        return torch.where(lengths > 0, self.products / lengths.clamp(min=1e-300), 0.0).float()
+        """(experts,) in float32; 0 where there is no difference to compare with."""
+        cosines = torch.zeros(self.number, dtype=torch.float64)
+        for index in self.others:
+            norm = _sum(value for (of, _), value in self.norms.items() if of == index)
+            length = (norm * _sum(self.of_gradient)).sqrt()
+            if length > 0:
+                cosines[index] = _sum(self.products[index]) / length
+        return cosines.float()
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    """Of scalars anywhere, in float64 on the CPU."""
+    parts = list(values)
+    return (
+        torch.stack([part.double().cpu() for part in parts]).sum() if parts else torch.zeros((), dtype=torch.float64)
+    )
 
 
 @contextmanager

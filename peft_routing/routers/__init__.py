@@ -152,6 +152,11 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
+    """(batch, experts) to (batch, 1 …, experts), in as many dimensions as x."""
+    return coefficients.reshape(len(coefficients), *[1] * (x.ndim - 2), -1)
+
+
 class Constant:
     """Numbers that no cast of the model rounds, as a tensor that is made once: a GPU would wait for each."""
 

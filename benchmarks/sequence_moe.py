@@ -1,0 +1,130 @@
+"""A sequence MoE against its own experts, each alone: prefill and decoding, side by side in one run.
+
+    python benchmarks/sequence_moe.py                # CPU, a few minutes
+    python benchmarks/sequence_moe.py --device cuda
+
+Four random Llamas become one model with `embedding: separate`. The limit of a prefill with perplexity routing is one
+prefill of each source, logits of the whole prompt included, since every expert has to score it; ours then gives logits
+of the last token, as in `generate`. The limit of decoding with K experts is a step of each of K sources. Competitors
+take turns, and the best of their runs counts; memory is the peak beyond what is held before.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from measuring import best_seconds, peak_extra_bytes
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import mergekit_moe_ext  # noqa: F401  (registers the methods)
+
+EXPERTS = ("base", "math", "code", "law")
+
+
+def make_sources(root: Path, layers: int) -> None:
+    config = LlamaConfig(
+        vocab_size=16_000, hidden_size=512, intermediate_size=1408, num_hidden_layers=layers, num_attention_heads=8
+    )
+    for seed, name in enumerate(EXPERTS):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(root / name)
+
+
+def merge(root: Path, routing: str, chosen: int) -> Path:
+    from mergekit.merge import run_merge
+
+    config = MergeConfiguration.model_validate(
+        {
+            "merge_method": "seq_moe",
+            "base_model": str(root / "base"),
+            "models": [{"model": str(root / name)} for name in EXPERTS],
+            "parameters": {"routing": routing, "embedding": "separate", "experts_per_sequence": chosen},
+        }
+    )
+    out = root / f"{routing}-{chosen}"
+    run_merge(config, str(out), MergeOptions(quiet=True))
+    return out
+
+
+def load(path: Path, device: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path).to(device).eval()
+
+
+def measure(
+    ours: Callable[[], object], limit: Callable[[], object], device: str, rounds: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Best seconds and peak extra bytes of each, taking turns."""
+    works = {"ours": ours, "limit": limit}
+    extra = {name: peak_extra_bytes(work, device) for name, work in works.items()}
+    best = dict.fromkeys(works, float("inf"))
+    for _ in range(rounds):
+        for name, work in works.items():
+            best[name] = min(best[name], best_seconds(work, device, runs=1))
+    return best, extra
+
+
+def decoding(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """One step after the prompt; the cache grows by a token per run."""
+    state: dict[str, Any] = {}
+    token = ids[:, -1:]
+
+    def step() -> None:
+        if not state:
+            state["cache"] = model(ids, use_cache=True).past_key_values
+        model(token, past_key_values=state["cache"], use_cache=True)
+
+    step()
+    return step
+
+
+@click.command(help=__doc__.splitlines()[0] if __doc__ else None)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--layers", default=8, show_default=True)
+@click.option("--batch", default=4, show_default=True)
+@click.option("--prompt", default=256, show_default=True, help="Tokens.")
+@click.option("--rounds", default=5, show_default=True)
+def main(device: str, layers: int, batch: int, prompt: int, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        root = Path(folder)
+        make_sources(root, layers)
+        sources = [load(root / name, device) for name in EXPERTS]
+        ids = torch.randint(0, 16_000, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+        click.echo(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32")
+        click.echo(f"{len(EXPERTS)} experts of {sources[0].num_parameters() / 1e6:.0f} M, {batch} x {prompt} tokens")
+        click.echo(f"{'':34}{'ms':>9}{'limit ms':>10}{'/ limit':>9}{'MB':>8}{'limit MB':>10}")
+        for routing, chosen in (("perplexity", 1), ("perplexity", 2), ("task_vector", 1)):
+            model = load(merge(root, routing, chosen), device)
+            alone = partial(run_all, [partial(source, ids, use_cache=True) for source in sources])
+            show(f"prefill, {routing}, K = {chosen}", *measure(partial(prefill, model, ids), alone, device, rounds))
+            if routing == "perplexity":
+                alone = partial(run_all, [decoding(source, ids) for source in sources[:chosen]])
+                show(f"decoding, K = {chosen}", *measure(decoding(model, ids), alone, device, rounds * 4))
+
+
+def prefill(model: Any, ids: torch.Tensor) -> None:
+    cache_class = sys.modules[type(model).__module__].SequenceMoECache
+    model(ids, past_key_values=cache_class(), logits_to_keep=1)
+
+
+def run_all(works: Sequence[Callable[[], object]]) -> None:
+    for work in works:
+        work()
+
+
+def show(what: str, seconds: dict[str, float], extra: dict[str, int]) -> None:
+    ours, limit = seconds["ours"], seconds["limit"]
+    click.echo(
+        f"{what:34}{ours * 1e3:9.1f}{limit * 1e3:10.1f}{ours / limit:9.2f}{extra['ours'] / 1e6:8.0f}"
+        f"{extra['limit'] / 1e6:10.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""`oracle`: the expert of each example's task, or its cluster (Trade-offs 2.4)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_routing.choosers.experts import check_known, expert_names
+
+
+def oracle(
+    names: Sequence[str], experts: Sequence[str] | nn.Module, clusters: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Coefficients (examples, experts), each the expert that `names` says for the example, or its cluster.
+
+    `experts` are all names in the order of the coefficients, or a model with one active routed adapter. With
+    `clusters`, the cluster of each expert as `RoutedLoraConfig` takes it, the experts of the named one's cluster share
+    equally. `ValueError` for a name that is no expert, with the nearest that is.
+    """
+    known = expert_names(experts)
+    check_known(names, known, "names")
+    chosen = torch.eye(len(known))
+    if clusters is not None:
+        check_known(clusters, known, "clusters")
+        if missing := [name for name in known if name not in clusters]:
+            raise ValueError(f"clusters: every expert has one, and {missing[0]!r} has none")
+        chosen = torch.tensor([[float(clusters[one] == clusters[other]) for other in known] for one in known])
+        chosen = chosen / chosen.sum(dim=1, keepdim=True)
+    return chosen[[known.index(name) for name in names]]
