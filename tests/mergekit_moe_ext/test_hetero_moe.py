@@ -360,42 +360,42 @@ except ModuleNotFoundError:
     pass
 else:
     raise SystemExit("it can be imported")
-path = sys.argv[1]
-model, info = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
-assert not any(info.values()), info
-ids = torch.load("ids.pt")
-with torch.no_grad():
-    logits = model(ids).logits
-torch.save({"logits": logits, "generated": model.generate(ids, max_new_tokens=5, do_sample=False)}, "got.pt")
-tokenizer = AutoTokenizer.from_pretrained(path)
-said = pipeline("text-generation", model=model, tokenizer=tokenizer)("w1 w2 w3", max_new_tokens=2)
-assert said[0]["generated_text"].startswith("w1 w2 w3"), said
-model.save_pretrained("again")
-again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
-assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+ids, got = torch.load("ids.pt"), {}
+for path in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        got[path] = model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    said = pipeline("text-generation", model=model, tokenizer=tokenizer)("w1 w2 w3", max_new_tokens=2)
+    assert said[0]["generated_text"].startswith("w1 w2 w3"), said
+    model.save_pretrained(path + "-again")
+    again = AutoModelForCausalLM.from_pretrained(path + "-again", trust_remote_code=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+torch.save(got, "got.pt")
 """
 
 
-@pytest.mark.parametrize("embedding", ["average", "separate"])
-def test_it_is_saved_moved_and_loaded_without_this_package(here, embedding):
-    out = hetero(["llama", "gpt2-shuffled", "gemma"], embedding=embedding)
-    model, ids = load(out), ids_of()
-    with torch.no_grad():  # so that what is saved is not what was merged
-        model.router.weight.mul_(-3)
-    model.save_pretrained("saved")
-    AutoTokenizer.from_pretrained(out).save_pretrained("saved")
-    away = here / "away"
+def test_it_is_saved_moved_and_loaded_without_this_package(here):
+    ids, models, away = ids_of(), {}, here / "away"
     away.mkdir()
-    (here / "saved").rename(away / "moved")
+    for embedding in ("average", "separate"):
+        out = hetero(["llama", "gpt2-shuffled", "gemma"], name=f"out-{embedding}", embedding=embedding)
+        model = models[embedding] = load(out)
+        with torch.no_grad():  # so that what is saved is not what was merged
+            model.router.weight.mul_(-3)
+        model.save_pretrained("saved")
+        AutoTokenizer.from_pretrained(out).save_pretrained("saved")
+        (here / "saved").rename(away / embedding)
     torch.save(ids, away / "ids.pt")
     env = {**os.environ, "HF_MODULES_CACHE": str(here / "cache"), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     env.pop("PYTHONPATH", None)
-    result = run(sys.executable, "-c", ELSEWHERE, away / "moved", cwd=away, env=env)
+    result = run(sys.executable, "-c", ELSEWHERE, *models, cwd=away, env=env)
     assert result.returncode == 0, result.stderr
-    got = torch.load(away / "got.pt")
-    torch.testing.assert_close(got["logits"], logits_of(model, ids))
-    assert torch.equal(got["generated"], model.generate(ids, max_new_tokens=5, do_sample=False))
-    torch.testing.assert_close(logits_of(load(away / "again"), ids), got["logits"])
+    for embedding, (logits, generated) in torch.load(away / "got.pt").items():
+        torch.testing.assert_close(logits, logits_of(models[embedding], ids))
+        assert torch.equal(generated, models[embedding].generate(ids, max_new_tokens=5, do_sample=False))
+        torch.testing.assert_close(logits, logits_of(load(away / f"{embedding}-again"), ids))
 
 
 @pytest.mark.parametrize(("embedding", "routing"), [("average", "learned"), ("separate", "perplexity")])
@@ -560,19 +560,10 @@ def test_the_command_merges(here):
     got, expected = read_tensors(here / "out"), read_tensors(merge(yaml.safe_load(CONFIG), "expected"))
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
     card = (here / "out" / "README.md").read_text()
-    for fact in ("hetero_moe", "arxiv.org/abs/2502.00997", "./gemma-shuffled: 91 of 100", "trust_remote_code=True"):
+    for fact in ("hetero_moe", "arxiv.org/abs/2502.00997", "./gemma-shuffled: 89 of 100", "trust_remote_code=True"):
         assert fact in card, card
     assert AutoTokenizer.from_pretrained("out").get_vocab() == AutoTokenizer.from_pretrained("llama").get_vocab()
     assert load("out").generate(ids_of(), max_new_tokens=2, min_new_tokens=2).shape == (3, 22)
-
-
-def test_the_commands_errors_have_no_traceback(here):
-    (here / "config.yml").write_text(CONFIG.replace("mlp", "mpl"))
-    result = run("mergekit-yaml", "config.yml", "out")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "Error: `projector` under `parameters:` is 'mpl'" in result.stderr
-    (here / "config.yml").unlink()
-    assert nothing_left(here)
 
 
 def test_the_plan_command(here):
