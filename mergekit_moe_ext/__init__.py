@@ -15,3 +15,5 @@ __version__ = "0.1.0"
 __all__ = ["__version__"]
 
 activate()
+# Before any module of ours: they import it, and it makes us known while it loads, which takes all of them.
+import mergekit.merge_methods  # noqa: E402, F401

@@ -18,9 +18,9 @@ from mergekit.tokenizer.config import TokenizerConfig
 
 from mergekit_moe_ext.methods.base import Job, StructuralMethod
 from mergekit_moe_ext.planner import NEUTRAL_PARAMETERS, merged_models
+from mergekit_moe_ext.sources import lacks_tokenizer
 
 Options = TypeVar("Options", bound=pydantic.BaseModel)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def check_document(document: Any) -> None:
@@ -115,7 +115,7 @@ def _check_tokenizers(job: Job) -> None:
         raise click.ClickException(f"tokenizer source: {str(source)!r} is unknown{nearest}")
     for model in [*job.sources, *([] if isinstance(source, str) else [source])]:
         directory = Path(model.model.path)
-        if directory.is_dir() and not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        if lacks_tokenizer(model):
             raise click.ClickException(f"{model} has no tokenizer, and aligning vocabularies takes one of every model")
         if not directory.exists() and model.model.path.startswith((".", "/")):
             raise click.ClickException(f"{directory} does not exist (named as a tokenizer's source)")

@@ -68,6 +68,7 @@ _UNREADABLE = (
     ValueError,
     pickle.UnpicklingError,
 )
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # As safetensors and as torch name them.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -109,6 +110,12 @@ def _read_config(model: ModelReference, options: MergeOptions) -> PretrainedConf
     if getattr(config, "quantization_config", None):
         raise click.ClickException(f"{model} is quantised; merge the weights that it was quantised from")
     return config
+
+
+def lacks_tokenizer(model: ModelReference) -> bool:
+    """Whether a local model has none. transformers would make up an empty one for many architectures."""
+    directory = Path(model.model.path)
+    return directory.is_dir() and not any((directory / name).exists() for name in _TOKENIZER_FILES)
 
 
 def check_same_size(job: "Job", configs: Mapping[ModelReference, PretrainedConfig]) -> None:

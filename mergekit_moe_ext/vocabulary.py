@@ -18,8 +18,9 @@ from torch.nn import functional
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from mergekit_moe_ext.methods.base import Job
+from mergekit_moe_ext.sources import lacks_tokenizer
 
-_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_ROLES = ("unk_token", "pad_token", "bos_token", "eos_token")  # of a token with several, the last
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,17 +37,20 @@ def align_vocabularies(
     """Every source's rows for the donor's tokens.
 
     A token that a model lacks is stood in for, if `stand_ins`, by the model's token of the same role (end of text …),
-    else by the tokens that its own tokenizer makes of the text. `ClickException` for a source without a tokenizer, and
-    for one that shares no token with the donor.
+    else by the tokens that its own tokenizer makes of the text. `ClickException` for a source without a tokenizer, for
+    one that shares no token with the donor, and for a donor whose tokenizer has more tokens than its embedding.
     """
     tokenizers = {model: _tokenizer(job, model) for model in configs}
-    alignment = build_tokenizer(
-        base_model=job.donor,
-        referenced_models=list(configs),
-        tokenizer_source="base",
-        trust_remote_code=job.merge_options.trust_remote_code,
-        add_tokens=[],
-    )
+    try:
+        alignment = build_tokenizer(
+            base_model=job.donor,
+            referenced_models=list(configs),
+            tokenizer_source="base",
+            trust_remote_code=job.merge_options.trust_remote_code,
+            add_tokens=[],
+        )
+    except RuntimeError as error:
+        raise click.ClickException(f"the tokenizer of {job.donor} cannot be used: {error}") from error
     size = configs[job.donor].vocab_size
     rows = {}
     for model in configs:
@@ -62,12 +66,16 @@ def align_vocabularies(
                 f"{model} shares no token with {job.donor}: they cannot speak with one tokenizer"
             )
         lacking = (own < 0).nonzero()[:, 0].tolist() if stand_ins else []
-        rows[model] = TokenRows(own, _stand_ins(tokenizers[job.donor], tokenizers[model], lacking))
+        bags = _stand_ins(tokenizers[job.donor], tokenizers[model], lacking)
+        known = {i: [row for row in bag if row < configs[model].vocab_size] for i, bag in bags.items()}
+        rows[model] = TokenRows(own, {i: bag for i, bag in known.items() if bag})
     return rows
 
 
 def _tokenizer(job: Job, model: ModelReference) -> PreTrainedTokenizerBase:
     options = job.merge_options
+    if lacks_tokenizer(model):
+        raise click.ClickException(f"{model} has no tokenizer, and tokens are matched by their strings")
     try:
         return AutoTokenizer.from_pretrained(
             model.model.path,
@@ -77,7 +85,7 @@ def _tokenizer(job: Job, model: ModelReference) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, KeyError) as error:
         raise click.ClickException(
-            f"{model} has no tokenizer that can be read, and tokens are matched by their strings: "
+            f"the tokenizer of {model} cannot be read, and tokens are matched by their strings: "
             f"{str(error).splitlines()[0]}"
         ) from error
 
@@ -97,7 +105,11 @@ def _stand_ins(
 
 
 class AlignedRows(Task[Tensor]):
-    """A tensor with a row per token, its rows in the donor's order; the mean of its stand-ins for a token it lacks."""
+    """A tensor with a row per token, its rows in the donor's order.
+
+    For a token that it lacks the mean of the stand-ins; where there are none, of all rows, so that what the head makes
+    of it is no more likely than the average token (zeros would win where logits are negative).
+    """
 
     model: ModelReference
     tensor: str
@@ -114,7 +126,8 @@ class AlignedRows(Task[Tensor]):
         assert tensor is not None
         own = self.rows.own.to(tensor.device)
         aligned = tensor[own.clamp(min=0)]
-        aligned[own < 0] = 0
+        if (own < 0).any():
+            aligned[own < 0] = tensor.mean(dim=0, dtype=torch.float32).to(tensor)
         tokens, bags = list(self.rows.stand_ins), list(self.rows.stand_ins.values())
         if tokens:
             flat = torch.tensor([row for bag in bags for row in bag], dtype=torch.long, device=tensor.device)

@@ -118,6 +118,10 @@ class HeteroMoe(StructuralMethod):
 def _check(job: Job) -> None:
     """What cannot be, whatever the models."""
     options = job.options
+    entries = [job.config.parameters or {}, *(entry.parameters or {} for entry in job.config.models or [])]
+    for key in {key: None for given in entries for key in given}:
+        if key not in HeteroMoeOptions.model_fields:
+            raise click.ClickException(f"hetero_moe merges nothing by a tensor method, so it has no use for `{key}`")
     if job.donor not in job.experts:
         raise click.ClickException(
             f"base_model: {job.donor}, whose tokenizer the output speaks, must be among `models:`"
