@@ -66,10 +66,11 @@ def plan(merge_options: MergeOptions, config_file: str, plot: Path | None) -> No
     click.echo(f"experts   {experts_in_words(planned)}, {planned.config.num_hidden_layers} layers, from")
     for index, model in enumerate(job.experts):
         click.echo(f"          {index}. {model}")
-    click.echo(
-        f"shared    {len(planned.shared)} tensors by {job.shared.spec.name} from "
-        f"{', '.join(map(str, models))}" + (f" (base: {base})" if base else "")
-    )
+    if planned.shared:
+        click.echo(
+            f"shared    {len(planned.shared)} tensors by {job.shared.spec.name} from "
+            f"{', '.join(map(str, models))}" + (f" (base: {base})" if base else "")
+        )
     click.echo(f"copied    {len(planned.copies)} tensors")
     click.echo(f"computed  {len(planned.computed)} tensors, seed {job.seed}")
     click.echo(f"config and tokenizer from {job.donor}")

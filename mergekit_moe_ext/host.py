@@ -5,7 +5,6 @@ stock `run_merge` into a staging directory, adds card, tokenizer and processor f
 """
 
 import functools
-import importlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -16,19 +15,17 @@ from typing import Any
 import yaml
 from mergekit.common import ModelReference
 
+from mergekit_moe_ext.methods import METHODS
+
 LOG = logging.getLogger(__name__)
 # What mergekit's own tokenizer copy leaves behind.
 _BESIDE_TOKENIZER = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def register_methods(registry: ModuleType) -> None:
-    """Put our methods into `mergekit.merge_methods.registry`, once.
-
-    Where the methods are imported first and bring the registry, they are not there yet; at their end they call this.
-    """
-    methods = importlib.import_module("mergekit_moe_ext.methods")
+    """Put our methods into `mergekit.merge_methods.registry`, once."""
     present = {method.spec.name for method in registry.registered_methods()}
-    for method in getattr(methods, "METHODS", ()):
+    for method in METHODS:
         if method.spec.name not in present:
             registry.register(method)
 

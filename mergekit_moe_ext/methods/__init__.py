@@ -1,9 +1,5 @@
 """Every merge method of this package, one file each."""
 
-from mergekit.merge_methods import registry
-
-from _mergekit_moe_ext_autoload import mergekit_is_known
-from mergekit_moe_ext.host import register_methods
 from mergekit_moe_ext.methods.caem import CAEM
 from mergekit_moe_ext.methods.dare import DARE
 from mergekit_moe_ext.methods.fast_ties import FAST_TIES
@@ -12,6 +8,3 @@ from mergekit_moe_ext.methods.moe import MOE_METHODS
 from mergekit_moe_ext.methods.seq_moe import SEQ_MOE
 
 METHODS = (*MOE_METHODS, CAEM, SEQ_MOE, HETERO_MOE, FAST_TIES, DARE)
-
-if mergekit_is_known():
-    register_methods(registry)
