@@ -15,12 +15,13 @@ import click
 import transformers
 from mergekit.common import ModelReference
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mergekit_moe_ext.layers import decoder_layers
 from mergekit_moe_ext.manifest import Manifest, hub_state, manifest_of
 from mergekit_moe_ext.methods.base import Job
+from mergekit_moe_ext.sources import tokenizer_of
 
 LOG = logging.getLogger(__name__)
 _KEPT_IN_CACHE = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -132,14 +133,8 @@ def special_token_ids(job: Job, donor: PretrainedConfig) -> list[int]:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(donor, key, None)
         ids |= set(value if isinstance(value, list) else [] if value is None else [value])
-    model, options = job.donor.model, job.merge_options
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.path,
-            revision=model.revision,
-            cache_dir=options.transformers_cache,
-            trust_remote_code=options.trust_remote_code,
-        )
+        tokenizer = tokenizer_of(job.donor, job.merge_options)
     except (OSError, ValueError, KeyError):
         LOG.warning("%s has no tokenizer, so only its configuration says which tokens are special", job.donor)
         return sorted(ids)

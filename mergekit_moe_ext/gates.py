@@ -5,17 +5,18 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import click
 import torch
 from mergekit.common import dtype_from_name
 from mergekit.graph import Task
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from mergekit_moe_ext.families import Stack
 from mergekit_moe_ext.methods.base import Job
 from mergekit_moe_ext.prompts import PromptStates, Tokens
+from mergekit_moe_ext.sources import tokenizer_of
 
 LOG = logging.getLogger(__name__)
 GateMode = Literal["random", "uniform_random", "zeros", "hidden", "hidden_last", "hidden_avg", "cheap_embed"]
@@ -98,17 +99,11 @@ def _tokenised_prompts(job: Job) -> tuple[tuple[Tokens, Tokens], ...]:
             "the prompts are the same for all experts, so that a gate could not tell them apart; give each model "
             "`positive_prompts` of its own"
         )
-    model, options = job.donor.model, job.merge_options
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            model.path,
-            revision=model.revision,
-            cache_dir=options.transformers_cache,
-            trust_remote_code=options.trust_remote_code,
-        )
+        tokenizer = tokenizer_of(job.donor, job.merge_options)
     except (OSError, ValueError, KeyError) as error:
         raise click.ClickException(
-            f"gate_mode: {job.options.gate_mode} needs the tokenizer of {model}, which cannot be read: "
+            f"gate_mode: {job.options.gate_mode} needs the tokenizer of {job.donor}, which cannot be read: "
             f"{str(error).splitlines()[0]}"
         ) from error
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -21,7 +21,7 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from mergekit_moe_ext.manifest import Manifest
 
@@ -110,6 +110,16 @@ def _read_config(model: ModelReference, options: MergeOptions) -> PretrainedConf
     if getattr(config, "quantization_config", None):
         raise click.ClickException(f"{model} is quantised; merge the weights that it was quantised from")
     return config
+
+
+def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
+    """Whatever transformers raises where there is none that it can read."""
+    return AutoTokenizer.from_pretrained(
+        model.model.path,
+        revision=model.model.revision,
+        cache_dir=options.transformers_cache,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def lacks_tokenizer(model: ModelReference) -> bool:

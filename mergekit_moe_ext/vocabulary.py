@@ -15,10 +15,10 @@ from mergekit.io.tasks import LoadTensor
 from mergekit.tokenizer.build import build_tokenizer
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mergekit_moe_ext.methods.base import Job
-from mergekit_moe_ext.sources import lacks_tokenizer
+from mergekit_moe_ext.sources import lacks_tokenizer, tokenizer_of
 
 _ROLES = ("unk_token", "pad_token", "bos_token", "eos_token")  # of a token with several, the last
 
@@ -73,16 +73,10 @@ def align_vocabularies(
 
 
 def _tokenizer(job: Job, model: ModelReference) -> PreTrainedTokenizerBase:
-    options = job.merge_options
     if lacks_tokenizer(model):
         raise click.ClickException(f"{model} has no tokenizer, and tokens are matched by their strings")
     try:
-        return AutoTokenizer.from_pretrained(
-            model.model.path,
-            revision=model.model.revision,
-            cache_dir=options.transformers_cache,
-            trust_remote_code=options.trust_remote_code,
-        )
+        return tokenizer_of(model, job.merge_options)
     except (OSError, ValueError, KeyError) as error:
         raise click.ClickException(
             f"the tokenizer of {model} cannot be read, and tokens are matched by their strings: "
