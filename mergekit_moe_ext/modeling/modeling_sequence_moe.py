@@ -350,7 +350,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             mean = total / prefix.sum(dim=1, keepdim=True).clamp(min=1)
             scores = self.router(mean.to(self.router.weight.dtype)).float()
         elif self.config.routing == "perplexity":
-            scores, ran = self._inverse_perplexities(batch, prefix, keep=keep)
+            reuse = not self.training and not torch.is_grad_enabled()
+            scores, ran = self._inverse_perplexities(batch, prefix, keep=keep, reuse=reuse)
         else:
             scores = self._task_vector_similarities(batch, prefix)
         coefficients = torch.softmax(_largest(scores, k), dim=-1)
@@ -378,11 +379,16 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return scored & before
 
     @torch.no_grad()
-    def _inverse_perplexities(self, batch: Batch, prefix: Tensor, *, keep: bool) -> tuple[Tensor, dict[int, Any]]:
-        """1 / PPL(x | expert) of the prefix: (batch, experts) in float32; and what ran, if that was everything."""
+    def _inverse_perplexities(
+        self, batch: Batch, prefix: Tensor, *, keep: bool, reuse: bool
+    ) -> tuple[Tensor, dict[int, Any]]:
+        """1 / PPL(x | expert) of the prefix: (batch, experts) in float32.
+
+        And what the experts gave, with their caches if `keep`, if it was everything and is of `reuse`.
+        """
         length = int(prefix.any(dim=0).nonzero().max()) + 1 if prefix.any() else 0
         scored = self._scored(batch, prefix)[:, :length]
-        is_whole = length == batch.tokens.shape[1] and not self.training
+        is_whole = reuse and length == batch.tokens.shape[1]
         rows, columns = scored.nonzero(as_tuple=True)
         targets = batch.tokens[rows, columns]
         scores, ran = [], {}

@@ -339,3 +339,16 @@ def test_other_experts_are_not_run_for_a_task_vector(tuned):
     expected = [[(1, 12)] if weight else [] for weight in out.coefficients[0].tolist()]
     expected[0] = [(1, 12), *expected[0]]  # the base, for its gradient
     assert calls.take() == expected
+
+
+def test_perplexity_without_training_leaves_the_gradient_of_the_chosen(sources):
+    """What ran to be scored is used again only where no gradient is wanted."""
+    ids, model = words(2, 9), mixture(sources, experts_per_sequence=2)
+    gradients = []
+    for coefficients in (None, model(ids).coefficients):
+        model.zero_grad()
+        model(ids, coefficients=coefficients).logits.square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() != set()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5)
