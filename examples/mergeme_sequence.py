@@ -44,11 +44,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, heat_map, pyplot
 from mergekit_moe_ext.calibration import format_table
+from mergekit_moe_ext.routing import coefficients_of_sequences
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from real_data import Domain, cache_dir, domains, smollm2, written_at_once
 
 PREFIX = 32  # tokens; as `routing_tokens` has it
+ROUTED = 16  # sequences per domain whose routing is looked at; it is cheaper than their loss
 PAPER = {"density": 0.8, "weight": 1.0, "lambda": 1 / 3}  # appendix A
 PLAIN: dict[str, dict[str, Any]] = {
     "Dare dense": {"merge_method": "dare", "parameters": PAPER},
@@ -60,11 +62,11 @@ SEQUENCE: dict[str, dict[str, str]] = {
     "separate attention": {"attention": "separate"},
     "all separate": {"attention": "separate", "embedding": "separate"},
 }
-BY_HEURISTIC = list(itertools.product(("task_vector", "perplexity"), (2, 1)))  # and how many experts
-CHOICES: dict[str, list[tuple[str, int]]] = {
-    "merged attention": BY_HEURISTIC,
-    "separate attention": BY_HEURISTIC,
-    "all separate": [("perplexity", 2), ("perplexity", 1), ("uniform", 4)],
+HEURISTICS: dict[str, dict[str, tuple[int, ...]]] = {  # and how many experts they choose
+    "merged attention": {"task_vector": (2, 1), "perplexity": (2, 1)},
+    "separate attention": {"task_vector": (2, 1), "perplexity": (2, 1)},
+    "all separate": {"perplexity": (2, 1), "uniform": (4,)},
+    "own embeddings": {"perplexity": (2, 1)},
 }
 HETERO: dict[str, dict[str, str]] = {
     "random projectors": {},  # as in the paper
@@ -123,20 +125,29 @@ class Results:
     routing: dict[str, list[dict[str, list[float]]]] = field(default_factory=dict)
 
     @torch.inference_mode()
-    def measure(self, row: str, model: Any, held_out: dict[str, Tensor], coefficients: Tensor | None = None) -> None:
-        """One sequence at a time. `coefficients` are a sequence MoE's, instead of its choice."""
+    def measure(
+        self, row: str, model: Any, held_out: dict[str, Tensor], coefficients: dict[str, Tensor] | None = None
+    ) -> None:
+        """The loss after the prefix, one sequence at a time; `coefficients` are a sequence MoE's, by domain.
+
+        Routing is that of all sequences that there are coefficients for.
+        """
         model.eval()
-        given = {} if coefficients is None else {"coefficients": coefficients}
-        losses, routing = {}, {}
+        losses = {}
         for name, sequences in held_out.items():
-            outputs = [_output(model, sequence[None], given) for sequence in sequences]
-            losses[name] = statistics.mean(loss for loss, _ in outputs)
-            chosen = [coefficients for _, coefficients in outputs if coefficients is not None]
-            if chosen and not given:
-                routing[name] = torch.cat(chosen).mean(dim=0).tolist()
+            labels = sequences.clone()
+            labels[:, :PREFIX] = -100
+            chosen = (
+                [{"coefficients": one[None]} for one in coefficients[name]] if coefficients else [{}] * len(labels)
+            )
+            losses[name] = statistics.mean(
+                model(input_ids=ids[None], labels=wanted[None], use_cache=False, **choice).loss.item()
+                for ids, wanted, choice in zip(sequences, labels, chosen, strict=False)
+            )
         tqdm.write(f"{row}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()), file=sys.stderr)
         self.losses.setdefault(row, []).append(losses)
-        if routing:
+        if coefficients:
+            routing = {name: of_domain.mean(dim=0).tolist() for name, of_domain in coefficients.items()}
             self.routing.setdefault(row, []).append(routing)
 
     def mean_routing(self) -> dict[str, dict[str, list[float]]]:
@@ -164,12 +175,20 @@ class Results:
         return "\n\n".join(parts)
 
 
-def _output(model: Any, sequence: Tensor, given: dict[str, Tensor]) -> tuple[float, Tensor | None]:
-    """The loss after the prefix, and the coefficients that led to it."""
-    labels = sequence.clone()
-    labels[:, :PREFIX] = -100
-    output = model(input_ids=sequence, labels=labels, use_cache=False, **given)
-    return output.loss.item(), getattr(output, "coefficients", None)
+@torch.inference_mode()
+def choices(model: Any, routed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By domain the coefficients that a sequence MoE chooses: (sequences, experts)."""
+    model.eval()
+    return {
+        name: torch.cat([coefficients_of_sequences(model, {"input_ids": some}) for some in sequences.split(4)])
+        for name, sequences in routed.items()
+    }
+
+
+def largest(coefficients: Tensor, k: int) -> Tensor:
+    """What the softmax over the k largest scores is, from the softmax over all."""
+    values, experts = coefficients.topk(k, dim=-1)
+    return torch.zeros_like(coefficients).scatter(-1, experts, values / values.sum(dim=-1, keepdim=True))
 
 
 def load(folder: Path) -> Any:
@@ -185,7 +204,9 @@ def measure_dense(results: Results, models: dict[str, Path], held_out: dict[str,
         results.measure(name if name == "base" else f"{name} expert", model, held_out)
 
 
-def without_training(models: dict[str, Path], held_out: dict[str, Tensor], seeds: int) -> Results:
+def without_training(
+    models: dict[str, Path], held_out: dict[str, Tensor], routed: dict[str, Tensor], seeds: int
+) -> Results:
     """Table 3, and Table 2 with figure 9."""
     results, base = Results(), models["base"]
     measure_dense(results, models, held_out)
@@ -203,16 +224,33 @@ def without_training(models: dict[str, Path], held_out: dict[str, Tensor], seeds
             method = {"merge_method": "seq_moe", "parameters": {"shared": "linear", **options}}
             run_mergekit(method, list(models.values()), base, merged)
             model = load(merged)
-            for routing, k in CHOICES[kind]:
-                model.config.routing, model.config.experts_per_sequence = routing, k
-                results.measure(f"{kind}, {routing.replace('_', ' ')}, K={k}", model, held_out)
+            measure_heuristics(results, kind, model, held_out, routed)
             bar.update()
     results.losses["Oracle: own expert"] = [{name: results.losses[f"{name} expert"][0][name] for name in DOMAINS}]
     return results
 
 
+def measure_heuristics(
+    results: Results, kind: str, model: Any, held_out: dict[str, Tensor], routed: dict[str, Tensor]
+) -> None:
+    """Each chooses among all experts once, whatever K."""
+    model.config.experts_per_sequence = len(model.experts)
+    for routing, numbers in HEURISTICS[kind].items():
+        model.config.routing = routing
+        of_all = choices(model, routed)
+        for k in numbers:
+            chosen = {name: largest(coefficients, k) for name, coefficients in of_all.items()}
+            results.measure(f"{kind}, {routing.replace('_', ' ')}, K={k}", model, held_out, chosen)
+
+
 def heterogeneous(
-    models: dict[str, Path], tokenizer: Any, texts: dict[str, Domain], held_out: Any, seeds: int, steps: int
+    models: dict[str, Path],
+    tokenizer: Any,
+    texts: dict[str, Domain],
+    held_out: dict[str, Tensor],
+    routed: dict[str, Tensor],
+    seeds: int,
+    steps: int,
 ) -> Results:
     """Table 4, and figures 6 and 8."""
     results, base = Results(), models["base"]
@@ -229,21 +267,25 @@ def heterogeneous(
                 run_mergekit({"merge_method": "moe_linear"}, list(others.values()), base, merged, seed)
             model = load(merged)
             if row == "own embeddings" and seed == 0:
-                _measure_untrained(results, model, list(models), held_out)
-            results.measure(f"{row}, before", model, held_out)
-            fine_tune(model, training_data(tokenizer, texts, CONTROLS.get(row, DOMAINS), steps, seed), steps)
-            results.measure(f"{row}, after", model, held_out)
+                measure_untrained(results, model, list(models), held_out, routed)
+            data = training_data(tokenizer, texts, CONTROLS.get(row, DOMAINS), steps, seed)
+            results.measure(f"{row}, before", model, held_out, choices(model, routed) if row in HETERO else None)
+            fine_tune(model, data, steps)
+            results.measure(f"{row}, after", model, held_out, choices(model, routed) if row in HETERO else None)
     return results
 
 
-def _measure_untrained(results: Results, model: Any, experts: list[str], held_out: dict[str, Tensor]) -> None:
-    """What needs no router: the music expert through the base's tokenizer, and routing by perplexity."""
-    only_music = torch.tensor([[float(name == "music") for name in experts]])
-    results.measure("music expert (GPT-2)", model, held_out, only_music)
-    for k in (2, 1):
-        model.config.routing, model.config.experts_per_sequence = "perplexity", k
-        results.measure(f"own embeddings, perplexity, K={k}", model, held_out)
-    model.config.routing, model.config.experts_per_sequence = "learned", 2
+def measure_untrained(
+    results: Results, model: Any, experts: list[str], held_out: dict[str, Tensor], routed: dict[str, Tensor]
+) -> None:
+    """What needs no router: the music expert alone, through the base's tokenizer, and routing by perplexity."""
+    only_music = torch.tensor([float(name == "music") for name in experts])
+    alone = {name: only_music.expand(len(sequences), -1) for name, sequences in held_out.items()}
+    results.measure("music expert (GPT-2)", model, held_out, alone)
+    del results.routing["music expert (GPT-2)"]  # which was no choice
+    learned = model.config.routing, model.config.experts_per_sequence
+    measure_heuristics(results, "own embeddings", model, held_out, routed)
+    model.config.routing, model.config.experts_per_sequence = learned
 
 
 def training_data(tokenizer: Any, texts: dict[str, Domain], names: Sequence[str], steps: int, seed: int) -> Tensor:
@@ -317,12 +359,13 @@ def main(hetero: bool, output: Path | None, plot: Path | None, seeds: int, steps
     base, texts = smollm2(), domains()
     tokenizer = AutoTokenizer.from_pretrained(base)
     models = make_experts(base, texts)
-    held_out = {name: blocks(tokenizer, texts[name].held_out, count) for name in DOMAINS}
+    routed = {name: blocks(tokenizer, texts[name].held_out, max(ROUTED, count)) for name in DOMAINS}
+    held_out = {name: sequences[:count] for name, sequences in routed.items()}
     if hetero:
         models["music"] = make_music_expert(base, texts["music"].train)
-        results = heterogeneous(models, tokenizer, texts, held_out, seeds, steps)
+        results = heterogeneous(models, tokenizer, texts, held_out, routed, seeds, steps)
     else:
-        results = without_training(models, held_out, seeds)
+        results = without_training(models, held_out, routed, seeds)
     click.echo(results.text(list(models)))
     if output:
         output.write_text(json.dumps({"experts": list(models), **asdict(results)}, indent=1) + "\n")

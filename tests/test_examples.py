@@ -229,7 +229,7 @@ def sequences_of(domains):
 
 def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path):
     held_out = sequences_of(sequence.DOMAINS)
-    results = sequence.without_training(tiny_experts, held_out, seeds=2)
+    results = sequence.without_training(tiny_experts, held_out, held_out, seeds=2)
     losses = {row: of_seeds[0] for row, of_seeds in results.losses.items()}
     for name, path in tiny_experts.items():
         model = AutoModelForCausalLM.from_pretrained(path)
@@ -252,6 +252,12 @@ def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path):
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_k_of_the_largest_coefficients(sequence):
+    scores = torch.tensor([[0.1, 0.7, 0.3, 0.2]])
+    assert torch.allclose(sequence.largest(scores.softmax(-1), 2)[0, 1:3], torch.tensor([0.7, 0.3]).softmax(-1))
+    assert sequence.largest(scores.softmax(-1), 1).tolist() == [[0, 1, 0, 0]]
+
+
 def test_the_heterogeneous_experiment_runs(sequence, tiny_experts, here):
     from real_data import Domain
 
@@ -261,7 +267,8 @@ def test_the_heterogeneous_experiment_runs(sequence, tiny_experts, here):
     documents = [row["text"] for row in words(1, 100)]
     texts = {name: Domain(documents, documents) for name in sequence.DOMAINS}
     tokenizer = AutoTokenizer.from_pretrained(models["base"])
-    results = sequence.heterogeneous(models, tokenizer, texts, sequences_of(sequence.DOMAINS), seeds=1, steps=2)
+    held_out = sequences_of(sequence.DOMAINS)
+    results = sequence.heterogeneous(models, tokenizer, texts, held_out, held_out, seeds=1, steps=2)
     for row in (*sequence.HETERO, *sequence.CONTROLS):
         assert results.losses[f"{row}, before"] != results.losses[f"{row}, after"]
     assert "music expert" not in results.losses and "music expert (GPT-2)" in results.losses
