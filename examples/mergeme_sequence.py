@@ -310,7 +310,7 @@ def draw(results: Results, experts: Sequence[str], path: Path) -> None:
     """Figure 9: a heat map of the mean coefficients for every row that chooses."""
     plt = pyplot()
     rows = {row: routing for row, routing in results.mean_routing().items() if "uniform" not in row}
-    across = 4 if len(rows) % 4 == 0 else 3
+    across = min(4, len(rows))
     down = -(-len(rows) // across)
     figure, panels = plt.subplots(
         down, across, figsize=(2.9 * across, 1.9 * down), squeeze=False, layout="constrained"
