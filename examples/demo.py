@@ -111,8 +111,11 @@ class Progress(TrainerCallback):
         self.bar.update()
 
 
-def train(model: Any, data: torch.Tensor, recipe: Recipe, bar: tqdm) -> None:
-    """Trains the parameters that require gradients on `data`, (steps * batch, BLOCK) ids, once."""
+def train(model: Any, data: torch.Tensor, recipe: Recipe, bar: tqdm, optimizer: Any = None) -> None:
+    """Trains the parameters that require gradients on `data`, (steps * batch, BLOCK) ids, once.
+
+    With the Trainer's usual optimizer, at the recipe's learning rate, unless another is given.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             scratch,
@@ -129,7 +132,8 @@ def train(model: Any, data: torch.Tensor, recipe: Recipe, bar: tqdm) -> None:
             dataloader_pin_memory=False,
         )
         examples: Any = [{"input_ids": ids, "labels": ids} for ids in data]
-        trainer = Trainer(model, arguments, train_dataset=examples, callbacks=[Progress(bar)])
+        callbacks: Any = [Progress(bar)]
+        trainer = Trainer(model, arguments, train_dataset=examples, callbacks=callbacks, optimizers=(optimizer, None))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 

@@ -108,12 +108,16 @@ def write_texts(folder: Path, tokenizer: Any, texts: dict[str, Domain], steps: i
 
 
 def merge(row: str, models: dict[str, Path], output: Path, seed: int) -> None:
-    """`mergekit-yaml` on the row's configuration."""
     listed = ["base"] * len(NAMES) if row == "MoE upcycling" else NAMES
+    run_mergekit(SHARED[row], [models[name] for name in listed], models["base"], output, seed)
+
+
+def run_mergekit(method: dict[str, Any], models: Sequence[Path], base: Path, output: Path, seed: int = 0) -> None:
+    """`mergekit-yaml` on a configuration: `method` is its merge method and parameters."""
     config = {
-        **SHARED[row],
-        "base_model": str(models["base"]),
-        "models": [{"model": str(models[name])} for name in listed],
+        **method,
+        "base_model": str(base),
+        "models": [{"model": str(model)} for model in models],
         "dtype": "float32",
     }
     config_file = output.with_suffix(".yml")

@@ -1,11 +1,12 @@
 """Expert usage: how often each expert of each layer was chosen on some data, counted once and kept in a file.
 
 Every token counts that is no padding, in every MoE layer, encoder and decoder apart. What is counted is what the
-router dispatched: a token that Switch Transformers drops because its expert is full counts for no expert.
+router dispatched: a token that Switch Transformers drops because its expert is full counts for no expert. In a
+sequence MoE every text counts, once, with the coefficients that its first `routing_tokens` tokens lead to.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,14 @@ from _mergekit_moe_ext_common.loading import load_config, load_model, load_token
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.families.mixture import experts_per_token
-from mergekit_moe_ext.routing import recorded, routers_of, stack_of
+from mergekit_moe_ext.routing import (
+    PER_SEQUENCE,
+    coefficients_of_sequences,
+    recorded,
+    router_names,
+    routes_sequences,
+    stack_of,
+)
 
 
 class LayerUsage(BaseModel):
@@ -43,7 +51,7 @@ class LayerUsage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int  # that passed the router
+    tokens: int  # that passed the router; texts, in a sequence MoE
     counts: list[int]  # how often each expert was chosen
     weights: list[float]  # the sum of the weights with which each was chosen
 
@@ -54,7 +62,7 @@ class TaskUsage(BaseModel):
     data: str
     fingerprint: str  # sha256 of the token ids
     samples: int
-    layers: dict[str, LayerUsage]  # by the router's name in the model, in order
+    layers: dict[str, LayerUsage]  # by the router's name in the model, in order; a sequence MoE has one, `sequence`
 
 
 class Usage(BaseModel):
@@ -106,11 +114,27 @@ def count(
     model.eval()
     with accelerator.split_between_processes(list(range(len(data)))) as mine:
         rows = data.select(mine)
+    starts = range(0, len(rows), batch_size)
+    bar = tqdm(starts, desc=source.name, unit="batch", disable=quiet or not accelerator.is_main_process)
+    batches = (
+        collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))], pad_token_id) for start in bar
+    )
+    of_batches = _sums_of_sequences if routes_sequences(model) else _sums_of_tokens
     sums: dict[str, torch.Tensor] = {}
-    batches = range(0, len(rows), batch_size)
+    for name, counted in of_batches(model, batches):
+        sums[name] = sums[name] + counted if name in sums else counted
+    return TaskUsage(
+        data=str(source),
+        fingerprint=fingerprint(data),
+        samples=len(data),
+        layers=_reduced(sums, model, accelerator),
+    )
+
+
+def _sums_of_tokens(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of every batch and router."""
     with recorded(model) as choices:
-        for start in tqdm(batches, desc=source.name, unit="batch", disable=quiet or not accelerator.is_main_process):
-            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))], pad_token_id)
+        for batch in batches:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             real = real_tokens(batch)
             if "labels" in batch:
@@ -120,14 +144,16 @@ def count(
                 model.base_model(**batch, use_cache=False)  # without the head, whose logits nobody looks at
             for name, choice in choices.items():
                 mask = real[stack_of(name) == "decoder"].to(choice.experts.device)
-                counted = _sums(choice.experts[mask], choice.weights[mask], choice.logits.shape[-1])
-                sums[name] = sums[name] + counted if name in sums else counted
-    return TaskUsage(
-        data=str(source),
-        fingerprint=fingerprint(data),
-        samples=len(data),
-        layers=_reduced(sums, model, accelerator),
-    )
+                yield name, _sums(choice.experts[mask], choice.weights[mask], choice.logits.shape[-1])
+
+
+def _sums_of_sequences(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of every batch. A row is a text."""
+    for batch in batches:
+        weights = coefficients_of_sequences(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        number = weights.shape[-1]
+        experts = torch.arange(number, device=weights.device).expand_as(weights)
+        yield PER_SEQUENCE, _sums(experts.masked_fill(weights == 0, -1), weights, number)
 
 
 def _sums(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -147,7 +173,7 @@ def _reduced(sums: Mapping[str, torch.Tensor], model: Any, accelerator: Accelera
     """The sums of all processes. A process without rows has none of its own."""
     of_processes = gather_object([{name: tensor.tolist() for name, tensor in sums.items()}])
     layers = {}
-    for name in routers_of(model):
+    for name in router_names(model):
         rows = [process[name] for process in of_processes if name in process]
         total = [sum(values) for values in zip(*rows, strict=True)]
         num_experts = len(total) // 2
@@ -161,6 +187,8 @@ def _reduced(sums: Mapping[str, torch.Tensor], model: Any, accelerator: Accelera
 
 def routing_probability(task: TaskUsage) -> list[float]:
     """Per expert the weight that a token gives it, averaged over layers and tokens: MergeME's figure 5.
+
+    Of a sequence MoE the mean coefficient over texts: its table 2 and figures 6, 8 and 9.
 
     The paper says "routing probability averaged from each layer and token". We take the weights
     with which experts are combined, softmax after top-k, which sum to one per token in most families. Layers must
@@ -230,7 +258,7 @@ def count_usage(
     accelerator = Accelerator(cpu=device == "cpu")
     spread = device == "auto" and accelerator.num_processes == 1 and accelerator.device.type != "cpu"
     model = load_model(model_path, config, reading, dtype="auto", device_map="auto" if spread else None)
-    routers_of(model)  # is it a mixture of experts?
+    router_names(model)  # is it a mixture of experts?
     if not spread:
         model.to(accelerator.device if device == "auto" else device)
     tasks = {

@@ -110,7 +110,8 @@ def usage(
 
     SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a split if you like:
     news=news.jsonl, owner/name:test[:100]. Prints, per source, the routing probability of each expert, averaged over
-    layers and tokens. Runs on many processes under `accelerate launch -m mergekit_moe_ext`, with the same counts.
+    layers and tokens; of a sequence MoE over texts, each of which chooses by its first tokens. Runs on many processes
+    under `accelerate launch -m mergekit_moe_ext`, with the same counts.
     """
     from mergekit_moe_ext.calibration import count_usage, read_texts, table
     from mergekit_moe_ext.plots import plot_usage

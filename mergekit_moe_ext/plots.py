@@ -6,14 +6,14 @@ from typing import Any
 
 from _mergekit_moe_ext_common.figures import heat_map, pyplot
 from mergekit_moe_ext.calibration import TaskUsage, Usage, routing_probability, share_of_choices
-from mergekit_moe_ext.routing import stack_of
+from mergekit_moe_ext.routing import PER_SEQUENCE, stack_of
 
 
 def plot_usage(usage: Usage, path: Path) -> None:
     """MergeME's figure 5 (routing probability per expert and task) above CAEM's figure 3 (a heat map per task).
 
     Heat maps have a row per layer and a column per expert, encoder and decoder apart; their shades are shares of the
-    choices of one layer.
+    choices of one layer. A sequence MoE has no layers that choose, and so none (MergeME's figures 6, 8 and 9).
     """
     plt = pyplot()
     tasks = usage.tasks
@@ -71,6 +71,8 @@ def _stacks(task: TaskUsage) -> dict[str, list[str]]:
     """Router names, encoder and decoder apart; a decoder-only model is one stack."""
     stacks: dict[str, list[str]] = {}
     for name in task.layers:
+        if name == PER_SEQUENCE:
+            continue
         stacks.setdefault(stack_of(name) or "layers", []).append(name)
     return stacks
 

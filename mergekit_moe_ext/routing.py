@@ -3,6 +3,8 @@
 transformers names the router classes of every architecture itself (`_can_record_outputs["router_logits"]`). We hook
 those modules and take what they return; choosing again from the logits would be wrong where a router adds a bias to
 them or drops tokens beyond a capacity.
+
+A sequence MoE has no such modules: it says itself what each text chose.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mergekit_moe_ext.modeling import SequenceMoEConfig
+
+PER_SEQUENCE = "sequence"  # instead of a router's name, where whole texts are routed
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -23,6 +29,26 @@ class Choice:
     logits: torch.Tensor  # (tokens, experts)
     weights: torch.Tensor  # (tokens, k), of the chosen experts
     experts: torch.Tensor  # (tokens, k), indices; -1 where a capacity was full and the token went nowhere
+
+
+def routes_sequences(model: Any) -> bool:
+    """Is it a sequence MoE, of this package's class or of a copy beside its weights?"""
+    return model.config.model_type == SequenceMoEConfig.model_type
+
+
+def coefficients_of_sequences(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(batch, experts): what each text chooses in a plain forward pass, by its first `routing_tokens` tokens.
+
+    `batch` is padded on the right. Nothing behind the tokens that choose is run.
+    """
+    length = model.config.routing_tokens if model.config.routing_prefix == "prefix" else None
+    first = {name: tensor[:, :length] for name, tensor in batch.items()}
+    return model(**first, use_cache=False, logits_to_keep=1).coefficients
+
+
+def router_names(model: nn.Module) -> list[str]:
+    """In order. `ClickException` if it is no mixture of experts."""
+    return [PER_SEQUENCE] if routes_sequences(model) else list(routers_of(model))
 
 
 def stack_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -10,12 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.similarity import task_vector_similarity
 from peft_routing.cli import main as route
-from tests.conftest import make_model, run
+from tests.conftest import NAMES, make_model, merge, run
 from tests.mergekit_moe_ext.test_calibration import make_moe, words, write
 from tests.peft_routing.adapters import make_base, save_lora
 from tests.test_autoload import ROOT
@@ -42,8 +44,6 @@ def configurations():
 @pytest.fixture
 def everything(here, sources, monkeypatch):
     """All that a configuration names: dense models with tokenizers, mixtures of experts, and texts."""
-    import shutil
-
     for name in ("base", "math", "code"):
         (here / name).unlink()
         shutil.copytree(sources / name, here / name)
@@ -193,6 +193,99 @@ def test_the_experiment_s_configurations_are_the_paper_s(mergeme):
     for row in ("Ties merging", "Dare merging"):
         parameters = mergeme.SHARED[row]["parameters"]
         assert parameters["density"] == 0.8 and parameters["lambda"] == pytest.approx(1 / 3)
+
+
+@pytest.fixture
+def sequence(mergeme, monkeypatch):
+    """The experiment with whole experts, on small blocks, its merges in this process."""
+    import demo
+    import mergeme_sequence
+
+    def merge_here(method, models, base, output, seed=0):
+        listed = [{"model": str(model)} for model in models]
+        config = {**method, "base_model": str(base), "models": listed, "dtype": "float32"}
+        merge(config, str(output), random_seed=seed)
+
+    monkeypatch.setattr(demo, "BLOCK", 40)
+    monkeypatch.setattr(mergeme_sequence, "run_mergekit", merge_here)
+    yield mergeme_sequence
+    sys.modules.pop("mergeme_sequence", None)
+
+
+@pytest.fixture
+def tiny_experts(here):
+    """A base and three fine-tunes with a tokenizer, by the experiment's names."""
+    models = {}
+    for name, domain in zip(NAMES, ("base", "bible", "music", "code"), strict=True):
+        models[domain] = shutil.copytree(here / name, here / f"a-{domain}")
+        save_tokenizer(models[domain], 96)
+    return models
+
+
+def sequences_of(domains):
+    torch.manual_seed(0)
+    return {name: torch.randint(2, 96, (1, 40)) for name in domains}
+
+
+def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path):
+    held_out = sequences_of(sequence.DOMAINS)
+    results = sequence.without_training(tiny_experts, held_out, held_out, seeds=2)
+    losses = {row: of_seeds[0] for row, of_seeds in results.losses.items()}
+    for name, path in tiny_experts.items():
+        model = AutoModelForCausalLM.from_pretrained(path)
+        for domain, ids in held_out.items():
+            with torch.no_grad():
+                scores = model(ids).logits[0].log_softmax(-1)
+            by_hand = -statistics.mean(scores[t - 1, ids[0, t]].item() for t in range(32, 40))
+            assert losses[name if name == "base" else f"{name} expert"][domain] == pytest.approx(by_hand, abs=1e-5)
+    assert losses["Oracle: own expert"]["music"] == losses["music expert"]["music"]
+    assert len(results.losses["Random routing"]) == len(results.losses["Dare dense"]) == 2
+    for domain in sequence.DOMAINS:  # an expert alone is its source
+        dense = [losses[row][domain] for row in ("base", "bible expert", "music expert", "code expert")]
+        chosen = results.routing["all separate, perplexity, K=1"][0][domain]
+        assert sorted(chosen) == [0, 0, 0, 1]
+        assert losses["all separate, perplexity, K=1"][domain] == pytest.approx(dense[chosen.index(1)], abs=1e-5)
+    for (routing,) in results.routing.values():
+        assert all(sum(of_domain) == pytest.approx(1) for of_domain in routing.values())
+    assert "separate attention, task vector, K=2" in results.text(list(tiny_experts))
+    sequence.draw(results, list(tiny_experts), tmp_path / "routing.png")
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_k_of_the_largest_coefficients(sequence):
+    scores = torch.tensor([[0.1, 0.7, 0.3, 0.2]])
+    assert torch.allclose(sequence.largest(scores.softmax(-1), 2)[0, 1:3], torch.tensor([0.7, 0.3]).softmax(-1))
+    assert sequence.largest(scores.softmax(-1), 1).tolist() == [[0, 1, 0, 0]]
+
+
+def test_the_heterogeneous_experiment_runs(sequence, tiny_experts, here):
+    from real_data import Domain
+
+    make_model(here / "gpt", 5, family="gpt2", n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=60)
+    save_tokenizer(here / "gpt", 60)  # knows two thirds of the words
+    models = {**tiny_experts, "music": here / "gpt"}
+    documents = [row["text"] for row in words(1, 100)]
+    texts = {name: Domain(documents, documents) for name in sequence.DOMAINS}
+    tokenizer = AutoTokenizer.from_pretrained(models["base"])
+    held_out = sequences_of(sequence.DOMAINS)
+    results = sequence.heterogeneous(models, tokenizer, texts, held_out, held_out, seeds=1, steps=2)
+    for row in (*sequence.HETERO, *sequence.CONTROLS):
+        assert results.losses[f"{row}, before"] != results.losses[f"{row}, after"]
+    assert "music expert" not in results.losses and "music expert (GPT-2)" in results.losses
+    assert set(results.routing) >= {f"{row}, after" for row in sequence.HETERO}
+    results.text(list(models))
+
+
+def test_a_cut_tokenizer_splits_as_before(sequence, tmp_path):
+    documents = ["X:1\nK: G\nGABc d2 ef|", "in the beginning was the word", "for line in lines:\n    print(line)"]
+    whole = ByteLevelBPETokenizer()
+    whole.train_from_iterator(documents * 4, vocab_size=330, min_frequency=1, special_tokens=["<end>"])
+    PreTrainedTokenizerFast(tokenizer_object=whole._tokenizer, eos_token="<end>").save_pretrained(tmp_path)
+    cut = sequence.cut_tokenizer(tmp_path, documents[:1])
+    assert len(cut) < whole.get_vocab_size() and cut.eos_token == "<end>"
+    for text in (documents[0], "ABc d2"):
+        assert cut.tokenize(text) == whole.encode(text).tokens
+    assert cut.decode(cut(documents[1])["input_ids"]) == documents[1]  # in smaller pieces
 
 
 @pytest.fixture

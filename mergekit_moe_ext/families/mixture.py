@@ -36,7 +36,7 @@ class MoeLayer:
 
 def experts_per_token(config: PretrainedConfig) -> int:
     """How many experts a token passes. `ClickException` where the config does not say."""
-    for key in ("num_experts_per_tok", "moe_topk", "moe_k"):
+    for key in ("num_experts_per_tok", "moe_topk", "moe_k", "experts_per_sequence"):
         if isinstance(getattr(config, key, None), int):
             return getattr(config, key)
     if config.model_type == "switch_transformers":  # always one, and no key

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import click
 import pytest
@@ -14,7 +15,18 @@ from _mergekit_moe_ext_common.data import collate, fingerprint, load, parse_sour
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.calibration import count_usage, read_texts, read_usage, routing_probability
 from mergekit_moe_ext.cli import main
-from tests.conftest import ON_CPU, SPECIAL_TOKENS, TINY, TWO_PROCESSES, make_model, run
+from mergekit_moe_ext.plots import plot_usage
+from tests.conftest import (
+    NAMES,
+    ON_CPU,
+    SPECIAL_TOKENS,
+    TINY,
+    TWO_PROCESSES,
+    document,
+    make_model,
+    merge,
+    run,
+)
 from tests.tokenizers import save_tokenizer
 
 READING = Reading(max_length=24, quiet=True)
@@ -185,6 +197,37 @@ def test_routing_probability_is_the_mean_weight(tmp_path, monkeypatch):
         model(tokenizer(row["text"], return_tensors="pt")["input_ids"][:, :24])
     assert routing_probability(task) == pytest.approx(torch.stack(weights).mean(0).tolist(), abs=1e-5)
     assert sum(routing_probability(task)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("prefix", ["prefix", "sequence"])
+def test_texts_of_a_sequence_moe_are_weighed_by_perplexity(here, prefix):
+    """Against transformers' own loss of the sources on every text's first tokens, one unpadded text at a time."""
+    config = {"routing_tokens": 6, "routing_prefix": prefix, "embedding": "separate"}
+    for name in NAMES:
+        shutil.copytree(here / name, here / f"a-{name}")
+        save_tokenizer(here / f"a-{name}", 96)
+    merge(document("seq_moe", [f"a-{name}" for name in NAMES], "./a-base", parameters=config), "moe")
+    write(here / "news.jsonl", words(3, 7))
+    tokenizer = AutoTokenizer.from_pretrained("moe")
+    models = [AutoModelForCausalLM.from_pretrained(name) for name in NAMES]
+    wanted = []
+    for row in words(3, 7):
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"][:, : 6 if prefix == "prefix" else 24]
+        if ids.shape[1] == 1:  # nothing is predicted
+            wanted.append(torch.full((4,), 0.25))
+            continue
+        scores = torch.stack([1 / model(ids, labels=ids).loss.exp() for model in models])
+        chosen = scores.topk(2)
+        wanted.append(torch.zeros(4).index_put((chosen.indices,), chosen.values.softmax(0)))
+    usage = usage_of("moe", ["news.jsonl"], batch_size=3)
+    (layer,) = usage.tasks["news"].layers.values()
+    assert layer.tokens == 7 and layer.counts == [sum(row[i] > 0 for row in wanted).item() for i in range(4)]
+    assert routing_probability(usage.tasks["news"]) == pytest.approx(torch.stack(wanted).mean(0).tolist(), abs=1e-5)
+    assert usage.architecture == "SequenceMoEForCausalLM" and usage.experts_per_token == 2
+    usage.write(here / "usage.json")
+    assert read_usage(here / "usage.json") == usage
+    plot_usage(usage, here / "usage.png")
+    assert (here / "usage.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_writes_a_file_and_a_figure_and_two_processes_count_the_same(tmp_path):

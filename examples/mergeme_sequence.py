@@ -1,0 +1,377 @@
+"""MergeME's Tables 2 and 3 in small, and with --hetero Table 4: whole experts, of which each sequence chooses some.
+
+    python examples/mergeme_sequence.py -o sequence.json --plot sequence.png
+    python examples/mergeme_sequence.py --hetero -o hetero.json --plot hetero.png
+
+The base and the three experts are those of `mergeme_homogeneous.py`, trained once and kept.
+
+Without `--hetero` nothing is trained: dense merges, the averaged mixture with random gates, and `seq_moe` with each
+heuristic, attention separate or merged. Held-out loss per domain, and which expert each domain is routed to.
+
+With `--hetero` the music expert is another one: a small GPT-2, trained from scratch on music alone, with a tokenizer
+that knows no other words. `hetero_moe` makes one model of it, the base and the bible and code experts. That is trained
+for a few steps, beside two controls: a mixture of the other three, trained on the same texts or on all but the music.
+
+A sequence chooses by its first 32 tokens, so every loss here, of dense models too, is that of the tokens after them.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import click
+import torch
+from demo import BLOCK, DOMAINS, blocks, table
+from demo import Recipe as ExpertRecipe
+from demo import train as train_dense
+from mergeme_homogeneous import BATCH, make_experts, means, run_mergekit
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, heat_map, pyplot
+from mergekit_moe_ext.calibration import format_table
+from mergekit_moe_ext.routing import coefficients_of_sequences
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from real_data import Domain, cache_dir, domains, smollm2, written_at_once
+
+PREFIX = 32  # tokens; as `routing_tokens` has it
+ROUTED = 16  # sequences per domain whose routing is looked at; it is cheaper than their loss
+PAPER = {"density": 0.8, "weight": 1.0, "lambda": 1 / 3}  # appendix A
+PLAIN: dict[str, dict[str, Any]] = {
+    "Dare dense": {"merge_method": "dare", "parameters": PAPER},
+    "Ties dense": {"merge_method": "fast_ties", "parameters": {**PAPER, "normalize": False}},
+    "Random routing": {"merge_method": "moe_linear"},
+}
+SEQUENCE: dict[str, dict[str, str]] = {
+    "merged attention": {"attention": "merged"},
+    "separate attention": {"attention": "separate"},
+    "all separate": {"attention": "separate", "embedding": "separate"},
+}
+HEURISTICS: dict[str, dict[str, tuple[int, ...]]] = {  # and how many experts they choose
+    "merged attention": {"task_vector": (2, 1), "perplexity": (2, 1)},
+    "separate attention": {"task_vector": (2, 1), "perplexity": (2, 1)},
+    "all separate": {"perplexity": (2, 1), "uniform": (4,)},
+    "own embeddings": {"perplexity": (2, 1)},
+}
+HETERO: dict[str, dict[str, str]] = {
+    "random projectors": {},  # as in the paper
+    "identity projectors": {"projector_init": "identity"},
+    "own embeddings": {"embedding": "separate"},
+}
+CONTROLS = {"3 experts": DOMAINS, "3 experts, no music": ["bible", "code"]}  # what they are trained on
+# of routers and gates, of projectors, and of what comes from the sources
+LEARNING_RATES = {r"\brouter\.|\.gate\.": 1e-2, r"\.proj_(in|out)\.": 1e-3, "": 1e-4}
+MUSIC = ExpertRecipe(steps=400, batch=8, learning_rate=1e-3)
+GPT2 = {"n_layer": 6, "n_embd": 256, "n_head": 8, "n_positions": 512}
+
+
+def cut_tokenizer(base: Path, documents: list[str]) -> PreTrainedTokenizerFast:
+    """The base's tokenizer without the words that it never makes of the documents. It splits them as before."""
+    whole = AutoTokenizer.from_pretrained(base)
+    state = json.loads((base / "tokenizer.json").read_text())
+    vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
+    used = set(itertools.chain.from_iterable(whole(documents)["input_ids"]))
+    kept = {token["content"] for token in state["added_tokens"]}
+    kept |= {token for token, index in vocabulary.items() if index in used or len(token) == 1}
+    for first, second in reversed(merges):  # a token is made of tokens that were made before
+        if first + second in kept:
+            kept |= {first, second}
+    state["model"]["vocab"] = {token: i for i, token in enumerate(t for t in vocabulary if t in kept)}
+    state["model"]["merges"] = [pair for pair in merges if {*pair, "".join(pair)} <= kept]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        **{name: getattr(whole, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+    )
+
+
+def make_music_expert(base: Path, documents: list[str]) -> Path:
+    """A GPT-2 of 5 million parameters that has seen nothing but music."""
+    key = hashlib.sha256(json.dumps([asdict(MUSIC), GPT2, BLOCK]).encode()).hexdigest()[:12]
+    folder = cache_dir() / f"mergeme-gpt2-{key}" / "music"
+    if folder.is_dir():
+        return folder
+    torch.manual_seed(0)
+    tokenizer = cut_tokenizer(base, documents)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **ends, **GPT2))
+    data = blocks(tokenizer, documents, MUSIC.steps * MUSIC.batch)
+    with written_at_once(folder) as partial, tqdm(total=MUSIC.steps, desc="music from scratch") as bar:
+        train_dense(model, data, MUSIC, bar)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return folder
+
+
+@dataclass
+class Results:
+    """Per row and seed: held-out losses by domain, and by domain the mean coefficient of each expert."""
+
+    losses: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    routing: dict[str, list[dict[str, list[float]]]] = field(default_factory=dict)
+
+    @torch.inference_mode()
+    def measure(
+        self, row: str, model: Any, held_out: dict[str, Tensor], coefficients: dict[str, Tensor] | None = None
+    ) -> None:
+        """The loss after the prefix, one sequence at a time; `coefficients` are a sequence MoE's, by domain.
+
+        Routing is that of all sequences that there are coefficients for.
+        """
+        model.eval()
+        losses = {}
+        for name, sequences in held_out.items():
+            labels = sequences.clone()
+            labels[:, :PREFIX] = -100
+            chosen = (
+                [{"coefficients": one[None]} for one in coefficients[name]] if coefficients else [{}] * len(labels)
+            )
+            losses[name] = statistics.mean(
+                model(input_ids=ids[None], labels=wanted[None], use_cache=False, **choice).loss.item()
+                for ids, wanted, choice in zip(sequences, labels, chosen, strict=False)
+            )
+        tqdm.write(f"{row}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()), file=sys.stderr)
+        self.losses.setdefault(row, []).append(losses)
+        if coefficients:
+            routing = {name: of_domain.mean(dim=0).tolist() for name, of_domain in coefficients.items()}
+            self.routing.setdefault(row, []).append(routing)
+
+    def mean_routing(self) -> dict[str, dict[str, list[float]]]:
+        """Over seeds."""
+        return {
+            row: {name: means([routing[name] for routing in of_seeds]) for name in DOMAINS}
+            for row, of_seeds in self.routing.items()
+        }
+
+    def text(self, experts: Sequence[str]) -> str:
+        rows = {
+            row: {name: statistics.mean(losses[name] for losses in of_seeds) for name in DOMAINS}
+            for row, of_seeds in self.losses.items()
+        }
+        parts = [table(rows)]
+        repeated = {row: of_seeds for row, of_seeds in self.losses.items() if len(of_seeds) > 1}
+        width = max(map(len, repeated), default=0)
+        lines = [
+            f"{row:{width}}" + "".join(f"{statistics.mean(losses.values()):9.3f}" for losses in of_seeds)
+            for row, of_seeds in repeated.items()
+        ]
+        if lines:
+            parts.append("\n".join(["Mean over domains, seed by seed:", *lines]))
+        parts += [f"{row}\n{format_table(experts, routing)}" for row, routing in self.mean_routing().items()]
+        return "\n\n".join(parts)
+
+
+@torch.inference_mode()
+def choices(model: Any, routed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By domain the coefficients that a sequence MoE chooses: (sequences, experts)."""
+    model.eval()
+    return {
+        name: torch.cat([coefficients_of_sequences(model, {"input_ids": some}) for some in sequences.split(4)])
+        for name, sequences in routed.items()
+    }
+
+
+def largest(coefficients: Tensor, k: int) -> Tensor:
+    """What the softmax over the k largest scores is, from the softmax over all."""
+    values, experts = coefficients.topk(k, dim=-1)
+    return torch.zeros_like(coefficients).scatter(-1, experts, values / values.sum(dim=-1, keepdim=True))
+
+
+def load(folder: Path) -> Any:
+    """And delete it: a mixture is some gigabytes."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    shutil.rmtree(folder)
+    return model
+
+
+def measure_dense(results: Results, models: dict[str, Path], held_out: dict[str, Tensor]) -> None:
+    for name, path in models.items():
+        model = AutoModelForCausalLM.from_pretrained(path)
+        results.measure(name if name == "base" else f"{name} expert", model, held_out)
+
+
+def without_training(
+    models: dict[str, Path], held_out: dict[str, Tensor], routed: dict[str, Tensor], seeds: int
+) -> Results:
+    """Table 3, and Table 2 with figure 9."""
+    results, base = Results(), models["base"]
+    measure_dense(results, models, held_out)
+    one_by_one = [
+        (row, seed) for row in PLAIN for seed in range(1 if row == "Ties dense" else seeds)
+    ]  # TIES draws nothing
+    total = len(one_by_one) + len(SEQUENCE)
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, desc="merges") as bar:
+        merged = Path(scratch) / "merged"
+        for row, seed in one_by_one:
+            run_mergekit(PLAIN[row], list(models.values()), base, merged, seed)
+            results.measure(row, load(merged), held_out)
+            bar.update()
+        for kind, options in SEQUENCE.items():
+            method = {"merge_method": "seq_moe", "parameters": {"shared": "linear", **options}}
+            run_mergekit(method, list(models.values()), base, merged)
+            model = load(merged)
+            measure_heuristics(results, kind, model, held_out, routed)
+            bar.update()
+    results.losses["Oracle: own expert"] = [{name: results.losses[f"{name} expert"][0][name] for name in DOMAINS}]
+    return results
+
+
+def measure_heuristics(
+    results: Results, kind: str, model: Any, held_out: dict[str, Tensor], routed: dict[str, Tensor]
+) -> None:
+    """Each chooses among all experts once, whatever K."""
+    model.config.experts_per_sequence = len(model.experts)
+    for routing, numbers in HEURISTICS[kind].items():
+        model.config.routing = routing
+        of_all = choices(model, routed)
+        for k in numbers:
+            chosen = {name: largest(coefficients, k) for name, coefficients in of_all.items()}
+            results.measure(f"{kind}, {routing.replace('_', ' ')}, K={k}", model, held_out, chosen)
+
+
+def heterogeneous(
+    models: dict[str, Path],
+    tokenizer: Any,
+    texts: dict[str, Domain],
+    held_out: dict[str, Tensor],
+    routed: dict[str, Tensor],
+    seeds: int,
+    steps: int,
+) -> Results:
+    """Table 4, and figures 6 and 8."""
+    results, base = Results(), models["base"]
+    others = {name: path for name, path in models.items() if name != "music"}
+    measure_dense(results, others, held_out)
+    runs = list(itertools.product(range(seeds), [*HETERO, *CONTROLS]))
+    with tempfile.TemporaryDirectory() as scratch, tqdm(runs, desc="mixtures") as bar:
+        for seed, row in bar:
+            merged = Path(scratch) / "merged"
+            if row in HETERO:
+                method = {"merge_method": "hetero_moe", "parameters": HETERO[row]}
+                run_mergekit(method, list(models.values()), base, merged, seed)
+            else:
+                run_mergekit({"merge_method": "moe_linear"}, list(others.values()), base, merged, seed)
+            model = load(merged)
+            if row == "own embeddings" and seed == 0:
+                measure_untrained(results, model, list(models), held_out, routed)
+            data = training_data(tokenizer, texts, CONTROLS.get(row, DOMAINS), steps, seed)
+            results.measure(f"{row}, before", model, held_out, choices(model, routed) if row in HETERO else None)
+            fine_tune(model, data, steps)
+            results.measure(f"{row}, after", model, held_out, choices(model, routed) if row in HETERO else None)
+    return results
+
+
+def measure_untrained(
+    results: Results, model: Any, experts: list[str], held_out: dict[str, Tensor], routed: dict[str, Tensor]
+) -> None:
+    """What needs no router: the music expert alone, through the base's tokenizer, and routing by perplexity."""
+    only_music = torch.tensor([float(name == "music") for name in experts])
+    alone = {name: only_music.expand(len(sequences), -1) for name, sequences in held_out.items()}
+    results.measure("music expert (GPT-2)", model, held_out, alone)
+    del results.routing["music expert (GPT-2)"]  # which was no choice
+    learned = model.config.routing, model.config.experts_per_sequence
+    measure_heuristics(results, "own embeddings", model, held_out, routed)
+    model.config.routing, model.config.experts_per_sequence = learned
+
+
+def training_data(tokenizer: Any, texts: dict[str, Domain], names: Sequence[str], steps: int, seed: int) -> Tensor:
+    """Blocks of documents that no expert has read, as many of each kind, in an order of the seed's."""
+    count = steps * BATCH
+    of_names = [blocks(tokenizer, texts[name].train[::-1], -(-count // len(names))) for name in names]
+    mixed = torch.stack(of_names, dim=1).flatten(end_dim=1)[:count]
+    return mixed[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+
+
+def fine_tune(model: Any, data: Tensor, steps: int) -> None:
+    """All parameters, as in the paper."""
+    groups: dict[float, list[Tensor]] = {rate: [] for rate in LEARNING_RATES.values()}
+    for name, parameter in model.named_parameters():
+        groups[next(rate for part, rate in LEARNING_RATES.items() if re.search(part, name))].append(parameter)
+    optimizer = torch.optim.AdamW([{"params": of_group, "lr": rate} for rate, of_group in groups.items()])
+    with tqdm(total=steps, desc="fine-tuning", leave=False) as bar:
+        train_dense(model, data, ExpertRecipe(steps, BATCH, max(groups)), bar, optimizer)
+
+
+def draw(results: Results, experts: Sequence[str], path: Path) -> None:
+    """Figure 9: a heat map of the mean coefficients for every row that chooses."""
+    plt = pyplot()
+    rows = {row: routing for row, routing in results.mean_routing().items() if "uniform" not in row}
+    across = min(4, len(rows))
+    down = -(-len(rows) // across)
+    figure, panels = plt.subplots(
+        down, across, figsize=(2.9 * across, 1.9 * down), squeeze=False, layout="constrained"
+    )
+    for axes in panels.flat[len(rows) :]:
+        axes.set_visible(False)
+    for axes, (row, routing) in zip(panels.flat, rows.items(), strict=False):
+        shares = [routing[name] for name in DOMAINS]
+        heat_map(axes, shares, 1)
+        axes.set_title(row, fontsize=8)
+        axes.set_xticks(range(len(experts)), experts)
+        axes.set_yticks(range(len(DOMAINS)), DOMAINS)
+        for (y, x), share in [((y, x), share) for y, line in enumerate(shares) for x, share in enumerate(line)]:
+            axes.text(
+                x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color="white" if share > 0.6 else "black"
+            )
+    figure.supxlabel("expert", fontsize=9)
+    figure.supylabel("text", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@click.command(help=__doc__.splitlines()[0] if __doc__ else None)
+@click.option(
+    "--hetero", is_flag=True, help="Table 4: a music expert of another architecture, and a short fine-tuning."
+)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Keep the numbers: *.json.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the routing: *.png, *.pdf or *.svg."
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Of what is drawn or trained.")
+@click.option("--steps", type=click.IntRange(min=1), default=9, show_default=True, help="Of the fine-tuning.")
+@click.option(
+    "--held-out",
+    "count",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help=f"Sequences of {BLOCK} tokens to measure on, per domain.",
+)
+def main(hetero: bool, output: Path | None, plot: Path | None, seeds: int, steps: int, count: int) -> None:
+    if output:
+        check_new_file(output)
+    if plot:
+        check_new_figure(plot)
+    base, texts = smollm2(), domains()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    models = make_experts(base, texts)
+    routed = {name: blocks(tokenizer, texts[name].held_out, max(ROUTED, count)) for name in DOMAINS}
+    held_out = {name: sequences[:count] for name, sequences in routed.items()}
+    if hetero:
+        models["music"] = make_music_expert(base, texts["music"].train)
+        results = heterogeneous(models, tokenizer, texts, held_out, routed, seeds, steps)
+    else:
+        results = without_training(models, held_out, routed, seeds)
+    click.echo(results.text(list(models)))
+    if output:
+        output.write_text(json.dumps({"experts": list(models), **asdict(results)}, indent=1) + "\n")
+    if plot:
+        draw(results, list(models), plot)
+
+
+if __name__ == "__main__":
+    main()
