@@ -50,7 +50,12 @@ def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     return type(
         _PREFIX + base.__name__,
         (base,),
-        {"model_type": f"wemoe_{base.model_type}", "ensembling": None, "__module__": __name__, "_auto_class": "AutoConfig"},
+        {
+            "model_type": f"wemoe_{base.model_type}",
+            "ensembling": None,
+            "__module__": __name__,
+            "_auto_class": "AutoConfig",
+        },
     )
 
 

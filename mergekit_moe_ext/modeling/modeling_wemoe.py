@@ -1,12 +1,12 @@
 """Models some of whose linear modules are the base's weights plus a routed sum of task vectors (WEMoE and E-WEMoE).
 
-`WEMoE<X>` is made of transformers' `<X>` when it is asked for: the same class, the same names, with those linear modules
-swapped and a router for each group of them. By linearity (W + sum of c_i T_i) x is either one product with merged weights
-or a sum of products; which is cheaper depends on how many tokens share a set of coefficients.
+`WEMoE<X>` is made of transformers' `<X>` when it is asked for: the same class, the same names, with those linear
+modules swapped and a router for each group of them. By linearity (W + sum of c_i T_i) x is either one product with
+merged weights or a sum of products; which is cheaper depends on how many tokens share a set of coefficients.
 
-A model that does not generate has one set of coefficients per sample, the mean over its tokens. One that does either takes
-the mean over a prefix (`frozen`: the prompt in `generate`, else the first `routing_tokens` tokens; labels among them are
-left out of the loss) or, at every position, over what came before it (`running`).
+A model that does not generate has one set of coefficients per sample, the mean over its tokens. One that does takes
+the mean over a prefix (`frozen`: the prompt in `generate`, else the first `routing_tokens` tokens; labels among them
+are left out of the loss) or, at every position, over what is there up to it (`running`).
 """
 
 import inspect
@@ -43,6 +43,7 @@ class EnsembledLinear(nn.Module):
     values: Tensor
     columns: Tensor
     row_ends: Tensor
+    bias_vectors: Tensor
 
     def __init__(self, base: Any, experts: int, kept: int | None, coefficients: Coefficients) -> None:
         super().__init__()
@@ -83,7 +84,9 @@ class EnsembledLinear(nn.Module):
         if self.kept is None:
             return (flat + c @ self.vectors.flatten(1)).unflatten(-1, self.weight.shape)
         if c.ndim == 1:
-            return flat.index_add(0, self._places().flatten(), (c[:, None] * self.values).flatten()).view_as(self.weight)
+            return flat.index_add(0, self._places().flatten(), (c[:, None] * self.values).flatten()).view_as(
+                self.weight
+            )
         merged = flat.repeat(len(c), 1)
         merged = merged.index_add(1, self._places().flatten(), (c[..., None] * self.values).flatten(1))
         return merged.unflatten(-1, self.weight.shape)
@@ -187,6 +190,8 @@ class Call:
 class Ensemble:
     """What `WEMoE<X>` has besides what `<X>` has."""
 
+    training: bool
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.ensembling = Ensembling(**config.ensembling)
@@ -195,12 +200,12 @@ class Ensemble:
             self._swap_head()
         self._coefficients = {name: Coefficients() for name in self.ensembling.groups}
         self.routers: Any = nn.ModuleDict()
-        for name, linears in self.ensembling.groups.items():
+        for index, (name, linears) in enumerate(self.ensembling.groups.items()):
             group = self.get_submodule(name)  # type: ignore[attr-defined]
             for linear in linears:
                 self._swap(linear, name)
             width = _width_into(self.get_submodule(linears[0]))  # type: ignore[attr-defined]
-            key = "shared" if self.ensembling.shared_router else name.replace(".", "_")
+            key = "0" if self.ensembling.shared_router else str(index)
             if key not in self.routers:
                 self.routers[key] = Router(width, self.ensembling)
             group.register_forward_pre_hook(partial(_choose, self, name, key), with_kwargs=True)
@@ -259,7 +264,7 @@ class Ensemble:
 
     def _choose_head(self, task: str | None) -> None:
         tasks = list(self.ensembling.heads)
-        if task is None and len(tasks) > 1 or task is not None and task not in tasks:
+        if (task is None and len(tasks) > 1) or (task is not None and task not in tasks):
             raise ValueError(f"task={task!r}: choose a head, one of {', '.join(tasks)}")
         self.get_submodule(self.ensembling.head).task = task or tasks[0]  # type: ignore[attr-defined]
 
@@ -313,7 +318,7 @@ class Ensemble:
     @torch.no_grad()
     def coefficients(self, **inputs: Any) -> Tensor:
         """What the routers give to these inputs: (samples, groups, experts). Not for `running`."""
-        self(**inputs)
+        self(**inputs)  # type: ignore[operator]
         values = [self._coefficients[name].value for name in self.ensembling.groups]
         samples = max(value.shape[0] if value is not None and value.ndim == 2 else 1 for value in values)
         return torch.stack([value.expand(samples, -1) for value in values if value is not None], dim=1)
@@ -337,9 +342,8 @@ def _choose(model: Any, name: str, key: str, module: nn.Module, args: tuple[Any,
 
 
 def _enter_encoder(model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if model._call is None or not model.training:
-        if model._call is None:
-            model._call = Call(model, kwargs)
+    if model._call is None:
+        model._call = Call(model, kwargs)
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
@@ -365,9 +369,7 @@ def _width_into(linear: EnsembledLinear) -> int:
 def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`WEMoE<X>` for `<X>`."""
     signature = inspect.signature(base.forward)
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("coefficients", "task")
-    ]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("coefficients", "task")]
     *first, last = signature.parameters.values()
     ending = [*more, last] if last.kind is inspect.Parameter.VAR_KEYWORD else [last, *more]
     signature = signature.replace(parameters=[*first, *ending])
