@@ -21,6 +21,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/tensor_methods.py
 	$(BIN)/python benchmarks/caem.py
 	$(BIN)/python benchmarks/routed_lora.py
+	$(BIN)/python benchmarks/routed_lora_model.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

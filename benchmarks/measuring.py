@@ -1,8 +1,9 @@
 """Seconds and memory of a piece of work, on a CPU or a GPU."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,4 +37,23 @@ def best_seconds(work: Callable[[], object], device: str, runs: int = 5) -> floa
         best, spent = min(best, seconds), spent + seconds
         if spent > 5:
             break
+    return best
+
+
+def best_in_turn(works: Mapping[Any, Callable[[], object]], device: str, seconds: float) -> dict[Any, float]:
+    """Seconds of each, run in turn for about so long and at least three rounds, up to fifty.
+
+    With one thread on a CPU they are processor time, so that other work on the machine does not count.
+    """
+    clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    best = dict.fromkeys(works, float("inf"))
+    end, rounds = clock() + seconds, 0
+    while rounds < 3 or (clock() < end and rounds < 50):
+        for name, work in works.items():
+            started = clock()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best[name] = min(best[name], clock() - started)
+        rounds += 1
     return best

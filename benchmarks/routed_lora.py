@@ -1,32 +1,33 @@
 """One routed module against PEFT's Arrow on the same adapters, one plain LoRA, and the bare base layer.
 
     python benchmarks/routed_lora.py                # CPU, some minutes
+    python benchmarks/routed_lora.py --plot cost.png
     python benchmarks/routed_lora.py --device cuda
 
-All in one process. Seconds are the best of up to thirty runs after a warm-up; memory is the peak beyond what is held
-before. Both routers are Arrow's, with the same top k. PEFT's makes a tensor of (tokens, experts, out); where that
-alone is over `--limit` GB it is not run.
+All in one process, in turn, the best of up to fifty rounds; on a CPU one thread's processor time, so that other work
+on the machine does not count. Memory is the peak beyond what is held before. Both routers are Arrow's, with the same
+top k, 0 standing for all experts. PEFT's makes a tensor of (tokens, experts, out); where that alone is over `--limit`
+GB it is not run. `routed_lora_rule.py` compares the ways inside the routed module, `routed_lora_model.py` models.
 """
 
-import json
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from measuring import best_seconds, peak_extra_bytes
+from measuring import best_in_turn, peak_extra_bytes
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import ArrowConfig, create_arrow_model
-from safetensors.torch import save_file
+from random_adapters import random_adapters
 from torch import nn
 
+from _mergekit_moe_ext_common.figures import check_new_figure, pyplot
 from peft_routing import RoutedLoraConfig
 
-TOKENS = (1, 16, 512)
 PEFTS = "PEFT's Arrow"
 
 
@@ -41,35 +42,14 @@ class Base(nn.Module):
         return self.linear(x)
 
 
-@contextmanager
-def adapters(count: int, rank: int, in_features: int, out_features: int) -> Iterator[list[str]]:
-    """Directories of random LoRA adapters for `Base`."""
-    generator = torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory() as root:
-        for index in range(count):
-            folder = Path(root) / f"expert{index}"
-            folder.mkdir()
-            config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["linear"]}
-            (folder / "adapter_config.json").write_text(json.dumps(config))
-            factors = {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
-            save_file(
-                {
-                    f"base_model.model.linear.{name}.weight": torch.randn(shape, generator=generator) * 0.05
-                    for name, shape in factors.items()
-                },
-                folder / "adapter_model.safetensors",
-            )
-        yield [str(Path(root) / f"expert{index}") for index in range(count)]
-
-
 def competitors(
-    paths: list[str], rank: int, in_features: int, out_features: int, k: int, device: str
+    paths: list[str], rank: int, sizes: tuple[int, int], k: int, device: str
 ) -> dict[str, Callable[[], Any]]:
     """What makes each of them."""
-    base = Base(in_features, out_features).to(device).requires_grad_(False)
+    base = Base(*sizes).to(device).requires_grad_(False)
 
     def fresh() -> Base:
-        copy = Base(in_features, out_features).to(device).requires_grad_(False)
+        copy = Base(*sizes).to(device).requires_grad_(False)
         copy.load_state_dict(base.state_dict())
         return copy
 
@@ -91,48 +71,116 @@ def forward_and_backward(model: Any, x: torch.Tensor) -> None:
     model(x).sum().backward()
 
 
+WORKS = (forward, forward_and_backward)
+STYLES: dict[str, dict[str, Any]] = {
+    PEFTS: {"color": "tab:red", "marker": "s"},
+    "routed": {"color": "tab:blue", "marker": "o"},
+    "one plain LoRA": {"color": "0.3", "linestyle": "--"},
+    "base layer": {"color": "0.6", "linestyle": ":"},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    sizes: tuple[int, int]  # in and out
+    rank: int
+    experts: int
+    k: int
+    tokens: int
+    work: Callable[..., None]
+    seconds: dict[str, float]
+    extra: dict[str, int]  # bytes
+
+    def __str__(self) -> str:
+        ours, lora, arrow = self.seconds["routed"], self.seconds["one plain LoRA"], self.seconds.get(PEFTS)
+        return (
+            f"{self.sizes[0]:>5} x {self.sizes[1]:<4} {self.rank:>3} {self.experts:>4} {self.k:>4} {self.tokens:>6} "
+            f"{'forward' if self.work is forward else '+backward':>9} {self.seconds['base layer'] * 1e3:>8.2f} "
+            f"{lora * 1e3:>8.2f} {ours * 1e3:>8.2f} {f'{arrow * 1e3:.2f}' if arrow else '-':>9} "
+            f"{ours / lora:>7.2f} {f'{arrow / ours:.1f}' if arrow else '-':>7} {self.extra['routed'] / 1e6:>8.1f} "
+            f"{f'{self.extra[PEFTS] / 1e6:.1f}' if arrow else '-':>9}"
+        )
+
+
 @click.command()
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--shape", "shapes", type=(int, int), multiple=True, default=[(2048, 2048), (2048, 8192)])
-@click.option("--experts", "counts", type=int, multiple=True, default=[4, 10, 64, 256], show_default=True)
+@click.option("--experts", "counts", type=int, multiple=True, default=[4, 8, 10, 64, 256], show_default=True)
 @click.option("--rank", "ranks", type=int, multiple=True, default=[4, 16], show_default=True)
+@click.option("--k", "ks", type=int, multiple=True, default=[4, 0], show_default=True, help="0: all.")
+@click.option("--tokens", type=int, multiple=True, default=[1, 16, 512], show_default=True)
 @click.option("--limit", default=3.0, show_default=True, help="GB of PEFT's largest tensor.")
-def main(device: str, shapes: Any, counts: Any, ranks: Any, limit: float) -> None:
-    """Print a table: seconds, ratios to one plain LoRA and to PEFT's Arrow, and memory."""
-    click.echo(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32, k = 4")
+@click.option("--seconds", default=2.0, show_default=True, help="Per row of the table.")
+@click.option("--plot", type=Path, help="Draw the ratios to one plain LoRA here.")
+def main(
+    device: str,
+    shapes: Any,
+    counts: Any,
+    ranks: Any,
+    ks: Any,
+    tokens: Any,
+    limit: float,
+    seconds: float,
+    plot: Path | None,
+) -> None:
+    """Print a table: milliseconds, ratios to one plain LoRA and to PEFT's Arrow, and memory."""
+    if plot is not None:
+        check_new_figure(plot)
+    torch.set_num_threads(1)
+    click.echo(f"torch {torch.__version__}, {device}, one thread, float32")
     click.echo(
-        f"{'in x out':>12} {'r':>3} {'E':>4} {'tokens':>6} {'work':>9} {'base ms':>8} {'LoRA ms':>8} {'ours ms':>8} "
-        f"{'Arrow ms':>9} {'/ LoRA':>7} {'Arrow/':>7} {'ours MB':>8} {'Arrow MB':>9}"
+        f"{'in x out':>12} {'r':>3} {'E':>4} {'k':>4} {'tokens':>6} {'work':>9} {'base ms':>8} {'LoRA ms':>8} "
+        f"{'ours ms':>8} {'Arrow ms':>9} {'/ LoRA':>7} {'Arrow/':>7} {'ours MB':>8} {'Arrow MB':>9}"
     )
-    for in_features, out_features in shapes:
-        for rank in ranks:
-            for count in counts:
-                with adapters(count, rank, in_features, out_features) as paths:
-                    made = competitors(paths, rank, in_features, out_features, 4, device)
-                    models = {name: make().train() for name, make in made.items()}
-                    _compare(models, (in_features, out_features, rank, count), device, limit)
+    measured: list[Row] = []
+    for sizes, rank, count in itertools.product(shapes, ranks, counts):
+        with random_adapters(Base(*sizes), count, rank, scale=0.05) as paths:
+            for k in dict.fromkeys(k or count for k in ks):
+                made = competitors(paths, rank, sizes, k, device)
+                models = {name: make().train() for name, make in made.items()}
+                for many, work in itertools.product(tokens, WORKS):
+                    runs = models.copy()
+                    if many * count * sizes[1] * 4 > limit * 1e9:
+                        del runs[PEFTS]
+                    x = torch.randn(1, many, sizes[0], device=device, requires_grad=work is forward_and_backward)
+                    works = {name: partial(work, model, x) for name, model in runs.items()}
+                    extra = {name: peak_extra_bytes(run, device) for name, run in works.items()}
+                    row = Row(sizes, rank, count, k, many, work, best_in_turn(works, device, seconds), extra)
+                    measured.append(row)
+                    click.echo(str(row))
+    if plot is not None:
+        _draw([row for row in measured if row.k == ks[0] and row.sizes == shapes[0] and row.work is forward], plot)
 
 
-def _compare(models: dict[str, Any], case: tuple[int, int, int, int], device: str, limit: float) -> None:
-    in_features, out_features, rank, count = case
-    for tokens in TOKENS:
-        x = torch.randn(1, tokens, in_features, device=device)
-        for work in (forward, forward_and_backward):
-            needed = x.clone().requires_grad_(work is forward_and_backward)
-            seconds, extra = {}, {}
-            for name, model in models.items():
-                if name == PEFTS and tokens * count * out_features * 4 > limit * 1e9:
-                    continue
-                extra[name] = peak_extra_bytes(partial(work, model, needed), device)
-                seconds[name] = best_seconds(partial(work, model, needed), device, runs=30)
-            ours, lora, arrow = seconds["routed"], seconds["one plain LoRA"], seconds.get(PEFTS)
-            click.echo(
-                f"{in_features:>5} x {out_features:<4} {rank:>3} {count:>4} {tokens:>6} "
-                f"{'forward' if work is forward else '+backward':>9} {seconds['base layer'] * 1e3:>8.2f} "
-                f"{lora * 1e3:>8.2f} {ours * 1e3:>8.2f} {f'{arrow * 1e3:.2f}' if arrow else '-':>9} "
-                f"{ours / lora:>7.2f} {f'{arrow / ours:.1f}' if arrow else '-':>7} {extra['routed'] / 1e6:>8.1f} "
-                f"{extra.get(PEFTS, 0) / 1e6:>9.1f}"
-            )
+def _draw(rows: Sequence[Row], path: Path) -> None:
+    """Milliseconds of a forward pass against experts, a panel per number of tokens and rank."""
+    plt = pyplot()
+    panels = sorted({(row.tokens, row.rank) for row in rows})
+    columns = len({rank for _, rank in panels})
+    lines = len(panels) // columns
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4 * columns, 2.6 * lines), sharex=True, sharey="row", squeeze=False
+    )
+    for axis, (tokens, rank) in zip(axes.flat, panels, strict=True):
+        here = [row for row in rows if (row.tokens, row.rank) == (tokens, rank)]
+        for name, style in STYLES.items():
+            points = [(row.experts, row.seconds[name] * 1e3) for row in here if name in row.seconds]
+            axis.plot(*zip(*points, strict=True), label=name, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        axis.set_title(f"{tokens} token{'s' * (tokens > 1)}, rank {rank}", fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        counts = sorted({row.experts for row in rows})
+        axis.set_xticks(counts, [str(count) if count != 10 else "" for count in counts])  # beside 8
+        axis.set_xlabel("experts")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("ms, forward")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(STYLES), frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

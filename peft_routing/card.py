@@ -7,7 +7,7 @@ from pathlib import Path
 _HEADING = "## Routed LoRA"
 
 
-def extend(directory: str, experts: Sequence[str], router: str) -> None:
+def extend(directory: str, experts: Sequence[str], general: Sequence[str], router: str) -> None:
     """Put our section into the card that PEFT has written: beside the adapter, or above one that has a name."""
     own, above = Path(directory) / "README.md", Path(directory).parent / "README.md"
     path = own if own.exists() else above
@@ -15,10 +15,11 @@ def extend(directory: str, experts: Sequence[str], router: str) -> None:
     if "library_name: peft" not in text:
         return
     text = re.sub(rf"\n*{_HEADING}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
+    less = f", less the mean of {', '.join(general)}," if general else ""
     lines = [
         _HEADING,
         "",
-        f"{len(experts)} LoRA experts ({', '.join(experts)}) and the router `{router}` in one "
+        f"{len(experts)} LoRA experts ({', '.join(experts)}){less} and the router `{router}` in one "
         "adapter. `pip install mergekit-moe-ext`, and import `peft_routing` before loading; without it PEFT says "
         "`KeyError: 'ROUTED_LORA'`.",
         "",

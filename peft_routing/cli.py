@@ -35,6 +35,13 @@ def main() -> None:
 @click.argument("base")
 @click.option("--expert", "experts", multiple=True, required=True, metavar="[NAME=]DIR", help="A LoRA adapter.")
 @click.option(
+    "--general-expert",
+    "general",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="A LoRA adapter of general knowledge; the mean of these is subtracted from each expert (GenKnowSub).",
+)
+@click.option(
     "--router", type=click.Choice(list(all_routers())), default="arrow", show_default=True, help="Who decides."
 )
 @click.option("-o", "--output", type=click.Path(), required=True, help="The routed adapter's directory.")
@@ -46,6 +53,7 @@ def main() -> None:
 def compose(
     base: str,
     experts: tuple[str, ...],
+    general: tuple[str, ...],
     router: str,
     output: str,
     weights: tuple[str, ...],
@@ -70,7 +78,8 @@ def compose(
     out = check_output(output)
     try:
         config = RoutedLoraConfig(
-            experts=_experts(experts),
+            experts=_experts("--expert", experts),
+            general_experts=_experts("--general-expert", general),
             router=router,
             weights={name: _number("--weight", name, number) for name, number in _pairs("--weight", weights)} or None,
             clusters=dict(_pairs("--cluster", clusters)) or None,
@@ -84,9 +93,10 @@ def compose(
     with staged(out) as directory:
         model.save_pretrained(str(directory))
     composed = model.peft_config["default"]
+    less = f" less the mean of {', '.join(composed.general_experts)}" if general else ""
     click.echo(
-        f"{output}: {len(composed.experts)} experts ({', '.join(composed.names)}) on {len(composed.sites)} modules, "
-        f"router {router}, mixing {composed.mixing}"
+        f"{output}: {len(composed.experts)} experts ({', '.join(composed.names)}){less} on {len(composed.sites)} "
+        f"modules, router {router}, mixing {composed.mixing}"
     )
 
 
@@ -221,7 +231,7 @@ def export(
     model = load_on_empty(adapter, config, *base_of(base, config, reading), reading)
     if not merged:
         model.export_experts(output)
-        click.echo(f"{output}: {', '.join(config.names)}")
+        click.echo(f"{output}: {', '.join([*config.names, *config.general_experts])}")
         return
     try:
         error = model.to_lora(output, rank=rank)
@@ -230,16 +240,16 @@ def export(
     click.echo(f"{output}: one LoRA adapter" + (f", relative error of the updates {error:.4f}" if rank else ""))
 
 
-def _experts(texts: Sequence[str]) -> Any:
+def _experts(option: str, texts: Sequence[str]) -> Any:
     """By name where names are given, else a list, which is named by its directories."""
     named = [(text, "", "") if Path(text).exists() else text.partition("=") for text in texts]
     if all(separator for _, separator, _ in named):
         experts = {name: path for name, _, path in named}
         if len(experts) < len(named):
-            raise ValueError("two experts have the same name")
+            raise ValueError(f"{option}: two have the same name")
         return experts
     if any(separator for _, separator, _ in named):
-        raise ValueError("--expert: name all experts, or none")
+        raise ValueError(f"{option}: name all experts, or none")
     return list(texts)
 
 

@@ -24,10 +24,14 @@ Score = Literal["dot", "abs"]
 
 @dataclass(frozen=True)
 class Site:
-    """The experts at one adapted module; rank 0 is an expert that has nothing there."""
+    """The experts at one adapted module; rank 0 is an expert that has nothing there.
+
+    The last `general` are general experts: their mean update is subtracted from that of each other expert.
+    """
 
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
+    general: int = 0
 
 
 @dataclass
@@ -43,6 +47,10 @@ class RoutedLoraConfig(PeftConfig):
     experts: Any = field(
         default_factory=dict,
         metadata={"help": "LoRA adapters by name, or a list of them: directories or repositories on the Hub."},
+    )
+    general_experts: Any = field(
+        default_factory=dict,
+        metadata={"help": "LoRA adapters of general knowledge; their mean update is subtracted from each expert's."},
     )
     router: str = field(
         default="arrow", metadata={"help": "Where the coefficients come from; see `peft-route compose -h`."}
@@ -63,7 +71,7 @@ class RoutedLoraConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Mix the updates (full) or both factors apart (low_rank). Default: low_rank where ranks and "
-            "targets agree, as in the paper; full otherwise, and for arrow."
+            "targets agree, as in the paper; full otherwise, for arrow, and with general experts."
         },
     )
     router_temperature: float | None = field(default=None, metadata={"help": "Of the softmax. Default: 1."})
@@ -90,9 +98,18 @@ class RoutedLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.ROUTED_LORA
-        self.experts = _by_name(self.experts)
+        for option in ("experts", "general_experts"):
+            setattr(self, option, _by_name(option, getattr(self, option)))
         if not self.experts:
             raise ValueError("a routed adapter needs experts: experts={'math': 'math/', 'code': 'code/'}")
+        if both := self.experts.keys() & self.general_experts.keys():
+            raise ValueError(
+                f"{min(both)!r} names an expert and a general one: give names, general_experts={{'wiki': …}}"
+            )
+        if self.general_experts and self.mixing == "low_rank":
+            raise ValueError(
+                "general experts are subtracted from updates, which mixing='low_rank' never forms: use full"
+            )
         for option in ("weights", "clusters"):  # by expert, whose names are strings
             if isinstance(getattr(self, option), dict):
                 setattr(self, option, {str(name): value for name, value in getattr(self, option).items()})
@@ -112,7 +129,7 @@ class RoutedLoraConfig(PeftConfig):
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} is below 0")
         self.router_class.check(self)
         self.sites = {
-            module: Site(tuple(group["ranks"]), tuple(group["scalings"]))
+            module: Site(tuple(group["ranks"]), tuple(group["scalings"]), len(self.general_experts))
             for group in self.layout or ()
             for module in group["modules"]
         }
@@ -139,15 +156,16 @@ class RoutedLoraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """PEFT sorts a dictionary's keys when it saves; the experts' order is that of the coefficients."""
         values = super().to_dict()
-        values["experts"] = [
-            {"name": name, **(value if isinstance(value, dict) else {"path": value})}
-            for name, value in self.experts.items()
-        ]
+        for option in ("experts", "general_experts"):
+            values[option] = [
+                {"name": name, **(value if isinstance(value, dict) else {"path": value})}
+                for name, value in getattr(self, option).items()
+            ]
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        card.extend(save_directory, self.names, self.router)
+        card.extend(save_directory, self.names, list(self.general_experts), self.router)
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -156,11 +174,11 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return tuple(value for part in parts for value in (get_args(part) or ((None,) if part is type(None) else (part,))))
 
 
-def _by_name(experts: Any) -> dict[str, Any]:
+def _by_name(option: str, experts: Any) -> dict[str, Any]:
     if isinstance(experts, dict):
         return {str(name): value if isinstance(value, dict) else str(value) for name, value in experts.items()}
     if isinstance(experts, str) or not isinstance(experts, Sequence):
-        raise ValueError(f"experts={experts!r} is neither a dict of names and directories nor a list of directories")
+        raise ValueError(f"{option}={experts!r} is neither a dict of names and directories nor a list of directories")
     if all(isinstance(expert, dict) for expert in experts):  # as saved
         of_name = {expert["name"]: {k: v for k, v in expert.items() if k != "name"} for expert in experts}
         return {name: value.get("path", value) for name, value in of_name.items()}

@@ -163,7 +163,7 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
             base = modules[name]
             if isinstance(base, BaseTunerLayer):
                 base = base.get_base_layer()
-            if not isinstance(base, nn.Linear | Conv1D):
+            if not _is_linear(base):
                 raise ValueError(f"{where} is a {type(base).__name__}; only linear modules are routed")
             in_features, out_features = _get_in_out_features(base)
             if (a.shape[1], b.shape[0]) != (in_features, out_features):
@@ -180,6 +180,16 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
             f"{first!r} on {other}",
             stacklevel=2,
         )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Also where it is quantised: some libraries keep `nn.Linear`, others (GPTQ, AWQ, HQQ) name its two sizes alike.
+
+    Convolutions and embeddings name theirs otherwise.
+    """
+    return isinstance(module, nn.Linear | Conv1D) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features")
+    )
 
 
 def layout(experts: Sequence[Expert], model: nn.Module) -> list[dict[str, Any]]:

@@ -113,9 +113,10 @@ def _recorded(model: Any) -> Iterator[_Means]:
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             key = name.removeprefix("base_model.model.").partition(".routed_lora_")[0]
+            count = len(module.site.ranks) - module.site.general
 
-            def record(_: Any, inputs: tuple[Any, ...], key: str = key) -> None:
-                means.add(key, *inputs[:2])
+            def record(_: Any, inputs: tuple[Any, ...], key: str = key, count: int = count) -> None:
+                means.add(key, inputs[0], inputs[1][..., :count])
 
             handles.append(module.register_forward_pre_hook(record))
     try:

@@ -1,11 +1,9 @@
 """A linear module with routed LoRA experts.
 
-All experts' A lie below each other as (R, in) and all B side by side as (out, R), R being the sum of their ranks.
-A forward pass is z = x Aᵀ, z weighed by the coefficients, and z Bᵀ: nothing of the size (tokens, experts, out) exists.
-Where few tokens choose few of many experts, as in decoding, only the chosen experts are read.
+All experts' A lie below each other as (R, in), and so do all B, transposed, as (R, out), R being the sum of their
+ranks. A forward pass is z = x Aᵀ, z weighed by the coefficients, and z Bᵀ; `mixing` has three ways to compute it.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,17 +11,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from peft_routing import given
+from peft_routing import given, mixing
 from peft_routing.calls import coefficients
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.routers import Constant
 
-# Reading the chosen experts of each token pays where tokens times chosen is at most this small a part of all
-# experts: by a trial on a CPU at rank 16. At rank 4 both ways are about as fast there. Not measured on a GPU.
-_GATHERING = 16
 _CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -32,28 +26,29 @@ class Experts(nn.Module):
 
     owners: Tensor
 
-    def __init__(self, site: Site, in_features: int, out_features: int, mixing: str, dtype: torch.dtype) -> None:
+    def __init__(self, site: Site, in_features: int, out_features: int, mixed: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.site, self.mixing = site, mixing
+        self.site, self.mixing = site, mixed
         self.scalings = Constant(site.scalings)
         rank = sum(site.ranks)
         self.A = nn.Parameter(torch.zeros(rank, in_features, dtype=dtype), requires_grad=False)
-        self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype), requires_grad=False)
+        self.B = nn.Parameter(torch.zeros(rank, out_features, dtype=dtype), requires_grad=False)
         self._of_one_rank = len(set(site.ranks)) == 1
         owners = torch.arange(len(site.ranks)).repeat_interleave(torch.tensor(site.ranks))
         self.register_buffer("owners", owners, persistent=False)
 
     def fill(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Put each expert's factors in, on the CPU or where they are."""
-        a, b = (torch.cat(parts, dim).to(self.A.dtype) for dim, parts in enumerate(zip(*factors, strict=True)))
+        """Put each expert's A (rank, in) and B (out, rank) in, on the CPU or where they are."""
+        a = torch.cat([a for a, _ in factors]).to(self.A.dtype)
+        b = torch.cat([b.mT for _, b in factors]).to(self.B.dtype)
         # not by setattr: under `low_cpu_mem_usage` PEFT would send a new parameter to the meta device
         self._parameters["A"] = nn.Parameter(a, requires_grad=False)
         self._parameters["B"] = nn.Parameter(b, requires_grad=False)
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
-        """A and B of each expert, as views."""
+        """A (rank, in) and B (out, rank) of each expert, as views."""
         ranks = list(self.site.ranks)
-        return list(zip(self.A.split(ranks), self.B.split(ranks, dim=1), strict=True))
+        return list(zip(self.A.split(ranks), self.B.mT.split(ranks, dim=1), strict=True))
 
     def forward(self, x: Tensor, coefficients: Tensor, kept: int | None = None) -> Tensor:
         """(…, in) and (…, experts), or (experts,), to the update (…, out).
@@ -61,36 +56,21 @@ class Experts(nn.Module):
         `kept`: at most so many coefficients of a token are not 0.
         """
         scaled = coefficients * self.scalings(coefficients.dtype, coefficients.device)
-        if (
-            kept is not None
-            and self._of_one_rank
-            and math.prod(x.shape[:-1]) * kept * _GATHERING <= len(self.site.ranks)
-        ):
-            return self._of_the_chosen(x, coefficients, scaled, kept)
-        z = functional.linear(x, self.A)
-        if self.mixing == "full":  # sum of c_i s_i B_i (A_i x)
-            z = z * scaled.to(z.dtype)[..., self.owners]
-        else:
-            z = _low_rank(z.unflatten(-1, (len(self.site.ranks), -1)), coefficients, scaled).flatten(-2)
-        return functional.linear(z, self.B)
-
-    def _of_the_chosen(self, x: Tensor, coefficients: Tensor, scaled: Tensor, kept: int) -> Tensor:
-        """The same, reading the factors of each token's `kept` experts alone."""
-        count = len(self.site.ranks)
-        coefficients, scaled = (c.expand(*x.shape[:-1], count) for c in (coefficients, scaled))
-        chosen = coefficients.abs().topk(kept, dim=-1).indices
-        coefficients, scaled = coefficients.gather(-1, chosen), scaled.gather(-1, chosen)
-        a = self.A.unflatten(0, (count, -1))[chosen]  # (…, kept, rank, in)
-        z = (a.flatten(-3, -2) @ x[..., None])[..., 0].unflatten(-1, (kept, -1))
-        z = z * scaled.to(z.dtype)[..., None] if self.mixing == "full" else _low_rank(z, coefficients, scaled)
-        b = self.B.unflatten(1, (count, -1))[:, chosen]  # (out, …, kept, rank)
-        return torch.einsum("o...kr,...kr->...o", b, z)
+        if not self._of_one_rank:
+            return mixing.dense_of_mixed_ranks(x, self.A, self.B, scaled, self.owners)
+        weigh = mixing.full if self.mixing == "full" else mixing.low_rank
+        given = x, self.A, self.B, coefficients, scaled, weigh
+        if kept is None:
+            return mixing.dense(*given)
+        gradients = torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad)
+        way = mixing.cheapest(x, self.A, self.B, len(self.site.ranks), kept, gradients=gradients)
+        return mixing.dense(*given) if way == "dense" else mixing.WAYS[way](*given, kept)
 
     @torch.no_grad()
     def merged_factors(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """A and B of the one update, in float32 or wider, for coefficients (experts,): (rank, in) and (out, rank)."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
-        a, b, coefficients = self.A.to(dtype), self.B.to(dtype), coefficients.to(dtype)
+        a, b, coefficients = self.A.to(dtype), self.B.mT.to(dtype), coefficients.to(dtype)
         scaled = coefficients * self.scalings(dtype, coefficients.device)
         if self.mixing == "full":
             return a, b * scaled[self.owners]
@@ -105,10 +85,29 @@ class Experts(nn.Module):
         return b @ a
 
 
-def _low_rank(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
-    """A_j x of the experts (…, experts, rank) to what B is to be applied to: (sum c_i s_i B_i) (sum c_j A_j x)."""
-    mixed = (z * coefficients.to(z.dtype)[..., None]).sum(dim=-2, keepdim=True)
-    return mixed * scaled.to(z.dtype)[..., None]
+def with_general(coefficients: Tensor, general: int) -> Tensor:
+    """(…, experts) to (…, experts + general): the general experts', so that their mean update is subtracted.
+
+    sum of c_i (U_i - mean of G_j) is sum of c_i U_i - sum of (sum of c_i / general) G_j.
+    """
+    if not general:
+        return coefficients
+    of_each = -coefficients.sum(dim=-1, keepdim=True) / general
+    return torch.cat([coefficients, of_each.expand(*of_each.shape[:-1], general)], dim=-1)
+
+
+def updates(
+    factors: Sequence[tuple[Tensor, Tensor]], site: Site
+) -> tuple[Sequence[tuple[Tensor, Tensor]], Sequence[float]]:
+    """A, B and the scaling of each expert's update, less the mean of the general ones where there are any."""
+    if not site.general:
+        return factors, site.scalings
+    scaled = [(a.double(), b.double() * scaling) for (a, b), scaling in zip(factors, site.scalings, strict=True)]
+    routed, general = scaled[: -site.general], scaled[-site.general :]
+    less_a = [a for a, _ in general]
+    less_b = [-b / site.general for _, b in general]
+    less = [(torch.cat([a, *less_a]), torch.cat([b, *less_b], dim=1)) for a, b in routed]
+    return less, [1.0] * len(less)
 
 
 class RoutedLoraLayer(BaseTunerLayer):
@@ -146,14 +145,16 @@ class RoutedLoraLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device alone: experts keep the dtype that they were saved in, routers are float32."""
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        base = self.get_base_layer()
+        device = device or next((t.device for t in (*base.parameters(), *base.buffers())), None)
         for adapters in (self.routed_lora_experts, self.routed_lora_router):
             if adapter_name in adapters and device is not None and device.type != "meta":
                 module = adapters[adapter_name]
                 if not any(p.is_meta for p in module.parameters()):
                     module.to(device)
 
-    def check_mergeable(self, adapter: str) -> None:
+    def check_constant(self, adapter: str) -> None:
+        """`ValueError` if coefficients depend on the input."""
         router = self.router_of(adapter)
         if router.depends_on_input:
             raise ValueError(
@@ -161,16 +162,31 @@ class RoutedLoraLayer(BaseTunerLayer):
                 "input, and a weight does not. Keep it as an adapter, or use uniform, fixed, global or layer"
             )
 
+    def constant_coefficients(self, adapter: str) -> Tensor:
+        """(experts,), the general ones included. `ValueError` if they depend on the input."""
+        self.check_constant(adapter)
+        experts = self.experts_of(adapter)
+        return with_general(self.router_of(adapter)(experts.A), experts.site.general)
+
+    def check_mergeable(self, adapter: str) -> None:
+        """`ValueError` if there is no one update, or no plain weight to add it to."""
+        self.check_constant(adapter)
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)  # GPTQ and AWQ have none; torchao's says that it is floating-point
+        if type(weight) is not nn.Parameter or weight.dtype not in _CAN_BE_ADDED_TO:
+            raise ValueError(
+                f"adapter {adapter!r} cannot be merged: {self.key} is a {type(base).__name__} without a plain weight, "
+                "as quantised ones are. Keep it as an adapter, or merge it into the base model as it was before"
+            )
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """In the shape of the base layer's weight. `ValueError` if it depends on the input."""
-        self.check_mergeable(adapter)
-        experts = self.experts_of(adapter)
-        delta = experts.delta_weight(self.router_of(adapter)(experts.A))
+        delta = self.experts_of(adapter).delta_weight(self.constant_coefficients(adapter))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
 
 class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
-    """`nn.Linear` or `Conv1D`."""
+    """`nn.Linear`, `Conv1D`, or what a quantised model has in their place."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: RoutedLoraConfig, key: str, router: nn.Module
@@ -183,10 +199,10 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the update to the base weight. `ValueError` if it depends on the input, before anything is changed."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.routed_lora_experts]
+        for name in names:
+            self.check_mergeable(name)
         deltas = {name: self.get_delta_weight(name) for name in names}
         weight = self.get_base_layer().weight
-        if names and weight.dtype not in _CAN_BE_ADDED_TO:
-            raise ValueError(f"{self.key} holds {weight.dtype}: updates cannot be merged into quantised weights")
         for name, delta in deltas.items():
             merged = weight.data + delta.to(weight.device)
             if safe_merge and not merged.isfinite().all():
@@ -222,7 +238,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             weights, kept = coefficients(router, x, name, self), router.kept
         else:
             weights, kept = instead.over(x, name, router.experts), None
-        return experts(self._cast_input_dtype(x, experts.A.dtype), weights, kept)
+        general = experts.site.general
+        kept = None if kept is None else kept + general
+        return experts(self._cast_input_dtype(x, experts.A.dtype), with_general(weights, general), kept)
 
     def __repr__(self) -> str:
         return "routed_lora." + super().__repr__()

@@ -15,7 +15,7 @@ from peft_routing.calls import refuse_mixed_batches, refuse_several_passes, unwa
 from peft_routing.config import Mixing, RoutedLoraConfig
 from peft_routing.expert import Expert, check_experts, layout, read_expert
 from peft_routing.export import truncated, write_experts, write_lora
-from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear
+from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear, updates
 from peft_routing.routers import Router, SharedRouter
 from peft_routing.routers.fixed import FixedRouter
 
@@ -43,7 +43,8 @@ class RoutedLoraModel(BaseTuner):
         if config.is_composed:
             self._make_room(model, adapter_name, config, **kwargs)
         else:
-            experts = [read_expert(name, path) for name, path in config.experts.items()]
+            paths = {**config.experts, **config.general_experts}
+            experts = [read_expert(name, path) for name, path in paths.items()]
             self._put_in(model, adapter_name, composed(config, experts, model), experts, **kwargs)
 
     def add_expert(
@@ -61,13 +62,14 @@ class RoutedLoraModel(BaseTuner):
         `cluster`. `ValueError` if it cannot be routed here, before anything is changed.
         """
         adapter_name, config, experts = self._taken_out(adapter_name)
-        if name in config.experts:
+        if name in config.experts or name in config.general_experts:
             raise ValueError(f"there is an expert {name!r} already")
         clusters = None if config.clusters is None else {**config.clusters, name: cluster}
         weights = None if config.weights is None else {**_weights(config), name: weight}
         if (clusters is None) != (cluster is None) or (weights is None) != (weight is None):
             raise ValueError(f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical")
-        self._replace(adapter_name, config, [*experts, read_expert(name, path)], clusters=clusters, weights=weights)
+        experts.insert(len(config.experts), read_expert(name, path))
+        self._replace(adapter_name, config, experts, clusters=clusters, weights=weights)
 
     def remove_expert(self, name: str, adapter_name: str | None = None) -> None:
         """Take an expert out; everything of the others stays as it is."""
@@ -79,7 +81,10 @@ class RoutedLoraModel(BaseTuner):
         self._replace(adapter_name, config, [e for e in experts if e.name != name], clusters=clusters, weights=weights)
 
     def export_experts(self, directory: str, adapter_name: str | None = None) -> None:
-        """Write each expert as an ordinary LoRA directory, `<directory>/<name>`, its tensors as they came in."""
+        """Write each expert as an ordinary LoRA directory, `<directory>/<name>`, its tensors as they came in.
+
+        General experts too; nothing is subtracted from anything.
+        """
         write_experts(self._taken_out(adapter_name)[2], directory)
 
     def to_lora(self, directory: str, adapter_name: str | None = None, *, rank: int | None = None) -> float:
@@ -90,11 +95,10 @@ class RoutedLoraModel(BaseTuner):
         the input.
         """
         adapter_name, config, _ = self._taken_out(adapter_name)
-        self._check_mergeable([adapter_name])
         factors = {}
         for layer in self._layers(adapter_name):
-            experts = layer.experts_of(adapter_name)
-            factors[layer.key] = experts.merged_factors(layer.router_of(adapter_name)(experts.A))
+            coefficients = layer.constant_coefficients(adapter_name)
+            factors[layer.key] = layer.experts_of(adapter_name).merged_factors(coefficients)
         error = 0.0
         if rank is not None:
             if rank < 1:
@@ -110,7 +114,8 @@ class RoutedLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if any(adapter_name in layer.merged_adapters for layer in self._layers(adapter_name)):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it first")
-        experts = [Expert(name, of_expert, {}, {}) for name, of_expert in config.experts.items()]
+        described = {**config.experts, **config.general_experts}
+        experts = [Expert(name, of_expert, {}, {}) for name, of_expert in described.items()]
         for layer in self._layers(adapter_name):
             site = config.sites[layer.key]
             pairs = layer.experts_of(adapter_name).factors()
@@ -120,7 +125,7 @@ class RoutedLoraModel(BaseTuner):
         return adapter_name, config, experts
 
     def _replace(self, adapter_name: str, config: RoutedLoraConfig, experts: Sequence[Expert], **changes: Any) -> None:
-        names = {expert.name: expert.config for expert in experts}
+        names = {expert.name: expert.config for expert in experts if expert.name not in config.general_experts}
         changed = dataclasses.replace(config, experts=names, layout=None, expert_dtype=None, **changes)
         changed = composed(changed, experts, self.model)
         layers = self._layers(adapter_name)
@@ -147,7 +152,7 @@ class RoutedLoraModel(BaseTuner):
             inside.fill([(a.to(device), b.to(device)) for a, b in factors])
             router = layer.router_of(adapter_name)
             if isinstance(router, Router):
-                router.start(inside.factors(), site.scalings, config.mixing or "full")
+                router.start(*updates(inside.factors(), site), config.mixing or "full")
             layer._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _make_room(self, model: nn.Module, adapter_name: str, config: RoutedLoraConfig, **kwargs: Any) -> None:
@@ -239,13 +244,18 @@ class RoutedLoraModel(BaseTuner):
 
 
 def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Module) -> RoutedLoraConfig:
-    """The configuration with everything in it that the experts decide. `ValueError` if they do not fit."""
+    """The configuration with everything in it that the experts decide, the general ones last among them.
+
+    `ValueError` if they do not fit.
+    """
     check_experts(experts, model)
     dtype = functools.reduce(torch.promote_types, map(_dtype, experts))
     tasks = {expert.config.get("task_type") for expert in experts}
+    described = {expert.name: {"dtype": _name(_dtype(expert)), **expert.config} for expert in experts}
     return dataclasses.replace(  # type: ignore[call-arg]
         config,
-        experts={expert.name: {"dtype": _name(_dtype(expert)), **expert.config} for expert in experts},
+        experts={name: described[name] for name in config.experts},
+        general_experts={name: described[name] for name in config.general_experts},
         layout=layout(experts, model),
         expert_dtype=_name(dtype),
         mixing=_mixing(config, experts),
@@ -265,7 +275,9 @@ def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
     wanted: Mixing = config.mixing or config.router_class.mixing
     modules = sorted({module for expert in experts for module in expert.factors})
     differing = next((m for m in modules if len({expert.rank(m) for expert in experts}) > 1), None)
-    if wanted == "full" or differing is None:
+    if wanted == "full" or config.general_experts:
+        return "full"
+    if differing is None:
         return wanted
     ranks = ", ".join(f"{expert.name} {expert.rank(differing)}" for expert in experts)
     if config.mixing == "low_rank":

@@ -9,6 +9,8 @@ from torch import Tensor
 def top_right_singular_vectors(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Per update B A the unit vector v that maximises |B A v|, up to its sign; zeros for an update that is zero.
 
+    Zero is what rounding leaves where an update is the difference of equal ones.
+
     Takes A (rank, in) and B (out, rank) per update, of any ranks, and returns (updates, in) in float64. The work is
     done on rank x rank matrices, so that a flat spectrum costs no more than a steep one: with the Gram matrices
     G = A Aᵀ and H = Bᵀ B, the singular values of B A are those of H^½ G^½, and v is Aᵀ w with H G w = σ² w. Gram
@@ -30,10 +32,12 @@ def top_right_singular_vectors(factors: Sequence[tuple[Tensor, Tensor]]) -> Tens
 
 def _of_one_shape(a: Tensor, b: Tensor) -> Tensor:
     """(n, rank, in) and (n, out, rank) to (n, in)."""
-    values, rotation = torch.linalg.eigh(a @ a.mT)
+    g = a @ a.mT
+    values, rotation = torch.linalg.eigh(g)
     root = (rotation * values.clamp(min=0).sqrt()[:, None, :]) @ rotation.mT  # G^½
     h = b.mT @ b
     top = torch.linalg.eigh(root @ h @ root).eigenvectors[:, :, -1:]
     vectors = (a.mT @ (h @ (root @ top)))[..., 0]
-    lengths = vectors.norm(dim=-1, keepdim=True)
-    return torch.where(lengths > 0, vectors / lengths, 0)
+    lengths = vectors.norm(dim=-1, keepdim=True)  # σ²
+    rounding = a.shape[-2] * torch.finfo(a.dtype).eps * g.norm(dim=(-2, -1)) * h.norm(dim=(-2, -1))
+    return torch.where(lengths > rounding[:, None], vectors / lengths, 0)

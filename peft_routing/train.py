@@ -129,6 +129,11 @@ def train(
     model = routed.get_base_model()
     if not any(parameter.requires_grad for parameter in routed.parameters()):
         raise click.ClickException(f"router={config.router!r} has nothing to learn")
+    if getattr(model, "is_loaded_in_4bit", False) and first.device.type == "cpu":
+        raise click.ClickException(
+            "on a CPU, bitsandbytes lets no gradient through 4-bit layers once they have run: train on a GPU, or give "
+            "the base model as it was before it was quantised (--base)"
+        )
     if first.should_save:
         keep_settings(checkpoints, settings)
 

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from peft_routing.choosers.experts import active_adapter, check_top_k, expert_names, softmax_over_largest
 from peft_routing.choosers.prefixes import Prefixes, check_language_model, evaluating
+from peft_routing.layer import updates
 from peft_routing.routers import wide
 
 
@@ -62,10 +63,10 @@ def _update_lengths(model: Any, device: torch.device) -> Tensor:
     squares: Any = 0.0
     for layer in layers:
         experts = layer.experts_of(adapter)
-        ranks = list(experts.site.ranks)
-        a = pad_sequence(wide(experts.A).split(ranks), batch_first=True)  # (experts, rank, in)
-        b = pad_sequence(wide(experts.B).T.split(ranks), batch_first=True)
-        square = ((a @ a.mT) * (b @ b.mT)).sum(dim=(1, 2)) * experts.scalings(a.dtype, a.device) ** 2
+        pairs, scalings = updates(experts.factors(), experts.site)
+        a = pad_sequence([wide(a) for a, _ in pairs], batch_first=True)  # (experts, rank, in)
+        b = pad_sequence([wide(b).T for _, b in pairs], batch_first=True)
+        square = ((a @ a.mT) * (b @ b.mT)).sum(dim=(1, 2)) * torch.tensor(scalings, device=a.device) ** 2
         squares = squares + square.to(device)
     return squares.clamp(min=0).sqrt()
 
@@ -136,10 +137,12 @@ class _Products:
         runs.pairs.clear()
         experts = runs.layer.experts_of(self.adapter)
         a, b = wide(experts.A), wide(experts.B)
-        of_ranks = ((x.to(a.dtype) @ a.T) * (delta.to(b.dtype) @ b)).sum(dim=1)
+        of_ranks = ((x.to(a.dtype) @ a.T) * (delta.to(b.dtype) @ b.mT)).sum(dim=1)
         of_experts = torch.zeros(self.batch, len(experts.site.ranks), dtype=of_ranks.dtype, device=of_ranks.device)
         of_experts = of_experts.index_add(1, experts.owners, of_ranks)
         of_experts = of_experts * experts.scalings(of_experts.dtype, of_experts.device)
+        if general := experts.site.general:
+            of_experts = of_experts[:, :-general] - of_experts[:, -general:].mean(dim=1, keepdim=True)
         self.between = self.between + of_experts.to(self.between.device)
         self.gradients = self.gradients + squared_norms(x, delta).to(self.gradients.device)
 

@@ -75,9 +75,9 @@ class Router(nn.Module):
 
     @property
     def kept(self) -> int | None:
-        """How many coefficients of a token are not 0 at most, where that is known and fewer than all."""
+        """How many coefficients are not 0 at most, where that is known and fewer than all."""
         is_ours = type(self).coefficients is Router.coefficients
-        return self.k if is_ours and self.k < len(self.experts) and self.granularity == "token" else None
+        return self.k if is_ours and self.k < len(self.experts) else None
 
     def scores(self, hidden: Tensor) -> Tensor:
         """(…, in_features) to (…, experts), or just (experts,) where the input does not matter."""
@@ -85,11 +85,14 @@ class Router(nn.Module):
 
     def coefficients(self, scores: Tensor) -> Tensor:
         """Softmax over the k largest scores, the others 0 (Trade-offs B.1 and B.4), in float32 or wider."""
-        return torch.softmax(largest(wide(scores) / self.temperature, self.k), dim=-1)
+        return torch.softmax(largest(self._tempered(scores), self.k), dim=-1)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Over all that could be chosen, before the top k: what the load-balancing loss has a gradient through."""
-        return torch.softmax(wide(scores) / self.temperature, dim=-1)
+        return torch.softmax(self._tempered(scores), dim=-1)
+
+    def _tempered(self, scores: Tensor) -> Tensor:
+        return wide(scores) if self.temperature == 1 else wide(scores) / self.temperature
 
     def load(self, scores: Tensor) -> Tensor:
         """What was chosen, in the same terms."""
@@ -149,7 +152,7 @@ class SharedRouter(nn.Module):
 
 def wide(values: Tensor) -> Tensor:
     """In float32, or as they are where that is wider."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:

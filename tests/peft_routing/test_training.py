@@ -27,6 +27,7 @@ from peft_routing.cli import main
 from peft_routing.config import Site
 from peft_routing.inspection import inspect_adapter
 from peft_routing.layer import Experts
+from peft_routing.loading import load_routed
 from peft_routing.train import Recipe, train
 from tests.conftest import ON_CPU, TWO_PROCESSES, read_tensors, run
 from tests.peft_routing.adapters import make_base, save_experts, save_lora
@@ -387,6 +388,19 @@ def test_an_encoder_decoder_is_trained_and_inspected(tmp_path, monkeypatch):
     )
     for module, means in one.items():
         assert means == pytest.approx(many[module], abs=1e-5), module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about training on a CPU")
+def test_four_bits_on_a_cpu_are_refused(here, monkeypatch):
+    def four_bits(*args, **kwargs):
+        model = load_routed(*args, **kwargs)
+        model.get_base_model().is_loaded_in_4bit = True
+        return model
+
+    monkeypatch.setattr("peft_routing.train.load_routed", four_bits)
+    with pytest.raises(click.ClickException, match="lets no gradient through 4-bit layers"):
+        train("routed", "out", ["news.jsonl"], READING, recipe())
+    assert not (here / "out").exists()
 
 
 def test_a_diverged_learning_rate_is_not_kept(here):
