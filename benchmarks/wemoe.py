@@ -4,10 +4,10 @@
     python benchmarks/wemoe.py --device cuda
 
 First the blocks of a ViT-B (hidden 768, eight tasks) on 50 tokens per image, batches of 1, 16 and 64: the loop merges
-the weights of each sample's MLP, task vector by task vector, and calls it on that sample. Then a decoder of hidden size
-576: prefill, and one token after it, when coefficients are frozen. Last what the choice between the two ways of
-`EnsembledLinear` rests on. Competitors take turns, the best of their runs counts, and memory is the peak beyond what is
-held before.
+the weights of each sample's MLP, task vector by task vector, and calls it on that sample. Then a decoder of hidden
+size 576: prefill, and one token after it, when coefficients are frozen. Last what the choice between the two ways of
+`EnsembledLinear` rests on. Competitors take turns, the best of their runs counts, and memory is the peak beyond what
+is held before.
 """
 
 import copy
@@ -59,7 +59,8 @@ def make(base: Any, config: Any, device: str, **settings: Any) -> tuple[Any, Any
     plain = base(config).to(device).eval()
     ensembling = Ensembling(experts=TASKS, groups=ensembled_groups(plain, "mlp", None), **settings)
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    ensembled: Any = model_class(base)(config_class(type(config))(**values, ensembling=ensembling.as_dict()))
+    made: Any = config_class(type(config))  # type: ignore[arg-type]
+    ensembled: Any = model_class(base)(made(**values, ensembling=ensembling.as_dict()))
     for module in ensembled.modules():
         if isinstance(module, EnsembledLinear):
             module.vectors.normal_(std=0.002)
