@@ -11,10 +11,11 @@ import click
 import torch
 import transformers
 from mergekit.architecture import WeightInfo
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from mergekit_moe_ext.modeling import ARCHITECTURES
+from mergekit_moe_ext.modeling import find_architecture
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Manifest:
     shapes: Mapping[str, tuple[int, ...]]  # without the names that are tied to another
     tied: frozenset[str]  # names that the model has but its checkpoint need not hold
     ignored: tuple[str, ...]  # patterns of names that a checkpoint may hold and transformers leaves out
-    embedding: str  # the name of the input embedding
+    embedding: str  # the name of the input embedding; empty where there are no tokens
     vocabulary: frozenset[str]  # names, in `shapes`, of tensors whose first axis is the vocabulary
 
     def weight_info(self, name: str) -> WeightInfo:
@@ -37,7 +38,7 @@ class Manifest:
 
 def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """A model of the one class in `config.architectures`, without memory, and its state dict in hub layout."""
-    model_class = ARCHITECTURES.get(config.architectures[0]) or getattr(transformers, config.architectures[0], None)
+    model_class = find_architecture(config.architectures[0]) or getattr(transformers, config.architectures[0], None)
     if model_class is None:
         raise click.ClickException(f"{config.architectures[0]} is no architecture of transformers")
     with torch.device("meta"):
@@ -45,18 +46,27 @@ def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torc
     return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))
 
 
+def hub_names(config: PretrainedConfig) -> dict[str, str]:
+    """The name in a checkpoint of every tensor that is stored as it is used, by its name in the model."""
+    model, state = hub_state(config)
+    stored = {id(tensor): name for name, tensor in state.items()}
+    used = model.state_dict(keep_vars=True).items()
+    return {name: stored[id(tensor)] for name, tensor in used if id(tensor) in stored}
+
+
 def manifest_of(config: PretrainedConfig) -> Manifest:
     """The manifest of the one class in `config.architectures`."""
     model, state = hub_state(config)
     tied = frozenset(model.all_tied_weights_keys)
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    embeddings = [layer.weight for layer in layers if layer is not None]
+    embeddings = [layer.weight for layer in layers if isinstance(layer, nn.Embedding | nn.Linear)]
+    first = embeddings[0] if embeddings else None
     vocabulary = {id(weight) for weight in embeddings}
     return Manifest(
         shapes={name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied},
         tied=tied,
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
-        embedding=next(name for name, tensor in state.items() if tensor is embeddings[0] and name not in tied),
+        embedding=next((name for name, t in state.items() if t is first and name not in tied), ""),
         vocabulary=frozenset(name for name, tensor in state.items() if id(tensor) in vocabulary and name not in tied),
     )
 

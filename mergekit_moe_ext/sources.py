@@ -239,7 +239,7 @@ def _check_headers(
     wanted: Manifest,
     vocabulary_may_differ: bool,
 ) -> None:
-    tied_here = wanted.vocabulary | wanted.tied if config.tie_word_embeddings else frozenset()
+    tied_here = wanted.vocabulary | wanted.tied if getattr(config, "tie_word_embeddings", False) else frozenset()
     for name, shape in wanted.shapes.items():
         if name not in headers.shapes:
             if name in tied_here and any(other in headers.shapes for other in tied_here):

@@ -1,4 +1,4 @@
-"""Graph tasks that mergekit lacks: loading with a check for NaN and Inf, copying many tensors, and zeros."""
+"""Graph tasks that mergekit lacks: loading with a check for NaN and Inf, copying many tensors, and constants."""
 
 import click
 import torch
@@ -157,13 +157,16 @@ class ExpertRows(Task[torch.Tensor]):
         return matrix.float().norm(dim=1).mean().item()
 
 
-class Zeros(Task[torch.Tensor]):
+class Filled(Task[torch.Tensor]):
+    """One value everywhere."""
+
     name: str  # makes it another task than the next one of the same shape
     shape: tuple[int, ...]
     dtype: str
+    value: float = 0.0
 
     def arguments(self) -> dict[str, Task]:
         return {}
 
     def execute(self, **_kwargs: object) -> torch.Tensor:
-        return torch.zeros(self.shape, dtype=dtype_from_name(self.dtype), device="cpu")
+        return torch.full(self.shape, self.value, dtype=dtype_from_name(self.dtype), device="cpu")

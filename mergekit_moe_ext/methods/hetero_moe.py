@@ -21,7 +21,7 @@ from mergekit_moe_ext.gates import RandomTensor
 from mergekit_moe_ext.methods.base import Job, Plan, StructuralMethod
 from mergekit_moe_ext.methods.sequence import SequenceOptions, learned_router, sequence_config
 from mergekit_moe_ext.sources import output_dtype, read_configs, read_headers
-from mergekit_moe_ext.tasks import LoadFiniteTensor, Zeros
+from mergekit_moe_ext.tasks import Filled, LoadFiniteTensor
 from mergekit_moe_ext.vocabulary import AlignedRows, AveragedRows, TokenRows, align_vocabularies
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
@@ -202,7 +202,7 @@ def _projector(
         return drawn(first, out_features, in_features)
     between = max(in_features, out_features)
     if is_identity:
-        zeros = Zeros(name=last, shape=(out_features, between), dtype=str(dtype))
+        zeros = Filled(name=last, shape=(out_features, between), dtype=str(dtype))
         return {**drawn(first, between, in_features), last: zeros}
     return {**drawn(first, between, in_features), **drawn(last, out_features, between)}
 

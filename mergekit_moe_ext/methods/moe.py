@@ -18,7 +18,7 @@ from mergekit_moe_ext.gates import GateMode, initial_gates
 from mergekit_moe_ext.manifest import Manifest, manifest_of
 from mergekit_moe_ext.methods.base import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
 from mergekit_moe_ext.sources import check_same_size, output_dtype, read_configs, read_headers
-from mergekit_moe_ext.tasks import LoadFiniteTensor, StackedExperts, Zeros
+from mergekit_moe_ext.tasks import Filled, LoadFiniteTensor, StackedExperts
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
 _BTX = "https://arxiv.org/abs/2403.07816"
@@ -116,7 +116,7 @@ class MoeMethod(StructuralMethod):
         zeros = [template.format(layer=layer) for stack, layer in layers for template in stack.zeros]
         if zeros:
             shapes = manifest_of(config).shapes
-            computed |= {name: Zeros(name=name, shape=shapes[name], dtype=str(dtype)) for name in zeros}
+            computed |= {name: Filled(name=name, shape=shapes[name], dtype=str(dtype)) for name in zeros}
         return Plan(
             config=config,
             num_experts=len(experts),

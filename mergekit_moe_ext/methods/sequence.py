@@ -72,7 +72,7 @@ def sequence_config(job: Job, donor: PretrainedConfig, experts: Sequence[Decoder
     return SequenceMoEConfig(
         **of_donor,
         experts=[expert.expert_config for expert in experts],
-        expert_names=_names(job.experts),
+        expert_names=names_of(job.experts),
         vocab_size=donor.vocab_size,
         routing=options.routing,
         experts_per_sequence=chosen,
@@ -112,7 +112,7 @@ def _has_length(config: PretrainedConfig) -> bool:
     return getattr(config, "max_position_embeddings", None) is not None
 
 
-def _names(models: list[ModelReference]) -> list[str]:
+def names_of(models: list[ModelReference]) -> list[str]:
     """The last part of each path, numbered where that is not enough."""
     names = [Path(model.model.path).name for model in models]
     return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]

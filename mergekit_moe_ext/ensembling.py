@@ -1,0 +1,73 @@
+"""Which linear modules of a model are ensembled together, and what their router reads (WEMoE 3.2 and table 6)."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+Upscale = Literal["mlp", "attention+mlp", "block"]
+_FFN = re.compile("MLP|FeedForward|FFN|DenseAct|DenseGatedAct")
+
+
+def ensembled_groups(model: PreTrainedModel, upscale: Upscale, layers: Sequence[int] | None) -> dict[str, list[str]]:
+    """Per router the module whose input it reads, and the linear modules that it weighs, by their names.
+
+    `layers`: of every stack of layers those with these numbers; all if None. `ValueError` where a layer has no MLP
+    that can be told, and for a number beyond the last layer.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, layer in _chosen_layers(model, layers).items():
+        ffn = _ffn(layer)
+        if not ffn:
+            raise ValueError(f"layer {name} of {type(model).__name__} has no MLP that can be told by its class")
+        attention = _outermost(layer, re.compile("Attention"))
+        parts = {"mlp": [ffn], "attention+mlp": [*([each] for each in attention), ffn], "block": [[*attention, *ffn]]}
+        for modules in parts[upscale]:
+            linears = [linear for part in modules for linear in _linears(layer, part)]
+            reader = name if upscale == "block" else f"{name}.{modules[0]}"
+            groups[reader] = [f"{name}.{linear}" for linear in linears]
+    return groups
+
+
+def _chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> Mapping[str, nn.Module]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no layers that transformers knows of")
+    if layers is None:
+        return found
+    numbers = {name: int(name.rpartition(".")[2]) for name in found}
+    beyond = sorted(set(layers) - set(numbers.values()))
+    if beyond:
+        raise ValueError(f"there is no layer {beyond[0]}; the last is {max(numbers.values())}")
+    return {name: module for name, module in found.items() if numbers[name] in layers}
+
+
+def _ffn(layer: nn.Module) -> list[str]:
+    """Names within the layer of what makes up the MLP; the router reads what the first of them reads."""
+    if found := _outermost(layer, _FFN):
+        return found[:1]
+    children = dict(layer.named_children())
+    if {"intermediate", "output"} <= children.keys():  # BERT and its relatives
+        return ["intermediate", "output"]
+    return [name for name, module in children.items() if isinstance(module, nn.Linear)]  # OPT
+
+
+def _outermost(layer: nn.Module, kind: re.Pattern[str]) -> list[str]:
+    """Modules within the layer whose class is called so, and not those within one of them."""
+    found: list[str] = []
+    for name, module in layer.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not inside and kind.search(type(module).__name__):
+            found.append(name)
+    return found
+
+
+def _linears(layer: nn.Module, part: str) -> list[str]:
+    module = layer.get_submodule(part)
+    return [
+        f"{part}.{name}".rstrip(".") for name, each in module.named_modules() if isinstance(each, nn.Linear | Conv1D)
+    ]

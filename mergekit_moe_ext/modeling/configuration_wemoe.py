@@ -1,0 +1,66 @@
+"""Configurations of weight-ensembling models (WEMoE): the base's own, and how its blocks are ensembled.
+
+`WEMoE<X>Config` is made of transformers' `<X>Config` when it is asked for, for every X.
+"""
+
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig
+
+_PREFIX = "WEMoE"
+
+
+@dataclass(frozen=True)
+class Ensembling:
+    """How blocks are ensembled; stored under `ensembling` in the configuration.
+
+    experts: what the task vectors are called.
+    groups: per router the name of the module that it reads the input of, and the linear modules that it weighs.
+    router_layers: 0, 1 or 2 (WEMoE, equations 3 and 4).
+    shared_router: one router for all groups (E-WEMoE).
+    init_lambda, init_std: where coefficients start, and the standard deviation of the routers' weights.
+    kept: how many elements of a task vector are kept, by module; all where it is absent (E-WEMoE).
+    mode: for models that generate, `frozen` (the prefix chooses) or `running` (the mean over what is past).
+    routing_tokens: the prefix in a plain forward pass; `generate` takes the prompt.
+    heads: per task the number of its classes, where sources have heads of their own; head: what they stand in for.
+    """
+
+    experts: list[str]
+    groups: dict[str, list[str]]
+    router_layers: int = 2
+    shared_router: bool = False
+    init_lambda: float = 0.3
+    init_std: float = 0.01
+    kept: dict[str, int] = field(default_factory=dict)
+    mode: str = "frozen"
+    routing_tokens: int = 32
+    heads: dict[str, int] = field(default_factory=dict)
+    head: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@cache
+def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
+    """`WEMoE<X>Config` for `<X>Config`."""
+    return type(
+        _PREFIX + base.__name__,
+        (base,),
+        {
+            "model_type": f"wemoe_{base.model_type}",
+            "ensembling": None,
+            "__module__": __name__,
+            "_auto_class": "AutoConfig",
+        },
+    )
+
+
+def __getattr__(name: str) -> Any:
+    base = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return config_class(base)
