@@ -18,7 +18,7 @@ from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, InputSliceDefinition, OutputSliceDefinition
 from mergekit.graph import Task
-from mergekit.io.tasks import FinalizeModel, GatherTensors, LoadTensor
+from mergekit.io.tasks import FinalizeModel, GatherTensors, LoadTensor, SaveTensor
 from mergekit.merge_methods.base import BasePolicy
 from mergekit.plan import MergePlanner as StockMergePlanner
 
@@ -107,7 +107,7 @@ class MergePlanner(StockMergePlanner):
         for name, weight in self._plan_of_job.shared.items():
             self._plan_shared(name, weight)
         for name, task in self._plan_of_job.computed.items():
-            if not self._job.options.allow_nonfinite:
+            if not self._job.options.allow_nonfinite and name not in self._plan_of_job.integers:
                 task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
             self._tensors.append((WeightInfo(name=name), task))
 
@@ -145,10 +145,14 @@ class MergePlanner(StockMergePlanner):
             return tasks
         finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
         copies = self._copy_tasks(finalize)
-        finalize_all = FinalizeModel(
-            tensor_save_tasks=(*finalize.tensor_save_tasks, *copies), writer_task=finalize.writer_task
-        )
-        return [*copies, *(finalize_all if task is finalize else task for task in tasks)]
+        saves = tuple(map(self._keeping_integers, finalize.tensor_save_tasks))
+        rest = [task for task in tasks if task is not finalize and task not in finalize.tensor_save_tasks]
+        finalize_all = FinalizeModel(tensor_save_tasks=(*saves, *copies), writer_task=finalize.writer_task)
+        return [*copies, *saves, finalize_all, *rest]
+
+    def _keeping_integers(self, task: Any) -> Any:
+        is_integer = isinstance(task, SaveTensor) and task.tensor_name in self._plan_of_job.integers
+        return task.model_copy(update={"dtype": None}) if is_integer else task
 
     def plan_in_memory(self) -> list[Any]:
         if isinstance(self.arch_info, PlannedArchitecture):
