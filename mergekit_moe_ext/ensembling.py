@@ -10,6 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 Upscale = Literal["mlp", "attention+mlp", "block"]
+# Not T5's layers, which are called after the attention that they hold.
+_ATTENTION = re.compile("^(?!.*Layer).*Attention")
 _FFN = re.compile("MLP|FeedForward|FFN|DenseAct|DenseGatedAct")
 # Reads another stack's states, which no coefficients of this one are for.
 _CROSS_ATTENTION = re.compile("encdec|encoder_attn|cross", re.IGNORECASE)
@@ -26,9 +28,7 @@ def ensembled_groups(model: PreTrainedModel, upscale: Upscale, layers: Sequence[
         ffn = _ffn(layer)
         if not ffn:
             raise ValueError(f"layer {name} of {type(model).__name__} has no MLP that can be told by its class")
-        attention = [
-            part for part in _outermost(layer, re.compile("Attention")) if not _CROSS_ATTENTION.search(part)
-        ]
+        attention = [part for part in _outermost(layer, _ATTENTION) if not _CROSS_ATTENTION.search(part)]
         parts = {"mlp": [ffn], "attention+mlp": [*([each] for each in attention), ffn], "block": [[*attention, *ffn]]}
         for modules in parts[upscale]:
             linears = [linear for part in modules for linear in _linears(layer, part)]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_wemoe import Ensembling, config_class
@@ -282,7 +283,6 @@ class Ensemble:
             self._swap_head()
         self.routers: Any = nn.ModuleDict()
         for index, (name, linears) in enumerate(self.ensembling.groups.items()):
-            group = self.get_submodule(name)  # type: ignore[attr-defined]
             for linear in linears:
                 self._swap(linear, name)
             width = _width_into(self.get_submodule(linears[0]))  # type: ignore[attr-defined]
@@ -292,6 +292,7 @@ class Ensemble:
             elif self.routers[key].width != width:
                 widths = f"{self.routers[key].width} and {width}"
                 raise ValueError(f"shared_router: one router cannot read widths of {widths} ({name})")
+            group = self.get_submodule(name)  # type: ignore[attr-defined]  # after swapping: OPT's is a linear itself
             group.register_forward_pre_hook(partial(_choose, self, name, key), with_kwargs=True)
         if (encoder := self._encoder()) is not None:
             encoder.register_forward_pre_hook(partial(_enter_encoder, self), with_kwargs=True)
@@ -329,6 +330,9 @@ class Ensemble:
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
         """Layers that run again in the backward pass do so as part of the forward pass that they belong to."""
+        chosen_outside = [name for name in self.ensembling.groups if _is_checkpointed(self.get_submodule(name))]  # type: ignore[attr-defined]
+        if chosen_outside and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(f"use_reentrant=True cuts {chosen_outside[0]} off from its router: take False")
 
         def remembering(function: Any, *args: Any, **keywords: Any) -> Any:
             return gradient_checkpointing_func(partial(self._within, self._current.call, function), *args, **keywords)
@@ -479,6 +483,10 @@ def _enter_encoder(model: Any, module: nn.Module, args: tuple[Any, ...], kwargs:
 def _leave_encoder(model: Any, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if model._current.call is model._encoding:
         model._current.call = model._encoding = None
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 def _samples_in(arguments: dict[str, Any]) -> int | None:

@@ -167,8 +167,7 @@ def test_routers_get_the_gradients_of_the_loop(family, sparsity, path):
     assert vectors and not vectors & {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("upscale", ["mlp", "block"])
+@pytest.mark.parametrize(("upscale", "reentrant"), [("mlp", False), ("mlp", True), ("block", False)])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_gradient_checkpointing_changes_no_gradient_though_two_batches_wait(family, upscale, reentrant):
     """As in adaptation: a forward pass per task, entropies summed, one backward pass."""
@@ -186,8 +185,9 @@ def test_gradient_checkpointing_changes_no_gradient_though_two_batches_wait(fami
             module.p = 0.0
     expected = gradients(model, loss())
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
+    if upscale == "block":
+        with pytest.raises(ValueError, match="take False"):
+            model.gradient_checkpointing_enable({"use_reentrant": True})
     actual = gradients(model, loss())
     for name, gradient in actual.items():
         close(gradient, expected[name])
@@ -335,13 +335,6 @@ def test_in_running_cached_equals_uncached(family, samples):
     close(stepwise(model, ids, mask, 1)[mask.bool()], expected)
 
 
-def score(model, prompt, sequence, **inputs):
-    """The log-probability of what follows the prompt, by one plain pass."""
-    logits = model(sequence[None], **inputs).logits[0]
-    steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return steps.gather(1, sequence[len(prompt) :, None]).sum()
-
-
 @pytest.mark.parametrize("mode", ["frozen", "running"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @torch.no_grad()
@@ -350,14 +343,17 @@ def test_generates_what_plain_passes_say(family, mode):
     batch = padded(inputs_of(family), "left")
     out = model.generate(**batch, **GREEDY, pad_token_id=0)
     width = batch["input_ids"].shape[1]
-    given = model.coefficients(**batch, past_key_values=DynamicCache(config=model.config)) if mode == "frozen" else None
+    given = (
+        model.coefficients(**batch, past_key_values=DynamicCache(config=model.config)) if mode == "frozen" else None
+    )
     for step in range(5):
         ids = out[:, : width + step]
         mask = torch.cat([batch["attention_mask"], torch.ones(3, step, dtype=torch.long)], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        more = {} if family == "opt" else {"position_ids": positions}
+        more = {} if family == "opt" else {"position_ids": positions}  # OPT makes its own of the mask
         logits = model(ids, attention_mask=mask, coefficients=given, **more).logits[:, -1]
-        assert torch.equal(logits.argmax(-1), out[:, width + step]) or step == 4 or (logits[:, 1] != 0).any()
+        logits[:, 1] = -torch.inf  # generate was told not to end
+        assert torch.equal(logits.argmax(-1), out[:, width + step])
     if mode == "frozen":
         assert torch.equal(model.generate(**batch, **GREEDY, pad_token_id=0, coefficients=given), out)
         uncached = model.generate(**batch, **GREEDY, pad_token_id=0, coefficients=given, use_cache=False)
@@ -456,13 +452,13 @@ def test_given_coefficients_reach_encoder_and_decoder_of_a_generating_t5():
 
 @torch.no_grad()
 def test_an_encoder_called_on_its_own_takes_the_mask_that_it_is_given():
-    model = build("t5").train(False)
+    model = build("t5")
     first = padded(inputs_of("t5"), "right")
-    second = {"input_ids": first["input_ids"], "attention_mask": torch.ones_like(first["attention_mask"])}
     encoder = model.get_encoder()
-    alone = [encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0] for batch in (first, second)]
-    whole = [model(**batch, decoder_input_ids=first["decoder_input_ids"]).encoder_last_hidden_state for batch in (first, second)]
-    close(alone, whole)
+    for mask in (first["attention_mask"], torch.ones_like(first["attention_mask"])):
+        batch = {**first, "attention_mask": mask}
+        alone = encoder(input_ids=batch["input_ids"], attention_mask=mask)[0]
+        close(alone, model(**batch).encoder_last_hidden_state)
     with pytest.raises(RuntimeError, match="through its model"):
         model.get_submodule(next(iter(model.ensembling.groups)))(torch.randn(1, 3, 16))
 
@@ -507,7 +503,7 @@ def test_a_compiled_vit_gives_the_same_logits():
     model, inputs = build("vit"), inputs_of("vit")
     with torch.no_grad():
         expected = model(**inputs).logits
-        close(torch.compile(model, backend="eager", fullgraph=False)(**inputs).logits, expected)
+        close(torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits, expected)
 
 
 def test_the_trainer_trains_routers_alone(tmp_path):
