@@ -38,7 +38,11 @@ def ensembled_groups(model: PreTrainedModel, upscale: Upscale, layers: Sequence[
 
 
 def _chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> Mapping[str, nn.Module]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    marked = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    # Swin marks its stages, too, which hold layers
+    found = {
+        name: module for name, module in marked.items() if not any(inner.startswith(f"{name}.") for inner in marked)
+    }
     if not found:
         raise ValueError(f"{type(model).__name__} has no layers that transformers knows of")
     if layers is None:

@@ -274,7 +274,12 @@ class Ensemble:
     _is_stateful = True  # assisted decoding, which mixes prompt and guesses, is refused by transformers
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        kind = type(config)
+        config.__class__ = kind.__base__  # some classes ask AutoModel for their trunk, which does not know ours
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            config.__class__ = kind
         self.ensembling = Ensembling(**config.ensembling)
         self._current = Current()
         self._encoding: Call | None = None
@@ -410,8 +415,8 @@ class Ensemble:
             if keeps:
                 call.keeping.add(name)
             return router.bias
-        if h.ndim == 2 and call.samples:
-            h = h.unflatten(0, (call.samples, -1))
+        if call.samples and (h.ndim != 3 or len(h) != call.samples):  # flattened (OPT), or in windows (Swin)
+            h = h.reshape(call.samples, -1, h.shape[-1])
         if h.ndim != 3:
             raise ValueError(f"cannot tell samples apart in an input of shape {tuple(h.shape)} of {name}")
         in_decoder = call.is_encoder_decoder and "decoder" in name.split(".")

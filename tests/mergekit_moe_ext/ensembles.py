@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     CLIPVisionConfig,
@@ -16,8 +18,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
+    SwinConfig,
+    SwinForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -45,11 +50,41 @@ FAMILIES = {
         T5ForConditionalGeneration,
         T5Config(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=64, decoder_start_token_id=0),
     ),
+    "bart": (
+        BartForConditionalGeneration,
+        BartConfig(
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            vocab_size=64,
+            max_position_embeddings=96,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=1,
+            decoder_start_token_id=1,
+            forced_eos_token_id=None,
+        ),
+    ),
+    "llama-classifier": (
+        LlamaForSequenceClassification,
+        LlamaConfig(**_TEXT, num_key_value_heads=1, num_labels=4),
+    ),
+    "swin": (
+        SwinForImageClassification,
+        SwinConfig(
+            image_size=12, patch_size=3, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=2, num_labels=4
+        ),
+    ),
     "vit": (ViTForImageClassification, ViTConfig(**_IMAGE, num_labels=4)),
     "clip": (CLIPVisionModel, CLIPVisionConfig(**_IMAGE, projection_dim=8)),
     "dinov2": (Dinov2ForImageClassification, Dinov2Config(**_IMAGE, num_labels=4)),
 }
-IMAGES = ("vit", "clip", "dinov2")
+IMAGES = ("vit", "clip", "dinov2", "swin")
+PAIRS = ("t5", "bart")
 
 
 def build(
@@ -98,7 +133,7 @@ def inputs_of(family: str, samples: int = 3, tokens: int = 9, seed: int = 0) -> 
     if family in IMAGES:
         return {"pixel_values": torch.randn(samples, 3, 12, 12, generator=generator)}
     found = {"input_ids": torch.randint(2, 64, (samples, tokens), generator=generator)}
-    if family == "t5":
+    if family in PAIRS:
         found["decoder_input_ids"] = torch.randint(2, 64, (samples, 5), generator=generator)
     return found
 
@@ -155,10 +190,12 @@ def weights_of_sample(model: Any, family: str, sample: dict[str, Tensor], prefix
     """
     stock, found, ready = stock_of(model, family), {}, []
     while len(ready) < len(model.ensembling.groups):
-        seen: list[tuple[str, Tensor]] = []
+        seen: dict[str, Tensor] = {}
         hooks = [
             stock.get_submodule(group).register_forward_pre_hook(
-                lambda _module, args, kwargs, group=group: seen.append((group, (*args, *kwargs.values())[0])),
+                lambda _module, args, kwargs, group=group, seen=seen: seen.update(
+                    {group: (*args, *kwargs.values())[0]}
+                ),
                 with_kwargs=True,
             )
             for group in model.ensembling.groups
@@ -166,7 +203,7 @@ def weights_of_sample(model: Any, family: str, sample: dict[str, Tensor], prefix
         functional_call(stock, found, kwargs=sample)
         for hook in hooks:
             hook.remove()
-        group, h = seen[len(ready)]
+        group, h = list(seen.items())[len(ready)]
         tokens = h.reshape(-1, h.shape[-1])
         chosen = prefix if prefix is not None else torch.ones(len(tokens), dtype=torch.bool)
         outputs = [route(model, group, token) for token, counts in zip(tokens, chosen, strict=True) if counts]
@@ -229,7 +266,7 @@ def by_tokens(model: Any, family: str, inputs: dict[str, Tensor]) -> Tensor:
 
     def choose(group: str, h: Tensor) -> None:
         in_encoder = "encoder" in group.split(".")
-        has_mask = in_encoder or family != "t5"
+        has_mask = in_encoder or family not in PAIRS
         mask = inputs.get("attention_mask") if has_mask else None
         real = torch.ones(h.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         chosen[group] = []
@@ -243,11 +280,11 @@ def by_tokens(model: Any, family: str, inputs: dict[str, Tensor]) -> Tensor:
             chosen[group].append(per_token)
 
     for group, linears in model.ensembling.groups.items():
-        stock.get_submodule(group).register_forward_pre_hook(
-            lambda _module, args, kwargs, group=group: choose(group, (*args, *kwargs.values())[0]), with_kwargs=True
-        )
         for linear in linears:
             parent, _, last = linear.rpartition(".")
             replaced = ByTokens(stock.get_submodule(linear), model, linear, chosen, group)
             setattr(stock.get_submodule(parent), last, replaced)
+        stock.get_submodule(group).register_forward_pre_hook(
+            lambda _module, args, kwargs, group=group: choose(group, (*args, *kwargs.values())[0]), with_kwargs=True
+        )
     return stock(**inputs)[0]
