@@ -113,7 +113,7 @@ class MergePlanner(StockMergePlanner):
 
     def _plan_shared(self, name: str, weight: WeightInfo) -> None:
         models, base = merged_models(self._job)
-        num_layers = self._plan_of_job.config.num_hidden_layers
+        num_layers = _num_layers(self._plan_of_job)
         parameters = {entry.model: entry.parameters for entry in reversed(self._job.config.models)}
         sources = [
             InputSliceDefinition(model=m, layer_range=(0, num_layers), parameters=parameters.get(m)) for m in models
@@ -176,6 +176,12 @@ class MergePlanner(StockMergePlanner):
             )
             for copies in by_layer.values()
         ]
+
+
+def _num_layers(plan: Plan) -> int:
+    """As its config says; of two towers (CLIP), where it does not say, the deeper one's."""
+    numbered = [int(found.group(1)) + 1 for found in map(_LAYER.search, plan.shapes) if found]
+    return getattr(plan.config, "num_hidden_layers", None) or max(numbered, default=1)
 
 
 def _gradient_position(tensor_name: str, num_layers: int) -> float:

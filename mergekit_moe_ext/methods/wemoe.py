@@ -37,7 +37,7 @@ _HEADS = ("classifier", "score", "classification_head.out_proj", "classifier.out
 class WemoeOptions(MethodOptions):
     shared: str = Field("task_arithmetic", description="the tensor method that merges the rest of the network")
     init_lambda: float = Field(0.3, description="where the routers' coefficients start")
-    router_layers: Literal[0, 1, 2] = Field(2, description="of every router: 0 is a learned constant (equation 4)")
+    router_layers: int = Field(2, ge=0, le=2, description="of every router: 0 is a learned constant (equation 4)")
     router_init_std: float = Field(
         0.01,
         ge=0,

@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -535,6 +539,12 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return self._forward(base.forward, signature, *args, **kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
+    # Checkpoints have the names that the base's have, which transformers looks up by class or model type.
+    names = get_checkpoint_conversion_mapping(base.__name__) or get_checkpoint_conversion_mapping(
+        base.config_class.model_type
+    )
+    if names:
+        register_checkpoint_conversion_mapping(_PREFIX + base.__name__, names, overwrite=True)
     members = {
         "config_class": config_class(base.config_class),
         "forward": forward,

@@ -17,10 +17,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    ViTModel,
 )
 
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling
@@ -369,15 +374,50 @@ def test_a_model_loads_where_this_package_is_missing_and_saves_again(tmp_path, m
         assert torch.equal(logits_of(load(f"{name}-again", autos[name]), inputs[name][1]), expected[name])
 
 
-def test_names_in_the_file_are_those_of_the_base_s_checkpoints(tmp_path, monkeypatch):
+SWIN = SwinConfig(image_size=12, patch_size=3, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=2)
+CLIP = CLIPConfig(
+    text_config={**SMALL, "vocab_size": 96, "max_position_embeddings": 16},
+    vision_config={**SMALL, "image_size": 12, "patch_size": 4},
+    projection_dim=8,
+)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "auto", "renamed"),
+    [
+        (
+            ViTForImageClassification,
+            ViTConfig(**SMALL, image_size=12, patch_size=4),
+            AutoModelForImageClassification,
+            1,
+        ),
+        (ViTModel, ViTConfig(**SMALL, image_size=12, patch_size=4), AutoModel, 1),
+        (SwinForImageClassification, SWIN, AutoModelForImageClassification, 1),
+        (CLIPModel, CLIP, AutoModel, 0),
+    ],
+)
+def test_names_in_the_file_are_those_of_the_base_s_checkpoints(
+    tmp_path, monkeypatch, model_class, config, auto, renamed
+):
     monkeypatch.chdir(tmp_path)
-    for seed, name in enumerate(("base", "sun", "cars")):
-        make_classifier(tmp_path / name, seed)
-    merge(wemoe(("sun", "cars")))
+    config.id2label = {0: "cat", 1: "dog"}
+    for seed, name in enumerate(("base", "sun")):
+        torch.manual_seed(seed)
+        model_class(config).save_pretrained(name)
+    merge(wemoe(("sun",), **CONSTANT, init_lambda=1.0, upscale="attention+mlp", **{"lambda": 1.0}))
     base, out = (set(read_tensors(tmp_path / name)) for name in ("base", "out"))
     assert base <= out
+    assert bool(renamed) == (base != set(auto.from_pretrained("base").state_dict()))
     more = {name.rpartition(".")[0] for name in out - base if not name.startswith("routers.")}
     assert more <= {name.rpartition(".")[0] for name in base}
+    inputs = {**INPUTS["vit"], **({"input_ids": IDS} if model_class is CLIPModel else {})}
+    with torch.no_grad():
+        expected = auto.from_pretrained("sun").eval()(**inputs)[0]
+        model = load(tmp_path / "out", auto)
+        torch.testing.assert_close(model(**inputs)[0], expected, atol=1e-5, rtol=1e-5)
+        model.save_pretrained("again")
+        assert set(read_tensors(tmp_path / "again")) == out
+        torch.testing.assert_close(load("again", auto)(**inputs)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_routers_are_numbered_by_layer_whatever_json_makes_of_their_order():
@@ -399,14 +439,10 @@ def test_a_trained_model_of_many_layers_is_saved_and_loaded(tmp_path):
 
 
 def test_one_router_for_widths_that_differ_is_refused(tmp_path, monkeypatch):
-    from transformers import SwinConfig, SwinForImageClassification
-
     monkeypatch.chdir(tmp_path)
-    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=2)
-    config.id2label, config.label2id = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
     for seed, name in enumerate(("base", "sun")):
         torch.manual_seed(seed)
-        SwinForImageClassification(config).save_pretrained(name)
+        SwinForImageClassification(SWIN).save_pretrained(name)
     refused(tmp_path, wemoe(("sun",), shared_router=True), "shared_router", "8 and 16")
 
 
