@@ -285,6 +285,8 @@ class Ensemble:
         finally:
             config.__class__ = kind
         self.ensembling = Ensembling(**config.ensembling)
+        if getattr(config, "chunk_size_feed_forward", 0):
+            raise ValueError("chunk_size_feed_forward hides from a router what tokens a sample has: set it to 0")
         self._current = Current()
         self._encoding: Call | None = None
         self._last: dict[str, Tensor] = {}
@@ -363,8 +365,8 @@ class Ensemble:
         self._check_given(call.given)
         arguments.pop("coefficients", None)
         task, labels = arguments.pop("task", None), arguments.get("labels")
+        self._choose_head(task)
         if self.ensembling.heads:
-            self._choose_head(task)
             arguments.pop("labels", None)
         elif isinstance(labels, Tensor):
             arguments |= self._without_prefix(arguments, call)
@@ -388,6 +390,10 @@ class Ensemble:
 
     def _choose_head(self, task: str | None) -> None:
         tasks = list(self.ensembling.heads)
+        if not tasks:
+            if task not in (None, *self.ensembling.experts):
+                raise ValueError(f"task={task!r} is none of {', '.join(self.ensembling.experts)}")
+            return
         if (task is None and len(tasks) > 1) or (task is not None and task not in tasks):
             raise ValueError(f"task={task!r}: choose a head, one of {', '.join(tasks)}")
         self.get_submodule(self.ensembling.head).chosen = tasks.index(task or tasks[0])  # type: ignore[attr-defined]

@@ -488,6 +488,10 @@ def test_a_task_s_own_head_is_picked(family):
     for task in (None, "law"):
         with pytest.raises(ValueError, match="choose a head, one of sun, cars, dtd"):
             model(**inputs, task=task)
+    one_head = build(family)
+    close(one_head(**inputs, task="sun").logits, one_head(**inputs).logits)
+    with pytest.raises(ValueError, match="'law' is none of sun, cars, dtd"):
+        one_head(**inputs, task="law")
 
 
 def test_a_copy_of_a_model_is_on_its_own():
