@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 from mergekit.common import ModelPath, ModelReference
+from transformers import PretrainedConfig
 
 from mergekit_moe_ext.methods.base import Job, Plan
 
@@ -56,7 +57,7 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
         ),
         name=directory.name,
         architecture=plan.config.architectures[0],
-        auto_class="AutoModelForSeq2SeqLM" if plan.config.is_encoder_decoder else "AutoModelForCausalLM",
+        auto_class=_auto_class(plan.config),
         experts=experts_in_words(plan),
         trust=", trust_remote_code=True" if hasattr(plan.config, "auto_map") else "",
         method=_with_reference(spec.pretty_name, spec.reference_url),
@@ -79,6 +80,12 @@ def experts_in_words(plan: Plan) -> str:
     """How many experts there are, and how many of them are chosen."""
     per_layer = " per layer" if plan.routed_per == "token" else ""
     return f"{plan.num_experts} experts{per_layer}, {plan.experts_per_token} of them per {plan.routed_per}"
+
+
+def _auto_class(config: PretrainedConfig) -> str:
+    """Which of transformers' Auto classes loads it."""
+    ours = [name for name in getattr(config, "auto_map", {}) if name != "AutoConfig"]
+    return ours[0] if ours else "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
 
 
 def _merging(job: Job) -> str:

@@ -10,7 +10,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 Upscale = Literal["mlp", "attention+mlp", "block"]
+# Not T5's layers, which are called after the attention that they hold.
+_ATTENTION = re.compile("^(?!.*Layer).*Attention")
 _FFN = re.compile("MLP|FeedForward|FFN|DenseAct|DenseGatedAct")
+# Reads another stack's states, which no coefficients of this one are for.
+_CROSS_ATTENTION = re.compile("encdec|encoder_attn|cross", re.IGNORECASE)
 
 
 def ensembled_groups(model: PreTrainedModel, upscale: Upscale, layers: Sequence[int] | None) -> dict[str, list[str]]:
@@ -24,7 +28,7 @@ def ensembled_groups(model: PreTrainedModel, upscale: Upscale, layers: Sequence[
         ffn = _ffn(layer)
         if not ffn:
             raise ValueError(f"layer {name} of {type(model).__name__} has no MLP that can be told by its class")
-        attention = _outermost(layer, re.compile("Attention"))
+        attention = [part for part in _outermost(layer, _ATTENTION) if not _CROSS_ATTENTION.search(part)]
         parts = {"mlp": [ffn], "attention+mlp": [*([each] for each in attention), ffn], "block": [[*attention, *ffn]]}
         for modules in parts[upscale]:
             linears = [linear for part in modules for linear in _linears(layer, part)]
@@ -34,7 +38,11 @@ def ensembled_groups(model: PreTrainedModel, upscale: Upscale, layers: Sequence[
 
 
 def _chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> Mapping[str, nn.Module]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    marked = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    # Swin marks its stages, too, which hold layers
+    found = {
+        name: module for name, module in marked.items() if not any(inner.startswith(f"{name}.") for inner in marked)
+    }
     if not found:
         raise ValueError(f"{type(model).__name__} has no layers that transformers knows of")
     if layers is None:
@@ -42,7 +50,7 @@ def _chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> Mapp
     numbers = {name: int(name.rpartition(".")[2]) for name in found}
     beyond = sorted(set(layers) - set(numbers.values()))
     if beyond:
-        raise ValueError(f"there is no layer {beyond[0]}; the last is {max(numbers.values())}")
+        raise ValueError(f"upscale_layers: there is no layer {beyond[0]}; the last is {max(numbers.values())}")
     return {name: module for name, module in found.items() if numbers[name] in layers}
 
 

@@ -6,6 +6,7 @@ that `save_pretrained` writes, which is what other readers of a checkpoint know.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import click
 import torch
@@ -58,7 +59,10 @@ def manifest_of(config: PretrainedConfig) -> Manifest:
     """The manifest of the one class in `config.architectures`."""
     model, state = hub_state(config)
     tied = frozenset(model.all_tied_weights_keys)
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    try:
+        layers: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
+    except NotImplementedError:  # two towers, of which one has no tokens (CLIP)
+        layers = ()
     embeddings = [layer.weight for layer in layers if isinstance(layer, nn.Embedding | nn.Linear)]
     first = embeddings[0] if embeddings else None
     vocabulary = {id(weight) for weight in embeddings}

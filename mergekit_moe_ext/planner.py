@@ -18,7 +18,7 @@ from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, InputSliceDefinition, OutputSliceDefinition
 from mergekit.graph import Task
-from mergekit.io.tasks import FinalizeModel, GatherTensors, LoadTensor
+from mergekit.io.tasks import FinalizeModel, GatherTensors, LoadTensor, SaveTensor
 from mergekit.merge_methods.base import BasePolicy
 from mergekit.plan import MergePlanner as StockMergePlanner
 
@@ -107,13 +107,13 @@ class MergePlanner(StockMergePlanner):
         for name, weight in self._plan_of_job.shared.items():
             self._plan_shared(name, weight)
         for name, task in self._plan_of_job.computed.items():
-            if not self._job.options.allow_nonfinite:
+            if not self._job.options.allow_nonfinite and name not in self._plan_of_job.integers:
                 task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
             self._tensors.append((WeightInfo(name=name), task))
 
     def _plan_shared(self, name: str, weight: WeightInfo) -> None:
         models, base = merged_models(self._job)
-        num_layers = self._plan_of_job.config.num_hidden_layers
+        num_layers = _num_layers(self._plan_of_job)
         parameters = {entry.model: entry.parameters for entry in reversed(self._job.config.models)}
         sources = [
             InputSliceDefinition(model=m, layer_range=(0, num_layers), parameters=parameters.get(m)) for m in models
@@ -145,10 +145,14 @@ class MergePlanner(StockMergePlanner):
             return tasks
         finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
         copies = self._copy_tasks(finalize)
-        finalize_all = FinalizeModel(
-            tensor_save_tasks=(*finalize.tensor_save_tasks, *copies), writer_task=finalize.writer_task
-        )
-        return [*copies, *(finalize_all if task is finalize else task for task in tasks)]
+        saves = tuple(map(self._keeping_integers, finalize.tensor_save_tasks))
+        rest = [task for task in tasks if task is not finalize and task not in finalize.tensor_save_tasks]
+        finalize_all = FinalizeModel(tensor_save_tasks=(*saves, *copies), writer_task=finalize.writer_task)
+        return [*copies, *saves, finalize_all, *rest]
+
+    def _keeping_integers(self, task: Any) -> Any:
+        is_integer = isinstance(task, SaveTensor) and task.tensor_name in self._plan_of_job.integers
+        return task.model_copy(update={"dtype": None}) if is_integer else task
 
     def plan_in_memory(self) -> list[Any]:
         if isinstance(self.arch_info, PlannedArchitecture):
@@ -172,6 +176,12 @@ class MergePlanner(StockMergePlanner):
             )
             for copies in by_layer.values()
         ]
+
+
+def _num_layers(plan: Plan) -> int:
+    """As its config says; of two towers (CLIP), where it does not say, the deeper one's."""
+    numbered = [int(found.group(1)) + 1 for found in map(_LAYER.search, plan.shapes) if found]
+    return getattr(plan.config, "num_hidden_layers", None) or max(numbered, default=1)
 
 
 def _gradient_position(tensor_name: str, num_layers: int) -> float:

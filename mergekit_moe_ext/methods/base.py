@@ -93,6 +93,7 @@ class Plan:
     dtype: torch.dtype  # of what is computed and in general of all
     # Where the method decides how much each model counts in a shared parameter: its `weight`, by name. Else 1.
     weights: Mapping[str, Mapping[ModelReference, float]] = field(default_factory=dict)
+    integers: frozenset[str] = frozenset()  # of `computed`, what no dtype of the output is for
     routed_per: Literal["token", "sequence", "sample"] = "token"
     notes: str = ""  # Markdown, for the card and for `mergekit-moe-ext plan`
     draw: Callable[[Path], None] | None = None  # a figure, for `mergekit-moe-ext plan --plot`

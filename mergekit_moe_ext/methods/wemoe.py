@@ -15,7 +15,7 @@ import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -37,7 +37,7 @@ _HEADS = ("classifier", "score", "classification_head.out_proj", "classifier.out
 class WemoeOptions(MethodOptions):
     shared: str = Field("task_arithmetic", description="the tensor method that merges the rest of the network")
     init_lambda: float = Field(0.3, description="where the routers' coefficients start")
-    router_layers: Literal[0, 1, 2] = Field(2, description="of every router: 0 is a learned constant (equation 4)")
+    router_layers: int = Field(2, ge=0, le=2, description="of every router: 0 is a learned constant (equation 4)")
     router_init_std: float = Field(
         0.01,
         ge=0,
@@ -45,7 +45,9 @@ class WemoeOptions(MethodOptions):
         "variance of 0.01, with which coefficients start far from init_lambda",
     )
     upscale: Upscale = Field("mlp", description="what is routed in every block; block has one router for all of it")
-    upscale_layers: str = Field("all", description="which blocks are upscaled: all, or numbers, as 6-11 or 0,3,6")
+    upscale_layers: int | str = Field(
+        "all", description="which blocks are upscaled: all, or numbers, as 6-11 or 0,3,6; of every stack of blocks"
+    )
     sparsity: float = Field(0.0, ge=0, lt=1, description="how much of every task vector is dropped, by magnitude")
     shared_router: bool = Field(False, description="one router for all blocks, each with its own input")
     mode: Literal["frozen", "running"] = Field(
@@ -53,6 +55,12 @@ class WemoeOptions(MethodOptions):
         description="for models that generate: the prefix chooses (frozen), or at every position what precedes it",
     )
     routing_tokens: int = Field(32, ge=1, description="the prefix of a plain forward pass; generate takes the prompt")
+
+    @field_validator("upscale_layers")
+    @classmethod
+    def _are_numbers(cls, value: int | str) -> int | str:
+        _numbers(value)
+        return value
 
 
 class EwemoeOptions(WemoeOptions):
@@ -82,7 +90,7 @@ class Wemoe(StructuralMethod):
         network, _ = hub_state(configs[base])
         groups = _groups(base, network, options)
         tasks = names_of(job.experts)
-        head = _head_of_tasks(network, configs, job.experts)
+        head = _head_of_tasks(network, configs)
         linears = [linear for group in groups.values() for linear in group]
         shapes, stored = manifests[base].shapes, hub_names(configs[base])
         weights = {linear: _stored(base, stored, f"{linear}.weight") for linear in linears}
@@ -105,7 +113,10 @@ class Wemoe(StructuralMethod):
         )
         config = _output_config(configs[base], ensembling)
         config.dtype = dtype = output_dtype(job, headers)
-        wanted, output = manifest_of(config).shapes, hub_names(config)
+        try:
+            wanted, output = manifest_of(config).shapes, hub_names(config)
+        except ValueError as error:
+            raise click.ClickException(f"{base}: {error}") from error
         load = LoadTensor if options.allow_nonfinite else LoadFiniteTensor
         copies: dict[str, tuple[ModelReference, str]] = {}
         computed: dict[str, Any] = {}
@@ -133,9 +144,9 @@ class Wemoe(StructuralMethod):
             if name.startswith("routers."):
                 computed[name] = _router_tensor(name, wanted[name], job, dtype)
         for part in ("weight", "bias") if head else ():
-            for task, model in zip(tasks, job.experts, strict=True):
+            for index, model in enumerate(job.experts):
                 if f"{head}.{part}" in stored:
-                    copies[output[f"{head}.{task}.{part}"]] = model, stored[f"{head}.{part}"]
+                    copies[output[f"{head}.{index}.{part}"]] = model, stored[f"{head}.{part}"]
         rest = [name for name in wanted if name not in copies and name not in computed]
         return Plan(
             config=config,
@@ -150,6 +161,7 @@ class Wemoe(StructuralMethod):
                 **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
                 **{name: task.shape for name, task in computed.items()},
             },
+            integers=frozenset(name for name in computed if name.endswith((".columns", ".row_ends"))),
             dtype=dtype,
         )
 
@@ -180,28 +192,31 @@ def _stored(base: ModelReference, stored: Mapping[str, str], name: str) -> str:
     return stored[name]
 
 
-def _numbers(text: str) -> list[int] | None:
+def _numbers(given: int | str) -> list[int] | None:
     """`all`, or numbers and ranges, as in 0,3,6-11."""
-    if text == "all":
+    if given == "all":
         return None
     numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match:
-            raise ValueError(f"upscale_layers: {text!r} is neither all nor numbers, as 6-11 or 0,3,6")
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    for part in str(given).split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not found:
+            raise ValueError("write all, or numbers and ranges that go up, as 6-11 or 0,3,6")
+        numbers += found
     return numbers
 
 
-def _head_of_tasks(
-    network: PreTrainedModel, configs: Mapping[ModelReference, PretrainedConfig], experts: list[ModelReference]
-) -> str | None:
-    """The classification head, where the sources do not all have the same classes."""
+def _head_of_tasks(network: PreTrainedModel, configs: Mapping[ModelReference, PretrainedConfig]) -> str | None:
+    """The classification head, where not all models have the same classes, by their names.
+
+    Where nobody named them (`LABEL_0`, `LABEL_1` …), as many classes of two models are not taken for the same.
+    """
     head = next(
         (name for name, module in network.named_modules() if name in _HEADS and hasattr(module, "weight")), None
     )
-    classes = [configs[model].id2label for model in experts]
-    return head if head and any(each != classes[0] for each in classes) else None
+    classes = [config.id2label for config in configs.values()]
+    are_named = any(not str(label).startswith("LABEL_") for label in classes[0].values())
+    return head if head and not (are_named and all(each == classes[0] for each in classes)) else None
 
 
 def _output_config(base: PretrainedConfig, ensembling: Ensembling) -> PretrainedConfig:

@@ -40,8 +40,17 @@ class Ensembling:
     heads: dict[str, int] = field(default_factory=dict)
     head: str = ""
 
+    def __post_init__(self) -> None:
+        """JSON sorts keys, and layer 10 before layer 2; routers and heads are numbered in the order of this."""
+        object.__setattr__(self, "groups", dict(sorted(self.groups.items(), key=_with_numbers)))
+        object.__setattr__(self, "heads", {task: self.heads[task] for task in self.experts if task in self.heads})
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _with_numbers(group: tuple[str, list[str]]) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in group[0].split(".")]
 
 
 @cache

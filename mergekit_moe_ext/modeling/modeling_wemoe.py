@@ -10,6 +10,8 @@ are left out of the loss) or, at every position, over what is there up to it (`r
 """
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -17,23 +19,29 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_wemoe import Ensembling, config_class
 
 _PREFIX = "WEMoE"
-_STATE = "_wemoe_state"
+_OUTSIDE = "an ensembled module must be called through its model, which knows about samples and padding"
+_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
 # Weights are merged where at least so many tokens share a set of coefficients; below, vectors are applied one by one.
 _MERGING = 4
 _MERGED_AT_ONCE = 2**27  # elements of merged weights that are held at the same time
 
 
-class Coefficients:
-    """What the router of a group gave in this forward pass, for the linear modules of the group."""
+class Current:
+    """The forward pass that is running, for every module that takes part."""
 
-    value: Tensor | None = None  # (experts,), (samples, experts), or (samples, tokens, experts)
-    merged: dict[int, Any] | None = None  # by module, merged weights that are kept while a single sequence is decoded
+    call: "Call | None" = None
 
 
 class EnsembledLinear(nn.Module):
@@ -45,11 +53,11 @@ class EnsembledLinear(nn.Module):
     row_ends: Tensor
     bias_vectors: Tensor
 
-    def __init__(self, base: Any, experts: int, kept: int | None, coefficients: Coefficients) -> None:
+    def __init__(self, base: Any, experts: int, kept: int | None, group: str, current: Current) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.is_transposed = isinstance(base, Conv1D)
-        self.coefficients, self.kept = coefficients, kept
+        self.kept, self.group, self.current = kept, group, current
         shape, like = self.weight.shape, {"dtype": self.weight.dtype, "device": self.weight.device}
         if kept is None:
             self.register_buffer("vectors", torch.zeros(experts, *shape, **like))
@@ -63,16 +71,23 @@ class EnsembledLinear(nn.Module):
             self.register_buffer("bias_vectors", torch.zeros(experts, *self.bias.shape, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        c = self.coefficients.value
-        assert c is not None, "an ensembled module must be called through its model"
-        c = c.to(x.dtype)
-        if (kept := self.coefficients.merged) is not None:
-            if id(self) not in kept:
-                kept[id(self)] = self.merged(c[0]), self._merged_bias(c[0])
-            return self._linear(x, *kept[id(self)])
+        call = self.current.call
+        if call is None:
+            raise RuntimeError(_OUTSIDE)
+        c = call.values[self.group].to(x.device, x.dtype)
+        if self.group in call.keeping:
+            if id(self) not in call.carried.merged:
+                one = c if c.ndim == 1 else c[0]
+                call.carried.merged[id(self)] = self.merged(one), self._merged_bias(one)
+            return self._linear(x, *call.carried.merged[id(self)])
         if c.ndim == 1:
             return self._linear(x, self.merged(c), self._merged_bias(c))
-        if c.ndim == 3 or x.ndim < 3 or x.shape[1] < _MERGING:
+        by_sample = x.reshape(len(c), -1, x.shape[-1])  # some decoders flatten samples and tokens (OPT)
+        return self._by_sample(by_sample, c).view(*x.shape[:-1], -1)
+
+    def _by_sample(self, x: Tensor, c: Tensor) -> Tensor:
+        """(samples, tokens, in) to (samples, tokens, out)"""
+        if c.ndim == 3 or x.shape[1] < _MERGING:
             return self._one_by_one(x, c)
         at_once = max(1, _MERGED_AT_ONCE // self.weight.numel())
         parts = zip(x.split(at_once), c.split(at_once), strict=True)
@@ -107,26 +122,28 @@ class EnsembledLinear(nn.Module):
         return functional.linear(x, weight.T if self.is_transposed else weight, bias)
 
     def _samples(self, x: Tensor, c: Tensor) -> Tensor:
-        """(samples, …, in) and (samples, experts), by one weight per sample."""
+        """(samples, tokens, in) and (samples, experts), by one weight per sample."""
         weight = self.merged(c)
-        weight = weight if self.is_transposed else weight.mT
-        y = (x.flatten(1, -2) @ weight).unflatten(1, x.shape[1:-1])
+        y = x @ (weight if self.is_transposed else weight.mT)
         bias = self._merged_bias(c)
-        return y if bias is None else y + bias.view(len(c), *[1] * (x.ndim - 2), -1)
+        return y if bias is None else y + bias[:, None]
 
     def _one_by_one(self, x: Tensor, c: Tensor) -> Tensor:
-        """(…, in) and coefficients of as many or fewer leading dimensions, by one product per expert."""
-        c = c.view(*c.shape[:-1], *[1] * (x.ndim - c.ndim), c.shape[-1])
+        """(samples, tokens, in) and (samples, experts) or (samples, tokens, experts), by one product per expert."""
+        c = c if c.ndim == 3 else c[:, None]
         y = self._linear(x, self.weight, self.bias)
+        places = None if self.kept is None else self._places()
         for index in range(c.shape[-1]):
-            y = y + c[..., index, None] * self._by_vector(x, index)
+            product = (
+                self._linear(x, self.vectors[index], None)
+                if places is None
+                else self._by_sparse(x, places[index], self.values[index])
+            )
+            y = y + c[..., index, None] * product
         return y if self.bias is None else y + c @ self.bias_vectors
 
-    def _by_vector(self, x: Tensor, index: int) -> Tensor:
-        """The product with one task vector; where it is sparse and x has few tokens, element by element."""
-        if self.kept is None:
-            return self._linear(x, self.vectors[index], None)
-        places, values = self._places()[index], self.values[index]
+    def _by_sparse(self, x: Tensor, places: Tensor, values: Tensor) -> Tensor:
+        """The product with one sparse task vector; where x has few tokens, element by element."""
         if x.shape[:-1].numel() > _MERGING:
             vector = torch.zeros_like(self.weight).flatten().index_add(0, places, values)
             return self._linear(x, vector.view_as(self.weight), None)
@@ -141,6 +158,7 @@ class Router(nn.Module):
 
     def __init__(self, width: int, ensembling: Ensembling) -> None:
         super().__init__()
+        self.width = width
         self.init_lambda, self.init_std = ensembling.init_lambda, ensembling.init_std
         layers, experts = ensembling.router_layers, len(ensembling.experts)
         if layers == 2:
@@ -154,63 +172,142 @@ class Router(nn.Module):
         return not hasattr(self, "weight")
 
     def forward(self, h: Tensor) -> Tensor:
-        """(…, width) to (…, experts)"""
-        h = h.to(self.weight.dtype)
+        """(…, width) to (…, experts), in float32 or wider: means over many tokens are taken of it"""
+        x = h.to(self.weight.dtype)
         if hasattr(self, "hidden"):
-            h = functional.relu(self.hidden(h))
-        return functional.linear(h, self.weight, self.bias)
+            x = functional.relu(self.hidden(x))
+        r = functional.linear(x, self.weight, self.bias)
+        return r.to(h.device, torch.promote_types(r.dtype, torch.float32))
+
+
+@dataclass
+class Carried:
+    """What a cache carries from one forward pass to the next."""
+
+    values: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # by group; the first axis is the sample
+    merged: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # weights and biases, by module
+    can_be_cropped: bool = True
+
+
+class _Carrying:
+    """A cache that does to what it carries what is done to its rows, as in beam search."""
+
+    carried: Carried
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        values = {name: tuple(map(change, of_group)) for name, of_group in self.carried.values.items()}
+        self.carried = Carried(values, can_be_cropped=self.carried.can_be_cropped)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._change(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._change(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._change(lambda rows: rows[indices.to(rows.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if not self.carried.can_be_cropped:
+            raise ValueError("mode running: a mean over what is past cannot take tokens back")
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+
+
+@cache
+def _carrying(kind: Any) -> Any:
+    return type(f"Carrying{kind.__name__}", (_Carrying, kind), {})
 
 
 class Call:
-    """One forward pass of the whole model."""
+    """One forward pass of the whole model, or of its encoder alone."""
 
     def __init__(self, model: Any, arguments: dict[str, Any]) -> None:
         self.generates = model.can_generate()
         self.is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+        self.runs = self.generates and (self.is_encoder_decoder or model.ensembling.mode == "running")
         self.mask = arguments.get("attention_mask")
         self.decoder_mask = arguments.get("decoder_attention_mask")
         self.given = arguments.get("coefficients")
         self.cache = arguments.get("past_key_values")
-        self.fills_cache = self.cache is not None and self.cache.get_seq_length() == 0
-        if self.fills_cache:
-            setattr(self.cache, _STATE, {})
+        if self.cache is not None and self.cache.is_compileable:
+            raise ValueError("a static cache hides which tokens are padding: leave cache_implementation out")
+        self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
+        self.samples = _samples_in(arguments)
+        # What this pass leaves behind is kept apart from what it found: gradient checkpointing runs layers again.
+        carried = getattr(self.cache, "carried", None) if self.past else None
+        self.carried: Carried = carried or Carried(can_be_cropped=not self.runs)
+        self.left: dict[str, tuple[Tensor, ...]] = {}
+        self.values: dict[str, Tensor] = {}  # by group: (experts,), (samples, experts) or (samples, tokens, experts)
+        self.keeping: set[str] = set()  # groups whose merged weights serve further passes
 
-    def state(self) -> dict[str, Any] | None:
-        """What is kept with the cache; None where there is none."""
-        return None if self.cache is None else getattr(self.cache, _STATE, None)
+    @property
+    def fills_cache(self) -> bool:
+        return self.cache is not None and self.past == 0
+
+    def found(self, name: str) -> tuple[Tensor, ...] | None:
+        """What the cache carries for this group; None at the start of a sequence."""
+        if self.past and name not in self.carried.values:
+            raise ValueError("this cache was not filled by the routers of this model: start with an empty one")
+        return self.carried.values.get(name)
+
+    def end(self, output: Any) -> None:
+        """Leaves with the cache what further passes need."""
+        filled = self.cache if self.cache is not None else getattr(output, "past_key_values", None)
+        if isinstance(filled, Cache):
+            self.carried.values |= self.left
+            if not isinstance(filled, _Carrying):
+                kind: Any = type(filled)
+                filled.__class__ = _carrying(kind)
+            filled.carried = self.carried
 
     def real(self, h: Tensor, *, in_decoder: bool) -> Tensor:
         """Which tokens of h (samples, tokens, width) are no padding."""
         mask = self.decoder_mask if in_decoder and self.is_encoder_decoder else self.mask
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(h) or mask.shape[1] < h.shape[1]:
+        past = 0 if self.is_encoder_decoder and not in_decoder else self.past
+        if not isinstance(mask, Tensor) or mask.shape != (len(h), past + h.shape[1]):
             return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-        return mask[:, -h.shape[1] :].bool().to(h.device)
+        return mask[:, past:].bool().to(h.device)
 
 
 class Ensemble:
     """What `WEMoE<X>` has besides what `<X>` has."""
 
-    training: bool
+    _is_stateful = True  # assisted decoding, which mixes prompt and guesses, is refused by transformers
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        kind = type(config)
+        config.__class__ = kind.__base__  # some classes ask AutoModel for their trunk, which does not know ours
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            config.__class__ = kind
         self.ensembling = Ensembling(**config.ensembling)
-        self._call: Call | None = None
+        if getattr(config, "chunk_size_feed_forward", 0):
+            raise ValueError("chunk_size_feed_forward hides from a router what tokens a sample has: set it to 0")
+        self._current = Current()
+        self._encoding: Call | None = None
+        self._last: dict[str, Tensor] = {}
         if self.ensembling.heads:
             self._swap_head()
-        self._coefficients = {name: Coefficients() for name in self.ensembling.groups}
         self.routers: Any = nn.ModuleDict()
         for index, (name, linears) in enumerate(self.ensembling.groups.items()):
-            group = self.get_submodule(name)  # type: ignore[attr-defined]
             for linear in linears:
                 self._swap(linear, name)
             width = _width_into(self.get_submodule(linears[0]))  # type: ignore[attr-defined]
             key = "0" if self.ensembling.shared_router else str(index)
             if key not in self.routers:
                 self.routers[key] = Router(width, self.ensembling)
+            elif self.routers[key].width != width:
+                widths = f"{self.routers[key].width} and {width}"
+                raise ValueError(f"shared_router: one router cannot read widths of {widths} ({name})")
+            group = self.get_submodule(name)  # type: ignore[attr-defined]  # after swapping: OPT's is a linear itself
             group.register_forward_pre_hook(partial(_choose, self, name, key), with_kwargs=True)
         if (encoder := self._encoder()) is not None:
             encoder.register_forward_pre_hook(partial(_enter_encoder, self), with_kwargs=True)
+            encoder.register_forward_hook(partial(_leave_encoder, self), always_call=True)
         self.post_init()  # type: ignore[attr-defined]
 
     def _encoder(self) -> Any:
@@ -221,7 +318,7 @@ class Ensemble:
         parent, _, last = name.rpartition(".")
         base = self.get_submodule(name)  # type: ignore[attr-defined]
         kept = self.ensembling.kept.get(name)
-        ensembled = EnsembledLinear(base, len(self.ensembling.experts), kept, self._coefficients[group])
+        ensembled = EnsembledLinear(base, len(self.ensembling.experts), kept, group, self._current)
         setattr(self.get_submodule(parent), last, ensembled)  # type: ignore[attr-defined]
 
     def _swap_head(self) -> None:
@@ -240,38 +337,71 @@ class Ensemble:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        """Layers that run again in the backward pass do so as part of the forward pass that they belong to."""
+        chosen_outside = [name for name in self.ensembling.groups if _is_checkpointed(self.get_submodule(name))]  # type: ignore[attr-defined]
+        if chosen_outside and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(f"use_reentrant=True cuts {chosen_outside[0]} off from its router: take False")
+
+        def remembering(function: Any, *args: Any, **keywords: Any) -> Any:
+            return gradient_checkpointing_func(partial(self._within, self._current.call, function), *args, **keywords)
+
+        super()._set_gradient_checkpointing(enable, remembering, **kwargs)  # type: ignore[misc]
+
+    def _within(self, call: Call | None, function: Any, *args: Any, **kwargs: Any) -> Any:
+        before, self._current.call = self._current.call, call
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._current.call = before
+
     def _forward(self, forward: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(signature.bind_partial(self, *args, **kwargs).arguments)
         arguments.pop("self")
         arguments |= arguments.pop("kwargs", {})
-        self._call = Call(self, arguments)
-        for name in ("coefficients", "task"):
-            arguments.pop(name, None)
-        labels = arguments.get("labels")
+        call = Call(self, arguments)
+        self._check_given(call.given)
+        arguments.pop("coefficients", None)
+        task, labels = arguments.pop("task", None), arguments.get("labels")
+        self._choose_head(task)
         if self.ensembling.heads:
-            self._choose_head(kwargs.get("task"))
             arguments.pop("labels", None)
         elif isinstance(labels, Tensor):
-            arguments |= self._without_prefix(arguments, self._call)
-        try:
-            output = forward(self, **arguments)
-        finally:
-            if not self.training:  # gradient checkpointing runs layers again afterwards
-                self._call = None
+            arguments |= self._without_prefix(arguments, call)
+        output = self._within(call, forward, self, **arguments)
+        call.end(output)
+        self._last = {name: value.detach() for name, value in call.values.items()}
         if self.ensembling.heads and labels is not None:
-            output.loss = functional.cross_entropy(output.logits.float(), labels)
+            logits = output[0].float()
+            loss = functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+            if isinstance(output, tuple):
+                return loss, *output
+            output.loss = loss
         return output
+
+    def _check_given(self, given: Tensor | None) -> None:
+        wanted = len(self.ensembling.groups), len(self.ensembling.experts)
+        if given is not None and (given.ndim != 3 or given.shape[1:] != wanted):
+            raise ValueError(
+                f"coefficients= are (samples, {wanted[0]} groups, {wanted[1]} experts), not {tuple(given.shape)}"
+            )
 
     def _choose_head(self, task: str | None) -> None:
         tasks = list(self.ensembling.heads)
+        if not tasks:
+            if task not in (None, *self.ensembling.experts):
+                raise ValueError(f"task={task!r} is none of {', '.join(self.ensembling.experts)}")
+            return
         if (task is None and len(tasks) > 1) or (task is not None and task not in tasks):
             raise ValueError(f"task={task!r}: choose a head, one of {', '.join(tasks)}")
-        self.get_submodule(self.ensembling.head).task = task or tasks[0]  # type: ignore[attr-defined]
+        self.get_submodule(self.ensembling.head).chosen = tasks.index(task or tasks[0])  # type: ignore[attr-defined]
 
     def _without_prefix(self, arguments: dict[str, Any], call: "Call") -> dict[str, Any]:
         """Labels that had no part in the choice, and as many fewer items where the Trainer has counted them."""
         labels = arguments["labels"]
-        frozen = call.generates and not call.is_encoder_decoder and self.ensembling.mode == "frozen"
+        frozen = call.generates and not call.runs
         if not frozen or call.given is not None or self.ensembling.router_layers == 0 or labels.ndim != 2:
             return {}
         prefix = self._prefix(call, labels[..., None])
@@ -286,64 +416,99 @@ class Ensemble:
         real = call.real(h, in_decoder=False)
         return real if call.fills_cache else real & (real.cumsum(dim=1) <= self.ensembling.routing_tokens)
 
-    def _route(self, name: str, key: str, h: Tensor) -> Tensor:
+    def _route(self, call: Call, name: str, key: str, h: Tensor) -> Tensor:
         """The coefficients of a group whose module gets the input h."""
-        call, router, holder = self._call, self.routers[key], self._coefficients[name]
-        if call is None:
-            raise RuntimeError("an ensembled module must be called through its model, which knows about padding")
-        holder.merged = None
+        router, keeps = self.routers[key], call.cache is not None and not torch.is_grad_enabled()
         if call.given is not None:
             return call.given[:, list(self.ensembling.groups).index(name)]
         if router.is_constant:
+            if keeps:
+                call.keeping.add(name)
             return router.bias
+        if call.samples and (h.ndim != 3 or len(h) != call.samples):  # flattened (OPT), or in windows (Swin)
+            h = h.reshape(call.samples, -1, h.shape[-1])
         if h.ndim != 3:
             raise ValueError(f"cannot tell samples apart in an input of shape {tuple(h.shape)} of {name}")
         in_decoder = call.is_encoder_decoder and "decoder" in name.split(".")
-        real, state = call.real(h, in_decoder=in_decoder), call.state()
+        real = call.real(h, in_decoder=in_decoder)
         if not call.generates or (call.is_encoder_decoder and not in_decoder):
             return _mean(router(h), real)
-        if in_decoder or self.ensembling.mode == "running":
-            return _running_mean(router(h), real, state, name)
-        if state is not None and not call.fills_cache:
-            if name not in state:
-                raise ValueError("this cache was not filled by this model: start with an empty one")
-            if len(h) == 1 and not torch.is_grad_enabled():
-                holder.merged = state.setdefault("merged", {})
-            return state[name]
+        found = call.found(name)
+        if call.runs:
+            coefficients, call.left[name] = _running_mean(router(h), real, *(found or ()))
+            return coefficients
+        if found:
+            if keeps and len(h) == 1:
+                call.keeping.add(name)
+            return found[0]
         coefficients = _mean(router(h), self._prefix(call, h))
-        if state is not None:
-            state[name] = coefficients
+        call.left[name] = (coefficients,)
         return coefficients
 
     @torch.no_grad()
     def coefficients(self, **inputs: Any) -> Tensor:
-        """What the routers give to these inputs: (samples, groups, experts). Not for `running`."""
+        """What the routers give to these inputs: (samples, groups, experts), to be given as `coefficients=`.
+
+        In `frozen` of a plain forward pass these are the first `routing_tokens` tokens'; with an empty cache as
+        `past_key_values=` those of all tokens, as `generate` takes them. `ValueError` in `running`.
+        """
         self(**inputs)  # type: ignore[operator]
-        values = [self._coefficients[name].value for name in self.ensembling.groups]
-        samples = max(value.shape[0] if value is not None and value.ndim == 2 else 1 for value in values)
-        return torch.stack([value.expand(samples, -1) for value in values if value is not None], dim=1)
+        values = [self._last[name] for name in self.ensembling.groups]
+        if any(value.ndim == 3 for value in values):
+            raise ValueError("there is no one set of coefficients per sample where they are running means")
+        samples = max(len(value) if value.ndim == 2 else 1 for value in values)
+        return torch.stack([value.expand(samples, -1) for value in values], dim=1)
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
+        config, arguments = prepared
+        is_frozen = not self.config.is_encoder_decoder and self.ensembling.mode == "frozen"  # type: ignore[attr-defined]
+        if is_frozen and self.ensembling.router_layers and arguments.get("coefficients") is None:
+            if config.prefill_chunk_size is not None:
+                raise ValueError("prefill_chunk_size: the whole prompt chooses in mode frozen; leave it out")
+            if config.use_cache is False:
+                raise ValueError("use_cache=False: mode frozen keeps its choice in the cache; give coefficients=")
+        return prepared
 
 
-class TaskHeads(nn.ModuleDict):
+class TaskHeads(nn.ModuleList):
     """One head per task, of which `task=` chooses one."""
 
     def __init__(self, head: Any, classes: dict[str, int]) -> None:
         bias = head.bias is not None
-        super().__init__({task: nn.Linear(head.in_features, number, bias=bias) for task, number in classes.items()})
-        self.task = next(iter(classes))
+        super().__init__(nn.Linear(head.in_features, number, bias=bias) for number in classes.values())
+        self.chosen = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[self.task](x)
+        return self[self.chosen](x)
 
 
 def _choose(model: Any, name: str, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    h = args[0] if args else kwargs["hidden_states"]
-    model._coefficients[name].value = model._route(name, key, h)
+    call = model._current.call
+    if call is None:
+        raise RuntimeError(_OUTSIDE)
+    call.values[name] = model._route(call, name, key, args[0] if args else kwargs["hidden_states"])
 
 
 def _enter_encoder(model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if model._call is None:
-        model._call = Call(model, kwargs)
+    if model._current.call is None:
+        model._current.call = model._encoding = Call(model, kwargs)
+
+
+def _leave_encoder(model: Any, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if model._current.call is model._encoding:
+        model._current.call = model._encoding = None
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def _samples_in(arguments: dict[str, Any]) -> int | None:
+    """How many samples there are, if the inputs agree on it."""
+    given = [arguments.get(name) for name in _INPUTS]
+    numbers = {len(each) for each in given if isinstance(each, Tensor)}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
@@ -351,14 +516,16 @@ def _mean(values: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen[..., None], values, 0).sum(dim=1) / chosen.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _running_mean(values: Tensor, real: Tensor, state: dict[str, Any] | None, name: str) -> Tensor:
-    """(samples, tokens, n): at every position over the tokens up to it, those in the cache included."""
-    total, count = (state or {}).get(name, (0, 0))
+def _running_mean(
+    values: Tensor, real: Tensor, total: Tensor | int = 0, count: Tensor | int = 0
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(samples, tokens, n): at every position over the tokens up to it; `total` and `count` are those before.
+
+    And total and count up to the last one.
+    """
     totals = torch.where(real[..., None], values, 0).cumsum(dim=1) + total
     counts = real.cumsum(dim=1)[..., None] + count
-    if state is not None:
-        state[name] = totals[:, -1:], counts[:, -1:]
-    return totals / counts.clamp(min=1)
+    return totals / counts.clamp(min=1), (totals[:, -1:], counts[:, -1:])
 
 
 def _width_into(linear: EnsembledLinear) -> int:
@@ -378,6 +545,12 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return self._forward(base.forward, signature, *args, **kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
+    # Checkpoints have the names that the base's have, which transformers looks up by class or model type.
+    names = get_checkpoint_conversion_mapping(base.__name__) or get_checkpoint_conversion_mapping(
+        base.config_class.model_type
+    )
+    if names:
+        register_checkpoint_conversion_mapping(_PREFIX + base.__name__, names, overwrite=True)
     members = {
         "config_class": config_class(base.config_class),
         "forward": forward,
