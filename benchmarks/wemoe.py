@@ -24,7 +24,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, ViTConfig,
 
 from mergekit_moe_ext.ensembling import ensembled_groups
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
-from mergekit_moe_ext.modeling.modeling_wemoe import Coefficients, EnsembledLinear, model_class
+from mergekit_moe_ext.modeling.modeling_wemoe import Current, EnsembledLinear, model_class
 
 TASKS = [f"task{index}" for index in range(8)]
 
@@ -101,7 +101,7 @@ def show_rule(device: str, seconds: float) -> None:
     """Both ways of one linear map, against the number of tokens that share coefficients."""
     base = nn.Linear(768, 3072).to(device)
     for kept in (None, int(0.1 * 768 * 3072)):
-        linear = EnsembledLinear(base, len(TASKS), kept, Coefficients())
+        linear = EnsembledLinear(base, len(TASKS), kept, "", Current())
         for samples in (1, 16):
             for tokens in (1, 2, 4, 8, 16):
                 x, c = torch.randn(samples, tokens, 768, device=device), torch.rand(samples, len(TASKS), device=device)

@@ -63,7 +63,7 @@ def plan(merge_options: MergeOptions, config_file: str, plot: Path | None) -> No
     models, base = merged_models(job)
     dtype = str(planned.dtype).removeprefix("torch.")
     click.echo(f"output    {planned.config.architectures[0]}, {dtype}, {planned.bytes / 1e9:.3f} GB")
-    click.echo(f"experts   {experts_in_words(planned)}, {planned.config.num_hidden_layers} layers, from")
+    click.echo(f"mixture   {experts_in_words(planned)}, {planned.config.num_hidden_layers} layers, from")
     for index, model in enumerate(job.experts):
         click.echo(f"          {index}. {model}")
     if planned.shared:

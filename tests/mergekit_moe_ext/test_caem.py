@@ -282,7 +282,7 @@ def test_plan_prints_and_draws_the_allocation(tmp_path):
     (tmp_path / "config.yml").write_text(yaml.safe_dump(caem()))
     done = run("mergekit-moe-ext", "plan", "config.yml", "--plot", "plan.png", "--quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "output    MixtralForCausalLM" in done.stdout and "4 per layer, 2 per token" in done.stdout
+    assert "output    MixtralForCausalLM" in done.stdout and "4 experts per layer, 2 of them per token" in done.stdout
     assert done.stdout.count("| model.layers.") == 3 and "| all |" in done.stdout
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "out").exists()
     whole = run("mergekit-yaml", "config.yml", "out", cwd=tmp_path)

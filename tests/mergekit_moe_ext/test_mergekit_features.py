@@ -187,7 +187,13 @@ def test_the_plan_command_merges_nothing(here):
     before = {path.name for path in here.iterdir()}
     result = CliRunner().invoke(main, ["plan", "config.yml"])
     assert result.exit_code == 0, result.output
-    for fact in ("MixtralForCausalLM", "4 per layer, 2 per token", "21 tensors by fast_ties", "36 tensors", "./law"):
+    for fact in (
+        "MixtralForCausalLM",
+        "4 experts per layer, 2 of them per token",
+        "21 tensors by fast_ties",
+        "36 tensors",
+        "./law",
+    ):
         assert fact in result.output
     assert {path.name for path in here.iterdir()} == before
 
