@@ -108,7 +108,7 @@ class Progress(ProgressCallback):
         for key, value in (logs or {}).items():
             name, _, measure = key.removeprefix("eval_").rpartition("_")
             if key == "loss" or (key.startswith("eval_") and measure in MEASURES):
-                what = f"held-out, {name}" if name else "training"
+                what = f"measured on {name}" if name else "training"
                 self.training_bar.write(f"step {state.global_step:>6}  {measure} {value:.4f}  {what}")
 
 

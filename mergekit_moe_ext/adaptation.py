@@ -35,7 +35,7 @@ from _mergekit_moe_ext_common import options as shared_options
 from _mergekit_moe_ext_common.data import Source, collate, decoder_inputs, fingerprint, parse_sources, tokenise
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading
-from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, staged
+from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
 from _mergekit_moe_ext_common.training import (
     BarTrainer,
     TrainedOnly,
@@ -45,7 +45,6 @@ from _mergekit_moe_ext_common.training import (
     training_arguments,
     with_predicted,
 )
-from mergekit_moe_ext.card import extend_card
 from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
 from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
@@ -176,7 +175,7 @@ class AdaptationTrainer(TrainedOnly, BarTrainer):
                 "the floor of %.3f): the guard acts",
                 self.state.global_step + 1,
                 task,
-                self.guard.floor[task] - penalty,
+                self.guard.floor[task] - penalty.detach(),
                 self.guard.floor[task],
             )
         return penalty

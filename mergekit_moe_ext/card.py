@@ -1,7 +1,6 @@
 """The model card of a structural merge. Unlike mergekit's own it never asks the Hub anything."""
 
 import re
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -71,13 +70,6 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
     (directory / "mergekit_config.yml").write_text(config_yaml, encoding="utf-8")
-
-
-def extend_card(directory: Path, lines: Sequence[str]) -> None:
-    """A further section at the end of the card."""
-    card = directory / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else f"# {directory.name}\n"
-    card.write_text(text.rstrip() + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 _VERSIONS = ("mergekit-moe-ext", "mergekit", "transformers", "torch")

@@ -26,7 +26,7 @@ from mergekit.options import MergeOptions
 from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint, real_tokens
 from _mergekit_moe_ext_common.loading import load_config, load_model, load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading
-from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, staged
+from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
 from _mergekit_moe_ext_common.training import (
     TokenTrainer,
     TrainedOnly,
@@ -36,7 +36,6 @@ from _mergekit_moe_ext_common.training import (
     read_data,
     training_arguments,
 )
-from mergekit_moe_ext.card import extend_card
 from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.options import Recipe
 from mergekit_moe_ext.routing import load_balancing_loss, recorded, routers_of

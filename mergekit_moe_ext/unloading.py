@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, staged
-from mergekit_moe_ext.card import extend_card
+from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
 from mergekit_moe_ext.modeling.modeling_wemoe import Ensemble, EnsembledLinear
 
@@ -30,6 +29,7 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
             "that no single set of weights stands for it; merge with router_layers: 0"
         )
     heads = ensembling["heads"]
+    task = next(iter(heads)) if len(heads) == 1 and task is None else task
     if heads and task not in heads:
         what = f"{model_path} has no head {task!r}" if task else f"{model_path} has a head per task"
         raise click.ClickException(f"{what}: choose one with --task: {', '.join(heads)}")
@@ -43,18 +43,12 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
         for name in _REPLACED:
             (directory / name).unlink(missing_ok=True)
         stock.save_pretrained(directory)
-        lines = [
-            "## Unloaded",
-            "",
-            f"Its coefficients were constants, merged into the weights: a stock {_name(stock)}",
-        ]
-        lines[-1] += f" with the head of {task}." if task else "."
-        extend_card(directory, lines)
+        head = f" with the head of {task}" if task else ""
+        what = (
+            f"Its coefficients were constants and are merged into the weights: a stock {type(stock).__name__}{head}."
+        )
+        extend_card(directory, ["## Unloaded", "", what])
     return type(stock)
-
-
-def _name(model: Any) -> str:
-    return type(model).__name__
 
 
 @torch.no_grad()
