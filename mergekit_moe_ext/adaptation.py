@@ -60,7 +60,9 @@ _KINDS: dict[str, Kind] = {
     "AutoModelForImageClassification": "image",
 }
 _FLOOR = 0.5  # of a task's first entropy of the mean prediction; the guard acts below it
-_MOMENTUM = 0.9  # of running means, over steps
+_PER_CLASS = 4  # predictions in the guard's running mean
+_LEAST_WEIGHT = 0.01  # of a batch in it
+_MOMENTUM = 0.9  # of the objective's running mean
 _LEAST_GAIN = 1e-3  # the part by which the objective falls while there is progress
 _RUNNING = "running.safetensors"
 
@@ -78,10 +80,10 @@ def _entropy(p: Tensor, logs: Tensor) -> Tensor:
 class Guard:
     """Adds to the loss of a task whose predictions go to a few classes, whatever the input.
 
-    That is seen by the entropy of their mean over the running batches: where it falls below a floor, a share of what
-    it was in the first step, the penalty is the difference. Its gradient is taken as if all running batches had moved
-    as the last one did. Together, entropy and penalty are the information-maximisation loss of SHOT (Liang et al.
-    2020), below the floor.
+    That is seen by the entropy of their running mean: where it falls below a floor, a share of what it was in the
+    first step, the penalty is the difference. The mean runs over about four predictions per class, so that it shows
+    all classes and yet no step too late. Its gradient is taken as if all of it had moved as the last batch did.
+    Together, entropy and penalty are the information-maximisation loss of SHOT (Liang et al. 2020), below the floor.
     """
 
     def __init__(self) -> None:
@@ -89,15 +91,15 @@ class Guard:
         self.floor: dict[str, Tensor] = {}
         self.acted: dict[str, Tensor] = {}
 
-    def penalty(self, task: str, mean: Tensor) -> Tensor:
-        """A scalar, of the mean prediction (classes,) over a batch of the task."""
-        now = mean.detach()
+    def penalty(self, task: str, mean: Tensor, number: float) -> Tensor:
+        """A scalar, of the mean (classes,) of the predictions in a batch of the task, and their number."""
+        now, weight = mean.detach(), min(1.0, max(_LEAST_WEIGHT, number / (_PER_CLASS * len(mean))))
         if task not in self.mean:
             self.mean[task] = now.clone()
             self.floor[task] = _FLOOR * _entropy_of(now)
             self.acted[task] = torch.zeros((), dtype=torch.int64)
         else:
-            self.mean[task] = _MOMENTUM * self.mean[task].to(now.device) + (1 - _MOMENTUM) * now
+            self.mean[task] = (1 - weight) * self.mean[task].to(now.device) + weight * now
         missing = self.floor[task].to(now.device) - _entropy_of(self.mean[task] + mean - now)
         if missing > 0:
             self.acted[task] = self.acted[task] + 1
@@ -163,12 +165,13 @@ class AdaptationTrainer(TrainedOnly, BarTrainer):
             raise click.ClickException(f"the predictions of {task} are not finite at step {self.state.global_step}")
         self.patience.add(loss.detach())
         if self.guard is not None:
-            loss = loss + self._guarded(task, self._over_processes(logits.softmax(-1).sum(0)) / count)
+            mean = self._over_processes(logits.softmax(-1).sum(0)) / count
+            loss = loss + self._guarded(task, mean, count.item())
         return loss * self.current_gradient_accumulation_steps  # a sum over tasks, which the Trainer averages
 
-    def _guarded(self, task: str, mean: Tensor) -> Tensor:
+    def _guarded(self, task: str, mean: Tensor, number: float) -> Tensor:
         assert self.guard is not None
-        penalty = self.guard.penalty(task, mean)
+        penalty = self.guard.penalty(task, mean, number)
         if penalty > 0 and self.guard.acted[task] == 1 and self.is_world_process_zero():
             LOG.warning(
                 "step %d: the predictions of %s go to ever fewer classes (the entropy of their mean is %.3f, below "

@@ -287,7 +287,7 @@ def collapsing(here):
         model.classifier.bias.copy_(-model.classifier.weight @ centres.mean(dim=0))
     model.save_pretrained("steep")
     with torch.no_grad():
-        model.vit.layers[1].mlp.fc2.bias += torch.nn.functional.normalize(model.classifier.weight[0], dim=0)
+        model.vit.layers[1].mlp.fc2.bias += 0.1 * away[0]
     model.save_pretrained("steep-sun")
     for name in ("steep", "steep-sun"):
         AutoImageProcessor.from_pretrained("vit/base").save_pretrained(name)
@@ -351,23 +351,25 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
 
 
 def test_the_guard_is_what_is_missing_to_half_the_first_entropy():
+    """Batches of two predictions of three classes: a sixth of the twelve that the running mean holds."""
+
     def h(p):
         return -sum(x * math.log(x) for x in p if x)
 
-    guard, batches = (
-        Guard(),
-        torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0], [1.0, 0.0, 0.0], *[[1.0, 0.0, 0.0]] * 25]),
-    )
-    running = batches[0].tolist()
-    for number, mean in enumerate(batches.double()):
-        running = [0.9 * r + 0.1 * m for r, m in zip(running, mean.tolist(), strict=True)] if number else running
-        mean.requires_grad_(True)
-        penalty = guard.penalty("task", mean)
-        assert penalty.item() == pytest.approx(max(0.0, 0.5 * h([0.5, 0.3, 0.2]) - h(running)), abs=1e-6)
-        (gradient,) = torch.autograd.grad(penalty, mean)
-        slope = [math.log(r) + 1 if penalty > 0 else 0.0 for r in running]
+    guard, batches = Guard(), [[0.5, 0.3, 0.2], [0.9, 0.1, 0.0], *[[1.0, 0.0, 0.0]] * 15]
+    running, penalties = batches[0], []
+    for number, values in enumerate(batches):
+        running = [r * 5 / 6 + m / 6 for r, m in zip(running, values, strict=True)] if number else running
+        mean = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+        penalties.append(guard.penalty("task", mean, 2))
+        assert penalties[-1].item() == pytest.approx(max(0.0, 0.5 * h(batches[0]) - h(running)), abs=1e-6)
+        (gradient,) = torch.autograd.grad(penalties[-1], mean)
+        slope = [math.log(r) + 1 if penalties[-1] > 0 else 0.0 for r in running]
         assert gradient.tolist() == pytest.approx(slope, abs=1e-5)
-    assert 0 < guard.acted["task"] < len(batches) and penalty > 0.2
+    assert guard.acted["task"] == sum(penalty > 0 for penalty in penalties) < len(batches) and penalties[-1] > 0.2
+    large = Guard()
+    large.penalty("task", torch.tensor([0.5, 0.5]), 100)
+    assert large.penalty("task", torch.tensor([1.0, 0.0]), 100).item() == pytest.approx(0.5 * math.log(2))
 
 
 def spread(path):
