@@ -47,6 +47,18 @@ class BarTrainer(Trainer):
             self.add_callback(Progress())
 
 
+def part_processes(trainer: Trainer) -> None:
+    """The processes part here, each when all have come so far: only one writes what was trained.
+
+    The model that is spread over them goes first. Were it the last to hold their group, the group would be taken down
+    while Python's lock is held, and with Gloo that can wait forever for a thread that wants the lock.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
+
+
 class TrainedOnly:
     """For a Trainer whose checkpoints hold what is trained, in float32, by the names in the model, and no more."""
 

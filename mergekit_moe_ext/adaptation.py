@@ -41,6 +41,7 @@ from _mergekit_moe_ext_common.training import (
     TrainedOnly,
     keep_settings,
     last_checkpoints,
+    part_processes,
     split_sources,
     training_arguments,
     with_predicted,
@@ -421,8 +422,7 @@ def adapt(
     trainer.train(resume_from_checkpoint=checkpoint)
     results = _before_and_after(trainer.state.log_history, list(measured))
 
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # the processes part here: only one writes
+    part_processes(trainer)
     if not arguments.should_save:
         return None
     if trainer.state.global_step < adaptation.steps:
@@ -478,7 +478,7 @@ def _prefix(kind: Kind, config: Any) -> int:
 
 def _image_processor(model_path: str, reading: Reading) -> Any:
     if importlib.util.find_spec("PIL") is None:
-        raise click.ClickException("reading images needs Pillow: pip install pillow")
+        raise click.ClickException("reading images needs Pillow: pip install 'mergekit-moe-ext[images]'")
     try:
         return AutoImageProcessor.from_pretrained(
             str(Path(model_path).expanduser()), trust_remote_code=reading.trust_remote_code

@@ -33,6 +33,7 @@ from _mergekit_moe_ext_common.training import (
     first_and_last,
     keep_settings,
     last_checkpoints,
+    part_processes,
     read_data,
     training_arguments,
 )
@@ -146,8 +147,7 @@ def train(
     trainer.train(resume_from_checkpoint=checkpoint)
     losses = first_and_last(trainer.state.log_history, held_out)
 
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # the processes part here: only one writes
+    part_processes(trainer)
     if not arguments.should_save:
         return None
     with torch.no_grad():

@@ -266,6 +266,17 @@ def test_a_decoder_is_measured_after_the_prefix(here, path, prefix):
     } == {"routers"}
 
 
+def test_a_model_in_bfloat16_stays_so_and_its_routers_move(here):
+    parameters = {**STRONG, "routing_tokens": 6}
+    config = document("ewemoe", models=["llama/sun"], base="./llama/base", parameters=parameters, dtype="bfloat16")
+    merge(config, "half")
+    adapt("half", "out", ["long.jsonl"], READING, adaptation(steps=3, learning_rate=0.01))
+    before, after = read_tensors(here / "half"), read_tensors(here / "out")
+    assert all(tensor.dtype == after[name].dtype for name, tensor in before.items())
+    assert after["routers.0.weight"].dtype == torch.bfloat16
+    assert changed(before, after) == {name for name in before if name.startswith("routers.")}
+
+
 def test_an_encoder_decoder_is_measured_along_its_targets(here):
     measured = adapt("t5-2", "out", ["pairs.jsonl"], READING, adaptation(learning_rate=0.1))
     model, tokenizer, entropies = load("out"), AutoTokenizer.from_pretrained("t5-2"), []
@@ -291,7 +302,7 @@ def collapsing(here):
     model.save_pretrained("steep-sun")
     for name in ("steep", "steep-sun"):
         AutoImageProcessor.from_pretrained("vit/base").save_pretrained(name)
-    parameters = {"router_layers": 0, "init_lambda": 0.1, "lambda": 0.0}
+    parameters = {"router_layers": 0, "init_lambda": 1.5, "lambda": 0.0}
     merge(document("wemoe", models=["steep-sun"], base="./steep", parameters=parameters), "model")
     merge(
         document("ewemoe", models=["steep-sun"], base="./steep", parameters={**parameters, "router_layers": 2}),
