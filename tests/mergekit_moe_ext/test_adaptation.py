@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -22,8 +23,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from _mergekit_moe_ext_common.data import Source
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.adaptation import AdaptationTrainer, Guard, Rounds, adapt, entropy
+from mergekit_moe_ext.adaptation import AdaptationTrainer, Guard, Rounds, _labels, adapt, entropy
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
 from mergekit_moe_ext.options import Adaptation
@@ -246,6 +248,26 @@ def test_labels_teach_what_entropy_does_not(here):
 
     assert loss(load("out")) < 0.9 * loss(load("bert-2"))
     assert all(after > before for before, after in (m["accuracy"] for m in measured.values()))
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "heads", "expected"),
+    [
+        ([0, 1], ClassLabel(names=["dog", "ant"]), {}, [2, 0]),  # by the names that the model has
+        ([0, 1], ClassLabel(names=["a", "b", "c"]), {}, [0, 1]),  # by their order
+        ([0, 1], ClassLabel(names=["dog", "ant"]), {"sun": 2}, [0, 1]),
+        ([0, 1], ClassLabel(names=["a", "b"]), {}, None),
+        (["dog", "cat"], Value("string"), {}, [2, 1]),
+        (["dog", "cow"], Value("string"), {}, None),
+        ([2, 0], Value("int64"), {}, [2, 0]),
+        ([3, 0], Value("int64"), {}, None),
+    ],
+)
+def test_classes_get_the_numbers_of_the_head(values, feature, heads, expected):
+    config = ViTConfig(id2label={0: "ant", 1: "cat", 2: "dog"})
+    config.ensembling = {"heads": heads}
+    rows = Dataset.from_dict({"label": values}, Features({"label": feature}))
+    assert _labels(rows, Source("sun", "sun"), config, Adaptation()) == expected
 
 
 @pytest.mark.parametrize(("path", "prefix"), [("llama-2", 6), ("llama-running", 1)])
