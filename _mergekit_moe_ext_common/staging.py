@@ -10,13 +10,14 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 from filelock import FileLock, Timeout
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -79,6 +80,20 @@ def staged(out: Path) -> Iterator[Path]:
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def copy_files(model: Path, directory: Path) -> None:
+    """What lies beside a model's weights: tokenizer, card, the merge's configuration, code."""
+    for path in model.iterdir() if model.is_dir() else ():
+        if path.is_file() and not path.name.endswith(_WEIGHTS):
+            shutil.copy(path, directory / path.name)
+
+
+def extend_card(directory: Path, lines: Sequence[str]) -> None:
+    """A further section at the end of the card."""
+    card = directory / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else f"# {directory.name}\n"
+    card.write_text(text.rstrip() + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _still_free(out: Path) -> Path:

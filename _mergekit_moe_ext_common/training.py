@@ -6,7 +6,7 @@ batches.)
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import click
 import torch
 from datasets import Dataset, concatenate_datasets, interleave_datasets
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import (
     EvalPrediction,
@@ -30,19 +31,61 @@ from _mergekit_moe_ext_common.data import Source, load, pack, parse_sources, tok
 from _mergekit_moe_ext_common.options import Reading, Recipe
 
 _SETTINGS = "settings.json"
+_TRAINED = "trained.safetensors"
+MEASURES = ("loss", "entropy", "accuracy")
 
 
-class TokenTrainer(Trainer):
-    """The Trainer, with held-out losses over tokens."""
+class BarTrainer(Trainer):
+    """The Trainer, with a bar and lines that a person can read, and no checkpoint of the last step."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, compute_metrics=_mean_over_tokens, **kwargs)
-        self._loss_shifts_labels = not self.model.config.is_encoder_decoder
+        super().__init__(*args, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(NoLastCheckpoint())
         if not self.args.disable_tqdm:
             self.add_callback(Progress())
+
+
+def part_processes(trainer: Trainer) -> None:
+    """The processes part here, each when all have come so far: only one writes what was trained.
+
+    The model that is spread over them goes first. Were it the last to hold their group, the group would be taken down
+    while Python's lock is held, and with Gloo that can wait forever for a thread that wants the lock.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
+
+
+class TrainedOnly:
+    """For a Trainer whose checkpoints hold what is trained, in float32, by the names in the model, and no more."""
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad},
+            directory / _TRAINED,
+        )
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / _TRAINED)
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if saved.keys() != trained.keys():
+            raise click.ClickException(f"{resume_from_checkpoint} is a checkpoint of another training")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
+
+class TokenTrainer(BarTrainer):
+    """The Trainer, with held-out losses over tokens."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, compute_metrics=_mean_over_tokens, **kwargs)
+        self._loss_shifts_labels = not self.model.config.is_encoder_decoder
 
     def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Per row the sum of the losses of its tokens, and their number."""
@@ -75,9 +118,10 @@ class Progress(ProgressCallback):
         if not state.is_world_process_zero or self.training_bar is None:
             return
         for key, value in (logs or {}).items():
-            if key == "loss" or (key.startswith("eval_") and key.endswith("_loss")):
-                what = "training" if key == "loss" else f"held-out, {key[5:-5]}"
-                self.training_bar.write(f"step {state.global_step:>6}  loss {value:.4f}  {what}")
+            name, _, measure = key.removeprefix("eval_").rpartition("_")
+            if key == "loss" or (key.startswith("eval_") and measure in MEASURES):
+                what = f"measured on {name}" if name else "training"
+                self.training_bar.write(f"step {state.global_step:>6}  {measure} {value:.4f}  {what}")
 
 
 class NoLastCheckpoint(TrainerCallback):
@@ -142,8 +186,7 @@ def read_data(
     Rows without a token to predict at `first_label` or after it are left out: of a decoder's rows the first token
     is never predicted.
     """
-    sources, measured = parse_sources(data), parse_sources(eval_data)
-    names = [source.name for source in sources]
+    names = [source.name for source in parse_sources(data)]
     for name, weight in weights.items():
         if name not in names:
             raise click.ClickException(f"--weight {name}: there is no such source; there are {', '.join(names)}")
@@ -164,15 +207,19 @@ def read_data(
             if "labels" in encoded.column_names:
                 raise click.ClickException("--packing joins texts, which inputs with their targets are not")
             encoded = pack(encoded, reading.max_length, tokenizer.eos_token_id)
-        if config.is_encoder_decoder:
-            return encoded
-        return encoded.filter(
-            lambda row: any(label != -100 for label in row.get("labels", row["input_ids"])[first_label:]),
-            desc="leaving out rows that teach nothing",
-        )
+        return encoded if config.is_encoder_decoder else with_predicted(encoded, source, first_label)
 
-    training, held_out = {}, {source.name: tokens(load(source), source) for source in measured}
-    for source in sources:
+    training, held_out = split_sources(data, eval_data, recipe, tokens)
+    return _mixed(training, weights, recipe.seed), held_out
+
+
+def split_sources(
+    data: Sequence[str], eval_data: Sequence[str], recipe: Recipe, prepare: Callable[[Dataset, Source], Dataset]
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Per source what is trained on, and what is held out of it or given for measuring; both as prepared."""
+    measured = parse_sources(eval_data)
+    training, held_out = {}, {source.name: prepare(load(source), source) for source in measured}
+    for source in parse_sources(data):
         rows = load(source)
         if recipe.held_out and source.name not in held_out:
             if len(rows) <= recipe.held_out:
@@ -181,14 +228,22 @@ def read_data(
                     "see --held-out and --eval-data"
                 )
             split = rows.train_test_split(test_size=recipe.held_out, seed=recipe.seed)
-            rows, held_out[source.name] = split["train"], tokens(split["test"], source)
-        training[source.name] = tokens(rows, source)
-    for name, encoded in {**training, **held_out}.items():
-        if len(encoded) == 0:
-            raise click.ClickException(
-                f"data {name!r} has no row with a token to predict at position {first_label} or after"
-            )
-    return _mixed(training, weights, recipe.seed), held_out
+            rows, held_out[source.name] = split["train"], prepare(split["test"], source)
+        training[source.name] = prepare(rows, source)
+    return training, held_out
+
+
+def with_predicted(encoded: Dataset, source: Source, first_label: int) -> Dataset:
+    """A decoder's rows with a token to predict at `first_label` or after it. `ClickException` if there are none."""
+    kept = encoded.filter(
+        lambda row: any(label != -100 for label in row.get("labels", row["input_ids"])[first_label:]),
+        desc="leaving out rows that teach nothing",
+    )
+    if len(kept) == 0:
+        raise click.ClickException(
+            f"data {source.name!r} has no row with a token to predict at position {first_label} or after"
+        )
+    return kept
 
 
 def _mixed(training: Mapping[str, Dataset], weights: Mapping[str, float], seed: int) -> Dataset:

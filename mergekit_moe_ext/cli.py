@@ -16,7 +16,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 import mergekit_moe_ext
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
 from _mergekit_moe_ext_common.options import Reading, options_of
-from mergekit_moe_ext.options import Recipe
+from mergekit_moe_ext.options import Adaptation, Recipe
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -197,6 +197,61 @@ def _weight(text: str) -> tuple[str, float]:
         return name, float(number)
     except ValueError:
         raise click.ClickException(f"--weight {text}: write NAME=NUMBER") from None
+
+
+@main.command()
+@click.argument("model")
+@click.option("--data", multiple=True, required=True, metavar="TASK=SOURCE", help="Inputs to adapt to, per task.")
+@click.option(
+    "--eval-data",
+    multiple=True,
+    metavar="TASK=SOURCE",
+    help="Inputs to measure on; instead of the held-out rows of the task.",
+)
+@click.option("-o", "--output-dir", type=click.Path(), help="The adapted model. [default: MODEL-adapted]")
+@click.option("--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted adaptation.")
+@options_of(Adaptation, "adaptation")
+@options_of(Reading, "reading")
+def adapt(
+    model: str,
+    data: tuple[str, ...],
+    eval_data: tuple[str, ...],
+    output_dir: str | None,
+    resume: bool,
+    adaptation: Adaptation,
+    reading: Reading,
+) -> None:
+    """Adapt the routers of MODEL, a weight-ensembling one (wemoe, ewemoe), to inputs without labels.
+
+    SOURCE is a file of texts (jsonl, csv, parquet, txt …), a directory (of images: with or without a directory per
+    class), or a dataset on the Hub, with a split if you like: sun=sun/test, owner/name:train[:1%]. TASK names a head
+    where the model has several. The result is written whole, and MODEL is left as it is. Runs on many processes under
+    `accelerate launch -m mergekit_moe_ext`.
+    """
+    from mergekit_moe_ext.adaptation import adapt as run_adaptation
+
+    if not reading.quiet:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("mergekit_moe_ext").setLevel(logging.INFO)
+    results = run_adaptation(model, output_dir, data, reading, adaptation, eval_data=eval_data, resume=resume)
+    if not results:
+        return
+    width = max(len("task"), *map(len, results))
+    click.echo(f"{'task':{width}}  measure     before     after")
+    for task, measures in results.items():
+        for measure, (before, after) in measures.items():
+            click.echo(f"{task:{width}}  {measure:<9} {before:>8.4f}  {after:>8.4f}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output-dir", type=click.Path(), required=True, help="The stock model.")
+@click.option("--task", help="Whose head it gets, where MODEL has several.")
+def unload(model: str, output_dir: str, task: str | None) -> None:
+    """Write MODEL, a weight-ensembling one whose coefficients are constants (router_layers: 0), as a stock model."""
+    from mergekit_moe_ext.unloading import unload as run_unloading
+
+    click.echo(f"{output_dir} is a {run_unloading(model, output_dir, task).__name__}")
 
 
 @main.command()

@@ -1,6 +1,7 @@
-"""The options of `train`."""
+"""The options of `train` and `adapt`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from _mergekit_moe_ext_common import options
 from _mergekit_moe_ext_common.options import option
@@ -22,3 +23,33 @@ class Recipe(options.Recipe):
         "Compute in bfloat16, as autocast does; what is trained is kept in float32. Always on for the gates of a "
         "model that is stored in bfloat16.",
     )
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How the routers of a weight-ensembling model are adapted. Defaults are WEMoE's."""
+
+    objective: Literal["entropy", "supervised"] = option(
+        "entropy", "Minimise the entropy of the predictions, or, with labels, their cross-entropy."
+    )
+    steps: int = option(1000, "Steps, each with one batch of every task.", at_least=1)
+    learning_rate: float = option(1e-3, "Adam's.", at_least=0)
+    per_device_train_batch_size: int = option(16, "Rows of each task per process and step.", at_least=1)
+    per_device_eval_batch_size: int = option(16, "Rows per process when measuring.", at_least=1)
+    patience: int | None = option(
+        None,
+        "Stop once the running mean of the objective has not fallen by 0.1 percent in so many steps. [default: never]",
+        at_least=1,
+    )
+    no_guard: bool = option(False, "Minimise the entropy alone, as in the paper, even where predictions collapse.")
+    held_out: int = option(
+        0,
+        "Rows of each task that are measured, not adapted to; see --eval-data. Without any, the rows adapted to are "
+        "measured: the test inputs themselves, as in the paper.",
+        at_least=0,
+    )
+    eval_steps: int | None = option(None, "Measure every so many steps, too. [default: before and after]", at_least=1)
+    save_steps: int = option(100, "Checkpoint every so many steps.", at_least=1)
+    image_column: str = option("image", "Images.")
+    label_column: str = option("label", "Classes, where there are any.")
+    seed: int = option(42, "For the order of the data and the held-out rows.")

@@ -22,17 +22,18 @@ import click
 import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file, save_file
 
 from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint, real_tokens
 from _mergekit_moe_ext_common.loading import load_config, load_model, load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading
-from _mergekit_moe_ext_common.staging import check_output, check_room, staged
+from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
 from _mergekit_moe_ext_common.training import (
     TokenTrainer,
+    TrainedOnly,
     first_and_last,
     keep_settings,
     last_checkpoints,
+    part_processes,
     read_data,
     training_arguments,
 )
@@ -43,12 +44,10 @@ from mergekit_moe_ext.routing import load_balancing_loss, recorded, routers_of
 LOG = logging.getLogger(__name__)
 Part = Literal["gates", "all"]
 LEARNING_RATES: dict[Part, float] = {"gates": 1e-3, "all": 1e-5}
-_TRAINED = "trained.safetensors"
 _ON_CARD = ("learning_rate", "weight_decay", "seed", "processes")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
-class MoeTrainer(TokenTrainer):
+class MoeTrainer(TrainedOnly, TokenTrainer):
     """See the top of this file."""
 
     loss_is_scaled_for_ga = True
@@ -74,23 +73,6 @@ class MoeTrainer(TokenTrainer):
             balance = load_balancing_loss(choices, real_tokens(inputs))
             loss = loss + self._router_aux_loss * balance / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        directory = Path(output_dir or self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad},
-            directory / _TRAINED,
-        )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / _TRAINED)
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if saved.keys() != trained.keys():
-            raise click.ClickException(f"{resume_from_checkpoint} is a checkpoint of another training")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
 
 
 def train(
@@ -165,15 +147,14 @@ def train(
     trainer.train(resume_from_checkpoint=checkpoint)
     losses = first_and_last(trainer.state.log_history, held_out)
 
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # the processes part here: only one writes
+    part_processes(trainer)
     if not arguments.should_save:
         return None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
     with staged(out) as directory:
-        _copy_files(Path(model_path), directory)
+        copy_files(Path(model_path), directory)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
@@ -242,19 +223,10 @@ def _gradient_norm(value: torch.Tensor, parameters: Sequence[torch.Tensor]) -> f
     return sum(gradient.norm().item() for gradient in gradients if gradient is not None)
 
 
-def _copy_files(model: Path, directory: Path) -> None:
-    """What lies beside the weights: tokenizer, card, the merge's configuration, code."""
-    for path in model.iterdir() if model.is_dir() else ():
-        if path.is_file() and not path.name.endswith(_WEIGHTS):
-            shutil.copy(path, directory / path.name)
-
-
 def _extend_card(
     directory: Path, part: Part, data: Sequence[str], settings: Mapping[str, Any], losses: Mapping[str, Any]
 ) -> None:
-    card = directory / "README.md"
     lines = [
-        "",
         "## Training",
         "",
         f"After merging, {'the gates alone were' if part == 'gates' else 'all parameters were'} trained with "
@@ -265,5 +237,4 @@ def _extend_card(
     if losses:
         lines += ["", "| held-out loss | before | after |", "|---|---:|---:|"]
         lines += [f"| {name} | {before:.4f} | {after:.4f} |" for name, (before, after) in losses.items()]
-    text = card.read_text(encoding="utf-8") if card.exists() else f"# {directory.name}\n"
-    card.write_text(text.rstrip() + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    extend_card(directory, lines)

@@ -22,6 +22,7 @@ def close(actual, expected, **tolerances):
 def path(request, monkeypatch):
     """Which of the two ways to compute the same is taken, whatever the number of tokens."""
     monkeypatch.setattr(modeling_wemoe, "_MERGING", 1 if request.param == "merged" else 10**6)
+    monkeypatch.setattr(modeling_wemoe, "_MORE_FOR_SEVERAL", {"dense": 1, "sparse": 1})
     return request.param
 
 
