@@ -75,8 +75,9 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
     if task:
         head = model.ensembling.head
         chosen = {name: state.pop(name) for name in list(state) if name.startswith(f"{head}.")}
+        number = list(model.ensembling.heads).index(task)
         for part in ("weight", "bias"):
-            if (name := f"{head}.{task}.{part}") in chosen:
+            if (name := f"{head}.{number}.{part}") in chosen:
                 state[f"{head}.{part}"] = chosen[name]
         config.num_labels = model.ensembling.heads[task]
     with torch.device("meta"):

@@ -33,9 +33,9 @@ from .configuration_wemoe import Ensembling, config_class
 _PREFIX = "WEMoE"
 _OUTSIDE = "an ensembled module must be called through its model, which knows about samples and padding"
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
-# Weights are merged where so many tokens or more share a set of coefficients; below, vectors are applied one by one.
-# Measured by `benchmarks/wemoe.py` on a CPU. Several samples want more: products over the tokens of all are faster than
-# over one's, and sparse vectors are added to the weights of each.
+# Weights are merged where so many tokens share a set of coefficients or more; below, vectors are applied in turn.
+# Measured by `benchmarks/wemoe.py` on a CPU. Several samples want more: products over the tokens of all are faster
+# than over one's, and sparse vectors are added to the weights of each.
 _MERGING = 4
 _MORE_FOR_SEVERAL = {"dense": 4, "sparse": 16}
 _MERGED_AT_ONCE = 2**27  # elements of merged weights that are held at the same time
