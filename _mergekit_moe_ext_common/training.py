@@ -47,15 +47,20 @@ class BarTrainer(Trainer):
             self.add_callback(Progress())
 
 
-def part_processes(trainer: Trainer) -> None:
-    """The processes part here, each when all have come so far: only one writes what was trained.
+def let_go(trainer: Trainer) -> None:
+    """Waits for all processes, and lets go of the model that is spread over them.
 
-    The model that is spread over them goes first. Were it the last to hold their group, the group would be taken down
-    while Python's lock is held, and with Gloo that can wait forever for a thread that wants the lock.
+    Were that the last to hold their group, the group would be taken down while Python's lock is held, and with Gloo
+    that can wait forever for a thread that wants the lock.
     """
     trainer.accelerator.wait_for_everyone()
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
+
+
+def part_processes(trainer: Trainer) -> None:
+    """The processes part here, each when all have come so far: only one writes what was trained."""
+    let_go(trainer)
     trainer.accelerator.end_training()
 
 

@@ -27,6 +27,7 @@ from _mergekit_moe_ext_common.training import (
     first_and_last,
     keep_settings,
     last_checkpoints,
+    let_go,
     read_data,
     remove_checkpoints,
     training_arguments,
@@ -161,8 +162,7 @@ def train(
             directory = checkpoints / f"lr-{rate:g}"
             routed.save_pretrained(str(directory / "trained"))
             (directory / _RESULT).write_text(json.dumps(results[rate].losses), encoding="utf-8")
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.free_memory()
+        let_go(trainer)
 
     ranked = sorted(results.values(), key=lambda result: (math.isnan(result.mean), result.mean))
     if math.isnan(ranked[0].mean):
