@@ -242,6 +242,7 @@ def test_experts_that_are_not_chosen_are_not_run(sources):
     assert calls.take() == [[], [], [(6, 9)]]
 
 
+@torch.no_grad()
 def test_perplexity_runs_each_expert_once_over_the_prompt(sources):
     model = mixture(sources)
     calls = Calls(model)
