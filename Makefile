@@ -22,6 +22,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/caem.py
 	$(BIN)/python benchmarks/routed_lora.py
 	$(BIN)/python benchmarks/routed_lora_model.py
+	$(BIN)/python benchmarks/sequence_moe.py
+	$(BIN)/python benchmarks/wemoe.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
