@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mergekit_moe_ext.layers import decoder_layers
-from mergekit_moe_ext.manifest import Manifest, hub_state, manifest_of
+from mergekit_moe_ext.manifest import Manifest, hub_state, manifest_from
 from mergekit_moe_ext.methods.base import Job
 from mergekit_moe_ext.sources import tokenizer_of
 
@@ -86,7 +86,7 @@ def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
     except ValueError as error:
         raise click.ClickException(f"{model} cannot be an expert of a sequence MoE: {error}") from error
     names = {id(tensor): hub_name for hub_name, tensor in reversed(state.items())}
-    manifest = manifest_of(config)
+    manifest = manifest_from(network, state)
     own = {key: names[id(parameter)] for key, parameter in head.named_parameters()}
     return Decoder(
         config=config,

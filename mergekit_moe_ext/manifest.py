@@ -47,9 +47,8 @@ def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torc
     return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))
 
 
-def hub_names(config: PretrainedConfig) -> dict[str, str]:
+def hub_names(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The name in a checkpoint of every tensor that is stored as it is used, by its name in the model."""
-    model, state = hub_state(config)
     stored = {id(tensor): name for name, tensor in state.items()}
     used = model.state_dict(keep_vars=True).items()
     return {name: stored[id(tensor)] for name, tensor in used if id(tensor) in stored}
@@ -57,7 +56,11 @@ def hub_names(config: PretrainedConfig) -> dict[str, str]:
 
 def manifest_of(config: PretrainedConfig) -> Manifest:
     """The manifest of the one class in `config.architectures`."""
-    model, state = hub_state(config)
+    return manifest_from(*hub_state(config))
+
+
+def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Manifest:
+    """The manifest of a model without memory and its state dict in hub layout."""
     tied = frozenset(model.all_tied_weights_keys)
     try:
         layers: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_moe_ext.ensembling import Upscale, ensembled_groups
 from mergekit_moe_ext.gates import RandomTensor
-from mergekit_moe_ext.manifest import hub_names, hub_state, manifest_of
+from mergekit_moe_ext.manifest import hub_names, hub_state, manifest_from
 from mergekit_moe_ext.methods.base import Job, MethodOptions, Plan, StructuralMethod
 from mergekit_moe_ext.methods.sequence import names_of
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
@@ -85,14 +85,15 @@ class Wemoe(StructuralMethod):
         configs = read_configs(job)
         _check_one_architecture(base, configs)
         check_same_size(job, configs)
-        manifests = {model: manifest_of(config) for model, config in configs.items()}
+        built = {model: hub_state(config) for model, config in configs.items()}
+        manifests = {model: manifest_from(*each) for model, each in built.items()}
         headers = read_headers(job, configs, manifests)
-        network, _ = hub_state(configs[base])
+        network, state = built[base]
         groups = _groups(base, network, options)
         tasks = names_of(job.experts)
         head = _head_of_tasks(network, configs)
         linears = [linear for group in groups.values() for linear in group]
-        shapes, stored = manifests[base].shapes, hub_names(configs[base])
+        shapes, stored = manifests[base].shapes, hub_names(network, state)
         weights = {linear: _stored(base, stored, f"{linear}.weight") for linear in linears}
         kept = {}
         if options.sparsity:
@@ -114,9 +115,10 @@ class Wemoe(StructuralMethod):
         config = _output_config(configs[base], ensembling)
         config.dtype = dtype = output_dtype(job, headers)
         try:
-            wanted, output = manifest_of(config).shapes, hub_names(config)
+            made = hub_state(config)
         except ValueError as error:
             raise click.ClickException(f"{base}: {error}") from error
+        wanted, output = manifest_from(*made).shapes, hub_names(*made)
         load = LoadTensor if options.allow_nonfinite else LoadFiniteTensor
         copies: dict[str, tuple[ModelReference, str]] = {}
         computed: dict[str, Any] = {}
