@@ -224,9 +224,8 @@ def _head_of_tasks(network: PreTrainedModel, configs: Mapping[ModelReference, Pr
 def _output_config(base: PretrainedConfig, ensembling: Ensembling) -> PretrainedConfig:
     architecture = base.architectures[0]
     config_type: Any = config_class(type(base))  # type: ignore[arg-type]
-    values = {
-        key: value for key, value in base.to_dict().items() if key not in ("model_type", "architectures", "dtype")
-    }
+    ours = ("model_type", "architectures", "auto_map", "dtype")
+    values = {key: value for key, value in base.to_dict().items() if key not in ours}
     return config_type(
         **values,
         ensembling=ensembling.as_dict(),

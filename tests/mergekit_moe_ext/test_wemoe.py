@@ -454,3 +454,13 @@ def test_the_card_says_how_to_load_it(tmp_path, monkeypatch):
     assert 'AutoModelForImageClassification.from_pretrained("out", trust_remote_code=True)' in card
     assert "2410.21804" in card and "AutoModelForCausalLM" not in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+
+
+def test_code_beside_the_base_is_not_the_output_s(here):
+    shutil.copytree("base", "with-code")
+    config = json.loads(Path("with-code/config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_other.Other"}
+    Path("with-code/config.json").write_text(json.dumps(config))
+    out = merge(document("wemoe", SOURCES, "./with-code", parameters=CONSTANT))
+    named = json.loads((out / "config.json").read_text())["auto_map"]
+    assert named["AutoModelForCausalLM"] == "modeling_wemoe.WEMoELlamaForCausalLM"
