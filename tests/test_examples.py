@@ -30,6 +30,7 @@ SCRIPTS = (
     "tradeoffs_routers",
     "task_vector_similarity",
     "seq_moe_finetune",
+    "wemoe_texts",
 )
 
 
@@ -286,6 +287,49 @@ def test_a_cut_tokenizer_splits_as_before(sequence, tmp_path):
     for text in (documents[0], "ABc d2"):
         assert cut.tokenize(text) == whole.encode(text).tokens
     assert cut.decode(cut(documents[1])["input_ids"]) == documents[1]  # in smaller pieces
+
+
+@pytest.fixture
+def on_texts(sequence, tiny_experts, monkeypatch):
+    """WEMoE's experiment on texts, with tiny models on made-up ones."""
+    import wemoe_texts
+    from real_data import Domain
+
+    documents = [row["text"] for row in words(1, 100)]
+    texts = {name: Domain(documents, documents[50:]) for name in sequence.DOMAINS}
+    monkeypatch.setattr(wemoe_texts, "BLOCK", 40)
+    monkeypatch.setattr(wemoe_texts, "smollm2", lambda: tiny_experts["base"])
+    monkeypatch.setattr(wemoe_texts, "domains", lambda: texts)
+    monkeypatch.setattr(wemoe_texts, "make_experts", lambda base, texts: tiny_experts)
+    monkeypatch.setattr(wemoe_texts, "run_mergekit", sequence.run_mergekit)
+    yield wemoe_texts
+    sys.modules.pop("wemoe_texts", None)
+
+
+def test_wemoe_s_experiment_on_texts_runs_and_goes_on(on_texts, tiny_experts, monkeypatch):
+    rows = ["task arithmetic", "WEMoE, 2 layers", "WEMoE, 2 layers, supervised"]
+    command = ["-o", "texts.json", "--steps", "1", "--held-out", "2", *(f"--only={row}" for row in rows)]
+    result = CliRunner().invoke(on_texts.main, [*command, "--seeds", "1"])
+    assert result.exit_code == 0, result.output
+    first = json.loads(Path("texts.json").read_text())["losses"]
+    assert set(first) == {"base", "bible expert", "music expert", "code expert", *rows}
+    texts = AutoTokenizer.from_pretrained(tiny_experts["base"])
+    ids = on_texts.blocks(texts, on_texts.domains()["music"].held_out, 2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_experts["code"])
+    labels = ids.masked_fill(torch.arange(40) < 32, -100)
+    with torch.no_grad():
+        by_hand = model(ids, labels=labels).loss.item()
+    assert first["code expert"]["0"]["music"] == pytest.approx(by_hand, abs=1e-5)
+
+    monkeypatch.setattr(on_texts, "losses_of", lambda *_: dict.fromkeys(on_texts.DOMAINS, 1.0))
+    result = CliRunner().invoke(on_texts.main, [*command, "--seeds", "2"])
+    assert result.exit_code == 0, result.output
+    second = json.loads(Path("texts.json").read_text())["losses"]
+    assert {row: of_seeds["0"] for row, of_seeds in second.items()} == {row: s["0"] for row, s in first.items()}
+    assert {row for row, of_seeds in second.items() if "1" in of_seeds} == set(rows[1:])  # arithmetic has no seeds
+    assert result.stdout.rstrip().splitlines()[-1].startswith(rows[2]) and "code expert" in result.stdout
+    other = CliRunner().invoke(on_texts.main, [*command, "--steps", "2"])
+    assert other.exit_code == 1 and "name another file" in other.output
 
 
 @pytest.fixture
