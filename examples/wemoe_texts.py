@@ -42,6 +42,7 @@ from real_data import domains, smollm2
 PREFIX = 32  # tokens; as `routing_tokens` has it
 BATCH = 1  # blocks of each task per step
 LAMBDA = 0.3  # the paper's, for all methods
+ROUTERS, CONSTANTS = 1e-4, 1e-2  # learning rates; few steps ask more of constants, and decoders less of routers
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,25 @@ class Row:
     merge_method: str
     parameters: dict[str, Any]
     objective: str | None = None  # None: not at all
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.0
 
 
-def _wemoe(method: str = "wemoe", objective: str = "entropy", **parameters: Any) -> Row:
-    return Row(method, {"lambda": LAMBDA, "init_lambda": LAMBDA, **parameters}, objective)
+def _wemoe(
+    method: str = "wemoe", objective: str = "entropy", learning_rate: float = ROUTERS, **parameters: Any
+) -> Row:
+    return Row(method, {"lambda": LAMBDA, "init_lambda": LAMBDA, **parameters}, objective, learning_rate)
 
 
 ROWS = {
     "weight averaging": Row("linear", {"weight": 1.0}),
     "task arithmetic": Row("task_arithmetic", {"weight": 1.0, "lambda": LAMBDA}),
     "TIES": Row("ties", {"weight": 1.0, "lambda": LAMBDA, "density": 0.2, "normalize": False}),
-    "AdaMerging, task-wise": _wemoe(upscale="all", router_layers=0, shared_router=True),
-    "AdaMerging, layer-wise": _wemoe(upscale="all", router_layers=0),
-    "WEMoE, 0 layers": _wemoe(router_layers=0),
+    "AdaMerging, task-wise": _wemoe(upscale="all", router_layers=0, shared_router=True, learning_rate=CONSTANTS),
+    "AdaMerging, layer-wise": _wemoe(upscale="all", router_layers=0, learning_rate=CONSTANTS),
+    "WEMoE, 0 layers": _wemoe(router_layers=0, learning_rate=CONSTANTS),
     "WEMoE, 1 layer": _wemoe(router_layers=1),
     "WEMoE, 2 layers": _wemoe(router_layers=2),
+    "WEMoE, 2 layers, at the paper's 1e-3": _wemoe(router_layers=2, learning_rate=1e-3),
     "E-WEMoE, 90 %": _wemoe("ewemoe", sparsity=0.9),
     "WEMoE, 2 layers, supervised": _wemoe(objective="supervised", router_layers=2),
 }
