@@ -10,6 +10,7 @@ are left out of the loss) or, at every position, over what is there up to it (`r
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,10 +37,12 @@ _OUTSIDE = "an ensembled module must be called through its model, which knows ab
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
 # Measured by `benchmarks/wemoe.py` on a CPU; elsewhere, and where loops are unrolled, few large tiles are better.
 _MERGING = 8  # so many tokens or more that share a set of coefficients get merged weights
-_FEW = 64  # up to so many tokens in all, products with sparse vectors are faster than making these dense
-_TILE = 2**21  # elements of merged weights, or of vectors, that are held at the same time
+_FEW = 128  # up to so many tokens in all, products with sparse vectors are faster than making these dense
+_TILE = 2**20  # elements of merged weights, or of vectors, that are held at the same time
 _LARGE_TILE = 2**27
-_FEWEST_ROWS = 32  # of a tile; products with fewer are slow
+_ROWS = 32  # a tile has a multiple of it; products with fewer are slow
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 
 class Current:
@@ -101,9 +104,7 @@ class EnsembledLinear(nn.Module):
 
     def merged(self, c: Tensor) -> Tensor:
         """(experts,) to the weight."""
-        stored, rows = self._stored(), _rows_of_tile(self.weight, len(c))
-        tiles = [_merge(part, vectors, c[None])[0] for _, part, vectors in _tiles(self.weight, stored, rows)]
-        return torch.cat(tiles)
+        return torch.cat([tile[0] for _, _, tile in _merged_tiles(c[None], self.weight, self._stored())])
 
     def _merged_bias(self, c: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias + c @ self.bias_vectors
@@ -144,31 +145,39 @@ class _Product(torch.autograd.Function):
 
 
 def _product(x: Tensor, c: Tensor, weight: Tensor, stored: Sequence[Tensor], *, over_rows: bool) -> Tensor:
-    """x W with W (rows, columns) of each sample or token; where not `over_rows`, x Wᵀ."""
-    merges = c.ndim == 2 and x.shape[1] >= _MERGING
-    if len(stored) > 1 and not over_rows and _is_few(x, c):
+    """x W with the W (rows, columns) of each sample or token; where not `over_rows`, x Wᵀ."""
+    if len(stored) > 1 and not over_rows and _is_sparse_faster(x, c):
         return _sparse_product(x, c, weight, *stored)
-    samples = _samples_of_tile(weight, len(x)) if merges else max(1, len(x))
-    rows = _rows_of_tile(weight, max(samples if merges else 1, c.shape[-1]))
     if over_rows:  # a sum over tiles
         y = x.new_zeros(*x.shape[:2], weight.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     else:
         y = x.new_empty(*x.shape[:2], weight.shape[0])
-    for tile, part, vectors in _tiles(weight, stored, rows):
-        for some in _slices(len(x), samples):
-            left = x[some, :, tile] if over_rows else x[some]
-            if merges:
-                product = _times(left, _merge(part, vectors, c[some]), over_rows)
-            else:
-                each = c[..., None, :] if c.ndim == 3 else c[:, None, None, :]
-                product = _times(left, part, over_rows)
-                for index, vector in enumerate(vectors):
-                    product += each[..., index] * _times(left, vector, over_rows)
-            if over_rows:
-                y[some] += product
-            else:
-                y[some, :, tile] = product
+    merges = c.ndim == 2 and x.shape[1] >= _MERGING
+    for tile, some, product in (_merged_products if merges else _products)(x, c, weight, stored, over_rows):
+        if over_rows:
+            y[some] += product
+        else:
+            y[some, :, tile] = product
     return y.to(x.dtype)
+
+
+Parts = Iterator[tuple[slice, slice, Tensor]]  # of rows, of samples, and what they give
+
+
+def _merged_products(x: Tensor, c: Tensor, weight: Tensor, stored: Sequence[Tensor], over_rows: bool) -> Parts:
+    for tile, some, merged in _merged_tiles(c, weight, stored):
+        yield tile, some, _times(x[some, :, tile] if over_rows else x[some], merged, over_rows)
+
+
+def _products(x: Tensor, c: Tensor, weight: Tensor, stored: Sequence[Tensor], over_rows: bool) -> Parts:
+    """One expert after the other."""
+    each = c if c.ndim == 3 else c[:, None]
+    for tile, part, vectors in _tiles(weight, stored, _rows_of_tile(weight, c.shape[-1])):
+        left = x[..., tile] if over_rows else x
+        product = _times(left, part, over_rows)
+        for index, vector in enumerate(vectors):
+            product += each[..., index, None] * _times(left, vector, over_rows)
+        yield tile, slice(None), product
 
 
 def _times(x: Tensor, weight: Tensor, over_rows: bool) -> Tensor:
@@ -176,9 +185,18 @@ def _times(x: Tensor, weight: Tensor, over_rows: bool) -> Tensor:
     return x @ (weight if over_rows else weight.mT)
 
 
-def _merge(weight: Tensor, vectors: Tensor, c: Tensor) -> Tensor:
-    """(rows, columns), (experts, rows, columns) and (samples, experts) to (samples, rows, columns)"""
-    return torch.addmm(weight.flatten(), c, vectors.flatten(1)).unflatten(-1, weight.shape)
+def _merged_tiles(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Parts:
+    """(samples, experts) to weights (samples, rows, columns), some at a time."""
+    if len(c) == 1 and len(stored) > 1:
+        values, *places = stored
+        for tile, part, vectors in _tiles(weight, (c.T * values, *places), _rows_of_tile(weight, 1), is_sum=True):
+            yield tile, slice(None), part + vectors
+        return
+    samples = _samples_of_tile(weight, len(c))
+    for tile, part, vectors in _tiles(weight, stored, _rows_of_tile(weight, max(samples, c.shape[1]))):
+        for some in _slices(len(c), samples):
+            merged = torch.addmm(part.flatten(), c[some], vectors.flatten(1))
+            yield tile, some, merged.unflatten(-1, part.shape)
 
 
 def _gradient_of_coefficients(
@@ -204,20 +222,26 @@ def _tile_size(weight: Tensor) -> int:
 
 def _samples_of_tile(weight: Tensor, samples: int) -> int:
     """How many samples' weights are merged at the same time; about the same number each time."""
-    most = max(1, _tile_size(weight) // (_FEWEST_ROWS * weight.shape[1]))
+    most = max(1, _tile_size(weight) // (_ROWS * weight.shape[1]))
     return max(1, -(-samples // -(-samples // most))) if samples else 1
 
 
 def _rows_of_tile(weight: Tensor, held: int) -> int:
-    return min(max(_FEWEST_ROWS, _tile_size(weight) // (held * weight.shape[1])), weight.shape[0])
+    blocks = _tile_size(weight) // (held * weight.shape[1] * _ROWS)
+    return min(max(1, blocks) * _ROWS, weight.shape[0])
 
 
 def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _tiles(weight: Tensor, stored: Sequence[Tensor], rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some rows at a time: which, those of the weight, and of the vectors, dense (experts, rows, columns)."""
+def _tiles(
+    weight: Tensor, stored: Sequence[Tensor], rows: int, *, is_sum: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows at a time: which, those of the weight, and of the vectors, dense (experts, rows, columns).
+
+    With `is_sum`, of sparse vectors alone: of their sum (1, rows, columns).
+    """
     slices = _slices(weight.shape[0], rows)
     if len(stored) == 1:
         for tile in slices:
@@ -233,9 +257,9 @@ def _tiles(weight: Tensor, stored: Sequence[Tensor], rows: int) -> Iterator[tupl
     edges = [[0, *ends, values.shape[1]] for ends in inner]
     for number, tile in enumerate(slices):
         part = weight[tile]
-        vectors = values.new_zeros(len(values), part.numel())
+        vectors = values.new_zeros(1 if is_sum else len(values), part.numel())
         for index, (first, last) in enumerate((each[number], each[number + 1]) for each in edges):
-            vectors[index].index_add_(0, places[index, first:last], values[index, first:last])
+            vectors[0 if is_sum else index].index_add_(0, places[index, first:last], values[index, first:last])
         yield tile, part, vectors.unflatten(1, part.shape)
 
 
@@ -243,27 +267,32 @@ def _counts(row_ends: Tensor) -> Tensor:
     return torch.diff(row_ends, prepend=row_ends.new_zeros(len(row_ends), 1), dim=1)
 
 
-def _is_few(x: Tensor, c: Tensor) -> bool:
-    is_few = c.ndim == 3 or x.shape[1] < _MERGING or len(x) * x.shape[1] <= _FEW
-    return is_few and not torch.compiler.is_compiling()
+def _is_sparse_faster(x: Tensor, c: Tensor) -> bool:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.backends.mkl.is_available():
+        return False
+    return c.ndim == 3 or x.shape[1] < _MERGING or len(x) * x.shape[1] <= _FEW
 
 
 def _sparse_product(
     x: Tensor, c: Tensor, weight: Tensor, values: Tensor, columns: Tensor, row_ends: Tensor
 ) -> Tensor:
-    """x Wᵀ by products with the vectors as one sparse matrix (experts * rows, columns)."""
+    """x Wᵀ by products with all vectors as one sparse matrix (experts * rows, columns)."""
     kind = torch.promote_types(x.dtype, torch.float32)  # MKL knows no other
     experts, kept = values.shape
-    ends = row_ends + torch.arange(experts, dtype=row_ends.dtype, device=x.device)[:, None] * kept
+    rows, width = weight.shape
+    ends = row_ends + kept * torch.arange(experts, dtype=torch.int32)[:, None]
     ends = torch.cat([ends.new_zeros(1), ends.flatten()])
-    size = experts * weight.shape[0], weight.shape[1]
-    matrix = torch.sparse_csr_tensor(ends, columns.flatten().int(), values.flatten().to(kind), size)
+    matrix = torch.sparse_csr_tensor(
+        ends, columns.flatten().int(), values.flatten().to(kind), (experts * rows, width), check_invariants=True
+    )
     y = _times(x, weight, False)
-    flat, each = y.flatten(0, 1), (c if c.ndim == 3 else c[:, None].expand(*x.shape[:2], -1)).flatten(0, 1).to(kind)
-    at_once = max(1, _TILE // size[0])
-    for some in _slices(len(flat), at_once):
-        products = (matrix @ x.flatten(0, 1)[some].to(kind).T).view(experts, -1, some.stop - some.start)
-        flat[some] += (products * each[some].T[:, None]).sum(0).T
+    each = (c if c.ndim == 3 else c[:, None].expand(*x.shape[:2], -1)).flatten(0, 1).to(kind)
+    parts = x.flatten(0, 1).to(kind), y.flatten(0, 1), each
+    at_once = max(1, _TILE // len(ends))
+    for part, into, weights in zip(*(part.split(at_once) for part in parts), strict=True):
+        products = (matrix @ part.T).view(experts, rows, len(part))
+        products *= weights.T[:, None]
+        into += products.sum(0).T
     return y
 
 
