@@ -94,8 +94,8 @@ class EnsembledLinear(nn.Module):
         """(samples, tokens, in) and (samples, experts) or (samples, tokens, experts) to (samples, tokens, out)"""
         with _without_autocast(x) as kind:
             y = _Product.apply(x.to(kind), c, self.weight, self.is_transposed, *self._stored())
-            if self.bias is not None:
-                bias = self._merged_bias(c)
+            bias = self._merged_bias(c)
+            if bias is not None:
                 y += bias if c.ndim == 3 else bias[:, None]
         return y
 
@@ -248,10 +248,10 @@ def _tiles(
             yield tile, weight[tile], stored[0][:, tile]
         return
     values, columns, row_ends = stored
+    counts = torch.diff(row_ends, prepend=row_ends.new_zeros(len(row_ends), 1), dim=1)
     starts = torch.arange(len(weight), dtype=torch.int32, device=weight.device) % rows * weight.shape[1]
-    places = starts.repeat(len(values)).repeat_interleave(
-        _counts(row_ends).flatten(), output_size=columns.numel()
-    ).view(columns.shape)
+    places = starts.repeat(len(values)).repeat_interleave(counts.flatten(), output_size=columns.numel())
+    places = places.view(columns.shape)
     places += columns.int()
     inner = row_ends[:, rows - 1 : -1 : rows].tolist() if len(slices) > 1 else [[] for _ in values]
     edges = [[0, *ends, values.shape[1]] for ends in inner]
@@ -263,19 +263,13 @@ def _tiles(
         yield tile, part, vectors.unflatten(1, part.shape)
 
 
-def _counts(row_ends: Tensor) -> Tensor:
-    return torch.diff(row_ends, prepend=row_ends.new_zeros(len(row_ends), 1), dim=1)
-
-
 def _is_sparse_faster(x: Tensor, c: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.backends.mkl.is_available():
         return False
     return c.ndim == 3 or x.shape[1] < _MERGING or len(x) * x.shape[1] <= _FEW
 
 
-def _sparse_product(
-    x: Tensor, c: Tensor, weight: Tensor, values: Tensor, columns: Tensor, row_ends: Tensor
-) -> Tensor:
+def _sparse_product(x: Tensor, c: Tensor, weight: Tensor, values: Tensor, columns: Tensor, row_ends: Tensor) -> Tensor:
     """x Wᵀ by products with all vectors as one sparse matrix (experts * rows, columns)."""
     kind = torch.promote_types(x.dtype, torch.float32)  # MKL knows no other
     experts, kept = values.shape
