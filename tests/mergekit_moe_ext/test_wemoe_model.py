@@ -22,7 +22,7 @@ def close(actual, expected, **tolerances):
 def path(request, monkeypatch):
     """Which of the two ways to compute the same is taken, whatever the number of tokens."""
     monkeypatch.setattr(modeling_wemoe, "_MERGING", 1 if request.param == "merged" else 10**6)
-    monkeypatch.setattr(modeling_wemoe, "_MORE_FOR_SEVERAL", {"dense": 1, "sparse": 1})
+
     return request.param
 
 
@@ -67,7 +67,7 @@ def test_padding_has_no_part_in_the_mean(family, side, path):
 def test_batches_too_large_to_merge_at_once_are_split(monkeypatch):
     model, inputs = build("vit"), inputs_of("vit", samples=5)
     expected = model(**inputs).logits
-    monkeypatch.setattr(modeling_wemoe, "_MERGED_AT_ONCE", 2 * 16 * 24)
+    monkeypatch.setattr(modeling_wemoe, "_TILE", 2 * 16 * 24)
     close(model(**inputs).logits, expected)
 
 
