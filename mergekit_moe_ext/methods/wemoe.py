@@ -59,7 +59,7 @@ class WemoeOptions(MethodOptions):
     @field_validator("upscale_layers")
     @classmethod
     def _are_numbers(cls, value: int | str) -> int | str:
-        _numbers(value)
+        layer_numbers(value)
         return value
 
 
@@ -98,7 +98,7 @@ class Wemoe(StructuralMethod):
         kept = {}
         if options.sparsity:
             sizes = {linear: math.prod(shapes[weight]) for linear, weight in weights.items()}
-            kept = {linear: max(1, round((1 - options.sparsity) * size)) for linear, size in sizes.items()}
+            kept = {linear: kept_elements(size, options.sparsity) for linear, size in sizes.items()}
         ensembling = Ensembling(
             experts=tasks,
             groups=groups,
@@ -183,7 +183,7 @@ def _check_one_architecture(base: ModelReference, configs: Mapping[ModelReferenc
 
 def _groups(base: ModelReference, network: PreTrainedModel, options: Any) -> dict[str, list[str]]:
     try:
-        return ensembled_groups(network, options.upscale, _numbers(options.upscale_layers))
+        return ensembled_groups(network, options.upscale, layer_numbers(options.upscale_layers))
     except ValueError as error:
         raise click.ClickException(f"{base}: {error}") from error
 
@@ -194,7 +194,12 @@ def _stored(base: ModelReference, stored: Mapping[str, str], name: str) -> str:
     return stored[name]
 
 
-def _numbers(given: int | str) -> list[int] | None:
+def kept_elements(size: int, sparsity: float) -> int:
+    """Of a task vector of that size."""
+    return max(1, round((1 - sparsity) * size))
+
+
+def layer_numbers(given: int | str) -> list[int] | None:
     """`all`, or numbers and ranges, as in 0,3,6-11."""
     if given == "all":
         return None
