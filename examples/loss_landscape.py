@@ -64,18 +64,25 @@ def as_json(landscape: Landscape, settings: dict[str, Any]) -> str:
 
 
 def draw(landscape: Landscape, path: Path) -> None:
-    """Both tasks and their sum: contours, the base and its fine-tunes, and a cross where the loss is lowest."""
+    """Both tasks and their sum; a cross is where the loss is lowest, and contours are closer there."""
     plt = pyplot()
     first, second = landscape.tasks
     named = {f"{first} + {second}": landscape.joint, first: landscape.losses[0], second: landscape.losses[1]}
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharex=True, sharey=True, layout="constrained")
     for axes, (name, losses) in zip(panels, named.items(), strict=True):
         # rows are l_1, which the x axis shows
-        image = axes.contourf(landscape.scales, landscape.scales, losses.T.tolist(), levels=CONTOURS, cmap="viridis")
-        figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+        low, high = losses.min().item(), max(losses.max().item(), losses.min().item() + 1e-6)
+        levels = [low + (high - low) * (step / CONTOURS) ** 2 for step in range(CONTOURS + 1)]
+        norm = plt.matplotlib.colors.PowerNorm(0.5, low, high)
+        image = axes.contourf(
+            landscape.scales, landscape.scales, losses.T.tolist(), levels=levels, norm=norm, cmap="viridis"
+        )
+        figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, ticks=levels[::3], format="%.2f")
         for (x, y), text in {(0, 0): "base", (1, 0): first, (0, 1): second}.items():
             axes.plot(x, y, "o", color="white", markeredgecolor="black", ms=5, clip_on=False, zorder=3)
-            axes.annotate(text, (x, y), xytext=(-5, 5), textcoords="offset points", ha="right", color="white", size=8)
+            axes.annotate(
+                text, (x, y), xytext=(-6, -12), textcoords="offset points", ha="right", color="white", size=8
+            )
         l_1, l_2, _ = landscape.lowest(losses)
         axes.plot(l_1, l_2, "x", color="tab:red", ms=8, mew=2, clip_on=False, zorder=4)
         axes.set_title(f"loss of {name}", fontsize=10)

@@ -102,6 +102,7 @@ def draw_coefficients(routing: EnsembleRouting, path: Path) -> None:
         axes.set_title(f"inputs of {task_name}", fontsize=9)
     bars = panels[0][0].containers[-1].patches
     figure.legend(bars, experts, loc="outside lower center", ncols=min(8, len(experts)), frameon=False, fontsize=8)
+    figure.align_ylabels()
     figure.supylabel("coefficient", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
