@@ -37,6 +37,7 @@ def read_batches(
     if kind in ("image", "text"):
         if not with_labels and label_column in rows.column_names:
             rows = rows.remove_columns(label_column)
+        # a stock model's, which has no heads per task; of a weight-ensembling one no classes are read
         head = SimpleNamespace(
             ensembling={"heads": {}}, num_labels=model.config.num_labels, id2label=model.config.id2label
         )
