@@ -3,6 +3,7 @@
 Nothing here reads weights: models are built without memory. `examples/wemoe_parameters.py` prints the tables.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,10 @@ from mergekit_moe_ext.ensembles import read_ensemble
 from mergekit_moe_ext.ensembling import ensembled_groups
 from mergekit_moe_ext.manifest import hub_state
 from mergekit_moe_ext.methods.wemoe import WemoeOptions, kept_elements, layer_numbers
-from mergekit_moe_ext.modeling import modeling_wemoe
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
-from mergekit_moe_ext.modeling.modeling_wemoe import Ensemble, TaskHeads, model_class
+from mergekit_moe_ext.modeling.modeling_wemoe import TaskHeads, model_class
+
+_TASK_VECTORS = re.compile(r"vectors[^.]*$|\.values$")  # what modules hold besides parameters
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,6 @@ def _of_heads(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _task_vectors(model: nn.Module) -> Iterator[Tensor]:
-    """The numbers that modules of ours hold besides parameters."""
-    for module in model.modules():
-        if type(module).__module__ == modeling_wemoe.__name__ and not isinstance(module, Ensemble):
-            yield from (buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point())
+    for name, tensor in model.state_dict().items():
+        if _TASK_VECTORS.search(name) and tensor.is_floating_point():
+            yield tensor
