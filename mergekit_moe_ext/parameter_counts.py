@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from mergekit_moe_ext.ensembles import read_ensemble
 from mergekit_moe_ext.ensembling import ensembled_groups
 from mergekit_moe_ext.manifest import hub_state
-from mergekit_moe_ext.methods.wemoe import WemoeOptions, kept_elements, layer_numbers
+from mergekit_moe_ext.methods.wemoe import WemoeOptions, kept_elements
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import TaskHeads, model_class
 
@@ -63,7 +63,7 @@ def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) ->
         raise ValueError(f"tasks: {tasks}; there must be at least one")
     options = WemoeOptions.model_validate(parameters)
     network, _ = hub_state(base)
-    groups = ensembled_groups(network, options.upscale, layer_numbers(options.upscale_layers))
+    groups = ensembled_groups(network, options.upscale, options.layers)
     linears = [linear for group in groups.values() for linear in group]
     sizes = {linear: network.get_submodule(linear).weight.numel() for linear in linears}
     ensembling = Ensembling(

@@ -59,8 +59,13 @@ class WemoeOptions(MethodOptions):
     @field_validator("upscale_layers")
     @classmethod
     def _are_numbers(cls, value: int | str) -> int | str:
-        layer_numbers(value)
+        _numbers(value)
         return value
+
+    @property
+    def layers(self) -> list[int] | None:
+        """The numbers of the upscaled blocks; None for all."""
+        return _numbers(self.upscale_layers)
 
 
 class EwemoeOptions(WemoeOptions):
@@ -183,7 +188,7 @@ def _check_one_architecture(base: ModelReference, configs: Mapping[ModelReferenc
 
 def _groups(base: ModelReference, network: PreTrainedModel, options: Any) -> dict[str, list[str]]:
     try:
-        return ensembled_groups(network, options.upscale, layer_numbers(options.upscale_layers))
+        return ensembled_groups(network, options.upscale, _numbers(options.upscale_layers))
     except ValueError as error:
         raise click.ClickException(f"{base}: {error}") from error
 
@@ -199,7 +204,7 @@ def kept_elements(size: int, sparsity: float) -> int:
     return max(1, round((1 - sparsity) * size))
 
 
-def layer_numbers(given: int | str) -> list[int] | None:
+def _numbers(given: int | str) -> list[int] | None:
     """`all`, or numbers and ranges, as in 0,3,6-11."""
     if given == "all":
         return None
