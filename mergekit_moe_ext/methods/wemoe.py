@@ -199,11 +199,6 @@ def _stored(base: ModelReference, stored: Mapping[str, str], name: str) -> str:
     return stored[name]
 
 
-def kept_elements(size: int, sparsity: float) -> int:
-    """Of a task vector of that size."""
-    return max(1, round((1 - sparsity) * size))
-
-
 def _numbers(given: int | str) -> list[int] | None:
     """`all`, or numbers and ranges, as in 0,3,6-11."""
     if given == "all":
@@ -254,6 +249,11 @@ def _router_tensor(name: str, shape: tuple[int, ...], job: Job, dtype: torch.dty
         return Filled(name=name, shape=shape, value=job.options.init_lambda, dtype=str(dtype))
     std = job.options.router_init_std
     return RandomTensor(name=name, shape=shape, mode="random", std=std, seed=job.seed, dtype=str(dtype))
+
+
+def kept_elements(size: int, sparsity: float) -> int:
+    """Of a task vector of that size."""
+    return max(1, round((1 - sparsity) * size))
 
 
 class TaskVectors(Task[Tensor]):
