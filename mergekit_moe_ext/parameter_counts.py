@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from mergekit_moe_ext.ensembles import read_ensemble
 from mergekit_moe_ext.ensembling import ensembled_groups
 from mergekit_moe_ext.manifest import hub_state
-from mergekit_moe_ext.methods.wemoe import WemoeOptions, kept_elements
+from mergekit_moe_ext.methods.wemoe import WemoeOptions
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import TaskHeads, model_class
 
@@ -71,7 +71,7 @@ def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) ->
         groups=groups,
         router_layers=options.router_layers,
         shared_router=options.shared_router,
-        kept={name: kept_elements(size, options.sparsity) for name, size in sizes.items()} if options.sparsity else {},
+        kept={name: options.kept_elements(size) for name, size in sizes.items()} if options.sparsity else {},
     )
     values = {name: value for name, value in base.to_dict().items() if name not in ("model_type", "dtype")}
     base_config: Any = type(base)

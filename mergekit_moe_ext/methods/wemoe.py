@@ -67,6 +67,10 @@ class WemoeOptions(MethodOptions):
         """The numbers of the upscaled blocks; None for all."""
         return _numbers(self.upscale_layers)
 
+    def kept_elements(self, size: int) -> int:
+        """Of a task vector of that size."""
+        return max(1, round((1 - self.sparsity) * size))
+
 
 class EwemoeOptions(WemoeOptions):
     sparsity: float = Field(0.9, ge=0, lt=1, description="how much of every task vector is dropped, by magnitude")
@@ -103,7 +107,7 @@ class Wemoe(StructuralMethod):
         kept = {}
         if options.sparsity:
             sizes = {linear: math.prod(shapes[weight]) for linear, weight in weights.items()}
-            kept = {linear: kept_elements(size, options.sparsity) for linear, size in sizes.items()}
+            kept = {linear: options.kept_elements(size) for linear, size in sizes.items()}
         ensembling = Ensembling(
             experts=tasks,
             groups=groups,
@@ -249,11 +253,6 @@ def _router_tensor(name: str, shape: tuple[int, ...], job: Job, dtype: torch.dty
         return Filled(name=name, shape=shape, value=job.options.init_lambda, dtype=str(dtype))
     std = job.options.router_init_std
     return RandomTensor(name=name, shape=shape, mode="random", std=std, seed=job.seed, dtype=str(dtype))
-
-
-def kept_elements(size: int, sparsity: float) -> int:
-    """Of a task vector of that size."""
-    return max(1, round((1 - sparsity) * size))
 
 
 class TaskVectors(Task[Tensor]):
