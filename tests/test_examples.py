@@ -25,14 +25,14 @@ from tests.tokenizers import save_tokenizer
 
 SCRIPTS = (
     "demo",
+    "wemoe_parameters",
+    "wemoe_routing",
+    "loss_landscape",
     "mergeme_homogeneous",
     "caem_tasks",
     "tradeoffs_routers",
     "task_vector_similarity",
     "seq_moe_finetune",
-    "wemoe_parameters",
-    "wemoe_routing",
-    "loss_landscape",
 )
 
 
