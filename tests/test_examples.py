@@ -25,6 +25,9 @@ from tests.tokenizers import save_tokenizer
 
 SCRIPTS = (
     "demo",
+    "wemoe_parameters",
+    "wemoe_routing",
+    "loss_landscape",
     "mergeme_homogeneous",
     "caem_tasks",
     "tradeoffs_routers",

@@ -62,6 +62,15 @@ class WemoeOptions(MethodOptions):
         _numbers(value)
         return value
 
+    @property
+    def layers(self) -> list[int] | None:
+        """The numbers of the upscaled blocks; None for all."""
+        return _numbers(self.upscale_layers)
+
+    def kept_elements(self, size: int) -> int:
+        """Of a task vector of that size."""
+        return max(1, round((1 - self.sparsity) * size))
+
 
 class EwemoeOptions(WemoeOptions):
     sparsity: float = Field(0.9, ge=0, lt=1, description="how much of every task vector is dropped, by magnitude")
@@ -98,7 +107,7 @@ class Wemoe(StructuralMethod):
         kept = {}
         if options.sparsity:
             sizes = {linear: math.prod(shapes[weight]) for linear, weight in weights.items()}
-            kept = {linear: max(1, round((1 - options.sparsity) * size)) for linear, size in sizes.items()}
+            kept = {linear: options.kept_elements(size) for linear, size in sizes.items()}
         ensembling = Ensembling(
             experts=tasks,
             groups=groups,

@@ -25,7 +25,9 @@ from transformers import (
 
 from _mergekit_moe_ext_common.data import Source
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.adaptation import AdaptationTrainer, Guard, Rounds, _labels, adapt, entropy
+from mergekit_moe_ext.adaptation import AdaptationTrainer, adapt
+from mergekit_moe_ext.adaptation_data import Rounds, labels_of
+from mergekit_moe_ext.adaptation_objective import Guard, entropy
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
 from mergekit_moe_ext.options import Adaptation
@@ -267,7 +269,7 @@ def test_classes_get_the_numbers_of_the_head(values, feature, heads, expected):
     config = ViTConfig(id2label={0: "ant", 1: "cat", 2: "dog"})
     config.ensembling = {"heads": heads}
     rows = Dataset.from_dict({"label": values}, Features({"label": feature}))
-    assert _labels(rows, Source("sun", "sun"), config, Adaptation()) == expected
+    assert labels_of(rows, Source("sun", "sun"), config, Adaptation()) == expected
 
 
 @pytest.mark.parametrize(("path", "prefix"), [("llama-2", 6), ("llama-running", 1)])
