@@ -79,7 +79,8 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
         for part in ("weight", "bias"):
             if (name := f"{head}.{number}.{part}") in chosen:
                 state[f"{head}.{part}"] = chosen[name]
-        config.num_labels = model.ensembling.heads[task]
+        names = model.ensembling.heads[task]
+        config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
     with torch.device("meta"):
         stock = base._from_config(config, dtype=model.dtype)
     stock.load_state_dict(state, assign=True)

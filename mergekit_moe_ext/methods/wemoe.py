@@ -24,7 +24,7 @@ from mergekit_moe_ext.gates import RandomTensor
 from mergekit_moe_ext.manifest import hub_names, hub_state, manifest_from
 from mergekit_moe_ext.methods.base import Job, MethodOptions, Plan, StructuralMethod
 from mergekit_moe_ext.methods.sequence import names_of
-from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
+from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, class_names, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
 from mergekit_moe_ext.sources import check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.tasks import Filled, LoadFiniteTensor
@@ -109,7 +109,7 @@ class Wemoe(StructuralMethod):
             kept=kept,
             mode=options.mode,
             routing_tokens=options.routing_tokens,
-            heads={task: configs[m].num_labels for task, m in zip(tasks, job.experts, strict=True)} if head else {},
+            heads={task: class_names(configs[m]) for task, m in zip(tasks, job.experts, strict=True)} if head else {},
             head=head or "",
         )
         config = _output_config(configs[base], ensembling)

@@ -480,9 +480,9 @@ class Ensemble:
 class TaskHeads(nn.ModuleList):
     """One head per task, of which `task=` chooses one."""
 
-    def __init__(self, head: Any, classes: dict[str, int]) -> None:
+    def __init__(self, head: Any, classes: dict[str, list[str]]) -> None:
         bias = head.bias is not None
-        super().__init__(nn.Linear(head.in_features, number, bias=bias) for number in classes.values())
+        super().__init__(nn.Linear(head.in_features, len(names), bias=bias) for names in classes.values())
         self.chosen = 0
 
     def forward(self, x: Tensor) -> Tensor:
