@@ -5,12 +5,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_moe_ext.modeling import modeling_sequence_moe, modeling_wemoe
+from mergekit_moe_ext.modeling import modeling_sequence_moe, modeling_wemoe, on_demand
 from mergekit_moe_ext.modeling.configuration_sequence_moe import SequenceMoEConfig
 from mergekit_moe_ext.modeling.modeling_sequence_moe import SequenceMoEForCausalLM
 
 AutoConfig.register(SequenceMoEConfig.model_type, SequenceMoEConfig, exist_ok=True)
 AutoModelForCausalLM.register(SequenceMoEConfig, SequenceMoEForCausalLM, exist_ok=True)
+on_demand.install()
 
 
 def find_architecture(name: str) -> type[PreTrainedModel] | None:

@@ -284,6 +284,7 @@ class Ensemble:
     _is_stateful = True  # assisted decoding, which mixes prompt and guesses, is refused by transformers
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_architecture(type(self), config)
         kind = type(config)
         config.__class__ = kind.__base__  # some classes ask AutoModel for their trunk, which does not know ours
         try:
@@ -566,7 +567,15 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(_PREFIX + base.__name__, (Ensemble, base), members)
 
 
-_AUTO_CLASSES = (
+def check_architecture(asked: type, config: Any) -> None:
+    """`ValueError` where the checkpoint of this configuration is one of another class."""
+    wanted = getattr(config, "architectures", None) or []
+    if wanted and not any(each.__name__ in wanted for each in asked.__mro__):
+        auto = next((name for name in getattr(config, "auto_map", None) or {} if name != "AutoConfig"), "its class")
+        raise ValueError(f"this is a {wanted[0]}, which {auto} loads")
+
+
+AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
@@ -580,11 +589,11 @@ _AUTO_CLASSES = (
 
 def auto_class_of(name: str) -> str:
     """Which of transformers' Auto classes loads this architecture."""
-    for auto in _AUTO_CLASSES:
+    for auto in AUTO_CLASSES:
         for known in getattr(transformers, auto)._model_mapping._model_mapping.values():
             if name in ([known] if isinstance(known, str) else known):
                 return auto
-    raise ValueError(f"none of {', '.join(_AUTO_CLASSES)} loads a {name}")
+    raise ValueError(f"none of {', '.join(AUTO_CLASSES)} loads a {name}")
 
 
 def __getattr__(name: str) -> Any:
