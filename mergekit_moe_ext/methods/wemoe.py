@@ -132,8 +132,9 @@ class Wemoe(StructuralMethod):
                 name = stored.get(f"{linear}.{part}")
                 if name is None:
                     continue
-                copies[output[f"{linear}.{part}"]] = base, name
-                vectors = TaskVectors(base=base, sources=tuple(job.experts), tensor=name, load=load)
+                copies[output[f"{linear}.{part}"]] = base, headers[base].prefix + name
+                aliases = manifests[base].aliases(name)
+                vectors = TaskVectors(base=base, sources=tuple(job.experts), tensor=name, aliases=aliases, load=load)
                 if part == "bias":
                     add(f"{linear}.bias_vectors", Stacked, vectors=vectors)
                 elif linear not in kept:
@@ -148,7 +149,7 @@ class Wemoe(StructuralMethod):
         for part in ("weight", "bias") if head else ():
             for index, model in enumerate(job.experts):
                 if f"{head}.{part}" in stored:
-                    copies[output[f"{head}.{index}.{part}"]] = model, stored[f"{head}.{part}"]
+                    copies[output[f"{head}.{index}.{part}"]] = model, headers[model].prefix + stored[f"{head}.{part}"]
         rest = [name for name in wanted if name not in copies and name not in computed]
         return Plan(
             config=config,
@@ -160,7 +161,7 @@ class Wemoe(StructuralMethod):
             computed=computed,
             shapes={
                 **{name: shapes[name] for name in rest},
-                **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
+                **{name: headers[m].shapes[of.removeprefix(headers[m].prefix)] for name, (m, of) in copies.items()},
                 **{name: task.shape for name, task in computed.items()},
             },
             integers=frozenset(name for name in computed if name.endswith((".columns", ".row_ends"))),
@@ -252,6 +253,7 @@ class TaskVectors(Task[Tensor]):
     base: ModelReference
     sources: tuple[ModelReference, ...]
     tensor: str
+    aliases: tuple[str, ...] | None
     load: type[LoadTensor]
 
     def arguments(self) -> dict[str, Task]:
@@ -261,15 +263,17 @@ class TaskVectors(Task[Tensor]):
         return self.tensor
 
     def execute(self, **_kwargs: object) -> Tensor:
-        start = self.load(model=self.base, tensor=self.tensor).execute()
-        assert start is not None
+        start = self._loaded(self.base)
         start = start.to(torch.promote_types(start.dtype, torch.float32))
         vectors = start.new_empty(len(self.sources), *start.shape)
         for vector, model in zip(vectors, self.sources, strict=True):
-            end = self.load(model=model, tensor=self.tensor).execute()
-            assert end is not None
-            torch.sub(end.to(start), start, out=vector)
+            torch.sub(self._loaded(model).to(start), start, out=vector)
         return vectors
+
+    def _loaded(self, model: ModelReference) -> Tensor:
+        tensor = self.load(model=model, tensor=self.tensor, aliases=self.aliases).execute()
+        assert tensor is not None
+        return tensor
 
 
 class Stacked(Task[Tensor]):

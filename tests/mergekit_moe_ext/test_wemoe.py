@@ -335,16 +335,28 @@ def test_one_head_is_merged_only_where_all_have_the_same_named_classes(tmp_path,
     assert model.ensembling.heads == {"sun": ["LABEL_0", "LABEL_1"], "cars": ["LABEL_0", "LABEL_1"]}
 
 
-def test_the_vision_tower_of_clip(tmp_path, monkeypatch):
+@pytest.mark.parametrize("prefixed", [(), ("base", "sun", "cars"), ("base",), ("cars",)])
+def test_the_vision_tower_of_clip(tmp_path, monkeypatch, prefixed):
+    """On the Hub its names begin with `vision_model.`, and it may hold what is no parameter."""
     monkeypatch.chdir(tmp_path)
     config = CLIPVisionConfig(**SMALL, image_size=12, patch_size=4, projection_dim=8)
     for seed, name in enumerate(("base", "sun", "cars")):
         torch.manual_seed(seed)
         CLIPVisionModel(config).save_pretrained(name)
-    model = load(merge(wemoe(("sun", "cars"), "ewemoe")), AutoModel)
-    assert model(**INPUTS["vit"]).pooler_output.shape == (2, 16)
-    sources = read_tensors(tmp_path / "base")
-    assert {name for name in read_tensors(Path("out")) if name in sources} == set(sources)
+    sources = {name: read_tensors(tmp_path / name) for name in ("base", "sun", "cars")}
+    for name in prefixed:
+        tensors = {f"vision_model.{key}": tensor for key, tensor in sources[name].items()}
+        tensors["vision_model.embeddings.position_ids"] = torch.arange(10)[None]
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    model = load(merge(wemoe(("sun", "cars"), **CONSTANT, **LAMBDA)), AutoModel)
+    base = sources["base"]
+    assert {name for name in read_tensors(Path("out")) if name in base} == set(base)
+    state = {name: base[name] + 0.3 * sum(sources[of][name] - base[name] for of in ("sun", "cars")) for name in base}
+    stock = CLIPVisionModel(config).eval()
+    stock.load_state_dict(state)
+    with torch.no_grad():
+        expected = stock(**INPUTS["vit"]).pooler_output
+        torch.testing.assert_close(model(**INPUTS["vit"]).pooler_output, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_loads_where_this_package_is_missing_and_saves_again(tmp_path, monkeypatch):
