@@ -48,7 +48,6 @@ from mergekit_moe_ext.adaptation_objective import Guard, Patience, entropy
 from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
 from mergekit_moe_ext.modeling.configuration_wemoe import class_names
-from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
 from mergekit_moe_ext.options import Adaptation
 
 LOG = logging.getLogger(__name__)
@@ -335,7 +334,7 @@ _WHOSE = {True: "which are not the ones measured", False: "the test inputs thems
 
 
 def _kind(model_path: str, architecture: Any, config: Any) -> Kind:
-    auto = auto_class_of(architecture.__name__.removeprefix("WEMoE"))
+    auto = architecture._auto_class
     if auto not in _KINDS:
         raise click.ClickException(
             f"{model_path} is {architecture.__name__}; what is adapted are models of classes or next tokens, those of "

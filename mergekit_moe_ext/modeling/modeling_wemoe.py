@@ -482,12 +482,16 @@ class TaskHeads(nn.ModuleList):
     """One head per task, of which `task=` chooses one."""
 
     def __init__(self, head: Any, classes: dict[str, list[str]]) -> None:
-        bias = head.bias is not None
-        super().__init__(nn.Linear(head.in_features, len(names), bias=bias) for names in classes.values())
+        make = getattr(head, "with_classes", partial(_linear_head, head))
+        super().__init__(make(len(names)) for names in classes.values())
         self.chosen = 0
 
     def forward(self, x: Tensor) -> Tensor:
         return self[self.chosen](x)
+
+
+def _linear_head(head: Any, classes: int) -> nn.Linear:
+    return nn.Linear(head.in_features, classes, bias=head.bias is not None)
 
 
 def _choose(model: Any, name: str, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -561,8 +565,8 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     members = {
         "config_class": config_class(base.config_class),
         "forward": forward,
-        "_auto_class": auto_class_of(base.__name__),
-        "__module__": __name__,
+        "_auto_class": base._auto_class or auto_class_of(base.__name__),
+        "__module__": __name__ if base.__module__.startswith("transformers.") else base.__module__,
     }
     return type(_PREFIX + base.__name__, (Ensemble, base), members)
 
