@@ -43,7 +43,7 @@ SOURCE = {"router_layers": 0, "init_lambda": 1.0, "lambda": 1.0}  # one source c
 
 
 def make_clips(root, towers=CLIPVisionModel):
-    """`clip`, its tower `base`, fine-tunes of that, and a head file for each of these."""
+    """`whole`, its tower `base`, fine-tunes of that, and a head file for each of these."""
     config = CLIPConfig(
         # with an eos_token_id of 2 the word of the highest number is pooled, which here is of the name
         text_config={**SIZES, "vocab_size": len(WORDS), "max_position_embeddings": 16, "eos_token_id": 2},
@@ -56,10 +56,10 @@ def make_clips(root, towers=CLIPVisionModel):
         for parameter in clip.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
         clip.logit_scale.fill_(2.3)
-    clip.save_pretrained(root / "clip")
-    save_words(root / "clip", WORDS, unk_token="<unk>", pad_token="</s>", eos_token="</s>")
+    clip.save_pretrained(root / "whole")
+    save_words(root / "whole", WORDS, unk_token="<unk>", pad_token="</s>", eos_token="</s>")
     for seed, name in enumerate(("base", "sun", "cars")):
-        tower = towers.from_pretrained(root / "clip")
+        tower = towers.from_pretrained(root / "whole")
         with torch.no_grad():
             for parameter in tower.parameters() if seed else ():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
@@ -67,7 +67,7 @@ def make_clips(root, towers=CLIPVisionModel):
     CLIPImageProcessor(size={"height": 12, "width": 12}, do_center_crop=False).save_pretrained(root / "base")
     (root / "heads").mkdir()
     for task, names in CLASSES.items():
-        write_clip_head(str(root / "clip"), names, root / "heads" / f"{task}.safetensors", quiet=True)
+        write_clip_head(str(root / "whole"), names, root / "heads" / f"{task}.safetensors", quiet=True)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def with_heads(tasks=("sun", "cars"), method="wemoe", base="./base", **parameter
 @torch.no_grad()
 def logits_of_clip(task, tower=None, template="a photo of a {}"):
     """CLIPModel's, with the vision tower and, where there is one, the projection of that directory."""
-    clip, tokenizer = CLIPModel.from_pretrained("clip").eval(), AutoTokenizer.from_pretrained("clip")
+    clip, tokenizer = CLIPModel.from_pretrained("whole").eval(), AutoTokenizer.from_pretrained("whole")
     if tower:
         tensors = {name.removeprefix("vision_model."): each for name, each in read_tensors(Path(tower)).items()}
         clip.visual_projection.weight.copy_(tensors.pop("visual_projection.weight", clip.visual_projection.weight))
@@ -174,8 +174,8 @@ def test_in_bfloat16_logits_are_near(here):
 @torch.no_grad()
 def test_embeddings_are_the_normalised_mean_of_normalised_text_features(here):
     templates = ["a photo of a {}", "the drawing of {}", "{}"]
-    write_clip_head("clip", CLASSES["cars"], "several.safetensors", templates, quiet=True)
-    clip, tokenizer = CLIPModel.from_pretrained("clip"), AutoTokenizer.from_pretrained("clip")
+    write_clip_head("whole", CLASSES["cars"], "several.safetensors", templates, quiet=True)
+    clip, tokenizer = CLIPModel.from_pretrained("whole"), AutoTokenizer.from_pretrained("whole")
     written = load_file("several.safetensors")
     for name, embed in zip(CLASSES["cars"], written["text_embeds"], strict=True):
         mean = torch.zeros(8)
@@ -189,7 +189,7 @@ def test_embeddings_are_the_normalised_mean_of_normalised_text_features(here):
         assert json.loads(file.metadata()["classes"]) == CLASSES["cars"]
     for classes, given in ((["a", "a"], templates), ([], templates), (["a"], ["a photo"]), (["a"], [])):
         with pytest.raises(ValueError, match="template"):
-            write_clip_head("clip", classes, "wrong.safetensors", given)
+            write_clip_head("whole", classes, "wrong.safetensors", given)
     assert not Path("wrong.safetensors").exists()
 
 
@@ -265,9 +265,9 @@ def test_heads_that_do_not_fit_the_models_are_refused(here, tmp_path):
     Path("heads/cars.safetensors").unlink()
     refused(here, with_heads(), "heads/cars.safetensors does not exist")
     whole = with_heads(("sun",))
-    whole["models"][0]["model"] = "./clip"
-    refused(here, whole, "`head:` is for CLIPVisionModel and", "./clip is CLIPModel")
-    refused(here, {**with_heads(("sun",)), "base_model": "./clip"}, "they must be one class")
+    whole["models"][0]["model"] = "./whole"
+    refused(here, whole, "`head:` is for CLIPVisionModel and", "./whole is CLIPModel")
+    refused(here, {**with_heads(("sun",)), "base_model": "./whole"}, "they must be one class")
 
 
 def test_the_script_writes_a_head(here, monkeypatch):
@@ -275,7 +275,7 @@ def test_the_script_writes_a_head(here, monkeypatch):
     import clip_heads
 
     Path("cars.txt").write_text("\n".join(CLASSES["cars"]) + "\n\n")
-    command = ["--model", "clip", "--classes", "cars.txt", "-o", "cars.safetensors", "--quiet"]
+    command = ["--model", "whole", "--classes", "cars.txt", "-o", "cars.safetensors", "--quiet"]
     for given, exit_code, said in (([], 0, ""), ([], 1, "exists"), (["--template", "x"], 1, "'x' has no {}")):
         command[5] = "other.safetensors" if given else command[5]
         done = CliRunner().invoke(clip_heads.main, [*command, *given])
