@@ -47,7 +47,7 @@ from mergekit_moe_ext.adaptation_data import Kind, One, Rounds, classified, data
 from mergekit_moe_ext.adaptation_objective import Guard, Patience, entropy
 from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
-from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
+from mergekit_moe_ext.modeling.configuration_wemoe import class_names
 from mergekit_moe_ext.options import Adaptation
 
 LOG = logging.getLogger(__name__)
@@ -334,14 +334,14 @@ _WHOSE = {True: "which are not the ones measured", False: "the test inputs thems
 
 
 def _kind(model_path: str, architecture: Any, config: Any) -> Kind:
-    auto = auto_class_of(architecture.__name__.removeprefix("WEMoE"))
+    auto = architecture._auto_class
     if auto not in _KINDS:
         raise click.ClickException(
             f"{model_path} is {architecture.__name__}; what is adapted are models of classes or next tokens, those of "
             + ", ".join(_KINDS)
         )
-    classes = config.ensembling["heads"] or {"": config.num_labels}
-    if _KINDS[auto] in ("text", "image") and min(classes.values()) < 2:
+    heads = config.ensembling["heads"].values() or [class_names(config)]
+    if _KINDS[auto] in ("text", "image") and min(map(len, heads)) < 2:
         raise click.ClickException(f"{model_path} has a head of one class, whose predictions have no entropy")
     return _KINDS[auto]
 

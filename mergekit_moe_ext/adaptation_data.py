@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor
 
 from _mergekit_moe_ext_common.data import Source, fingerprint, tokenise
 from _mergekit_moe_ext_common.options import Reading
+from mergekit_moe_ext.modeling.configuration_wemoe import class_names
 from mergekit_moe_ext.options import Adaptation
 
 LOG = logging.getLogger(__name__)
@@ -65,8 +66,8 @@ def classified(
 def labels_of(rows: Dataset, source: Source, config: Any, adaptation: Adaptation) -> list[int] | None:
     """The classes of the rows by the numbers of the head. Without any that fit: None, or an error if needed."""
     heads, column = config.ensembling["heads"], adaptation.label_column
-    size = heads[source.name] if heads else config.num_labels
-    numbers = {} if heads else {str(name): number for number, name in config.id2label.items()}
+    names = heads[source.name] if heads else class_names(config)
+    size, numbers = len(names), {name: number for number, name in enumerate(names)}
     feature, found = rows.features.get(column), None
     if feature is None:
         complaint = f"has no column {column!r} of classes (--label-column names another)"

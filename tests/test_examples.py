@@ -19,6 +19,7 @@ from mergekit_moe_ext.similarity import task_vector_similarity
 from peft_routing.cli import main as route
 from tests.conftest import NAMES, make_model, merge, run
 from tests.mergekit_moe_ext.test_calibration import make_moe, words, write
+from tests.mergekit_moe_ext.test_clip_heads import CLASSES, make_clips
 from tests.peft_routing.adapters import make_base, save_lora
 from tests.test_autoload import ROOT
 from tests.tokenizers import save_tokenizer
@@ -34,6 +35,7 @@ SCRIPTS = (
     "task_vector_similarity",
     "seq_moe_finetune",
     "wemoe_texts",
+    "clip_heads",
 )
 
 
@@ -60,6 +62,8 @@ def everything(here, sources, monkeypatch):
         write(here / f"{task}.jsonl", words(seed, 20))
     for seed, task in enumerate(("math", "code", "law")):
         write(here / f"{task}.jsonl", words(seed, 40))
+    make_clips(here / "clip")
+    (here / "clip" / "heads").rename(here / "heads")
     usage = ["usage", "moe-xsum", "--data", "xsum.jsonl", "-o", "xsum.usage.json", "--quiet"]
     counted = CliRunner().invoke(main, usage)
     assert counted.exit_code == 0, counted.output
@@ -124,6 +128,17 @@ def test_the_readme_s_routed_adapters_run(here):
 def test_scripts_start(script):
     done = run("python", str(ROOT / "examples" / f"{script}.py"), "--help")
     assert done.returncode == 0 and "--output" in done.stdout, done.stderr
+
+
+def test_the_docs_command_for_a_head_of_clip_runs(everything, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import clip_heads
+
+    (everything / "cars.txt").write_text("\n".join(CLASSES["cars"]))
+    (command,) = re.findall(r"python examples/clip_heads.py (.*)", (ROOT / "docs" / "wemoe.md").read_text())
+    result = CliRunner().invoke(clip_heads.main, [*command.split(), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert (everything / "cars.safetensors").read_bytes() == (everything / "heads" / "cars.safetensors").read_bytes()
 
 
 def test_a_sequence_moe_is_fine_tuned(everything, monkeypatch):

@@ -5,9 +5,11 @@ upscaled linear module keeps the base's weight and every source's task vector, w
 largest elements and stored as such (WEMoE 3.1 and 3.2).
 """
 
+import inspect
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -19,12 +21,22 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mergekit_moe_ext.clip_heads import (
+    PROJECTION,
+    FromHeadFile,
+    as_tower,
+    classifier_config,
+    has_projection,
+    read_heads,
+    with_projection,
+)
 from mergekit_moe_ext.ensembling import Upscale, ensembled_groups
 from mergekit_moe_ext.gates import RandomTensor
 from mergekit_moe_ext.manifest import hub_names, hub_state, manifest_from
-from mergekit_moe_ext.methods.base import Job, MethodOptions, Plan, StructuralMethod
+from mergekit_moe_ext.methods.base import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
 from mergekit_moe_ext.methods.sequence import names_of
-from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
+from mergekit_moe_ext.modeling import find_architecture
+from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, class_names, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
 from mergekit_moe_ext.sources import check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.tasks import Filled, LoadFiniteTensor
@@ -72,12 +84,20 @@ class WemoeOptions(MethodOptions):
         return max(1, round((1 - self.sparsity) * size))
 
 
+class WemoeModelOptions(ModelOptions):
+    head: str | None = Field(
+        None, description="of a CLIP vision tower: a file with the embeddings of its classes' names; see docs/wemoe.md"
+    )
+
+
 class EwemoeOptions(WemoeOptions):
     sparsity: float = Field(0.9, ge=0, lt=1, description="how much of every task vector is dropped, by magnitude")
     shared_router: bool = Field(True, description="one router for all blocks, each with its own input")
 
 
 class Wemoe(StructuralMethod):
+    model_options_type = WemoeModelOptions
+
     def __init__(self, *args: Any, options_type: type[WemoeOptions]) -> None:
         super().__init__(*args)
         self.options_type = options_type
@@ -92,15 +112,19 @@ class Wemoe(StructuralMethod):
                 f"{self.spec.name} needs what its sources are fine-tunes of as `base_model:`, and not among `models:`"
             )
         configs = read_configs(job)
+        clip_heads = read_heads([of_model.head for of_model in job.model_options], job.experts, configs)
+        projecting = [model for model, config in configs.items() if clip_heads and has_projection(config)]
+        configs |= {model: as_tower(configs[model]) for model in projecting}
         _check_one_architecture(base, configs)
         check_same_size(job, configs)
         built = {model: hub_state(config) for model, config in configs.items()}
         manifests = {model: manifest_from(*each) for model, each in built.items()}
+        manifests |= {model: with_projection(manifests[model], configs[model]) for model in projecting}
         headers = read_headers(job, configs, manifests)
         network, state = built[base]
         groups = _groups(base, network, options)
         tasks = names_of(job.experts)
-        head = _head_of_tasks(network, configs)
+        head = "classifier" if clip_heads else _head_of_tasks(network, configs)
         linears = [linear for group in groups.values() for linear in group]
         shapes, stored = manifests[base].shapes, hub_names(network, state)
         weights = {linear: _stored(base, stored, f"{linear}.weight") for linear in linears}
@@ -108,6 +132,7 @@ class Wemoe(StructuralMethod):
         if options.sparsity:
             sizes = {linear: math.prod(shapes[weight]) for linear, weight in weights.items()}
             kept = {linear: options.kept_elements(size) for linear, size in sizes.items()}
+        classes = [list(each.classes) for each in clip_heads] or [class_names(configs[m]) for m in job.experts]
         ensembling = Ensembling(
             experts=tasks,
             groups=groups,
@@ -118,10 +143,11 @@ class Wemoe(StructuralMethod):
             kept=kept,
             mode=options.mode,
             routing_tokens=options.routing_tokens,
-            heads={task: configs[m].num_labels for task, m in zip(tasks, job.experts, strict=True)} if head else {},
+            heads=dict(zip(tasks, classes, strict=True)) if head else {},
             head=head or "",
         )
-        config = _output_config(configs[base], ensembling)
+        like = classifier_config(configs[base], clip_heads) if clip_heads else configs[base]
+        config = _output_config(like, ensembling)
         config.dtype = dtype = output_dtype(job, headers)
         try:
             made = hub_state(config)
@@ -141,8 +167,9 @@ class Wemoe(StructuralMethod):
                 name = stored.get(f"{linear}.{part}")
                 if name is None:
                     continue
-                copies[output[f"{linear}.{part}"]] = base, name
-                vectors = TaskVectors(base=base, sources=tuple(job.experts), tensor=name, load=load)
+                copies[output[f"{linear}.{part}"]] = base, headers[base].prefix + name
+                aliases = manifests[base].aliases(name)
+                vectors = TaskVectors(base=base, sources=tuple(job.experts), tensor=name, aliases=aliases, load=load)
                 if part == "bias":
                     add(f"{linear}.bias_vectors", Stacked, vectors=vectors)
                 elif linear not in kept:
@@ -157,7 +184,13 @@ class Wemoe(StructuralMethod):
         for part in ("weight", "bias") if head else ():
             for index, model in enumerate(job.experts):
                 if f"{head}.{part}" in stored:
-                    copies[output[f"{head}.{index}.{part}"]] = model, stored[f"{head}.{part}"]
+                    copies[output[f"{head}.{index}.{part}"]] = model, headers[model].prefix + stored[f"{head}.{part}"]
+        for index, (model, of_clip) in enumerate(zip(job.experts, clip_heads, strict=False)):
+            add(f"{head}.{index}.classes.weight", FromHeadFile, path=of_clip.path, part="classes")
+            if model in projecting:
+                copies[output[f"{head}.{index}.projection.weight"]] = model, PROJECTION
+            else:
+                add(f"{head}.{index}.projection.weight", FromHeadFile, path=of_clip.path, part="projection")
         rest = [name for name in wanted if name not in copies and name not in computed]
         return Plan(
             config=config,
@@ -169,7 +202,7 @@ class Wemoe(StructuralMethod):
             computed=computed,
             shapes={
                 **{name: shapes[name] for name in rest},
-                **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
+                **{name: headers[m].shapes[of.removeprefix(headers[m].prefix)] for name, (m, of) in copies.items()},
                 **{name: task.shape for name, task in computed.items()},
             },
             integers=frozenset(name for name in computed if name.endswith((".columns", ".row_ends"))),
@@ -233,15 +266,19 @@ def _head_of_tasks(network: PreTrainedModel, configs: Mapping[ModelReference, Pr
 def _output_config(base: PretrainedConfig, ensembling: Ensembling) -> PretrainedConfig:
     architecture = base.architectures[0]
     config_type: Any = config_class(type(base))  # type: ignore[arg-type]
+    output: Any = find_architecture(f"WEMoE{architecture}")
     ours = ("model_type", "architectures", "auto_map", "dtype")
     values = {key: value for key, value in base.to_dict().items() if key not in ours}
+    if len(ensembling.heads) == 1:
+        (names,) = ensembling.heads.values()
+        values |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     return config_type(
         **values,
         ensembling=ensembling.as_dict(),
         architectures=[f"WEMoE{architecture}"],
         auto_map={
             "AutoConfig": f"configuration_wemoe.{config_type.__name__}",
-            auto_class_of(architecture): f"modeling_wemoe.WEMoE{architecture}",
+            output._auto_class: f"{Path(inspect.getfile(output)).stem}.{output.__name__}",
         },
     )
 
@@ -261,6 +298,7 @@ class TaskVectors(Task[Tensor]):
     base: ModelReference
     sources: tuple[ModelReference, ...]
     tensor: str
+    aliases: tuple[str, ...] | None
     load: type[LoadTensor]
 
     def arguments(self) -> dict[str, Task]:
@@ -270,15 +308,17 @@ class TaskVectors(Task[Tensor]):
         return self.tensor
 
     def execute(self, **_kwargs: object) -> Tensor:
-        start = self.load(model=self.base, tensor=self.tensor).execute()
-        assert start is not None
+        start = self._loaded(self.base)
         start = start.to(torch.promote_types(start.dtype, torch.float32))
         vectors = start.new_empty(len(self.sources), *start.shape)
         for vector, model in zip(vectors, self.sources, strict=True):
-            end = self.load(model=model, tensor=self.tensor).execute()
-            assert end is not None
-            torch.sub(end.to(start), start, out=vector)
+            torch.sub(self._loaded(model).to(start), start, out=vector)
         return vectors
+
+    def _loaded(self, model: ModelReference) -> Tensor:
+        tensor = self.load(model=model, tensor=self.tensor, aliases=self.aliases).execute()
+        assert tensor is not None
+        return tensor
 
 
 class Stacked(Task[Tensor]):

@@ -25,7 +25,8 @@ class Ensembling:
     kept: how many elements of a task vector are kept, by module; all where it is absent (E-WEMoE).
     mode: for models that generate, `frozen` (the prefix chooses) or `running` (the mean over what is past).
     routing_tokens: the prefix in a plain forward pass; `generate` takes the prompt.
-    heads: per task the number of its classes, where sources have heads of their own; head: what they stand in for.
+    heads: per task the names of its classes by number, where sources have heads of their own; head: what they stand in
+        for.
     """
 
     experts: list[str]
@@ -37,7 +38,7 @@ class Ensembling:
     kept: dict[str, int] = field(default_factory=dict)
     mode: str = "frozen"
     routing_tokens: int = 32
-    heads: dict[str, int] = field(default_factory=dict)
+    heads: dict[str, list[str]] = field(default_factory=dict)
     head: str = ""
 
     def __post_init__(self) -> None:
@@ -51,6 +52,11 @@ class Ensembling:
 
 def _with_numbers(group: tuple[str, list[str]]) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in group[0].split(".")]
+
+
+def class_names(config: PretrainedConfig) -> list[str]:
+    """Of a classifier, in the order of their numbers."""
+    return [str(name) for _, name in sorted(config.id2label.items())]
 
 
 @cache

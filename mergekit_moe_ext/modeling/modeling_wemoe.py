@@ -426,6 +426,7 @@ class Ensemble:
     _is_stateful = True  # assisted decoding, which mixes prompt and guesses, is refused by transformers
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_architecture(type(self), config)
         kind = type(config)
         config.__class__ = kind.__base__  # some classes ask AutoModel for their trunk, which does not know ours
         try:
@@ -622,13 +623,17 @@ class Ensemble:
 class TaskHeads(nn.ModuleList):
     """One head per task, of which `task=` chooses one."""
 
-    def __init__(self, head: Any, classes: dict[str, int]) -> None:
-        bias = head.bias is not None
-        super().__init__(nn.Linear(head.in_features, number, bias=bias) for number in classes.values())
+    def __init__(self, head: Any, classes: dict[str, list[str]]) -> None:
+        make = getattr(head, "with_classes", partial(_linear_head, head))
+        super().__init__(make(len(names)) for names in classes.values())
         self.chosen = 0
 
     def forward(self, x: Tensor) -> Tensor:
         return self[self.chosen](x)
+
+
+def _linear_head(head: Any, classes: int) -> nn.Linear:
+    return nn.Linear(head.in_features, classes, bias=head.bias is not None)
 
 
 def _choose(model: Any, name: str, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -702,13 +707,21 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     members = {
         "config_class": config_class(base.config_class),
         "forward": forward,
-        "_auto_class": auto_class_of(base.__name__),
-        "__module__": __name__,
+        "_auto_class": base._auto_class or auto_class_of(base.__name__),
+        "__module__": __name__ if base.__module__.startswith("transformers.") else base.__module__,
     }
     return type(_PREFIX + base.__name__, (Ensemble, base), members)
 
 
-_AUTO_CLASSES = (
+def check_architecture(asked: type, config: Any) -> None:
+    """`ValueError` where the checkpoint of this configuration is one of another class."""
+    wanted = getattr(config, "architectures", None) or []
+    if wanted and not any(each.__name__ in wanted for each in asked.__mro__):
+        auto = next((name for name in getattr(config, "auto_map", None) or {} if name != "AutoConfig"), "its class")
+        raise ValueError(f"this is a {wanted[0]}, which {auto} loads")
+
+
+AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
@@ -722,11 +735,11 @@ _AUTO_CLASSES = (
 
 def auto_class_of(name: str) -> str:
     """Which of transformers' Auto classes loads this architecture."""
-    for auto in _AUTO_CLASSES:
+    for auto in AUTO_CLASSES:
         for known in getattr(transformers, auto)._model_mapping._model_mapping.values():
             if name in ([known] if isinstance(known, str) else known):
                 return auto
-    raise ValueError(f"none of {', '.join(_AUTO_CLASSES)} loads a {name}")
+    raise ValueError(f"none of {', '.join(AUTO_CLASSES)} loads a {name}")
 
 
 def __getattr__(name: str) -> Any:

@@ -61,7 +61,8 @@ def make_classifier(path, seed, classes, kind):
         head = torch.nn.Linear(32, classes)
         head.weight.copy_(0.5 * torch.randn(head.weight.shape, generator=noise))
         head.bias.zero_()
-    model.classifier, model.config.num_labels = head, classes
+    model.classifier, model.config.id2label = head, {i: f"c{(i + 1) % classes}" for i in range(classes)}
+    model.config.label2id = {name: i for i, name in model.config.id2label.items()}
     model.save_pretrained(path)
 
 
@@ -215,7 +216,7 @@ def test_images_are_measured_as_one_by_one(here, caplog):
         for when, path in enumerate(("vit-2", "vit-2-adapted")):
             model = load(path)
             logits = [model(pixel_values=p, task=task).logits[0] for p in pixels_of(path, f"images/{task}")]
-            right = sum(int(each.argmax()) == i * classes // 12 for i, each in enumerate(logits))
+            right = sum((int(each.argmax()) + 1) % classes == i * classes // 12 for i, each in enumerate(logits))
             mean = sum(naive_entropy(each.tolist()) for each in logits) / 12
             assert measured[task]["entropy"][when] == pytest.approx(mean, abs=1e-5)
             assert measured[task]["accuracy"][when] == right / 12
@@ -257,7 +258,9 @@ def test_labels_teach_what_entropy_does_not(here):
     [
         ([0, 1], ClassLabel(names=["dog", "ant"]), {}, [2, 0]),  # by the names that the model has
         ([0, 1], ClassLabel(names=["a", "b", "c"]), {}, [0, 1]),  # by their order
-        ([0, 1], ClassLabel(names=["dog", "ant"]), {"sun": 2}, [0, 1]),
+        ([0, 1], ClassLabel(names=["dog", "ant"]), {"sun": ["ant", "cow", "dog"]}, [2, 0]),
+        ([0, 1], ClassLabel(names=["dog", "ant"]), {"sun": ["LABEL_0", "LABEL_1"]}, [0, 1]),
+        (["cow", "ant"], Value("string"), {"sun": ["ant", "cow"], "cars": ["cow"]}, [1, 0]),
         ([0, 1], ClassLabel(names=["a", "b"]), {}, None),
         (["dog", "cat"], Value("string"), {}, [2, 1]),
         (["dog", "cow"], Value("string"), {}, None),
@@ -446,6 +449,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 for path, auto in {"vit-0": AutoModelForImageClassification, "llama-0": AutoModelForCausalLM}.items():
     model = auto.from_pretrained(f"{path}-stock")
     assert type(model).__module__.startswith("transformers."), type(model)
+    if path == "vit-0":
+        assert [model.config.id2label[i] for i in range(4)] == ["c1", "c2", "c3", "c0"], model.config.id2label
+        assert model.config.label2id == {"c1": 0, "c2": 1, "c3": 2, "c0": 3}, model.config.label2id
     with torch.no_grad():
         torch.save(model(torch.load(f"{path}.pt", weights_only=True)).logits, f"{path}-logits.pt")
 assert "mergekit_moe_ext" not in sys.modules

@@ -466,14 +466,16 @@ def test_an_encoder_called_on_its_own_takes_the_mask_that_it_is_given():
         model.get_submodule(next(iter(model.ensembling.groups)))(torch.randn(1, 3, 16))
 
 
-HEADS = {"heads": {"sun": 4, "cars": 6, "dtd": 3}, "head": "classifier"}
+HEADS = {"heads": {task: [f"c{i}" for i in range(n)] for task, n in {"sun": 4, "cars": 6, "dtd": 3}.items()}}
+HEADS["head"] = "classifier"
 
 
 @pytest.mark.parametrize("family", ["vit", "bert"])
 def test_a_task_s_own_head_is_picked(family):
     model, inputs = build(family, **HEADS), inputs_of(family)
     logits = {}
-    for index, (task, classes) in enumerate(HEADS["heads"].items()):
+    for index, (task, names) in enumerate(HEADS["heads"].items()):
+        classes = len(names)
         output = model(**inputs, task=task, output_hidden_states=True)
         logits[task] = output.logits
         assert output.logits.shape == (3, classes)
