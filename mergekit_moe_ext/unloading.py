@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
+from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
 from mergekit_moe_ext.modeling.modeling_wemoe import Ensemble, EnsembledLinear
 
 _REPLACED = ("config.json", "generation_config.json", "modeling_wemoe.py", "configuration_wemoe.py")
@@ -56,7 +57,7 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
     base = _base_of(type(model))
     state: dict[str, Tensor] = {}
     ensembled = {name: each for name, each in model.named_modules() if isinstance(each, EnsembledLinear)}
-    vectors = {f"{group}_vectors" for group in model.ensembling.groups} if model.ensembling.per_tensor else set()
+    vectors = set(map(vectors_of, model.ensembling.groups)) if model.ensembling.per_tensor else set()
     for name, tensor in model.state_dict().items():
         module, _, part = name.rpartition(".")
         is_ours = name in vectors or (module in ensembled and part not in ("weight", "bias"))
@@ -100,7 +101,7 @@ def _merged_parameter(model: Any, name: str, c: Tensor) -> Tensor:
     module = model.get_submodule(parent)
     base = getattr(module, part)
     merged = module.weighed[part].merged(base.float(), c).to(base.dtype)
-    delattr(module, f"{part}_vectors")  # not needed again
+    delattr(module, vectors_of(part))  # not needed again
     return merged
 
 

@@ -24,7 +24,7 @@ from mergekit_moe_ext.gates import RandomTensor
 from mergekit_moe_ext.manifest import hub_names, hub_state, manifest_from
 from mergekit_moe_ext.methods.base import Job, MethodOptions, Plan, StructuralMethod
 from mergekit_moe_ext.methods.sequence import names_of
-from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
+from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class, vectors_of
 from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
 from mergekit_moe_ext.sources import Headers, check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.tasks import Filled, LoadFiniteTensor
@@ -138,7 +138,7 @@ class Wemoe(StructuralMethod):
             _check_stored_itself(hub_name, headers)
             copies[output[parameter]] = base, hub_name
             vectors = TaskVectors(base=base, sources=tuple(job.experts), tensor=hub_name, load=load)
-            add(f"{parameter}_vectors", Stacked, vectors=vectors)
+            add(vectors_of(parameter), Stacked, vectors=vectors)
         for linear in linears:
             for part in ("weight", "bias"):
                 name = stored.get(f"{linear}.{part}")

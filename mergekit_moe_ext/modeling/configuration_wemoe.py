@@ -51,6 +51,12 @@ class Ensembling:
         return asdict(self)
 
 
+def vectors_of(parameter: str) -> str:
+    """The name of its task vectors, which must not begin as its own does: transformers looks for that, to tie it."""
+    module, dot, part = parameter.rpartition(".")
+    return f"{module}{dot}vectors_of_{part}"
+
+
 def _with_numbers(group: tuple[str, list[str]]) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in group[0].split(".")]
 

@@ -29,7 +29,7 @@ from transformers.conversion_mapping import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from .configuration_wemoe import Ensembling, config_class
+from .configuration_wemoe import Ensembling, config_class, vectors_of
 
 _PREFIX = "WEMoE"
 _OUTSIDE = "an ensembled module must be called through its model, which knows about samples and padding"
@@ -165,7 +165,7 @@ class WeighedTensor:
 
     def __init__(self, module: nn.Module, part: str, experts: int, group: str, current: Current) -> None:
         base = module.get_parameter(part)
-        module.register_buffer(f"{part}_vectors", base.new_zeros(experts, *base.shape))
+        module.register_buffer(vectors_of(part), base.new_zeros(experts, *base.shape))
         self.module, self.part, self.group, self.current = module, part, group, current
 
     def read(self, base: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class WeighedTensor:
         return call.carried.merged[id(self)][0]
 
     def merged(self, base: Tensor, c: Tensor) -> Tensor:
-        vectors = getattr(self.module, f"{self.part}_vectors").to(base)
+        vectors = getattr(self.module, vectors_of(self.part)).to(base)
         return torch.addmv(base.flatten(), vectors.reshape(len(c), -1).T, c.to(base)).view_as(base)
 
     def replace_in(self, module: Any, part: str) -> None:
