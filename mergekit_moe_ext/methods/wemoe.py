@@ -7,7 +7,7 @@ largest elements and stored as such (WEMoE 3.1 and 3.2).
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import click
@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mergekit_moe_ext.ensembling import Upscale, ensembled_groups, weighed_tensors
+from mergekit_moe_ext.ensembling import Grouping, Part, Upscale, ensembled_groups, weighed_tensors
 from mergekit_moe_ext.gates import RandomTensor
 from mergekit_moe_ext.manifest import hub_names, hub_state, manifest_from
 from mergekit_moe_ext.methods.base import Job, MethodOptions, Plan, StructuralMethod
@@ -28,6 +28,7 @@ from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_cla
 from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
 from mergekit_moe_ext.sources import Headers, check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.tasks import Filled, LoadFiniteTensor
+from mergekit_moe_ext.variation import Variation, decide, measure, names_by_layer
 
 _WEMOE = "https://arxiv.org/abs/2402.00433"
 _EWEMOE = "https://arxiv.org/abs/2410.21804"
@@ -46,8 +47,9 @@ class WemoeOptions(MethodOptions):
     )
     upscale: Upscale = Field(
         "mlp",
-        description="what is routed in every block; block has one router for all of it; all is AdaMerging: every "
-        "parameter of the network has learned constants, with router_layers: 0",
+        description="what is routed in every block; block has one router for all of it; auto is mlp or attention, "
+        "whichever fine-tuning changed more; all is AdaMerging: every parameter of the network has learned constants, "
+        "with router_layers: 0",
     )
     upscale_layers: int | str = Field(
         "all", description="which blocks are upscaled: all, or numbers, as 6-11 or 0,3,6; of every stack of blocks"
@@ -95,10 +97,13 @@ class Wemoe(StructuralMethod):
         network, state = built[base]
         tasks = names_of(job.experts)
         head = _head_of_tasks(network, configs)
-        groups = _groups(job, network, head)
-        per_tensor = options.upscale == "all"
-        linears = [] if per_tensor else [linear for group in groups.values() for linear in group]
         shapes, stored = manifests[base].shapes, hub_names(network, state)
+        upscale, notes = options.upscale, ""
+        if upscale == "auto":
+            upscale, notes = _choose_part(job, network, stored)
+        groups = _groups(job, network, head, upscale)
+        per_tensor = upscale == "all"
+        linears = [] if per_tensor else [linear for group in groups.values() for linear in group]
         weights = {linear: _stored(base, stored, f"{linear}.weight") for linear in linears}
         kept = {}
         if options.sparsity:
@@ -177,6 +182,7 @@ class Wemoe(StructuralMethod):
             },
             integers=frozenset(name for name in computed if name.endswith((".columns", ".row_ends"))),
             dtype=dtype,
+            notes=notes,
         )
 
 
@@ -193,15 +199,57 @@ def _check_one_architecture(base: ModelReference, configs: Mapping[ModelReferenc
         raise click.ClickException(f"{base}: {error}") from error
 
 
-def _groups(job: Job, network: PreTrainedModel, head: str | None) -> dict[str, list[str]]:
-    options, base = job.options, job.base
+def _groups(
+    job: Job, network: PreTrainedModel, head: str | None, upscale: Grouping | Literal["all"]
+) -> dict[str, list[str]]:
     try:
-        if options.upscale == "all":
+        if upscale == "all":
             _check_all(job)
             return weighed_tensors(network, head)
-        return ensembled_groups(network, options.upscale, _numbers(options.upscale_layers))
+        return ensembled_groups(network, upscale, _numbers(job.options.upscale_layers))
     except ValueError as error:
-        raise click.ClickException(f"{base}: {error}") from error
+        raise click.ClickException(f"{job.base}: {error}") from error
+
+
+def _choose_part(job: Job, network: PreTrainedModel, stored: Mapping[str, str]) -> tuple[Part, str]:
+    """What `upscale: auto` takes, and what of that the card says. Reads the weights of all sources."""
+    if any(model.lora for model in job.sources):
+        raise click.ClickException(
+            "upscale: auto reads the weights of all sources before the merge: merge each LoRA into its base first, or "
+            "choose upscale: mlp or attention"
+        )
+    assert job.base is not None
+    try:
+        names = names_by_layer(network, stored, _numbers(job.options.upscale_layers))
+        readers = dict(zip(names_of(job.experts), (_reader(job, model) for model in job.experts), strict=True))
+        variation = measure(names, _reader(job, job.base), readers, quiet=job.merge_options.quiet)
+        return (part := decide(variation)), _notes(part, variation)
+    except ValueError as error:
+        raise click.ClickException(f"upscale: auto: {error}") from error
+
+
+def _reader(job: Job, model: ModelReference) -> Callable[[str], Tensor]:
+    options = job.merge_options
+    return model.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle).get_tensor
+
+
+def _notes(chosen: Part, variation: Mapping[Part, Variation]) -> str:
+    what = {"mlp": "MLP", "attention": "attention"}
+    rows = [
+        f"| {what[part]} | {found.mean_change:.4g} | {found.mean_change_per_parameter:.4g} |"
+        for part, found in variation.items()
+    ]
+    return "\n".join(
+        [
+            f"`upscale: auto` chose `{chosen}`: fine-tuning changed it more (E-WEMoE, figure 3a). What counts is the "
+            "squared L2 norm of a module's task vector, in the mean over sources and blocks. It is a total, so that "
+            "a module of more parameters counts for more.",
+            "",
+            "| module | squared L2 change | per parameter |",
+            "|---|---:|---:|",
+            *rows,
+        ]
+    )
 
 
 def _check_all(job: Job) -> None:
