@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from mergekit_moe_ext.ensembles import read_ensemble
-from mergekit_moe_ext.ensembling import ensembled_groups
+from mergekit_moe_ext.ensembling import ensembled_groups, weighed_tensors
 from mergekit_moe_ext.manifest import hub_state
 from mergekit_moe_ext.methods.wemoe import WemoeOptions
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
@@ -63,12 +63,19 @@ def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) ->
         raise ValueError(f"tasks: {tasks}; there must be at least one")
     options = WemoeOptions.model_validate(parameters)
     network, _ = hub_state(base)
-    groups = ensembled_groups(network, options.upscale, options.layers)
-    linears = [linear for group in groups.values() for linear in group]
+    linears: list[str] = []
+    if options.upscale == "auto":
+        raise ValueError("upscale: auto reads the weights of the fine-tunes: say what it takes, attention or mlp")
+    if options.upscale == "all":
+        groups = weighed_tensors(network)
+    else:
+        groups = ensembled_groups(network, options.upscale, options.layers)
+        linears = [linear for group in groups.values() for linear in group]
     sizes = {linear: network.get_submodule(linear).weight.numel() for linear in linears}
     ensembling = Ensembling(
         experts=[str(number) for number in range(tasks)],
         groups=groups,
+        per_tensor=options.upscale == "all",
         router_layers=options.router_layers,
         shared_router=options.shared_router,
         kept={name: options.kept_elements(size) for name, size in sizes.items()} if options.sparsity else {},

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
+from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
 from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
 from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear
 
@@ -71,13 +72,18 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
     base = _base_of(type(model))
     state: dict[str, Tensor] = {}
     ensembled = {name: each for name, each in model.named_modules() if isinstance(each, EnsembledLinear)}
+    vectors = set(map(vectors_of, model.ensembling.groups)) if model.ensembling.per_tensor else set()
     for name, tensor in model.state_dict().items():
         module, _, part = name.rpartition(".")
-        if name.startswith("routers.") or (module in ensembled and part not in ("weight", "bias")):
+        is_ours = name in vectors or (module in ensembled and part not in ("weight", "bias"))
+        if name.startswith("routers.") or is_ours:
             continue
         state[name] = tensor
-    for index, linears in enumerate(model.ensembling.groups.values()):
+    for index, (group, linears) in enumerate(model.ensembling.groups.items()):
         c = model.routers["0" if model.ensembling.shared_router else str(index)].bias.float()
+        if model.ensembling.per_tensor:
+            state[group] = _merged_parameter(model, group, c)
+            continue
         for name in linears:
             linear = ensembled[name]
             dtype = linear.weight.dtype
@@ -86,6 +92,7 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
             if linear.bias is not None:
                 state[f"{name}.bias"] = (linear.bias + c @ linear.bias_vectors).to(dtype)
             linear.to("meta")  # its task vectors are not needed again
+    state |= {name: state[source] for name, source in model.all_tied_weights_keys.items()}
     config = _stock_config(model.config, base)
     head = model.ensembling.head
     chosen = {name: state.pop(name) for name in list(state) if head and name.startswith(f"{head}.")}
@@ -103,6 +110,15 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
     if model.can_generate():
         stock.generation_config = model.generation_config
     return stock
+
+
+def _merged_parameter(model: Any, name: str, c: Tensor) -> Tensor:
+    parent, _, part = name.rpartition(".")
+    module = model.get_submodule(parent)
+    base = getattr(module, part)
+    merged = module.weighed[part].merged(base.float(), c).to(base.dtype)
+    delattr(module, vectors_of(part))  # not needed again
+    return merged
 
 
 def _base_of(architecture: type[PreTrainedModel]) -> Any:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.similarity import task_vector_similarity
+from mergekit_moe_ext.variation import THRESHOLDS, parameter_variation
 from peft_routing.cli import main as route
 from tests.conftest import NAMES, make_model, merge, run
 from tests.mergekit_moe_ext.test_calibration import make_moe, words, write
@@ -33,6 +34,7 @@ SCRIPTS = (
     "caem_tasks",
     "tradeoffs_routers",
     "task_vector_similarity",
+    "task_vector_variation",
     "seq_moe_finetune",
     "wemoe_texts",
     "clip_heads",
@@ -395,4 +397,43 @@ def test_untrained_layers_and_mistakes_in_the_script_for_task_vectors(similarity
         (["--model", "a=math", "--model", "b=nowhere"], "there is no directory nowhere"),
     ):
         result = CliRunner().invoke(similarity.main, ["--base", "base", *arguments])
+        assert result.exit_code == 1 and message in result.output, result.output
+
+
+@pytest.fixture
+def task_vector_variation(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import task_vector_variation
+
+    yield task_vector_variation
+    for name in ("task_vector_variation", "task_vector_similarity"):
+        sys.modules.pop(name, None)
+
+
+def test_the_docs_command_for_the_variation_of_parameters_runs(task_vector_variation, here):
+    docs = (ROOT / "docs" / "wemoe.md").read_text()
+    (command,) = re.findall(r"python examples/task_vector_variation.py (.*)", docs)
+    result = CliRunner().invoke(task_vector_variation.main, [*command.split(), "--quiet"])
+    assert result.exit_code == 0, result.output
+    found = parameter_variation(here / "base", {name: here / name for name in ("math", "code")})
+    parts = found["attention"], found["mlp"]
+    rows = [line.split() for line in result.output.splitlines()]
+    for layer in range(3):
+        values = [f"{statistics.mean(each[layer] for each in part.change.values()):.4g}" for part in parts]
+        values += [f"{statistics.mean(1 - each[layer] for each in part.cosine.values()):.4g}" for part in parts]
+        assert rows[1 + layer] == [str(layer), *values]
+    assert rows[4][:3] == ["mean", *(f"{part.mean_change:.4g}" for part in parts)]
+    for row, name in zip(rows[7:9], ("math", "code"), strict=True):
+        shares = [f"{part.share_below(name)[THRESHOLDS.index(0.0005)]:.1%}" for part in parts]
+        assert row == [name, *(f"{statistics.mean(part.change[name]):.4g}" for part in parts), *shares]
+    assert rows[-1] == ["upscale:", "auto", "takes", "mlp"]
+    written = json.loads((here / "variation.json").read_text())["parts"]
+    assert written["mlp"]["change"]["code"] == list(found["mlp"].change["code"])
+    assert (here / "variation.png").read_bytes().startswith(b"\x89PNG")
+    for arguments, message in (
+        (["--model", "math"], "write NAME=DIR"),
+        (["--model", "a=nowhere"], "there is no directory nowhere"),
+        (["--model", "a=math", "-o", "variation.json"], "exists and is not overwritten"),
+    ):
+        result = CliRunner().invoke(task_vector_variation.main, ["--base", "base", *arguments])
         assert result.exit_code == 1 and message in result.output, result.output

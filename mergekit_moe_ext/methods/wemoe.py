@@ -8,7 +8,7 @@ largest elements and stored as such (WEMoE 3.1 and 3.2).
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,16 +30,17 @@ from mergekit_moe_ext.clip_heads import (
     read_heads,
     with_projection,
 )
-from mergekit_moe_ext.ensembling import Upscale, ensembled_groups
+from mergekit_moe_ext.ensembling import Grouping, Part, Upscale, ensembled_groups, weighed_tensors
 from mergekit_moe_ext.gates import RandomTensor
 from mergekit_moe_ext.manifest import hub_names, hub_state, manifest_from
 from mergekit_moe_ext.methods.base import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
 from mergekit_moe_ext.methods.sequence import names_of
 from mergekit_moe_ext.modeling import find_architecture
-from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, class_names, config_class
+from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, class_names, config_class, vectors_of
 from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
-from mergekit_moe_ext.sources import check_same_size, output_dtype, read_configs, read_headers
+from mergekit_moe_ext.sources import Headers, check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.tasks import Filled, LoadFiniteTensor
+from mergekit_moe_ext.variation import Variation, decide, measure, names_by_layer
 
 _WEMOE = "https://arxiv.org/abs/2402.00433"
 _EWEMOE = "https://arxiv.org/abs/2410.21804"
@@ -56,7 +57,12 @@ class WemoeOptions(MethodOptions):
         description="standard deviation of a router's initial weights, as in the papers' code; 0.1 is the text's "
         "variance of 0.01, with which coefficients start far from init_lambda",
     )
-    upscale: Upscale = Field("mlp", description="what is routed in every block; block has one router for all of it")
+    upscale: Upscale = Field(
+        "mlp",
+        description="what is routed in every block; block has one router for all of it; auto is mlp or attention, "
+        "whichever fine-tuning changed more; all is AdaMerging: every parameter of the network has learned constants, "
+        "with router_layers: 0",
+    )
     upscale_layers: int | str = Field(
         "all", description="which blocks are upscaled: all, or numbers, as 6-11 or 0,3,6; of every stack of blocks"
     )
@@ -122,11 +128,15 @@ class Wemoe(StructuralMethod):
         manifests |= {model: with_projection(manifests[model], configs[model]) for model in projecting}
         headers = read_headers(job, configs, manifests)
         network, state = built[base]
-        groups = _groups(base, network, options)
         tasks = names_of(job.experts)
         head = "classifier" if clip_heads else _head_of_tasks(network, configs)
-        linears = [linear for group in groups.values() for linear in group]
         shapes, stored = manifests[base].shapes, hub_names(network, state)
+        upscale, notes = options.upscale, ""
+        if upscale == "auto":
+            upscale, notes = _choose_part(job, network, stored)
+        groups = _groups(job, network, head, upscale)
+        per_tensor = upscale == "all"
+        linears = [] if per_tensor else [linear for group in groups.values() for linear in group]
         weights = {linear: _stored(base, stored, f"{linear}.weight") for linear in linears}
         kept = {}
         if options.sparsity:
@@ -136,6 +146,7 @@ class Wemoe(StructuralMethod):
         ensembling = Ensembling(
             experts=tasks,
             groups=groups,
+            per_tensor=per_tensor,
             router_layers=options.router_layers,
             shared_router=options.shared_router,
             init_lambda=options.init_lambda,
@@ -162,6 +173,13 @@ class Wemoe(StructuralMethod):
             name = output[name]
             computed[name] = task(shape=wanted[name], dtype=str(dtype), **fields)
 
+        for parameter in groups if per_tensor else ():
+            hub_name = _stored(base, stored, parameter)
+            _check_stored_itself(hub_name, headers)
+            copies[output[parameter]] = base, headers[base].prefix + hub_name
+            aliases = manifests[base].aliases(hub_name)
+            vectors = TaskVectors(base=base, sources=tuple(job.experts), tensor=hub_name, aliases=aliases, load=load)
+            add(vectors_of(parameter), Stacked, vectors=vectors)
         for linear in linears:
             for part in ("weight", "bias"):
                 name = stored.get(f"{linear}.{part}")
@@ -207,6 +225,7 @@ class Wemoe(StructuralMethod):
             },
             integers=frozenset(name for name in computed if name.endswith((".columns", ".row_ends"))),
             dtype=dtype,
+            notes=notes,
         )
 
 
@@ -223,17 +242,88 @@ def _check_one_architecture(base: ModelReference, configs: Mapping[ModelReferenc
         raise click.ClickException(f"{base}: {error}") from error
 
 
-def _groups(base: ModelReference, network: PreTrainedModel, options: Any) -> dict[str, list[str]]:
+def _groups(
+    job: Job, network: PreTrainedModel, head: str | None, upscale: Grouping | Literal["all"]
+) -> dict[str, list[str]]:
     try:
-        return ensembled_groups(network, options.upscale, _numbers(options.upscale_layers))
+        if upscale == "all":
+            _check_all(job)
+            return weighed_tensors(network, head)
+        return ensembled_groups(network, upscale, _numbers(job.options.upscale_layers))
     except ValueError as error:
-        raise click.ClickException(f"{base}: {error}") from error
+        raise click.ClickException(f"{job.base}: {error}") from error
+
+
+def _choose_part(job: Job, network: PreTrainedModel, stored: Mapping[str, str]) -> tuple[Part, str]:
+    """What `upscale: auto` takes, and what of that the card says. Reads the weights of all sources."""
+    if any(model.lora for model in job.sources):
+        raise click.ClickException(
+            "upscale: auto reads the weights of all sources before the merge: merge each LoRA into its base first, or "
+            "choose upscale: mlp or attention"
+        )
+    assert job.base is not None
+    try:
+        names = names_by_layer(network, stored, _numbers(job.options.upscale_layers))
+        readers = dict(zip(names_of(job.experts), (_reader(job, model) for model in job.experts), strict=True))
+        variation = measure(names, _reader(job, job.base), readers, quiet=job.merge_options.quiet)
+        return (part := decide(variation)), _notes(part, variation)
+    except ValueError as error:
+        raise click.ClickException(f"upscale: auto: {error}") from error
+
+
+def _reader(job: Job, model: ModelReference) -> Callable[[str], Tensor]:
+    options = job.merge_options
+    return model.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle).get_tensor
+
+
+def _notes(chosen: Part, variation: Mapping[Part, Variation]) -> str:
+    what = {"mlp": "MLP", "attention": "attention"}
+    rows = [
+        f"| {what[part]} | {found.mean_change:.4g} | {found.mean_change_per_parameter:.4g} |"
+        for part, found in variation.items()
+    ]
+    return "\n".join(
+        [
+            f"`upscale: auto` chose `{chosen}`: fine-tuning changed it more (E-WEMoE, figure 3a). What counts is the "
+            "squared L2 norm of a module's task vector, in the mean over sources and blocks. It is a total, so that "
+            "a module of more parameters counts for more.",
+            "",
+            "| module | squared L2 change | per parameter |",
+            "|---|---:|---:|",
+            *rows,
+        ]
+    )
+
+
+def _check_all(job: Job) -> None:
+    """What `upscale: all` cannot be put together with."""
+    options = job.options
+    refused = {
+        f"router_layers: {options.router_layers}": options.router_layers
+        and "embeddings and norms have no hidden states before them that a router could read; write router_layers: 0",
+        f"sparsity: {options.sparsity}": options.sparsity and "task vectors are kept whole; write sparsity: 0",
+        f"upscale_layers: {options.upscale_layers}": options.upscale_layers != "all"
+        and "every parameter is weighed, in blocks or not; leave it out, or take another upscale",
+        "tokenizer": (job.config.tokenizer or job.config.tokenizer_source)
+        and "the embeddings' task vectors are not aligned; give the sources the base's vocabulary and leave it out",
+    }
+    for what, why in refused.items():
+        if why:
+            raise click.ClickException(f"upscale: all does not go with {what}: {why}")
 
 
 def _stored(base: ModelReference, stored: Mapping[str, str], name: str) -> str:
     if name not in stored:
         raise click.ClickException(f"{name} of {base} is not stored as it is used, so that it cannot be upscaled")
     return stored[name]
+
+
+def _check_stored_itself(name: str, headers: Mapping[ModelReference, Headers]) -> None:
+    for model, found in headers.items():
+        if name not in found.shapes:
+            raise click.ClickException(
+                f"{model} has {name} only under the name of a tensor that is tied to it: save it again"
+            )
 
 
 def _numbers(given: int | str) -> list[int] | None:

@@ -19,6 +19,7 @@ class Ensembling:
 
     experts: what the task vectors are called.
     groups: per router the name of the module that it reads the input of, and the linear modules that it weighs.
+    per_tensor: groups are parameters by their names, each with constants of its own (AdaMerging).
     router_layers: 0, 1 or 2 (WEMoE, equations 3 and 4).
     shared_router: one router for all groups (E-WEMoE).
     init_lambda, init_std: where coefficients start, and the standard deviation of the routers' weights.
@@ -31,6 +32,7 @@ class Ensembling:
 
     experts: list[str]
     groups: dict[str, list[str]]
+    per_tensor: bool = False
     router_layers: int = 2
     shared_router: bool = False
     init_lambda: float = 0.3
@@ -48,6 +50,12 @@ class Ensembling:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def vectors_of(parameter: str) -> str:
+    """The name of its task vectors, which must not begin as its own does: transformers looks for that, to tie it."""
+    module, dot, part = parameter.rpartition(".")
+    return f"{module}{dot}vectors_of_{part}"
 
 
 def _with_numbers(group: tuple[str, list[str]]) -> list[tuple[int, str]]:

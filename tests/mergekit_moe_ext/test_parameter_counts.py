@@ -79,6 +79,13 @@ def test_table_9():
     vision, _ = clip("B/32")
     assert planned_parameters(vision, 8, router_layers=1).trainable == 12 * 8 * (768 + 1) == 73_824
     assert planned_parameters(vision, 8, router_layers=2).trainable == 12 * (768 + 8) * (768 + 1)
+    # layer-wise AdaMerging's 1.3K are of attention whose query, key and value are one tensor; here they are three
+    per_block, around = 2 * (4 + 2 + 2), 2 + 1 + 4
+    found = planned_parameters(vision, 8, router_layers=0, upscale="all")
+    assert found.trainable == 8 * (12 * per_block + around)
+    assert planned_parameters(vision, 8, router_layers=0, upscale="all", shared_router=True).trainable == 8
+    with pytest.raises(ValueError, match="reads the weights"):
+        planned_parameters(vision, 8, upscale="auto")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "t5", "swin", "vit"])
