@@ -6,9 +6,10 @@
 
 First the blocks of a ViT-B (hidden 768, eight tasks) on 50 tokens per image: the loop merges the weights of each
 sample's MLP, task vector by task vector, and calls it on that sample; `sparse` keeps a tenth of each vector. Then the
-same with gradients of the routers. Then a decoder, three tasks: prefill, and one token after it, when coefficients are
-frozen; what vectors take on disk. Last what the choice between the ways of `EnsembledLinear` rests on. Task vectors are
-random. Competitors take turns, the best of their runs counts, and memory is the peak beyond what is held before.
+same with gradients of the routers. Then a decoder, three tasks: prefill, and one token after it, when coefficients
+are frozen; what vectors take on disk. Last what the choice between the ways of `EnsembledLinear` rests on. Task
+vectors are random. Competitors take turns, the best of their runs counts, and memory is the peak beyond what is held
+before.
 """
 
 import copy
@@ -86,9 +87,9 @@ def ensembled(plain: Any, tasks: int, sparse: bool = False) -> Any:
     kept = {name: round(KEPT * size) for name, size in sizes.items()} if sparse else {}
     experts = [f"task{index}" for index in range(tasks)]
     values = {key: value for key, value in plain.config.to_dict().items() if key != "model_type"}
-    made: Any = config_class(type(plain.config))
+    made: Any = config_class(type(plain.config))  # type: ignore[arg-type]
     ensembling = Ensembling(experts=experts, groups=groups, kept=kept).as_dict()
-    model: Any = model_class(type(plain))(made(**values, ensembling=ensembling))
+    model: Any = model_class(type(plain))(made(**values, ensembling=ensembling))  # type: ignore[arg-type]
     model.load_state_dict(plain.state_dict(), strict=False)
     for module in model.modules():
         if isinstance(module, EnsembledLinear):
@@ -116,7 +117,7 @@ def show(what: str, works: Mapping[str, Callable[[], object]], device: str, seco
     best = best_in_turn(works, device, seconds)
     for name in works:
         times = "" if name == "ours" else f"{best[name] / best['ours']:6.2f} times ours"
-        click.echo(f"{what:30}{name:8}{best[name] * 1e3:10.2f} ms {extra[name] / 1e6:7.0f} MB{times}")
+        click.echo(f"{what:34}{name:8}{best[name] * 1e3:10.2f} ms {extra[name] / 1e6:7.0f} MB{times}")
 
 
 def show_images(device: str, layers: int, seconds: float, batches: tuple[int, ...]) -> None:
@@ -180,7 +181,8 @@ def main(device: str, layers: int, real: bool, seconds: float, batches: tuple[in
             show_decoder(AutoModelForCausalLM.from_pretrained(smollm2()).to(device).eval(), device, seconds)
             return
         show_images(device, layers, seconds, batches)
-        config = LlamaConfig(8000, 576, 1536, num_hidden_layers=layers, num_attention_heads=9)
+        sizes = {"vocab_size": 8000, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+        config = LlamaConfig(**sizes, num_hidden_layers=layers)
         show_decoder(LlamaForCausalLM(config).to(device).eval(), device, seconds)
         show_rule(device, min(seconds, 2.0))
 
