@@ -1,4 +1,4 @@
-"""Architectures that transformers does not have; each a pair of files that a merge copies into its output."""
+"""Architectures that transformers does not have; each a few files that a merge copies into its output."""
 
 import inspect
 from pathlib import Path
