@@ -5,7 +5,7 @@ Nothing here reads weights: models are built without memory. `examples/wemoe_par
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,23 +63,20 @@ def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) ->
         raise ValueError(f"tasks: {tasks}; there must be at least one")
     options = WemoeOptions.model_validate(parameters)
     network, _ = hub_state(base)
-    linears: list[str] = []
     if options.upscale == "auto":
         raise ValueError("upscale: auto reads the weights of the fine-tunes: say what it takes, attention or mlp")
-    if options.upscale == "all":
-        groups = weighed_tensors(network)
-    else:
-        groups = ensembled_groups(network, options.upscale, options.layers)
-        linears = [linear for group in groups.values() for linear in group]
-    sizes = {linear: network.get_submodule(linear).weight.numel() for linear in linears}
     ensembling = Ensembling(
         experts=[str(number) for number in range(tasks)],
-        groups=groups,
+        groups=weighed_tensors(network)
+        if options.upscale == "all"
+        else ensembled_groups(network, options.upscale, options.layers),
         per_tensor=options.upscale == "all",
         router_layers=options.router_layers,
         shared_router=options.shared_router,
-        kept={name: options.kept_elements(size) for name, size in sizes.items()} if options.sparsity else {},
     )
+    if options.sparsity:
+        sizes = {linear: network.get_submodule(linear).weight.numel() for linear in ensembling.linears}
+        ensembling = replace(ensembling, kept={name: options.kept_elements(size) for name, size in sizes.items()})
     values = {name: value for name, value in base.to_dict().items() if name not in ("model_type", "dtype")}
     base_config: Any = type(base)
     architecture: Any = type(network)

@@ -48,6 +48,11 @@ class Ensembling:
         object.__setattr__(self, "groups", dict(sorted(self.groups.items(), key=_with_numbers)))
         object.__setattr__(self, "heads", {task: self.heads[task] for task in self.experts if task in self.heads})
 
+    @property
+    def linears(self) -> list[str]:
+        """All linear modules that routers weigh."""
+        return [] if self.per_tensor else [linear for group in self.groups.values() for linear in group]
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
