@@ -58,7 +58,7 @@ def parameter_variation(
     thresholds: Sequence[float] = THRESHOLDS,
     quiet: bool = True,
 ) -> dict[Part, Variation]:
-    """How far each fine-tune is from the base in the attention and in the MLPs of every layer (E-WEMoE, section 3).
+    """How far each fine-tune is from the base in the attention and in the MLPs of every layer (E-WEMoE, figure 3).
 
     `base` is the directory of the model that all of `models` (name -> directory) were fine-tuned from: safetensors, in
     shards or not, in any floating dtype. Of a layer's attention and MLP the weights and biases count that

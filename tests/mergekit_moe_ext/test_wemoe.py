@@ -348,15 +348,16 @@ def test_the_vision_tower_of_clip(tmp_path, monkeypatch, prefixed):
         tensors = {f"vision_model.{key}": tensor for key, tensor in sources[name].items()}
         tensors["vision_model.embeddings.position_ids"] = torch.arange(10)[None]
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    model = load(merge(wemoe(("sun", "cars"), **CONSTANT, **LAMBDA)), AutoModel)
     base = sources["base"]
-    assert {name for name in read_tensors(Path("out")) if name in base} == set(base)
     state = {name: base[name] + 0.3 * sum(sources[of][name] - base[name] for of in ("sun", "cars")) for name in base}
     stock = CLIPVisionModel(config).eval()
     stock.load_state_dict(state)
-    with torch.no_grad():
-        expected = stock(**INPUTS["vit"]).pooler_output
-        torch.testing.assert_close(model(**INPUTS["vit"]).pooler_output, expected, atol=1e-5, rtol=1e-5)
+    for upscale in ("mlp", "auto", "all"):
+        out = merge(wemoe(("sun", "cars"), **CONSTANT, **LAMBDA, upscale=upscale), upscale)
+        assert {name for name in read_tensors(out) if name in base} == set(base)
+        with torch.no_grad():
+            found = load(out, AutoModel)(**INPUTS["vit"]).pooler_output
+            torch.testing.assert_close(found, stock(**INPUTS["vit"]).pooler_output, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_loads_where_this_package_is_missing_and_saves_again(tmp_path, monkeypatch):
