@@ -274,11 +274,15 @@ def _sparse_product(x: Tensor, c: Tensor, weight: Tensor, values: Tensor, column
     kind = torch.promote_types(x.dtype, torch.float32)  # MKL knows no other
     experts, kept = values.shape
     rows, width = weight.shape
+    columns = columns.flatten().int()
+    least, most = torch.aminmax(columns) if columns.numel() else (0, 0)
+    counts = torch.diff(row_ends, prepend=row_ends.new_zeros(experts, 1), dim=1)
+    if least < 0 or most >= width or (counts < 0).any() or (row_ends[:, -1] != kept).any():
+        raise ValueError("sparse task vectors whose columns or row ends lie outside of the weight")  # MKL would crash
     ends = row_ends + kept * torch.arange(experts, dtype=torch.int32)[:, None]
     ends = torch.cat([ends.new_zeros(1), ends.flatten()])
-    matrix = torch.sparse_csr_tensor(
-        ends, columns.flatten().int(), values.flatten().to(kind), (experts * rows, width), check_invariants=True
-    )
+    size = experts * rows, width
+    matrix = torch.sparse_csr_tensor(ends, columns, values.flatten().to(kind), size, check_invariants=False)
     y = _times(x, weight, False)
     each = (c if c.ndim == 3 else c[:, None].expand(*x.shape[:2], -1)).flatten(0, 1).to(kind)
     flat, flat_y = x.flatten(0, 1).to(kind), y.flatten(0, 1)
