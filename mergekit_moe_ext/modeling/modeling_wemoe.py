@@ -36,11 +36,11 @@ from .configuration_wemoe import Ensembling, config_class, vectors_of
 _PREFIX = "WEMoE"
 _OUTSIDE = "an ensembled module must be called through its model, which knows about samples and padding"
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
-# Measured by `benchmarks/wemoe.py` on a CPU; elsewhere, and where loops are unrolled, few large tiles are better.
+# Measured by `benchmarks/wemoe.py` on a CPU.
 _MERGING = 8  # so many tokens or more that share a set of coefficients get merged weights
 _FEW = 128  # up to so many tokens in all, products with sparse vectors are faster than making these dense
-_TILE = 2**20  # elements of merged weights, or of vectors, that are held at the same time
-_LARGE_TILE = 2**27
+_TILE = 2**20  # elements of merged weights, or of vectors, that are held at the same time: they stay in a cache
+_LARGE_TILE = 2**27  # off the CPU (not measured), where launches cost, and in compiled code, where loops are unrolled
 _ROWS = 32  # a tile has a multiple of it; products with fewer are slow
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
@@ -203,7 +203,7 @@ def _merged_tiles(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Parts:
 def _gradient_of_coefficients(
     by_rows: Tensor, by_columns: Tensor, c: Tensor, weight: Tensor, stored: Sequence[Tensor]
 ) -> Tensor:
-    """Of what goes into the weights and the gradient of what comes out: that with the axis of rows comes first."""
+    """Of a weight's input and the gradient of its output, that along its rows and that along its columns."""
     total = torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32))
     samples = _samples_of_tile(weight, len(c))
     for tile, _, vectors in _tiles(weight, stored, _rows_of_tile(weight, max(samples, c.shape[-1]))):
@@ -275,19 +275,22 @@ def _sparse_product(x: Tensor, c: Tensor, weight: Tensor, values: Tensor, column
     kind = torch.promote_types(x.dtype, torch.float32)  # MKL knows no other
     experts, kept = values.shape
     rows, width = weight.shape
+    columns = columns.flatten().int()
+    least, most = torch.aminmax(columns) if columns.numel() else (0, 0)
+    counts = torch.diff(row_ends, prepend=row_ends.new_zeros(experts, 1), dim=1)
+    if least < 0 or most >= width or (counts < 0).any() or (row_ends[:, -1] != kept).any():
+        raise ValueError("sparse task vectors whose columns or row ends lie outside of the weight")  # MKL would crash
     ends = row_ends + kept * torch.arange(experts, dtype=torch.int32)[:, None]
     ends = torch.cat([ends.new_zeros(1), ends.flatten()])
-    matrix = torch.sparse_csr_tensor(
-        ends, columns.flatten().int(), values.flatten().to(kind), (experts * rows, width), check_invariants=True
-    )
+    size = experts * rows, width
+    matrix = torch.sparse_csr_tensor(ends, columns, values.flatten().to(kind), size, check_invariants=False)
     y = _times(x, weight, False)
     each = (c if c.ndim == 3 else c[:, None].expand(*x.shape[:2], -1)).flatten(0, 1).to(kind)
-    parts = x.flatten(0, 1).to(kind), y.flatten(0, 1), each
-    at_once = max(1, _TILE // len(ends))
-    for part, into, weights in zip(*(part.split(at_once) for part in parts), strict=True):
-        products = (matrix @ part.T).view(experts, rows, len(part))
-        products *= weights.T[:, None]
-        into += products.sum(0).T
+    flat, flat_y = x.flatten(0, 1).to(kind), y.flatten(0, 1)
+    for some in _slices(len(flat), max(1, _TILE // len(ends))):
+        products = (matrix @ flat[some].T).view(experts, rows, -1)
+        products *= each[some].T[:, None]
+        flat_y[some] += products.sum(0).T
     return y
 
 
@@ -295,7 +298,7 @@ def _sparse_product(x: Tensor, c: Tensor, weight: Tensor, values: Tensor, column
 def _without_autocast(x: Tensor) -> Iterator[torch.dtype]:
     """And what autocast would have made of x."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         yield x.dtype
         return
     with torch.autocast(kind, enabled=False):

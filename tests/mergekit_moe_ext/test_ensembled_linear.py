@@ -198,3 +198,11 @@ def test_it_compiles_whole_forward_and_backward(layout, sparse):
     compiled = torch.compile(model.linear._by_sample, backend="aot_eager", fullgraph=True)
     actual = torch.autograd.grad(compiled(x, c).square().sum(), [x, c])
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("part", ["columns", "row_ends"])
+def test_places_outside_of_the_weight_are_an_error(part):
+    model, _ = make(sparse=True)
+    getattr(model.linear, part)[1, -1] = 12
+    with pytest.raises(ValueError, match="outside of the weight"):
+        model(*inputs())
