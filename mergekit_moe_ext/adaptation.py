@@ -11,7 +11,7 @@ token, and those of tokens in the prefix, which the coefficients depend on, are 
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,8 @@ def adapt(
     checkpoints = out.with_name(f"{out.name}.checkpoints")
     architecture, config = read_ensemble(model_path)
     kind = _kind(model_path, architecture, config)
+    rate = _learning_rate(kind, config) if adaptation.learning_rate is None else adaptation.learning_rate
+    adaptation = replace(adaptation, learning_rate=rate)
     tasks = [source.name for source in parse_sources(data)]
     _check_tasks(model_path, config, tasks, [source.name for source in parse_sources(eval_data)])
     recipe = shared_options.Recipe(
@@ -247,7 +249,7 @@ def adapt(
         recipe,
         reading,
         checkpoints,
-        learning_rate=adaptation.learning_rate,
+        learning_rate=rate,
         measure=True,
         max_grad_norm=0.0,
         ddp_find_unused_parameters=config.ensembling.get("per_tensor", False),  # a mask token, say
@@ -319,6 +321,10 @@ def adapt(
     guarded = {task: int(count) for task, count in (trainer.guard.acted if trainer.guard else {}).items() if count}
     for task, count in guarded.items():
         LOG.info("the guard acted on %s in %d of %d steps", task, count, trainer.state.global_step)
+    for task in _worse(results):
+        LOG.warning(
+            "%s: predictions are surer now and more often wrong; try a lower --learning-rate or fewer --steps", task
+        )
     for name, parameter in model.routers.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     with staged(out) as directory:
@@ -363,6 +369,26 @@ def _prefix(kind: Kind, config: Any) -> int:
     ensembling = config.ensembling
     frozen = kind == "decoder" and ensembling["mode"] == "frozen" and ensembling["router_layers"]
     return ensembling["routing_tokens"] if frozen else 0
+
+
+def _learning_rate(kind: Kind, config: Any) -> float:
+    """The paper's, and a tenth of it for tokens, whose entropy falls at the paper's while their loss soars."""
+    predicts_tokens = kind in ("decoder", "encoder-decoder")
+    return 1e-4 if predicts_tokens and config.ensembling["router_layers"] else 1e-3
+
+
+def _worse(results: Measured) -> list[str]:
+    """The tasks whose entropy fell and whose accuracy fell or loss rose."""
+
+    def fell(measures: Mapping[str, tuple[float, float]], name: str, sign: int = 1) -> bool:
+        before, after = measures.get(name, (0.0, 0.0))
+        return sign * after < sign * before
+
+    return [
+        task
+        for task, measures in results.items()
+        if fell(measures, "entropy") and (fell(measures, "accuracy") or fell(measures, "loss", -1))
+    ]
 
 
 def _before_and_after(history: Sequence[dict[str, Any]], tasks: Sequence[str]) -> Measured:

@@ -238,7 +238,18 @@ def test_images_without_classes_and_other_inputs_to_measure(here, caplog):
     assert measured["sun"].keys() == {"entropy"}
 
 
-def test_labels_teach_what_entropy_does_not(here):
+@pytest.mark.parametrize(
+    ("path", "data", "rate"), [("llama-2", "x=long.jsonl", 1e-4), ("llama-0", "x=long.jsonl", 1e-3)]
+)
+def test_routers_of_next_tokens_take_smaller_steps(here, path, data, rate):
+    """The first step of Adam is as long as the learning rate, wherever there is a gradient."""
+    adapt(path, "out", [data], READING, Adaptation(steps=1))
+    before, after = read_tensors(here / path), read_tensors(here / "out")
+    steps = [(after[name] - before[name]).abs().max().item() for name in changed(before, after)]
+    assert max(steps) == pytest.approx(rate, rel=1e-2)
+
+
+def test_labels_teach_what_entropy_does_not(here, caplog):
     supervised = adaptation(objective="supervised", steps=40, learning_rate=0.05, per_device_train_batch_size=12)
     measured = adapt("bert-2", "out", ["sun=sun.jsonl", "cars=cars.jsonl"], READING, supervised)
     before, after = read_tensors(here / "bert-2"), read_tensors(here / "out")
@@ -252,6 +263,7 @@ def test_labels_teach_what_entropy_does_not(here):
 
     assert loss(load("out")) < 0.9 * loss(load("bert-2"))
     assert all(after > before for before, after in (m["accuracy"] for m in measured.values()))
+    assert "more often wrong" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -277,7 +289,7 @@ def test_classes_get_the_numbers_of_the_head(values, feature, heads, expected):
 
 
 @pytest.mark.parametrize(("path", "prefix"), [("llama-2", 6), ("llama-running", 1)])
-def test_a_decoder_is_measured_after_the_prefix(here, path, prefix):
+def test_a_decoder_is_measured_after_the_prefix(here, path, prefix, caplog):
     measured = adapt(path, "out", ["long.jsonl"], READING, adaptation(steps=3, learning_rate=0.1))
     model, tokenizer, entropies, losses = load("out"), AutoTokenizer.from_pretrained(path), [], []
     for row in rows_of("long.jsonl"):
@@ -288,7 +300,8 @@ def test_a_decoder_is_measured_after_the_prefix(here, path, prefix):
             losses.append(-logits[predicted - 1].log_softmax(-1)[ids[0, predicted]].item())
     assert measured["long"]["entropy"][1] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
     assert measured["long"]["loss"][1] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-    before, after = measured["long"]["entropy"]
+    (before, after), (loss_before, loss_after) = measured["long"]["entropy"], measured["long"]["loss"]
+    assert loss_after > loss_before and "long: predictions are surer now and more often wrong" in caplog.text
     assert after < before and {
         name.split(".")[0] for name in changed(read_tensors(here / path), read_tensors(here / "out"))
     } == {"routers"}
