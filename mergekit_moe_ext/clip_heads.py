@@ -90,6 +90,7 @@ def classifier_config(tower: Any, heads: Sequence[ClipHead]) -> PretrainedConfig
 
 
 def _read_head(path: str) -> ClipHead:
+    path = str(Path(path).expanduser())
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -106,7 +107,7 @@ def _read_head(path: str) -> ClipHead:
         classes = json.loads(metadata.get("classes", "null"))
     except ValueError:
         classes = None
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    if not classes or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise click.ClickException(f"head: the metadata of {path} has no `classes`, a JSON list of names")
     if len(classes) != shapes["text_embeds"][0]:
         raise click.ClickException(f"head: {path} names {len(classes)} classes and embeds {shapes['text_embeds'][0]}")

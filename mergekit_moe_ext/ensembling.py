@@ -64,7 +64,9 @@ def weighed_tensors(model: PreTrainedModel, head: str | None = None) -> dict[str
     recurrent = [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)]
     if recurrent:
         raise ValueError(f"{recurrent[0]} of {type(model).__name__} is recurrent, which upscale: all cannot weigh")
-    names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+    # with all names of what is tied, since the first one need not be the one that is stored
+    named = model.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in named if parameter.is_floating_point()]
     kept = [name for name in names if name not in model.all_tied_weights_keys]
     return {name: [name] for name in kept if head is None or not name.startswith(f"{head}.")}
 

@@ -90,7 +90,7 @@ def _check_same_architecture(
     path: str | Path, config: PretrainedConfig, base: str | Path, of_base: PretrainedConfig
 ) -> None:
     """Layers in particular: a model with more than the base's would seem to fit. Sizes show in the shapes."""
-    for key in ("model_type", "num_hidden_layers"):
+    for key in ("model_type", "num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
         here, there = (getattr(each.get_text_config(), key, None) for each in (config, of_base))
         if here != there:
             raise ValueError(f"{path} is no fine-tune of {base}: `{key}` is {here!r}, not {there!r}")

@@ -64,15 +64,16 @@ def loss_landscape(
     model = copy.deepcopy(base).eval()
     head = None if model.can_generate() else _head(model)
     plane = _plane(model, [base, *sources.values()], list(sources), head)
+    heads = {task: copy.deepcopy(getattr(source, head)).eval() for task, source in sources.items() if head}
     held = {task: list(of_task) for task, of_task in batches.items()}
     found: dict[str, list[float]] = {task: [] for task in sources}
     for first, second in tqdm(list(itertools.product(scales, scales)), desc="points", disable=quiet):
         for at, start, one, other in plane:
             # exact at the corners: in this form a source's weights come out as they are
             torch.mul(start, 1 - first - second, out=at).add_(one, alpha=first).add_(other, alpha=second)
-        for task, source in sources.items():
+        for task in sources:
             if head:
-                setattr(model, head, getattr(source, head))
+                setattr(model, head, heads[task])
             found[task].append(_mean_loss(model, task, held[task]))
     one, other = (torch.tensor(losses, dtype=torch.float64).view(len(scales), -1) for losses in found.values())
     first_task, second_task = sources

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from mergekit_moe_ext.ensembles import read_ensemble
 from mergekit_moe_ext.ensembling import ensembled_groups, weighed_tensors
 from mergekit_moe_ext.manifest import hub_state
-from mergekit_moe_ext.methods.wemoe import WemoeOptions
+from mergekit_moe_ext.methods.wemoe import WemoeOptions, check_all
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import TaskHeads, model_class
 
@@ -65,6 +65,8 @@ def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) ->
     network, _ = hub_state(base)
     if options.upscale == "auto":
         raise ValueError("upscale: auto reads the weights of the fine-tunes: say what it takes, attention or mlp")
+    if options.upscale == "all":
+        check_all(options)
     ensembling = Ensembling(
         experts=[str(number) for number in range(tasks)],
         groups=weighed_tensors(network)

@@ -118,6 +118,8 @@ def measure(
     quiet: bool = True,
 ) -> dict[Part, Variation]:
     """What `parameter_variation` measures, of these tensors, which `base` and `models` read by their names."""
+    if list(thresholds) != sorted(thresholds):
+        raise ValueError(f"thresholds go up, and {list(thresholds)} do not")
     edges = torch.tensor(thresholds, dtype=torch.float64)
     return {part: _variation(part, of_part, base, models, edges, quiet) for part, of_part in names.items()}
 

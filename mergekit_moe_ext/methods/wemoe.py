@@ -315,7 +315,12 @@ def _groups(
 ) -> dict[str, list[str]]:
     try:
         if upscale == "all":
-            _check_all(job)
+            check_all(job.options)
+            if job.config.tokenizer or job.config.tokenizer_source:
+                raise ValueError(
+                    "upscale: all does not go with tokenizer: the embeddings' task vectors are not aligned; give the "
+                    "sources the base's vocabulary and leave it out"
+                )
             return weighed_tensors(network, head)
         return ensembled_groups(network, upscale, job.options.layers)
     except ValueError as error:
@@ -363,21 +368,18 @@ def _notes(chosen: Part, variation: Mapping[Part, Variation]) -> str:
     )
 
 
-def _check_all(job: Job) -> None:
-    """What `upscale: all` cannot be put together with."""
-    options = job.options
+def check_all(options: WemoeOptions) -> None:
+    """`ValueError` for what `upscale: all` cannot be put together with."""
     refused = {
         f"router_layers: {options.router_layers}": options.router_layers
         and "embeddings and norms have no hidden states before them that a router could read; write router_layers: 0",
         f"sparsity: {options.sparsity}": options.sparsity and "task vectors are kept whole; write sparsity: 0",
         f"upscale_layers: {options.upscale_layers}": options.upscale_layers != "all"
         and "every parameter is weighed, in blocks or not; leave it out, or take another upscale",
-        "tokenizer": (job.config.tokenizer or job.config.tokenizer_source)
-        and "the embeddings' task vectors are not aligned; give the sources the base's vocabulary and leave it out",
     }
     for what, why in refused.items():
         if why:
-            raise click.ClickException(f"upscale: all does not go with {what}: {why}")
+            raise ValueError(f"upscale: all does not go with {what}: {why}")
 
 
 def _check_stored_itself(parameter: str, sources: _Sources) -> None:

@@ -11,6 +11,7 @@ are left out of the loss) or, at every position, over what is there up to it (`r
 """
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,10 +47,15 @@ _ROWS = 32  # a tile has a multiple of it; products with fewer are slow
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 
-class Current:
-    """The forward pass that is running, for every module that takes part."""
+class Current(threading.local):
+    """The forward pass that is running, for every module that takes part; each thread has its own."""
 
     call: "Call | None" = None
+    encoding: "Call | None" = None  # of an encoder that was called on its own
+    last: dict[str, Tensor] | None = None  # what the routers gave in the pass before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Current, ()
 
 
 class EnsembledLinear(nn.Module):
@@ -330,16 +336,30 @@ class WeighedTensor:
 
     def replace_in(self, module: Any, part: str) -> None:
         """Have a module, its own or one that is tied to it, read this in place of its parameter."""
-        kind: Any = type(module)
-        module.__class__ = _reading(kind, part)
+        stock: Any = type(module).__base__ if hasattr(module, "weighed") else type(module)
         module.weighed = {**getattr(module, "weighed", {}), part: self}
+        module.__class__ = _reading(stock, tuple(module.weighed))
 
 
 @cache
-def _reading(kind: Any, part: str) -> Any:
-    """A subclass of a module's class, by the same name, that finds one parameter among `weighed`."""
-    members = {part: property(lambda module: module.weighed[part].read(module._parameters[part]))}
-    return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__, "__qualname__": kind.__qualname__})
+def _reading(stock: Any, parts: tuple[str, ...]) -> Any:
+    """A subclass of a module's class, by the same name, that finds these parameters among `weighed`."""
+
+    def read(part: str, module: Any) -> Tensor:
+        if part not in module._parameters:
+            raise AttributeError(part)
+        return module.weighed[part].read(module._parameters[part])
+
+    members: dict[str, Any] = {part: property(partial(read, part)) for part in parts}
+    members["__reduce_ex__"] = lambda module, _protocol: (_unpickled, (stock, parts), module.__dict__)
+    return type(
+        stock.__name__, (stock,), {**members, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    )
+
+
+def _unpickled(stock: Any, parts: tuple[str, ...]) -> Any:
+    kind = _reading(stock, parts)
+    return kind.__new__(kind)
 
 
 class Router(nn.Module):
@@ -360,13 +380,18 @@ class Router(nn.Module):
     def is_constant(self) -> bool:
         return not hasattr(self, "weight")
 
-    def forward(self, h: Tensor) -> Tensor:
-        """(…, width) to (…, experts), in float32 or wider: means over many tokens are taken of it"""
+    def forward(self, h: Tensor | None) -> Tensor:
+        """(…, width) to (…, experts), in float32 or wider: means over many tokens are taken of it.
+
+        Of a constant (experts,), whatever h.
+        """
+        if self.is_constant or h is None:
+            return self.bias
         x = h.to(self.weight.dtype)
         if hasattr(self, "hidden"):
             x = functional.relu(self.hidden(x))
         r = functional.linear(x, self.weight, self.bias)
-        return r.to(h.device, torch.promote_types(r.dtype, torch.float32))
+        return r.to(torch.promote_types(r.dtype, torch.float32))
 
 
 @dataclass
@@ -385,7 +410,8 @@ class _Carrying:
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         values = {name: tuple(map(change, of_group)) for name, of_group in self.carried.values.items()}
-        self.carried = Carried(values, can_be_cropped=self.carried.can_be_cropped)
+        merged = {} if values else self.carried.merged  # constants are of no row
+        self.carried = Carried(values, merged, self.carried.can_be_cropped)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -425,6 +451,7 @@ class Call:
             raise ValueError("a static cache hides which tokens are padding: leave cache_implementation out")
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
         self.samples = _samples_in(arguments)
+        self.head = 0
         # What this pass leaves behind is kept apart from what it found: gradient checkpointing runs layers again.
         carried = getattr(self.cache, "carried", None) if self.past else None
         self.carried: Carried = carried or Carried(can_be_cropped=not self.runs)
@@ -438,7 +465,7 @@ class Call:
         """No hidden states choose here, so that everything is known before the first module is called."""
         for index, name in enumerate(model.ensembling.groups):
             router = model.routers["0" if model.ensembling.shared_router else str(index)]
-            self.values[name] = router.bias if self.given is None else self.given[0, index]
+            self.values[name] = router(None) if self.given is None else self.given[0, index]
         if self.given is None and self.cache is not None and not torch.is_grad_enabled():
             self.keeping = set(model.ensembling.groups)
 
@@ -488,8 +515,6 @@ class Ensemble:
         if getattr(config, "chunk_size_feed_forward", 0):
             raise ValueError("chunk_size_feed_forward hides from a router what tokens a sample has: set it to 0")
         self._current = Current()
-        self._encoding: Call | None = None
-        self._last: dict[str, Tensor] = {}
         if self.ensembling.heads:
             self._swap_head()
         self.routers: Any = nn.ModuleDict()
@@ -541,7 +566,7 @@ class Ensemble:
     def _swap_head(self) -> None:
         parent, _, last = self.ensembling.head.rpartition(".")
         head = self.get_submodule(self.ensembling.head)  # type: ignore[attr-defined]
-        setattr(self.get_submodule(parent), last, TaskHeads(head, self.ensembling.heads))  # type: ignore[attr-defined]
+        setattr(self.get_submodule(parent), last, TaskHeads(head, self.ensembling.heads, self._current))  # type: ignore[attr-defined]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Router):
@@ -562,11 +587,16 @@ class Ensemble:
         chosen_outside = [name for name in groups if _is_checkpointed(self.get_submodule(name))]  # type: ignore[attr-defined]
         if chosen_outside and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(f"use_reentrant=True cuts {chosen_outside[0]} off from its router: take False")
-
-        def remembering(function: Any, *args: Any, **keywords: Any) -> Any:
-            return gradient_checkpointing_func(partial(self._within, self._current.call, function), *args, **keywords)
-
+        remembering = partial(self._remembering, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, remembering, **kwargs)  # type: ignore[misc]
+
+    def _remembering(self, checkpointing: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return checkpointing(partial(self._within, self._current.call, function), *args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "nn.DataParallel cannot spread routed task vectors: start with torchrun or accelerate launch"
+        )
 
     def _within(self, call: Call | None, function: Any, *args: Any, **kwargs: Any) -> Any:
         before, self._current.call = self._current.call, call
@@ -579,44 +609,48 @@ class Ensemble:
         arguments = dict(signature.bind_partial(self, *args, **kwargs).arguments)
         arguments.pop("self")
         arguments |= arguments.pop("kwargs", {})
-        self._check_given(arguments.get("coefficients"))
+        self._check_given(arguments.get("coefficients"), _samples_in(arguments))
         call = Call(self, arguments)
         arguments.pop("coefficients", None)
         task, labels = arguments.pop("task", None), arguments.get("labels")
-        self._choose_head(task)
-        if self.ensembling.heads:
-            arguments.pop("labels", None)
-        elif isinstance(labels, Tensor):
-            arguments |= self._without_prefix(arguments, call)
+        call.head = self._chosen_head(task)
+        if not self.ensembling.heads:
+            arguments |= self._without_prefix(arguments, call) if isinstance(labels, Tensor) else {}
+            return self._called(call, forward, arguments)
+        arguments.pop("labels", None)
+        items = arguments.pop("num_items_in_batch", None)
+        output = self._called(call, forward, arguments)
+        return output if labels is None else _with_loss(output, labels, items)
+
+    def _called(self, call: Call, forward: Any, arguments: dict[str, Any]) -> Any:
         output = self._within(call, forward, self, **arguments)
         call.end(output)
-        self._last = {name: value.detach() for name, value in call.values.items()}
-        if self.ensembling.heads and labels is not None:
-            logits = output[0].float()
-            loss = functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
-            if isinstance(output, tuple):
-                return loss, *output
-            output.loss = loss
+        self._current.last = {name: value.detach() for name, value in call.values.items()}
         return output
 
-    def _check_given(self, given: Tensor | None) -> None:
+    def _check_given(self, given: Tensor | None, samples: int | None) -> None:
+        if given is None:
+            return
         wanted = len(self.ensembling.groups), len(self.ensembling.experts)
-        if given is not None and (given.ndim != 3 or given.shape[1:] != wanted):
+        has_shape = given.ndim == 3 and given.shape[1:] == wanted
+        fits = not self.ensembling.per_tensor and samples in (None, len(given))
+        # one set for all may have been repeated, for beams
+        if not has_shape or not (fits or len(given) == 1 or torch.equal(given, given[:1].expand_as(given))):
             raise ValueError(
-                f"coefficients= are (samples, {wanted[0]} groups, {wanted[1]} experts), not {tuple(given.shape)}"
+                f"coefficients= are ({samples or 'samples'}, {wanted[0]} groups, {wanted[1]} experts), or one set for "
+                f"all samples, not {tuple(given.shape)}"
+                + ("; where every parameter is weighed all are the same" if self.ensembling.per_tensor else "")
             )
-        if given is not None and self.ensembling.per_tensor and not torch.equal(given, given[:1].expand_as(given)):
-            raise ValueError("coefficients= must be the same for all samples where every parameter is weighed")
 
-    def _choose_head(self, task: str | None) -> None:
+    def _chosen_head(self, task: str | None) -> int:
         tasks = list(self.ensembling.heads)
         if not tasks:
             if task not in (None, *self.ensembling.experts):
                 raise ValueError(f"task={task!r} is none of {', '.join(self.ensembling.experts)}")
-            return
+            return 0
         if (task is None and len(tasks) > 1) or (task is not None and task not in tasks):
             raise ValueError(f"task={task!r}: choose a head, one of {', '.join(tasks)}")
-        self.get_submodule(self.ensembling.head).chosen = tasks.index(task or tasks[0])  # type: ignore[attr-defined]
+        return tasks.index(task or tasks[0])
 
     def _without_prefix(self, arguments: dict[str, Any], call: "Call") -> dict[str, Any]:
         """Labels that had no part in the choice, and as many fewer items where the Trainer has counted them."""
@@ -644,7 +678,7 @@ class Ensemble:
         if router.is_constant:
             if keeps:
                 call.keeping.add(name)
-            return router.bias
+            return router(None)
         if call.samples and (h.ndim != 3 or len(h) != call.samples):  # flattened (OPT), or in windows (Swin)
             h = h.reshape(call.samples, -1, h.shape[-1])
         if h.ndim != 3:
@@ -652,16 +686,16 @@ class Ensemble:
         in_decoder = call.is_encoder_decoder and "decoder" in name.split(".")
         real = call.real(h, in_decoder=in_decoder)
         if not call.generates or (call.is_encoder_decoder and not in_decoder):
-            return _mean(router(h), real)
+            return _mean(router(h).to(h.device), real)
         found = call.found(name)
         if call.runs:
-            coefficients, call.left[name] = _running_mean(router(h), real, *(found or ()))
+            coefficients, call.left[name] = _running_mean(router(h).to(h.device), real, *(found or ()))
             return coefficients
         if found:
             if keeps and len(h) == 1:
                 call.keeping.add(name)
             return found[0]
-        coefficients = _mean(router(h), self._prefix(call, h))
+        coefficients = _mean(router(h).to(h.device), self._prefix(call, h))
         call.left[name] = (coefficients,)
         return coefficients
 
@@ -673,11 +707,12 @@ class Ensemble:
         `past_key_values=` those of all tokens, as `generate` takes them. `ValueError` in `running`.
         """
         self(**inputs)  # type: ignore[operator]
-        values = [self._last[name] for name in self.ensembling.groups]
+        last = self._current.last or {}
+        values = [last[name] for name in self.ensembling.groups]
         if any(value.ndim == 3 for value in values):
             raise ValueError("there is no one set of coefficients per sample where they are running means")
         samples = max(len(value) if value.ndim == 2 else 1 for value in values)
-        return torch.stack([value.expand(samples, -1) for value in values], dim=1)
+        return torch.stack([value.to(values[0]).expand(samples, -1) for value in values], dim=1)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         if self.ensembling.per_tensor:
@@ -699,13 +734,15 @@ class Ensemble:
 class TaskHeads(nn.ModuleList):
     """One head per task, of which `task=` chooses one."""
 
-    def __init__(self, head: Any, classes: dict[str, list[str]]) -> None:
+    def __init__(self, head: Any, classes: dict[str, list[str]], current: Current) -> None:
         make = getattr(head, "with_classes", partial(_linear_head, head))
         super().__init__(make(len(names)) for names in classes.values())
-        self.chosen = 0
+        self.current = current
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[self.chosen](x)
+        if self.current.call is None:
+            raise RuntimeError(_OUTSIDE)
+        return self[self.current.call.head](x)
 
 
 def _linear_head(head: Any, classes: int) -> nn.Linear:
@@ -726,12 +763,28 @@ def _check_inside(model: Any, module: nn.Module, args: tuple[Any, ...]) -> None:
 
 def _enter_encoder(model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if model._current.call is None:
-        model._current.call = model._encoding = Call(model, kwargs)
+        model._current.call = model._current.encoding = Call(model, kwargs)
 
 
 def _leave_encoder(model: Any, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if model._current.call is model._encoding:
-        model._current.call = model._encoding = None
+    if model._current.call is model._current.encoding:
+        model._current.call = model._current.encoding = None
+
+
+def _with_loss(output: Any, labels: Tensor, items: Any) -> Any:
+    """The output of a classifier without its loss, and that, as transformers' own has it."""
+    logits = output[0].float().flatten(0, -2)
+    if labels.is_floating_point() or labels.numel() != len(logits):
+        raise ValueError(
+            f"labels= are numbers of classes, one for each of the {len(logits)} predictions, not "
+            f"{tuple(labels.shape)} of {labels.dtype}"
+        )
+    labels = labels.flatten().to(logits.device)
+    if items is None:
+        loss = functional.cross_entropy(logits, labels)
+    else:
+        loss = functional.cross_entropy(logits, labels, reduction="sum") / items
+    return (loss, *output) if isinstance(output, tuple) else type(output)(**{**output, "loss": loss})
 
 
 def _is_checkpointed(module: nn.Module) -> bool:

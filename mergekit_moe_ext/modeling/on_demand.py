@@ -70,3 +70,4 @@ class _Unsuited:
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> None:
         modeling_wemoe.check_architecture(cls, config)
+        raise ValueError(f"this Auto class has no model for a {config.model_type}")

@@ -61,7 +61,7 @@ def test_constants_and_ties():
 
 
 def test_a_head_per_task_has_no_part_in_it():
-    with_heads = build("vit", heads={"sun": 3, "cars": 4, "dtd": 2}, head="classifier")
+    with_heads = build("vit", heads={"sun": list("abc"), "cars": list("abcd"), "dtd": list("ab")}, head="classifier")
     without = build("vit")
     without.load_state_dict({k: v for k, v in with_heads.state_dict().items() if "classifier" not in k}, strict=False)
     batches = {"cars": [inputs_of("vit")], "unseen": [inputs_of("vit", seed=1)]}

@@ -84,6 +84,9 @@ def test_table_9():
     found = planned_parameters(vision, 8, router_layers=0, upscale="all")
     assert found.trainable == 8 * (12 * per_block + around)
     assert planned_parameters(vision, 8, router_layers=0, upscale="all", shared_router=True).trainable == 8
+    for refused in ({}, {"router_layers": 0, "sparsity": 0.5}, {"router_layers": 0, "upscale_layers": "0"}):
+        with pytest.raises(ValueError, match="upscale: all does not go with"):
+            planned_parameters(vision, 8, upscale="all", **refused)
     with pytest.raises(ValueError, match="reads the weights"):
         planned_parameters(vision, 8, upscale="auto")
 

@@ -17,6 +17,8 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     DynamicCache,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
 )
 
 from mergekit_moe_ext.ensembling import weighed_tensors
@@ -122,6 +124,25 @@ def test_a_cache_keeps_what_was_merged_once_for_tied_parameters(monkeypatch):
     stepped = stepwise(model, ids, mask, 5, cache)
     assert sorted(calls) == sorted(model.ensembling.groups)
     close(stepped[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
+    for beams in (1, 3):
+        calls.clear()
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, num_beams=beams, pad_token_id=0)
+        assert sorted(calls) == sorted(model.ensembling.groups)
+
+
+def test_of_tied_parameters_the_one_that_is_stored_is_weighed():
+    """In some families the head comes first, and is what is tied."""
+    config = XLMRobertaConfig(vocab_size=64, hidden_size=24, intermediate_size=24, num_hidden_layers=1)
+    with torch.device("meta"):
+        stock = XLMRobertaForMaskedLM(config)
+    stored = set(stock.state_dict()) - set(stock.all_tied_weights_keys) - {name for name, _ in stock.named_buffers()}
+    assert set(weighed_tensors(stock)) == stored and "roberta.embeddings.word_embeddings.weight" in stored
+
+
+def test_a_parameter_that_is_gone_is_missed_as_in_any_module():
+    model = build("vit", upscale="all")
+    del model.classifier._parameters["bias"]
+    assert not hasattr(model.classifier, "bias") and hasattr(model.classifier, "weight")
 
 
 @torch.no_grad()
@@ -136,7 +157,7 @@ def test_given_coefficients_are_one_set_for_all_samples():
         router.bias.zero_()
     close(model(**inputs, coefficients=given).logits, expected)
     close(model(**inputs, coefficients=given.expand(3, -1, -1)).logits, expected)
-    with pytest.raises(ValueError, match="the same for all samples"):
+    with pytest.raises(ValueError, match="all are the same"):
         model(**inputs, coefficients=torch.rand(3, *given.shape[1:]))
 
 

@@ -1,9 +1,11 @@
 """The weight-ensembling models: their forward pass against loops, routing in time, caches, gradients."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from mergekit_moe_ext.modeling import modeling_wemoe
@@ -435,8 +437,10 @@ def test_coefficients_are_the_routers_means_and_can_be_given():
         close(model(**inputs, coefficients=given)[0], model(**inputs)[0])
         other = given.flip(0)
         assert not torch.allclose(model(**inputs, coefficients=other)[0], model(**inputs)[0])
-        with pytest.raises(ValueError, match=r"\(samples, 2 groups, 3 experts\), not \(3, 3\)"):
-            model(**inputs, coefficients=given[:, 0])
+        close(model(**inputs, coefficients=given[:1])[0], model(**inputs, coefficients=given[:1].expand(3, -1, -1))[0])
+        for wrong in (given[:, 0], given[:2]):
+            with pytest.raises(ValueError, match=r"\(3, 2 groups, 3 experts\), or one set for all samples, not \("):
+                model(**inputs, coefficients=wrong)
     for family in ("llama", "t5"):
         with pytest.raises(ValueError, match="no one set of coefficients"):
             build(family, mode="running").coefficients(**inputs_of(family))
@@ -495,6 +499,65 @@ def test_a_task_s_own_head_is_picked(family):
     close(one_head(**inputs, task="sun").logits, one_head(**inputs).logits)
     with pytest.raises(ValueError, match="'law' is none of sun, cars, dtd"):
         one_head(**inputs, task="law")
+
+
+def test_the_loss_of_a_head_is_over_the_items_that_the_trainer_has_counted():
+    model, inputs, labels = build("vit", **HEADS), inputs_of("vit"), torch.tensor([0, 1, 0])
+    whole = model(**inputs, task="sun", labels=labels)
+    parts = [
+        model(inputs["pixel_values"][part], task="sun", labels=labels[part], num_items_in_batch=torch.tensor(3)).loss
+        for part in (slice(0, 1), slice(1, 3))
+    ]
+    close(sum(parts), whole.loss)
+    assert list(whole) == ["loss", "logits"]
+    for wrong in (labels.float(), labels[:2]):
+        with pytest.raises(ValueError, match="numbers of classes, one for each of the 3"):
+            model(**inputs, task="sun", labels=wrong)
+
+
+@pytest.mark.parametrize("upscale", ["mlp", "all"])
+def test_threads_do_not_see_each_other_s_forward_passes(upscale):
+    model = build("vit", upscale=upscale, **HEADS)
+    batches = [inputs_of("vit", samples=2, seed=seed) for seed in range(4)]
+    tasks = ["sun", "cars", "dtd", "sun"]
+
+    @torch.no_grad()
+    def run(index):
+        return model(**batches[index], task=tasks[index]).logits
+
+    expected = [run(index) for index in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for number, logits in enumerate(pool.map(run, list(range(4)) * 20)):
+            assert torch.equal(logits, expected[number % 4])
+    with pytest.raises(RuntimeError, match="torchrun or accelerate launch"):
+        model._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("upscale", ["mlp", "all"])
+def test_a_checkpointed_model_is_copied_and_pickled_whole(upscale, tmp_path):
+    model = build("vit", upscale=upscale).train()
+    expected = model(**inputs_of("vit")).logits
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.save(model, tmp_path / "model.pt")
+    for copied in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        routers_only(copied)
+        logits = copied(**inputs_of("vit")).logits
+        close(logits, expected)
+        logits.sum().backward()
+        wanted = [name for name, parameter in copied.routers.named_parameters() if parameter.grad is None]
+        assert not wanted or (upscale == "all" and len(wanted) == 1)  # the mask token, which has no part
+
+
+@pytest.mark.parametrize(("upscale", "router_layers"), [("mlp", 0), ("mlp", 2), ("all", 0)])
+@torch.no_grad()
+def test_routers_that_are_offloaded(upscale, router_layers):
+    model, inputs = build("vit", upscale=upscale, router_layers=router_layers), inputs_of("vit")
+    expected, coefficients = model(**inputs).logits, model.coefficients(**inputs)
+    for router in model.routers.values():  # as accelerate does with what does not fit
+        cpu_offload(router, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.routers.parameters())
+    close(model(**inputs).logits, expected)
+    close(model.coefficients(**inputs), coefficients)
 
 
 def test_a_copy_of_a_model_is_on_its_own():
