@@ -21,10 +21,7 @@ A {architecture} with {experts}, merged with
 ## Load it
 
 ```python
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("{name}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+{loading}
 ```
 
 ## How it was made
@@ -57,9 +54,8 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
         ),
         name=directory.name,
         architecture=plan.config.architectures[0],
-        auto_class=_auto_class(plan.config),
+        loading=_loading(plan.config, directory),
         experts=experts_in_words(plan),
-        trust=", trust_remote_code=True" if hasattr(plan.config, "auto_map") else "",
         method=_with_reference(spec.pretty_name, spec.reference_url),
         shared=_merging(job) if plan.shared else "",
         sources="Experts" if len(job.experts) == plan.num_experts else "Sources",
@@ -73,13 +69,33 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
     (directory / "mergekit_config.yml").write_text(config_yaml, encoding="utf-8")
 
 
+_BESIDE = {
+    "preprocessor_config.json": ("processor", "AutoImageProcessor"),
+    "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
+}
 _VERSIONS = ("mergekit-moe-ext", "mergekit", "transformers", "torch")
 
 
 def experts_in_words(plan: Plan) -> str:
     """How many experts there are, and how many of them are chosen."""
     per_layer = " per layer" if plan.routed_per == "token" else ""
-    return f"{plan.num_experts} experts{per_layer}, {plan.experts_per_token} of them per {plan.routed_per}"
+    experts = "1 expert" if plan.num_experts == 1 else f"{plan.num_experts} experts"
+    return f"{experts}{per_layer}, {plan.experts_per_token} of them per {plan.routed_per}"
+
+
+def _loading(config: PretrainedConfig, directory: Path) -> str:
+    """Of the model, and of the tokenizer or image processor beside it."""
+    auto, arguments = _auto_class(config), f'"{directory.name}"'
+    if hasattr(config, "auto_map"):
+        arguments += ", trust_remote_code=True"  # else transformers asks about the tokenizer's, too
+    lines = [f"model = {auto}.from_pretrained({arguments})"]
+    beside = next((each for file, each in _BESIDE.items() if (directory / file).exists()), None)
+    if beside:
+        lines.append(f"{beside[0]} = {beside[1]}.from_pretrained({arguments})")
+    tasks = list(getattr(config, "ensembling", {}).get("heads", ()))
+    if len(tasks) > 1:
+        lines.append(f'# a head per task: model(..., task="{tasks[0]}"), or {", ".join(tasks[1:])}')
+    return "\n".join([f"from transformers import {auto}{f', {beside[1]}' if beside else ''}", "", *lines])
 
 
 def _auto_class(config: PretrainedConfig) -> str:
