@@ -281,11 +281,14 @@ def test_labels_teach_what_entropy_does_not(here, caplog):
         ([3, 0], Value("int64"), {}, None),
     ],
 )
-def test_classes_get_the_numbers_of_the_head(values, feature, heads, expected):
+def test_classes_get_the_numbers_of_the_head(values, feature, heads, expected, caplog):
     config = ViTConfig(id2label={0: "ant", 1: "cat", 2: "dog"})
     config.ensembling = {"heads": heads}
     rows = Dataset.from_dict({"label": values}, Features({"label": feature}))
     assert labels_of(rows, Source("sun", "sun"), config, Adaptation()) == expected
+    by_order = expected is not None and getattr(feature, "names", None) == ["a", "b", "c"]
+    assert ("taken in order, 'a' for 'ant' and so on" in caplog.text) == by_order
+    assert bool(caplog.text) == (by_order or expected is None)
 
 
 @pytest.mark.parametrize(("path", "prefix"), [("llama-2", 6), ("llama-running", 1)])
@@ -506,6 +509,7 @@ def test_unloaded_is_equal_by_logits_where_this_package_is_missing(here):
     [
         (["adapt", "./nowhere", "--data", "sun=images/sun"], "./nowhere does not exist"),
         (["adapt", "./vit/base", "--data", "sun=images/sun"], "has no routed task vectors"),
+        (["adapt", "images", "--data", "sun=images/sun"], "images has no config.json: it is no model"),
         (["adapt", "vit-2", "--data", "images/flat"], "no head 'flat'; write --data TASK=SOURCE with one of"),
         (["adapt", "vit-2", "--data", "sun=sun.jsonl"], "no column 'image' of images"),
         (["adapt", "vit-2", "--data", "sun=images/sun", "--eval-data", "cars=images/cars"], "no --data of this name"),
