@@ -190,6 +190,8 @@ def test_embeddings_are_the_normalised_mean_of_normalised_text_features(here):
     for classes, given in ((["a", "a"], templates), ([], templates), (["a"], ["a photo"]), (["a"], [])):
         with pytest.raises(ValueError, match="template"):
             write_clip_head("whole", classes, "wrong.safetensors", given)
+    with pytest.raises(ValueError, match="sun is a model of type clip_vision_model, and no whole CLIP"):
+        write_clip_head("sun", ["a"], "wrong.safetensors")
     assert not Path("wrong.safetensors").exists()
 
 
