@@ -187,4 +187,5 @@ def write_clip_head(
         PROJECTION: model.visual_projection.weight.contiguous(),
         "logit_scale": model.logit_scale,
     }
-    save_file(tensors, path, metadata={"format": "pt", "classes": json.dumps(list(classes))})
+    # of two keys safetensors would write either first, as it happens
+    save_file(tensors, path, metadata={"classes": json.dumps(list(classes))})
