@@ -1,6 +1,7 @@
 """The model card of a structural merge. Unlike mergekit's own it never asks the Hub anything."""
 
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,7 +55,12 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
         ),
         name=directory.name,
         architecture=plan.config.architectures[0],
-        loading=_loading(plan.config, directory),
+        loading=_loading(
+            directory,
+            _auto_class(plan.config),
+            remote_code=hasattr(plan.config, "auto_map"),
+            tasks=list(getattr(plan.config, "ensembling", {}).get("heads", ())),
+        ),
         experts=experts_in_words(plan),
         method=_with_reference(spec.pretty_name, spec.reference_url),
         shared=_merging(job) if plan.shared else "",
@@ -69,6 +75,7 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
     (directory / "mergekit_config.yml").write_text(config_yaml, encoding="utf-8")
 
 
+_LOADING = re.compile(r"(## Load it\n\n```python\n).*?(\n```\n)", re.DOTALL)
 _BESIDE = {
     "preprocessor_config.json": ("processor", "AutoImageProcessor"),
     "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
@@ -83,16 +90,24 @@ def experts_in_words(plan: Plan) -> str:
     return f"{experts}{per_layer}, {plan.experts_per_token} of them per {plan.routed_per}"
 
 
-def _loading(config: PretrainedConfig, directory: Path) -> str:
+def renew_loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[str] = ()) -> None:
+    """A copy of a card says how to load what it was a copy for; make that the model in `directory`."""
+    card = directory / "README.md"
+    if card.exists():
+        code = _loading(directory, auto, remote_code=remote_code, tasks=tasks)
+        text = re.sub(_LOADING, lambda found: found[1] + code + found[2], card.read_text("utf-8"), count=1)
+        card.write_text(text, encoding="utf-8")
+
+
+def _loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[str]) -> str:
     """Of the model, and of the tokenizer or image processor beside it."""
-    auto, arguments = _auto_class(config), f'"{directory.name}"'
-    if hasattr(config, "auto_map"):
+    arguments = f'"{directory.name}"'
+    if remote_code:
         arguments += ", trust_remote_code=True"  # else transformers asks about the tokenizer's, too
     lines = [f"model = {auto}.from_pretrained({arguments})"]
     beside = next((each for file, each in _BESIDE.items() if (directory / file).exists()), None)
     if beside:
         lines.append(f"{beside[0]} = {beside[1]}.from_pretrained({arguments})")
-    tasks = list(getattr(config, "ensembling", {}).get("heads", ()))
     if len(tasks) > 1:
         lines.append(f'# a head per task: model(..., task="{tasks[0]}"), or {", ".join(tasks[1:])}')
     return "\n".join([f"from transformers import {auto}{f', {beside[1]}' if beside else ''}", "", *lines])

@@ -224,6 +224,8 @@ def test_images_are_measured_as_one_by_one(here, caplog):
     assert sum(after - before for before, after in (m["entropy"] for m in measured.values())) < 0
     card = (here / "vit-2-adapted" / "README.md").read_text()
     assert "## Adaptation" in card and "Measured on the inputs adapted to" in card
+    assert 'AutoModelForImageClassification.from_pretrained("vit-2-adapted", trust_remote_code=True)' in card
+    assert '("vit-2"' not in card and 'task="cars"), or sun' in card
     assert (here / "vit-2-adapted" / "preprocessor_config.json").exists()
 
 
@@ -497,6 +499,10 @@ def test_unloaded_is_equal_by_logits_where_this_package_is_missing(here):
         assert torch.allclose(got, expected, atol=1e-5) and (expected - before).abs().max() > 1e-3
         files = {file.name for file in (here / f"{path}-stock").iterdir()}
         assert not any(file.endswith(".py") for file in files)
+        card = (here / f"{path}-stock" / "README.md").read_text()
+        shown: dict = {}
+        exec(card.split("## Load it")[1].split("```python\n")[1].split("```")[0], shown)
+        assert type(shown["model"]).__name__ in card.split("## Unloaded")[1]
     assert (here / "vit-0-stock" / "preprocessor_config.json").exists()
     assert (here / "llama-0-stock" / "tokenizer.json").exists()
 
