@@ -476,7 +476,7 @@ def loading_shown_by(out):
     return (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
 
 
-def test_what_the_card_shows_runs(here):
+def test_what_the_card_shows_runs(here, caplog):
     save_tokenizer(here / "texts", 96)
     shutil.copytree("base", "texts", dirs_exist_ok=True)
     text: dict = {}
@@ -487,6 +487,7 @@ def test_what_the_card_shows_runs(here):
         make_classifier(here / name, seed, labels=2 + seed)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(here / "images")
     shown = loading_shown_by(merge(document("wemoe", ("sun", "cars"), "./images"), "of-images"))
+    assert "tokenizer" not in caplog.text
     images: dict = {}
     exec(shown, images)
     assert type(images["processor"]).__name__.startswith("ViT") and "AutoTokenizer" not in shown
