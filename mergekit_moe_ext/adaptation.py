@@ -45,6 +45,7 @@ from _mergekit_moe_ext_common.training import (
 )
 from mergekit_moe_ext.adaptation_data import Kind, One, Rounds, classified, data_fingerprint, load_image_processor
 from mergekit_moe_ext.adaptation_objective import Guard, Patience, entropy
+from mergekit_moe_ext.card import renew_loading
 from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
 from mergekit_moe_ext.modeling.configuration_wemoe import class_names
@@ -331,6 +332,7 @@ def adapt(
         copy_files(Path(model_path).expanduser(), directory)
         model.save_pretrained(directory)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
+        renew_loading(directory, architecture._auto_class, remote_code=True, tasks=list(config.ensembling["heads"]))
         extend_card(directory, _card(data, settings, results, guarded, trainer.state.global_step, sorted(held_out)))
     shutil.rmtree(checkpoints)
     return results

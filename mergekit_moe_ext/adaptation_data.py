@@ -77,6 +77,14 @@ def labels_of(rows: Dataset, source: Source, config: Any, adaptation: Adaptation
             found = [numbers[feature.names[value]] for value in rows[column]]
         elif feature.num_classes == size:
             found = list(rows[column])
+            if not names[0].startswith("LABEL_"):  # else the head names none
+                LOG.warning(
+                    "%s (data %r) names other classes than the head: they are taken in order, %r for %r and so on",
+                    source,
+                    source.name,
+                    feature.names[0],
+                    names[0],
+                )
     elif isinstance(feature, Value) and "int" in feature.dtype:
         complaint = f"has classes in {column!r} that are none of 0 to {size - 1}"
         found = list(rows[column])

@@ -1,6 +1,7 @@
 """The model card of a structural merge. Unlike mergekit's own it never asks the Hub anything."""
 
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,10 +22,7 @@ A {architecture} with {experts}, merged with
 ## Load it
 
 ```python
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("{name}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+{loading}
 ```
 
 ## How it was made
@@ -57,9 +55,13 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
         ),
         name=directory.name,
         architecture=plan.config.architectures[0],
-        auto_class=_auto_class(plan.config),
+        loading=_loading(
+            directory,
+            _auto_class(plan.config),
+            remote_code=hasattr(plan.config, "auto_map"),
+            tasks=list(getattr(plan.config, "ensembling", {}).get("heads", ())),
+        ),
         experts=experts_in_words(plan),
-        trust=", trust_remote_code=True" if hasattr(plan.config, "auto_map") else "",
         method=_with_reference(spec.pretty_name, spec.reference_url),
         shared=_merging(job) if plan.shared else "",
         sources="Experts" if len(job.experts) == plan.num_experts else "Sources",
@@ -73,13 +75,42 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
     (directory / "mergekit_config.yml").write_text(config_yaml, encoding="utf-8")
 
 
+_LOADING = re.compile(r"(## Load it\n\n```python\n).*?(\n```\n)", re.DOTALL)
+_BESIDE = {
+    "preprocessor_config.json": ("processor", "AutoImageProcessor"),
+    "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
+}
 _VERSIONS = ("mergekit-moe-ext", "mergekit", "transformers", "torch")
 
 
 def experts_in_words(plan: Plan) -> str:
     """How many experts there are, and how many of them are chosen."""
     per_layer = " per layer" if plan.routed_per == "token" else ""
-    return f"{plan.num_experts} experts{per_layer}, {plan.experts_per_token} of them per {plan.routed_per}"
+    experts = "1 expert" if plan.num_experts == 1 else f"{plan.num_experts} experts"
+    return f"{experts}{per_layer}, {plan.experts_per_token} of them per {plan.routed_per}"
+
+
+def renew_loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[str] = ()) -> None:
+    """A copy of a card says how to load what it was a copy for; make that the model in `directory`."""
+    card = directory / "README.md"
+    if card.exists():
+        code = _loading(directory, auto, remote_code=remote_code, tasks=tasks)
+        text = re.sub(_LOADING, lambda found: found[1] + code + found[2], card.read_text("utf-8"), count=1)
+        card.write_text(text, encoding="utf-8")
+
+
+def _loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[str]) -> str:
+    """Of the model, and of the tokenizer or image processor beside it."""
+    arguments = f'"{directory.name}"'
+    if remote_code:
+        arguments += ", trust_remote_code=True"  # else transformers asks about the tokenizer's, too
+    lines = [f"model = {auto}.from_pretrained({arguments})"]
+    beside = next((each for file, each in _BESIDE.items() if (directory / file).exists()), None)
+    if beside:
+        lines.append(f"{beside[0]} = {beside[1]}.from_pretrained({arguments})")
+    if len(tasks) > 1:
+        lines.append(f'# a head per task: model(..., task="{tasks[0]}"), or {", ".join(tasks[1:])}')
+    return "\n".join([f"from transformers import {auto}{f', {beside[1]}' if beside else ''}", "", *lines])
 
 
 def _auto_class(config: PretrainedConfig) -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPModel, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, PretrainedConfig
 
 from mergekit_moe_ext.manifest import Manifest
 from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
@@ -166,12 +166,15 @@ def write_clip_head(
     """Write the head file for these names of classes by the text tower of a whole CLIP, `model_path`.
 
     Each class is embedded as the mean over the templates (`{}` is its name) of normalised text features, itself
-    normalised, as CLIP classifies without training. `ValueError` for a template without `{}`, no name, or one twice.
+    normalised, as CLIP classifies without training. `ValueError` for a template without `{}`, no name, one twice, or
+    what is no whole CLIP.
     """
     if lacking := next((template for template in templates if "{}" not in template), None):
         raise ValueError(f"the template {lacking!r} has no {{}} for the name of the class")
     if not templates or not classes or len(set(classes)) < len(classes):
         raise ValueError("a head needs a template and names of classes, each of them once")
+    if (found := AutoConfig.from_pretrained(model_path).model_type) != "clip":  # loaded as one, it would be random
+        raise ValueError(f"{model_path} is a model of type {found}, and no whole CLIP with its text tower")
     model, tokenizer = CLIPModel.from_pretrained(model_path).eval(), AutoTokenizer.from_pretrained(model_path)
     longest = model.config.text_config.max_position_embeddings
     embeds = []
@@ -185,4 +188,5 @@ def write_clip_head(
         PROJECTION: model.visual_projection.weight.contiguous(),
         "logit_scale": model.logit_scale,
     }
-    save_file(tensors, path, metadata={"format": "pt", "classes": json.dumps(list(classes))})
+    # of two keys safetensors would write either first, as it happens
+    save_file(tensors, path, metadata={"classes": json.dumps(list(classes))})

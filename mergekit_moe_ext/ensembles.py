@@ -15,6 +15,8 @@ def read_ensemble(path: str) -> tuple[type[PreTrainedModel], Any]:
     local = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not local.is_dir():
         raise click.ClickException(f"{path} does not exist")
+    if local.is_dir() and not (local / "config.json").exists():
+        raise click.ClickException(f"{path} has no config.json: it is no model")
     try:
         architectures = PreTrainedConfig.get_config_dict(str(local))[0].get("architectures") or ["a model of no class"]
         found = find_architecture(architectures[0])

@@ -109,13 +109,14 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
 
 
 def _copy_tokenizer_files(merge: Any, job: Any, directory: Path, *, tokenizer_is_there: bool) -> None:
+    donor = Path(ModelReference(model=job.donor.model).local_path(job.merge_options.transformers_cache))
     if not tokenizer_is_there:
         from_donor = job.config.model_copy(update={"base_model": job.donor})
         try:
             merge._copy_tokenizer(from_donor, str(directory), job.merge_options)
         except (OSError, ValueError, RuntimeError) as error:
-            LOG.warning("no tokenizer was copied: %s", str(error).splitlines()[0])
-    donor = Path(ModelReference(model=job.donor.model).local_path(job.merge_options.transformers_cache))
+            if not (donor / "preprocessor_config.json").exists():  # images need none
+                LOG.warning("no tokenizer was copied: %s", str(error).splitlines()[0])
     for name in _BESIDE_TOKENIZER:
         if (donor / name).exists() and not (directory / name).exists():
             shutil.copy(donor / name, directory / name)

@@ -73,6 +73,11 @@ def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
         name: (module, positions[type(module)]) for name, module in model.named_modules() if type(module) in positions
     }
     if not routers:
+        if hasattr(getattr(model, "config", None), "ensembling"):
+            raise click.ClickException(
+                f"{type(model).__name__} weighs task vectors and has no router that chooses experts: "
+                "`mergekit-moe-ext adapt` trains it, and examples/wemoe_routing.py looks into it"
+            )
         raise click.ClickException(f"{type(model).__name__} has no router that transformers knows of")
     return routers
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
+from mergekit_moe_ext.card import renew_loading
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
 from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
 from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
-from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear
+from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear, auto_class_of
 
 LOG = logging.getLogger(__name__)
 _REPLACED = (
@@ -54,6 +55,7 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
         for name in _REPLACED:
             (directory / name).unlink(missing_ok=True)
         stock.save_pretrained(directory)
+        renew_loading(directory, auto_class_of(type(stock).__name__), remote_code=False)
         head = f" with the head of {task}" if task else ""
         what = (
             f"Its coefficients were constants and are merged into the weights: a stock {type(stock).__name__}{head}."

@@ -411,7 +411,7 @@ def task_vector_variation(monkeypatch):
 
 
 def test_the_docs_command_for_the_variation_of_parameters_runs(task_vector_variation, here):
-    docs = (ROOT / "docs" / "wemoe.md").read_text()
+    docs = (ROOT / "docs" / "wemoe_analysis.md").read_text()
     (command,) = re.findall(r"python examples/task_vector_variation.py (.*)", docs)
     result = CliRunner().invoke(task_vector_variation.main, [*command.split(), "--quiet"])
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""The scripts of WEMoE's analyses in `examples/`, by the commands that docs/wemoe.md shows."""
+"""The scripts of WEMoE's analyses in `examples/`, by the commands that docs/wemoe_analysis.md shows."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def wemoe_scripts(monkeypatch):
     import wemoe_parameters
     import wemoe_routing
 
-    docs = (ROOT / "docs" / "wemoe.md").read_text()
+    docs = (ROOT / "docs" / "wemoe_analysis.md").read_text()
     scripts = {each.__name__: each for each in (loss_landscape, wemoe_parameters, wemoe_routing)}
 
     def invoke(name, *more):

@@ -224,6 +224,8 @@ def test_images_are_measured_as_one_by_one(here, caplog):
     assert sum(after - before for before, after in (m["entropy"] for m in measured.values())) < 0
     card = (here / "vit-2-adapted" / "README.md").read_text()
     assert "## Adaptation" in card and "Measured on the inputs adapted to" in card
+    assert 'AutoModelForImageClassification.from_pretrained("vit-2-adapted", trust_remote_code=True)' in card
+    assert '("vit-2"' not in card and 'task="cars"), or sun' in card
     assert (here / "vit-2-adapted" / "preprocessor_config.json").exists()
 
 
@@ -281,11 +283,14 @@ def test_labels_teach_what_entropy_does_not(here, caplog):
         ([3, 0], Value("int64"), {}, None),
     ],
 )
-def test_classes_get_the_numbers_of_the_head(values, feature, heads, expected):
+def test_classes_get_the_numbers_of_the_head(values, feature, heads, expected, caplog):
     config = ViTConfig(id2label={0: "ant", 1: "cat", 2: "dog"})
     config.ensembling = {"heads": heads}
     rows = Dataset.from_dict({"label": values}, Features({"label": feature}))
     assert labels_of(rows, Source("sun", "sun"), config, Adaptation()) == expected
+    by_order = expected is not None and getattr(feature, "names", None) == ["a", "b", "c"]
+    assert ("taken in order, 'a' for 'ant' and so on" in caplog.text) == by_order
+    assert bool(caplog.text) == (by_order or expected is None)
 
 
 @pytest.mark.parametrize(("path", "prefix"), [("llama-2", 6), ("llama-running", 1)])
@@ -494,6 +499,10 @@ def test_unloaded_is_equal_by_logits_where_this_package_is_missing(here):
         assert torch.allclose(got, expected, atol=1e-5) and (expected - before).abs().max() > 1e-3
         files = {file.name for file in (here / f"{path}-stock").iterdir()}
         assert not any(file.endswith(".py") for file in files)
+        card = (here / f"{path}-stock" / "README.md").read_text()
+        shown: dict = {}
+        exec(card.split("## Load it")[1].split("```python\n")[1].split("```")[0], shown)
+        assert type(shown["model"]).__name__ in card.split("## Unloaded")[1]
     assert (here / "vit-0-stock" / "preprocessor_config.json").exists()
     assert (here / "llama-0-stock" / "tokenizer.json").exists()
 
@@ -506,6 +515,7 @@ def test_unloaded_is_equal_by_logits_where_this_package_is_missing(here):
     [
         (["adapt", "./nowhere", "--data", "sun=images/sun"], "./nowhere does not exist"),
         (["adapt", "./vit/base", "--data", "sun=images/sun"], "has no routed task vectors"),
+        (["adapt", "images", "--data", "sun=images/sun"], "images has no config.json: it is no model"),
         (["adapt", "vit-2", "--data", "images/flat"], "no head 'flat'; write --data TASK=SOURCE with one of"),
         (["adapt", "vit-2", "--data", "sun=sun.jsonl"], "no column 'image' of images"),
         (["adapt", "vit-2", "--data", "sun=images/sun", "--eval-data", "cars=images/cars"], "no --data of this name"),

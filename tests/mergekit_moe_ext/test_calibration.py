@@ -296,6 +296,13 @@ def test_a_file_that_counted_nothing(tmp_path):
         read_usage(path)
 
 
+def test_a_weight_ensembling_model_chooses_no_experts(here):
+    save_tokenizer(merge(document("wemoe", ("math",))), 96)
+    write(here / "news.jsonl", words(1, 2))
+    with pytest.raises(click.ClickException, match="no router that chooses experts: `mergekit-moe-ext adapt`"):
+        usage_of("out", ["news.jsonl"])
+
+
 def test_a_dense_model_has_no_router(here):
     make_model(here / "dense", 0)
     save_tokenizer(here / "dense", 96)

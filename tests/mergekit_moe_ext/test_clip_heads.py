@@ -187,9 +187,14 @@ def test_embeddings_are_the_normalised_mean_of_normalised_text_features(here):
     assert torch.equal(written["visual_projection.weight"], clip.visual_projection.weight)
     with safe_open("several.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["classes"]) == CLASSES["cars"]
+    for _ in range(5):
+        write_clip_head("whole", CLASSES["cars"], "again.safetensors", templates, quiet=True)
+        assert Path("again.safetensors").read_bytes() == Path("several.safetensors").read_bytes()
     for classes, given in ((["a", "a"], templates), ([], templates), (["a"], ["a photo"]), (["a"], [])):
         with pytest.raises(ValueError, match="template"):
             write_clip_head("whole", classes, "wrong.safetensors", given)
+    with pytest.raises(ValueError, match="sun is a model of type clip_vision_model, and no whole CLIP"):
+        write_clip_head("sun", ["a"], "wrong.safetensors")
     assert not Path("wrong.safetensors").exists()
 
 

@@ -25,6 +25,7 @@ from transformers import (
     SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessor,
     ViTModel,
 )
 
@@ -32,6 +33,7 @@ from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling
 from tests.conftest import document, make_model, merge, read_tensors, run
 from tests.mergekit_moe_ext.ensembles import build, inputs_of
 from tests.mergekit_moe_ext.test_bad_input import refused
+from tests.tokenizers import save_tokenizer
 
 SOURCES = ("math", "code")
 CONSTANT = {"router_layers": 0}
@@ -466,8 +468,30 @@ def test_the_card_says_how_to_load_it(tmp_path, monkeypatch):
         make_classifier(tmp_path / name, seed)
     card = (merge(wemoe(("sun", "cars"), "ewemoe")) / "README.md").read_text()
     assert 'AutoModelForImageClassification.from_pretrained("out", trust_remote_code=True)' in card
-    assert "2410.21804" in card and "AutoModelForCausalLM" not in card
+    assert "2410.21804" in card and "AutoModelForCausalLM" not in card and "AutoTokenizer" not in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+
+
+def loading_shown_by(out):
+    return (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+
+
+def test_what_the_card_shows_runs(here, caplog):
+    save_tokenizer(here / "texts", 96)
+    shutil.copytree("base", "texts", dirs_exist_ok=True)
+    text: dict = {}
+    exec(loading_shown_by(merge(document("wemoe", SOURCES, "./texts"))), text)
+    assert text["tokenizer"]("w1 w2")["input_ids"] and "Llama" in type(text["model"]).__name__
+    assert 'AutoTokenizer.from_pretrained("out", trust_remote_code=True)' in (here / "out/README.md").read_text()
+    for seed, name in enumerate(("images", "sun", "cars")):
+        make_classifier(here / name, seed, labels=2 + seed)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(here / "images")
+    shown = loading_shown_by(merge(document("wemoe", ("sun", "cars"), "./images"), "of-images"))
+    assert "tokenizer" not in caplog.text
+    images: dict = {}
+    exec(shown, images)
+    assert type(images["processor"]).__name__.startswith("ViT") and "AutoTokenizer" not in shown
+    assert '# a head per task: model(..., task="sun"), or cars' in shown
 
 
 def test_code_beside_the_base_is_not_the_output_s(here):
