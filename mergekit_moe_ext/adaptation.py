@@ -126,7 +126,7 @@ class AdaptationTrainer(TrainedOnly, BarTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         tensors = {f"patience.{name}": getattr(self.patience, name) for name in ("running", "best", "waited")}
-        for name in ("mean", "floor", "acted") if self.guard else ():
+        for name in ("mean", "floor", "acted", "steps") if self.guard else ():
             tensors |= {f"guard.{name}.{task}": value for task, value in getattr(self.guard, name).items()}
         directory = Path(output_dir or self.args.output_dir)
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / _RUNNING)

@@ -26,9 +26,10 @@ def _entropy(p: Tensor, logs: Tensor) -> Tensor:
 class Guard:
     """Adds to the loss of a task whose predictions go to a few classes, whatever the input.
 
-    That is seen by the entropy of their running mean: where it falls below a floor, a share of what it was in the
-    first step, the penalty is the difference. The mean runs over about four predictions per class, so that it shows
-    all classes and yet no step too late. Its gradient is taken as if all of it had moved as the last batch did.
+    That is seen by the entropy of their running mean: where it falls below a floor, the penalty is the difference. The
+    mean runs over about four predictions per class, so that it shows all classes and yet no step too late; the floor
+    is a share of the most that its entropy was while it filled, since a small first batch has few of the classes. Its
+    gradient is taken as if all of it had moved as the last batch did.
     Together, entropy and penalty are the information-maximisation loss of SHOT (Liang et al. 2020), below the floor.
     """
 
@@ -36,16 +37,19 @@ class Guard:
         self.mean: dict[str, Tensor] = {}
         self.floor: dict[str, Tensor] = {}
         self.acted: dict[str, Tensor] = {}
+        self.steps: dict[str, Tensor] = {}
 
     def penalty(self, task: str, mean: Tensor, number: float) -> Tensor:
         """A scalar, of the mean (classes,) of the predictions in a batch of the task, and their number."""
         now, weight = mean.detach(), min(1.0, max(_LEAST_WEIGHT, number / (_PER_CLASS * len(mean))))
         if task not in self.mean:
-            self.mean[task] = now.clone()
-            self.floor[task] = _FLOOR * _entropy_of(now)
-            self.acted[task] = torch.zeros((), dtype=torch.int64)
+            self.mean[task], self.floor[task] = now.clone(), now.new_zeros(())
+            self.acted[task] = self.steps[task] = torch.zeros((), dtype=torch.int64)
         else:
             self.mean[task] = (1 - weight) * self.mean[task].to(now.device) + weight * now
+        self.steps[task] = self.steps[task] + 1
+        if self.steps[task] == 1 or self.steps[task] * weight <= 1:
+            self.floor[task] = self.floor[task].to(now.device).maximum(_FLOOR * _entropy_of(self.mean[task]))
         missing = self.floor[task].to(now.device) - _entropy_of(self.mean[task] + mean - now)
         if missing > 0:
             self.acted[task] = self.acted[task] + 1
