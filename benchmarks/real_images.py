@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy._core.multiarray import _reconstruct
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from real_data import Artefact, Unavailable, cache_dir, debian_package, members, written_at_once
 from tqdm import tqdm
@@ -61,13 +62,14 @@ EMOJI = Artefact(
     "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
     61_683_754,
 )
-FONTS = """adf-accanthis adf-baskervald adf-berenis adf-gillius adf-ikarius adf-irianis adf-libris adf-mekanus
+_FONTS = """adf-accanthis adf-baskervald adf-berenis adf-gillius adf-ikarius adf-irianis adf-libris adf-mekanus
 adf-oldania adf-romande adf-solothurn adf-switzera adf-tribun adf-universalis adf-verana averia-sans-gwf
 averia-serif-gwf beteckna breip bwht cabin cantarell comfortaa crosextra-caladea crosextra-carlito dancingscript
 dejavu-core dustin ebgaramond-extra ecolier-court firacode freefont-ttf gfs-artemisia gfs-didot gfs-neohellenic hack
 humor-sans inconsolata isabella junction jura kristi lato league-mono league-spartan liberation linuxlibertine lobster
 lobstertwo mononoki oldstandard open-sans opendin play quattrocento roboto-slab roboto-unhinted rufscript sil-andika
-sil-charis sil-gentium sjfonts summersby tiresias tomsontalks vollkorn yanone-kaffeesatz texgyre""".split()
+sil-charis sil-gentium sjfonts summersby tiresias tomsontalks vollkorn yanone-kaffeesatz texgyre"""
+FONTS = _FONTS.split()  # Debian's packages `fonts-…`
 TESTED_PACKAGES = 18  # of FONTS, in the order of a hash of their names
 ANIMAL_NAMES = ["bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra"]
 
@@ -144,7 +146,7 @@ class _Arrays(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name in self._allowed and module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
-            return np._core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)
+            return _reconstruct if name == "_reconstruct" else getattr(np, name)
         raise pickle.UnpicklingError(f"a picture file asks for {module}.{name}")
 
 
