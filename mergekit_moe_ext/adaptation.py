@@ -361,7 +361,7 @@ def adapt(
         learning_rate=adaptation.learning_rate,
         measure=True,
         max_grad_norm=0.0,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=config.ensembling.get("per_tensor", False),  # a mask token, say
         ddp_broadcast_buffers=False,  # these are the task vectors
     )
     arguments.logging_steps = max(1, adaptation.steps // 20)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-Upscale = Literal["mlp", "attention+mlp", "block"]
+Upscale = Literal["mlp", "attention", "attention+mlp", "block", "all"]
 # Not T5's layers, which are called after the attention that they hold.
 _ATTENTION = re.compile("^(?!.*Layer).*Attention")
 _FFN = re.compile("MLP|FeedForward|FFN|DenseAct|DenseGatedAct")
@@ -20,21 +20,42 @@ _CROSS_ATTENTION = re.compile("encdec|encoder_attn|cross", re.IGNORECASE)
 def ensembled_groups(model: PreTrainedModel, upscale: Upscale, layers: Sequence[int] | None) -> dict[str, list[str]]:
     """Per router the module whose input it reads, and the linear modules that it weighs, by their names.
 
-    `layers`: of every stack of layers those with these numbers; all if None. `ValueError` where a layer has no MLP
-    that can be told, and for a number beyond the last layer.
+    `layers`: of every stack of layers those with these numbers; all if None. `ValueError` where a layer lacks what is
+    asked for, or it cannot be told, and for a number beyond the last layer. For "all" see `weighed_tensors`.
     """
     groups: dict[str, list[str]] = {}
     for name, layer in _chosen_layers(model, layers).items():
         ffn = _ffn(layer)
-        if not ffn:
-            raise ValueError(f"layer {name} of {type(model).__name__} has no MLP that can be told by its class")
         attention = [part for part in _outermost(layer, _ATTENTION) if not _CROSS_ATTENTION.search(part)]
-        parts = {"mlp": [ffn], "attention+mlp": [*([each] for each in attention), ffn], "block": [[*attention, *ffn]]}
+        what, found = ("attention", attention) if upscale == "attention" else ("MLP", ffn)
+        if not found:
+            raise ValueError(f"layer {name} of {type(model).__name__} has no {what} that can be told by its class")
+        each_attention = [[part] for part in attention]
+        parts = {
+            "mlp": [ffn],
+            "attention": each_attention,
+            "attention+mlp": [*each_attention, ffn],
+            "block": [[*attention, *ffn]],
+        }
         for modules in parts[upscale]:
             linears = [linear for part in modules for linear in _linears(layer, part)]
             reader = name if upscale == "block" else f"{name}.{modules[0]}"
             groups[reader] = [f"{name}.{linear}" for linear in linears]
     return groups
+
+
+def weighed_tensors(model: PreTrainedModel, head: str | None = None) -> dict[str, list[str]]:
+    """Every parameter by its name as a group of its own, but for those of a head that is kept (AdaMerging).
+
+    Of parameters that are tied the one that is stored. `ValueError` for recurrent layers, which keep their parameters
+    elsewhere, too.
+    """
+    recurrent = [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)]
+    if recurrent:
+        raise ValueError(f"{recurrent[0]} of {type(model).__name__} is recurrent, which upscale: all cannot weigh")
+    names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+    kept = [name for name in names if name not in model.all_tied_weights_keys]
+    return {name: [name] for name in kept if head is None or not name.startswith(f"{head}.")}
 
 
 def _chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> Mapping[str, nn.Module]:

@@ -49,7 +49,7 @@ def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torc
 
 def hub_names(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The name in a checkpoint of every tensor that is stored as it is used, by its name in the model."""
-    stored = {id(tensor): name for name, tensor in state.items()}
+    stored = {id(tensor): name for name, tensor in state.items() if name not in model.all_tied_weights_keys}
     used = model.state_dict(keep_vars=True).items()
     return {name: stored[id(tensor)] for name, tensor in used if id(tensor) in stored}
 

@@ -56,13 +56,18 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
     base = _base_of(type(model))
     state: dict[str, Tensor] = {}
     ensembled = {name: each for name, each in model.named_modules() if isinstance(each, EnsembledLinear)}
+    vectors = {f"{group}_vectors" for group in model.ensembling.groups} if model.ensembling.per_tensor else set()
     for name, tensor in model.state_dict().items():
         module, _, part = name.rpartition(".")
-        if name.startswith("routers.") or (module in ensembled and part not in ("weight", "bias")):
+        is_ours = name in vectors or (module in ensembled and part not in ("weight", "bias"))
+        if name.startswith("routers.") or is_ours:
             continue
         state[name] = tensor
-    for index, linears in enumerate(model.ensembling.groups.values()):
+    for index, (group, linears) in enumerate(model.ensembling.groups.items()):
         c = model.routers["0" if model.ensembling.shared_router else str(index)].bias.float()
+        if model.ensembling.per_tensor:
+            state[group] = _merged_parameter(model, group, c)
+            continue
         for name in linears:
             linear = ensembled[name]
             dtype = linear.weight.dtype
@@ -71,6 +76,7 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
             if linear.bias is not None:
                 state[f"{name}.bias"] = (linear.bias + c @ linear.bias_vectors).to(dtype)
             linear.to("meta")  # its task vectors are not needed again
+    state |= {name: state[source] for name, source in model.all_tied_weights_keys.items()}
     config = _stock_config(model.config, base)
     if task:
         head = model.ensembling.head
@@ -87,6 +93,15 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
     if model.can_generate():
         stock.generation_config = model.generation_config
     return stock
+
+
+def _merged_parameter(model: Any, name: str, c: Tensor) -> Tensor:
+    parent, _, part = name.rpartition(".")
+    module = model.get_submodule(parent)
+    base = getattr(module, part)
+    merged = module.weighed[part].merged(base.float(), c).to(base.dtype)
+    delattr(module, f"{part}_vectors")  # not needed again
+    return merged
 
 
 def _base_of(architecture: type[PreTrainedModel]) -> Any:

@@ -19,14 +19,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mergekit_moe_ext.ensembling import Upscale, ensembled_groups
+from mergekit_moe_ext.ensembling import Upscale, ensembled_groups, weighed_tensors
 from mergekit_moe_ext.gates import RandomTensor
 from mergekit_moe_ext.manifest import hub_names, hub_state, manifest_from
 from mergekit_moe_ext.methods.base import Job, MethodOptions, Plan, StructuralMethod
 from mergekit_moe_ext.methods.sequence import names_of
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
-from mergekit_moe_ext.sources import check_same_size, output_dtype, read_configs, read_headers
+from mergekit_moe_ext.sources import Headers, check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.tasks import Filled, LoadFiniteTensor
 
 _WEMOE = "https://arxiv.org/abs/2402.00433"
@@ -44,7 +44,11 @@ class WemoeOptions(MethodOptions):
         description="standard deviation of a router's initial weights, as in the papers' code; 0.1 is the text's "
         "variance of 0.01, with which coefficients start far from init_lambda",
     )
-    upscale: Upscale = Field("mlp", description="what is routed in every block; block has one router for all of it")
+    upscale: Upscale = Field(
+        "mlp",
+        description="what is routed in every block; block has one router for all of it; all is AdaMerging: every "
+        "parameter of the network has learned constants, with router_layers: 0",
+    )
     upscale_layers: int | str = Field(
         "all", description="which blocks are upscaled: all, or numbers, as 6-11 or 0,3,6; of every stack of blocks"
     )
@@ -89,10 +93,11 @@ class Wemoe(StructuralMethod):
         manifests = {model: manifest_from(*each) for model, each in built.items()}
         headers = read_headers(job, configs, manifests)
         network, state = built[base]
-        groups = _groups(base, network, options)
         tasks = names_of(job.experts)
         head = _head_of_tasks(network, configs)
-        linears = [linear for group in groups.values() for linear in group]
+        groups = _groups(job, network, head)
+        per_tensor = options.upscale == "all"
+        linears = [] if per_tensor else [linear for group in groups.values() for linear in group]
         shapes, stored = manifests[base].shapes, hub_names(network, state)
         weights = {linear: _stored(base, stored, f"{linear}.weight") for linear in linears}
         kept = {}
@@ -102,6 +107,7 @@ class Wemoe(StructuralMethod):
         ensembling = Ensembling(
             experts=tasks,
             groups=groups,
+            per_tensor=per_tensor,
             router_layers=options.router_layers,
             shared_router=options.shared_router,
             init_lambda=options.init_lambda,
@@ -127,6 +133,12 @@ class Wemoe(StructuralMethod):
             name = output[name]
             computed[name] = task(shape=wanted[name], dtype=str(dtype), **fields)
 
+        for parameter in groups if per_tensor else ():
+            hub_name = _stored(base, stored, parameter)
+            _check_stored_itself(hub_name, headers)
+            copies[output[parameter]] = base, hub_name
+            vectors = TaskVectors(base=base, sources=tuple(job.experts), tensor=hub_name, load=load)
+            add(f"{parameter}_vectors", Stacked, vectors=vectors)
         for linear in linears:
             for part in ("weight", "bias"):
                 name = stored.get(f"{linear}.{part}")
@@ -181,17 +193,46 @@ def _check_one_architecture(base: ModelReference, configs: Mapping[ModelReferenc
         raise click.ClickException(f"{base}: {error}") from error
 
 
-def _groups(base: ModelReference, network: PreTrainedModel, options: Any) -> dict[str, list[str]]:
+def _groups(job: Job, network: PreTrainedModel, head: str | None) -> dict[str, list[str]]:
+    options, base = job.options, job.base
     try:
+        if options.upscale == "all":
+            _check_all(job)
+            return weighed_tensors(network, head)
         return ensembled_groups(network, options.upscale, _numbers(options.upscale_layers))
     except ValueError as error:
         raise click.ClickException(f"{base}: {error}") from error
+
+
+def _check_all(job: Job) -> None:
+    """What `upscale: all` cannot be put together with."""
+    options = job.options
+    refused = {
+        f"router_layers: {options.router_layers}": options.router_layers
+        and "embeddings and norms have no hidden states before them that a router could read; write router_layers: 0",
+        f"sparsity: {options.sparsity}": options.sparsity and "task vectors are kept whole; write sparsity: 0",
+        f"upscale_layers: {options.upscale_layers}": options.upscale_layers != "all"
+        and "every parameter is weighed, in blocks or not; leave it out, or take another upscale",
+        "tokenizer": (job.config.tokenizer or job.config.tokenizer_source)
+        and "the embeddings' task vectors are not aligned; give the sources the base's vocabulary and leave it out",
+    }
+    for what, why in refused.items():
+        if why:
+            raise click.ClickException(f"upscale: all does not go with {what}: {why}")
 
 
 def _stored(base: ModelReference, stored: Mapping[str, str], name: str) -> str:
     if name not in stored:
         raise click.ClickException(f"{name} of {base} is not stored as it is used, so that it cannot be upscaled")
     return stored[name]
+
+
+def _check_stored_itself(name: str, headers: Mapping[ModelReference, Headers]) -> None:
+    for model, found in headers.items():
+        if name not in found.shapes:
+            raise click.ClickException(
+                f"{model} has {name} only under the name of a tensor that is tied to it: save it again"
+            )
 
 
 def _numbers(given: int | str) -> list[int] | None:

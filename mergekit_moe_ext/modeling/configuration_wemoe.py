@@ -19,6 +19,7 @@ class Ensembling:
 
     experts: what the task vectors are called.
     groups: per router the name of the module that it reads the input of, and the linear modules that it weighs.
+    per_tensor: groups are parameters by their names, each with constants of its own (AdaMerging).
     router_layers: 0, 1 or 2 (WEMoE, equations 3 and 4).
     shared_router: one router for all groups (E-WEMoE).
     init_lambda, init_std: where coefficients start, and the standard deviation of the routers' weights.
@@ -30,6 +31,7 @@ class Ensembling:
 
     experts: list[str]
     groups: dict[str, list[str]]
+    per_tensor: bool = False
     router_layers: int = 2
     shared_router: bool = False
     init_lambda: float = 0.3

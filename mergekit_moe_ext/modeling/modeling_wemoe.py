@@ -3,6 +3,7 @@
 `WEMoE<X>` is made of transformers' `<X>` when it is asked for: the same class, the same names, with those linear
 modules swapped and a router for each group of them. By linearity (W + sum of c_i T_i) x is either one product with
 merged weights or a sum of products; which is cheaper depends on how many tokens share a set of coefficients.
+Or every parameter has constants of its own (AdaMerging), and is merged whenever a forward pass reads it.
 
 A model that does not generate has one set of coefficients per sample, the mean over its tokens. One that does takes
 the mean over a prefix (`frozen`: the prompt in `generate`, else the first `routing_tokens` tokens; labels among them
@@ -159,6 +160,43 @@ class EnsembledLinear(nn.Module):
         return x.new_zeros(*x.shape[:-1], size).index_add(-1, out, x[..., into] * values)
 
 
+class WeighedTensor:
+    """A parameter that in a forward pass is the base's plus a weighed sum of task vectors, which its module keeps."""
+
+    def __init__(self, module: nn.Module, part: str, experts: int, group: str, current: Current) -> None:
+        base = module.get_parameter(part)
+        module.register_buffer(f"{part}_vectors", base.new_zeros(experts, *base.shape))
+        self.module, self.part, self.group, self.current = module, part, group, current
+
+    def read(self, base: Tensor) -> Tensor:
+        call = self.current.call
+        if call is None or base.is_meta:  # while it is loaded, saved or offloaded
+            return base
+        c = call.values[self.group]
+        if self.group not in call.keeping:
+            return self.merged(base, c)
+        if id(self) not in call.carried.merged:
+            call.carried.merged[id(self)] = self.merged(base, c), None
+        return call.carried.merged[id(self)][0]
+
+    def merged(self, base: Tensor, c: Tensor) -> Tensor:
+        vectors = getattr(self.module, f"{self.part}_vectors").to(base)
+        return torch.addmv(base.flatten(), vectors.reshape(len(c), -1).T, c.to(base)).view_as(base)
+
+    def replace_in(self, module: Any, part: str) -> None:
+        """Have a module, its own or one that is tied to it, read this in place of its parameter."""
+        kind: Any = type(module)
+        module.__class__ = _reading(kind, part)
+        module.weighed = {**getattr(module, "weighed", {}), part: self}
+
+
+@cache
+def _reading(kind: Any, part: str) -> Any:
+    """A subclass of a module's class, by the same name, that finds one parameter among `weighed`."""
+    members = {part: property(lambda module: module.weighed[part].read(module._parameters[part]))}
+    return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__, "__qualname__": kind.__qualname__})
+
+
 class Router(nn.Module):
     """Hidden states to coefficients, before they are averaged (WEMoE, equations 3 and 4)."""
 
@@ -248,6 +286,16 @@ class Call:
         self.left: dict[str, tuple[Tensor, ...]] = {}
         self.values: dict[str, Tensor] = {}  # by group: (experts,), (samples, experts) or (samples, tokens, experts)
         self.keeping: set[str] = set()  # groups whose merged weights serve further passes
+        if model.ensembling.per_tensor:
+            self._weigh_tensors(model)
+
+    def _weigh_tensors(self, model: Any) -> None:
+        """No hidden states choose here, so that everything is known before the first module is called."""
+        for index, name in enumerate(model.ensembling.groups):
+            router = model.routers["0" if model.ensembling.shared_router else str(index)]
+            self.values[name] = router.bias if self.given is None else self.given[0, index]
+        if self.given is None and self.cache is not None and not torch.is_grad_enabled():
+            self.keeping = set(model.ensembling.groups)
 
     @property
     def fills_cache(self) -> bool:
@@ -300,10 +348,14 @@ class Ensemble:
             self._swap_head()
         self.routers: Any = nn.ModuleDict()
         for index, (name, linears) in enumerate(self.ensembling.groups.items()):
+            key = "0" if self.ensembling.shared_router else str(index)
+            if self.ensembling.per_tensor:
+                self._weigh(name)
+                self.routers[key] = Router(0, self.ensembling)
+                continue
             for linear in linears:
                 self._swap(linear, name)
             width = _width_into(self.get_submodule(linears[0]))  # type: ignore[attr-defined]
-            key = "0" if self.ensembling.shared_router else str(index)
             if key not in self.routers:
                 self.routers[key] = Router(width, self.ensembling)
             elif self.routers[key].width != width:
@@ -327,6 +379,19 @@ class Ensemble:
         ensembled = EnsembledLinear(base, len(self.ensembling.experts), kept, group, self._current)
         setattr(self.get_submodule(parent), last, ensembled)  # type: ignore[attr-defined]
 
+    def _weigh(self, name: str) -> None:
+        """The parameter of this name, and those that are tied to it."""
+        owner, _, own_part = name.rpartition(".")
+        experts = len(self.ensembling.experts)
+        weighed = WeighedTensor(self.get_submodule(owner), own_part, experts, name, self._current)  # type: ignore[attr-defined]
+        tied = [target for target, source in self.all_tied_weights_keys.items() if source == name]  # type: ignore[attr-defined]
+        for each in (name, *tied):
+            parent, _, part = each.rpartition(".")
+            module = self.get_submodule(parent)  # type: ignore[attr-defined]
+            if not hasattr(module, "weighed") and module not in (self, self._encoder()):
+                module.register_forward_pre_hook(partial(_check_inside, self))
+            weighed.replace_in(module, part)
+
     def _swap_head(self) -> None:
         parent, _, last = self.ensembling.head.rpartition(".")
         head = self.get_submodule(self.ensembling.head)  # type: ignore[attr-defined]
@@ -347,7 +412,8 @@ class Ensemble:
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
         """Layers that run again in the backward pass do so as part of the forward pass that they belong to."""
-        chosen_outside = [name for name in self.ensembling.groups if _is_checkpointed(self.get_submodule(name))]  # type: ignore[attr-defined]
+        groups = () if self.ensembling.per_tensor else self.ensembling.groups
+        chosen_outside = [name for name in groups if _is_checkpointed(self.get_submodule(name))]  # type: ignore[attr-defined]
         if chosen_outside and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(f"use_reentrant=True cuts {chosen_outside[0]} off from its router: take False")
 
@@ -367,8 +433,8 @@ class Ensemble:
         arguments = dict(signature.bind_partial(self, *args, **kwargs).arguments)
         arguments.pop("self")
         arguments |= arguments.pop("kwargs", {})
+        self._check_given(arguments.get("coefficients"))
         call = Call(self, arguments)
-        self._check_given(call.given)
         arguments.pop("coefficients", None)
         task, labels = arguments.pop("task", None), arguments.get("labels")
         self._choose_head(task)
@@ -393,6 +459,8 @@ class Ensemble:
             raise ValueError(
                 f"coefficients= are (samples, {wanted[0]} groups, {wanted[1]} experts), not {tuple(given.shape)}"
             )
+        if given is not None and self.ensembling.per_tensor and not torch.equal(given, given[:1].expand_as(given)):
+            raise ValueError("coefficients= must be the same for all samples where every parameter is weighed")
 
     def _choose_head(self, task: str | None) -> None:
         tasks = list(self.ensembling.heads)
@@ -465,6 +533,11 @@ class Ensemble:
         samples = max(len(value) if value.ndim == 2 else 1 for value in values)
         return torch.stack([value.expand(samples, -1) for value in values], dim=1)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        if self.ensembling.per_tensor:
+            raise ValueError("the task vectors of the embeddings cannot be resized: resize them in the sources")
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
         config, arguments = prepared
@@ -494,6 +567,11 @@ def _choose(model: Any, name: str, key: str, module: nn.Module, args: tuple[Any,
     if call is None:
         raise RuntimeError(_OUTSIDE)
     call.values[name] = model._route(call, name, key, args[0] if args else kwargs["hidden_states"])
+
+
+def _check_inside(model: Any, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if model._current.call is None:
+        raise RuntimeError(_OUTSIDE)
 
 
 def _enter_encoder(model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

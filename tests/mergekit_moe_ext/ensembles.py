@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_moe_ext.ensembling import ensembled_groups
+from mergekit_moe_ext.ensembling import ensembled_groups, weighed_tensors
 from mergekit_moe_ext.modeling.configuration_wemoe import config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear, model_class
 
@@ -73,6 +73,10 @@ FAMILIES = {
         LlamaForSequenceClassification,
         LlamaConfig(**_TEXT, num_key_value_heads=1, num_labels=4),
     ),
+    "llama-tied": (
+        LlamaForCausalLM,
+        LlamaConfig(**_TEXT, bos_token_id=1, eos_token_id=1, num_key_value_heads=1, tie_word_embeddings=True),
+    ),
     "swin": (
         SwinForImageClassification,
         SwinConfig(
@@ -94,8 +98,12 @@ def build(
     stock_class, config = FAMILIES[family]
     torch.manual_seed(0)
     stock = stock_class(config)
-    groups = ensembled_groups(stock, upscale, None)
-    linears = [linear for group in groups.values() for linear in group]
+    if upscale == "all":
+        groups = weighed_tensors(stock, ensembling.get("head"))
+        ensembling |= {"per_tensor": True, "router_layers": 0}
+    else:
+        groups = ensembled_groups(stock, upscale, None)
+    linears = [] if upscale == "all" else [linear for group in groups.values() for linear in group]
     sizes = {linear: stock.get_submodule(linear).weight.numel() for linear in linears}
     kept = {linear: round((1 - sparsity) * size) for linear, size in sizes.items()} if sparsity else {}
     values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "dtype")}
@@ -112,6 +120,9 @@ def build(
         for module in model.modules():
             if isinstance(module, EnsembledLinear):
                 _draw_vectors(module)
+        for name, buffer in model.named_buffers():
+            if upscale == "all" and name.endswith("_vectors"):
+                buffer.normal_(std=0.3)
     return model.to(dtype or torch.float32).eval()
 
 
@@ -220,6 +231,18 @@ def weights_of_sample(model: Any, family: str, sample: dict[str, Tensor], prefix
                 )
         ready.append(group)
     return found
+
+
+def with_constants(model: Any, family: str) -> tuple[Any, dict[str, Tensor]]:
+    """The stock model, and each parameter of it as the base's plus coefficients times task vectors (B.1)."""
+    stock, state, found = stock_of(model, family), model.state_dict(), {}
+    for name in dict(stock.named_parameters()):
+        if name in model.ensembling.groups:
+            c = route(model, name, torch.empty(0))
+            found[name] = state[name] + sum(w * vector for w, vector in zip(c, state[f"{name}_vectors"], strict=True))
+    for tied, name in stock.all_tied_weights_keys.items():
+        found[tied] = found[name]
+    return stock, found
 
 
 def by_samples(model: Any, family: str, inputs: dict[str, Tensor], routing_tokens: int | None = None) -> Tensor:

@@ -109,6 +109,7 @@ def made(tmp_path_factory):
             ("llama-2", "wemoe", {**STRONG, "routing_tokens": 6}),
             ("llama-running", "wemoe", {**STRONG, "mode": "running"}),
             ("llama-0", "ewemoe", {"router_layers": 0, "init_lambda": 0.7}),
+            ("vit-all", "wemoe", {"router_layers": 0, "upscale": "all"}),
             ("t5-2", "wemoe", STRONG),
         ):
             kind = out.split("-")[0]
@@ -441,7 +442,8 @@ def test_it_stops_where_the_entropy_falls_no_more(here):
 SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
-for path, auto in {"vit-0": AutoModelForImageClassification, "llama-0": AutoModelForCausalLM}.items():
+vit = AutoModelForImageClassification
+for path, auto in {"vit-0": vit, "vit-all": vit, "llama-0": AutoModelForCausalLM}.items():
     model = auto.from_pretrained(f"{path}-stock")
     assert type(model).__module__.startswith("transformers."), type(model)
     with torch.no_grad():
@@ -451,10 +453,15 @@ assert "mergekit_moe_ext" not in sys.modules
 
 
 def test_unloaded_is_equal_by_logits_where_this_package_is_missing(here):
-    inputs = {"vit-0": torch.randn(3, 3, 8, 8), "llama-0": torch.randint(2, 96, (2, 20))}
-    heads, data = {"vit-0": {"task": "cars"}, "llama-0": {}}, {"vit-0": IMAGES, "llama-0": ["long.jsonl"]}
+    images, task = torch.randn(3, 3, 8, 8), {"task": "cars"}
+    inputs = {"vit-0": images, "vit-all": images, "llama-0": torch.randint(2, 96, (2, 20))}
+    heads = {"vit-0": task, "vit-all": task, "llama-0": {}}
+    data = {"vit-0": IMAGES, "vit-all": IMAGES, "llama-0": ["long.jsonl"]}
     for path in inputs:
-        adapt(path, f"{path}-adapted", data[path], READING, adaptation(steps=5, learning_rate=0.1))
+        measured = adapt(path, f"{path}-adapted", data[path], READING, adaptation(steps=5, learning_rate=0.1))
+        assert sum(after - before for before, after in (m["entropy"] for m in measured.values())) < 0
+        moved = changed(read_tensors(here / path), read_tensors(here / f"{path}-adapted"))
+        assert moved and all(name.startswith("routers.") for name in moved)
         unload(f"{path}-adapted", f"{path}-stock", **heads[path])
         torch.save(inputs[path], f"{path}.pt")
     done = run("python", "-c", SCRIPT, env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, cwd=here)
