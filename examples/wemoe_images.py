@@ -107,14 +107,19 @@ def routed(method: str = "wemoe", **parameters: Any) -> dict[str, Any]:
 ROUTED = {
     "AdaMerging (task)": routed(upscale="all", router_layers=0, shared_router=True),
     "AdaMerging (layer)": routed(upscale="all", router_layers=0),
-    **{f"WEMoE ({depth}-layer)": routed(router_layers=depth) for depth in (0, 1, 2)},
-    "WEMoE, sparse 0.9": routed(sparsity=0.9),
-    "WEMoE, shared router": routed(shared_router=True),
-    **{f"E-WEMoE {sparsity}": routed("ewemoe", sparsity=sparsity) for sparsity in (0.9, 0.7, 0.8, 0.95, 0.99)},
+    "WEMoE (0-layer)": routed(router_layers=0),
+    "WEMoE (2-layer)": routed(),
+    "E-WEMoE 0.9": routed("ewemoe"),
 }
 STRATEGIES = {
     "Entire block": routed(upscale="block", router_layers=1),
     "Attention + MLP": routed(upscale="attention+mlp", router_layers=1),
+    "MLP only": routed(router_layers=1),
+}
+SPARSE = {
+    "WEMoE, sparse 0.9": routed(sparsity=0.9),
+    "WEMoE, shared router": routed(shared_router=True),
+    **{f"E-WEMoE {sparsity}": routed("ewemoe", sparsity=sparsity) for sparsity in (0.7, 0.8, 0.95, 0.99)},
 }
 COMPARED = ["Task arithmetic", "Ties-Merging", "AdaMerging (layer)", "WEMoE (0-layer)", "WEMoE (2-layer)"]
 RATES = (1e-2, 5e-3, 1e-3, 1e-4)
@@ -142,7 +147,7 @@ def pixels(pictures: np.ndarray | Tensor) -> Tensor:
     return (torch.as_tensor(pictures).float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
-def train(model: Any, parts: list[tuple[Pictures, Tensor | None]], how: Recipe, seed: int, desc: str) -> None:
+def train(model: Any, parts: Sequence[tuple[Pictures, Tensor | None]], how: Recipe, seed: int, desc: str) -> None:
     """Trains what of the model requires gradients, on one part after the other.
 
     Each part has its pictures and a head (classes, hidden + 1) that stays as it is, or None for the model's own.
@@ -427,17 +432,27 @@ def average(found: dict[str, Any], names: Sequence[str] = TASKS) -> float:
     return statistics.mean(found[task] for task in names)
 
 
-def tables(bench: Bench, kept: Kept) -> None:
-    """Tables 2, 4 and 6, and what figures 11 and 12 are drawn from."""
+def table2(bench: Bench, kept: Kept) -> None:
+    """And Table 4, and what figures 11 and 12 are drawn from."""
     sources, seed = bench.sources, bench.sources.seed
-
     kept.once("Pre-trained", seed, partial(bench.trunk, sources.trunks["base"]))
     kept.once("Individual", seed, bench.own)
     for row, method in STATIC.items():
         kept.once(row, seed, partial(bench.static, method))
-    for row, method in {**ROUTED, **STRATEGIES}.items():
+    for row, method in ROUTED.items():
         kept.once(row, seed, partial(bench.adapted, method))
     kept.once("Traditional MTL", seed, lambda: bench.trunk(make_together(sources, bench.data)))
+
+
+def table6(bench: Bench, kept: Kept) -> None:
+    for row, method in STRATEGIES.items():
+        kept.once(row, bench.sources.seed, partial(bench.adapted, method))
+
+
+def sparsity(bench: Bench, kept: Kept) -> None:
+    """What E-WEMoE is made of, and how much it can drop."""
+    for row, method in SPARSE.items():
+        kept.once(row, bench.sources.seed, partial(bench.adapted, method))
 
 
 def figure4(bench: Bench, kept: Kept) -> None:
@@ -527,8 +542,10 @@ def claim(kept: Kept, better: str, worse: str, names: Sequence[str] = TASKS, whe
     return [f"{state}  {better} above {worse}{where} ({held} of {len(both)} seeds)"]
 
 
-def claims_of_tables(kept: Kept) -> list[str]:
-    in_table2 = [
+def text_of_table2(kept: Kept) -> str:
+    single = {task: [task] for task in TASKS}
+    everything = ["Pre-trained", "Individual", "Traditional MTL", *STATIC, *ROUTED]
+    claims = [
         ("Individual", "Pre-trained"),
         ("Individual", "Traditional MTL"),
         ("Weight averaging", "Pre-trained"),
@@ -537,14 +554,11 @@ def claims_of_tables(kept: Kept) -> list[str]:
         ("Ties-Merging", "AdaMerging (task)"),
         ("AdaMerging (layer)", "AdaMerging (task)"),
         ("AdaMerging (layer)", "Ties-Merging"),
+        ("AdaMerging (layer)", "WEMoE (0-layer)"),
+        ("WEMoE (0-layer)", "Task arithmetic"),
         ("WEMoE (2-layer)", "AdaMerging (layer)"),
         ("WEMoE (2-layer)", "Traditional MTL"),
         ("Individual", "WEMoE (2-layer)"),
-        ("AdaMerging (layer)", "WEMoE (0-layer)"),
-        ("WEMoE (0-layer)", "Task arithmetic"),
-        ("WEMoE (1-layer)", "WEMoE (0-layer)"),
-        ("WEMoE (2-layer)", "WEMoE (1-layer)"),
-        ("WEMoE (2-layer)", "E-WEMoE 0.9"),
         ("E-WEMoE 0.9", "AdaMerging (layer)"),
     ]
     unseen = [
@@ -553,26 +567,25 @@ def claims_of_tables(kept: Kept) -> list[str]:
         ("WEMoE (0-layer)", "Task arithmetic"),
         ("Task arithmetic", "Ties-Merging"),
     ]
-    strategies = [("Attention + MLP", "WEMoE (1-layer)"), ("WEMoE (1-layer)", "Entire block")]
-    lines = [line for pair in in_table2 for line in claim(kept, *pair)]
-    lines += [line for pair in unseen for line in claim(kept, *pair, names=UNSEEN, where=" on unseen tasks")]
-    return lines + [line for pair in strategies for line in claim(kept, *pair)]
-
-
-def text_of_tables(kept: Kept) -> str:
-    single = {task: [task] for task in TASKS}
-    first = ["Pre-trained", "Individual", "Traditional MTL", *STATIC, *ROUTED]
-    seen_and_not = {**single, "seen": TASKS, **{task: [task] for task in UNSEEN}, "unseen": UNSEEN}
     parts = [
         "Table 2",
-        markdown(kept, first, {**single, "average": TASKS}),
+        markdown(kept, everything, {**single, "average": TASKS}),
+        "\n".join(line for pair in claims for line in claim(kept, *pair)),
         "Table 4",
-        markdown(kept, ["Pre-trained", *COMPARED], seen_and_not),
-        "Table 6 (routers of one layer)",
-        markdown(kept, [*STRATEGIES, "WEMoE (1-layer)"], {**single, "average": TASKS}),
-        "\n".join(claims_of_tables(kept)),
+        markdown(kept, ["Pre-trained", *COMPARED], {"seen": TASKS, **{t: [t] for t in UNSEEN}, "unseen": UNSEEN}),
+        "\n".join(line for pair in unseen for line in claim(kept, *pair, names=UNSEEN, where=" on unseen tasks")),
     ]
     return "\n\n".join(parts)
+
+
+def text_of_table6(kept: Kept) -> str:
+    table = markdown(kept, STRATEGIES, {**{task: [task] for task in TASKS}, "average": TASKS})
+    lines = claim(kept, "Attention + MLP", "MLP only") + claim(kept, "MLP only", "Entire block")
+    return "\n\n".join(["Table 6 (routers of one layer)", table, "\n".join(lines)])
+
+
+def text_of_sparsity(kept: Kept) -> str:
+    return "E-WEMoE\n\n" + markdown(kept, SPARSE, {**{task: [task] for task in TASKS}, "average": TASKS})
 
 
 def text_of_figure4(kept: Kept) -> str:
@@ -679,13 +692,15 @@ def draw_routing(kept: Kept, path: Path) -> None:
 
 
 PARTS: dict[str, tuple[Callable[[Bench, Kept], None], Callable[[Kept], str]]] = {
-    "tables": (tables, text_of_tables),
+    "table2": (table2, text_of_table2),
+    "table6": (table6, text_of_table6),
+    "sparsity": (sparsity, text_of_sparsity),
     "figure4": (figure4, text_of_figure4),
     "figure5": (figure5, text_of_figure5),
     "table5": (table5, text_of_table5),
 }
 DRAWN = {
-    "tables": (draw_routing, "wemoe_routing.png"),
+    "table2": (draw_routing, "wemoe_routing.png"),
     "figure4": (draw_curves, "wemoe_figure4.png"),
     "figure5": (draw_lambdas, "wemoe_figure5.png"),
 }
