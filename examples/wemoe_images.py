@@ -10,9 +10,9 @@
 4. Write the accuracies (`*.json` in OUTPUT), print the papers' tables and which of their orderings hold, and draw.
 
 Every accuracy is kept as soon as it is there: the same command goes on after an interruption. `--only` picks a part.
-What differs from the papers, besides the size: 100 steps of adaptation on 8 pictures per task, not 1000 on 16; learning
-rates of 3e-4 for routers and 1e-2 for constants, not 1e-3; four tasks, not eight; for unseen tasks, two more that none
-of the models was fine-tuned on.
+What differs from the papers, besides the size: 100 steps of adaptation on 8 pictures per task, not 1000 on 16;
+learning rates of 3e-4 for routers and 1e-2 for constants, not 1e-3; four tasks, not eight; for unseen tasks, two more
+that none of the models was fine-tuned on.
 """
 
 import hashlib
