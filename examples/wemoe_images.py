@@ -81,8 +81,8 @@ class Recipe:
 
 
 PRETRAINING = Recipe(steps=2000, batch=64, learning_rate=1e-3)
-FINE_TUNING = Recipe(steps=500, batch=32, learning_rate=1e-3)
-TOGETHER = Recipe(steps=1000, batch=32, learning_rate=1e-3)  # traditional multi-task learning
+FINE_TUNING = Recipe(steps=1500, batch=32, learning_rate=1e-3)
+TOGETHER = Recipe(steps=1500, batch=32, learning_rate=1e-3)  # traditional multi-task learning
 MEASURED = 300  # test pictures per task, which routers are adapted to, too
 ROUTED_LOOKED_AT = 100  # of these, for what routers choose
 ADAPTATION = {"steps": 100, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 64}
@@ -712,7 +712,8 @@ def draw_routing(kept: Kept, path: Path) -> None:
             axes.set_xticks(range(len(TASKS)), TASKS, rotation=30)
             axes.set_title(f"{said}, pictures: {task}", fontsize=8)
         line[0].set_ylabel("block")
-    figure.savefig(path, dpi=110)
+    figure.supxlabel("expert", fontsize=9)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
@@ -751,7 +752,8 @@ def main(output: Path, only: tuple[str, ...], seeds: tuple[int, ...], steps: int
     transformers.utils.logging.set_verbosity_error()  # or it lists the head, left out, at every trunk
     transformers.utils.logging.disable_progress_bar()
     adaptation = {**ADAPTATION, "steps": steps}
-    files = {part: Kept(output, part, {**adaptation, **LEARNING_RATE}) for part in only or PARTS}
+    settings = {**adaptation, **LEARNING_RATE, "sources": folder_of(PRETRAINING, FINE_TUNING).name}
+    files = {part: Kept(output, part, settings) for part in only or PARTS}
     data = {task: shortened(pictures) for task, pictures in tasks([*TASKS, *UNSEEN]).items()}
     base = make_base()
     with tempfile.TemporaryDirectory() as scratch:
