@@ -1,13 +1,15 @@
 """Weight-ensembling MLPs against a loop over samples, as the papers' public code has it, and against a plain MLP.
 
     python benchmarks/wemoe.py                # CPU, some minutes
+    python benchmarks/wemoe.py --real         # a whole SmolLM2-135M in place of a small decoder
     python benchmarks/wemoe.py --device cuda
 
-First the blocks of a ViT-B (hidden 768, eight tasks) on 50 tokens per image, batches of 1, 16 and 64: the loop merges
-the weights of each sample's MLP, task vector by task vector, and calls it on that sample. Then a decoder of hidden
-size 576: prefill, and one token after it, when coefficients are frozen. Last what the choice between the two ways of
-`EnsembledLinear` rests on. Competitors take turns, the best of their runs counts, and memory is the peak beyond what
-is held before.
+First the blocks of a ViT-B (hidden 768, eight tasks) on 50 tokens per image: the loop merges the weights of each
+sample's MLP, task vector by task vector, and calls it on that sample; `sparse` keeps a tenth of each vector. Then the
+same with gradients of the routers. Then a decoder, three tasks: prefill, and one token after it, when coefficients
+are frozen; what vectors take on disk. Last what the choice between the ways of `EnsembledLinear` rests on. Task
+vectors are random. Competitors take turns, the best of their runs counts, and memory is the peak beyond what is held
+before.
 """
 
 import copy
@@ -18,15 +20,18 @@ from typing import Any
 import click
 import torch
 from measuring import best_in_turn, peak_extra_bytes
+from real_data import smollm2
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 from mergekit_moe_ext.ensembling import ensembled_groups
+from mergekit_moe_ext.modeling import modeling_wemoe
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import Current, EnsembledLinear, model_class
 
-TASKS = [f"task{index}" for index in range(8)]
+KEPT = 0.1  # of a sparse vector
+STORED = (".vectors", ".values", ".columns", ".row_ends")
 
 
 class Looped(nn.Module):
@@ -53,89 +58,133 @@ class Looped(nn.Module):
         return functional_call(self.stock, merged, (sample,))
 
 
-def make(base: Any, config: Any, device: str, **settings: Any) -> tuple[Any, Any]:
-    """The plain model, and the same with random task vectors on its MLPs."""
-    torch.manual_seed(0)
-    plain = base(config).to(device).eval()
-    ensembling = Ensembling(experts=TASKS, groups=ensembled_groups(plain, "mlp", None), **settings)
-    values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    made: Any = config_class(type(config))  # type: ignore[arg-type]
-    ensembled: Any = model_class(base)(made(**values, ensembling=ensembling.as_dict()))
-    for module in ensembled.modules():
-        if isinstance(module, EnsembledLinear):
-            module.vectors.normal_(std=0.002)
-    return plain, ensembled.to(device).eval()
-
-
 def looped(plain: Any, ensembled: Any) -> Any:
     """The plain model with its MLPs replaced by the loop."""
     model = copy.deepcopy(plain)
     for index, name in enumerate(ensembled.ensembling.groups):
         parent, _, last = name.rpartition(".")
-        stock = plain.get_submodule(name)
-        loop = Looped(ensembled.get_submodule(name), stock, ensembled.routers[str(index)])
+        loop = Looped(ensembled.get_submodule(name), model.get_submodule(name), ensembled.routers[str(index)])
         setattr(model.get_submodule(parent), last, loop)
     return model
+
+
+def draw(module: EnsembledLinear) -> None:
+    if module.kept is None:
+        module.vectors.normal_(std=0.002)
+        return
+    module.values.normal_(std=0.002)
+    rows, width = module.weight.shape
+    for index in range(len(module.values)):
+        places = torch.randperm(rows * width)[: module.kept].sort().values
+        module.columns[index] = (places % width).to(module.columns.dtype)
+        module.row_ends[index] = torch.searchsorted(places, torch.arange(1, rows + 1) * width).int()
+
+
+def ensembled(plain: Any, tasks: int, sparse: bool = False) -> Any:
+    """The same model with task vectors on its MLPs, of which routers alone are trained."""
+    groups = ensembled_groups(plain, "mlp", None)
+    sizes = {name: plain.get_submodule(name).weight.numel() for names in groups.values() for name in names}
+    kept = {name: round(KEPT * size) for name, size in sizes.items()} if sparse else {}
+    experts = [f"task{index}" for index in range(tasks)]
+    values = {key: value for key, value in plain.config.to_dict().items() if key != "model_type"}
+    made: Any = config_class(type(plain.config))  # type: ignore[arg-type]
+    ensembling = Ensembling(experts=experts, groups=groups, kept=kept).as_dict()
+    model: Any = model_class(type(plain))(made(**values, ensembling=ensembling))  # type: ignore[arg-type]
+    model.load_state_dict(plain.state_dict(), strict=False)
+    for module in model.modules():
+        if isinstance(module, EnsembledLinear):
+            draw(module)
+    model.requires_grad_(False).routers.requires_grad_(True)
+    return model.to(plain.device).eval()
 
 
 def decoding(model: Any, ids: Tensor) -> Callable[[], object]:
     """One step after the prompt; the cache grows by a token per run."""
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
-    return partial(model, ids[:, -1:], past_key_values=cache)
+    step = partial(model, ids[:, -1:], past_key_values=cache)
+    step()  # the first merges the weights that are kept
+    return step
+
+
+@torch.enable_grad()
+def train(model: Any, images: Tensor) -> None:
+    model(images).pooler_output.square().mean().backward()
 
 
 def show(what: str, works: Mapping[str, Callable[[], object]], device: str, seconds: float) -> None:
     extra = {name: peak_extra_bytes(work, device) for name, work in works.items()}
     best = best_in_turn(works, device, seconds)
-    ours = best["ours"]
-    click.echo(
-        f"{what:34}"
-        + "  ".join(f"{name} {best[name] * 1e3:9.2f} ms {extra[name] / 1e6:6.0f} MB" for name in works)
-        + "  "
-        + ", ".join(f"{name} / ours {best[name] / ours:.2f}" for name in works if name != "ours")
+    for name in works:
+        times = "" if name == "ours" else f"{best[name] / best['ours']:6.2f} times ours"
+        click.echo(f"{what:34}{name:8}{best[name] * 1e3:10.2f} ms {extra[name] / 1e6:7.0f} MB{times}")
+
+
+def show_images(device: str, layers: int, seconds: float, batches: tuple[int, ...]) -> None:
+    plain = ViTModel(ViTConfig(num_hidden_layers=layers, patch_size=32)).to(device).eval().requires_grad_(False)
+    ours = ensembled(plain, 8)
+    models = {"ours": ours, "sparse": ensembled(plain, 8, sparse=True), "loop": looped(plain, ours), "plain": plain}
+    for batch in batches:
+        images = torch.randn(batch, 3, 224, 224, device=device)
+        works = {name: partial(model, images) for name, model in models.items()}
+        show(f"ViT-B/32, {layers} blocks, batch {batch}", works, device, seconds)
+    models.pop("plain")
+    images = torch.randn(16, 3, 224, 224, device=device)
+    works = {name: partial(train, model, images) for name, model in models.items()}
+    show("with gradients, batch 16", works, device, seconds)
+
+
+def show_decoder(plain: Any, device: str, seconds: float) -> None:
+    ours, sparse = ensembled(plain, 3), ensembled(plain, 3, sparse=True)
+    ids = torch.randint(0, plain.config.vocab_size, (1, 256), device=device)
+    models = {"ours": ours, "sparse": sparse, "loop": looped(plain, ours), "plain": plain}
+    what = f"decoder, {plain.config.num_hidden_layers} blocks"
+    show(f"{what}, 256 tokens", {name: partial(model, ids) for name, model in models.items()}, device, seconds)
+    models.pop("loop")
+    show(f"{what}, one more", {name: decoding(model, ids) for name, model in models.items()}, device, seconds)
+    dense, few = (
+        sum(each.nbytes for name, each in model.state_dict().items() if name.endswith(STORED))
+        for model in (ours, sparse)
     )
+    click.echo(f"vectors {dense / 1e6:.0f} MB, sparse {few / 1e6:.0f} MB, {few / dense:.1%}")
+
+
+def way(linear: EnsembledLinear, x: Tensor, c: Tensor, most: int) -> Tensor:
+    modeling_wemoe._MERGING = modeling_wemoe._FEW = most  # tokens for which nothing is merged
+    return linear._by_sample(x, c)
 
 
 def show_rule(device: str, seconds: float) -> None:
-    """Both ways of one linear map, against the number of tokens that share coefficients."""
-    base = nn.Linear(768, 3072).to(device)
-    for kept in (None, int(0.1 * 768 * 3072)):
-        linear = EnsembledLinear(base, len(TASKS), kept, "", Current())
-        for samples in (1, 16):
-            for tokens in (1, 2, 4, 8, 16):
-                x, c = torch.randn(samples, tokens, 768, device=device), torch.rand(samples, len(TASKS), device=device)
-                ways = {"merged": partial(linear._samples, x, c), "one by one": partial(linear._one_by_one, x, c)}
-                best = best_in_turn(ways, device, seconds)
-                click.echo(
-                    f"{'dense' if kept is None else 'sparse':7}{samples:3} samples x {tokens:2} tokens  "
-                    + "  ".join(f"{name} {best[name] * 1e3:8.2f} ms" for name in ways)
-                )
+    """The ways of one linear map, against the number of tokens that share coefficients."""
+    for kept in (None, int(KEPT * 768 * 3072)):
+        linear = EnsembledLinear(nn.Linear(768, 3072).to(device), 8, kept, "", Current())
+        draw(linear)
+        for samples, tokens in ((samples, tokens) for samples in (1, 16) for tokens in (1, 2, 4, 8, 16)):
+            x, c = torch.randn(samples, tokens, 768, device=device), torch.rand(samples, 8, device=device)
+            ways = {name: partial(way, linear, x, c, most) for name, most in (("merged", 0), ("products", 10**6))}
+            best = best_in_turn(ways, device, seconds)
+            times = "  ".join(f"{name} {best[name] * 1e3:8.2f} ms" for name in best)
+            click.echo(f"{'dense' if kept is None else 'sparse':7}{samples:3} samples x {tokens:2} tokens  {times}")
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--layers", default=2, show_default=True, help="Blocks of both models.")
+@click.option("--layers", default=2, show_default=True, help="Blocks of the models that are not real.")
+@click.option("--real", is_flag=True, help="Measure SmolLM2-135M, and nothing else; fetched where it is not yet.")
 @click.option("--seconds", default=10.0, show_default=True, help="Of each comparison.")
 @click.option("--batch", "batches", type=int, multiple=True, default=[1, 16, 64], show_default=True)
-@torch.inference_mode()
-def main(device: str, layers: int, seconds: float, batches: tuple[int, ...]) -> None:
-    click.echo(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32, {len(TASKS)} tasks")
-    plain, ours = make(ViTModel, ViTConfig(num_hidden_layers=layers, patch_size=32), device)
-    loop = looped(plain, ours)
-    for batch in batches:
-        images = torch.randn(batch, 3, 224, 224, device=device)
-        works = {"ours": partial(ours, images), "loop": partial(loop, images), "plain": partial(plain, images)}
-        show(f"ViT-B/32, {layers} blocks, batch {batch}", works, device, seconds)
-    config = LlamaConfig(
-        vocab_size=8000, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9
-    )
-    plain, ours = make(LlamaForCausalLM, config, device)
-    ids = torch.randint(0, 8000, (1, 256), device=device)
-    works = {"ours": partial(ours, ids), "loop": partial(looped(plain, ours), ids), "plain": partial(plain, ids)}
-    show(f"decoder, {layers} blocks, 256 tokens", works, device, seconds)
-    show("decoder, one token", {"ours": decoding(ours, ids), "plain": decoding(plain, ids)}, device, seconds)
-    show_rule(device, min(seconds, 2.0))
+def main(device: str, layers: int, real: bool, seconds: float, batches: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    click.echo(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32")
+    with torch.no_grad():
+        if real:
+            show_decoder(AutoModelForCausalLM.from_pretrained(smollm2()).to(device).eval(), device, seconds)
+            return
+        show_images(device, layers, seconds, batches)
+        sizes = {"vocab_size": 8000, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+        config = LlamaConfig(**sizes, num_hidden_layers=layers)
+        show_decoder(LlamaForCausalLM(config).to(device).eval(), device, seconds)
+        show_rule(device, min(seconds, 2.0))
 
 
 if __name__ == "__main__":

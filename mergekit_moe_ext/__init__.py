@@ -1,8 +1,8 @@
 """Merge methods for mergekit that build and merge mixtures of experts.
 
 Importing this package makes the methods known to mergekit (they are already where torch's autoload is
-on, which is the default): `mergekit.merge.run_merge` then takes them. It also makes the sequence MoE of
-`modeling/` known to transformers, so that one loads without `trust_remote_code`.
+on, which is the default): `mergekit.merge.run_merge` then takes them. It also makes the architectures of
+`modeling/` known to transformers, so that its Auto classes load them without `trust_remote_code`.
 
 >>> import mergekit_moe_ext
 >>> from mergekit.merge import run_merge

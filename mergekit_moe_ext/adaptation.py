@@ -8,20 +8,17 @@ The network stays in inference mode, so that it adapts as it will be used. In a 
 token, and those of tokens in the prefix, which the coefficients depend on, are left out.
 """
 
-import hashlib
-import importlib.util
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import Dataset
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
@@ -29,10 +26,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
-from transformers import AutoImageProcessor, EvalPrediction, TrainerCallback
+from transformers import EvalPrediction
 
 from _mergekit_moe_ext_common import options as shared_options
-from _mergekit_moe_ext_common.data import Source, collate, decoder_inputs, fingerprint, parse_sources, tokenise
+from _mergekit_moe_ext_common.data import Source, collate, decoder_inputs, parse_sources, tokenise
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
@@ -46,13 +43,14 @@ from _mergekit_moe_ext_common.training import (
     training_arguments,
     with_predicted,
 )
+from mergekit_moe_ext.adaptation_data import Kind, One, Rounds, classified, data_fingerprint, load_image_processor
+from mergekit_moe_ext.adaptation_objective import Guard, Patience, entropy
 from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
-from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
+from mergekit_moe_ext.modeling.configuration_wemoe import class_names
 from mergekit_moe_ext.options import Adaptation
 
 LOG = logging.getLogger(__name__)
-Kind = Literal["decoder", "encoder-decoder", "text", "image"]
 Measured = dict[str, dict[str, tuple[float, float]]]
 _KINDS: dict[str, Kind] = {
     "AutoModelForCausalLM": "decoder",
@@ -60,80 +58,7 @@ _KINDS: dict[str, Kind] = {
     "AutoModelForSequenceClassification": "text",
     "AutoModelForImageClassification": "image",
 }
-_FLOOR = 0.5  # of a task's first entropy of the mean prediction; the guard acts below it
-_PER_CLASS = 4  # predictions in the guard's running mean
-_LEAST_WEIGHT = 0.01  # of a batch in it
-_MOMENTUM = 0.9  # of the objective's running mean
-_LEAST_GAIN = 1e-3  # the part by which the objective falls while there is progress
 _RUNNING = "running.safetensors"
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Of softmax(logits), in nats: (…, classes) to (…) (equation 5)."""
-    logs = logits.log_softmax(-1)
-    return _entropy(logs.exp(), logs)
-
-
-def _entropy(p: Tensor, logs: Tensor) -> Tensor:
-    return -(p * logs.clamp(min=torch.finfo(p.dtype).min)).sum(-1)
-
-
-class Guard:
-    """Adds to the loss of a task whose predictions go to a few classes, whatever the input.
-
-    That is seen by the entropy of their running mean: where it falls below a floor, a share of what it was in the
-    first step, the penalty is the difference. The mean runs over about four predictions per class, so that it shows
-    all classes and yet no step too late. Its gradient is taken as if all of it had moved as the last batch did.
-    Together, entropy and penalty are the information-maximisation loss of SHOT (Liang et al. 2020), below the floor.
-    """
-
-    def __init__(self) -> None:
-        self.mean: dict[str, Tensor] = {}
-        self.floor: dict[str, Tensor] = {}
-        self.acted: dict[str, Tensor] = {}
-
-    def penalty(self, task: str, mean: Tensor, number: float) -> Tensor:
-        """A scalar, of the mean (classes,) of the predictions in a batch of the task, and their number."""
-        now, weight = mean.detach(), min(1.0, max(_LEAST_WEIGHT, number / (_PER_CLASS * len(mean))))
-        if task not in self.mean:
-            self.mean[task] = now.clone()
-            self.floor[task] = _FLOOR * _entropy_of(now)
-            self.acted[task] = torch.zeros((), dtype=torch.int64)
-        else:
-            self.mean[task] = (1 - weight) * self.mean[task].to(now.device) + weight * now
-        missing = self.floor[task].to(now.device) - _entropy_of(self.mean[task] + mean - now)
-        if missing > 0:
-            self.acted[task] = self.acted[task] + 1
-        return missing.clamp(min=0)
-
-
-def _entropy_of(p: Tensor) -> Tensor:
-    return _entropy(p, p.clamp(min=torch.finfo(p.dtype).tiny).log())
-
-
-class Patience(TrainerCallback):
-    """Stops the training once the running mean of the objective falls no more."""
-
-    def __init__(self, steps: int | None):
-        self.steps = steps
-        self.running = self.best = torch.full((), torch.nan, dtype=torch.float64)
-        self.waited = torch.zeros((), dtype=torch.int64)
-        self._of_this_step = 0.0
-
-    def add(self, value: Tensor) -> None:
-        """What one task adds to the objective in this step."""
-        self._of_this_step += value.item()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = torch.tensor(self._of_this_step, dtype=torch.float64)
-        self._of_this_step = 0.0
-        self.running = now if self.running.isnan() else _MOMENTUM * self.running + (1 - _MOMENTUM) * now
-        if self.best.isnan() or self.running < (1 - _LEAST_GAIN) * self.best:
-            self.best, self.waited = self.running, torch.zeros_like(self.waited)
-        else:
-            self.waited = self.waited + 1
-        if self.steps is not None and self.waited >= self.steps and not control.should_training_stop:
-            control.should_training_stop = control.should_evaluate = True
 
 
 class AdaptationTrainer(TrainedOnly, BarTrainer):
@@ -284,42 +209,6 @@ class Predictions:
         return {name: value for name, value in named.items() if value == value}
 
 
-class Rounds(torch.utils.data.Dataset):
-    """Rows `{task: row}`: `batch` of one task, then as many of the next, for `steps` rounds of all tasks.
-
-    Every task's rows come in an order of their own, and again, in another, when all were seen.
-    """
-
-    def __init__(self, tasks: Mapping[str, Dataset], *, batch: int, steps: int, seed: int):
-        self._tasks, self._batch, self._steps = list(tasks.items()), batch, steps
-        self._order = lru_cache(2 * len(tasks))(
-            lambda task, epoch: np.random.default_rng([seed, task, epoch]).permutation(len(self._tasks[task][1]))
-        )
-
-    def __len__(self) -> int:
-        return self._steps * len(self._tasks) * self._batch
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        number, place = divmod(index, self._batch)
-        step, task = divmod(number, len(self._tasks))
-        name, rows = self._tasks[task]
-        epoch, position = divmod(step * self._batch + place, len(rows))
-        return {name: rows[int(self._order(task, epoch)[position])]}
-
-
-class One(torch.utils.data.Dataset):
-    """The rows of one task as `{task: row}`."""
-
-    def __init__(self, task: str, rows: Dataset):
-        self._task, self._rows = task, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {self._task: self._rows[index]}
-
-
 def adapt(
     model_path: str,
     output: str | None,
@@ -341,6 +230,8 @@ def adapt(
     checkpoints = out.with_name(f"{out.name}.checkpoints")
     architecture, config = read_ensemble(model_path)
     kind = _kind(model_path, architecture, config)
+    rate = _learning_rate(kind, config) if adaptation.learning_rate is None else adaptation.learning_rate
+    adaptation = replace(adaptation, learning_rate=rate)
     tasks = [source.name for source in parse_sources(data)]
     _check_tasks(model_path, config, tasks, [source.name for source in parse_sources(eval_data)])
     recipe = shared_options.Recipe(
@@ -358,19 +249,19 @@ def adapt(
         recipe,
         reading,
         checkpoints,
-        learning_rate=adaptation.learning_rate,
+        learning_rate=rate,
         measure=True,
         max_grad_norm=0.0,
         ddp_find_unused_parameters=config.ensembling.get("per_tensor", False),  # a mask token, say
         ddp_broadcast_buffers=False,  # these are the task vectors
     )
     arguments.logging_steps = max(1, adaptation.steps // 20)
-    prepare = _image_processor(model_path, reading) if kind == "image" else load_tokenizer(model_path, reading)
+    prepare = load_image_processor(model_path, reading) if kind == "image" else load_tokenizer(model_path, reading)
     prefix = _prefix(kind, config)
 
     def rows_of(rows: Dataset, source: Source) -> Dataset:
         if kind in ("text", "image"):
-            return _classified(rows, source, kind, prepare, config, reading, adaptation)
+            return classified(rows, source, kind, prepare, config, reading, adaptation)
         encoded = tokenise(
             rows,
             source,
@@ -386,7 +277,7 @@ def adapt(
     settings = {
         "model": str(Path(model_path).resolve()) if Path(model_path).exists() else model_path,
         "weights": checkpoint_fingerprint(ModelReference.model_validate(model_path), MergeOptions()),
-        "data": {task: _fingerprint(rows, adaptation.image_column) for task, rows in training.items()},
+        "data": {task: data_fingerprint(rows, adaptation.image_column) for task, rows in training.items()},
         **asdict(adaptation),
         "processes": arguments.world_size,
     }
@@ -430,6 +321,10 @@ def adapt(
     guarded = {task: int(count) for task, count in (trainer.guard.acted if trainer.guard else {}).items() if count}
     for task, count in guarded.items():
         LOG.info("the guard acted on %s in %d of %d steps", task, count, trainer.state.global_step)
+    for task in _worse(results):
+        LOG.warning(
+            "%s: predictions are surer now and more often wrong; try a lower --learning-rate or fewer --steps", task
+        )
     for name, parameter in model.routers.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     with staged(out) as directory:
@@ -445,14 +340,14 @@ _WHOSE = {True: "which are not the ones measured", False: "the test inputs thems
 
 
 def _kind(model_path: str, architecture: Any, config: Any) -> Kind:
-    auto = auto_class_of(architecture.__name__.removeprefix("WEMoE"))
+    auto = architecture._auto_class
     if auto not in _KINDS:
         raise click.ClickException(
             f"{model_path} is {architecture.__name__}; what is adapted are models of classes or next tokens, those of "
             + ", ".join(_KINDS)
         )
-    classes = config.ensembling["heads"] or {"": config.num_labels}
-    if _KINDS[auto] in ("text", "image") and min(classes.values()) < 2:
+    heads = config.ensembling["heads"].values() or [class_names(config)]
+    if _KINDS[auto] in ("text", "image") and min(map(len, heads)) < 2:
         raise click.ClickException(f"{model_path} has a head of one class, whose predictions have no entropy")
     return _KINDS[auto]
 
@@ -476,89 +371,24 @@ def _prefix(kind: Kind, config: Any) -> int:
     return ensembling["routing_tokens"] if frozen else 0
 
 
-def _image_processor(model_path: str, reading: Reading) -> Any:
-    if importlib.util.find_spec("PIL") is None:
-        raise click.ClickException("reading images needs Pillow: pip install 'mergekit-moe-ext[images]'")
-    try:
-        return AutoImageProcessor.from_pretrained(
-            str(Path(model_path).expanduser()), trust_remote_code=reading.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise click.ClickException(
-            f"{model_path} has no image processor: put the preprocessor_config.json of its base there"
-        ) from error
+def _learning_rate(kind: Kind, config: Any) -> float:
+    """The paper's, and a tenth of it for tokens, whose entropy falls at the paper's while their loss soars."""
+    predicts_tokens = kind in ("decoder", "encoder-decoder")
+    return 1e-4 if predicts_tokens and config.ensembling["router_layers"] else 1e-3
 
 
-def _classified(
-    rows: Dataset,
-    source: Source,
-    kind: Kind,
-    prepare: Any,
-    config: Any,
-    reading: Reading,
-    adaptation: Adaptation,
-) -> Dataset:
-    """Images, or `input_ids`, with the right class as `label` where it is known."""
-    labels = _labels(rows, source, config, adaptation)
-    if kind == "image":
-        name = adaptation.image_column
-        if not isinstance(rows.features.get(name), Image):
-            raise click.ClickException(
-                f"{source} (data {source.name!r}) has no column {name!r} of images; there are "
-                f"{', '.join(rows.column_names)} (--image-column names another)"
-            )
-        rows = rows.select_columns([name])
-    else:
-        texts = len(rows)
-        rows = tokenise(rows, source, prepare, columns=reading.columns, max_length=reading.max_length)
-        if len(rows) < texts:
-            raise click.ClickException(f"{source} (data {source.name!r}) has {texts - len(rows)} rows without text")
-    return rows if labels is None else rows.add_column("label", labels)
+def _worse(results: Measured) -> list[str]:
+    """The tasks whose entropy fell and whose accuracy fell or loss rose."""
 
+    def fell(measures: Mapping[str, tuple[float, float]], name: str, sign: int = 1) -> bool:
+        before, after = measures.get(name, (0.0, 0.0))
+        return sign * after < sign * before
 
-def _labels(rows: Dataset, source: Source, config: Any, adaptation: Adaptation) -> list[int] | None:
-    """The classes of the rows by the numbers of the head. Without any that fit: None, or an error if needed."""
-    heads, column = config.ensembling["heads"], adaptation.label_column
-    size = heads[source.name] if heads else config.num_labels
-    numbers = {} if heads else {str(name): number for number, name in config.id2label.items()}
-    feature, found = rows.features.get(column), None
-    if feature is None:
-        complaint = f"has no column {column!r} of classes (--label-column names another)"
-    elif isinstance(feature, ClassLabel):
-        complaint = f"has {feature.num_classes} classes, which are not the {size} of the model's head"
-        if set(feature.names) <= numbers.keys():
-            found = [numbers[feature.names[value]] for value in rows[column]]
-        elif feature.num_classes == size:
-            found = list(rows[column])
-    elif isinstance(feature, Value) and "int" in feature.dtype:
-        complaint = f"has classes in {column!r} that are none of 0 to {size - 1}"
-        found = list(rows[column])
-    else:
-        complaint = f"has classes in {column!r} that the model's head does not name"
-        found = [numbers.get(str(value), -1) for value in rows[column]]
-    if found is not None and all(value is not None and 0 <= value < size for value in found):
-        return found
-    if adaptation.objective == "supervised":
-        raise click.ClickException(f"{source} (data {source.name!r}) {complaint}, and --objective supervised needs it")
-    if feature is not None:
-        LOG.warning("%s (data %r) %s: its accuracy is not measured", source, source.name, complaint)
-    return None
-
-
-def _fingerprint(rows: Dataset, image_column: str) -> str:
-    """Tells other data: of texts all token ids, of images file names and sizes; and the classes."""
-    if "input_ids" in rows.column_names:
-        content = fingerprint(rows.select_columns([name for name in rows.column_names if name != "label"]))
-    else:
-        files = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-        content = str([_name_and_size(file[image_column]) for file in files])
-    labels = list(rows["label"]) if "label" in rows.column_names else []
-    return hashlib.sha256(f"{content} {labels}".encode()).hexdigest()
-
-
-def _name_and_size(file: dict[str, Any]) -> tuple[str, int]:
-    path = Path(file["path"] or "")
-    return path.name, path.stat().st_size if file["bytes"] is None else len(file["bytes"])
+    return [
+        task
+        for task, measures in results.items()
+        if fell(measures, "entropy") and (fell(measures, "accuracy") or fell(measures, "loss", -1))
+    ]
 
 
 def _before_and_after(history: Sequence[dict[str, Any]], tasks: Sequence[str]) -> Measured:

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-Upscale = Literal["mlp", "attention", "attention+mlp", "block", "all"]
+Part = Literal["attention", "mlp"]
+Grouping = Literal["mlp", "attention", "attention+mlp", "block"]
+Upscale = Literal[Grouping, "all", "auto"]
 # Not T5's layers, which are called after the attention that they hold.
 _ATTENTION = re.compile("^(?!.*Layer).*Attention")
 _FFN = re.compile("MLP|FeedForward|FFN|DenseAct|DenseGatedAct")
@@ -17,11 +19,11 @@ _FFN = re.compile("MLP|FeedForward|FFN|DenseAct|DenseGatedAct")
 _CROSS_ATTENTION = re.compile("encdec|encoder_attn|cross", re.IGNORECASE)
 
 
-def ensembled_groups(model: PreTrainedModel, upscale: Upscale, layers: Sequence[int] | None) -> dict[str, list[str]]:
+def ensembled_groups(model: PreTrainedModel, upscale: Grouping, layers: Sequence[int] | None) -> dict[str, list[str]]:
     """Per router the module whose input it reads, and the linear modules that it weighs, by their names.
 
     `layers`: of every stack of layers those with these numbers; all if None. `ValueError` where a layer lacks what is
-    asked for, or it cannot be told, and for a number beyond the last layer. For "all" see `weighed_tensors`.
+    asked for, or it cannot be told, and for a number beyond the last layer.
     """
     groups: dict[str, list[str]] = {}
     for name, layer in _chosen_layers(model, layers).items():
@@ -42,6 +44,15 @@ def ensembled_groups(model: PreTrainedModel, upscale: Upscale, layers: Sequence[
             reader = name if upscale == "block" else f"{name}.{modules[0]}"
             groups[reader] = [f"{name}.{linear}" for linear in linears]
     return groups
+
+
+def linears_by_layer(model: PreTrainedModel, part: Part, layers: Sequence[int] | None) -> dict[str, list[str]]:
+    """Per layer the linear modules that `upscale` with this part weighs, by their names; `layers` as there."""
+    groups = ensembled_groups(model, part, layers)
+    return {
+        layer: [linear for reader, own in groups.items() if reader.startswith(f"{layer}.") for linear in own]
+        for layer in _chosen_layers(model, layers)
+    }
 
 
 def weighed_tensors(model: PreTrainedModel, head: str | None = None) -> dict[str, list[str]]:

@@ -61,7 +61,7 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
 
     from _mergekit_moe_ext_common.staging import check_output, check_room, staged
     from mergekit_moe_ext.card import write_card
-    from mergekit_moe_ext.modeling import modeling_file
+    from mergekit_moe_ext.modeling import modeling_files
     from mergekit_moe_ext.planner import PREPARED, prepare, structural_method
     from mergekit_moe_ext.preflight import check_document, read_job
     from mergekit_moe_ext.sources import merge_loras
@@ -97,7 +97,7 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
                 stock(stock_config, str(directory), stock_options)
                 if options.copy_tokenizer:
                     _copy_tokenizer_files(merge, job, directory, tokenizer_is_there=makes_tokenizer)
-                if code := modeling_file(prepared.plan.config.architectures[0]):
+                for code in modeling_files(prepared.plan.config.architectures[0]):
                     shutil.copy(code, directory / code.name)
                 if options.write_model_card:
                     write_card(job, prepared.plan, directory, config_source or merge_config.to_yaml())

@@ -14,7 +14,8 @@ import transformers
 from mergekit.architecture import WeightInfo
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from mergekit_moe_ext.modeling import find_architecture
 
@@ -26,6 +27,11 @@ class Manifest:
     ignored: tuple[str, ...]  # patterns of names that a checkpoint may hold and transformers leaves out
     embedding: str  # the name of the input embedding; empty where there are no tokens
     vocabulary: frozenset[str]  # names, in `shapes`, of tensors whose first axis is the vocabulary
+    prefix: str  # what a checkpoint may have before every name (CLIP's towers, cut out of the whole)
+
+    def aliases(self, name: str) -> tuple[str, ...] | None:
+        """What else the tensor may be called in a checkpoint."""
+        return (self.prefix + name,) if self.prefix else None
 
     def weight_info(self, name: str) -> WeightInfo:
         """What mergekit wants to know of a tensor that it merges."""
@@ -34,6 +40,7 @@ class Manifest:
             name=name,
             vocabulary_axis=0 if in_vocabulary else None,
             tied_names=tuple(self.vocabulary) if in_vocabulary else None,
+            aliases=self.aliases(name),
         )
 
 
@@ -75,7 +82,15 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         embedding=next((name for name, t in state.items() if t is first and name not in tied), ""),
         vocabulary=frozenset(name for name, tensor in state.items() if id(tensor) in vocabulary and name not in tied),
+        prefix=_optional_prefix(model),
     )
+
+
+def _optional_prefix(model: PreTrainedModel) -> str:
+    for change in get_model_conversion_mapping(model, add_legacy=False):
+        if isinstance(change, PrefixChange) and change.prefix_to_remove and not change.scope_prefix:
+            return f"{change.prefix_to_remove}."
+    return ""
 
 
 def check_against(manifest: Manifest, planned: Mapping[str, tuple[int, ...]]) -> None:

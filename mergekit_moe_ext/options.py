@@ -33,7 +33,9 @@ class Adaptation:
         "entropy", "Minimise the entropy of the predictions, or, with labels, their cross-entropy."
     )
     steps: int = option(1000, "Steps, each with one batch of every task.", at_least=1)
-    learning_rate: float = option(1e-3, "Adam's.", at_least=0)
+    learning_rate: float | None = option(
+        None, "Adam's. [default: 1e-3 (WEMoE); 1e-4 for models of next tokens, with 1 or 2 router layers]", at_least=0
+    )
     per_device_train_batch_size: int = option(16, "Rows of each task per process and step.", at_least=1)
     per_device_eval_batch_size: int = option(16, "Rows per process when measuring.", at_least=1)
     patience: int | None = option(

@@ -5,26 +5,18 @@ prints and draws what is measured here.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import click
 import torch
-from mergekit.common import ModelPath, ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-from mergekit.options import MergeOptions
 from torch import nn
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from _mergekit_moe_ext_common.loading import load_config
-from _mergekit_moe_ext_common.options import Reading as ModelReading
+from mergekit_moe_ext.fine_tunes import StoredModel, network_of
 from mergekit_moe_ext.layers import attention_and_ffn, decoder_layers, is_norm
-from mergekit_moe_ext.manifest import hub_state
-from mergekit_moe_ext.sources import DTYPES, Headers, stored_headers
 
 Reading = Literal["concatenated", "mean"]
 _CHUNK = 2**20  # elements of each model that are in float64 at a time
@@ -46,37 +38,6 @@ class _Layer:
 
     attention: Mapping[str, tuple[int, ...]]
     ffn: Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    name: str  # for errors
-    headers: Headers
-    loader: LazyTensorLoader
-    prefix: str  # of hub names; checkpoints of a model without its head lack it, and transformers reads them too
-
-    def stored_name(self, name: str) -> str:
-        return name if name in self.headers.shapes else name.removeprefix(self.prefix)
-
-    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        """`ValueError` if a tensor is missing, or of another shape, or of a dtype that has no plain value."""
-        for name, shape in wanted.items():
-            stored = self.stored_name(name)
-            if stored not in self.headers.shapes:
-                raise ValueError(f"{self.name} lacks the tensor {name}")
-            if self.headers.shapes[stored] != shape:
-                raise ValueError(
-                    f"{name} of {self.name} has the shape {self.headers.shapes[stored]}; the base's architecture "
-                    f"wants {shape}"
-                )
-            if self.headers.dtypes[stored] not in DTYPES.values():
-                comparable = ", ".join(DTYPES.values())
-                raise ValueError(
-                    f"{name} of {self.name} is {self.headers.dtypes[stored]}; only {comparable} can be compared"
-                )
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.loader.get_tensor(self.stored_name(name)).reshape(-1)
 
 
 def task_vector_similarity(
@@ -102,13 +63,9 @@ def task_vector_similarity(
         raise ValueError(f"similarity takes two fine-tunes or more, not {len(models)}")
     if reading not in get_args(Reading):
         raise ValueError(f"reading: {reading!r} is none of {', '.join(get_args(Reading))}")
-    config = _read_config(base)
-    for path in models.values():
-        _check_same_architecture(path, _read_config(path), base, config)
-    with _as_value_error():
-        network, state = hub_state(config)
+    network, state = network_of(base, models.values())
     layers = _layers(network, state)
-    checkpoints = [_open(path, f"{network.base_model_prefix}.") for path in (base, *models.values())]
+    checkpoints = [StoredModel.open(path, network) for path in (base, *models.values())]
     for checkpoint in checkpoints:
         for layer in layers:
             checkpoint.check({**layer.attention, **layer.ffn})
@@ -127,7 +84,7 @@ def task_vector_similarity(
     ]
 
 
-def _cosines(checkpoints: list[_Checkpoint], names: Mapping[str, tuple[int, ...]], reading: Reading) -> torch.Tensor:
+def _cosines(checkpoints: list[StoredModel], names: Mapping[str, tuple[int, ...]], reading: Reading) -> torch.Tensor:
     """Of every fine-tune with every other, (models, models)."""
     products = torch.stack([_inner_products(*(model.read(name) for model in checkpoints)) for name in names])
     if reading == "concatenated":
@@ -174,40 +131,3 @@ def _tensors(modules: Iterable[nn.Module], hub_names: Mapping[int, str]) -> dict
                     raise ValueError(f"{name} of {type(part).__name__} is stored in another form than it is used")
                 tensors[hub_names[id(parameter)]] = tuple(parameter.shape)
     return tensors
-
-
-def _open(path: str | Path, prefix: str) -> _Checkpoint:
-    if not any(Path(path, name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
-        hint = ": a LoRA has to be merged into its base first" if Path(path, "adapter_config.json").exists() else ""
-        raise ValueError(f"{path} holds no model.safetensors, in shards or not{hint}")
-    with _as_value_error():
-        headers = stored_headers(ModelReference(model=ModelPath(path=str(path))), MergeOptions())
-    return _Checkpoint(str(path), headers, LazyTensorLoader.from_disk(str(path)), prefix)
-
-
-def _read_config(path: str | Path) -> PretrainedConfig:
-    if not Path(path).is_dir():
-        raise ValueError(f"there is no directory {path}")
-    with _as_value_error():
-        config = load_config(str(path), ModelReading())
-    if not config.architectures:
-        raise ValueError(f"the config of {path} names no architecture")
-    return config
-
-
-def _check_same_architecture(
-    path: str | Path, config: PretrainedConfig, base: str | Path, of_base: PretrainedConfig
-) -> None:
-    """Layers in particular: a model with more than the base's would seem to fit. Sizes show in the shapes."""
-    for key in ("model_type", "num_hidden_layers"):
-        here, there = (getattr(each.get_text_config(), key, None) for each in (config, of_base))
-        if here != there:
-            raise ValueError(f"{path} is no fine-tune of {base}: `{key}` is {here!r}, not {there!r}")
-
-
-@contextmanager
-def _as_value_error() -> Iterator[None]:
-    try:
-        yield
-    except click.ClickException as error:
-        raise ValueError(error.message) from error

@@ -56,7 +56,7 @@ _BEHAVIOUR = (
     "expert_capacity",
 )
 # Recomputed by transformers; old checkpoints hold them all the same.
-_NOT_PARAMETERS = ("rotary_emb.inv_freq",)
+_NOT_PARAMETERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 # What a damaged index, safetensors file or pickle makes its reader raise.
 _UNREADABLE = (
     EOFError,
@@ -77,6 +77,7 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 class Headers:
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]  # as torch names them
+    prefix: str = ""  # what the files have before every name, which is left out here
 
     @property
     def dtype(self) -> str:
@@ -164,8 +165,8 @@ def read_headers(
         is_merged = merged is not None and _is_whole(merged)
         stored = ModelReference(model=ModelPath(path=str(merged)) if is_merged else model.model)
         config = stored.config(job.merge_options.trust_remote_code) if is_merged else configs[model]
-        headers[model] = stored_headers(stored, job.merge_options)
         wanted = manifests[model]
+        headers[model] = _without_prefix(stored_headers(stored, job.merge_options), wanted.prefix)
         _check_headers(model, headers[model], config, wanted, vocabulary_may_differ)
         for name in wanted.tied & headers[model].shapes.keys():
             _check_really_tied(model, stored, name, wanted, job.merge_options)
@@ -218,6 +219,13 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
         if lost:
             raise click.ClickException(f"{path} lacks {lost[0]}, though the index of {model} names it there")
     return Headers(shapes, dtypes)
+
+
+def _without_prefix(headers: Headers, prefix: str) -> Headers:
+    if not prefix or not any(name.startswith(prefix) for name in headers.shapes):
+        return headers
+    shapes = {name.removeprefix(prefix): shape for name, shape in headers.shapes.items()}
+    return Headers(shapes, {name.removeprefix(prefix): dtype for name, dtype in headers.dtypes.items()}, prefix)
 
 
 def _shard_headers(index: ShardedTensorIndex, path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:

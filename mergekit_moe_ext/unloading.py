@@ -1,5 +1,6 @@
 """A weight-ensembling model whose coefficients do not depend on the input becomes the stock model of its base."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,18 @@ from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
-from mergekit_moe_ext.modeling.modeling_wemoe import Ensemble, EnsembledLinear
+from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
+from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
+from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear
 
-_REPLACED = ("config.json", "generation_config.json", "modeling_wemoe.py", "configuration_wemoe.py")
+LOG = logging.getLogger(__name__)
+_REPLACED = (
+    "config.json",
+    "generation_config.json",
+    "modeling_clip_heads.py",
+    "modeling_wemoe.py",
+    "configuration_wemoe.py",
+)
 
 
 def unload(model_path: str, output: str, task: str | None = None) -> type[PreTrainedModel]:
@@ -28,13 +38,14 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
             f"the coefficients of {model_path} depend on the input (router_layers: {ensembling['router_layers']}), so "
             "that no single set of weights stands for it; merge with router_layers: 0"
         )
-    heads = ensembling["heads"]
+    is_tower = issubclass(architecture, CLIPVisionForImageClassification)
+    heads = {} if is_tower else ensembling["heads"]
     task = next(iter(heads)) if len(heads) == 1 and task is None else task
     if heads and task not in heads:
         what = f"{model_path} has no head {task!r}" if task else f"{model_path} has a head per task"
         raise click.ClickException(f"{what}: choose one with --task: {', '.join(heads)}")
     if task and not heads:
-        raise click.ClickException(f"{model_path} has one head for all tasks; leave --task out")
+        raise click.ClickException(f"{model_path} becomes one model for all tasks; leave --task out")
     model = load_ensemble(model_path, architecture, config)
     stock = _stock(model, task)
     check_room(out, sum(p.nbytes for p in stock.parameters()))
@@ -47,8 +58,13 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
         what = (
             f"Its coefficients were constants and are merged into the weights: a stock {type(stock).__name__}{head}."
         )
-        extend_card(directory, ["## Unloaded", "", what])
+        extend_card(directory, ["## Unloaded", "", what, *([_WITHOUT_HEADS] if is_tower else [])])
+    if is_tower:
+        LOG.info(_WITHOUT_HEADS)
     return type(stock)
+
+
+_WITHOUT_HEADS = "It is the vision tower alone: its heads stay in the files that they came from."
 
 
 @torch.no_grad()
@@ -56,7 +72,7 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
     base = _base_of(type(model))
     state: dict[str, Tensor] = {}
     ensembled = {name: each for name, each in model.named_modules() if isinstance(each, EnsembledLinear)}
-    vectors = {f"{group}_vectors" for group in model.ensembling.groups} if model.ensembling.per_tensor else set()
+    vectors = set(map(vectors_of, model.ensembling.groups)) if model.ensembling.per_tensor else set()
     for name, tensor in model.state_dict().items():
         module, _, part = name.rpartition(".")
         is_ours = name in vectors or (module in ensembled and part not in ("weight", "bias"))
@@ -78,14 +94,15 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
             linear.to("meta")  # its task vectors are not needed again
     state |= {name: state[source] for name, source in model.all_tied_weights_keys.items()}
     config = _stock_config(model.config, base)
+    head = model.ensembling.head
+    chosen = {name: state.pop(name) for name in list(state) if head and name.startswith(f"{head}.")}
     if task:
-        head = model.ensembling.head
-        chosen = {name: state.pop(name) for name in list(state) if name.startswith(f"{head}.")}
         number = list(model.ensembling.heads).index(task)
         for part in ("weight", "bias"):
             if (name := f"{head}.{number}.{part}") in chosen:
                 state[f"{head}.{part}"] = chosen[name]
-        config.num_labels = model.ensembling.heads[task]
+        names = model.ensembling.heads[task]
+        config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
     with torch.device("meta"):
         stock = base._from_config(config, dtype=model.dtype)
     stock.load_state_dict(state, assign=True)
@@ -100,12 +117,12 @@ def _merged_parameter(model: Any, name: str, c: Tensor) -> Tensor:
     module = model.get_submodule(parent)
     base = getattr(module, part)
     merged = module.weighed[part].merged(base.float(), c).to(base.dtype)
-    delattr(module, f"{part}_vectors")  # not needed again
+    delattr(module, vectors_of(part))  # not needed again
     return merged
 
 
 def _base_of(architecture: type[PreTrainedModel]) -> Any:
-    return next(each for each in architecture.__mro__[1:] if not issubclass(each, Ensemble) and each is not Ensemble)
+    return next(each for each in architecture.__mro__ if each.__module__.startswith("transformers."))
 
 
 def _stock_config(config: Any, base: Any) -> Any:

@@ -16,20 +16,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.similarity import task_vector_similarity
+from mergekit_moe_ext.variation import THRESHOLDS, parameter_variation
 from peft_routing.cli import main as route
 from tests.conftest import NAMES, make_model, merge, run
 from tests.mergekit_moe_ext.test_calibration import make_moe, words, write
+from tests.mergekit_moe_ext.test_clip_heads import CLASSES, make_clips
 from tests.peft_routing.adapters import make_base, save_lora
 from tests.test_autoload import ROOT
 from tests.tokenizers import save_tokenizer
 
 SCRIPTS = (
     "demo",
+    "wemoe_parameters",
+    "wemoe_routing",
+    "loss_landscape",
     "mergeme_homogeneous",
     "caem_tasks",
     "tradeoffs_routers",
     "task_vector_similarity",
+    "task_vector_variation",
     "seq_moe_finetune",
+    "wemoe_texts",
+    "clip_heads",
 )
 
 
@@ -56,6 +64,8 @@ def everything(here, sources, monkeypatch):
         write(here / f"{task}.jsonl", words(seed, 20))
     for seed, task in enumerate(("math", "code", "law")):
         write(here / f"{task}.jsonl", words(seed, 40))
+    make_clips(here / "clip")
+    (here / "clip" / "heads").rename(here / "heads")
     usage = ["usage", "moe-xsum", "--data", "xsum.jsonl", "-o", "xsum.usage.json", "--quiet"]
     counted = CliRunner().invoke(main, usage)
     assert counted.exit_code == 0, counted.output
@@ -120,6 +130,17 @@ def test_the_readme_s_routed_adapters_run(here):
 def test_scripts_start(script):
     done = run("python", str(ROOT / "examples" / f"{script}.py"), "--help")
     assert done.returncode == 0 and "--output" in done.stdout, done.stderr
+
+
+def test_the_docs_command_for_a_head_of_clip_runs(everything, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import clip_heads
+
+    (everything / "cars.txt").write_text("\n".join(CLASSES["cars"]))
+    (command,) = re.findall(r"python examples/clip_heads.py (.*)", (ROOT / "docs" / "wemoe.md").read_text())
+    result = CliRunner().invoke(clip_heads.main, [*command.split(), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert (everything / "cars.safetensors").read_bytes() == (everything / "heads" / "cars.safetensors").read_bytes()
 
 
 def test_a_sequence_moe_is_fine_tuned(everything, monkeypatch):
@@ -289,6 +310,49 @@ def test_a_cut_tokenizer_splits_as_before(sequence, tmp_path):
 
 
 @pytest.fixture
+def on_texts(sequence, tiny_experts, monkeypatch):
+    """WEMoE's experiment on texts, with tiny models on made-up ones."""
+    import wemoe_texts
+    from real_data import Domain
+
+    documents = [row["text"] for row in words(1, 100)]
+    texts = {name: Domain(documents, documents[50:]) for name in sequence.DOMAINS}
+    monkeypatch.setattr(wemoe_texts, "BLOCK", 40)
+    monkeypatch.setattr(wemoe_texts, "smollm2", lambda: tiny_experts["base"])
+    monkeypatch.setattr(wemoe_texts, "domains", lambda: texts)
+    monkeypatch.setattr(wemoe_texts, "make_experts", lambda base, texts: tiny_experts)
+    monkeypatch.setattr(wemoe_texts, "run_mergekit", sequence.run_mergekit)
+    yield wemoe_texts
+    sys.modules.pop("wemoe_texts", None)
+
+
+def test_wemoe_s_experiment_on_texts_runs_and_goes_on(on_texts, tiny_experts, monkeypatch):
+    rows = ["task arithmetic", "WEMoE, 2 layers", "WEMoE, 2 layers, supervised"]
+    command = ["-o", "texts.json", "--steps", "1", "--held-out", "2", *(f"--only={row}" for row in rows)]
+    result = CliRunner().invoke(on_texts.main, [*command, "--seeds", "1"])
+    assert result.exit_code == 0, result.output
+    first = json.loads(Path("texts.json").read_text())["losses"]
+    assert set(first) == {"base", "bible expert", "music expert", "code expert", *rows}
+    texts = AutoTokenizer.from_pretrained(tiny_experts["base"])
+    ids = on_texts.blocks(texts, on_texts.domains()["music"].held_out, 2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_experts["code"])
+    labels = ids.masked_fill(torch.arange(40) < 32, -100)
+    with torch.no_grad():
+        by_hand = model(ids, labels=labels).loss.item()
+    assert first["code expert"]["0"]["music"] == pytest.approx(by_hand, abs=1e-5)
+
+    monkeypatch.setattr(on_texts, "losses_of", lambda *_: dict.fromkeys(on_texts.DOMAINS, 1.0))
+    result = CliRunner().invoke(on_texts.main, [*command, "--seeds", "2"])
+    assert result.exit_code == 0, result.output
+    second = json.loads(Path("texts.json").read_text())["losses"]
+    assert {row: of_seeds["0"] for row, of_seeds in second.items()} == {row: s["0"] for row, s in first.items()}
+    assert {row for row, of_seeds in second.items() if "1" in of_seeds} == set(rows[1:])  # arithmetic has no seeds
+    assert result.stdout.rstrip().splitlines()[-1].startswith(rows[2]) and "code expert" in result.stdout
+    other = CliRunner().invoke(on_texts.main, [*command, "--steps", "2"])
+    assert other.exit_code == 1 and "name another file" in other.output
+
+
+@pytest.fixture
 def similarity(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import task_vector_similarity
@@ -333,4 +397,43 @@ def test_untrained_layers_and_mistakes_in_the_script_for_task_vectors(similarity
         (["--model", "a=math", "--model", "b=nowhere"], "there is no directory nowhere"),
     ):
         result = CliRunner().invoke(similarity.main, ["--base", "base", *arguments])
+        assert result.exit_code == 1 and message in result.output, result.output
+
+
+@pytest.fixture
+def task_vector_variation(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import task_vector_variation
+
+    yield task_vector_variation
+    for name in ("task_vector_variation", "task_vector_similarity"):
+        sys.modules.pop(name, None)
+
+
+def test_the_docs_command_for_the_variation_of_parameters_runs(task_vector_variation, here):
+    docs = (ROOT / "docs" / "wemoe.md").read_text()
+    (command,) = re.findall(r"python examples/task_vector_variation.py (.*)", docs)
+    result = CliRunner().invoke(task_vector_variation.main, [*command.split(), "--quiet"])
+    assert result.exit_code == 0, result.output
+    found = parameter_variation(here / "base", {name: here / name for name in ("math", "code")})
+    parts = found["attention"], found["mlp"]
+    rows = [line.split() for line in result.output.splitlines()]
+    for layer in range(3):
+        values = [f"{statistics.mean(each[layer] for each in part.change.values()):.4g}" for part in parts]
+        values += [f"{statistics.mean(1 - each[layer] for each in part.cosine.values()):.4g}" for part in parts]
+        assert rows[1 + layer] == [str(layer), *values]
+    assert rows[4][:3] == ["mean", *(f"{part.mean_change:.4g}" for part in parts)]
+    for row, name in zip(rows[7:9], ("math", "code"), strict=True):
+        shares = [f"{part.share_below(name)[THRESHOLDS.index(0.0005)]:.1%}" for part in parts]
+        assert row == [name, *(f"{statistics.mean(part.change[name]):.4g}" for part in parts), *shares]
+    assert rows[-1] == ["upscale:", "auto", "takes", "mlp"]
+    written = json.loads((here / "variation.json").read_text())["parts"]
+    assert written["mlp"]["change"]["code"] == list(found["mlp"].change["code"])
+    assert (here / "variation.png").read_bytes().startswith(b"\x89PNG")
+    for arguments, message in (
+        (["--model", "math"], "write NAME=DIR"),
+        (["--model", "a=nowhere"], "there is no directory nowhere"),
+        (["--model", "a=math", "-o", "variation.json"], "exists and is not overwritten"),
+    ):
+        result = CliRunner().invoke(task_vector_variation.main, ["--base", "base", *arguments])
         assert result.exit_code == 1 and message in result.output, result.output

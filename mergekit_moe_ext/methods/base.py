@@ -119,7 +119,7 @@ class StructuralMethod(MergeMethod):
 
     @abstractmethod
     def plan(self, job: Job) -> Plan:
-        """Check the sources and say where every tensor comes from. Reads headers, never tensors."""
+        """Check the sources and say where every tensor comes from. Reads tensors only where they decide it."""
 
     def _execute(self, *_args: Any, **_kwargs: Any) -> Any:
         raise click.ClickException(

@@ -26,7 +26,8 @@ class Ensembling:
     kept: how many elements of a task vector are kept, by module; all where it is absent (E-WEMoE).
     mode: for models that generate, `frozen` (the prefix chooses) or `running` (the mean over what is past).
     routing_tokens: the prefix in a plain forward pass; `generate` takes the prompt.
-    heads: per task the number of its classes, where sources have heads of their own; head: what they stand in for.
+    heads: per task the names of its classes by number, where sources have heads of their own; head: what they stand in
+        for.
     """
 
     experts: list[str]
@@ -39,7 +40,7 @@ class Ensembling:
     kept: dict[str, int] = field(default_factory=dict)
     mode: str = "frozen"
     routing_tokens: int = 32
-    heads: dict[str, int] = field(default_factory=dict)
+    heads: dict[str, list[str]] = field(default_factory=dict)
     head: str = ""
 
     def __post_init__(self) -> None:
@@ -47,12 +48,28 @@ class Ensembling:
         object.__setattr__(self, "groups", dict(sorted(self.groups.items(), key=_with_numbers)))
         object.__setattr__(self, "heads", {task: self.heads[task] for task in self.experts if task in self.heads})
 
+    @property
+    def linears(self) -> list[str]:
+        """All linear modules that routers weigh."""
+        return [] if self.per_tensor else [linear for group in self.groups.values() for linear in group]
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+def vectors_of(parameter: str) -> str:
+    """The name of its task vectors, which must not begin as its own does: transformers looks for that, to tie it."""
+    module, dot, part = parameter.rpartition(".")
+    return f"{module}{dot}vectors_of_{part}"
+
+
 def _with_numbers(group: tuple[str, list[str]]) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in group[0].split(".")]
+
+
+def class_names(config: PretrainedConfig) -> list[str]:
+    """Of a classifier, in the order of their numbers."""
+    return [str(name) for _, name in sorted(config.id2label.items())]
 
 
 @cache

@@ -11,7 +11,9 @@ are left out of the loss) or, at every position, over what is there up to it (`r
 """
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -29,17 +31,19 @@ from transformers.conversion_mapping import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from .configuration_wemoe import Ensembling, config_class
+from .configuration_wemoe import Ensembling, config_class, vectors_of
 
 _PREFIX = "WEMoE"
 _OUTSIDE = "an ensembled module must be called through its model, which knows about samples and padding"
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
-# Weights are merged where so many tokens share a set of coefficients or more; below, vectors are applied in turn.
-# Measured by `benchmarks/wemoe.py` on a CPU. Several samples want more: products over the tokens of all are faster
-# than over one's, and sparse vectors are added to the weights of each.
-_MERGING = 4
-_MORE_FOR_SEVERAL = {"dense": 4, "sparse": 16}
-_MERGED_AT_ONCE = 2**27  # elements of merged weights that are held at the same time
+# Measured by `benchmarks/wemoe.py` on a CPU.
+_MERGING = 8  # so many tokens or more that share a set of coefficients get merged weights
+_FEW = 128  # up to so many tokens in all, products with sparse vectors are faster than making these dense
+_TILE = 2**20  # elements of merged weights, or of vectors, that are held at the same time: they stay in a cache
+_LARGE_TILE = 2**27  # off the CPU (not measured), where launches cost, and in compiled code, where loops are unrolled
+_ROWS = 32  # a tile has a multiple of it; products with fewer are slow
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 
 class Current:
@@ -78,49 +82,30 @@ class EnsembledLinear(nn.Module):
         call = self.current.call
         if call is None:
             raise RuntimeError(_OUTSIDE)
-        c = call.values[self.group].to(x.device, x.dtype)
+        c = call.values[self.group].to(x.device, self.weight.dtype)
         if self.group in call.keeping:
             if id(self) not in call.carried.merged:
                 one = c if c.ndim == 1 else c[0]
                 call.carried.merged[id(self)] = self.merged(one), self._merged_bias(one)
             return self._linear(x, *call.carried.merged[id(self)])
-        if c.ndim == 1:
-            return self._linear(x, self.merged(c), self._merged_bias(c))
-        by_sample = x.reshape(len(c), -1, x.shape[-1])  # some decoders flatten samples and tokens (OPT)
-        return self._by_sample(by_sample, c).view(*x.shape[:-1], -1)
+        y = self._by_sample(x.reshape(len(c) if c.ndim > 1 else 1, -1, x.shape[-1]), c if c.ndim > 1 else c[None])
+        return y.view(*x.shape[:-1], y.shape[-1])  # some decoders flatten samples and tokens (OPT)
 
     def _by_sample(self, x: Tensor, c: Tensor) -> Tensor:
-        """(samples, tokens, in) to (samples, tokens, out)"""
-        more = _MORE_FOR_SEVERAL["dense" if self.kept is None else "sparse"] if len(x) > 1 else 1
-        if c.ndim == 3 or x.shape[1] < more * _MERGING:
-            return self._one_by_one(x, c)
-        at_once = max(1, _MERGED_AT_ONCE // self.weight.numel())
-        parts = zip(x.split(at_once), c.split(at_once), strict=True)
-        return torch.cat([self._samples(*part) for part in parts])
+        """(samples, tokens, in) and (samples, experts) or (samples, tokens, experts) to (samples, tokens, out)"""
+        with _without_autocast(x) as kind:
+            y = _Product.apply(x.to(kind), c, self.weight, self.is_transposed, *self._stored())
+            bias = self._merged_bias(c)
+            if bias is not None:
+                y += bias if c.ndim == 3 else bias[:, None]
+        return y
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        return (self.vectors,) if self.kept is None else (self.values, self.columns, self.row_ends)
 
     def merged(self, c: Tensor) -> Tensor:
-        """(experts,) or (samples, experts) to weights (…, *weight.shape)."""
-        flat = self.weight.flatten()
-        if self.kept is None:
-            vectors = self.vectors.flatten(1)
-            merged = torch.addmv(flat, vectors.T, c) if c.ndim == 1 else torch.addmm(flat, c, vectors)
-            return merged.unflatten(-1, self.weight.shape)
-        if c.ndim == 1:
-            return flat.index_add(0, self._places().flatten(), (c[:, None] * self.values).flatten()).view_as(
-                self.weight
-            )
-        merged = flat.repeat(len(c), 1)
-        merged = merged.index_add(1, self._places().flatten(), (c[..., None] * self.values).flatten(1))
-        return merged.unflatten(-1, self.weight.shape)
-
-    def _places(self) -> Tensor:
-        """Where in the flat weight each kept element lies: (experts, kept)."""
-        rows, width = self.weight.shape
-        ends = self.row_ends.long()
-        counts = torch.diff(ends, prepend=ends.new_zeros(len(ends), 1), dim=1)
-        row = torch.arange(rows, device=ends.device).repeat(len(ends))
-        row = row.repeat_interleave(counts.flatten(), output_size=self.columns.numel()).view(self.columns.shape)
-        return row * width + self.columns.long()
+        """(experts,) to the weight."""
+        return torch.cat([tile[0] for _, _, tile in _merged_tiles(c[None], self.weight, self._stored())])
 
     def _merged_bias(self, c: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias + c @ self.bias_vectors
@@ -128,36 +113,196 @@ class EnsembledLinear(nn.Module):
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, weight.T if self.is_transposed else weight, bias)
 
-    def _samples(self, x: Tensor, c: Tensor) -> Tensor:
-        """(samples, tokens, in) and (samples, experts), by one weight per sample."""
-        weight = self.merged(c)
-        y = x @ (weight if self.is_transposed else weight.mT)
-        bias = self._merged_bias(c)
-        return y if bias is None else y + bias[:, None]
 
-    def _one_by_one(self, x: Tensor, c: Tensor) -> Tensor:
-        """(samples, tokens, in) and (samples, experts) or (samples, tokens, experts), by one product per expert."""
-        c = c if c.ndim == 3 else c[:, None]
-        y = self._linear(x, self.weight, self.bias)
-        places = None if self.kept is None else self._places()
-        for index in range(c.shape[-1]):
-            product = (
-                self._linear(x, self.vectors[index], None)
-                if places is None
-                else self._by_sparse(x, places[index], self.values[index])
-            )
-            y = y + c[..., index, None] * product
-        return y if self.bias is None else y + c @ self.bias_vectors
+class _Product(torch.autograd.Function):
+    """x (samples, tokens, in) times the weight of each sample or token.
 
-    def _by_sparse(self, x: Tensor, places: Tensor, values: Tensor) -> Tensor:
-        """The product with one sparse task vector; where x has few tokens, element by element."""
-        if x.shape[:-1].numel() > _MERGING:
-            vector = torch.zeros_like(self.weight).flatten().index_add(0, places, values)
-            return self._linear(x, vector.view_as(self.weight), None)
-        rows, columns = places // self.weight.shape[1], places % self.weight.shape[1]
-        out, into = (columns, rows) if self.is_transposed else (rows, columns)
-        size = self.weight.shape[1 if self.is_transposed else 0]
-        return x.new_zeros(*x.shape[:-1], size).index_add(-1, out, x[..., into] * values)
+    A tile of the weights at a time is merged and used, in the backward pass once more, so that merged weights are
+    never held whole.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, c: Tensor, weight: Tensor, is_transposed: bool, *stored: Tensor) -> Tensor:
+        return _product(x, c, weight, stored, over_rows=is_transposed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, c, weight, ctx.is_transposed, *stored = inputs
+        ctx.save_for_backward(x, c, weight, *stored)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, c, weight, *stored = ctx.saved_tensors
+        by_rows, by_columns = (x, gradient) if ctx.is_transposed else (gradient, x)
+        of_x = of_c = of_weight = None
+        with _without_autocast(x):
+            if ctx.needs_input_grad[0]:
+                of_x = _product(gradient, c, weight, stored, over_rows=not ctx.is_transposed)
+            if ctx.needs_input_grad[1]:
+                of_c = _gradient_of_coefficients(by_rows, by_columns, c, weight, stored)
+            if ctx.needs_input_grad[2]:
+                of_weight = (by_rows.flatten(0, 1).mT @ by_columns.flatten(0, 1)).to(weight.dtype)
+        return of_x, of_c, of_weight, None, *[None for _ in stored]
+
+
+def _product(x: Tensor, c: Tensor, weight: Tensor, stored: Sequence[Tensor], *, over_rows: bool) -> Tensor:
+    """x W with the W (rows, columns) of each sample or token; where not `over_rows`, x Wᵀ."""
+    if len(stored) > 1 and not over_rows and _is_sparse_faster(x, c):
+        return _sparse_product(x, c, weight, *stored)
+    if over_rows:  # a sum over tiles
+        y = x.new_zeros(*x.shape[:2], weight.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    else:
+        y = x.new_empty(*x.shape[:2], weight.shape[0])
+    merges = c.ndim == 2 and x.shape[1] >= _MERGING
+    for tile, some, product in (_merged_products if merges else _products)(x, c, weight, stored, over_rows):
+        if over_rows:
+            y[some] += product
+        else:
+            y[some, :, tile] = product
+    return y.to(x.dtype)
+
+
+Parts = Iterator[tuple[slice, slice, Tensor]]  # of rows, of samples, and what they give
+
+
+def _merged_products(x: Tensor, c: Tensor, weight: Tensor, stored: Sequence[Tensor], over_rows: bool) -> Parts:
+    for tile, some, merged in _merged_tiles(c, weight, stored):
+        yield tile, some, _times(x[some, :, tile] if over_rows else x[some], merged, over_rows)
+
+
+def _products(x: Tensor, c: Tensor, weight: Tensor, stored: Sequence[Tensor], over_rows: bool) -> Parts:
+    """One expert after the other."""
+    each = c if c.ndim == 3 else c[:, None]
+    for tile, part, vectors in _tiles(weight, stored, _rows_of_tile(weight, c.shape[-1])):
+        left = x[..., tile] if over_rows else x
+        product = _times(left, part, over_rows)
+        for index, vector in enumerate(vectors):
+            product += each[..., index, None] * _times(left, vector, over_rows)
+        yield tile, slice(None), product
+
+
+def _times(x: Tensor, weight: Tensor, over_rows: bool) -> Tensor:
+    weight = weight.to(x.dtype)
+    return x @ (weight if over_rows else weight.mT)
+
+
+def _merged_tiles(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Parts:
+    """(samples, experts) to weights (samples, rows, columns), some at a time."""
+    if len(c) == 1 and len(stored) > 1:
+        values, *places = stored
+        for tile, part, vectors in _tiles(weight, (c.T * values, *places), _rows_of_tile(weight, 1), is_sum=True):
+            yield tile, slice(None), part + vectors
+        return
+    samples = _samples_of_tile(weight, len(c))
+    for tile, part, vectors in _tiles(weight, stored, _rows_of_tile(weight, max(samples, c.shape[1]))):
+        for some in _slices(len(c), samples):
+            merged = torch.addmm(part.flatten(), c[some], vectors.flatten(1))
+            yield tile, some, merged.unflatten(-1, part.shape)
+
+
+def _gradient_of_coefficients(
+    by_rows: Tensor, by_columns: Tensor, c: Tensor, weight: Tensor, stored: Sequence[Tensor]
+) -> Tensor:
+    """Of a weight's input and the gradient of its output, that along its rows and that along its columns."""
+    total = torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32))
+    samples = _samples_of_tile(weight, len(c))
+    for tile, _, vectors in _tiles(weight, stored, _rows_of_tile(weight, max(samples, c.shape[-1]))):
+        if c.ndim == 3:
+            for index, vector in enumerate(vectors):
+                total[..., index] += (_times(by_columns, vector, False) * by_rows[..., tile]).sum(-1)
+            continue
+        for some in _slices(len(c), samples):
+            of_weights = by_rows[some, :, tile].mT @ by_columns[some]
+            total[some] += of_weights.flatten(1).to(vectors.dtype) @ vectors.flatten(1).mT
+    return total.to(c.dtype)
+
+
+def _tile_size(weight: Tensor) -> int:
+    return _TILE if weight.device.type == "cpu" and not torch.compiler.is_compiling() else _LARGE_TILE
+
+
+def _samples_of_tile(weight: Tensor, samples: int) -> int:
+    """How many samples' weights are merged at the same time; about the same number each time."""
+    most = max(1, _tile_size(weight) // (_ROWS * weight.shape[1]))
+    return max(1, -(-samples // -(-samples // most))) if samples else 1
+
+
+def _rows_of_tile(weight: Tensor, held: int) -> int:
+    blocks = _tile_size(weight) // (held * weight.shape[1] * _ROWS)
+    return min(max(1, blocks) * _ROWS, weight.shape[0])
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _tiles(
+    weight: Tensor, stored: Sequence[Tensor], rows: int, *, is_sum: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows at a time: which, those of the weight, and of the vectors, dense (experts, rows, columns).
+
+    With `is_sum`, of sparse vectors alone: of their sum (1, rows, columns).
+    """
+    slices = _slices(weight.shape[0], rows)
+    if len(stored) == 1:
+        for tile in slices:
+            yield tile, weight[tile], stored[0][:, tile]
+        return
+    values, columns, row_ends = stored
+    counts = torch.diff(row_ends, prepend=row_ends.new_zeros(len(row_ends), 1), dim=1)
+    starts = torch.arange(len(weight), dtype=torch.int32, device=weight.device) % rows * weight.shape[1]
+    places = starts.repeat(len(values)).repeat_interleave(counts.flatten(), output_size=columns.numel())
+    places = places.view(columns.shape)
+    places += columns.int()
+    inner = row_ends[:, rows - 1 : -1 : rows].tolist() if len(slices) > 1 else [[] for _ in values]
+    edges = [[0, *ends, values.shape[1]] for ends in inner]
+    for number, tile in enumerate(slices):
+        part = weight[tile]
+        vectors = values.new_zeros(1 if is_sum else len(values), part.numel())
+        for index, (first, last) in enumerate((each[number], each[number + 1]) for each in edges):
+            vectors[0 if is_sum else index].index_add_(0, places[index, first:last], values[index, first:last])
+        yield tile, part, vectors.unflatten(1, part.shape)
+
+
+def _is_sparse_faster(x: Tensor, c: Tensor) -> bool:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.backends.mkl.is_available():
+        return False
+    return c.ndim == 3 or x.shape[1] < _MERGING or len(x) * x.shape[1] <= _FEW
+
+
+def _sparse_product(x: Tensor, c: Tensor, weight: Tensor, values: Tensor, columns: Tensor, row_ends: Tensor) -> Tensor:
+    """x Wᵀ by products with all vectors as one sparse matrix (experts * rows, columns)."""
+    kind = torch.promote_types(x.dtype, torch.float32)  # MKL knows no other
+    experts, kept = values.shape
+    rows, width = weight.shape
+    columns = columns.flatten().int()
+    least, most = torch.aminmax(columns) if columns.numel() else (0, 0)
+    counts = torch.diff(row_ends, prepend=row_ends.new_zeros(experts, 1), dim=1)
+    if least < 0 or most >= width or (counts < 0).any() or (row_ends[:, -1] != kept).any():
+        raise ValueError("sparse task vectors whose columns or row ends lie outside of the weight")  # MKL would crash
+    ends = row_ends + kept * torch.arange(experts, dtype=torch.int32)[:, None]
+    ends = torch.cat([ends.new_zeros(1), ends.flatten()])
+    size = experts * rows, width
+    matrix = torch.sparse_csr_tensor(ends, columns, values.flatten().to(kind), size, check_invariants=False)
+    y = _times(x, weight, False)
+    each = (c if c.ndim == 3 else c[:, None].expand(*x.shape[:2], -1)).flatten(0, 1).to(kind)
+    flat, flat_y = x.flatten(0, 1).to(kind), y.flatten(0, 1)
+    for some in _slices(len(flat), max(1, _TILE // len(ends))):
+        products = (matrix @ flat[some].T).view(experts, rows, -1)
+        products *= each[some].T[:, None]
+        flat_y[some] += products.sum(0).T
+    return y
+
+
+@contextmanager
+def _without_autocast(x: Tensor) -> Iterator[torch.dtype]:
+    """And what autocast would have made of x."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        yield x.dtype
+        return
+    with torch.autocast(kind, enabled=False):
+        yield x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
 
 
 class WeighedTensor:
@@ -165,7 +310,7 @@ class WeighedTensor:
 
     def __init__(self, module: nn.Module, part: str, experts: int, group: str, current: Current) -> None:
         base = module.get_parameter(part)
-        module.register_buffer(f"{part}_vectors", base.new_zeros(experts, *base.shape))
+        module.register_buffer(vectors_of(part), base.new_zeros(experts, *base.shape))
         self.module, self.part, self.group, self.current = module, part, group, current
 
     def read(self, base: Tensor) -> Tensor:
@@ -180,7 +325,7 @@ class WeighedTensor:
         return call.carried.merged[id(self)][0]
 
     def merged(self, base: Tensor, c: Tensor) -> Tensor:
-        vectors = getattr(self.module, f"{self.part}_vectors").to(base)
+        vectors = getattr(self.module, vectors_of(self.part)).to(base)
         return torch.addmv(base.flatten(), vectors.reshape(len(c), -1).T, c.to(base)).view_as(base)
 
     def replace_in(self, module: Any, part: str) -> None:
@@ -332,6 +477,7 @@ class Ensemble:
     _is_stateful = True  # assisted decoding, which mixes prompt and guesses, is refused by transformers
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_architecture(type(self), config)
         kind = type(config)
         config.__class__ = kind.__base__  # some classes ask AutoModel for their trunk, which does not know ours
         try:
@@ -553,13 +699,17 @@ class Ensemble:
 class TaskHeads(nn.ModuleList):
     """One head per task, of which `task=` chooses one."""
 
-    def __init__(self, head: Any, classes: dict[str, int]) -> None:
-        bias = head.bias is not None
-        super().__init__(nn.Linear(head.in_features, number, bias=bias) for number in classes.values())
+    def __init__(self, head: Any, classes: dict[str, list[str]]) -> None:
+        make = getattr(head, "with_classes", partial(_linear_head, head))
+        super().__init__(make(len(names)) for names in classes.values())
         self.chosen = 0
 
     def forward(self, x: Tensor) -> Tensor:
         return self[self.chosen](x)
+
+
+def _linear_head(head: Any, classes: int) -> nn.Linear:
+    return nn.Linear(head.in_features, classes, bias=head.bias is not None)
 
 
 def _choose(model: Any, name: str, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -638,13 +788,21 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     members = {
         "config_class": config_class(base.config_class),
         "forward": forward,
-        "_auto_class": auto_class_of(base.__name__),
-        "__module__": __name__,
+        "_auto_class": base._auto_class or auto_class_of(base.__name__),
+        "__module__": __name__ if base.__module__.startswith("transformers.") else base.__module__,
     }
     return type(_PREFIX + base.__name__, (Ensemble, base), members)
 
 
-_AUTO_CLASSES = (
+def check_architecture(asked: type, config: Any) -> None:
+    """`ValueError` where the checkpoint of this configuration is one of another class."""
+    wanted = getattr(config, "architectures", None) or []
+    if wanted and not any(each.__name__ in wanted for each in asked.__mro__):
+        auto = next((name for name in getattr(config, "auto_map", None) or {} if name != "AutoConfig"), "its class")
+        raise ValueError(f"this is a {wanted[0]}, which {auto} loads")
+
+
+AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
@@ -658,11 +816,11 @@ _AUTO_CLASSES = (
 
 def auto_class_of(name: str) -> str:
     """Which of transformers' Auto classes loads this architecture."""
-    for auto in _AUTO_CLASSES:
+    for auto in AUTO_CLASSES:
         for known in getattr(transformers, auto)._model_mapping._model_mapping.values():
             if name in ([known] if isinstance(known, str) else known):
                 return auto
-    raise ValueError(f"none of {', '.join(_AUTO_CLASSES)} loads a {name}")
+    raise ValueError(f"none of {', '.join(AUTO_CLASSES)} loads a {name}")
 
 
 def __getattr__(name: str) -> Any:

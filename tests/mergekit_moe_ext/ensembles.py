@@ -9,6 +9,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -31,7 +32,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_moe_ext.ensembling import ensembled_groups, weighed_tensors
-from mergekit_moe_ext.modeling.configuration_wemoe import config_class
+from mergekit_moe_ext.modeling.configuration_wemoe import config_class, vectors_of
 from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear, model_class
 
 EXPERTS = ("sun", "cars", "dtd")
@@ -46,6 +47,7 @@ FAMILIES = {
     ),
     "opt": (OPTForCausalLM, OPTConfig(**_TEXT, word_embed_proj_dim=16, ffn_dim=24, bos_token_id=1, eos_token_id=1)),
     "bert": (BertForSequenceClassification, BertConfig(**_TEXT, num_labels=4)),
+    "bert-masked": (BertForMaskedLM, BertConfig(**_TEXT)),
     "t5": (
         T5ForConditionalGeneration,
         T5Config(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=64, decoder_start_token_id=0),
@@ -121,7 +123,7 @@ def build(
             if isinstance(module, EnsembledLinear):
                 _draw_vectors(module)
         for name, buffer in model.named_buffers():
-            if upscale == "all" and name.endswith("_vectors"):
+            if upscale == "all" and "vectors_of_" in name:
                 buffer.normal_(std=0.3)
     return model.to(dtype or torch.float32).eval()
 
@@ -239,7 +241,7 @@ def with_constants(model: Any, family: str) -> tuple[Any, dict[str, Tensor]]:
     for name in dict(stock.named_parameters()):
         if name in model.ensembling.groups:
             c = route(model, name, torch.empty(0))
-            found[name] = state[name] + sum(w * vector for w, vector in zip(c, state[f"{name}_vectors"], strict=True))
+            found[name] = state[name] + sum(w * vector for w, vector in zip(c, state[vectors_of(name)], strict=True))
     for tied, name in stock.all_tied_weights_keys.items():
         found[tied] = found[name]
     return stock, found

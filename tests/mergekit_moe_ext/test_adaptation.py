@@ -25,7 +25,9 @@ from transformers import (
 
 from _mergekit_moe_ext_common.data import Source
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.adaptation import AdaptationTrainer, Guard, Rounds, _labels, adapt, entropy
+from mergekit_moe_ext.adaptation import AdaptationTrainer, adapt
+from mergekit_moe_ext.adaptation_data import Rounds, labels_of
+from mergekit_moe_ext.adaptation_objective import Guard, entropy
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
 from mergekit_moe_ext.options import Adaptation
@@ -59,7 +61,8 @@ def make_classifier(path, seed, classes, kind):
         head = torch.nn.Linear(32, classes)
         head.weight.copy_(0.5 * torch.randn(head.weight.shape, generator=noise))
         head.bias.zero_()
-    model.classifier, model.config.num_labels = head, classes
+    model.classifier, model.config.id2label = head, {i: f"c{(i + 1) % classes}" for i in range(classes)}
+    model.config.label2id = {name: i for i, name in model.config.id2label.items()}
     model.save_pretrained(path)
 
 
@@ -214,7 +217,7 @@ def test_images_are_measured_as_one_by_one(here, caplog):
         for when, path in enumerate(("vit-2", "vit-2-adapted")):
             model = load(path)
             logits = [model(pixel_values=p, task=task).logits[0] for p in pixels_of(path, f"images/{task}")]
-            right = sum(int(each.argmax()) == i * classes // 12 for i, each in enumerate(logits))
+            right = sum((int(each.argmax()) + 1) % classes == i * classes // 12 for i, each in enumerate(logits))
             mean = sum(naive_entropy(each.tolist()) for each in logits) / 12
             assert measured[task]["entropy"][when] == pytest.approx(mean, abs=1e-5)
             assert measured[task]["accuracy"][when] == right / 12
@@ -235,7 +238,18 @@ def test_images_without_classes_and_other_inputs_to_measure(here, caplog):
     assert measured["sun"].keys() == {"entropy"}
 
 
-def test_labels_teach_what_entropy_does_not(here):
+@pytest.mark.parametrize(
+    ("path", "data", "rate"), [("llama-2", "x=long.jsonl", 1e-4), ("llama-0", "x=long.jsonl", 1e-3)]
+)
+def test_routers_of_next_tokens_take_smaller_steps(here, path, data, rate):
+    """The first step of Adam is as long as the learning rate, wherever there is a gradient."""
+    adapt(path, "out", [data], READING, Adaptation(steps=1))
+    before, after = read_tensors(here / path), read_tensors(here / "out")
+    steps = [(after[name] - before[name]).abs().max().item() for name in changed(before, after)]
+    assert max(steps) == pytest.approx(rate, rel=1e-2)
+
+
+def test_labels_teach_what_entropy_does_not(here, caplog):
     supervised = adaptation(objective="supervised", steps=40, learning_rate=0.05, per_device_train_batch_size=12)
     measured = adapt("bert-2", "out", ["sun=sun.jsonl", "cars=cars.jsonl"], READING, supervised)
     before, after = read_tensors(here / "bert-2"), read_tensors(here / "out")
@@ -249,6 +263,7 @@ def test_labels_teach_what_entropy_does_not(here):
 
     assert loss(load("out")) < 0.9 * loss(load("bert-2"))
     assert all(after > before for before, after in (m["accuracy"] for m in measured.values()))
+    assert "more often wrong" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -256,7 +271,9 @@ def test_labels_teach_what_entropy_does_not(here):
     [
         ([0, 1], ClassLabel(names=["dog", "ant"]), {}, [2, 0]),  # by the names that the model has
         ([0, 1], ClassLabel(names=["a", "b", "c"]), {}, [0, 1]),  # by their order
-        ([0, 1], ClassLabel(names=["dog", "ant"]), {"sun": 2}, [0, 1]),
+        ([0, 1], ClassLabel(names=["dog", "ant"]), {"sun": ["ant", "cow", "dog"]}, [2, 0]),
+        ([0, 1], ClassLabel(names=["dog", "ant"]), {"sun": ["LABEL_0", "LABEL_1"]}, [0, 1]),
+        (["cow", "ant"], Value("string"), {"sun": ["ant", "cow"], "cars": ["cow"]}, [1, 0]),
         ([0, 1], ClassLabel(names=["a", "b"]), {}, None),
         (["dog", "cat"], Value("string"), {}, [2, 1]),
         (["dog", "cow"], Value("string"), {}, None),
@@ -268,11 +285,11 @@ def test_classes_get_the_numbers_of_the_head(values, feature, heads, expected):
     config = ViTConfig(id2label={0: "ant", 1: "cat", 2: "dog"})
     config.ensembling = {"heads": heads}
     rows = Dataset.from_dict({"label": values}, Features({"label": feature}))
-    assert _labels(rows, Source("sun", "sun"), config, Adaptation()) == expected
+    assert labels_of(rows, Source("sun", "sun"), config, Adaptation()) == expected
 
 
 @pytest.mark.parametrize(("path", "prefix"), [("llama-2", 6), ("llama-running", 1)])
-def test_a_decoder_is_measured_after_the_prefix(here, path, prefix):
+def test_a_decoder_is_measured_after_the_prefix(here, path, prefix, caplog):
     measured = adapt(path, "out", ["long.jsonl"], READING, adaptation(steps=3, learning_rate=0.1))
     model, tokenizer, entropies, losses = load("out"), AutoTokenizer.from_pretrained(path), [], []
     for row in rows_of("long.jsonl"):
@@ -283,7 +300,8 @@ def test_a_decoder_is_measured_after_the_prefix(here, path, prefix):
             losses.append(-logits[predicted - 1].log_softmax(-1)[ids[0, predicted]].item())
     assert measured["long"]["entropy"][1] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
     assert measured["long"]["loss"][1] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-    before, after = measured["long"]["entropy"]
+    (before, after), (loss_before, loss_after) = measured["long"]["entropy"], measured["long"]["loss"]
+    assert loss_after > loss_before and "long: predictions are surer now and more often wrong" in caplog.text
     assert after < before and {
         name.split(".")[0] for name in changed(read_tensors(here / path), read_tensors(here / "out"))
     } == {"routers"}
@@ -446,6 +464,9 @@ vit = AutoModelForImageClassification
 for path, auto in {"vit-0": vit, "vit-all": vit, "llama-0": AutoModelForCausalLM}.items():
     model = auto.from_pretrained(f"{path}-stock")
     assert type(model).__module__.startswith("transformers."), type(model)
+    if path == "vit-0":
+        assert [model.config.id2label[i] for i in range(4)] == ["c1", "c2", "c3", "c0"], model.config.id2label
+        assert model.config.label2id == {"c1": 0, "c2": 1, "c3": 2, "c0": 3}, model.config.label2id
     with torch.no_grad():
         torch.save(model(torch.load(f"{path}.pt", weights_only=True)).logits, f"{path}-logits.pt")
 assert "mergekit_moe_ext" not in sys.modules

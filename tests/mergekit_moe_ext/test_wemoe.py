@@ -314,6 +314,7 @@ def test_heads_of_their_own_are_kept_per_task(tmp_path, monkeypatch, family):
         reference.load_state_dict({**source.state_dict(), **state})
         actual, expected = logits_of(model, {**INPUTS[family], "task": task}), logits_of(reference, INPUTS[family])
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert model.config.ensembling["heads"] == {"sun": ["beach", "sky", "sea"], "cars-1.5": ["bmw", "audi"]}
     for task in ({}, {"task": "law"}):
         with pytest.raises(ValueError, match=r"sun, cars-1\.5"):
             model(**INPUTS[family], **task)
@@ -336,23 +337,36 @@ def test_one_head_is_merged_only_where_all_have_the_same_named_classes(tmp_path,
     assert not model.ensembling.heads and logits_of(model, INPUTS["vit"]).shape == (2, 2)
     make_classifier(tmp_path / "base", 0, labels=5)  # the base has other classes than the sources
     model = load(merge(wemoe(("sun", "cars"), **LAMBDA), "other-base"), AutoModelForImageClassification)
-    assert model.ensembling.heads == {"sun": 2, "cars": 2}
+    assert model.ensembling.heads == {"sun": ["cat", "dog"], "cars": ["cat", "dog"]}
     for seed, name in enumerate(("base", "sun", "cars")):  # two classes each, which nobody named
         make_classifier(tmp_path / name, seed, labels=2)
     model = load(merge(wemoe(("sun", "cars"), **LAMBDA), "unnamed"), AutoModelForImageClassification)
-    assert model.ensembling.heads == {"sun": 2, "cars": 2}
+    assert model.ensembling.heads == {"sun": ["LABEL_0", "LABEL_1"], "cars": ["LABEL_0", "LABEL_1"]}
 
 
-def test_the_vision_tower_of_clip(tmp_path, monkeypatch):
+@pytest.mark.parametrize("prefixed", [(), ("base", "sun", "cars"), ("base",), ("cars",)])
+def test_the_vision_tower_of_clip(tmp_path, monkeypatch, prefixed):
+    """On the Hub its names begin with `vision_model.`, and it may hold what is no parameter."""
     monkeypatch.chdir(tmp_path)
     config = CLIPVisionConfig(**SMALL, image_size=12, patch_size=4, projection_dim=8)
     for seed, name in enumerate(("base", "sun", "cars")):
         torch.manual_seed(seed)
         CLIPVisionModel(config).save_pretrained(name)
-    model = load(merge(wemoe(("sun", "cars"), "ewemoe")), AutoModel)
-    assert model(**INPUTS["vit"]).pooler_output.shape == (2, 16)
-    sources = read_tensors(tmp_path / "base")
-    assert {name for name in read_tensors(Path("out")) if name in sources} == set(sources)
+    sources = {name: read_tensors(tmp_path / name) for name in ("base", "sun", "cars")}
+    for name in prefixed:
+        tensors = {f"vision_model.{key}": tensor for key, tensor in sources[name].items()}
+        tensors["vision_model.embeddings.position_ids"] = torch.arange(10)[None]
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    base = sources["base"]
+    state = {name: base[name] + 0.3 * sum(sources[of][name] - base[name] for of in ("sun", "cars")) for name in base}
+    stock = CLIPVisionModel(config).eval()
+    stock.load_state_dict(state)
+    for upscale in ("mlp", "auto", "all"):
+        out = merge(wemoe(("sun", "cars"), **CONSTANT, **LAMBDA, upscale=upscale), upscale)
+        assert {name for name in read_tensors(out) if name in base} == set(base)
+        with torch.no_grad():
+            found = load(out, AutoModel)(**INPUTS["vit"]).pooler_output
+            torch.testing.assert_close(found, stock(**INPUTS["vit"]).pooler_output, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_loads_where_this_package_is_missing_and_saves_again(tmp_path, monkeypatch):
@@ -432,11 +446,11 @@ def test_names_in_the_file_are_those_of_the_base_s_checkpoints(
 def test_routers_are_numbered_by_layer_whatever_json_makes_of_their_order():
     """JSON sorts layer 10 before layer 2."""
     groups = {f"layers.{index}.mlp": [f"layers.{index}.mlp.up"] for index in range(12)}
-    heads = {"b": 1, "a": 2}
+    heads = {"b": ["z", "y"], "a": ["c"]}
     kept = Ensembling(experts=["b", "a"], groups=groups, heads=heads)
     read = Ensembling(**json.loads(json.dumps(kept.as_dict(), sort_keys=True)))
     assert list(read.groups) == list(kept.groups) == list(groups)
-    assert list(read.heads) == ["b", "a"]
+    assert list(read.heads.items()) == list(heads.items())
 
 
 def test_a_trained_model_of_many_layers_is_saved_and_loaded(tmp_path):

@@ -21,6 +21,7 @@ from transformers import (
 
 from mergekit_moe_ext.ensembling import weighed_tensors
 from mergekit_moe_ext.modeling import modeling_wemoe
+from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
 from mergekit_moe_ext.unloading import unload
 from tests.conftest import document, make_model, merge, read_tensors, run
 from tests.mergekit_moe_ext.ensembles import EXPERTS, FAMILIES, IMAGES, PAIRS, build, inputs_of, padded, with_constants
@@ -158,7 +159,7 @@ def test_a_copy_of_a_model_is_on_its_own():
     with torch.no_grad():
         for parameter in copied.routers.parameters():
             parameter.zero_()
-        copied.model.embed_tokens.weight_vectors.zero_()
+        copied.model.embed_tokens.vectors_of_weight.zero_()
     assert not torch.allclose(logits_of(copied, inputs), expected)
     close(logits_of(model, inputs), expected, atol=0, rtol=0)
 
@@ -188,8 +189,8 @@ def test_untrained_it_is_task_arithmetic(here):
     base, ours, merged = (read_tensors(Path(name)) for name in ("base", "out", "stock"))
     for name, tensor in base.items():
         assert torch.equal(ours[name], tensor), name
-        torch.testing.assert_close(tensor + 0.3 * ours[f"{name}_vectors"].sum(0), merged[name])
-    assert set(ours) == {*base, *(f"{n}_vectors" for n in base), *(f"routers.{i}.bias" for i in range(len(base)))}
+        torch.testing.assert_close(tensor + 0.3 * ours[vectors_of(name)].sum(0), merged[name])
+    assert set(ours) == {*base, *(vectors_of(n) for n in base), *(f"routers.{i}.bias" for i in range(len(base)))}
     task_wise = load(merge(wemoe(shared_router=True), "task-wise"))
     assert list(task_wise.routers) == ["0"]
     torch.testing.assert_close(logits_of(task_wise), logits_of(model), atol=0, rtol=0)
@@ -228,7 +229,7 @@ def test_unloaded_it_is_the_stock_model_by_logits(here, dtype):
     torch.testing.assert_close(logits_of(stock), logits_of(model), **close_enough)
     for name, tensor in read_tensors(Path("stock")).items():
         c = model.routers[str(list(model.ensembling.groups).index(name))].bias.float()
-        base, vectors = (read_tensors(Path("trained"))[n].float() for n in (name, f"{name}_vectors"))
+        base, vectors = (read_tensors(Path("trained"))[n].float() for n in (name, vectors_of(name)))
         assert tensor.dtype == model.dtype
         torch.testing.assert_close(tensor, (base + c[0] * vectors[0] + c[1] * vectors[1]).to(tensor.dtype))
 

@@ -22,7 +22,7 @@ def close(actual, expected, **tolerances):
 def path(request, monkeypatch):
     """Which of the two ways to compute the same is taken, whatever the number of tokens."""
     monkeypatch.setattr(modeling_wemoe, "_MERGING", 1 if request.param == "merged" else 10**6)
-    monkeypatch.setattr(modeling_wemoe, "_MORE_FOR_SEVERAL", {"dense": 1, "sparse": 1})
+
     return request.param
 
 
@@ -67,7 +67,7 @@ def test_padding_has_no_part_in_the_mean(family, side, path):
 def test_batches_too_large_to_merge_at_once_are_split(monkeypatch):
     model, inputs = build("vit"), inputs_of("vit", samples=5)
     expected = model(**inputs).logits
-    monkeypatch.setattr(modeling_wemoe, "_MERGED_AT_ONCE", 2 * 16 * 24)
+    monkeypatch.setattr(modeling_wemoe, "_TILE", 2 * 16 * 24)
     close(model(**inputs).logits, expected)
 
 
@@ -466,14 +466,16 @@ def test_an_encoder_called_on_its_own_takes_the_mask_that_it_is_given():
         model.get_submodule(next(iter(model.ensembling.groups)))(torch.randn(1, 3, 16))
 
 
-HEADS = {"heads": {"sun": 4, "cars": 6, "dtd": 3}, "head": "classifier"}
+HEADS = {"heads": {task: [f"c{i}" for i in range(n)] for task, n in {"sun": 4, "cars": 6, "dtd": 3}.items()}}
+HEADS["head"] = "classifier"
 
 
 @pytest.mark.parametrize("family", ["vit", "bert"])
 def test_a_task_s_own_head_is_picked(family):
     model, inputs = build(family, **HEADS), inputs_of(family)
     logits = {}
-    for index, (task, classes) in enumerate(HEADS["heads"].items()):
+    for index, (task, names) in enumerate(HEADS["heads"].items()):
+        classes = len(names)
         output = model(**inputs, task=task, output_hidden_states=True)
         logits[task] = output.logits
         assert output.logits.shape == (3, classes)

@@ -1,0 +1,89 @@
+"""Graph tasks that make task vectors, source minus base, whole or pruned."""
+
+from typing import Literal
+
+import torch
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.graph import Task
+from mergekit.io.tasks import LoadTensor
+from torch import Tensor
+
+
+class TaskVectors(Task[Tensor]):
+    """Source minus base, of every source: (sources, *shape), in float32 or wider."""
+
+    base: ModelReference
+    sources: tuple[ModelReference, ...]
+    tensor: str
+    aliases: tuple[str, ...] | None
+    load: type[LoadTensor]
+
+    def arguments(self) -> dict[str, Task]:
+        return {}
+
+    def group_label(self) -> str:
+        return self.tensor
+
+    def execute(self, **_kwargs: object) -> Tensor:
+        start = self._loaded(self.base)
+        start = start.to(torch.promote_types(start.dtype, torch.float32))
+        vectors = start.new_empty(len(self.sources), *start.shape)
+        for vector, model in zip(vectors, self.sources, strict=True):
+            torch.sub(self._loaded(model).to(start), start, out=vector)
+        return vectors
+
+    def _loaded(self, model: ModelReference) -> Tensor:
+        tensor = self.load(model=model, tensor=self.tensor, aliases=self.aliases).execute()
+        assert tensor is not None
+        return tensor
+
+
+class Stacked(Task[Tensor]):
+    """Task vectors as they are written."""
+
+    vectors: TaskVectors
+    shape: tuple[int, ...]
+    dtype: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {"vectors": self.vectors}
+
+    def execute(self, vectors: Tensor) -> Tensor:
+        return vectors.to(dtype_from_name(self.dtype))
+
+
+class Pruned(Task[tuple[Tensor, Tensor]]):
+    """The largest elements of each task vector by magnitude, and where they lie in it: (sources, kept) each."""
+
+    vectors: TaskVectors
+    kept: int
+
+    def arguments(self) -> dict[str, Task]:
+        return {"vectors": self.vectors}
+
+    def execute(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        flat = vectors.flatten(1)
+        places = flat.abs().topk(self.kept, dim=1, sorted=False).indices.sort(dim=1).values
+        return flat.gather(1, places), places
+
+
+class PartOfPruned(Task[Tensor]):
+    """`values`, the `columns` they lie in, or where each row ends among them."""
+
+    pruned: Pruned
+    part: Literal["values", "columns", "row_ends"]
+    shape: tuple[int, ...]
+    width: int
+    dtype: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {"pruned": self.pruned}
+
+    def execute(self, pruned: tuple[Tensor, Tensor]) -> Tensor:
+        values, places = pruned
+        if self.part == "values":
+            return values.to(dtype_from_name(self.dtype))
+        if self.part == "columns":
+            return (places % self.width).to(torch.uint16 if self.width <= 2**16 else torch.int32)
+        rows = torch.arange(1, self.shape[1] + 1, device=places.device) * self.width
+        return torch.searchsorted(places, rows.expand(len(places), -1).contiguous()).int()

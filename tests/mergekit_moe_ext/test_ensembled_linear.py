@@ -1,0 +1,208 @@
+"""A linear map with weighed task vectors against a naive loop, whatever way it takes and however it is cut up."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from mergekit_moe_ext.modeling import modeling_wemoe
+from mergekit_moe_ext.modeling.modeling_wemoe import Call, Current, EnsembledLinear
+
+EXPERTS = 3
+KINDS = [(layout, sparse) for layout in ("linear", "conv1d") for sparse in (False, True)]
+SHARED = ["one for all", "per sample", "per token"]  # whose coefficients are the same
+
+
+class Set(nn.Module):
+    """The module as its model calls it, with these coefficients."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x, c):
+        call = Call.__new__(Call)
+        call.values, call.keeping = {"group": c}, set()
+        self.linear.current.call = call
+        return self.linear(x)
+
+
+@pytest.fixture(params=["merged", "one by one"])
+def way(request, monkeypatch):
+    monkeypatch.setattr(modeling_wemoe, "_MERGING", 1 if request.param == "merged" else 10**6)
+    monkeypatch.setattr(modeling_wemoe, "_FEW", 0 if request.param == "merged" else 10**6)
+
+
+@pytest.fixture(params=[(1, 1), (80, 2), (2**20, 32)], ids=["single rows", "a few rows", "one tile"])
+def tile(request, monkeypatch):
+    monkeypatch.setattr(modeling_wemoe, "_TILE", request.param[0])
+    monkeypatch.setattr(modeling_wemoe, "_ROWS", request.param[1])
+
+
+def make(layout="linear", sparse=False, width=(10, 7), experts=EXPERTS, bias=True, dtype=torch.float64):
+    """The module, and its task vectors (experts, *shape of the weight)."""
+    torch.manual_seed(0)
+    base = nn.Linear(*width, bias=bias) if layout == "linear" else Conv1D(width[1], width[0])
+    base.to(dtype).requires_grad_(False)
+    if base.bias is not None:
+        nn.init.normal_(base.bias)
+    shape, vectors = base.weight.shape, torch.randn(experts, *base.weight.shape, dtype=dtype)
+    kept = 11 if sparse else None
+    module = EnsembledLinear(base, experts, kept, "group", Current())
+    if sparse:
+        for index, vector in enumerate(vectors):
+            where = torch.randperm(vector.numel())[:kept].sort().values
+            mask = torch.zeros(vector.numel(), dtype=torch.bool).index_fill(0, where, True).view(shape)
+            module.values[index] = vector[mask]
+            module.columns[index] = (where % shape[1]).to(torch.uint16)
+            module.row_ends[index] = mask.sum(1).cumsum(0)
+            vector.masked_fill_(~mask, 0)
+    else:
+        module.vectors.copy_(vectors)
+    if bias:
+        module.bias_vectors.normal_()
+    return Set(module), vectors
+
+
+def inputs(shared="per sample", samples=4, tokens=5, width=10, experts=EXPERTS, dtype=torch.float64):
+    torch.manual_seed(1)
+    shape = {"one for all": (), "per sample": (samples,), "per token": (samples, tokens)}[shared]
+    return torch.randn(samples, tokens, width, dtype=dtype), torch.randn(*shape, experts, dtype=dtype)
+
+
+def naive(model, vectors, x, c):
+    """Sample by sample, token by token, with whole weights."""
+    linear, (samples, tokens, _), rows = model.linear, x.shape, []
+    c = c.expand(samples, tokens, -1) if c.ndim == 1 else c[:, None].expand(-1, tokens, -1) if c.ndim == 2 else c
+    for sample, token in ((sample, token) for sample in range(samples) for token in range(tokens)):
+        weight = linear.weight
+        bias = linear.bias if linear.bias is not None else torch.zeros((), dtype=x.dtype)
+        for index, vector in enumerate(vectors):
+            weight = weight + c[sample, token, index] * vector
+            if linear.bias is not None:
+                bias = bias + c[sample, token, index] * linear.bias_vectors[index]
+        rows.append(x[sample, token] @ (weight if linear.is_transposed else weight.T) + bias)
+    return torch.stack(rows).view(samples, tokens, -1)
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize(("layout", "sparse"), KINDS)
+def test_it_is_the_loop(layout, sparse, shared, way, tile):
+    model, vectors = make(layout, sparse)
+    for samples, tokens in ((4, 5), (1, 5), (5, 1), (2, 0)):
+        x, c = inputs(shared, samples, tokens)
+        if tokens:
+            torch.testing.assert_close(model(x, c), naive(model, vectors, x, c))
+        else:
+            assert model(x, c).shape == (samples, 0, 7)
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize(("layout", "sparse"), KINDS)
+def test_gradients_are_those_of_differences(layout, sparse, shared, way, tile):
+    model, _ = make(layout, sparse, width=(6, 4))
+    x, c = inputs(shared, samples=3, tokens=2, width=6)
+    weight, bias = model.linear.weight.clone(), model.linear.bias.clone()
+
+    def call(x, c, weight, bias):
+        return functional_call(model, {"linear.weight": weight, "linear.bias": bias}, (x, c))
+
+    assert torch.autograd.gradcheck(call, [each.requires_grad_() for each in (x, c, weight, bias)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("layout", "sparse"), KINDS)
+def test_every_dtype_is_near_double(layout, sparse, dtype, way, tile):
+    half, vectors = make(layout, sparse, dtype=dtype)
+    double, wide = copy.deepcopy(half).double(), vectors.double()
+    for shared in SHARED:
+        x, c = (each.requires_grad_() for each in inputs(shared, dtype=dtype))
+        wide_x, wide_c = (each.detach().double().requires_grad_() for each in (x, c))
+        actual, expected = half(x, c), naive(double, wide, wide_x, wide_c)
+        torch.manual_seed(2)
+        direction = torch.randn_like(expected)
+        actual.backward(direction.to(dtype))
+        expected.backward(direction)
+        assert actual.dtype == x.grad.dtype == c.grad.dtype == dtype
+        for one, other in ((actual, expected), (x.grad, wide_x.grad), (c.grad, wide_c.grad)):
+            assert (one - other).norm() < 20 * torch.finfo(dtype).eps * other.norm()
+
+
+@pytest.mark.parametrize(("layout", "sparse"), KINDS)
+def test_under_autocast_it_is_as_a_linear_map_is(layout, sparse, way):
+    model, vectors = make(layout, sparse, dtype=torch.float32)
+    x, c = inputs(dtype=torch.float32)
+    expected = naive(model, vectors, x, c)
+    x.requires_grad_(), c.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = model(x, c)
+        actual.float().sum().backward()
+    assert actual.dtype == torch.bfloat16 and x.grad.dtype == c.grad.dtype == torch.float32
+    assert (actual - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_checkpointing_and_strides_change_nothing(sparse, reentrant, way):
+    model, vectors = make(sparse=sparse, bias=False)
+    x, c = inputs()
+    strided = x.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    assert not strided.is_contiguous()
+    x.requires_grad_(), c.requires_grad_()
+    expected = torch.autograd.grad(naive(model, vectors, x, c).square().sum(), [x, c])
+    actual = torch.autograd.grad(model(strided, c).square().sum(), [strided, c])
+    torch.testing.assert_close(actual, expected)
+    checkpoint(model, x, c, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close((x.grad, c.grad), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x, c), naive(model, vectors, x, c))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_one_expert_and_no_weight_on_any(sparse, way):
+    model, vectors = make(sparse=sparse, experts=1)
+    x, c = inputs(experts=1)
+    torch.testing.assert_close(model(x, c), naive(model, vectors, x, c))
+    plain = nn.functional.linear(x, model.linear.weight, model.linear.bias)
+    torch.testing.assert_close(model(x, torch.zeros_like(c)), plain)
+
+
+@pytest.mark.parametrize(("layout", "sparse"), KINDS)
+def test_nan_stays_with_its_sample(layout, sparse, way, tile):
+    model, vectors = make(layout, sparse)
+    x, c = inputs()
+    expected = naive(model, vectors, x, c)
+    x[1], c[2] = torch.nan, torch.inf
+    actual = model(x, c)
+    torch.testing.assert_close(actual[[0, 3]], expected[[0, 3]])
+    assert actual[1].isnan().all() and not actual[2].isfinite().all()
+
+
+@pytest.mark.parametrize(("layout", "sparse"), KINDS)
+def test_merged_is_the_weight(layout, sparse, tile):
+    model, vectors = make(layout, sparse)
+    _, c = inputs("one for all")
+    expected = model.linear.weight + torch.einsum("e,eij->ij", c, vectors)
+    torch.testing.assert_close(model.linear.merged(c), expected)
+
+
+@pytest.mark.parametrize(("layout", "sparse"), KINDS)
+def test_it_compiles_whole_forward_and_backward(layout, sparse):
+    model, vectors = make(layout, sparse)
+    x, c = (each.requires_grad_() for each in inputs(tokens=9))
+    expected = torch.autograd.grad(naive(model, vectors, x, c).square().sum(), [x, c])
+    compiled = torch.compile(model.linear._by_sample, backend="aot_eager", fullgraph=True)
+    actual = torch.autograd.grad(compiled(x, c).square().sum(), [x, c])
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("part", ["columns", "row_ends"])
+def test_places_outside_of_the_weight_are_an_error(part):
+    model, _ = make(sparse=True)
+    getattr(model.linear, part)[1, -1] = 12
+    with pytest.raises(ValueError, match="outside of the weight"):
+        model(*inputs())
