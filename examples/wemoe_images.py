@@ -579,6 +579,8 @@ def text_of_table2(kept: Kept) -> str:
         ("AdaMerging (layer)", "Ties-Merging"),
         ("AdaMerging (layer)", "WEMoE (0-layer)"),
         ("WEMoE (0-layer)", "Task arithmetic"),
+        ("WEMoE (2-layer)", "WEMoE (0-layer)"),
+        ("WEMoE (2-layer)", "Task arithmetic"),
         ("WEMoE (2-layer)", "AdaMerging (layer)"),
         ("WEMoE (2-layer)", "Traditional MTL"),
         ("Individual", "WEMoE (2-layer)"),
