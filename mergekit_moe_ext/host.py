@@ -110,13 +110,13 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
 
 def _copy_tokenizer_files(merge: Any, job: Any, directory: Path, *, tokenizer_is_there: bool) -> None:
     donor = Path(ModelReference(model=job.donor.model).local_path(job.merge_options.transformers_cache))
-    if not tokenizer_is_there:
+    reads_images_alone = (donor / "preprocessor_config.json").exists() and not any(donor.glob("*token*"))
+    if not tokenizer_is_there and not reads_images_alone:
         from_donor = job.config.model_copy(update={"base_model": job.donor})
         try:
             merge._copy_tokenizer(from_donor, str(directory), job.merge_options)
         except (OSError, ValueError, RuntimeError) as error:
-            if not (donor / "preprocessor_config.json").exists():  # images need none
-                LOG.warning("no tokenizer was copied: %s", str(error).splitlines()[0])
+            LOG.warning("no tokenizer was copied: %s", str(error).splitlines()[0])
     for name in _BESIDE_TOKENIZER:
         if (donor / name).exists() and not (directory / name).exists():
             shutil.copy(donor / name, directory / name)

@@ -322,6 +322,15 @@ def test_heads_of_their_own_are_kept_per_task(tmp_path, monkeypatch, family):
             model(**INPUTS[family], **task)
 
 
+def test_a_model_of_images_is_not_missed_a_tokenizer(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "sun", "cars")):
+        make_classifier(tmp_path / name, seed)
+    (tmp_path / "base" / "preprocessor_config.json").write_text("{}")
+    out = merge(wemoe(("sun", "cars"), **LAMBDA, **CONSTANT))
+    assert "tokenizer" not in caplog.text and (out / "preprocessor_config.json").exists()
+
+
 def test_one_head_is_merged_only_where_all_have_the_same_named_classes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", "sun", "cars")):

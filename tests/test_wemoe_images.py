@@ -1,0 +1,110 @@
+"""The experiment on pictures (`examples/wemoe_images.py`) and what fetches them, on made-up pictures."""
+
+import io
+import json
+import pickle
+import statistics
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from tests.test_autoload import ROOT
+
+CLASSES = ["left", "right"]
+
+
+@pytest.fixture
+def images(monkeypatch, tmp_path):
+    monkeypatch.setenv("MERGEKIT_MOE_EXT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import wemoe_images
+
+    few = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(wemoe_images, "SHAPE", {**wemoe_images.SHAPE, **few})
+    monkeypatch.setattr(wemoe_images, "HIDDEN", 16)
+    for name in ("PRETRAINING", "FINE_TUNING", "TOGETHER"):
+        monkeypatch.setattr(wemoe_images, name, wemoe_images.Recipe(steps=12, batch=8, learning_rate=3e-3))
+    monkeypatch.setattr(
+        wemoe_images, "tasks", lambda names: {n: made_up(wemoe_images, i) for i, n in enumerate(names)}
+    )
+    monkeypatch.setattr(wemoe_images, "pretraining", lambda: made_up(wemoe_images, 9))
+    yield wemoe_images
+    for name in ("wemoe_images", "real_images", "real_data"):
+        sys.modules.pop(name, None)
+
+
+def made_up(images, seed):
+    """A light spot in one half or the other; each task has names of its own for that."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(2, size=24)
+    pictures = generator.integers(60, size=(24, 28, 28), dtype=np.uint8)
+    for picture, label in zip(pictures, labels, strict=True):
+        picture[8:20, 16 * label : 16 * label + 12] += 180
+    return images.Pictures(
+        [f"{name} {seed}" for name in CLASSES], pictures[:16], labels[:16], pictures[16:], labels[16:]
+    )
+
+
+def test_the_whole_experiment_runs_and_goes_on(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "LAMBDAS", (0.3,))
+    monkeypatch.setattr(images, "LAMBDAS_ROUTED", ())
+    monkeypatch.setattr(images, "RATES", (3e-4,))
+    monkeypatch.setattr(images, "CORRUPTIONS", ["contrast"])
+    monkeypatch.setattr(images, "corrupted", lambda data, corruption: data)
+    monkeypatch.setattr(images, "COMPARED", ["Task arithmetic"])
+    kept = {row: images.ROUTED[row] for row in ("AdaMerging (layer)", "WEMoE (2-layer)")}
+    for name, rows in (("ROUTED", kept), ("STRATEGIES", {}), ("SPARSE", {})):
+        monkeypatch.setattr(images, name, rows)
+    command = ["-o", str(tmp_path / "out"), "--seed", "0", "--steps", "2", "--plot", str(tmp_path / "figures")]
+    result = CliRunner().invoke(images.main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "Table 2" in result.stdout and "Individual above Pre-trained" in result.stdout
+    for figure in ("wemoe_routing.png", "wemoe_figure4.png", "wemoe_figure5.png"):
+        assert (tmp_path / "figures" / figure).read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((tmp_path / "out" / "table2-0.json").read_text())["rows"]
+    assert rows.keys() >= {"Pre-trained", "Individual", "Traditional MTL", *images.STATIC, *kept}
+    lambdas = json.loads((tmp_path / "out" / "figure5-0.json").read_text())["rows"]
+    assert lambdas["Task arithmetic, 0.3"] == rows["Task arithmetic"]  # the same merge, made again
+    curve = json.loads((tmp_path / "out" / "figure4-0.json").read_text())["rows"]["0.0003"]["curve"]
+    adapted = rows["WEMoE (2-layer)"]
+    assert list(curve) == ["0", "2"] and curve["2"] == statistics.mean(adapted[task] for task in images.TASKS)
+
+    monkeypatch.setattr(images.Bench, "measure", None)  # nothing is measured again
+    again = CliRunner().invoke(images.main, command[:6], catch_exceptions=False)
+    assert again.exit_code == 0 and again.stdout == result.stdout
+    other = CliRunner().invoke(images.main, [*command[:5], "3"])
+    assert other.exit_code == 1 and "other settings" in other.output
+
+
+def test_unadapted_routers_are_task_arithmetic(images, tmp_path):
+    """Up to the spread of the routers' first weights: what `adapt` measures before, and a stock merge."""
+    data = images.tasks([*images.TASKS, *images.UNSEEN])
+    sources = images.make_sources(images.make_base(), data, 0)
+    tests = images.write_tests(data, tmp_path / "tests")
+    bench = images.Bench(sources, data, tests, tmp_path, {"steps": 1, "learning_rate": 0.0})
+    constant = bench.adapted(images.ROUTED["WEMoE (0-layer)"])
+    stock = bench.static(images.STATIC["Task arithmetic"])
+    assert {task: constant[task] for task in stock} == stock
+    for task, found in bench.own().items():  # whole, as a user loads it
+        model = AutoModelForImageClassification.from_pretrained(sources.models[task])
+        processor = AutoImageProcessor.from_pretrained(sources.models[task])
+        seen = processor([Image.fromarray(one).convert("RGB") for one in data[task].test], return_tensors="pt")
+        right = model(**seen).logits.argmax(-1) == torch.as_tensor(data[task].test_labels)
+        assert right.float().mean().item() == found
+        assert model.config.id2label == dict(enumerate(data[task].classes))
+
+
+def test_only_arrays_are_unpickled(images):
+    import real_images
+
+    arrays = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    read = real_images._Arrays(io.BytesIO(pickle.dumps(arrays))).load()
+    assert np.array_equal(read, arrays)
+    with pytest.raises(pickle.UnpicklingError, match="asks for"):
+        real_images._Arrays(io.BytesIO(pickle.dumps(print))).load()
