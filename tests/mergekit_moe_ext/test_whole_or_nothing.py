@@ -18,6 +18,7 @@ from tests.conftest import BIN, document, merge, same_files
 KILLER = """
 import importlib, os, signal, sys
 import mergekit.merge
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 where, nth, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 module, _, path = where.partition(":")
 *owners, name = path.split(".")
