@@ -29,7 +29,7 @@ from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction
 
 from _mergekit_moe_ext_common import options as shared_options
-from _mergekit_moe_ext_common.data import Source, collate, decoder_inputs, parse_sources, tokenise
+from _mergekit_moe_ext_common.data import Source, collate, decoder_inputs, parse_sources
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
@@ -43,7 +43,7 @@ from _mergekit_moe_ext_common.training import (
     training_arguments,
     with_predicted,
 )
-from mergekit_moe_ext.adaptation_data import Kind, One, Rounds, classified, data_fingerprint, load_image_processor
+from mergekit_moe_ext.adaptation_data import Kind, One, Rounds, data_fingerprint, load_image_processor, model_inputs
 from mergekit_moe_ext.adaptation_objective import Guard, Patience, entropy
 from mergekit_moe_ext.card import renew_loading
 from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
@@ -261,17 +261,8 @@ def adapt(
     prefix = _prefix(kind, config)
 
     def rows_of(rows: Dataset, source: Source) -> Dataset:
-        if kind in ("text", "image"):
-            return classified(rows, source, kind, prepare, config, reading, adaptation)
-        encoded = tokenise(
-            rows,
-            source,
-            prepare,
-            columns=reading.columns,
-            max_length=reading.max_length,
-            encoder_decoder=kind == "encoder-decoder",
-        )
-        return with_predicted(encoded, source, max(1, prefix)) if kind == "decoder" else encoded
+        inputs = model_inputs(rows, source, kind, prepare, config, reading, adaptation)
+        return with_predicted(inputs, source, max(1, prefix)) if kind == "decoder" else inputs
 
     with arguments.main_process_first(desc="reading the data"):
         training, held_out = split_sources(data, eval_data, recipe, rows_of)
@@ -374,7 +365,7 @@ def _prefix(kind: Kind, config: Any) -> int:
 
 
 def _learning_rate(kind: Kind, config: Any) -> float:
-    """The paper's, and a tenth of it for tokens, whose entropy falls at the paper's while their loss soars."""
+    """The paper's, and a tenth of it for tokens, whose loss soars at the paper's (docs/wemoe_texts.md)."""
     predicts_tokens = kind in ("decoder", "encoder-decoder")
     return 1e-4 if predicts_tokens and config.ensembling["router_layers"] else 1e-3
 

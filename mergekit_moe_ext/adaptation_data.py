@@ -36,6 +36,23 @@ def load_image_processor(model_path: str, reading: Reading) -> Any:
         ) from error
 
 
+def model_inputs(
+    rows: Dataset,
+    source: Source,
+    kind: Kind,
+    prepare: Any,
+    config: Any,
+    reading: Reading,
+    adaptation: Adaptation,
+) -> Dataset:
+    """Rows as a model of this kind takes them; `prepare` is its tokenizer or image processor."""
+    if kind in ("text", "image"):
+        return classified(rows, source, kind, prepare, config, reading, adaptation)
+    pairs = kind == "encoder-decoder"
+    columns, length = reading.columns, reading.max_length
+    return tokenise(rows, source, prepare, columns=columns, max_length=length, encoder_decoder=pairs)
+
+
 def classified(
     rows: Dataset,
     source: Source,

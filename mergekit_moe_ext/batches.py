@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from _mergekit_moe_ext_common.data import Source, load, tokenise
+from _mergekit_moe_ext_common.data import Source, load
 from _mergekit_moe_ext_common.loading import load_tokenizer
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.adaptation import Predictions
-from mergekit_moe_ext.adaptation_data import Kind, classified, load_image_processor
+from mergekit_moe_ext.adaptation_data import Kind, load_image_processor, model_inputs
 from mergekit_moe_ext.options import Adaptation
 
 
@@ -34,25 +34,15 @@ def read_batches(
     kind = _kind(model)
     prepare = load_image_processor(model_path, reading) if kind == "image" else load_tokenizer(model_path, reading)
     rows = load(source, max_samples)
-    if kind in ("image", "text"):
-        if not with_labels and label_column in rows.column_names:
-            rows = rows.remove_columns(label_column)
-        # a stock model's, which has no heads per task; of a weight-ensembling one no classes are read
-        head = SimpleNamespace(
-            ensembling={"heads": {}}, num_labels=model.config.num_labels, id2label=model.config.id2label
-        )
-        objective: Any = "supervised" if with_labels else "entropy"
-        wanted = Adaptation(objective=objective, image_column=image_column, label_column=label_column)
-        rows = classified(rows, source, kind, prepare, head, reading, wanted)
-    else:
-        rows = tokenise(
-            rows,
-            source,
-            prepare,
-            columns=reading.columns,
-            max_length=reading.max_length,
-            encoder_decoder=kind == "encoder-decoder",
-        )
+    if kind in ("image", "text") and not with_labels and label_column in rows.column_names:
+        rows = rows.remove_columns(label_column)
+    # a stock model's, which has no heads per task; of a weight-ensembling one no classes are read
+    head = SimpleNamespace(
+        ensembling={"heads": {}}, num_labels=model.config.num_labels, id2label=model.config.id2label
+    )
+    objective: Any = "supervised" if with_labels else "entropy"
+    wanted = Adaptation(objective=objective, image_column=image_column, label_column=label_column)
+    rows = model_inputs(rows, source, kind, prepare, head, reading, wanted)
     reader = Predictions(model, kind, prepare, prefix=0, image_column=image_column)
     starts = range(0, len(rows), batch_size)
     named = ([{source.name: row} for row in rows.select(range(s, min(s + batch_size, len(rows))))] for s in starts)

@@ -385,8 +385,9 @@ class Router(nn.Module):
 
         Of a constant (experts,), whatever h.
         """
-        if self.is_constant or h is None:
+        if self.is_constant:
             return self.bias
+        assert h is not None
         x = h.to(self.weight.dtype)
         if hasattr(self, "hidden"):
             x = functional.relu(self.hidden(x))
