@@ -199,6 +199,8 @@ def _ensembling(job: Job, sources: _Sources) -> tuple[Ensembling, str]:
     options, tasks, notes = job.options, names_of(job.experts), ""
     head = "classifier" if sources.clip_heads else _head_of_tasks(sources.network, sources.configs)
     upscale = options.upscale
+    if upscale == "all":
+        _check_all_of(job)
     if upscale == "auto":
         upscale, notes = _choose_part(job, sources)
     classes = [list(of_clip.classes) for of_clip in sources.clip_heads]
@@ -315,12 +317,6 @@ def _groups(
 ) -> dict[str, list[str]]:
     try:
         if upscale == "all":
-            check_all(job.options)
-            if job.config.tokenizer or job.config.tokenizer_source:
-                raise ValueError(
-                    "upscale: all does not go with tokenizer: the embeddings' task vectors are not aligned; give the "
-                    "sources the base's vocabulary and leave it out"
-                )
             return weighed_tensors(network, head)
         return ensembled_groups(network, upscale, job.options.layers)
     except ValueError as error:
@@ -366,6 +362,18 @@ def _notes(chosen: Part, variation: Mapping[Part, Variation]) -> str:
             *rows,
         ]
     )
+
+
+def _check_all_of(job: Job) -> None:
+    try:
+        check_all(job.options)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    if job.config.tokenizer or job.config.tokenizer_source:
+        raise click.ClickException(
+            "upscale: all does not go with tokenizer: the embeddings' task vectors are not aligned; give the sources "
+            "the base's vocabulary and leave it out"
+        )
 
 
 def check_all(options: WemoeOptions) -> None:
