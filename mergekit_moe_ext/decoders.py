@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mergekit_moe_ext.layers import decoder_layers
 from mergekit_moe_ext.manifest import Manifest, hub_state, manifest_from
 from mergekit_moe_ext.methods.base import Job
+from mergekit_moe_ext.modeling.host_cache import name_of_cache
 from mergekit_moe_ext.sources import tokenizer_of
 
 LOG = logging.getLogger(__name__)
@@ -112,8 +113,8 @@ def _refusal(name: str, config: PretrainedConfig) -> str | None:
         return "needs token embeddings inside its layers"
     model_class = getattr(transformers, name)
     kinds = set(getattr(config, "layer_types", None) or ())
-    takes = set(inspect.signature(model_class.forward).parameters)
-    if model_class._is_stateful or kinds - _KEPT_IN_CACHE or "past_key_values" not in takes:
+    takes = inspect.signature(model_class.forward).parameters
+    if model_class._is_stateful or kinds - _KEPT_IN_CACHE or name_of_cache(takes) is None:
         return "keeps no key-value cache of the usual kind"
     if "inputs_embeds" not in takes:
         return "takes no embeddings"

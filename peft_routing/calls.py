@@ -16,6 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from _mergekit_moe_ext_common.host_cache import (
+    NAMES,
+    OUTPUT_NAME,
+    begin_sequences,
+    cache_in,
+    generating,
+    with_cache_renamed,
+)
 from peft_routing import given
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.routers import over_tokens, wide
@@ -47,14 +55,18 @@ class Call:
         self._predicts_tokens = hasattr(model, "can_generate") and model.can_generate()
         example = _input(arguments)
         self._batch_size = None if example is None else len(example)
-        self._cache = arguments.get("past_key_values") if per_sequence else None
+        self._has_begun = False
+        self._cache: Any = cache_in(arguments) if per_sequence else None
+        # Up to transformers 5.5 the caches of state-space models were of classes of their own.
+        self._state_space = arguments.get("cache_params") is not None or _knows_no_length(self._cache)
+        if self._state_space:
+            self._cache = None
         self._fills_cache = self._cache is not None and self._cache.get_seq_length() == 0
         if self._fills_cache:
             setattr(self._cache, _ON_CACHE, {})
         self._grows_without_cache = (
             self._cache is None and arguments.get("use_cache") is False and "logits_to_keep" in arguments
         )
-        self._state_space = arguments.get("cache_params") is not None
 
     def coefficients(self, router: Any, x: Tensor, adapter: str, layer: Any) -> Tensor:
         """Of a router that depends on its input: (…, experts), to be broadcast over the tokens of `x`."""
@@ -71,6 +83,7 @@ class Call:
                 )
             return over_tokens(known[key], x)
         else:
+            self._begin()
             scores = self._mean(router.scores(x), self.prefix(x, router.routing_tokens))
             coefficients = router.coefficients(scores)
             if self._fills_cache:
@@ -78,6 +91,12 @@ class Call:
         if router.is_balanced and self._training:
             self.balance.append(self._imbalance(router, scores))
         return coefficients if router.granularity == "token" else over_tokens(coefficients, x)
+
+    def _begin(self) -> None:
+        """`RuntimeError` where the same generation chose for its sequences in an earlier pass."""
+        if not self._has_begun and not self._grows_without_cache:
+            begin_sequences(self.model)
+        self._has_begun = True
 
     def prefix(self, x: Tensor, routing_tokens: int) -> Tensor | None:
         """Which tokens of x (batch, length, …) choose; None for all of them."""
@@ -201,7 +220,8 @@ class _Generate:
         model: Any = self.model()
         generate = self.before or partial(type(model).generate, model)
         if coefficients is None:
-            return generate(*args, **kwargs)
+            with generating(model):
+                return generate(*args, **kwargs)
         with given.given_coefficients(coefficients):
             return generate(*args, **kwargs)
 
@@ -252,9 +272,17 @@ def _input(arguments: dict[str, Any]) -> Any:
     return next((arguments[name] for name in _INPUTS if arguments.get(name) is not None), None)
 
 
+def _knows_no_length(cache: Any) -> bool:
+    """Whether none of a cache's layers counts tokens, as in a state-space model."""
+    is_linear = getattr(cache, "is_linear", [])
+    return bool(is_linear) and all(is_linear)
+
+
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     refuse_mixed_batches(kwargs)
     kwargs, coefficients = _given(kwargs)
+    if any(kwargs.get(name) is not None for name in NAMES if name != OUTPUT_NAME):
+        kwargs = with_cache_renamed(kwargs, inspect.signature(type(model).forward).parameters)
     if coefficients is not None:
         given.enter(model, coefficients, _input(_arguments(model, args, kwargs)))
         if model.training:

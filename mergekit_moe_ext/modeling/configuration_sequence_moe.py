@@ -35,7 +35,7 @@ class SequenceMoEConfig(PretrainedConfig):
     """
 
     model_type = "sequence_moe"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "coefficients", "aux_loss"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "coefficients", "aux_loss"]
 
     def __init__(
         self,

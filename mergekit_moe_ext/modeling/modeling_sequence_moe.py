@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig,
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_sequence_moe import SequenceMoEConfig
+from .host_cache import OUTPUT_NAME, begin_sequences, cache_in, generating, name_of_cache, with_cache_renamed
 
 _SCORED_AT_ONCE = 4096  # positions whose logits are held at the same time
 # transformers collects these from its direct children alone
@@ -95,6 +96,11 @@ class SequenceMoECache(Cache):
     def is_croppable(self) -> bool:
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of no layer: from transformers 5.24 a cache without any counts as one that knows no length."""
+        return [False]
+
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError(
             "a sequence MoE cannot take tokens back, as assisted decoding does: its choice is the prompt's"
@@ -161,7 +167,9 @@ class Expert(nn.Module):
         embedding, head = self.trunk.get_input_embeddings(), self.trunk.get_output_embeddings()
         self.trunk.set_input_embeddings(None)
         self.trunk.set_output_embeddings(nn.Identity())
-        self.takes = {"position_ids", "past_key_values", "use_cache"} & _parameters_of(self.trunk)
+        parameters = inspect.signature(self.trunk.forward).parameters
+        self.cache_name = name_of_cache(parameters) or OUTPUT_NAME
+        self.takes = {"position_ids", "use_cache", self.cache_name} & set(parameters)
         if mixture.embedding == "separate":
             self.embed_tokens, self.lm_head = embedding, head
             return
@@ -186,7 +194,7 @@ class Expert(nn.Module):
                 x = self.proj_in(x)
             if self.scale != 1:
                 x = x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
-        more = {"position_ids": batch.positions, "past_key_values": cache, "use_cache": cache is not None}
+        more = {"position_ids": batch.positions, self.cache_name: cache, "use_cache": cache is not None}
         y = self.trunk(
             inputs_embeds=x, attention_mask=batch.mask, **{name: more[name] for name in sorted(self.takes)}
         ).logits
@@ -271,7 +279,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: SequenceMoECache | None = None,
+        cache: SequenceMoECache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -282,13 +290,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits, and the loss over `labels` outside the prefix.
 
         coefficients (batch, experts), or (1, experts): how much each expert counts, instead of a choice; those with 0
-        are not run.
+        are not run. `past_key_values=` is the cache's name in transformers before 5.24, and is taken too.
         """
         if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             raise ValueError("a sequence MoE has no hidden states or attentions of its own: ask one of model.experts")
-        cache = past_key_values
+        kwargs = with_cache_renamed({**kwargs, "cache": cache}, {"cache": cache})
+        cache = kwargs.pop("cache")
         if cache is not None and not isinstance(cache, SequenceMoECache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; a sequence MoE needs a SequenceMoECache()")
+            raise ValueError(f"the cache is a {type(cache).__name__}; a sequence MoE needs a SequenceMoECache()")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         batch = Batch(input_ids, attention_mask, _positions(input_ids, attention_mask, position_ids))
@@ -299,6 +308,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         elif coefficients is not None:
             coefficients = self._checked(coefficients, input_ids)
         else:
+            if self.config.routing != "uniform":  # which chooses nothing, so that a cache need not come back
+                begin_sequences(self)
             prefix = self._prefix(batch, whole=cache is not None)
             coefficients, aux_loss, ran = self._route(batch, prefix, keep=cache is not None or use_cache)
             labels, kwargs = self._without_prefix(labels, prefix, kwargs)
@@ -311,7 +322,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             if aux_loss is not None and self.training:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         output = SequenceMoEOutput(
-            loss=loss, logits=logits, past_key_values=cache, coefficients=coefficients, aux_loss=aux_loss
+            loss=loss, logits=logits, coefficients=coefficients, aux_loss=aux_loss, **{OUTPUT_NAME: cache}
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -537,8 +548,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if generation_config.use_cache is False:
             if model_kwargs.get("coefficients") is None and self.config.routing != "uniform":
                 raise ValueError("use_cache=False: a sequence MoE keeps its choice in the cache; give coefficients=")
-        elif model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = SequenceMoECache()
+        elif cache_in(model_kwargs) is None:
+            model_kwargs[OUTPUT_NAME] = SequenceMoECache()
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, in which a sequence is begun once."""
+        with generating(self):
+            return super().generate(*args, **kwargs)
 
 
 class _Comparison:
@@ -611,10 +628,6 @@ def _largest(scores: Tensor, k: int) -> Tensor:
         return scores
     values, indices = scores.topk(k, dim=-1)
     return torch.full_like(scores, float("-inf")).scatter(-1, indices, values)
-
-
-def _parameters_of(model: nn.Module) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
 
 
 def _positions(tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:

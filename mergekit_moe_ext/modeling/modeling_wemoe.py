@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -33,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_wemoe import Ensembling, config_class, vectors_of
+from .host_cache import begin_sequences, cache_in, generating, with_cache_renamed
 
 _PREFIX = "WEMoE"
 _OUTSIDE = "an ensembled module must be called through its model, which knows about samples and padding"
@@ -447,7 +448,9 @@ class Call:
         self.mask = arguments.get("attention_mask")
         self.decoder_mask = arguments.get("decoder_attention_mask")
         self.given = arguments.get("coefficients")
-        self.cache = arguments.get("past_key_values")
+        self.model = model
+        self.cache: Any = cache_in(arguments)
+        self.uses_cache = self.cache is not None or arguments.get("use_cache") is True
         if self.cache is not None and self.cache.is_compileable:
             raise ValueError("a static cache hides which tokens are padding: leave cache_implementation out")
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
@@ -481,9 +484,15 @@ class Call:
         return self.carried.values.get(name)
 
     def end(self, output: Any) -> None:
-        """Leaves with the cache what further passes need."""
-        filled = self.cache if self.cache is not None else getattr(output, "past_key_values", None)
-        if isinstance(filled, Cache):
+        """Leaves with the cache what further passes need.
+
+        `RuntimeError` where a generation began its sequences before, so that the cache which carried them was lost.
+        """
+        filled = self.cache if self.cache is not None else cache_in(output)
+        # Running means without a cache begin anew in every pass, which goes over everything.
+        if self.left and not self.past and (not self.runs or self.uses_cache):
+            begin_sequences(self.model)
+        if filled is not None:
             self.carried.values |= self.left
             if not isinstance(filled, _Carrying):
                 kind: Any = type(filled)
@@ -610,6 +619,7 @@ class Ensemble:
         arguments = dict(signature.bind_partial(self, *args, **kwargs).arguments)
         arguments.pop("self")
         arguments |= arguments.pop("kwargs", {})
+        arguments = with_cache_renamed(arguments, signature.parameters)
         self._check_given(arguments.get("coefficients"), _samples_in(arguments))
         call = Call(self, arguments)
         arguments.pop("coefficients", None)
@@ -832,6 +842,11 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._forward(base.forward, signature, *args, **kwargs)
 
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, in which a sequence is begun once."""
+        with generating(self):
+            return base.generate(self, *args, **kwargs)
+
     forward.__signature__ = signature  # type: ignore[attr-defined]
     # Checkpoints have the names that the base's have, which transformers looks up by class or model type.
     names = get_checkpoint_conversion_mapping(base.__name__) or get_checkpoint_conversion_mapping(
@@ -845,6 +860,8 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "_auto_class": base._auto_class or auto_class_of(base.__name__),
         "__module__": __name__ if base.__module__.startswith("transformers.") else base.__module__,
     }
+    if base.can_generate():
+        members["generate"] = wraps(base.generate)(generate)
     return type(_PREFIX + base.__name__, (Ensemble, base), members)
 
 
