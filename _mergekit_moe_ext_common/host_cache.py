@@ -44,12 +44,19 @@ def name_of_cache(parameters: Mapping[str, Any]) -> str | None:
 def with_cache_renamed(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a `forward` with these parameters, their cache under the name that it has there.
 
-    transformers passes a name that it does not know on, and ignores it. `ValueError` where several names are given.
+    A `forward` of transformers ignores a name that it does not know, and would go on without the cache: `ValueError`
+    where one is given by such a name, or by several names.
     """
+    name = name_of_cache(parameters)
+    for key, value in arguments.items():
+        if isinstance(value, Cache) and key not in NAMES and key not in parameters:
+            raise ValueError(
+                f"{key}= is a key-value cache, which this model takes as {name}= "
+                f"(transformers {transformers.__version__}; tried were {TRIED})"
+            )
     given = [name for name in NAMES if arguments.get(name) is not None]
     if len(given) > 1:
         raise ValueError(f"{given[0]}= and {given[1]}= are two names of one cache: give {given[0]}= alone")
-    name = name_of_cache(parameters)
     if not given or name is None or given[0] == name:
         return dict(arguments)
     renamed = {key: value for key, value in arguments.items() if key not in NAMES}

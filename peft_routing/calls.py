@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from _mergekit_moe_ext_common.host_cache import (
-    NAMES,
     OUTPUT_NAME,
     begin_sequences,
     cache_in,
@@ -281,7 +281,7 @@ def _knows_no_length(cache: Any) -> bool:
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     refuse_mixed_batches(kwargs)
     kwargs, coefficients = _given(kwargs)
-    if any(kwargs.get(name) is not None for name in NAMES if name != OUTPUT_NAME):
+    if any(isinstance(value, Cache) and name != OUTPUT_NAME for name, value in kwargs.items()):
         kwargs = with_cache_renamed(kwargs, inspect.signature(type(model).forward).parameters)
     if coefficients is not None:
         given.enter(model, coefficients, _input(_arguments(model, args, kwargs)))

@@ -450,6 +450,7 @@ class Call:
         self.given = arguments.get("coefficients")
         self.model = model
         self.cache: Any = cache_in(arguments)
+        self.has_begun = False
         self.uses_cache = self.cache is not None or arguments.get("use_cache") is True
         if self.cache is not None and self.cache.is_compileable:
             raise ValueError("a static cache hides which tokens are padding: leave cache_implementation out")
@@ -478,20 +479,21 @@ class Call:
         return self.cache is not None and self.past == 0
 
     def found(self, name: str) -> tuple[Tensor, ...] | None:
-        """What the cache carries for this group; None at the start of a sequence."""
+        """What the cache carries for this group; None at the start of a sequence.
+
+        `ValueError` where the cache carries nothing; `RuntimeError` where the same generation started before.
+        """
         if self.past and name not in self.carried.values:
             raise ValueError("this cache was not filled by the routers of this model: start with an empty one")
+        # Running means without a cache start anew in every pass, which goes over everything.
+        if not self.past and not self.has_begun and (self.uses_cache or not self.runs):
+            begin_sequences(self.model)
+            self.has_begun = True
         return self.carried.values.get(name)
 
     def end(self, output: Any) -> None:
-        """Leaves with the cache what further passes need.
-
-        `RuntimeError` where a generation began its sequences before, so that the cache which carried them was lost.
-        """
+        """Leaves with the cache what further passes need."""
         filled = self.cache if self.cache is not None else cache_in(output)
-        # Running means without a cache begin anew in every pass, which goes over everything.
-        if self.left and not self.past and (not self.runs or self.uses_cache):
-            begin_sequences(self.model)
         if filled is not None:
             self.carried.values |= self.left
             if not isinstance(filled, _Carrying):
