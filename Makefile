@@ -2,14 +2,40 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+NEWEST := .venv-newest/bin
+OLDEST := .venv-oldest/bin
+# A plain `torch` may resolve to a build with gigabytes of CUDA packages; this one is for CPUs.
+TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint bench
+.PHONY: demo test hosts newest oldest exchange lint bench
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The compact suite: what a new version of a host may break.
+hosts: $(VENV)/.installed
+	$(BIN)/python -m pytest -m hosts
+
+# The compact suite on what pip installs today, without constraints.
+newest:
+	test -x $(NEWEST)/python || $(PYTHON) -m venv .venv-newest
+	$(NEWEST)/python -m pip install --quiet --upgrade --upgrade-strategy eager $(TORCH) --editable '.[test]'
+	$(NEWEST)/python -m pytest -m hosts
+
+# The compact suite on the oldest versions that pyproject.toml allows.
+oldest: .venv-oldest/.installed
+	$(OLDEST)/python -m pytest -m hosts
+
+# Outputs that one end of the range writes are read by the other.
+exchange: $(VENV)/.installed .venv-oldest/.installed
+	rm -rf build/exchange
+	$(BIN)/python -m tests.exchange write build/exchange/new
+	$(OLDEST)/python -m tests.exchange read build/exchange/new
+	$(OLDEST)/python -m tests.exchange write build/exchange/old
+	$(BIN)/python -m tests.exchange read build/exchange/old
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -28,4 +54,9 @@ bench: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,plots,bench]'
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
 	touch $@

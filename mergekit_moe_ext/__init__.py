@@ -9,11 +9,13 @@ on, which is the default): `mergekit.merge.run_merge` then takes them. It also m
 """
 
 from _mergekit_moe_ext_autoload import activate
+from _mergekit_moe_ext_common.versions import warn_of_newer_hosts
 from mergekit_moe_ext import modeling  # noqa: F401  (registers the architectures)
 
 __version__ = "0.1.0"
 __all__ = ["__version__"]
 
+warn_of_newer_hosts()
 activate()
 # Before any module of ours: they import it, and it makes us known while it loads, which takes all of them.
 import mergekit.merge_methods  # noqa: E402, F401

@@ -4,7 +4,7 @@ import logging
 import os
 import subprocess
 import sys
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -270,17 +270,18 @@ def methods(names: tuple[str, ...]) -> None:
 
 @main.command()
 def doctor() -> None:
-    """Say whether `mergekit-yaml` finds this package, and whether the versions fit."""
+    """Say whether the versions fit, `mergekit-yaml` finds this package, and generation is right here."""
     from _mergekit_moe_ext_autoload import mergekit_is_known
+    from _mergekit_moe_ext_common.versions import TESTED, installed, verdict
 
-    for name in ("mergekit-moe-ext", "mergekit", "transformers", "peft", "torch"):
-        click.echo(f"{name:<18}{version(name)}")
-    # As mergekit-yaml starts: a process of its own, in which nothing imports this package.
-    fresh = subprocess.run(
-        [sys.executable, "-c", "import mergekit.merge, mergekit.merge_methods as m; m.get('moe')"],
-        capture_output=True,
-        text=True,
-    )
+    click.echo(f"{'mergekit-moe-ext':<18}{mergekit_moe_ext.__version__}")
+    for host, found in installed().items():
+        oldest, newest = TESTED[host]
+        click.echo(f"{host:<18}{found or '-':<12}{verdict(host, found)} ({oldest} to {newest})")
+    # In processes of their own: as mergekit-yaml starts, in which nothing imports this package, and as a user does.
+    fresh = _started("-c", "import mergekit.merge, mergekit.merge_methods as m; m.get('moe')")
+    selftests = [_started("-m", f"{package}.selftest") for package in ("mergekit_moe_ext", "peft_routing")]
+    _, why_not_found = fresh.communicate()
     checks = {
         "this mergekit is one that we know (>=0.1.5,<0.2)": mergekit_is_known(),
         "torch's autoload is on (TORCH_DEVICE_BACKEND_AUTOLOAD is not 0)": (
@@ -293,13 +294,28 @@ def doctor() -> None:
     }
     for check, passed in checks.items():
         click.echo(f"{'ok  ' if passed else 'FAIL'}  {check}")
-    if not all(checks.values()):
-        click.echo(fresh.stderr.strip())
+    for selftest in selftests:
+        lines, errors = selftest.communicate()
+        click.echo(lines.rstrip() or f"FAIL  the self-test did not run\n{errors.strip()}")
+    is_found, is_right = all(checks.values()), not any(selftest.returncode for selftest in selftests)
+    if not is_found:
+        click.echo(why_not_found.strip())
         click.echo(
             "mergekit-yaml will say `Unimplemented merge method`. `mergekit-moe-ext yaml` works as long as "
             "the versions fit; else reinstall with `pip install --force-reinstall --no-deps mergekit-moe-ext`."
         )
+    if not is_right:
+        click.echo(
+            "Generation with what failed is not to be trusted here. Install versions that were tested; these are "
+            f"known to work: pip install 'transformers=={TESTED['transformers'][1]}' 'peft=={TESTED['peft'][1]}'"
+        )
+    if not (is_found and is_right):
         sys.exit(1)
+
+
+def _started(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _read_config(config_file: str) -> tuple[MergeConfiguration, str]:

@@ -1,0 +1,68 @@
+"""Which versions of the hosts this release was tested with, and one warning where a newer one is installed.
+
+`docs/versions.md` says what was run on them. The lower ends are those of `pyproject.toml`, the upper ends the newest
+that the compact suite (`make newest`) has passed on.
+"""
+
+import contextlib
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+# Oldest and newest of each.
+TESTED = {
+    "transformers": ("5.23.0", "5.24.0"),
+    "peft": ("0.21.0", "0.21.2"),
+    "mergekit": ("0.1.5", "0.1.5"),
+    "torch": ("2.6.0", "2.14.1"),
+    "accelerate": ("1.6.0", "1.15.0"),
+    "datasets": ("3.0.0", "5.2.0"),
+}
+_has_warned = False
+
+
+def installed() -> dict[str, str | None]:
+    """The version of each host that is installed here, by its name; None where it is missing."""
+    versions: dict[str, str | None] = {}
+    for host in TESTED:
+        try:
+            versions[host] = version(host)
+        except PackageNotFoundError:
+            versions[host] = None
+    return versions
+
+
+def verdict(host: str, found: str | None) -> str:
+    """What is to be said of a host's version: "tested", "newer than tested", "older than tested" or "missing"."""
+    if found is None:
+        return "missing"
+    # Builds for one device or another ("2.13.0+cpu") are of the same release.
+    release = Version(found).public
+    oldest, newest = TESTED[host]
+    if Version(release) < Version(oldest):
+        return "older than tested"
+    if Version(release) > Version(newest):
+        return "newer than tested"
+    return "tested"
+
+
+def warn_of_newer_hosts() -> None:
+    """One warning in a process, which names every host that is newer than those tested; nothing is refused."""
+    global _has_warned
+    if _has_warned:
+        return
+    _has_warned = True
+    newer = []
+    for host, found in installed().items():
+        if verdict(host, found) == "newer than tested":
+            newer.append(f"{host} {found} (tested up to {TESTED[host][1]})")
+    if not newer:
+        return
+    with contextlib.suppress(Warning):  # where warnings are errors
+        warnings.warn(
+            f"mergekit-moe-ext was not tested with {', '.join(newer)}. `mergekit-moe-ext doctor` tries what is "
+            "installed here",
+            UserWarning,
+            stacklevel=3,
+        )
