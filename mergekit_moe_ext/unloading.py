@@ -12,18 +12,13 @@ from transformers import PreTrainedModel
 from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
 from mergekit_moe_ext.card import renew_loading
 from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
+from mergekit_moe_ext.modeling import modeling_files
 from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
 from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
 from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear, auto_class_of
 
 LOG = logging.getLogger(__name__)
-_REPLACED = (
-    "config.json",
-    "generation_config.json",
-    "modeling_clip_heads.py",
-    "modeling_wemoe.py",
-    "configuration_wemoe.py",
-)
+_REPLACED = ("config.json", "generation_config.json")  # besides the architecture's own code
 
 
 def unload(model_path: str, output: str, task: str | None = None) -> type[PreTrainedModel]:
@@ -52,7 +47,7 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
     check_room(out, sum(p.nbytes for p in stock.parameters()))
     with staged(out) as directory:
         copy_files(Path(model_path).expanduser(), directory)
-        for name in _REPLACED:
+        for name in (*_REPLACED, *(code.name for code in modeling_files(architecture.__name__))):
             (directory / name).unlink(missing_ok=True)
         stock.save_pretrained(directory)
         renew_loading(directory, auto_class_of(type(stock).__name__), remote_code=False)
