@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from peft_routing.prototypes import top_right_singular_vectors
 from peft_routing.routers import wide
 from peft_routing.routers.linear import LinearRouter
+from peft_routing.routers.prototypes import top_right_singular_vectors
 
 if TYPE_CHECKING:
     from peft_routing.config import RoutedLoraConfig

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peft_routing.prototypes import top_right_singular_vectors
 from peft_routing.routers import Router
+from peft_routing.routers.prototypes import top_right_singular_vectors
 
 if TYPE_CHECKING:
     from peft_routing.config import RoutedLoraConfig
