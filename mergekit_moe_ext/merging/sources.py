@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import torch
@@ -24,9 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PretrainedConfig
 
 from mergekit_moe_ext.merging.manifest import Manifest
-
-if TYPE_CHECKING:  # the methods import this module
-    from mergekit_moe_ext.merging.method import Job
+from mergekit_moe_ext.merging.method import Job
 
 LOG = logging.getLogger(__name__)
 # Config keys that must agree for tensors of the sources to be merged with each other. The vocabulary
@@ -86,7 +84,7 @@ class Headers:
         return max(set(names), key=names.count)
 
 
-def read_configs(job: "Job") -> dict[ModelReference, PretrainedConfig]:
+def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
     """The config of every source, in the order of `job.sources`."""
     return {model: _read_config(model, job.merge_options) for model in job.sources}
 
@@ -129,7 +127,13 @@ def lacks_tokenizer(model: ModelReference) -> bool:
     return directory.is_dir() and not any((directory / name).exists() for name in _TOKENIZER_FILES)
 
 
-def check_same_size(job: "Job", configs: Mapping[ModelReference, PretrainedConfig]) -> None:
+def names_of(models: list[ModelReference]) -> list[str]:
+    """The last part of each path, numbered where that is not enough."""
+    names = [Path(model.model.path).name for model in models]
+    return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
     """All sources must have the sizes of the donor. `ClickException` names the key that differs.
 
     Keys that change what a model computes, but not its sizes, are warned about.
@@ -151,7 +155,7 @@ def check_same_size(job: "Job", configs: Mapping[ModelReference, PretrainedConfi
 
 
 def read_headers(
-    job: "Job", configs: Mapping[ModelReference, PretrainedConfig], manifests: Mapping[ModelReference, Manifest]
+    job: Job, configs: Mapping[ModelReference, PretrainedConfig], manifests: Mapping[ModelReference, Manifest]
 ) -> dict[ModelReference, Headers]:
     """The headers of every source, checked against what it must hold.
 
@@ -173,14 +177,14 @@ def read_headers(
     return headers
 
 
-def output_dtype(job: "Job", headers: Mapping[ModelReference, Headers]) -> torch.dtype:
+def output_dtype(job: Job, headers: Mapping[ModelReference, Headers]) -> torch.dtype:
     """What the configuration says, or else what holds the values of all sources."""
     return job.dtype or functools.reduce(
         torch.promote_types, [getattr(torch, source.dtype) for source in headers.values()]
     )
 
 
-def _vocabulary_may_differ(job: "Job") -> bool:
+def _vocabulary_may_differ(job: Job) -> bool:
     options = (job.config.tokenizer, job.config.tokenizer_source, job.merge_options.unsafe_truncate_embeddings)
     return any(options)
 
@@ -279,7 +283,7 @@ def merged_lora(model: ModelReference, options: MergeOptions) -> Path | None:
     return Path(options.lora_merge_cache, f"{model.model._unique_id()}_{model.lora._unique_id()}")
 
 
-def merge_loras(job: "Job") -> None:
+def merge_loras(job: Job) -> None:
     """Merge every LoRA source into mergekit's `--lora-merge-cache`, each whole or not at all.
 
     mergekit takes a directory that exists there for a finished one, so an interrupted merge would

@@ -1,4 +1,8 @@
-"""Graph tasks that mergekit lacks: loading with a check for NaN and Inf, copying many tensors, and constants."""
+"""Graph tasks that mergekit lacks: loading with a check for NaN and Inf, copying, constants and random tensors."""
+
+import hashlib
+import math
+from collections.abc import Callable
 
 import click
 import torch
@@ -8,6 +12,7 @@ from mergekit.io.tasks import GatherTensors, LoadTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
 
 _LET_THROUGH = "`allow_nonfinite: true` under `parameters:` lets it through"
+Distribution = Callable[[tuple[int, ...], float, torch.Generator], torch.Tensor]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -170,3 +175,45 @@ class Filled(Task[torch.Tensor]):
 
     def execute(self, **_kwargs: object) -> torch.Tensor:
         return torch.full(self.shape, self.value, dtype=dtype_from_name(self.dtype), device="cpu")
+
+
+def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+
+
+def _uniform(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
+    bound = std * math.sqrt(3)  # a uniform distribution over (-bound, bound) has this std
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+def _zeros(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
+    return torch.zeros(shape, device="cpu")
+
+
+DISTRIBUTIONS: dict[str, Distribution] = {"random": _normal, "uniform_random": _uniform, "zeros": _zeros}
+
+
+class RandomTensor(Task[torch.Tensor]):
+    """A gate, or another tensor that starts at random.
+
+    It depends on the seed and its own name, not on when or where it is made. Drawn in float32 on the
+    CPU, then cast.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    mode: str
+    std: float
+    seed: int
+    dtype: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {}
+
+    def group_label(self) -> str:
+        return self.name
+
+    def execute(self, **_kwargs: object) -> torch.Tensor:
+        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return DISTRIBUTIONS[self.mode](self.shape, self.std, generator).to(dtype_from_name(self.dtype))

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import output_dtype, read_configs, read_headers
-from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor
+from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor, RandomTensor
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
 from mergekit_moe_ext.sequence.shared import SequenceOptions, learned_router, sequence_config
 from mergekit_moe_ext.sequence.vocabulary import AlignedRows, AveragedRows, TokenRows, align_vocabularies
-from mergekit_moe_ext.upcycling.gates import RandomTensor
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
 

@@ -1,20 +1,19 @@
 """What both sequence MoEs have: options, the output's configuration, and the learned router."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import click
 import torch
-from mergekit.common import ModelReference
 from mergekit.graph import Task
 from pydantic import Field
 from transformers import PretrainedConfig
 
 from mergekit_moe_ext.merging.method import Job, MethodOptions
+from mergekit_moe_ext.merging.sources import names_of
+from mergekit_moe_ext.merging.tasks import RandomTensor
 from mergekit_moe_ext.modeling import SequenceMoEConfig
 from mergekit_moe_ext.sequence.decoders import Decoder, special_token_ids
-from mergekit_moe_ext.upcycling.gates import RandomTensor
 
 # Of the donor, for those who generate with the output.
 _KEPT_OF_DONOR = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
@@ -110,9 +109,3 @@ def learned_router(job: Job, config: SequenceMoEConfig, dtype: torch.dtype) -> d
 
 def _has_length(config: PretrainedConfig) -> bool:
     return getattr(config, "max_position_embeddings", None) is not None
-
-
-def names_of(models: list[ModelReference]) -> list[str]:
-    """The last part of each path, numbered where that is not enough."""
-    names = [Path(model.model.path).name for model in models]
-    return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]

@@ -1,9 +1,7 @@
 """How the gates of an upcycled mixture of experts start: at random, or as the states of prompts."""
 
-import hashlib
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,28 +13,12 @@ from transformers import PretrainedConfig
 
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import tokenizer_of
+from mergekit_moe_ext.merging.tasks import DISTRIBUTIONS, RandomTensor
 from mergekit_moe_ext.upcycling.families import Stack
 from mergekit_moe_ext.upcycling.prompts import PromptStates, Tokens
 
 LOG = logging.getLogger(__name__)
 GateMode = Literal["random", "uniform_random", "zeros", "hidden", "hidden_last", "hidden_avg", "cheap_embed"]
-GateInit = Callable[[tuple[int, ...], float, torch.Generator], torch.Tensor]
-
-
-def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
-    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
-
-
-def _uniform(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
-    bound = std * math.sqrt(3)  # a uniform distribution over (-bound, bound) has this std
-    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
-
-
-def _zeros(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
-    return torch.zeros(shape, device="cpu")
-
-
-WITHOUT_PROMPTS: dict[str, GateInit] = {"random": _normal, "uniform_random": _uniform, "zeros": _zeros}
 
 
 def initial_gates(
@@ -49,7 +31,7 @@ def initial_gates(
     """A task per gate, by its name in the output. `ClickException` for prompts that cannot make one."""
     mode, shape = job.options.gate_mode, (len(job.experts), config.hidden_size)
     names = [stack.gate.format(layer=layer) for stack, layer in layers]
-    if mode in WITHOUT_PROMPTS:
+    if mode in DISTRIBUTIONS:
         if any(options.positive_prompts or options.negative_prompts for options in job.model_options):
             LOG.warning("gate_mode is %s, so the prompts are not used; `gate_mode: hidden` uses them", mode)
         std = getattr(config, "initializer_range", 0.02)  # as transformers initialises
@@ -124,32 +106,6 @@ def _texts(prompts: list[str] | str | None, where: str) -> list[str]:
     if any(not prompt.strip() for prompt in prompts or ()):
         raise click.ClickException(f"{where}: one of the prompts is empty")
     return prompts or []
-
-
-class RandomTensor(Task[torch.Tensor]):
-    """A gate, or another tensor that starts at random.
-
-    It depends on the seed and its own name, not on when or where it is made. Drawn in float32 on the
-    CPU, then cast.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    mode: str
-    std: float
-    seed: int
-    dtype: str
-
-    def arguments(self) -> dict[str, Task]:
-        return {}
-
-    def group_label(self) -> str:
-        return self.name
-
-    def execute(self, **_kwargs: object) -> torch.Tensor:
-        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return WITHOUT_PROMPTS[self.mode](self.shape, self.std, generator).to(dtype_from_name(self.dtype))
 
 
 class PromptGate(Task[torch.Tensor]):

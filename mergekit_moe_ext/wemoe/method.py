@@ -23,13 +23,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_moe_ext.merging.manifest import Manifest, hub_names, hub_state, manifest_from
 from mergekit_moe_ext.merging.method import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
-from mergekit_moe_ext.merging.sources import Headers, check_same_size, output_dtype, read_configs, read_headers
-from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor
+from mergekit_moe_ext.merging.sources import (
+    Headers,
+    check_same_size,
+    names_of,
+    output_dtype,
+    read_configs,
+    read_headers,
+)
+from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor, RandomTensor
 from mergekit_moe_ext.modeling import find_architecture
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, class_names, config_class, vectors_of
 from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
-from mergekit_moe_ext.sequence.shared import names_of
-from mergekit_moe_ext.upcycling.gates import RandomTensor
 from mergekit_moe_ext.wemoe.clip_heads import (
     PROJECTION,
     ClipHead,
