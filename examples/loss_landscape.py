@@ -22,8 +22,7 @@ from _mergekit_moe_ext_common.data import parse_sources
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, pyplot
 from _mergekit_moe_ext_common.loading import load_config, silence
 from _mergekit_moe_ext_common.options import Reading, options_of
-from mergekit_moe_ext.analysis.batches import read_batches
-from mergekit_moe_ext.analysis.landscape import HEADS, Landscape, loss_landscape
+from mergekit_moe_ext.analysis import HEADS, Landscape, loss_landscape, read_batches
 
 CONTOURS = 15
 

@@ -18,7 +18,8 @@ from typing import Any, get_args
 import click
 
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, pyplot
-from mergekit_moe_ext.analysis.similarity import PairSimilarity, Reading, task_vector_similarity
+from mergekit_moe_ext.analysis import PairSimilarity, task_vector_similarity
+from mergekit_moe_ext.analysis.similarity import Reading
 
 
 def table(pairs: Sequence[PairSimilarity]) -> str:

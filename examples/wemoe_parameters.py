@@ -19,7 +19,7 @@ import pydantic
 from _mergekit_moe_ext_common.figures import check_new_file
 from _mergekit_moe_ext_common.loading import load_config
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.analysis.parameter_counts import ParameterCounts, count_parameters, planned_parameters
+from mergekit_moe_ext.analysis import ParameterCounts, count_parameters, planned_parameters
 
 
 def table(counts: Mapping[str, ParameterCounts]) -> str:

@@ -17,7 +17,7 @@ from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_cla
 from mergekit_moe_ext.modeling.modeling_wemoe import TaskHeads, model_class
 from mergekit_moe_ext.wemoe.groups import ensembled_groups, weighed_tensors
 from mergekit_moe_ext.wemoe.loading import read_ensemble
-from mergekit_moe_ext.wemoe.method import WemoeOptions, check_all
+from mergekit_moe_ext.wemoe.options import WemoeOptions, check_all
 
 _TASK_VECTORS = re.compile(r"vectors[^.]*$|\.values$")  # what modules hold besides parameters
 

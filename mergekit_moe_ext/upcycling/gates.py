@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import tokenizer_of
 from mergekit_moe_ext.merging.tasks import DISTRIBUTIONS, RandomTensor
-from mergekit_moe_ext.upcycling.families import Stack
+from mergekit_moe_ext.upcycling.families.declaration import Stack
 from mergekit_moe_ext.upcycling.prompts import PromptStates, Tokens
 
 LOG = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
 from mergekit_moe_ext.merging.method import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor, StackedExperts
-from mergekit_moe_ext.upcycling.families import Stack, Upcycling, upcycling_for
+from mergekit_moe_ext.upcycling.families import upcycling_for
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
 from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"

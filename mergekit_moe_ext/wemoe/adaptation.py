@@ -11,31 +11,22 @@ token, and those of tokens in the prefix, which the coefficients depend on, are 
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import torch
 from datasets import Dataset
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import SequentialSampler
-from transformers import EvalPrediction
 
 from _mergekit_moe_ext_common import options as shared_options
-from _mergekit_moe_ext_common.data import Source, collate, decoder_inputs, parse_sources
-from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
+from _mergekit_moe_ext_common.data import Source, parse_sources
+from _mergekit_moe_ext_common.loading import load_tokenizer, silence
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
 from _mergekit_moe_ext_common.training import (
-    BarTrainer,
-    TrainedOnly,
     keep_settings,
     last_checkpoints,
     part_processes,
@@ -49,7 +40,8 @@ from mergekit_moe_ext.modeling.configuration_wemoe import class_names
 from mergekit_moe_ext.recipes import Adaptation
 from mergekit_moe_ext.wemoe.inputs import Kind, One, Rounds, data_fingerprint, load_image_processor, model_inputs
 from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
-from mergekit_moe_ext.wemoe.objective import Guard, Patience, entropy
+from mergekit_moe_ext.wemoe.predictions import Predictions
+from mergekit_moe_ext.wemoe.trainer import AdaptationTrainer
 
 LOG = logging.getLogger(__name__)
 Measured = dict[str, dict[str, tuple[float, float]]]
@@ -59,155 +51,6 @@ _KINDS: dict[str, Kind] = {
     "AutoModelForSequenceClassification": "text",
     "AutoModelForImageClassification": "image",
 }
-_RUNNING = "running.safetensors"
-
-
-class AdaptationTrainer(TrainedOnly, BarTrainer):
-    """See the top of this file. Batches are `{task: inputs}`."""
-
-    def __init__(self, *args: Any, predictions: "Predictions", adaptation: Adaptation, **kwargs: Any):
-        super().__init__(*args, data_collator=predictions.batch, compute_metrics=predictions.measures, **kwargs)
-        self._predictions, self._supervised = predictions, adaptation.objective == "supervised"
-        self.guard = None if adaptation.no_guard or self._supervised else Guard()
-        self.patience = Patience(adaptation.patience)
-        self.add_callback(self.patience)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        model.eval()  # the Trainer turns dropout on before every batch
-        ((task, batch),) = inputs.items()
-        logits, classes, _rows = self._predictions.of(model, task, batch)
-        count = self._over_processes(torch.tensor(float(len(logits)), device=logits.device))
-        if self._supervised:
-            assert classes is not None
-            losses = functional.cross_entropy(logits, classes, reduction="none")
-        else:
-            losses = entropy(logits)
-        loss = self._over_processes(losses.sum()) / count
-        if not loss.isfinite():
-            raise click.ClickException(f"the predictions of {task} are not finite at step {self.state.global_step}")
-        self.patience.add(loss.detach())
-        if self.guard is not None:
-            mean = self._over_processes(logits.softmax(-1).sum(0)) / count
-            loss = loss + self._guarded(task, mean, count.item())
-        return loss * self.current_gradient_accumulation_steps  # a sum over tasks, which the Trainer averages
-
-    def _guarded(self, task: str, mean: Tensor, number: float) -> Tensor:
-        assert self.guard is not None
-        penalty = self.guard.penalty(task, mean, number)
-        if penalty > 0 and self.guard.acted[task] == 1 and self.is_world_process_zero():
-            LOG.warning(
-                "step %d: the predictions of %s go to ever fewer classes (the entropy of their mean is %.3f, below "
-                "the floor of %.3f): the guard acts",
-                self.state.global_step + 1,
-                task,
-                self.guard.floor[task] - penalty.detach(),
-                self.guard.floor[task],
-            )
-        return penalty
-
-    def _over_processes(self, value: Tensor) -> Tensor:
-        """The sum over all processes. Gradients, which are averaged over them, become those of this sum, too."""
-        own = value * self.accelerator.num_processes
-        return own + (self.accelerator.reduce(value.detach(), "sum") - own.detach())
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[None, Tensor, Tensor]:
-        ((task, batch),) = self._prepare_inputs(inputs).items()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            values, counts = self._predictions.by_row(model, task, batch)
-        return None, values, counts
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        tensors = {f"patience.{name}": getattr(self.patience, name) for name in ("running", "best", "waited")}
-        for name in ("mean", "floor", "acted", "steps") if self.guard else ():
-            tensors |= {f"guard.{name}.{task}": value for task, value in getattr(self.guard, name).items()}
-        directory = Path(output_dir or self.args.output_dir)
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / _RUNNING)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for key, tensor in load_file(Path(resume_from_checkpoint) / _RUNNING).items():
-            owner, name, *task = key.split(".", 2)
-            if owner == "patience":
-                setattr(self.patience, name, tensor)
-            else:
-                getattr(self.guard, name)[task[0]] = tensor
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model of one kind reads and predicts."""
-
-    model: Any
-    kind: Kind
-    prepare: Any  # tokenizer or image processor
-    prefix: int  # a decoder's tokens that are not predicted
-    image_column: str
-
-    def batch(self, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        """A data collator of rows `{task: row}` of one task."""
-        (task,) = {name for row in rows for name in row}
-        return {task: self._inputs([row[task] for row in rows])}
-
-    def _inputs(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        labels = torch.tensor([row["label"] for row in rows]) if "label" in rows[0] else None
-        if self.kind == "image":
-            images = [row[self.image_column].convert("RGB") for row in rows]
-            tensors = dict(self.prepare(images, return_tensors="pt"))
-        else:
-            tensors = collate(rows, padding_token(self.prepare))
-        if self.kind == "encoder-decoder":
-            tensors["decoder_input_ids"] = decoder_inputs(self.model, tensors["labels"])
-        return tensors if labels is None else {**tensors, "labels": labels}
-
-    def of(self, model: Any, task: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Logits (predictions, classes) in float32, the right classes if known, and the rows that they are of."""
-        more: dict[str, Any] = {"task": task} if self.model.ensembling.heads else {}
-        if self.model.can_generate():
-            more["use_cache"] = False
-        logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, **more).logits
-        labels = batch.get("labels")
-        if self.kind == "decoder":
-            real = batch["attention_mask"].bool()
-            chosen = (real & (real.cumsum(dim=1) > self.prefix))[:, 1:]
-            logits, labels = logits[:, :-1][chosen], batch["input_ids"][:, 1:][chosen]
-        elif self.kind == "encoder-decoder":
-            assert labels is not None
-            chosen = labels != -100
-            logits, labels = logits[chosen], labels[chosen]
-        else:
-            chosen = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        return logits.float(), labels, chosen.nonzero()[:, 0]
-
-    def by_row(self, model: Any, task: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Per row the sums of entropy and of right classes or losses (rows, 2), and their number (rows,)."""
-        logits, classes, rows = self.of(model, task, batch)
-        if classes is None:
-            second = torch.full(logits.shape[:1], torch.nan, device=logits.device)
-        elif self._second == "accuracy":
-            second = (logits.argmax(-1) == classes).float()
-        else:
-            second = functional.cross_entropy(logits, classes, reduction="none")
-        size = len(next(iter(batch.values())))
-        sums = logits.new_zeros(size, 2).index_add(0, rows, torch.stack([entropy(logits), second], dim=1))
-        return sums, torch.bincount(rows, minlength=size)
-
-    @property
-    def _second(self) -> str:
-        return "accuracy" if self.kind in ("text", "image") else "loss"
-
-    def measures(self, prediction: EvalPrediction) -> dict[str, float]:
-        sums: Any = prediction.predictions
-        means = sums.sum(axis=0, dtype=np.float64) / prediction.label_ids.sum()
-        named = dict(zip(("entropy", self._second), map(float, means), strict=True))
-        return {name: value for name, value in named.items() if value == value}
 
 
 def adapt(

@@ -2,7 +2,7 @@
 
 from transformers import Ernie4_5_MoeConfig, PretrainedConfig
 
-from mergekit_moe_ext.upcycling.families import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
 from mergekit_moe_ext.upcycling.families.qwen import EXPERTS, GATE
 
 

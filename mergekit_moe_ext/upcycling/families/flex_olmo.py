@@ -5,7 +5,7 @@ The norm stands after the FFN there, so the gate reads the residual stream itsel
 
 from transformers import FlexOlmoConfig, PretrainedConfig
 
-from mergekit_moe_ext.upcycling.families import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
 from mergekit_moe_ext.upcycling.families.qwen import EXPERTS, GATE
 
 

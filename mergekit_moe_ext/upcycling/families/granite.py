@@ -2,7 +2,7 @@
 
 from transformers import GraniteMoeConfig, PretrainedConfig
 
-from mergekit_moe_ext.upcycling.families import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
 
 _FFN = "model.layers.{layer}.mlp"
 _MOE = "model.layers.{layer}.block_sparse_moe"

@@ -2,7 +2,7 @@
 
 from transformers import HunYuanMoEV1Config, PretrainedConfig
 
-from mergekit_moe_ext.upcycling.families import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
 from mergekit_moe_ext.upcycling.families.qwen import EXPERTS
 
 _FFN = "model.layers.{layer}.mlp"

@@ -2,7 +2,7 @@
 
 from transformers import MixtralConfig, PretrainedConfig
 
-from mergekit_moe_ext.upcycling.families import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
 
 _NO_BIASES = ("attention_bias", "mlp_bias")
 

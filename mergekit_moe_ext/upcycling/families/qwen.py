@@ -5,7 +5,7 @@ transformers does not normalise the weights of the chosen experts by default; an
 
 from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from mergekit_moe_ext.upcycling.families import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
 
 _FFN = "model.layers.{layer}.mlp"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -7,7 +7,7 @@ comes after them passes the layer by.
 
 from transformers import PretrainedConfig, SwitchTransformersConfig
 
-from mergekit_moe_ext.upcycling.families import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
 
 _DENSE_ONLY = ("classifier_dropout", "feed_forward_proj", "is_gated_act", "scale_decoder_outputs")
 

@@ -27,10 +27,11 @@ from _mergekit_moe_ext_common.data import Source
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.recipes import Adaptation
-from mergekit_moe_ext.wemoe.adaptation import AdaptationTrainer, adapt
+from mergekit_moe_ext.wemoe.adaptation import adapt
 from mergekit_moe_ext.wemoe.inputs import Rounds, labels_of
 from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
 from mergekit_moe_ext.wemoe.objective import Guard, entropy
+from mergekit_moe_ext.wemoe.trainer import AdaptationTrainer
 from mergekit_moe_ext.wemoe.unloading import unload
 from tests.conftest import ON_CPU, TWO_PROCESSES, document, make_model, merge, read_tensors, run
 from tests.tokenizers import save_tokenizer

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
+from mergekit_moe_ext.analysis import parameter_variation
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.wemoe import variation
-from mergekit_moe_ext.wemoe.variation import parameter_variation
 from tests.conftest import make_model, merge
 from tests.mergekit_moe_ext.merging.test_bad_input import refused
 from tests.mergekit_moe_ext.wemoe.test_wemoe import load, make_classifier, wemoe
