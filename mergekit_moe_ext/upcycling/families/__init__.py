@@ -1,8 +1,8 @@
 """Pairs of a dense architecture and the mixture-of-experts architecture that its FFNs can become the experts of.
 
 A pair is one declaration of where the FFNs go, and of what the output's config is. Everything that it does not
-name keeps its name; `merging/manifest.py` checks that this adds up. All but Switch are exact: where every source equals
-the base, the output computes the base's logits.
+name keeps its name; `merging/manifest.py` checks that this adds up. All but Switch are exact: where every source
+equals the base, the output computes the base's logits.
 """
 
 from collections.abc import Mapping
