@@ -42,6 +42,7 @@ class Sources:
 
 
 def read_sources(job: Job, method: str) -> Sources:
+    """Reads headers only. `ClickException` for models that are no fine-tunes of the base."""
     base = job.base
     if base is None or base in job.experts:
         raise click.ClickException(
