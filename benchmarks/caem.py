@@ -25,11 +25,11 @@ from safetensors import safe_open
 from transformers import MixtralConfig, MixtralForCausalLM, PretrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import mergekit_moe_ext  # noqa: F401  (registers caem)
-from mergekit_moe_ext.calibration import LayerUsage, TaskUsage, Usage
-from mergekit_moe_ext.checkpoint import checkpoint_fingerprint
-from mergekit_moe_ext.planner import prepare, structural_method
-from mergekit_moe_ext.preflight import read_job
-from mergekit_moe_ext.routing import routers_of
+from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
+from mergekit_moe_ext.merging.planner import prepare, structural_method
+from mergekit_moe_ext.merging.preflight import read_job
+from mergekit_moe_ext.mixtures.routers import routers_of
+from mergekit_moe_ext.mixtures.usage import LayerUsage, TaskUsage, Usage
 
 NAMES = ("news", "squad", "xsum")
 

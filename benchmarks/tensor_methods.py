@@ -21,7 +21,7 @@ from measuring import best_seconds, peak_extra_bytes
 from mergekit.merge_methods import merge_tensors
 from mergekit.sparsify import magnitude
 
-from mergekit_moe_ext.kernels.trim import trim
+from mergekit_moe_ext.tensor.kernels.trim import trim
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METHODS = ("ties", "fast_ties", "dare_linear", "dare")

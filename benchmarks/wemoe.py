@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
-from mergekit_moe_ext.ensembling import ensembled_groups
 from mergekit_moe_ext.modeling import modeling_wemoe
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import Current, EnsembledLinear, model_class
+from mergekit_moe_ext.wemoe.groups import ensembled_groups
 
 KEPT = 0.1  # of a sparse vector
 STORED = (".vectors", ".values", ".columns", ".row_ends")

@@ -30,9 +30,9 @@ from demo import BLOCK, DOMAINS, blocks, table
 from mergeme_homogeneous import BATCH, READING, write_texts
 from transformers import AutoTokenizer
 
-from mergekit_moe_ext.calibration import count_usage, read_texts
-from mergekit_moe_ext.options import Recipe
-from mergekit_moe_ext.training import train
+from mergekit_moe_ext.mixtures.training import train
+from mergekit_moe_ext.mixtures.usage import count_usage, read_texts
+from mergekit_moe_ext.recipes import Recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from real_data import domains, smollm2

@@ -2,7 +2,7 @@
 
     python examples/clip_heads.py --model openai/clip-vit-base-patch32 --classes cars.txt -o heads/cars.safetensors
 
-`mergekit_moe_ext.clip_heads` says what is in the file.
+`mergekit_moe_ext.wemoe.clip_heads` says what is in the file.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from _mergekit_moe_ext_common.figures import check_new_file
-from mergekit_moe_ext.clip_heads import TEMPLATES, write_clip_head
+from mergekit_moe_ext.wemoe.clip_heads import TEMPLATES, write_clip_head
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)

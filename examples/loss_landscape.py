@@ -5,7 +5,7 @@
 
 For decoders the loss is that of the next token of given texts, for classifiers of texts or images that of their
 classes, each with its own fine-tune's head. Weights are in float32, whatever they are stored in, and four copies of
-the model are in memory. `mergekit_moe_ext.landscape` says what exactly is measured.
+the model are in memory. `mergekit_moe_ext.analysis.landscape` says what exactly is measured.
 """
 
 import json
@@ -22,8 +22,7 @@ from _mergekit_moe_ext_common.data import parse_sources
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, pyplot
 from _mergekit_moe_ext_common.loading import load_config, silence
 from _mergekit_moe_ext_common.options import Reading, options_of
-from mergekit_moe_ext.batches import read_batches
-from mergekit_moe_ext.landscape import HEADS, Landscape, loss_landscape
+from mergekit_moe_ext.analysis import HEADS, Landscape, loss_landscape, read_batches
 
 CONTOURS = 15
 

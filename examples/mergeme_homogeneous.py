@@ -40,9 +40,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from _mergekit_moe_ext_common.figures import pyplot
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.calibration import count_usage, read_texts, routing_probability
-from mergekit_moe_ext.options import Recipe
-from mergekit_moe_ext.training import train
+from mergekit_moe_ext.mixtures.training import train
+from mergekit_moe_ext.mixtures.usage import count_usage, read_texts, routing_probability
+from mergekit_moe_ext.recipes import Recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from real_data import SMOLLM2, Domain, cache_dir, domains, smollm2, written_at_once

@@ -43,8 +43,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, heat_map, pyplot
-from mergekit_moe_ext.calibration import format_table
-from mergekit_moe_ext.routing import coefficients_of_sequences
+from mergekit_moe_ext.mixtures.routers import coefficients_of_sequences
+from mergekit_moe_ext.mixtures.usage import format_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from real_data import Domain, cache_dir, domains, smollm2, written_at_once

@@ -3,7 +3,7 @@
     python examples/task_vector_similarity.py --base base/ --model math=math/ --model code=code/ --plot figure4.png
 
 Works on any fine-tunes of one base that transformers stores as safetensors, whatever their size: one tensor of each
-model is in memory at a time. `mergekit_moe_ext.similarity` says what exactly is measured.
+model is in memory at a time. `mergekit_moe_ext.analysis.similarity` says what exactly is measured.
 """
 
 import json
@@ -18,7 +18,8 @@ from typing import Any, get_args
 import click
 
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, pyplot
-from mergekit_moe_ext.similarity import PairSimilarity, Reading, task_vector_similarity
+from mergekit_moe_ext.analysis import PairSimilarity, task_vector_similarity
+from mergekit_moe_ext.analysis.similarity import Reading
 
 
 def table(pairs: Sequence[PairSimilarity]) -> str:

@@ -4,7 +4,7 @@
 
 Beside it how large the elements of the task vectors are. Works on any fine-tunes of one base, text or vision, that
 transformers stores as safetensors, whatever their size: one tensor of two models is in memory at a time.
-`mergekit_moe_ext.variation` says what exactly is measured; `upscale: auto` of `wemoe` goes by it.
+`mergekit_moe_ext.analysis.variation` says what exactly is measured; `upscale: auto` of `wemoe` goes by it.
 """
 
 import json
@@ -20,8 +20,9 @@ import click
 from task_vector_similarity import parse_models
 
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, pyplot
-from mergekit_moe_ext.ensembling import Part
-from mergekit_moe_ext.variation import THRESHOLDS, Variation, decide, parameter_variation
+from mergekit_moe_ext.analysis import THRESHOLDS, parameter_variation
+from mergekit_moe_ext.wemoe.groups import Part
+from mergekit_moe_ext.wemoe.variation import Variation, decide
 
 LABELS: dict[Part, str] = {"attention": "attention", "mlp": "MLP"}
 STYLES: dict[Part, dict[str, Any]] = {

@@ -48,9 +48,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import mergekit_moe_ext  # noqa: F401  (registers the methods)
 from _mergekit_moe_ext_common.figures import heat_map, pyplot
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.adaptation import adapt
-from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
-from mergekit_moe_ext.options import Adaptation
+from mergekit_moe_ext.recipes import Adaptation
+from mergekit_moe_ext.wemoe.adaptation import adapt
+from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from real_data import cache_dir, written_at_once

@@ -4,7 +4,7 @@
     python examples/wemoe_parameters.py --base base --tasks 2-8 --router-layers 2
 
 The first form counts models that `wemoe` and `ewemoe` wrote, the second what they would write. Only configurations are
-read. `mergekit_moe_ext.parameter_counts` says what exactly is counted.
+read. `mergekit_moe_ext.analysis.parameter_counts` says what exactly is counted.
 """
 
 import json
@@ -19,7 +19,7 @@ import pydantic
 from _mergekit_moe_ext_common.figures import check_new_file
 from _mergekit_moe_ext_common.loading import load_config
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.parameter_counts import ParameterCounts, count_parameters, planned_parameters
+from mergekit_moe_ext.analysis import ParameterCounts, count_parameters, planned_parameters
 
 
 def table(counts: Mapping[str, ParameterCounts]) -> str:

@@ -3,8 +3,8 @@
     python examples/wemoe_routing.py out-adapted --data sun=images/sun --data cars=images/cars --plot routing.png
 
 Data are read as by `mergekit-moe-ext adapt`; classes are not needed. Figure 12 compares a task with the expert of its
-name, so call the data as the sources' directories are called. `mergekit_moe_ext.ensemble_routing` says what exactly is
-measured. Two figures are drawn: `routing.png` (figure 12) and `routing-coefficients.png` (figure 11).
+name, so call the data as the sources' directories are called. `mergekit_moe_ext.analysis.coefficients` says what
+exactly is measured. Two figures are drawn: `routing.png` (figure 12) and `routing-coefficients.png` (figure 11).
 """
 
 import json
@@ -21,9 +21,8 @@ from _mergekit_moe_ext_common.data import parse_sources
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, heat_map, pyplot
 from _mergekit_moe_ext_common.loading import silence
 from _mergekit_moe_ext_common.options import Reading, options_of
-from mergekit_moe_ext.batches import read_batches
-from mergekit_moe_ext.ensemble_routing import EnsembleRouting, ensemble_routing
-from mergekit_moe_ext.ensembles import load_ensemble, read_ensemble
+from mergekit_moe_ext.analysis import EnsembleRouting, ensemble_routing, read_batches
+from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
 
 PANELS_DOWN = 5  # groups in figure 11, as in the paper; from first to last
 

@@ -33,8 +33,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.adaptation import adapt
-from mergekit_moe_ext.options import Adaptation
+from mergekit_moe_ext.recipes import Adaptation
+from mergekit_moe_ext.wemoe.adaptation import adapt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from real_data import domains, smollm2

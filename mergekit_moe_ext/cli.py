@@ -16,7 +16,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 import mergekit_moe_ext
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
 from _mergekit_moe_ext_common.options import Reading, options_of
-from mergekit_moe_ext.options import Adaptation, Recipe
+from mergekit_moe_ext.recipes import Adaptation, Recipe
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,9 +44,9 @@ def run_yaml(merge_options: MergeOptions, config_file: str, out_path: str) -> No
 @add_merge_options
 def plan(merge_options: MergeOptions, config_file: str, plot: Path | None) -> None:
     """Check a configuration and its models, and say what the merge would make, without merging."""
-    from mergekit_moe_ext.card import experts_in_words
-    from mergekit_moe_ext.planner import merged_models, prepare, structural_method
-    from mergekit_moe_ext.preflight import read_job
+    from mergekit_moe_ext.merging.card import experts_in_words
+    from mergekit_moe_ext.merging.planner import merged_models, prepare, structural_method
+    from mergekit_moe_ext.merging.preflight import read_job
 
     merge_options.apply_global_options()
     config, _source = _read_config(config_file)
@@ -113,8 +113,8 @@ def usage(
     layers and tokens; of a sequence MoE over texts, each of which chooses by its first tokens. Runs on many processes
     under `accelerate launch -m mergekit_moe_ext`, with the same counts.
     """
-    from mergekit_moe_ext.calibration import count_usage, read_texts, table
-    from mergekit_moe_ext.plots import plot_usage
+    from mergekit_moe_ext.mixtures.plots import plot_usage
+    from mergekit_moe_ext.mixtures.usage import count_usage, read_texts, table
 
     if plot:
         check_new_figure(plot)
@@ -170,7 +170,7 @@ def train(
     math=math.jsonl, owner/name:train[:1%]. The result is written whole, and MODEL is left as it is. Runs on many
     processes under `accelerate launch -m mergekit_moe_ext`.
     """
-    from mergekit_moe_ext.training import train as run_training
+    from mergekit_moe_ext.mixtures.training import train as run_training
 
     losses = run_training(
         model,
@@ -228,7 +228,7 @@ def adapt(
     where the model has several. The result is written whole, and MODEL is left as it is. Runs on many processes under
     `accelerate launch -m mergekit_moe_ext`.
     """
-    from mergekit_moe_ext.adaptation import adapt as run_adaptation
+    from mergekit_moe_ext.wemoe.adaptation import adapt as run_adaptation
 
     if not reading.quiet:
         logging.basicConfig(format="%(message)s")
@@ -249,7 +249,7 @@ def adapt(
 @click.option("--task", help="Whose head it gets, where MODEL has several.")
 def unload(model: str, output_dir: str, task: str | None) -> None:
     """Write MODEL, a weight-ensembling one whose coefficients are constants (router_layers: 0), as a stock model."""
-    from mergekit_moe_ext.unloading import unload as run_unloading
+    from mergekit_moe_ext.wemoe.unloading import unload as run_unloading
 
     click.echo(f"{output_dir} is a {run_unloading(model, output_dir, task).__name__}")
 
@@ -320,7 +320,7 @@ def _started(*arguments: str) -> subprocess.Popen[str]:
 
 def _read_config(config_file: str) -> tuple[MergeConfiguration, str]:
     """The configuration and its text. `ClickException` for what mergekit would raise as a traceback."""
-    from mergekit_moe_ext.preflight import check_document
+    from mergekit_moe_ext.merging.preflight import check_document
 
     with click.open_file(config_file, encoding="utf-8") as file:
         source = file.read()

@@ -32,7 +32,7 @@ def register_methods(registry: ModuleType) -> None:
 
 def extend_merge_module(merge: Any) -> None:
     """Replace the three names in `mergekit.merge`, once."""
-    from mergekit_moe_ext.planner import MergePlanner
+    from mergekit_moe_ext.merging.planner import MergePlanner
 
     if merge.MergePlanner is MergePlanner:
         return
@@ -43,8 +43,8 @@ def extend_merge_module(merge: Any) -> None:
 
 
 def _planning_structural_methods(stock: Callable) -> Callable:
-    from mergekit_moe_ext.planner import PREPARED, prepare, structural_method
-    from mergekit_moe_ext.preflight import read_job
+    from mergekit_moe_ext.merging.planner import PREPARED, prepare, structural_method
+    from mergekit_moe_ext.merging.preflight import read_job
 
     @functools.wraps(stock)
     def get_architecture_info(config: Any, options: Any) -> Any:
@@ -60,11 +60,11 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
     from mergekit.io.tasks import LoaderCache
 
     from _mergekit_moe_ext_common.staging import check_output, check_room, staged
-    from mergekit_moe_ext.card import write_card
+    from mergekit_moe_ext.merging.card import write_card
+    from mergekit_moe_ext.merging.planner import PREPARED, prepare, structural_method
+    from mergekit_moe_ext.merging.preflight import check_document, read_job
+    from mergekit_moe_ext.merging.sources import merge_loras
     from mergekit_moe_ext.modeling import modeling_files
-    from mergekit_moe_ext.planner import PREPARED, prepare, structural_method
-    from mergekit_moe_ext.preflight import check_document, read_job
-    from mergekit_moe_ext.sources import merge_loras
 
     @functools.wraps(stock)
     def run_merge(merge_config: Any, out_path: str, options: Any, config_source: str | None = None) -> None:

@@ -13,13 +13,10 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from peft import PeftConfig
 
 from peft_routing import card
-from peft_routing.routers import Router, find_router
+from peft_routing.routers.base import Granularity, Init, Router, Score, find_router
 from peft_routing.types import PeftType
 
 Mixing = Literal["full", "low_rank"]
-Granularity = Literal["token", "sequence"]
-Init = Literal["uniform", "arrow"]
-Score = Literal["dot", "abs"]
 
 
 @dataclass(frozen=True)

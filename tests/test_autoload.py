@@ -16,7 +16,7 @@ import sys, mergekit.merge, mergekit.merge_methods
 from mergekit.merge import run_merge
 assert run_merge is mergekit.merge.run_merge and hasattr(run_merge, "__wrapped__"), run_merge
 assert mergekit.merge_methods.get("moe_ties").spec.name == "moe_ties"
-assert mergekit.merge.MergePlanner.__module__ == "mergekit_moe_ext.planner"
+assert mergekit.merge.MergePlanner.__module__ == "mergekit_moe_ext.merging.planner"
 assert type(mergekit.merge) is type(sys)
 """
 IMPORTED_FIRST = [
@@ -28,8 +28,8 @@ IMPORTED_FIRST = [
     "import mergekit_moe_ext",
     "import mergekit_moe_ext.cli",
     "import mergekit_moe_ext.methods",
-    "import mergekit_moe_ext.methods.base",
-    "import mergekit_moe_ext.card",
+    "import mergekit_moe_ext.merging.method",
+    "import mergekit_moe_ext.merging.card",
     "import mergekit.common",
     "import mergekit.config",
     "import mergekit.plan",

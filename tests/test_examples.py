@@ -14,13 +14,12 @@ from peft import PeftModel, get_peft_model
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from mergekit_moe_ext.analysis import THRESHOLDS, parameter_variation, task_vector_similarity
 from mergekit_moe_ext.cli import main
-from mergekit_moe_ext.similarity import task_vector_similarity
-from mergekit_moe_ext.variation import THRESHOLDS, parameter_variation
 from peft_routing.cli import main as route
 from tests.conftest import NAMES, make_model, merge, run
-from tests.mergekit_moe_ext.test_calibration import make_moe, words, write
-from tests.mergekit_moe_ext.test_clip_heads import CLASSES, make_clips
+from tests.mergekit_moe_ext.mixtures.test_usage import make_moe, words, write
+from tests.mergekit_moe_ext.wemoe.test_clip_heads import CLASSES, make_clips
 from tests.peft_routing.adapters import make_base, save_lora
 from tests.test_autoload import ROOT
 from tests.tokenizers import save_tokenizer

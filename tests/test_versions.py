@@ -1,11 +1,11 @@
-"""What is said of the hosts' versions, and that the doctor's self-test notices a host that treats caches in its own way."""
+"""What is said of the hosts' versions, and that the doctor's self-test notices a host that treats caches oddly."""
 
 import os
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 from packaging.requirements import Requirement
 from packaging.version import Version
 

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTForImageClassification
 
 from tests.conftest import document, make_model, merge
-from tests.mergekit_moe_ext.test_adaptation import CLASSES, draw, make_classifier, pixels_of
-from tests.mergekit_moe_ext.test_calibration import words, write
+from tests.mergekit_moe_ext.mixtures.test_usage import words, write
+from tests.mergekit_moe_ext.wemoe.test_adaptation import CLASSES, draw, make_classifier, pixels_of
 from tests.test_autoload import ROOT
 from tests.tokenizers import save_tokenizer
 

@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from peft_routing.routers import Constant, Router
-
-if TYPE_CHECKING:
-    from peft_routing.config import RoutedLoraConfig
+from peft_routing.routers.base import Router, RouterSettings
+from peft_routing.routers.tensors import Constant
 
 
 class FixedRouter(Router):
@@ -20,23 +18,23 @@ class FixedRouter(Router):
     options: ClassVar[tuple[str, ...]] = ("weights",)
     is_simplex = False
 
-    def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
+    def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
         self.weights = Constant(self.given(config, experts))
 
     @classmethod
-    def uses_input(cls, config: "RoutedLoraConfig") -> bool:
+    def uses_input(cls, config: RouterSettings) -> bool:
         return False
 
     @classmethod
-    def check(cls, config: "RoutedLoraConfig") -> None:
+    def check(cls, config: RouterSettings) -> None:
         super().check(config)
         weights = cls.given(config, config.names)
         if len(weights) != len(config.experts) or not all(map(math.isfinite, weights)):
             raise ValueError(f"weights={config.weights!r}: give a finite number for each of {', '.join(config.names)}")
 
     @staticmethod
-    def given(config: "RoutedLoraConfig", experts: Sequence[str]) -> list[float]:
+    def given(config: RouterSettings, experts: Sequence[str]) -> list[float]:
         """In the order of the experts."""
         if config.weights is None:
             raise ValueError("router='fixed' needs weights={'math': 0.7, 'code': 0.3}")
@@ -60,5 +58,5 @@ class UniformRouter(FixedRouter):
     options = ()
 
     @staticmethod
-    def given(config: "RoutedLoraConfig", experts: Sequence[str]) -> list[float]:
+    def given(config: RouterSettings, experts: Sequence[str]) -> list[float]:
         return [1 / len(experts)] * len(experts)

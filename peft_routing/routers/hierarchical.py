@@ -1,17 +1,14 @@
 """`hierarchical`: a learned merge inside each cluster of experts, learned routing across (Trade-offs 5.3)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from peft_routing.prototypes import top_right_singular_vectors
-from peft_routing.routers import wide
+from peft_routing.routers.base import RouterSettings
 from peft_routing.routers.linear import LinearRouter
-
-if TYPE_CHECKING:
-    from peft_routing.config import RoutedLoraConfig
+from peft_routing.routers.prototypes import top_right_singular_vectors
+from peft_routing.routers.tensors import wide
 
 
 class HierarchicalRouter(LinearRouter):
@@ -26,7 +23,7 @@ class HierarchicalRouter(LinearRouter):
     rows = {"weight": "cluster", "logits": "expert"}  # noqa: RUF012
     cluster_of: Tensor
 
-    def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
+    def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         of_expert = {str(name): str(cluster) for name, cluster in (config.clusters or {}).items()}
         self.clusters = sorted({of_expert[name] for name in experts})
         super().__init__(config, experts, in_features)
@@ -36,7 +33,7 @@ class HierarchicalRouter(LinearRouter):
         self.register_buffer("cluster_of", ids, persistent=False)
 
     @classmethod
-    def check(cls, config: "RoutedLoraConfig") -> None:
+    def check(cls, config: RouterSettings) -> None:
         super().check(config)
         if config.clusters is None:
             raise ValueError("router='hierarchical' needs clusters={'math': 0, 'code': 0, 'fr': 1}")

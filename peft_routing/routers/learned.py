@@ -1,15 +1,11 @@
 """`global` and `layer`: learned coefficients that do not depend on the input (Trade-offs 4.3)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from peft_routing.routers import Router
-
-if TYPE_CHECKING:
-    from peft_routing.config import RoutedLoraConfig
+from peft_routing.routers.base import Router, RouterSettings
 
 
 class LayerRouter(Router):
@@ -18,12 +14,12 @@ class LayerRouter(Router):
     name = "layer"
     rows = {"logits": "expert"}  # noqa: RUF012
 
-    def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
+    def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
         self.logits = nn.Parameter(torch.zeros(len(experts)))
 
     @classmethod
-    def uses_input(cls, config: "RoutedLoraConfig") -> bool:
+    def uses_input(cls, config: RouterSettings) -> bool:
         return False
 
     def scores(self, hidden: Tensor) -> Tensor:

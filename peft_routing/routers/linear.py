@@ -1,17 +1,14 @@
 """`linear`, learned routing per adapted module (Trade-offs 4.4), and `arrow`, the same without learning (2.4, B.1)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peft_routing.prototypes import top_right_singular_vectors
-from peft_routing.routers import Router
-
-if TYPE_CHECKING:
-    from peft_routing.config import RoutedLoraConfig
+from peft_routing.routers.base import Router, RouterSettings
+from peft_routing.routers.prototypes import top_right_singular_vectors
 
 
 class LinearRouter(Router):
@@ -23,13 +20,13 @@ class LinearRouter(Router):
     name = "linear"
     options: ClassVar[tuple[str, ...]] = ("top_k", "router_temperature", "init", "score")
 
-    def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
+    def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
         self.from_arrow, self.absolute = self.settings(config)
         self.weight = nn.Parameter(torch.zeros(len(self.labels(self.rows["weight"])), in_features))
 
     @classmethod
-    def check(cls, config: "RoutedLoraConfig") -> None:
+    def check(cls, config: RouterSettings) -> None:
         super().check(config)
         from_arrow, absolute = cls.settings(config)
         if from_arrow and not absolute:
@@ -38,7 +35,7 @@ class LinearRouter(Router):
             raise ValueError("score='abs' has no gradient where all rows are 0: use it with init='arrow'")
 
     @staticmethod
-    def settings(config: "RoutedLoraConfig") -> tuple[bool, bool]:
+    def settings(config: RouterSettings) -> tuple[bool, bool]:
         """Whether it starts as Arrow does, and whether scores are absolute: each follows from the other."""
         from_arrow = config.init == "arrow" or (config.init is None and config.score == "abs")
         return from_arrow, config.score == "abs" or (config.score is None and from_arrow)
@@ -67,5 +64,5 @@ class ArrowRouter(LinearRouter):
     top_k = 3
 
     @staticmethod
-    def settings(config: "RoutedLoraConfig") -> tuple[bool, bool]:
+    def settings(config: RouterSettings) -> tuple[bool, bool]:
         return True, True

@@ -1,16 +1,13 @@
 """`mlp`: WEMoE's router (3.2 and B.3) on LoRA experts."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peft_routing.routers import Router, wide
-
-if TYPE_CHECKING:
-    from peft_routing.config import RoutedLoraConfig
+from peft_routing.routers.base import Router, RouterSettings
+from peft_routing.routers.tensors import wide
 
 # The paper writes a variance of 0.01; with that, coefficients would start far from lambda for hidden states of the
 # usual size, and it wants them "approximately equal". The authors' code has this standard deviation.
@@ -29,7 +26,7 @@ class MlpRouter(Router):
     is_simplex = False
     rows = {"weight_out": "expert", "bias_out": "expert"}  # noqa: RUF012
 
-    def __init__(self, config: "RoutedLoraConfig", experts: Sequence[str], in_features: int) -> None:
+    def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
         self.layers = 2 if config.mlp_layers is None else config.mlp_layers
         start = 0.3 if config.init_lambda is None else config.init_lambda
@@ -41,11 +38,11 @@ class MlpRouter(Router):
         self.bias_out = nn.Parameter(torch.full((len(experts),), start))
 
     @classmethod
-    def uses_input(cls, config: "RoutedLoraConfig") -> bool:
+    def uses_input(cls, config: RouterSettings) -> bool:
         return config.mlp_layers != 0
 
     @classmethod
-    def check(cls, config: "RoutedLoraConfig") -> None:
+    def check(cls, config: RouterSettings) -> None:
         super().check(config)
         if config.mlp_layers not in (None, 0, 1, 2):
             raise ValueError(f"mlp_layers={config.mlp_layers} is none of 0, 1 and 2")

@@ -31,9 +31,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_moe_ext.ensembling import ensembled_groups, weighed_tensors
 from mergekit_moe_ext.modeling.configuration_wemoe import config_class, vectors_of
 from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear, model_class
+from mergekit_moe_ext.wemoe.groups import ensembled_groups, weighed_tensors
 
 EXPERTS = ("sun", "cars", "dtd")
 _SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

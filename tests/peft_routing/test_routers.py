@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_routing import RoutedLoraConfig
-from peft_routing.prototypes import top_right_singular_vectors
+from peft_routing.routers.prototypes import top_right_singular_vectors
 from tests.peft_routing.adapters import TARGETS, make_base, save_lora
 
 Updates = Callable[[str, Tensor], Tensor]  # a module's name and its input, to what is added to its output

@@ -1,0 +1,57 @@
+"""Inputs for the analyses of weight-ensembling models and of their sources, read as `mergekit-moe-ext adapt` does."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from _mergekit_moe_ext_common.data import Source, load
+from _mergekit_moe_ext_common.loading import load_tokenizer
+from _mergekit_moe_ext_common.options import Reading
+from mergekit_moe_ext.recipes import Adaptation
+from mergekit_moe_ext.wemoe.adaptation import Predictions
+from mergekit_moe_ext.wemoe.inputs import Kind, load_image_processor, model_inputs
+
+
+def read_batches(
+    model_path: str,
+    model: Any,
+    source: Source,
+    reading: Reading,
+    *,
+    batch_size: int,
+    max_samples: int | None = None,
+    with_labels: bool = False,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> Iterator[dict[str, Tensor]]:
+    """The first `max_samples` rows of a source as the model takes them; images are decoded as they are asked for.
+
+    With `with_labels`, a batch of a classifier has the right classes as `labels`, by the numbers of the model's one
+    head. `ClickException`, before the first batch, for what cannot be read and for classes that are not the model's.
+    """
+    kind = _kind(model)
+    prepare = load_image_processor(model_path, reading) if kind == "image" else load_tokenizer(model_path, reading)
+    rows = load(source, max_samples)
+    if kind in ("image", "text") and not with_labels and label_column in rows.column_names:
+        rows = rows.remove_columns(label_column)
+    # a stock model's, which has no heads per task; of a weight-ensembling one no classes are read
+    head = SimpleNamespace(
+        ensembling={"heads": {}}, num_labels=model.config.num_labels, id2label=model.config.id2label
+    )
+    objective: Any = "supervised" if with_labels else "entropy"
+    wanted = Adaptation(objective=objective, image_column=image_column, label_column=label_column)
+    rows = model_inputs(rows, source, kind, prepare, head, reading, wanted)
+    reader = Predictions(model, kind, prepare, prefix=0, image_column=image_column)
+    starts = range(0, len(rows), batch_size)
+    named = ([{source.name: row} for row in rows.select(range(s, min(s + batch_size, len(rows))))] for s in starts)
+    return (reader.batch(each)[source.name] for each in named)
+
+
+def _kind(model: Any) -> Kind:
+    if model.main_input_name == "pixel_values":
+        return "image"
+    if not model.can_generate():
+        return "text"
+    return "encoder-decoder" if model.config.is_encoder_decoder else "decoder"

@@ -1,0 +1,1 @@
+"""What every structural merge goes through, from the configuration to the card."""

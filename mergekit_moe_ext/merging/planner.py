@@ -1,0 +1,206 @@
+"""mergekit's planner, extended to run a structural method's `Plan`.
+
+Shared parameters go through mergekit's own `plan_tensor` with the shared method, so that filters,
+gradients, tokenizer handling and devices behave as mergekit documents them. For a stock method the
+planner is the stock planner.
+"""
+
+import contextvars
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import click
+import pydantic
+from mergekit.architecture import ModelArchitecture, WeightInfo
+from mergekit.common import ModelReference
+from mergekit.config import ConfigReader, InputSliceDefinition, OutputSliceDefinition
+from mergekit.graph import Task
+from mergekit.io.tasks import FinalizeModel, GatherTensors, LoadTensor, SaveTensor
+from mergekit.merge_methods.base import BasePolicy
+from mergekit.plan import MergePlanner as StockMergePlanner
+
+from mergekit_moe_ext.merging.manifest import check_against, manifest_of
+from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
+from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, LoadFiniteTensor, RefuseNonfinite
+
+LOG = logging.getLogger(__name__)
+NEUTRAL_PARAMETERS = {"weight": 1.0}
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+class PlannedArchitecture(ModelArchitecture):
+    """Carries a plan to the planner through `run_merge`, in place of the architecture of one model."""
+
+    job: Any
+    plan: Any
+
+
+# The architecture that run_merge of ours has prepared. None where mergekit's run_merge was bound to a name
+# before this package was imported, so that ours does not run.
+PREPARED: contextvars.ContextVar[PlannedArchitecture | None] = contextvars.ContextVar("PREPARED", default=None)
+
+
+def prepare(job: Job) -> PlannedArchitecture:
+    """Plan the job and check the plan against what transformers says the output must hold."""
+    plan = job.method.plan(job)
+    check_against(manifest_of(plan.config), plan.shapes)
+    return PlannedArchitecture(modules={}, architectures=[], model_type="", job=job, plan=plan)
+
+
+class SharedConfigReader(ConfigReader):
+    """Reads the shared method's parameters; one that it requires and nobody gave gets its neutral value."""
+
+    merged_base: ModelReference | None
+    weights: Mapping[ModelReference, float]  # 1 where none is given
+
+    @property
+    def base_model(self) -> ModelReference | None:
+        return self.merged_base
+
+    def parameter_sources(self, model: ModelReference | None = None) -> Iterable[Any]:
+        yield from super().parameter_sources(model)
+        yield {**NEUTRAL_PARAMETERS, **({"weight": self.weights[model]} if model in self.weights else {})}
+
+
+def merged_models(job: Job) -> tuple[list[ModelReference], ModelReference | None]:
+    """The models that the shared method merges, each once, and the base that it is told of.
+
+    A base that is not in `models:` takes part only where the method makes something of a base; else it
+    gives config and tokenizer and nothing more.
+    """
+    listed = list(dict.fromkeys(job.experts))
+    uses_base = job.shared.spec.contract.base in (BasePolicy.OPTIONAL, BasePolicy.REQUIRED)
+    if job.base is None or (job.base not in listed and not uses_base):
+        return listed, None
+    return job.sources, job.base
+
+
+class MergePlanner(StockMergePlanner):
+    def __init__(self, config: Any, arch_info: ModelArchitecture, options: Any, out_model_config: Any):
+        super().__init__(config, arch_info, options, out_model_config)
+        if not isinstance(arch_info, PlannedArchitecture):
+            return
+        self._job: Job = arch_info.job
+        self._plan_of_job: Plan = arch_info.plan
+        self._method = self._job.shared
+        if PREPARED.get() is None:
+            LOG.warning(
+                "run_merge was imported before mergekit_moe_ext, so the output is written in place, without "
+                "staging; import mergekit_moe_ext first, or leave torch's autoload on"
+            )
+        # mergekit saves the object that it made before planning, so that object has to become ours.
+        out_model_config.__class__ = type(self._plan_of_job.config)
+        out_model_config.__dict__ = self._plan_of_job.config.__dict__
+        tokenizer_task: Any = self._tokenizer_task
+        if tokenizer_task:  # in the order of the YAML, which referenced_models() does not keep
+            self._tokenizer_task: Any = tokenizer_task.model_copy(
+                update={"base_model": self._job.donor, "referenced_models": tuple(self._job.sources)}
+            )
+
+    def _plan(self) -> None:
+        if not isinstance(self.arch_info, PlannedArchitecture):
+            super()._plan()
+            return
+        for name, weight in self._plan_of_job.shared.items():
+            self._plan_shared(name, weight)
+        for name, task in self._plan_of_job.computed.items():
+            if not self._job.options.allow_nonfinite and name not in self._plan_of_job.integers:
+                task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
+            self._tensors.append((WeightInfo(name=name), task))
+
+    def _plan_shared(self, name: str, weight: WeightInfo) -> None:
+        models, base = merged_models(self._job)
+        num_layers = _num_layers(self._plan_of_job)
+        parameters = {entry.model: entry.parameters for entry in reversed(self._job.config.models)}
+        sources = [
+            InputSliceDefinition(model=m, layer_range=(0, num_layers), parameters=parameters.get(m)) for m in models
+        ]
+        reader = SharedConfigReader(
+            config=self.config,
+            slice_out=OutputSliceDefinition(sources=sources),
+            t=_gradient_position(weight.name, num_layers),
+            merged_base=base,
+            weights=self._plan_of_job.weights.get(name, {}),
+        )
+        try:
+            self.plan_tensor(weight, [weight] * len(models), models, reader)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            raise click.ClickException(
+                f"{self._method.spec.name} cannot merge {weight.name}: {first['input']!r}: {first['msg']}"
+            ) from error
+        except (RuntimeError, ValueError) as error:
+            raise click.ClickException(f"{self._method.spec.name} cannot merge {weight.name}: {error}") from error
+        weight, task = self._tensors.pop()
+        if not self._job.options.allow_nonfinite:
+            task = RefuseNonfinite(tensor_task=_loading_finite(task), name=name, out_dtype=self.config.out_dtype)
+        self._tensors.append((weight.model_copy(update={"name": name}), task))
+
+    def plan_to_disk(self, out_path: str) -> list[Task]:
+        tasks = super().plan_to_disk(out_path)
+        if not isinstance(self.arch_info, PlannedArchitecture):
+            return tasks
+        finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
+        copies = self._copy_tasks(finalize)
+        saves = tuple(map(self._keeping_integers, finalize.tensor_save_tasks))
+        rest = [task for task in tasks if task is not finalize and task not in finalize.tensor_save_tasks]
+        finalize_all = FinalizeModel(tensor_save_tasks=(*saves, *copies), writer_task=finalize.writer_task)
+        return [*copies, *saves, finalize_all, *rest]
+
+    def _keeping_integers(self, task: Any) -> Any:
+        is_integer = isinstance(task, SaveTensor) and task.tensor_name in self._plan_of_job.integers
+        return task.model_copy(update={"dtype": None}) if is_integer else task
+
+    def plan_in_memory(self) -> list[Any]:
+        if isinstance(self.arch_info, PlannedArchitecture):
+            raise click.ClickException(f"{self._job.method.spec.name} writes to disk only")
+        return super().plan_in_memory()
+
+    def _copy_tasks(self, finalize: FinalizeModel) -> list[CopyTensors]:
+        """One task per layer; its experts in order."""
+        by_layer: dict[str, list[tuple[str, ModelReference, str]]] = defaultdict(list)
+        for output_name, (model, source_name) in self._plan_of_job.copies.items():
+            layer = _LAYER.search(output_name)
+            by_layer[layer.group(1) if layer else ""].append((output_name, model, source_name))
+        return [
+            CopyTensors(
+                copies=tuple(copies),
+                writer_task=finalize.writer_task,
+                load=LoadTensor if self._job.options.allow_nonfinite else LoadFiniteTensor,
+                dtype=self.config.dtype,
+                out_dtype=self.config.out_dtype,
+                clone=self.options.clone_tensors,
+            )
+            for copies in by_layer.values()
+        ]
+
+
+def _num_layers(plan: Plan) -> int:
+    """As its config says; of two towers (CLIP), where it does not say, the deeper one's."""
+    numbered = [int(found.group(1)) + 1 for found in map(_LAYER.search, plan.shapes) if found]
+    return getattr(plan.config, "num_hidden_layers", None) or max(numbered, default=1)
+
+
+def _gradient_position(tensor_name: str, num_layers: int) -> float:
+    """Where mergekit's gradients stand for a tensor: 0 to 1 over the layers, 0 outside them."""
+    layer = _LAYER.search(tensor_name)
+    if not layer:
+        return 0.0
+    return int(layer.group(1)) / (num_layers - 1) if num_layers > 1 else 1.0
+
+
+def _loading_finite(task: Any) -> Any:
+    if type(task) is GatherTensors:
+        return GatherFiniteTensors(**dict(task))
+    return task.model_copy(update={"gather_tensors": _loading_finite(task.gather_tensors)})
+
+
+def structural_method(name: str) -> StructuralMethod | None:
+    """The structural method of this name, if it is one."""
+    from mergekit.merge_methods import registered_methods
+
+    found = (method for method in registered_methods() if method.spec.name == name)
+    return next((method for method in found if isinstance(method, StructuralMethod)), None)

@@ -1,0 +1,286 @@
+"""Expert usage: how often each expert of each layer was chosen on some data, counted once and kept in a file.
+
+Every token counts that is no padding, in every MoE layer, encoder and decoder apart. What is counted is what the
+router dispatched: a token that Switch Transformers drops because its expert is full counts for no expert. In a
+sequence MoE every text counts, once, with the coefficients that its first `routing_tokens` tokens lead to.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import pydantic
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+from pydantic import BaseModel, ConfigDict
+from tqdm import tqdm
+
+from _mergekit_moe_ext_common.data import (
+    Source,
+    collate,
+    decoder_inputs,
+    fingerprint,
+    load,
+    parse_sources,
+    real_tokens,
+    tokenise,
+)
+from _mergekit_moe_ext_common.loading import load_config, load_model, load_tokenizer, padding_token, silence
+from _mergekit_moe_ext_common.options import Reading
+from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
+from mergekit_moe_ext.mixtures.experts import experts_per_token
+from mergekit_moe_ext.mixtures.routers import (
+    PER_SEQUENCE,
+    coefficients_of_sequences,
+    recorded,
+    router_names,
+    routes_sequences,
+    stack_of,
+)
+
+
+class LayerUsage(BaseModel):
+    """One router's choices."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int  # that passed the router; texts, in a sequence MoE
+    counts: list[int]  # how often each expert was chosen
+    weights: list[float]  # the sum of the weights with which each was chosen
+
+
+class TaskUsage(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str
+    fingerprint: str  # sha256 of the token ids
+    samples: int
+    layers: dict[str, LayerUsage]  # by the router's name in the model, in order; a sequence MoE has one, `sequence`
+
+
+class Usage(BaseModel):
+    """The content of a usage file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["mergekit-moe-ext usage 1"] = "mergekit-moe-ext usage 1"
+    model: str
+    checkpoint: str  # its fingerprint: tells fine-tunes of one model apart, and knows a renamed one
+    architecture: str
+    experts_per_token: int
+    tasks: dict[str, TaskUsage]
+
+    def write(self, path: Path) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def read_usage(path: Path) -> Usage:
+    """`ClickException` for a file that is none, or that counted nothing."""
+    try:
+        usage = Usage.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.ClickException(f"cannot read the usage file {path}: {error.strerror}") from error
+    except (pydantic.ValidationError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"{path} is no usage file of this version: {error}") from error
+    for name, task in usage.tasks.items():
+        if any(layer.tokens == 0 for layer in task.layers.values()) or not task.layers:
+            raise click.ClickException(f"{path} counted nothing for the task {name!r}")
+    if not usage.tasks:
+        raise click.ClickException(f"{path} counted nothing")
+    return usage
+
+
+@torch.inference_mode()
+def count(
+    model: Any,
+    data: Dataset,
+    source: Source,
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    accelerator: Accelerator,
+    quiet: bool,
+) -> TaskUsage:
+    """Run the model over tokenised `data` and count. Under `accelerate launch` each process takes its part."""
+    model.eval()
+    with accelerator.split_between_processes(list(range(len(data)))) as mine:
+        rows = data.select(mine)
+    starts = range(0, len(rows), batch_size)
+    bar = tqdm(starts, desc=source.name, unit="batch", disable=quiet or not accelerator.is_main_process)
+    batches = (
+        collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))], pad_token_id) for start in bar
+    )
+    of_batches = _sums_of_sequences if routes_sequences(model) else _sums_of_tokens
+    sums: dict[str, torch.Tensor] = {}
+    for name, counted in of_batches(model, batches):
+        sums[name] = sums[name] + counted if name in sums else counted
+    return TaskUsage(
+        data=str(source),
+        fingerprint=fingerprint(data),
+        samples=len(data),
+        layers=_reduced(sums, model, accelerator),
+    )
+
+
+def _sums_of_tokens(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of every batch and router."""
+    with recorded(model) as choices:
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            real = real_tokens(batch)
+            if "labels" in batch:
+                batch["decoder_input_ids"] = decoder_inputs(model, batch.pop("labels"))
+                model(**batch, use_cache=False)
+            else:
+                model.base_model(**batch, use_cache=False)  # without the head, whose logits nobody looks at
+            for name, choice in choices.items():
+                mask = real[stack_of(name) == "decoder"].to(choice.experts.device)
+                yield name, _sums(choice.experts[mask], choice.weights[mask], choice.logits.shape[-1])
+
+
+def _sums_of_sequences(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of every batch. A row is a text."""
+    for batch in batches:
+        weights = coefficients_of_sequences(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        number = weights.shape[-1]
+        experts = torch.arange(number, device=weights.device).expand_as(weights)
+        yield PER_SEQUENCE, _sums(experts.masked_fill(weights == 0, -1), weights, number)
+
+
+def _sums(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Counts, weights and, last, the number of tokens: (2 * experts + 1,), float64, on the CPU."""
+    chosen = experts >= 0
+    indices, weights = experts[chosen].cpu(), weights[chosen].cpu().double()
+    return torch.cat(
+        [
+            torch.bincount(indices, minlength=num_experts).double(),
+            torch.zeros(num_experts, dtype=torch.float64).index_add_(0, indices, weights),
+            torch.tensor([float(len(experts))], dtype=torch.float64),
+        ]
+    )
+
+
+def _reduced(sums: Mapping[str, torch.Tensor], model: Any, accelerator: Accelerator) -> dict[str, LayerUsage]:
+    """The sums of all processes. A process without rows has none of its own."""
+    of_processes = gather_object([{name: tensor.tolist() for name, tensor in sums.items()}])
+    layers = {}
+    for name in router_names(model):
+        rows = [process[name] for process in of_processes if name in process]
+        total = [sum(values) for values in zip(*rows, strict=True)]
+        num_experts = len(total) // 2
+        layers[name] = LayerUsage(
+            tokens=round(total[-1]),
+            counts=[round(value) for value in total[:num_experts]],
+            weights=total[num_experts:-1],
+        )
+    return layers
+
+
+def routing_probability(task: TaskUsage) -> list[float]:
+    """Per expert the weight that a token gives it, averaged over layers and tokens: MergeME's figure 5.
+
+    Of a sequence MoE the mean coefficient over texts: its table 2 and figures 6, 8 and 9.
+
+    The paper says "routing probability averaged from each layer and token". We take the weights
+    with which experts are combined, softmax after top-k, which sum to one per token in most families. Layers must
+    have equally many experts.
+    """
+    per_layer = [[weight / layer.tokens for weight in layer.weights] for layer in task.layers.values()]
+    return [sum(values) / len(per_layer) for values in zip(*per_layer, strict=True)]
+
+
+def share_of_choices(layer: LayerUsage) -> list[float]:
+    """Per expert its share of all choices of this layer; zeros if there were none."""
+    total = sum(layer.counts) or 1
+    return [number / total for number in layer.counts]
+
+
+def table(usage: Usage) -> str:
+    """A line per task and a column per expert: the routing probability, the highest marked."""
+    rows = {name: routing_probability(task) for name, task in usage.tasks.items()}
+    return format_table([f"expert {i}" for i in range(len(next(iter(rows.values()))))], rows)
+
+
+def format_table(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{column:>11}" for column in columns)]
+    for name, values in rows.items():
+        cells = [f"{value:.3f}" + ("*" if value == max(values) else " ") for value in values]
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells).rstrip())
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What usage is counted on, tokenised for a model."""
+
+    tokenizer: Any
+    by_source: Mapping[Source, Dataset]
+
+
+def read_texts(model_path: str, data: Sequence[str], reading: Reading, max_samples: int | None = None) -> Texts:
+    """`data` as `--data` names it. `ClickException` for what cannot be read."""
+    silence(reading)
+    config, tokenizer = load_config(model_path, reading), load_tokenizer(model_path, reading)
+    by_source = {
+        source: tokenise(
+            load(source, max_samples),
+            source,
+            tokenizer,
+            columns=reading.columns,
+            max_length=reading.max_length,
+            encoder_decoder=config.is_encoder_decoder,
+        )
+        for source in parse_sources(data)
+    }
+    return Texts(tokenizer, by_source)
+
+
+def count_usage(
+    model_path: str, texts: Texts, reading: Reading, *, batch_size: int = 8, device: str = "auto"
+) -> Usage | None:
+    """The usage of a model on each of the sources. None in all but the main process.
+
+    Where there are several processes, their group is gone afterwards.
+    """
+    silence(reading)
+    config = load_config(model_path, reading)
+    checkpoint = checkpoint_fingerprint(ModelReference.model_validate(model_path), MergeOptions())
+    accelerator = Accelerator(cpu=device == "cpu")
+    spread = device == "auto" and accelerator.num_processes == 1 and accelerator.device.type != "cpu"
+    model = load_model(model_path, config, reading, dtype="auto", device_map="auto" if spread else None)
+    router_names(model)  # is it a mixture of experts?
+    if not spread:
+        model.to(accelerator.device if device == "auto" else device)
+    tasks = {
+        source.name: count(
+            model,
+            tokens,
+            source,
+            pad_token_id=padding_token(texts.tokenizer),
+            batch_size=batch_size,
+            accelerator=accelerator,
+            quiet=reading.quiet,
+        )
+        for source, tokens in texts.by_source.items()
+    }
+    is_main = accelerator.is_main_process
+    accelerator.end_training()
+    if not is_main:
+        return None
+    return Usage(
+        model=model_path,
+        checkpoint=checkpoint,
+        architecture=type(model).__name__,
+        experts_per_token=experts_per_token(config),
+        tasks=tasks,
+    )

@@ -1,0 +1,142 @@
+"""Which decoders can be the experts of a sequence MoE, and what of each goes where.
+
+An expert is the source's own class with its embedding and its head taken out. What is left must take embeddings and
+keep an ordinary key-value cache.
+"""
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import transformers
+from mergekit.common import ModelReference
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from mergekit_moe_ext.merging.layers import decoder_layers
+from mergekit_moe_ext.merging.manifest import Manifest, hub_state, manifest_from
+from mergekit_moe_ext.merging.method import Job
+from mergekit_moe_ext.merging.sources import tokenizer_of
+from mergekit_moe_ext.modeling.host_cache import name_of_cache
+
+LOG = logging.getLogger(__name__)
+_KEPT_IN_CACHE = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One source model, as an expert."""
+
+    config: PretrainedConfig  # the source's own
+    manifest: Manifest
+    embedding: Mapping[str, str]  # hub names of the embedding's tensors, by what they are called in an embedding
+    head: Mapping[str, str]  # the same of the head; without a weight where that is the embedding's
+    widths: tuple[int, int]  # of the embedding, and of what the head reads
+    softcap: float | None
+    layers: str  # what the list of decoder layers is called
+    a_layer: nn.Module  # one of them, on the meta device
+
+    @property
+    def trunk(self) -> list[str]:
+        """Hub names of everything but embedding and head."""
+        outside = {*self.embedding.values(), *self.head.values()}
+        return [name for name in self.manifest.shapes if name not in outside]
+
+    @property
+    def head_weight(self) -> str:
+        """The hub name of what the head multiplies by."""
+        return self.head.get("weight", self.embedding["weight"])
+
+    @property
+    def is_tied(self) -> bool:
+        return "weight" not in self.head
+
+    @property
+    def expert_config(self) -> dict[str, Any]:
+        """As the output's configuration holds it: the cap on logits is the mixture's business."""
+        config = copy.deepcopy(self.config)
+        if self.softcap is not None:
+            config.final_logit_softcapping = None
+        values = config.to_diff_dict()
+        for key in ("dtype", "transformers_version", "auto_map"):
+            values.pop(key, None)
+        return {**values, "model_type": config.model_type, "architectures": config.architectures}
+
+
+def read_decoders(configs: Mapping[ModelReference, PretrainedConfig]) -> dict[ModelReference, Decoder]:
+    """Every source as a decoder. `ClickException` names the one that cannot be an expert."""
+    return {model: _read_decoder(model, config) for model, config in configs.items()}
+
+
+def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
+    name = (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")])[0]
+    if reason := _refusal(name, config):
+        raise click.ClickException(
+            f"{model} cannot be an expert of a sequence MoE: {name or config.model_type} {reason}"
+        )
+    config.architectures = [name]
+    network, state = hub_state(config)
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    try:
+        layers = decoder_layers(network)
+    except ValueError as error:
+        raise click.ClickException(f"{model} cannot be an expert of a sequence MoE: {error}") from error
+    names = {id(tensor): hub_name for hub_name, tensor in reversed(state.items())}
+    manifest = manifest_from(network, state)
+    own = {key: names[id(parameter)] for key, parameter in head.named_parameters()}
+    return Decoder(
+        config=config,
+        manifest=manifest,
+        embedding={key: names[id(parameter)] for key, parameter in embedding.named_parameters()},
+        head={key: hub_name for key, hub_name in own.items() if head.get_parameter(key) is not embedding.weight},
+        widths=(embedding.embedding_dim, head.in_features),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        layers=next(iter(layers)).rpartition(".")[0],
+        a_layer=next(iter(layers.values())),
+    )
+
+
+def _refusal(name: str, config: PretrainedConfig) -> str | None:
+    """Why this architecture cannot be an expert."""
+    if config.is_encoder_decoder:
+        return "is an encoder-decoder"
+    if any(hasattr(config, key) for key in ("vision_config", "audio_config", "text_config")):
+        return "is not a language model alone"
+    if name not in _causal_architectures() or not hasattr(transformers, name):
+        return "is no causal language model of transformers"
+    if getattr(config, "hidden_size_per_layer_input", None):
+        return "needs token embeddings inside its layers"
+    model_class = getattr(transformers, name)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    takes = inspect.signature(model_class.forward).parameters
+    if model_class._is_stateful or kinds - _KEPT_IN_CACHE or name_of_cache(takes) is None:
+        return "keeps no key-value cache of the usual kind"
+    if "inputs_embeds" not in takes:
+        return "takes no embeddings"
+    return None
+
+
+def _causal_architectures() -> set[str]:
+    names: set[str] = set()
+    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        names |= {value} if isinstance(value, str) else set(value)
+    return names
+
+
+def special_token_ids(job: Job, donor: PretrainedConfig) -> list[int]:
+    """What the donor's tokenizer calls special, and its configuration; perplexity does not count these."""
+    ids = set()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(donor, key, None)
+        ids |= set(value if isinstance(value, list) else [] if value is None else [value])
+    try:
+        tokenizer = tokenizer_of(job.donor, job.merge_options)
+    except (OSError, ValueError, KeyError):
+        LOG.warning("%s has no tokenizer, so only its configuration says which tokens are special", job.donor)
+        return sorted(ids)
+    return sorted(ids | set(tokenizer.all_special_ids))

@@ -1,0 +1,161 @@
+"""`seq_moe`: dense models of one architecture become a mixture of whole decoders, routed per sequence (MergeME 3.1.3).
+
+Every source is an expert with its own stack of decoder layers (`attention: separate`), or with its own FFNs alone
+(`attention: merged`). What experts share is merged by the tensor method that `shared:` names and stored once.
+"""
+
+import re
+from typing import Any, Literal
+
+import click
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from pydantic import Field
+
+from mergekit_moe_ext.merging.layers import attention_and_ffn
+from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
+from mergekit_moe_ext.merging.sources import check_same_size, output_dtype, read_configs, read_headers
+from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
+from mergekit_moe_ext.sequence.shared import SequenceOptions, learned_router, sequence_config
+
+_MERGEME = "https://arxiv.org/abs/2502.00997"
+
+
+class SeqMoeOptions(SequenceOptions):
+    routing: Literal["perplexity", "task_vector", "learned", "uniform"] = Field(
+        "perplexity", description="what chooses the experts of a sequence; learned is to be trained"
+    )
+    attention: Literal["separate", "merged"] = Field(
+        "separate", description="whether experts keep whole decoder layers, or FFNs alone"
+    )
+    embedding: Literal["merged", "separate"] = Field(
+        "merged", description="whether experts share embedding, last norm and head, or keep their own"
+    )
+    shared: str = Field("linear", description="the tensor method that merges what experts share")
+    task_vector_layers: list[int] | None = Field(
+        None, description="for routing: task_vector, the decoder layers that are compared; all if not given"
+    )
+
+
+class SeqMoe(StructuralMethod):
+    options_type = SeqMoeOptions
+
+    def shared_method_name(self, options: Any) -> str:
+        return options.shared
+
+    def plan(self, job: Job) -> Plan:
+        options = job.options
+        configs = read_configs(job)
+        decoders = read_decoders(configs)
+        _check_one_architecture(job, decoders)
+        check_same_size(job, configs)
+        donor = decoders[job.donor]
+        headers = read_headers(job, configs, {model: decoder.manifest for model, decoder in decoders.items()})
+        base = _base_expert(job)
+        _check_task_vector_layers(options, donor.config.num_hidden_layers)
+        patterns = _shared_patterns(donor, options)
+        if options.embedding == "separate" and (job.config.tokenizer or job.config.tokenizer_source):
+            raise click.ClickException("embedding: separate keeps every expert's vocabulary: leave `tokenizer` out")
+        config = sequence_config(
+            job,
+            donor.config,
+            [decoders[model] for model in job.experts],
+            embedding="shared" if options.embedding == "merged" else "separate",
+            base_expert=base,
+            hidden_size=donor.widths[0],
+            tie_word_embeddings=options.embedding == "merged" and donor.is_tied,
+            head_bias="bias" in donor.head,
+            shared_parameters=patterns,
+            task_vector_layers=options.task_vector_layers,
+        )
+        config.dtype = dtype = output_dtype(job, headers)
+        copies: dict[str, tuple[ModelReference, str]] = {}
+        shared: dict[str, WeightInfo] = {}
+        for index, model in enumerate(job.experts):
+            for name in donor.trunk:
+                if not any(re.search(pattern, name) for pattern in patterns):
+                    copies[f"experts.{index}.trunk.{name}"] = model, name
+                elif index == 0:
+                    shared[f"experts.0.trunk.{name}"] = donor.manifest.weight_info(name)
+        for part, tensors in (("embed_tokens", donor.embedding), ("lm_head", donor.head)):
+            for key, name in tensors.items():
+                if options.embedding == "merged":
+                    shared[f"{part}.{key}"] = donor.manifest.weight_info(name)
+                else:
+                    copies |= {f"experts.{i}.{part}.{key}": (model, name) for i, model in enumerate(job.experts)}
+        computed = learned_router(job, config, dtype)
+        shapes = {
+            **{name: donor.manifest.shapes[weight.name] for name, weight in shared.items()},
+            **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
+            **{name: task.shape for name, task in computed.items()},
+        }
+        return Plan(
+            config=config,
+            num_experts=len(job.experts),
+            experts_per_token=config.experts_per_sequence,
+            routed_per="sequence",
+            shared=shared,
+            copies=copies,
+            computed=computed,
+            shapes=shapes,
+            dtype=dtype,
+        )
+
+
+def _check_one_architecture(job: Job, decoders: dict[ModelReference, Decoder]) -> None:
+    wanted = decoders[job.donor].config.architectures
+    for model, decoder in decoders.items():
+        if decoder.config.architectures != wanted:
+            raise click.ClickException(
+                f"{model} is a {decoder.config.architectures[0]} and {job.donor} a {wanted[0]}; `merge_method: "
+                "hetero_moe` takes different architectures"
+            )
+
+
+def _base_expert(job: Job) -> int:
+    """Where the base is among the experts; the first where it is none of them and does not matter."""
+    if job.base in job.experts:
+        return job.experts.index(job.base)
+    if job.options.routing == "task_vector":
+        raise click.ClickException(
+            "routing: task_vector takes the gradient at the base model, which must be an expert: "
+            + (f"list {job.base} in `models:`" if job.base else "name one of `models:` as `base_model:`")
+        )
+    return 0
+
+
+def _check_task_vector_layers(options: SeqMoeOptions, number: int) -> None:
+    layers = options.task_vector_layers
+    if layers is None:
+        return
+    if options.routing != "task_vector":
+        raise click.ClickException("task_vector_layers is for routing: task_vector; nothing else compares layers")
+    if not layers or not all(0 <= layer < number for layer in layers):
+        raise click.ClickException(
+            f"task_vector_layers is {layers}, but the models' {number} layers are 0 to {number - 1}"
+        )
+
+
+def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
+    """What experts share of their decoders, as patterns of parameters' names."""
+    layers, patterns = re.escape(donor.layers), []
+    if options.attention == "merged":
+        try:
+            _, ffn = attention_and_ffn(donor.a_layer)
+        except ValueError as error:
+            raise click.ClickException(
+                f"attention: merged keeps the FFNs apart, which a layer of {donor.config.architectures[0]} does not "
+                f"allow: {error}; take attention: separate"
+            ) from error
+        patterns.append(rf"^{layers}\.\d+\.(?!(?:{'|'.join(map(re.escape, ffn))})\.)")
+    if options.embedding == "merged":
+        patterns.append(rf"^(?!{layers}\.\d+\.)")
+    return patterns
+
+
+SEQ_MOE = SeqMoe(
+    "seq_moe",
+    "MergeME (mixture of whole decoders, routed per sequence)",
+    _MERGEME,
+    "dense models of one architecture become experts, of which each sequence chooses some: by perplexity, for example",
+)

@@ -1,0 +1,57 @@
+"""`dare`: DARE as MergeME 3.1.2 and its own paper write it; mergekit's rescales by L1 norms instead.
+
+A mask depends on torch's seed (that is `--random-seed`), the source's position among the models that are not the
+base, and the tensor's name. It does not depend on the order of execution, so reruns,
+threads, shards and GPUs agree.
+"""
+
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    FunctionalGroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+
+from mergekit_moe_ext.merging.method import Fraction
+from mergekit_moe_ext.tensor.kernels.drop import mask_key, merge_dare
+
+
+def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
+    base, entries = group.base, group.non_base
+    if not entries:
+        return base.tensor
+    # mergekit seeds torch's generator with --random-seed, and that is all a tensor method can see of it.
+    seed, name = torch.initial_seed(), group.metadata.name or ""
+    return merge_dare(
+        base.tensor,
+        [entry.tensor for entry in entries],
+        [parameters["weight"][entry.id] for entry in entries],
+        [parameters["density"][entry.id] for entry in entries],
+        [mask_key(seed, position, name) for position in range(len(entries))],
+        scale=parameters["lambda"],
+        elect_sign=parameters["elect_sign"],
+    )
+
+
+_SHARED, _NON_BASE = ParameterScope.SHARED, ParameterScope.NON_BASE
+DARE = FunctionalGroupMergeMethod(
+    MergeMethodSpec(
+        name="dare",
+        pretty_name="DARE",
+        reference_url="https://arxiv.org/abs/2311.03099",
+        contract=InputContract(base=BasePolicy.REQUIRED),
+        parameters=(
+            ParameterSpec("weight", float, _NON_BASE, 1.0, "of a task vector"),
+            ParameterSpec("density", Fraction, _NON_BASE, 1.0, "the probability that a value is kept"),
+            ParameterSpec("lambda", float, _SHARED, 1.0, "scales the merged task vector"),
+            ParameterSpec("elect_sign", bool, _SHARED, False, "sum only what agrees with the sign that TIES elects"),
+        ),
+    ),
+    _merge,
+)

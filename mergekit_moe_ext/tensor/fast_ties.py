@@ -1,0 +1,50 @@
+"""`fast_ties`: mergekit's `ties` with the same parameters and results, in linear time and constant extra memory."""
+
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    FunctionalGroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+
+from mergekit_moe_ext.merging.method import Fraction
+from mergekit_moe_ext.tensor.kernels.ties import merge_ties
+
+
+def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
+    base, entries = group.base, group.non_base
+    if not entries:
+        return base.tensor
+    return merge_ties(
+        base.tensor,
+        [entry.tensor for entry in entries],
+        [parameters["weight"][entry.id] for entry in entries],
+        [parameters["density"][entry.id] for entry in entries],
+        normalize=parameters["normalize"],
+        scale=parameters["lambda"],
+    )
+
+
+_SHARED, _NON_BASE = ParameterScope.SHARED, ParameterScope.NON_BASE
+FAST_TIES = FunctionalGroupMergeMethod(
+    MergeMethodSpec(
+        name="fast_ties",
+        pretty_name="TIES (linear time)",
+        reference_url="https://arxiv.org/abs/2306.01708",
+        contract=InputContract(base=BasePolicy.REQUIRED),
+        parameters=(
+            ParameterSpec("weight", float, _NON_BASE, description="of a task vector"),
+            ParameterSpec("density", Fraction, _NON_BASE, 1.0, "the fraction of a task vector that is kept"),
+            ParameterSpec("normalize", bool, _SHARED, True, "divide by the weights of the values that agree"),
+            ParameterSpec("lambda", float, _SHARED, 1.0, "scales the merged task vector"),
+            ParameterSpec("int8_mask", bool, _SHARED, False, "accepted as mergekit's ties does; changes nothing"),
+        ),
+    ),
+    _merge,
+)

@@ -1,0 +1,171 @@
+"""Keep the largest magnitudes of a tensor (the trim of TIES), without sorting it.
+
+A float without its sign bit, read as an integer, orders as its magnitude does, with NaN above everything. The
+threshold is therefore searched for among integers: a sample brackets it, one pass over the tensor counts what lies
+above the bracket and collects the few percent inside, and these are selected from. Where the sample misleads
+(many equal values, say) the bracket is halved until it holds few elements or a single value. The sample decides
+how long this takes, never the result.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mergekit_moe_ext.tensor.kernels import chunks
+
+_INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+Magnitudes = Callable[[slice], torch.Tensor]
+_SAMPLE = 1 << 16
+_MOST_COLLECTED = 16  # at most 1/16 of a tensor is collected at once
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Which elements of a flat tensor are kept: magnitudes above `magnitude`, and those equal to it before `end`.
+
+    `magnitude` is the integer that a float without its sign bit is.
+    """
+
+    magnitude: int
+    end: int = 0
+
+    def trim(self, values: torch.Tensor, start: int) -> torch.Tensor:
+        """`values`, which begin at flat index `start`, with zeros for those that are not kept."""
+        integer = _INTEGERS[values.dtype]
+        if self.magnitude <= 0:
+            return values
+        if self.magnitude > torch.iinfo(integer).max:
+            return torch.zeros_like(values)
+        equal_are_kept = self.end >= start + len(values)
+        # hardshrink keeps what is strictly larger, and every NaN
+        largest_dropped = torch.tensor(self.magnitude - equal_are_kept, dtype=integer).view(values.dtype).item()
+        if math.isnan(largest_dropped):
+            return functional.hardshrink(values, math.inf)
+        trimmed = functional.hardshrink(values, largest_dropped)
+        if start < self.end < start + len(values):
+            first = slice(0, self.end - start)
+            equal = _magnitudes(values[first]) == self.magnitude
+            trimmed[first] += values[first].where(equal, 0)
+        return trimmed
+
+
+KEEP_ALL = Threshold(-1)
+KEEP_NONE = Threshold(2**63)
+
+
+def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
+    """`tensor` with all but its largest magnitudes set to zero.
+
+    Keeps max(1, floor(density * numel)) elements: none for a density of 0 or less, all from 1 on. Of equal
+    magnitudes at the threshold those with the lowest flat index stay. NaN counts as the largest and always stays.
+
+    >>> trim(torch.tensor([3.0, -1.0, -4.0, 1.0]), 0.75)
+    tensor([ 3., -1., -4.,  0.])
+    """
+    threshold = magnitude_threshold(tensor, density)
+    flat = tensor.reshape(-1)
+    result = torch.empty_like(flat)
+    for piece in chunks(flat):
+        result[piece] = threshold.trim(flat[piece], piece.start)
+    return result.view(tensor.shape)
+
+
+def magnitude_threshold(tensor: torch.Tensor, density: float, base: torch.Tensor | None = None) -> Threshold:
+    """The threshold by which `trim` keeps elements of `tensor`, or of `tensor - base`.
+
+    The difference is made chunk by chunk and never held whole.
+    """
+    numel = tensor.numel()
+    if density >= 1:
+        return KEEP_ALL
+    if density <= 0 or numel == 0:
+        return KEEP_NONE
+    flat, flat_base = tensor.detach().reshape(-1), None if base is None else base.detach().reshape(-1)
+
+    def magnitudes(piece: slice) -> torch.Tensor:
+        return _magnitudes(flat[piece] if flat_base is None else flat[piece] - flat_base[piece])
+
+    with torch.no_grad():
+        return _select(magnitudes, flat, max(1, int(density * numel)))
+
+
+def _magnitudes(values: torch.Tensor) -> torch.Tensor:
+    """Integers that order as the magnitudes of `values` do."""
+    return values.detach().abs().view(_INTEGERS[values.dtype])
+
+
+def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold:
+    """The threshold that keeps `count` elements; 1 <= count < numel."""
+    least, most = 0, torch.iinfo(magnitudes(slice(0, 1)).dtype).max  # the threshold lies in here, ends included
+    low, high = _bracket(magnitudes, flat.numel(), count, most)
+    while True:
+        above, inside, collected = _count(magnitudes, flat, low, high)
+        ties, equal = count - above, inside
+        if above >= count:
+            least = high + 1
+        elif above + inside < count:
+            most = low - 1
+        elif low < high and collected is None:
+            least, most = low, high
+        else:
+            magnitude = low
+            if collected is not None:
+                magnitude = int(collected.kthvalue(inside - ties + 1).values)
+                ties -= int((collected > magnitude).count_nonzero())
+                equal = int((collected == magnitude).count_nonzero())
+            return Threshold(magnitude, _end(magnitudes, flat, magnitude, ties) if ties < equal else flat.numel())
+        low, high = (least + most) // 2 + (least < most), most  # the upper half
+
+
+def _bracket(magnitudes: Magnitudes, numel: int, count: int, most: int) -> tuple[int, int]:
+    """Two magnitudes that the threshold is very probably between, by the order statistics of a sample."""
+    sample = magnitudes(slice(0, numel, numel // _SAMPLE | 1)).sort(descending=True).values
+    size = len(sample)
+    expected = count / numel * size
+    margin = 4 * math.sqrt(expected * (1 - count / numel)) + 2
+    first, last = math.floor(expected - margin), math.ceil(expected + margin)
+    return int(sample[last]) if last < size else 0, int(sample[first]) if first >= 0 else most
+
+
+def _count(magnitudes: Magnitudes, flat: torch.Tensor, low: int, high: int) -> tuple[int, int, torch.Tensor | None]:
+    """How many lie above `high`, how many in [low, high], and those themselves unless they are many."""
+    room = max(1 << 16, flat.numel() // _MOST_COLLECTED)
+
+    # numpy compares, counts and selects several times faster than torch does on a CPU
+    on_cpu = flat.device.type == "cpu"
+    count_true: Callable[[Any], Any] = np.count_nonzero if on_cpu else torch.count_nonzero
+
+    above, inside = 0, 0
+    collected: list[torch.Tensor] = []
+    for piece in chunks(flat):
+        values: Any = magnitudes(piece).numpy() if on_cpu else magnitudes(piece)
+        is_above = values > high
+        is_inside = (values >= low) ^ is_above
+        above += int(count_true(is_above))
+        if low < high and inside <= room:
+            collected.append(torch.as_tensor(values[is_inside]))
+            inside += len(collected[-1])
+        else:
+            inside += int(count_true(is_inside))
+    return above, inside, torch.cat(collected) if low < high and inside <= room else None
+
+
+def _end(magnitudes: Magnitudes, flat: torch.Tensor, magnitude: int, ties: int) -> int:
+    """The flat index before which exactly `ties` elements have this magnitude."""
+    for piece in chunks(flat):
+        equal = magnitudes(piece) == magnitude
+        here = int(equal.count_nonzero())
+        if here >= ties:
+            return piece.start + int(equal.nonzero()[ties - 1]) + 1
+        ties -= here
+    raise AssertionError("fewer elements have the threshold's magnitude than were counted")

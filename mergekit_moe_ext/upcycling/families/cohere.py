@@ -1,0 +1,32 @@
+"""Cohere2 (Command R7B, Command A) to Cohere2-MoE."""
+
+from transformers import Cohere2MoeConfig, PretrainedConfig
+
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.qwen import EXPERTS, GATE
+
+
+def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+    return moe_config(
+        Cohere2MoeConfig,
+        dense,
+        drop=("rms_norm_eps",),  # no key of Cohere2, but one of Cohere2-MoE that would change its norms
+        architectures=["Cohere2MoeForCausalLM"],
+        # Cohere2 may leave it out, and Cohere2-MoE has another default
+        head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
+        num_experts=num_experts,
+        num_experts_per_tok=experts_per_token,
+        num_shared_experts=0,
+        expert_selection_fn="softmax",
+        norm_topk_prob=True,
+        mlp_layer_types=["sparse"] * dense.num_hidden_layers,
+    )
+
+
+COHERE2_MOE = Upcycling(
+    dense={"cohere2": "Cohere2ForCausalLM"},
+    moe="Cohere2MoeForCausalLM",
+    stacks=(Stack(ffn="model.layers.{layer}.mlp", experts=EXPERTS, gate=GATE),),
+    output_config=_output_config,
+    refuse=lambda dense: None,
+)

@@ -1,0 +1,100 @@
+"""Qwen2, Seed-OSS and Ministral to Qwen2-MoE, and Qwen3 to Qwen3-MoE.
+
+transformers does not normalise the weights of the chosen experts by default; an upcycled model needs it to.
+"""
+
+from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
+
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
+
+_FFN = "model.layers.{layer}.mlp"
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = {f"{_FFN}.{name}.weight": f"{_FFN}.experts.{{expert}}.{name}.weight" for name in PROJECTIONS}
+GATE = f"{_FFN}.gate.weight"
+
+
+def _qwen2_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+    layer_types = getattr(dense, "layer_types", None) or ["full_attention"] * dense.num_hidden_layers
+    return moe_config(
+        Qwen2MoeConfig,
+        dense,
+        drop=("attention_bias", "attention_out_bias", "mlp_bias", "residual_dropout"),
+        architectures=["Qwen2MoeForCausalLM"],
+        num_experts=num_experts,
+        num_experts_per_tok=experts_per_token,
+        moe_intermediate_size=dense.intermediate_size,
+        shared_expert_intermediate_size=dense.intermediate_size,
+        norm_topk_prob=True,
+        # Qwen2 has them, and no key that says so
+        qkv_bias=dense.model_type == "qwen2" or getattr(dense, "attention_bias", False),
+        # as the dense model resolved them: Qwen2-MoE has another rule for which layers have a window
+        layer_types=layer_types,
+        use_sliding_window="sliding_attention" in layer_types,
+    )
+
+
+def _refuse_other_biases(dense: PretrainedConfig) -> str | None:
+    for key in ("attention_out_bias", "mlp_bias"):
+        if getattr(dense, key, False):
+            return f"`{key}: true` has no place in Qwen2-MoE, which has biases on queries, keys and values only"
+    if dense.model_type in ("cwm", "ministral") and getattr(dense, "attention_bias", False):
+        return "`attention_bias: true` puts a bias on the attention's output, which has no place in Qwen2-MoE"
+    return None
+
+
+def _qwen3_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+    return moe_config(
+        Qwen3MoeConfig,
+        dense,
+        drop=("max_window_layers", "layer_types"),
+        architectures=["Qwen3MoeForCausalLM"],
+        num_experts=num_experts,
+        num_experts_per_tok=experts_per_token,
+        moe_intermediate_size=dense.intermediate_size,
+        norm_topk_prob=True,
+        # Qwen3-MoE reads no layer types: with a window, all layers have it
+        use_sliding_window=dense.layer_types[0] == "sliding_attention",
+    )
+
+
+def _refuse_mixed_windows(dense: PretrainedConfig) -> str | None:
+    if len(set(dense.layer_types)) > 1:
+        return (
+            "`use_sliding_window: true` gives only some of its layers a window (see `max_window_layers`), "
+            "but Qwen3-MoE has it in all layers or in none"
+        )
+    return None
+
+
+QWEN2_MOE = Upcycling(
+    dense={
+        "qwen2": "Qwen2ForCausalLM",
+        "seed_oss": "SeedOssForCausalLM",
+        "ministral": "MinistralForCausalLM",
+        "cwm": "CwmForCausalLM",
+    },
+    moe="Qwen2MoeForCausalLM",
+    stacks=(
+        Stack(
+            ffn=_FFN,
+            experts=EXPERTS,
+            gate=GATE,
+            # The architecture has a shared expert that every token passes. Its own gate has no bias, so it cannot be
+            # shut; a zero `down_proj` keeps it silent, and still gets a gradient as soon as it is trained.
+            merged={
+                f"{_FFN}.shared_expert.{name}.weight": f"{_FFN}.{name}.weight" for name in ("gate_proj", "up_proj")
+            },
+            zeros=(f"{_FFN}.shared_expert.down_proj.weight", f"{_FFN}.shared_expert_gate.weight"),
+        ),
+    ),
+    output_config=_qwen2_config,
+    refuse=_refuse_other_biases,
+)
+
+QWEN3_MOE = Upcycling(
+    dense={"qwen3": "Qwen3ForCausalLM"},
+    moe="Qwen3MoeForCausalLM",
+    stacks=(Stack(ffn=_FFN, experts=EXPERTS, gate=GATE),),
+    output_config=_qwen3_config,
+    refuse=_refuse_mixed_windows,
+)

@@ -1,0 +1,190 @@
+"""`moe`: dense models of one architecture become one mixture of experts (MergeME 3.1.1 and 3.1.2).
+
+Each model in `models:` gives the FFN of one expert per layer, unchanged. Everything else (embedding,
+attention, norms, head) is merged by the tensor method that `shared:` names. A gate per layer starts as
+`gate_mode` says; MergeME, like BTX before it, trains it afterwards.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import torch
+from mergekit.io.tasks import LoadTensor
+from pydantic import Field
+
+from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
+from mergekit_moe_ext.merging.method import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
+from mergekit_moe_ext.merging.sources import check_same_size, output_dtype, read_configs, read_headers
+from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor, StackedExperts
+from mergekit_moe_ext.upcycling.families import upcycling_for
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
+from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates
+
+_MERGEME = "https://arxiv.org/abs/2502.00997"
+_BTX = "https://arxiv.org/abs/2403.07816"
+
+
+class MoeOptions(MethodOptions):
+    experts_per_token: int | None = Field(
+        None,
+        ge=1,
+        description="how many experts the gate chooses per token: 2 if not given, 1 in Switch Transformers, which has "
+        "no other; with 1 the gate of any other architecture gets no gradient",
+    )
+    gate_mode: GateMode = Field(
+        "random",
+        description="how gates start: random (normal) and uniform_random have the architecture's initializer_range as "
+        "standard deviation; zeros chooses arbitrarily and weighs equally; hidden (or hidden_last), hidden_avg and "
+        "cheap_embed are made of the models' positive_prompts and negative_prompts",
+    )
+    expert_capacity: int | None = Field(
+        None,
+        ge=1,
+        description="Switch Transformers only: how many tokens of a sequence an expert takes; 64 if not given",
+    )
+
+
+class MoeOptionsWithShared(MoeOptions):
+    shared: str = Field("linear", description="the tensor method that merges everything but the FFNs")
+
+
+class MoeModelOptions(ModelOptions):
+    positive_prompts: list[str] | str | None = Field(
+        None, description="texts that this expert is for: a list, or a text file with one per line"
+    )
+    negative_prompts: list[str] | str | None = Field(
+        None, description="texts that this expert is not for: a list, or a text file with one per line"
+    )
+
+
+class MoeMethod(StructuralMethod):
+    """With `shared` given, a spelling of `moe` that fixes it."""
+
+    model_options_type = MoeModelOptions
+
+    def __init__(self, name: str, pretty_name: str, reference_url: str, shared: str | None = None):
+        merged_by = f"the {shared} method" if shared else "the method that `shared` names"
+        super().__init__(
+            name,
+            pretty_name,
+            reference_url,
+            f"dense models become the experts of one MoE; all but their FFNs is merged by {merged_by}",
+        )
+        self.options_type = MoeOptions if shared else MoeOptionsWithShared
+        self._shared = shared
+
+    def shared_method_name(self, options: Any) -> str:
+        return self._shared or options.shared
+
+    def plan(self, job: Job) -> Plan:
+        experts = job.experts
+        configs = read_configs(job)
+        family = upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
+        check_same_size(job, configs)
+        experts_per_token = _experts_per_token(job, family)
+        config = family.output_config(
+            configs[job.donor], len(experts), experts_per_token, **_options_of_family(job, family)
+        )
+        dense = manifest_of(configs[job.donor])
+        headers = read_headers(job, configs, dict.fromkeys(configs, dense))
+        config.dtype = dtype = output_dtype(job, headers)
+        if job.merge_options.unsafe_truncate_embeddings:
+            config.vocab_size = min(
+                shape[0]
+                for source in headers.values()
+                for name, shape in source.shapes.items()
+                if name in dense.vocabulary
+            )
+
+        layers = [(stack, layer) for stack in family.stacks for layer in range(getattr(config, stack.layers))]
+        copies = {
+            output.format(layer=layer, expert=index): (model, name.format(layer=layer))
+            for stack, layer in layers
+            for name, output in stack.experts.items()
+            for index, model in enumerate(experts)
+        }
+        stacks = _stacked_experts(job, layers, dense, dtype)
+        of_experts = {name for _model, name in copies.values()}
+        of_experts |= {name for task in stacks.values() for parts in task.experts for _model, name in parts}
+        shared = {name: dense.weight_info(name) for name in dense.shapes if name not in of_experts}
+        shared |= {
+            output.format(layer=layer): dense.weight_info(name.format(layer=layer))
+            for stack, layer in layers
+            for output, name in stack.merged.items()
+        }
+        computed: dict[str, Any] = stacks | initial_gates(job, config, layers, dense.embedding, dtype)
+        zeros = [template.format(layer=layer) for stack, layer in layers for template in stack.zeros]
+        if zeros:
+            shapes = manifest_of(config).shapes
+            computed |= {name: Filled(name=name, shape=shapes[name], dtype=str(dtype)) for name in zeros}
+        return Plan(
+            config=config,
+            num_experts=len(experts),
+            experts_per_token=experts_per_token,
+            shared=shared,
+            copies=copies,
+            computed=computed,
+            shapes={
+                **{
+                    name: (config.vocab_size, *dense.shapes[weight.name][1:])
+                    if weight.name in dense.vocabulary
+                    else dense.shapes[weight.name]
+                    for name, weight in shared.items()
+                },
+                **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
+                **{name: task.shape for name, task in computed.items()},
+            },
+            dtype=dtype,
+        )
+
+
+def _experts_per_token(job: Job, family: Upcycling) -> int:
+    given, number = job.options.experts_per_token, len(job.experts)
+    if family.experts_per_token is not None:
+        if given not in (None, family.experts_per_token):
+            raise click.ClickException(
+                f"experts_per_token is {given}, but {family.moe} has always {family.experts_per_token}"
+            )
+        return family.experts_per_token
+    wanted = 2 if given is None else given
+    if wanted > number:
+        raise click.ClickException(
+            f"experts_per_token is {wanted}, but `models:` lists {number} expert(s); it can be at most {number}"
+        )
+    return wanted
+
+
+def _options_of_family(job: Job, family: Upcycling) -> dict[str, Any]:
+    """The options that only some architectures have, which must be this one."""
+    given = {key: getattr(job.options, key) for key in ("expert_capacity",) if getattr(job.options, key) is not None}
+    for key in given:
+        if key not in family.options:
+            raise click.ClickException(f"{family.moe} has no `{key}`")
+    return given
+
+
+def _stacked_experts(
+    job: Job, layers: Sequence[tuple[Stack, int]], dense: Manifest, dtype: torch.dtype
+) -> dict[str, StackedExperts]:
+    """Where a family keeps all experts of a layer in one tensor: that tensor, by its name in the output."""
+    tasks = {}
+    for stack, layer in layers:
+        for output, templates in stack.stacked.items():
+            names = [template.format(layer=layer) for template in templates]
+            rows, *rest = dense.shapes[names[0]]
+            tasks[output.format(layer=layer)] = StackedExperts(
+                experts=tuple(tuple((model, name) for name in names) for model in job.experts),
+                shape=(len(job.experts), rows * len(names), *rest),
+                load=LoadTensor if job.options.allow_nonfinite else LoadFiniteTensor,
+                dtype=str(dtype),
+            )
+    return tasks
+
+
+MOE_METHODS = (
+    MoeMethod("moe", "Mixture of experts", _MERGEME),
+    MoeMethod("moe_linear", "BTX (mixture of experts, averaged shared parameters)", _BTX, "linear"),
+    MoeMethod("moe_ties", "MergeME (mixture of experts, TIES shared parameters)", _MERGEME, "fast_ties"),
+    MoeMethod("moe_dare", "MergeME (mixture of experts, DARE shared parameters)", _MERGEME, "dare"),
+)

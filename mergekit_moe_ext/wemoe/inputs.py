@@ -1,0 +1,169 @@
+"""The inputs that a weight-ensembling model adapts to: images or texts, their classes, and the order they come in."""
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Image, Value
+from transformers import AutoImageProcessor
+
+from _mergekit_moe_ext_common.data import Source, fingerprint, tokenise
+from _mergekit_moe_ext_common.options import Reading
+from mergekit_moe_ext.modeling.configuration_wemoe import class_names
+from mergekit_moe_ext.recipes import Adaptation
+
+LOG = logging.getLogger(__name__)
+Kind = Literal["decoder", "encoder-decoder", "text", "image"]
+
+
+def load_image_processor(model_path: str, reading: Reading) -> Any:
+    if importlib.util.find_spec("PIL") is None:
+        raise click.ClickException("reading images needs Pillow: pip install 'mergekit-moe-ext[images]'")
+    try:
+        return AutoImageProcessor.from_pretrained(
+            str(Path(model_path).expanduser()), trust_remote_code=reading.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise click.ClickException(
+            f"{model_path} has no image processor: put the preprocessor_config.json of its base there"
+        ) from error
+
+
+def model_inputs(
+    rows: Dataset,
+    source: Source,
+    kind: Kind,
+    prepare: Any,
+    config: Any,
+    reading: Reading,
+    adaptation: Adaptation,
+) -> Dataset:
+    """Rows as a model of this kind takes them; `prepare` is its tokenizer or image processor."""
+    if kind in ("text", "image"):
+        return classified(rows, source, kind, prepare, config, reading, adaptation)
+    pairs = kind == "encoder-decoder"
+    columns, length = reading.columns, reading.max_length
+    return tokenise(rows, source, prepare, columns=columns, max_length=length, encoder_decoder=pairs)
+
+
+def classified(
+    rows: Dataset,
+    source: Source,
+    kind: Kind,
+    prepare: Any,
+    config: Any,
+    reading: Reading,
+    adaptation: Adaptation,
+) -> Dataset:
+    """Images, or `input_ids`, with the right class as `label` where it is known."""
+    labels = labels_of(rows, source, config, adaptation)
+    if kind == "image":
+        name = adaptation.image_column
+        if not isinstance(rows.features.get(name), Image):
+            raise click.ClickException(
+                f"{source} (data {source.name!r}) has no column {name!r} of images; there are "
+                f"{', '.join(rows.column_names)} (--image-column names another)"
+            )
+        rows = rows.select_columns([name])
+    else:
+        texts = len(rows)
+        rows = tokenise(rows, source, prepare, columns=reading.columns, max_length=reading.max_length)
+        if len(rows) < texts:
+            raise click.ClickException(f"{source} (data {source.name!r}) has {texts - len(rows)} rows without text")
+    return rows if labels is None else rows.add_column("label", labels)
+
+
+def labels_of(rows: Dataset, source: Source, config: Any, adaptation: Adaptation) -> list[int] | None:
+    """The classes of the rows by the numbers of the head. Without any that fit: None, or an error if needed."""
+    heads, column = config.ensembling["heads"], adaptation.label_column
+    names = heads[source.name] if heads else class_names(config)
+    size, numbers = len(names), {name: number for number, name in enumerate(names)}
+    feature, found = rows.features.get(column), None
+    if feature is None:
+        complaint = f"has no column {column!r} of classes (--label-column names another)"
+    elif isinstance(feature, ClassLabel):
+        complaint = f"has {feature.num_classes} classes, which are not the {size} of the model's head"
+        if set(feature.names) <= numbers.keys():
+            found = [numbers[feature.names[value]] for value in rows[column]]
+        elif feature.num_classes == size:
+            found = list(rows[column])
+            if not names[0].startswith("LABEL_"):  # else the head names none
+                LOG.warning(
+                    "%s (data %r) names other classes than the head: they are taken in order, %r for %r and so on",
+                    source,
+                    source.name,
+                    feature.names[0],
+                    names[0],
+                )
+    elif isinstance(feature, Value) and "int" in feature.dtype:
+        complaint = f"has classes in {column!r} that are none of 0 to {size - 1}"
+        found = list(rows[column])
+    else:
+        complaint = f"has classes in {column!r} that the model's head does not name"
+        found = [numbers.get(str(value), -1) for value in rows[column]]
+    if found is not None and all(value is not None and 0 <= value < size for value in found):
+        return found
+    if adaptation.objective == "supervised":
+        raise click.ClickException(f"{source} (data {source.name!r}) {complaint}, and --objective supervised needs it")
+    if feature is not None:
+        LOG.warning("%s (data %r) %s: its accuracy is not measured", source, source.name, complaint)
+    return None
+
+
+def data_fingerprint(rows: Dataset, image_column: str) -> str:
+    """Tells other data: of texts all token ids, of images file names and sizes; and the classes."""
+    if "input_ids" in rows.column_names:
+        content = fingerprint(rows.select_columns([name for name in rows.column_names if name != "label"]))
+    else:
+        files = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+        content = str([_name_and_size(file[image_column]) for file in files])
+    labels = list(rows["label"]) if "label" in rows.column_names else []
+    return hashlib.sha256(f"{content} {labels}".encode()).hexdigest()
+
+
+def _name_and_size(file: dict[str, Any]) -> tuple[str, int]:
+    path = Path(file["path"] or "")
+    return path.name, path.stat().st_size if file["bytes"] is None else len(file["bytes"])
+
+
+class Rounds(torch.utils.data.Dataset):
+    """Rows `{task: row}`: `batch` of one task, then as many of the next, for `steps` rounds of all tasks.
+
+    Every task's rows come in an order of their own, and again, in another, when all were seen.
+    """
+
+    def __init__(self, tasks: Mapping[str, Dataset], *, batch: int, steps: int, seed: int):
+        self._tasks, self._batch, self._steps = list(tasks.items()), batch, steps
+        self._order = lru_cache(2 * len(tasks))(
+            lambda task, epoch: np.random.default_rng([seed, task, epoch]).permutation(len(self._tasks[task][1]))
+        )
+
+    def __len__(self) -> int:
+        return self._steps * len(self._tasks) * self._batch
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, place = divmod(index, self._batch)
+        step, task = divmod(number, len(self._tasks))
+        name, rows = self._tasks[task]
+        epoch, position = divmod(step * self._batch + place, len(rows))
+        return {name: rows[int(self._order(task, epoch)[position])]}
+
+
+class One(torch.utils.data.Dataset):
+    """The rows of one task as `{task: row}`."""
+
+    def __init__(self, task: str, rows: Dataset):
+        self._task, self._rows = task, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {self._task: self._rows[index]}

@@ -1,0 +1,99 @@
+"""The Hugging Face Trainer as test-time adaptation needs it: a step is a sum over tasks, with guard and patience."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import SequentialSampler
+
+from _mergekit_moe_ext_common.training import BarTrainer, TrainedOnly
+from mergekit_moe_ext.recipes import Adaptation
+from mergekit_moe_ext.wemoe.objective import Guard, Patience, entropy
+from mergekit_moe_ext.wemoe.predictions import Predictions
+
+LOG = logging.getLogger(__name__)
+_RUNNING = "running.safetensors"
+
+
+class AdaptationTrainer(TrainedOnly, BarTrainer):
+    """Lowers the objective, task by task. Batches are `{task: inputs}`."""
+
+    def __init__(self, *args: Any, predictions: Predictions, adaptation: Adaptation, **kwargs: Any):
+        super().__init__(*args, data_collator=predictions.batch, compute_metrics=predictions.measures, **kwargs)
+        self._predictions, self._supervised = predictions, adaptation.objective == "supervised"
+        self.guard = None if adaptation.no_guard or self._supervised else Guard()
+        self.patience = Patience(adaptation.patience)
+        self.add_callback(self.patience)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        model.eval()  # the Trainer turns dropout on before every batch
+        ((task, batch),) = inputs.items()
+        logits, classes, _rows = self._predictions.of(model, task, batch)
+        count = self._over_processes(torch.tensor(float(len(logits)), device=logits.device))
+        if self._supervised:
+            assert classes is not None
+            losses = functional.cross_entropy(logits, classes, reduction="none")
+        else:
+            losses = entropy(logits)
+        loss = self._over_processes(losses.sum()) / count
+        if not loss.isfinite():
+            raise click.ClickException(f"the predictions of {task} are not finite at step {self.state.global_step}")
+        self.patience.add(loss.detach())
+        if self.guard is not None:
+            mean = self._over_processes(logits.softmax(-1).sum(0)) / count
+            loss = loss + self._guarded(task, mean, count.item())
+        return loss * self.current_gradient_accumulation_steps  # a sum over tasks, which the Trainer averages
+
+    def _guarded(self, task: str, mean: Tensor, number: float) -> Tensor:
+        assert self.guard is not None
+        penalty = self.guard.penalty(task, mean, number)
+        if penalty > 0 and self.guard.acted[task] == 1 and self.is_world_process_zero():
+            LOG.warning(
+                "step %d: the predictions of %s go to ever fewer classes (the entropy of their mean is %.3f, below "
+                "the floor of %.3f): the guard acts",
+                self.state.global_step + 1,
+                task,
+                self.guard.floor[task] - penalty.detach(),
+                self.guard.floor[task],
+            )
+        return penalty
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        """The sum over all processes. Gradients, which are averaged over them, become those of this sum, too."""
+        own = value * self.accelerator.num_processes
+        return own + (self.accelerator.reduce(value.detach(), "sum") - own.detach())
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        ((task, batch),) = self._prepare_inputs(inputs).items()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            values, counts = self._predictions.by_row(model, task, batch)
+        return None, values, counts
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        tensors = {f"patience.{name}": getattr(self.patience, name) for name in ("running", "best", "waited")}
+        for name in ("mean", "floor", "acted", "steps") if self.guard else ():
+            tensors |= {f"guard.{name}.{task}": value for task, value in getattr(self.guard, name).items()}
+        directory = Path(output_dir or self.args.output_dir)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / _RUNNING)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for key, tensor in load_file(Path(resume_from_checkpoint) / _RUNNING).items():
+            owner, name, *task = key.split(".", 2)
+            if owner == "patience":
+                setattr(self.patience, name, tensor)
+            else:
+                getattr(self.guard, name)[task[0]] = tensor

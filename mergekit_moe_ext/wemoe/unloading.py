@@ -1,0 +1,127 @@
+"""A weight-ensembling model whose coefficients do not depend on the input becomes the stock model of its base."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
+from mergekit_moe_ext.merging.card import renew_loading
+from mergekit_moe_ext.modeling import modeling_files
+from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
+from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
+from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear, auto_class_of
+from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
+
+LOG = logging.getLogger(__name__)
+_REPLACED = ("config.json", "generation_config.json")  # besides the architecture's own code
+
+
+def unload(model_path: str, output: str, task: str | None = None) -> type[PreTrainedModel]:
+    """Merge the task vectors into the weights and write the result to `output`; returns its class.
+
+    `task` picks one of several heads. `ClickException` where routers read the input, or a head must be picked.
+    """
+    out = check_output(output)
+    architecture, config = read_ensemble(model_path)
+    ensembling = config.ensembling
+    if ensembling["router_layers"]:
+        raise click.ClickException(
+            f"the coefficients of {model_path} depend on the input (router_layers: {ensembling['router_layers']}), so "
+            "that no single set of weights stands for it; merge with router_layers: 0"
+        )
+    is_tower = issubclass(architecture, CLIPVisionForImageClassification)
+    heads = {} if is_tower else ensembling["heads"]
+    task = next(iter(heads)) if len(heads) == 1 and task is None else task
+    if heads and task not in heads:
+        what = f"{model_path} has no head {task!r}" if task else f"{model_path} has a head per task"
+        raise click.ClickException(f"{what}: choose one with --task: {', '.join(heads)}")
+    if task and not heads:
+        raise click.ClickException(f"{model_path} becomes one model for all tasks; leave --task out")
+    model = load_ensemble(model_path, architecture, config)
+    stock = _stock(model, task)
+    check_room(out, sum(p.nbytes for p in stock.parameters()))
+    with staged(out) as directory:
+        copy_files(Path(model_path).expanduser(), directory)
+        for name in (*_REPLACED, *(code.name for code in modeling_files(architecture.__name__))):
+            (directory / name).unlink(missing_ok=True)
+        stock.save_pretrained(directory)
+        renew_loading(directory, auto_class_of(type(stock).__name__), remote_code=False)
+        head = f" with the head of {task}" if task else ""
+        what = (
+            f"Its coefficients were constants and are merged into the weights: a stock {type(stock).__name__}{head}."
+        )
+        extend_card(directory, ["## Unloaded", "", what, *([_WITHOUT_HEADS] if is_tower else [])])
+    if is_tower:
+        LOG.info(_WITHOUT_HEADS)
+    return type(stock)
+
+
+_WITHOUT_HEADS = "It is the vision tower alone: its heads stay in the files that they came from."
+
+
+@torch.no_grad()
+def _stock(model: Any, task: str | None) -> PreTrainedModel:
+    base = _base_of(type(model))
+    state: dict[str, Tensor] = {}
+    ensembled = {name: each for name, each in model.named_modules() if isinstance(each, EnsembledLinear)}
+    vectors = set(map(vectors_of, model.ensembling.groups)) if model.ensembling.per_tensor else set()
+    for name, tensor in model.state_dict().items():
+        module, _, part = name.rpartition(".")
+        is_ours = name in vectors or (module in ensembled and part not in ("weight", "bias"))
+        if name.startswith("routers.") or is_ours:
+            continue
+        state[name] = tensor
+    for index, (group, linears) in enumerate(model.ensembling.groups.items()):
+        c = model.routers["0" if model.ensembling.shared_router else str(index)].bias.float()
+        if model.ensembling.per_tensor:
+            state[group] = _merged_parameter(model, group, c)
+            continue
+        for name in linears:
+            linear = ensembled[name]
+            dtype = linear.weight.dtype
+            linear.float()
+            state[f"{name}.weight"] = linear.merged(c).to(dtype)
+            if linear.bias is not None:
+                state[f"{name}.bias"] = (linear.bias + c @ linear.bias_vectors).to(dtype)
+            linear.to("meta")  # its task vectors are not needed again
+    state |= {name: state[source] for name, source in model.all_tied_weights_keys.items()}
+    config = _stock_config(model.config, base)
+    head = model.ensembling.head
+    chosen = {name: state.pop(name) for name in list(state) if head and name.startswith(f"{head}.")}
+    if task:
+        number = list(model.ensembling.heads).index(task)
+        for part in ("weight", "bias"):
+            if (name := f"{head}.{number}.{part}") in chosen:
+                state[f"{head}.{part}"] = chosen[name]
+        names = model.ensembling.heads[task]
+        config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
+    with torch.device("meta"):
+        stock = base._from_config(config, dtype=model.dtype)
+    stock.load_state_dict(state, assign=True)
+    stock.tie_weights()
+    if model.can_generate():
+        stock.generation_config = model.generation_config
+    return stock
+
+
+def _merged_parameter(model: Any, name: str, c: Tensor) -> Tensor:
+    parent, _, part = name.rpartition(".")
+    module = model.get_submodule(parent)
+    base = getattr(module, part)
+    merged = module.weighed[part].merged(base.float(), c).to(base.dtype)
+    delattr(module, vectors_of(part))  # not needed again
+    return merged
+
+
+def _base_of(architecture: type[PreTrainedModel]) -> Any:
+    return next(each for each in architecture.__mro__ if each.__module__.startswith("transformers."))
+
+
+def _stock_config(config: Any, base: Any) -> Any:
+    ours = ("model_type", "architectures", "auto_map", "ensembling", "transformers_version")
+    return base.config_class(**{name: value for name, value in config.to_dict().items() if name not in ours})

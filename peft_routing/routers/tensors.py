@@ -1,0 +1,39 @@
+"""Arithmetic that routers, mixing and choosers share: dtypes, constants, and the largest of scores."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32, or as they are where that is wider."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
+    """(batch, experts) to (batch, 1 …, experts), in as many dimensions as x."""
+    return coefficients.reshape(len(coefficients), *[1] * (x.ndim - 2), -1)
+
+
+class Constant:
+    """Numbers that no cast of the model rounds, as a tensor that is made once: a GPU would wait for each."""
+
+    def __init__(self, values: Sequence[float]):
+        self.values = list(values)
+        self._tensors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = dtype, device
+        if key not in self._tensors:
+            with torch.inference_mode(False):  # it may be needed in a backward pass later
+                self._tensors[key] = torch.tensor(self.values, dtype=dtype, device=device)
+        return self._tensors[key]
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """The k largest of the last dimension, minus infinity in place of the others."""
+    if k == scores.shape[-1]:
+        return scores
+    values, indices = scores.topk(k, dim=-1)
+    return torch.full_like(scores, float("-inf")).scatter(-1, indices, values)

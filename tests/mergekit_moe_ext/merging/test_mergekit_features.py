@@ -1,0 +1,241 @@
+"""What mergekit offers keeps working: LoRA sources, tokenizers, chat templates, mergekit-multi, the card."""
+
+import json
+
+import click
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from tests.conftest import document, make_model, merge, read_tensors, run, same_files
+from tests.tokenizers import save_tokenizer
+
+
+def make_lora(base, path, seed):
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(path)
+
+
+@pytest.fixture
+def loras(here):
+    """./lora-a and ./lora-b on ./base."""
+    for seed, name in enumerate(("lora-a", "lora-b")):
+        make_lora(here / "base", here / name, seed)
+    return here
+
+
+LORA_MODELS = ["base", {"model": "./base+./lora-a"}, {"model": "./base+./lora-b"}]
+
+
+def test_lora_sources_equal_merged_ones(loras):
+    from peft import PeftModel
+
+    for name in ("lora-a", "lora-b"):
+        model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), name)
+        model.merge_and_unload().save_pretrained(f"{name}-merged")
+    parameters = {"density": 0.8, "weight": 1.0}
+    loras_out = merge(document("moe_ties", LORA_MODELS, parameters=parameters), "loras", lora_merge_cache="cache")
+    merged_out = merge(document("moe_ties", ["base", "lora-a-merged", "lora-b-merged"], parameters=parameters))
+    expected, got = read_tensors(merged_out), read_tensors(loras_out)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_an_interrupted_lora_merge_does_not_spoil_the_cache(loras, monkeypatch):
+    config = document("moe_linear", LORA_MODELS)
+    save = LlamaForCausalLM.save_pretrained
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_args, **_kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        merge(config, lora_merge_cache="cache")
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
+    assert merge(config, lora_merge_cache="cache").exists()
+    assert len(list((loras / "cache").iterdir())) == 2
+    # What mergekit itself leaves behind when it is interrupted: a directory without weights.
+    merged = sorted((loras / "cache").iterdir())[0]
+    (merged / "model.safetensors").unlink()
+    assert same_files(merge(config, "again", lora_merge_cache="cache"), loras / "out")
+
+
+def test_a_lora_that_unties_the_head_is_not_lost(here):
+    make_model(here / "tied", 0, tie_word_embeddings=True)
+    model = LlamaForCausalLM.from_pretrained("tied")
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lm_head.modules_to_save" in name:
+                parameter.add_(1.0)
+    adapted.save_pretrained("headed")
+    merged = {"model": "./tied+./headed"}
+    with pytest.raises(click.ClickException, match=r"lm_head\.weight of \./tied\+\./headed has no place"):
+        merge(document(models=["tied", merged], base="./tied"), lora_merge_cache="cache")
+    assert not (here / "out").exists()
+
+
+def test_a_lora_of_another_base_is_explained(loras):
+    make_model(loras / "wide", 0, hidden_size=64)
+    make_lora(loras / "wide", loras / "lora-wide", 0)
+    models = ["base", {"model": "./base+./lora-wide"}]
+    with pytest.raises(click.ClickException, match=r"cannot merge the LoRA \./lora-wide .*: .*size mismatch"):
+        merge(document(models=models), lora_merge_cache="cache")
+
+
+@pytest.fixture
+def with_tokenizers(tmp_path, monkeypatch):
+    """base and math of 96 words, code of 98: the last two its own."""
+    monkeypatch.chdir(tmp_path)
+    for seed, (name, extra) in enumerate({"base": (), "math": (), "code": ("for", "while")}.items()):
+        make_model(tmp_path / name, seed, vocab_size=96 + len(extra))
+        save_tokenizer(tmp_path / name, 96 + len(extra), extra)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("keys", "size"),
+    [
+        ({"tokenizer_source": "union"}, 98),
+        ({"tokenizer_source": "base"}, 96),
+        ({"tokenizer": {"source": "union", "pad_to_multiple_of": 16}}, 112),
+        ({"tokenizer": {"source": "union", "tokens": {"for": {"source": "./math"}}}}, None),
+        ({"tokenizer": {"source": "./code"}}, 98),
+    ],
+)
+def test_tokenizers_are_aligned_as_mergekit_does_it(with_tokenizers, keys, size):
+    models = ["base", "math", "code"]
+    parameters = {"weight": 1.0}
+    if size is None:  # mergekit finds out while it merges; nothing is left behind
+        with pytest.raises(AssertionError, match="not found"):
+            merge(document("moe_linear", models, parameters=parameters, **keys))
+        assert not (with_tokenizers / "out").exists()
+        return
+    ours = merge(document("moe_linear", models, parameters=parameters, **keys))
+    stock = merge(document("linear", models, parameters=parameters, **keys), "stock")
+    got, expected = read_tensors(ours), read_tensors(stock)
+    vocabulary, stock_vocabulary = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (ours, stock))
+    assert vocabulary.keys() == stock_vocabulary.keys()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert got[name].shape == (size, 32)
+        for token, row in vocabulary.items():  # mergekit's union has no fixed order of new tokens
+            assert torch.equal(got[name][row], expected[name][stock_vocabulary[token]])
+    assert json.loads((ours / "config.json").read_text())["vocab_size"] == size
+    assert AutoModelForCausalLM.from_pretrained(ours).lm_head.weight.shape[0] == size
+
+
+def test_chat_template(with_tokenizers):
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}" + " " * 200
+    out = merge(document(models=["base", "math"], chat_template=template))
+    assert AutoTokenizer.from_pretrained(out).chat_template == template
+
+
+def test_truncated_embeddings(with_tokenizers):
+    for donor in ("./base", "./code"):  # of 96 words and of 98
+        config = document(models=["base", "math", "code"], base=donor)
+        out = merge(config, f"out-{donor[2:]}", unsafe_truncate_embeddings=True)
+        model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert model.lm_head.weight.shape == (96, 32) and not any(info.values())
+
+
+def test_multi_chains_our_methods_with_stock_ones(here):
+    dense = {"name": "averaged", **document("linear", ["math", "code"], parameters={"weight": 1.0})}
+    moe = document("moe_ties", ["base", "law"], parameters={"density": 0.5})
+    moe["models"].append({"model": "averaged"})
+    (here / "chain.yml").write_text(yaml.safe_dump_all([dense, moe]))
+    result = run("mergekit-multi", "chain.yml", "--out-path", "out", "-I", "between")
+    assert result.returncode == 0, result.stderr
+    got, averaged = read_tensors(here / "out"), read_tensors(here / "between" / "averaged")
+    for layer in range(3):
+        expert = got[f"model.layers.{layer}.block_sparse_moe.experts.2.w2.weight"]
+        assert torch.equal(expert, averaged[f"model.layers.{layer}.mlp.down_proj.weight"])
+
+
+def test_the_card_says_how_it_was_made_and_never_asks_the_hub(here, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "repo_exists", lambda *_args, **_kwargs: 1 / 0)
+    config = document("moe_ties", parameters={"density": 0.8})
+    config["models"][1]["model"] = "math"  # a relative path with no slash, which mergekit's card looks up
+    out = merge(config, random_seed=11)
+    card = (out / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata == {"base_model": [], "library_name": "transformers", "tags": ["mergekit", "merge", "moe"]}
+    for fact in ("moe_ties", "density: 0.8", "arxiv.org/abs/2502.00997", "Seed 11", "# out", "1. math", "ties"):
+        assert fact in card
+    assert yaml.safe_load((out / "mergekit_config.yml").read_text()) == config
+    assert not (merge(config, "bare", write_model_card=False) / "README.md").exists()
+
+
+def test_the_card_links_what_is_on_the_hub():
+    from mergekit.common import ModelReference
+
+    from mergekit_moe_ext.merging.card import _linked
+
+    reference = ModelReference.parse("org/model@main+org/lora")
+    assert _linked(reference) == (
+        "[org/model@main](https://huggingface.co/org/model) + [org/lora](https://huggingface.co/org/lora)"
+    )
+    assert _linked(ModelReference.parse("./local/model")) == "./local/model"
+
+
+def test_the_plan_command_merges_nothing(here):
+    from click.testing import CliRunner
+
+    from mergekit_moe_ext.cli import main
+
+    (here / "config.yml").write_text(yaml.safe_dump(document("moe_ties", parameters={"density": 0.8})))
+    before = {path.name for path in here.iterdir()}
+    result = CliRunner().invoke(main, ["plan", "config.yml"])
+    assert result.exit_code == 0, result.output
+    for fact in (
+        "MixtralForCausalLM",
+        "4 experts per layer, 2 of them per token",
+        "21 tensors by fast_ties",
+        "36 tensors",
+        "./law",
+    ):
+        assert fact in result.output
+    assert {path.name for path in here.iterdir()} == before
+
+
+def test_the_methods_command_shows_every_option():
+    from click.testing import CliRunner
+
+    from mergekit_moe_ext.cli import main
+
+    result = CliRunner().invoke(main, ["methods", "moe", "ties"])
+    for fact in (
+        "experts_per_token (int | None, default None)",
+        "positive_prompts (list[str] | str | None, default None, per model)",
+        "random | uniform_random | zeros",
+        "shared (str",
+        "density",
+    ):
+        assert fact in result.output
+    everything = CliRunner().invoke(main, ["methods"]).output
+    assert all(f"\n{name}: " in everything for name in ("linear", "moe_linear", "moe_ties"))
+    assert CliRunner().invoke(main, ["methods", "no"]).exit_code == 1
+
+
+def test_multi_gpu_writes_the_same_tensors(here, monkeypatch):
+    """Two CPU devices in place of two GPUs: mergekit's threads and islands are the real ones."""
+    from contextlib import nullcontext
+
+    from mergekit import multigpu_executor
+
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cpu")
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_count", lambda: 2)
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_module", lambda _type: torch.cpu)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
+    config = document("moe_dare", parameters={"density": 0.8})
+    expected = read_tensors(merge(config, "one", random_seed=1))
+    got = read_tensors(merge(config, "two", random_seed=1, multi_gpu=True))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_differing_rope_settings_are_warned_about(here, caplog):
+    make_model(here / "far", 1, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    out = merge(document(models=["base", "far"]))
+    assert "`rope_parameters` of ./far" in caplog.text and "that of ./base" in caplog.text
+    assert json.loads((out / "config.json").read_text())["rope_parameters"]["rope_theta"] == 10_000

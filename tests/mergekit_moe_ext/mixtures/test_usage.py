@@ -1,0 +1,409 @@
+"""Expert usage: the counts against a loop over unpadded texts, one at a time, that chooses by itself."""
+
+import json
+import random
+import shutil
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from _mergekit_moe_ext_common.data import collate, fingerprint, load, parse_sources, tokenise
+from _mergekit_moe_ext_common.options import Reading
+from mergekit_moe_ext.cli import main
+from mergekit_moe_ext.mixtures.plots import plot_usage
+from mergekit_moe_ext.mixtures.usage import count_usage, read_texts, read_usage, routing_probability
+from tests.conftest import (
+    NAMES,
+    ON_CPU,
+    SPECIAL_TOKENS,
+    TINY,
+    TWO_PROCESSES,
+    document,
+    make_model,
+    merge,
+    run,
+)
+from tests.tokenizers import save_tokenizer
+
+READING = Reading(max_length=24, quiet=True)
+EXPERTS = {
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 16,
+}
+FAMILIES = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 5},
+    "qwen3_moe": {"num_experts": 5, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 4, "num_key_value_heads": 4},
+    "flex_olmo": {"num_experts": 4},
+    "granitemoe": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+}
+SWITCH = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 16,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "num_experts": 4,
+    "expert_capacity": 3,
+    "decoder_start_token_id": 0,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 1,
+}
+
+
+def words(seed, rows, columns=("text",)):
+    generator = random.Random(seed)
+    return [
+        {name: " ".join(f"w{generator.randrange(90)}" for _ in range(generator.randrange(1, 30))) for name in columns}
+        for _ in range(rows)
+    ]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_moe(path, family, seed=0, **config):
+    """A random mixture of experts; other seeds are fine-tunes of it."""
+    auto = AutoModelForSeq2SeqLM if family == "switch_transformers" else AutoModelForCausalLM
+    torch.manual_seed(0)
+    sizes = {} if family == "switch_transformers" else {**TINY, **EXPERTS}
+    model = auto.from_config(AutoConfig.for_model(family, **{**sizes, "vocab_size": 96, **SPECIAL_TOKENS, **config}))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():  # routers that are zero would choose by the order of ties
+            parameter += 0.05 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # makes DeepSeek choose other experts than its logits say
+                buffer += torch.linspace(0.5, -0.5, buffer.numel()).view_as(buffer)
+    model.save_pretrained(path)
+    save_tokenizer(path, 96)
+    return model.eval()
+
+
+def usage_of(model, data, reading=READING, **options):
+    return count_usage(model, read_texts(model, data, reading), reading, **options)
+
+
+def counts(usage, task):
+    return {name: layer.counts for name, layer in usage.tasks[task].layers.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_those_of_the_experts_that_ran(tmp_path, monkeypatch, family):
+    """What reaches the experts module, one unpadded text at a time."""
+    monkeypatch.chdir(tmp_path)
+    make_moe(tmp_path / "moe", family, **FAMILIES[family])
+    write(tmp_path / "news.jsonl", words(1, 9))
+    usage = usage_of("moe", ["news.jsonl"], READING, batch_size=4)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("moe"), AutoTokenizer.from_pretrained("moe")
+    experts = {name: module for name, module in model.named_modules() if name.endswith(".experts")}
+    expected = {name: [0] * 5 for name in experts}
+    tokens = 0
+
+    def counting(name):
+        def hook(_module, args, kwargs):
+            chosen = next(a for a in (*args, *kwargs.values()) if torch.is_tensor(a) and not a.is_floating_point())
+            for expert in chosen.flatten().tolist():
+                expected[name][expert] += 1
+
+        return hook
+
+    for name, module in experts.items():
+        module.register_forward_pre_hook(counting(name), with_kwargs=True)
+    for row in words(1, 9):
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"][:, :24]
+        tokens += ids.numel()
+        with torch.no_grad():
+            model(ids)
+    got = counts(usage, "news")
+    assert len(got) == len(expected) == (2 if family == "deepseek_v3" else 3)
+    for (router, numbers), (block, wanted) in zip(got.items(), expected.items(), strict=True):
+        assert router.rsplit(".", 1)[0] == block.rsplit(".", 1)[0]
+        assert numbers == wanted[: len(numbers)] and sum(numbers) == 2 * tokens
+    assert all(layer.tokens == tokens for layer in usage.tasks["news"].layers.values())
+    assert usage.experts_per_token == 2
+
+
+def test_switch_counts_what_its_capacity_lets_through(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_moe(tmp_path / "moe", "switch_transformers", **SWITCH)
+    rows = words(2, 7, ("input", "target"))
+    write(tmp_path / "news.jsonl", rows)
+    usage = usage_of("moe", ["news=news.jsonl"], READING, batch_size=3)
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("moe"), AutoTokenizer.from_pretrained("moe")
+    expected = {name: [0] * 4 for name in counts(usage, "news")}
+    assert [name.split(".")[0] for name in expected] == ["encoder", "encoder", "decoder"]
+
+    def counting(name):
+        def hook(router, inputs, _output):
+            taken = [0] * 4
+            for state in inputs[0][0]:
+                expert = int(router.classifier(state).argmax())
+                taken[expert] += 1
+                expected[name][expert] += taken[expert] <= 3
+
+        return hook
+
+    for name in expected:
+        model.get_submodule(name).register_forward_hook(counting(name))
+    for row in rows:
+        labels = tokenizer(row["target"], return_tensors="pt")["input_ids"][:, :24]
+        model(input_ids=tokenizer(row["input"], return_tensors="pt")["input_ids"][:, :24], labels=labels)
+    assert counts(usage, "news") == expected
+    layer = usage.tasks["news"].layers["encoder.block.0.layer.1.mlp.router"]
+    assert sum(layer.counts) < layer.tokens  # some were dropped
+
+
+def test_routing_probability_is_the_mean_weight(tmp_path, monkeypatch):
+    """Softmax after top-k of the gate's own product, by hand, over layers and tokens."""
+    monkeypatch.chdir(tmp_path)
+    model = make_moe(tmp_path / "moe", "mixtral", **FAMILIES["mixtral"])
+    write(tmp_path / "news.jsonl", words(3, 5))
+    task = usage_of("moe", ["news.jsonl"], READING).tasks["news"]
+    tokenizer = AutoTokenizer.from_pretrained("moe")
+    weights = []
+
+    def hook(gate, inputs, _output):
+        for state in inputs[0].reshape(-1, 32):
+            scores = gate.weight @ state
+            chosen = scores.topk(2)
+            weights.append(torch.zeros(4).index_put((chosen.indices,), chosen.values.softmax(0)))
+
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(hook)
+    for row in words(3, 5):
+        model(tokenizer(row["text"], return_tensors="pt")["input_ids"][:, :24])
+    assert routing_probability(task) == pytest.approx(torch.stack(weights).mean(0).tolist(), abs=1e-5)
+    assert sum(routing_probability(task)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("prefix", ["prefix", "sequence"])
+def test_texts_of_a_sequence_moe_are_weighed_by_perplexity(here, prefix):
+    """Against transformers' own loss of the sources on every text's first tokens, one unpadded text at a time."""
+    config = {"routing_tokens": 6, "routing_prefix": prefix, "embedding": "separate"}
+    for name in NAMES:
+        shutil.copytree(here / name, here / f"a-{name}")
+        save_tokenizer(here / f"a-{name}", 96)
+    merge(document("seq_moe", [f"a-{name}" for name in NAMES], "./a-base", parameters=config), "moe")
+    write(here / "news.jsonl", words(3, 7))
+    tokenizer = AutoTokenizer.from_pretrained("moe")
+    models = [AutoModelForCausalLM.from_pretrained(name) for name in NAMES]
+    wanted = []
+    for row in words(3, 7):
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"][:, : 6 if prefix == "prefix" else 24]
+        if ids.shape[1] == 1:  # nothing is predicted
+            wanted.append(torch.full((4,), 0.25))
+            continue
+        scores = torch.stack([1 / model(ids, labels=ids).loss.exp() for model in models])
+        chosen = scores.topk(2)
+        wanted.append(torch.zeros(4).index_put((chosen.indices,), chosen.values.softmax(0)))
+    usage = usage_of("moe", ["news.jsonl"], batch_size=3)
+    (layer,) = usage.tasks["news"].layers.values()
+    assert layer.tokens == 7 and layer.counts == [sum(row[i] > 0 for row in wanted).item() for i in range(4)]
+    assert routing_probability(usage.tasks["news"]) == pytest.approx(torch.stack(wanted).mean(0).tolist(), abs=1e-5)
+    assert usage.architecture == "SequenceMoEForCausalLM" and usage.experts_per_token == 2
+    usage.write(here / "usage.json")
+    assert read_usage(here / "usage.json") == usage
+    plot_usage(usage, here / "usage.png")
+    assert (here / "usage.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_writes_a_file_and_a_figure_and_two_processes_count_the_same(tmp_path):
+    make_moe(tmp_path / "moe", "mixtral", **FAMILIES["mixtral"])
+    write(tmp_path / "news.jsonl", words(4, 11))
+    write(tmp_path / "one.jsonl", words(5, 1))  # one process has nothing to do
+    arguments = ["usage", "moe", "--data", "news.jsonl", "--data", "short=one.jsonl", "--batch-size", "2"]
+    one = run("mergekit-moe-ext", *arguments, "-o", "one.usage.json", "--plot", "usage.png", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert [line.split()[0] for line in one.stdout.splitlines()] == ["expert", "news", "short"]
+    assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
+    two = run(*TWO_PROCESSES, "-m", "mergekit_moe_ext", *arguments, "-o", "two.usage.json", cwd=tmp_path, env=ON_CPU)
+    assert two.returncode == 0, two.stderr
+    assert " 6/6 " in one.stderr and " 3/3 " in two.stderr  # batches of the first process
+    assert two.stdout.strip() == one.stdout.strip()
+    first, second = (read_usage(tmp_path / f"{name}.usage.json") for name in ("one", "two"))
+    for task in ("news", "short"):
+        assert counts(first, task) == counts(second, task)
+        assert first.tasks[task].fingerprint == second.tasks[task].fingerprint
+    for option, path, complaint in (
+        ("-o", "one.usage.json", "not overwritten"),
+        ("-o", "nowhere/x.usage.json", "there is no directory"),
+        ("--plot", "x.figure", "figures are written as"),
+    ):
+        command = ["usage", "moe", "--data", "news.jsonl", option, str(tmp_path / path)]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code != 0 and complaint in result.output
+
+
+def test_the_fingerprint_knows_a_copy_and_tells_a_fine_tune(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = make_moe(tmp_path / "moe", "mixtral", **FAMILIES["mixtral"])
+    model.to(torch.bfloat16).float().save_pretrained("other")
+    save_tokenizer(tmp_path / "other", 96)
+    model.save_pretrained("copy")
+    (tmp_path / "copy").rename(tmp_path / "renamed")
+    save_tokenizer(tmp_path / "renamed", 96)
+    write(tmp_path / "news.jsonl", words(1, 2))
+    moe, other, renamed = (usage_of(m, ["news.jsonl"], READING).checkpoint for m in ("moe", "other", "renamed"))
+    assert other == renamed != moe
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "is no usage file"),
+        ('{"format": "mergekit-moe-ext usage 2"}', "is no usage file"),
+        (None, "cannot read the usage file"),
+    ],
+)
+def test_files_that_are_no_usage(tmp_path, content, complaint):
+    path = tmp_path / "x.usage.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(click.ClickException, match=complaint):
+        read_usage(path)
+
+
+def test_a_file_that_counted_nothing(tmp_path):
+    layer = {"tokens": 0, "counts": [0, 0], "weights": [0.0, 0.0]}
+    task = {"data": "x", "fingerprint": "", "samples": 0, "layers": {"gate": layer}}
+    usage = {"model": "m", "checkpoint": "", "architecture": "A", "experts_per_token": 1, "tasks": {"news": task}}
+    path = tmp_path / "x.usage.json"
+    path.write_text(json.dumps(usage))
+    with pytest.raises(click.ClickException, match="counted nothing for the task 'news'"):
+        read_usage(path)
+
+
+def test_a_weight_ensembling_model_chooses_no_experts(here):
+    save_tokenizer(merge(document("wemoe", ("math",))), 96)
+    write(here / "news.jsonl", words(1, 2))
+    with pytest.raises(click.ClickException, match="no router that chooses experts: `mergekit-moe-ext adapt`"):
+        usage_of("out", ["news.jsonl"])
+
+
+def test_a_dense_model_has_no_router(here):
+    make_model(here / "dense", 0)
+    save_tokenizer(here / "dense", 96)
+    write(here / "news.jsonl", words(1, 2))
+    with pytest.raises(click.ClickException, match="no router"):
+        usage_of("./dense", ["news.jsonl"], READING)
+
+
+# What `--data` reads.
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet", ".txt", "", "-saved"])
+def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
+    save_tokenizer(tmp_path / "tokenizer", 96)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    data, path = Dataset.from_list(words(1, 6)), tmp_path / f"data{suffix}"
+    if suffix == ".jsonl":
+        data.to_json(path)
+    elif suffix == ".parquet":
+        data.to_parquet(path)
+    elif suffix == ".txt":
+        path.write_text("\n".join(row["text"] for row in data))
+    elif suffix == "-saved":
+        data.save_to_disk(path)
+    elif suffix == "":
+        path.mkdir()
+        data.to_json(path / "train.jsonl")
+    else:
+        data.to_csv(path, sep="\t" if suffix == ".tsv" else ",")
+    (source,) = parse_sources([f"news={path}"])
+    tokens = tokenise(load(source), source, tokenizer, max_length=24)
+    assert tokens["input_ids"] == [tokenizer(row["text"])["input_ids"][:24] for row in words(1, 6)]
+    assert len(load(source, 4)) == 4
+    (part,) = parse_sources([f"data={path}:train[:2]+train[-1:]"])
+    if suffix == "-saved":
+        with pytest.raises(click.ClickException, match="read by whole splits; there are train"):
+            load(part)
+    else:
+        assert len(load(part)) == 3 and part.name == "data"
+    again = Dataset.from_dict({"input_ids": list(tokens["input_ids"])})
+    assert fingerprint(tokens) == fingerprint(again) != fingerprint(tokens.select(range(5)))
+    joined = Dataset.from_dict({"input_ids": [[token for row in tokens["input_ids"] for token in row]]})
+    assert fingerprint(joined) != fingerprint(tokens)
+
+
+def test_chats_go_through_the_tokenizer_s_template(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer", 96)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    chat = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    write(tmp_path / "chat.jsonl", [{"messages": chat}])
+    (source,) = parse_sources([str(tmp_path / "chat.jsonl")])
+    with pytest.raises(click.ClickException, match="no chat template"):
+        tokenise(load(source), source, tokenizer, max_length=24)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} w9 {% endfor %}"
+    tokens = tokenise(load(source), source, tokenizer, max_length=24)
+    assert tokens["input_ids"] == [tokenizer("w1 w2 w9 w3 w9")["input_ids"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("nowhere.jsonl", "does not exist"),
+        ("./nowhere", "does not exist"),
+        ("data.exe", "is none of"),
+        ("empty.jsonl", "cannot read|has no rows"),
+        ("blank.jsonl", "has no tokens"),
+        ("other.jsonl", "no column 'text'.*there are words"),
+        ("owner/name", "cannot read owner/name"),
+        ("other.jsonl:test", "cannot read other.jsonl:test"),
+        ("numbers.jsonl", r"row 0 of numbers.jsonl"),
+    ],
+)
+def test_sources_that_cannot_be_read(tmp_path, monkeypatch, text, complaint):
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer(tmp_path / "tokenizer", 96)
+    (tmp_path / "data.exe").touch()
+    (tmp_path / "empty.jsonl").touch()
+    write(tmp_path / "blank.jsonl", [{"text": ""}])
+    write(tmp_path / "other.jsonl", [{"words": "w1"}])
+    write(tmp_path / "numbers.jsonl", [{"text": 5}])
+    (source,) = parse_sources([text])
+    with pytest.raises(click.ClickException, match=complaint):
+        tokenise(load(source), source, AutoTokenizer.from_pretrained("tokenizer"), max_length=24)
+
+
+def test_names_and_splits_of_sources(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.jsonl").touch()
+    parsed = parse_sources(["x.jsonl", "law=x.jsonl:train[:5%]", "owner/name/config:test", "a=b.jsonl"])
+    assert [(s.name, s.path, s.split) for s in parsed] == [
+        ("x", "x.jsonl", "train"),
+        ("law", "x.jsonl", "train[:5%]"),
+        ("config", "owner/name/config", "test"),
+        ("a=b", "a=b.jsonl", "train"),
+    ]
+    with pytest.raises(click.ClickException, match="two sources are called 'x'"):
+        parse_sources(["x.jsonl", "y/x.csv"])
+
+
+def test_collate_pads_on_the_right():
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [1]}, {"input_ids": [0], "labels": [2, 3]}], pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[1, -100], [2, 3]]

@@ -1,0 +1,221 @@
+"""Rows of different tokenizers brought together: against loops over the tokens' strings."""
+
+import click
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import document, make_model, merge, read_tensors
+from tests.mergekit_moe_ext.sequence.decoders import SPECIAL, save_source, vocabulary
+from tests.tokenizers import save_words
+
+# What each source has of its own: width, order and words. Its embedding may be longer than its tokenizer.
+SOURCES = {
+    "llama": {"vocab_size": 100},
+    "gpt2": {"hidden_size": 24, "words": vocabulary(80, shuffled=1, also=("w2-w3",))},
+    "gemma": {"hidden_size": 40, "words": vocabulary(90, shuffled=2, without=("w5", "w6", "w50"))},
+    "qwen3": {"words": vocabulary(70, shuffled=3), "vocab_size": 72},
+}
+TIED = ("gpt2", "gemma")
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    """A directory with one source per family; only Llama and Qwen have a head of their own."""
+    root = tmp_path_factory.mktemp("decoders")
+    for seed, (family, config) in enumerate(SOURCES.items()):
+        save_source(root / family, family, seed, **config)
+    save_words(root / "llama", [*vocabulary(94), "w1-w2", "café"], **SPECIAL)
+    return root
+
+
+@pytest.fixture
+def here(decoders, tmp_path, monkeypatch):
+    for source in decoders.iterdir():
+        (tmp_path / source.name).symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def matrices(family):
+    """Embedding and head of a source, and its row of each token's string."""
+    model = AutoModelForCausalLM.from_pretrained(family)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return embedding.detach(), head.detach(), AutoTokenizer.from_pretrained(family).get_vocab()
+
+
+def averaged(families, donor, part, width):
+    """MergeME 3.2, token by token: rows filled with zeros to the width, averaged over the sources that have it."""
+    sources = {family: matrices(family) for family in set(families)}
+    expected = []
+    words = {row: word for word, row in sources[donor][2].items()}
+    for row in range(len(sources[donor][0])):
+        found = []
+        for family in families:
+            embedding, head, rows = sources[family]
+            its_row = rows.get(words[row]) if row in words else (row if family == donor else None)
+            if its_row is not None:
+                padded = torch.zeros(width)
+                values = (embedding, head)[part][its_row]
+                padded[: len(values)] = values
+                found.append(padded)
+        expected.append(sum(found) / len(found))
+    return torch.stack(expected)
+
+
+@pytest.mark.parametrize(
+    ("families", "donor", "width"),
+    [
+        (["llama", "gpt2", "gemma", "qwen3"], "llama", 40),
+        (["llama", "gpt2", "gemma", "qwen3"], "gpt2", 40),
+        (["gpt2", "gemma"], "gpt2", 40),  # both tied
+        (["qwen3", "gpt2", "gpt2"], "qwen3", 32),  # one listed twice counts twice
+        (["gemma", "llama"], "gemma", 40),
+    ],
+)
+def test_embedding_and_head_are_averaged_token_by_token(here, families, donor, width):
+    got = read_tensors(merge(document("hetero_moe", families, f"./{donor}")))
+    torch.testing.assert_close(got["embed_tokens.weight"], averaged(families, donor, 0, width))
+    if set(families) <= set(TIED):
+        assert "lm_head.weight" not in got
+    else:
+        torch.testing.assert_close(got["lm_head.weight"], averaged(families, donor, 1, width))
+
+
+def test_the_donors_embedding_is_filled_with_zeros(here):
+    got = read_tensors(merge(document("hetero_moe", ["llama", "gemma"], "./llama", parameters={"embedding": "donor"})))
+    embedding, head, _ = matrices("llama")
+    for name, matrix in {"embed_tokens.weight": embedding, "lm_head.weight": head}.items():
+        assert torch.equal(got[name][:, :32], matrix) and not got[name][:, 32:].any()
+    tied = merge(document("hetero_moe", ["gemma", "llama"], "./gemma", parameters={"embedding": "donor"}), "tied")
+    got = read_tensors(tied)
+    assert torch.equal(got["embed_tokens.weight"], matrices("gemma")[0]) and "lm_head.weight" not in got
+
+
+def test_half_precision_is_averaged_in_float32(here):
+    for family in ("llama", "gpt2"):
+        model = AutoModelForCausalLM.from_pretrained(family, dtype=torch.bfloat16)
+        model.save_pretrained(f"half-{family}")
+        AutoTokenizer.from_pretrained(family).save_pretrained(f"half-{family}")
+    models = ["half-llama", *["half-gpt2"] * 6]
+    got = read_tensors(merge(document("hetero_moe", models, "./half-llama")))
+    expected = averaged(models, "half-llama", 0, 32).to(torch.bfloat16)
+    torch.testing.assert_close(got["embed_tokens.weight"], expected)
+
+
+def stood_in(family, donor):
+    """Embedding and head of a source in the donor's order; for what it lacks, the pieces of its own tokenizer."""
+    embedding, head, rows = matrices(family)
+    tokenizer, of_donor = AutoTokenizer.from_pretrained(family), AutoTokenizer.from_pretrained(donor)
+    words = {row: word for word, row in of_donor.get_vocab().items()}
+    expected = []
+    for row in range(len(matrices(donor)[0])):
+        if row in words and words[row] in rows:
+            pieces = [rows[words[row]]]
+        elif row in words:
+            pieces = tokenizer(of_donor.decode([row]), add_special_tokens=False)["input_ids"]
+        else:
+            pieces = range(len(embedding))
+        expected.append([matrix[list(pieces)].mean(dim=0) for matrix in (embedding, head)])
+    return [torch.stack(matrices) for matrices in zip(*expected, strict=True)]
+
+
+@pytest.mark.parametrize("donor", ["llama", "gpt2"])
+def test_a_separate_embedding_has_a_row_for_every_token_of_the_donor(here, donor):
+    families = ["llama", "gpt2", "gemma"]
+    got = read_tensors(merge(document("hetero_moe", families, f"./{donor}", parameters={"embedding": "separate"})))
+    for index, family in enumerate(families):
+        embedding, head = matrices(family)[:2] if family == donor else stood_in(family, donor)
+        torch.testing.assert_close(got[f"experts.{index}.embed_tokens.weight"], embedding)
+        if family in TIED:
+            assert f"experts.{index}.lm_head.weight" not in got
+        else:
+            torch.testing.assert_close(got[f"experts.{index}.lm_head.weight"], head)
+
+
+def test_a_word_of_two_is_the_mean_of_its_pieces(here):
+    """The loop above, once by hand: `w1-w2` is three pieces to GPT-2, the hyphen unknown to it."""
+    got = read_tensors(
+        merge(document("hetero_moe", ["llama", "gpt2"], "./llama", parameters={"embedding": "separate"}))
+    )
+    embedding, _, rows = matrices("gpt2")
+    pieces = [rows["w1"], rows["<unk>"], rows["w2"]]
+    row = AutoTokenizer.from_pretrained("llama").get_vocab()["w1-w2"]
+    torch.testing.assert_close(got["experts.1.embed_tokens.weight"][row], embedding[pieces].mean(dim=0))
+
+
+def test_a_token_of_a_role_is_stood_in_for_by_that_of_the_same_role(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"w{i}" for i in range(20)]
+    # All roles in one, as GPT-2 has them: above all it ends the text.
+    one = {"unk_token": "<|end|>", "bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    save_source("one", words=["<|end|>", *words], special=one)
+    apart = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    save_source("apart", words=["<unk>", *words, "</s>", "<s>", "<pad>"], special=apart)
+    # Its padding was added to the tokenizer alone, so the embedding has no row for it.
+    added = {"unk_token": "[UNK]", "bos_token": "[S]", "eos_token": "[E]", "pad_token": "[PAD]"}
+    save_source("added", words=[*words, "[E]", "[S]", "[UNK]", "[PAD]"], special=added, vocab_size=23)
+
+    def embeddings(donor):
+        config = document("hetero_moe", ["one", "apart", "added"], f"./{donor}", parameters={"embedding": "separate"})
+        tensors = read_tensors(merge(config, f"out-{donor}"))
+        rows = AutoTokenizer.from_pretrained(donor).get_vocab()
+        return [
+            {word: tensors[f"experts.{i}.embed_tokens.weight"][row] for word, row in rows.items()} for i in range(3)
+        ]
+
+    own = {name: (matrices(name)[0], matrices(name)[2]) for name in ("one", "apart", "added")}
+
+    def row_of(name, word):
+        return own[name][0][own[name][1][word]]
+
+    of_one, of_apart, of_added = embeddings("one")
+    assert torch.equal(of_one["<|end|>"], row_of("one", "<|end|>"))
+    assert torch.equal(of_apart["<|end|>"], row_of("apart", "</s>"))
+    assert torch.equal(of_added["<|end|>"], row_of("added", "[E]"))
+    of_one, of_apart, of_added = embeddings("apart")
+    for word, stand_in in {"<unk>": "[UNK]", "<s>": "[S]", "</s>": "[E]"}.items():
+        assert torch.equal(of_apart[word], row_of("apart", word))
+        assert torch.equal(of_added[word], row_of("added", stand_in))
+        assert torch.equal(of_one[word], row_of("one", "<|end|>"))
+    torch.testing.assert_close(of_added["<pad>"], own["added"][0].mean(dim=0))
+
+
+def nothing_left(directory):
+    return not any(path.name.startswith((".", "out")) for path in directory.iterdir())
+
+
+@pytest.mark.parametrize(("family", "embedding"), [("llama", "average"), ("gpt2", "separate"), ("olmo", "donor")])
+def test_a_source_without_a_tokenizer(here, family, embedding):
+    """For many a family transformers makes up an empty tokenizer instead."""
+    make_model(here / "bare", 1, family=family)
+    message = r"\./bare has no tokenizer, and tokens are matched by their strings"
+    for base in ("./llama", "./bare"):
+        with pytest.raises(click.ClickException, match=message):
+            merge(document("hetero_moe", ["llama", "bare"], base, parameters={"embedding": embedding}))
+    assert nothing_left(here)
+
+
+def test_a_tokenizer_that_cannot_be_read(here):
+    make_model(here / "broken", 1)
+    (here / "broken" / "tokenizer.json").write_text("{")
+    with pytest.raises(click.ClickException, match=r"the tokenizer of \./broken cannot be read"):
+        merge(document("hetero_moe", ["llama", "broken"], "./llama"))
+    assert nothing_left(here)
+
+
+@pytest.mark.parametrize("embedding", ["average", "donor", "separate"])
+def test_tokenizers_that_share_no_token(here, embedding):
+    special = {"unk_token": "[UNK]", "eos_token": "[EOS]"}
+    save_source("strange", words=["[UNK]", "[EOS]", *(f"v{i}" for i in range(30))], special=special)
+    with pytest.raises(click.ClickException, match=r"\./strange shares no token with \./llama"):
+        merge(document("hetero_moe", ["llama", "strange"], "./llama", parameters={"embedding": embedding}))
+    assert nothing_left(here)
+
+
+def test_a_donor_whose_tokenizer_has_more_tokens_than_its_embedding(here):
+    save_source("short", words=vocabulary(40), vocab_size=30)
+    with pytest.raises(click.ClickException, match=r"the tokenizer of \./short cannot be used: .*unused|WordLevel"):
+        merge(document("hetero_moe", ["short", "llama"], "./short"))
+    assert nothing_left(here)
+    merge(document("hetero_moe", ["llama", "short"], "./llama", parameters={"embedding": "separate"}))

@@ -1,0 +1,201 @@
+"""Each pair of architectures: what it computes, against the dense model or a loop written from the equation."""
+
+import json
+import os
+
+import click
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from mergekit_moe_ext.mixtures.routers import routers_of
+from tests.conftest import document, make_model, merge, read_tensors, run
+
+TOKENS = torch.arange(1, 41).reshape(2, 20) * 7 % 96
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+CASES = [
+    ("qwen2", {}, "Qwen2MoeForCausalLM"),
+    ("qwen2", {**WINDOW, "max_window_layers": 0}, "Qwen2MoeForCausalLM"),
+    ("qwen2", {**WINDOW, "max_window_layers": 2}, "Qwen2MoeForCausalLM"),
+    ("qwen3", {}, "Qwen3MoeForCausalLM"),
+    ("qwen3", {**WINDOW, "max_window_layers": 0}, "Qwen3MoeForCausalLM"),
+    ("qwen3", {"attention_bias": True}, "Qwen3MoeForCausalLM"),
+    ("qwen3", {**WINDOW, "max_window_layers": 28}, "Qwen3MoeForCausalLM"),  # transformers' default: no layer slides
+    ("seed_oss", {"attention_out_bias": False}, "Qwen2MoeForCausalLM"),
+    ("ministral", {"head_dim": 8, "sliding_window": 5, "layer_types": MIXED_LAYERS}, "Qwen2MoeForCausalLM"),
+    ("cwm", {"sliding_window": 5, "layer_types": MIXED_LAYERS}, "Qwen2MoeForCausalLM"),
+    ("olmo2", {}, "FlexOlmoForCausalLM"),
+    ("olmo2", {"attention_bias": True}, "FlexOlmoForCausalLM"),
+    ("olmo3", {"layer_types": ["full_attention"] * 3}, "FlexOlmoForCausalLM"),
+    (
+        "granite",
+        {
+            "attention_bias": True,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+        "GraniteMoeForCausalLM",
+    ),
+    ("cohere2", {"sliding_window": 5, "logit_scale": 0.3, "layer_types": MIXED_LAYERS}, "Cohere2MoeForCausalLM"),
+    ("ernie4_5", {}, "Ernie4_5_MoeForCausalLM"),
+    ("hunyuan_v1_dense", {"attention_bias": True, "head_dim": 8}, "HunYuanMoEV1ForCausalLM"),
+]
+SHAPES = [
+    {},
+    {"tie_word_embeddings": True},
+    {"num_key_value_heads": 4, "num_hidden_layers": 1, "hidden_act": "gelu"},
+    {"head_dim": 6, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+]
+
+
+def logits(model, **inputs):
+    with torch.no_grad():
+        return model.eval()(**(inputs or {"input_ids": TOKENS})).logits
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("family", "config", "moe"), CASES, ids=str)
+def test_equal_sources_give_the_dense_model(tmp_path, monkeypatch, family, config, shape, moe):
+    monkeypatch.chdir(tmp_path)
+    config = {**shape, **config}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][: config.get("num_hidden_layers", 3)]
+    make_model(tmp_path / "base", 1, family=family, **config)
+    out = merge(document("moe_ties", ["base"] * 3))
+    dense = AutoModelForCausalLM.from_pretrained("base")
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert json.loads((out / "config.json").read_text())["architectures"] == [moe] == [type(loaded).__name__]
+    assert torch.allclose(logits(dense), logits(loaded), atol=1e-5)
+    tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert tied == (dense.lm_head.weight is dense.model.embed_tokens.weight)
+
+
+def test_all_load_where_this_package_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    families = ["qwen2", "qwen3", "olmo2", "granite", "cohere2", "ernie4_5", "hunyuan_v1_dense"]
+    for family in families:
+        make_model(tmp_path / family, 1, family=family, head_dim=8)
+        merge(document("moe_linear", [family] * 2, base=None), f"{family}-moe")
+    script = (
+        "import sys, torch\n"
+        "for name in ('mergekit_moe_ext', '_mergekit_moe_ext_autoload', 'mergekit'): sys.modules[name] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "tokens = torch.arange(1, 41).reshape(2, 20) * 7 % 96\n"
+        f"for family in {families}:\n"
+        "    model, info = AutoModelForCausalLM.from_pretrained(family + '-moe', output_loading_info=True)\n"
+        "    assert not any(info.values()), (family, info)\n"
+        "    torch.save(model.eval()(tokens).logits.detach(), family + '.pt')\n"
+    )
+    done = run("python", "-c", script, env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for family in families:
+        dense = logits(AutoModelForCausalLM.from_pretrained(family))
+        assert torch.allclose(torch.load(f"{family}.pt"), dense, atol=1e-5), family
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "granite", "cohere2", "ernie4_5", "hunyuan_v1_dense"])
+def test_one_expert_in_the_mixture_is_the_dense_model_with_that_ffn(tmp_path, monkeypatch, family):
+    """With every token sent to expert 1: the merged model with the FFNs of `math`."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math", "code"), 1):
+        make_model(tmp_path / name, seed, family=family, head_dim=8, tie_word_embeddings=False)
+    out = merge(document("moe", ["base", "math", "code"], parameters={"experts_per_token": 1, "gate_mode": "zeros"}))
+    moe, dense = AutoModelForCausalLM.from_pretrained(out), AutoModelForCausalLM.from_pretrained("base")
+    tensors = read_tensors(out)
+    state = {name: tensors[name] for name in dense.state_dict() if ".mlp." not in name}
+    state |= {name: tensor for name, tensor in read_tensors(tmp_path / "math").items() if ".mlp." in name}
+    dense.load_state_dict(state)
+    for router in routers_of(moe).values():
+        router.register_forward_hook(lambda _gate, _inputs, out: (*out[:2], torch.ones_like(out[2])))
+    assert torch.allclose(logits(dense), logits(moe), atol=1e-5)
+
+
+def test_the_shared_expert_of_qwen2_moe_is_merged_and_silent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math"), 1):
+        make_model(tmp_path / name, seed, family="qwen2")
+    got = read_tensors(merge(document(models=["base", "math"])))
+    base, math = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "math")
+    for part in ("gate_proj", "up_proj"):
+        name = f"model.layers.1.mlp.{part}.weight"
+        merged = got[f"model.layers.1.mlp.shared_expert.{part}.weight"]
+        assert torch.allclose(merged, (base[name] + math[name]) / 2)
+    assert not got["model.layers.1.mlp.shared_expert.down_proj.weight"].any()
+    assert not got["model.layers.1.mlp.shared_expert_gate.weight"].any()
+
+
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+
+
+def switch_by_hand(dense, tensors, capacity):
+    """Switch Transformers, equations 1 and 2, in the FFNs of a T5: each sequence's tokens one after the other."""
+    for side, position in (("encoder", 1), ("decoder", 2)):
+        for index, block in enumerate(dense.get_submodule(side).block):
+            prefix = f"{side}.block.{index}.layer.{position}.mlp"
+
+            def forward(states, prefix=prefix):
+                result = torch.zeros_like(states)
+                for sequence in range(len(states)):
+                    taken = {}
+                    for token, v in enumerate(states[sequence]):
+                        probabilities = (tensors[f"{prefix}.router.classifier.weight"] @ v).softmax(0)
+                        chosen = int(probabilities.argmax())
+                        taken[chosen] = taken.get(chosen, 0) + 1
+                        if taken[chosen] <= capacity:
+                            wi, wo = (tensors[f"{prefix}.experts.expert_{chosen}.{w}.weight"] for w in ("wi", "wo"))
+                            result[sequence, token] = probabilities[chosen] * (wo @ (wi @ v).relu())
+                return result
+
+            block.layer[-1].DenseReluDense.forward = forward
+    return dense
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_t5_becomes_a_switch_transformer(tmp_path, monkeypatch, capacity):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math"), 1):
+        make_model(tmp_path / name, seed, family="t5", **T5)
+    parameters = {} if capacity is None else {"expert_capacity": capacity}
+    out = merge(document("moe_linear", ["base", "math"], parameters=parameters))
+    moe, info = AutoModelForSeq2SeqLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(moe).__name__ == "SwitchTransformersForConditionalGeneration"
+    tensors = read_tensors(out)
+    dense = AutoModelForSeq2SeqLM.from_pretrained("base")
+    dense.load_state_dict({k: v for k, v in tensors.items() if ".mlp." not in k}, strict=False)
+    inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :7]}
+    got = logits(moe, **inputs)
+    assert torch.allclose(got, logits(switch_by_hand(dense.eval(), tensors, capacity or 64), **inputs), atol=1e-5)
+    for index, name in enumerate(("base", "math")):
+        source = read_tensors(tmp_path / name)["decoder.block.2.layer.2.DenseReluDense.wo.weight"]
+        assert torch.equal(tensors[f"decoder.block.2.layer.2.mlp.experts.expert_{index}.wo.weight"], source)
+    assert "AutoModelForSeq2SeqLM" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "parameters", "complaint"),
+    [
+        ("t5", {**T5, "feed_forward_proj": "gated-gelu"}, {}, "gated FFN"),
+        ("t5", {**T5, "tie_word_embeddings": False}, {}, "not tied"),
+        ("t5", T5, {"experts_per_token": 2}, "always 1"),
+        ("t5", T5, {"gate_mode": "hidden"}, "has two"),
+        ("llama", {}, {"expert_capacity": 4}, "MixtralForCausalLM has no `expert_capacity`"),
+        ("qwen3", {**WINDOW, "max_window_layers": 2}, {}, "in all layers or in none"),
+        ("granite", {"mlp_bias": True}, {}, "no place in GraniteMoe"),
+        ("ernie4_5", {"use_bias": True}, {}, "no place in Ernie"),
+        ("seed_oss", {"attention_out_bias": True}, {}, "no place in Qwen2-MoE"),
+        ("cwm", {"attention_bias": True}, {}, "no place in Qwen2-MoE"),
+        ("olmo3", {"layer_types": MIXED_LAYERS}, {}, "some of its layers have a sliding window"),
+        ("gpt2", {}, {}, "supported: LlamaForCausalLM"),
+    ],
+)
+def test_what_has_no_place_is_refused(tmp_path, monkeypatch, family, config, parameters, complaint):
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "base", 0, family=family, **config)
+    with pytest.raises(click.ClickException, match=complaint):
+        merge(document("moe", ["base", "base"], parameters=parameters))
+    assert not (tmp_path / "out").exists()
