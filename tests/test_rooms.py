@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "analysis": "wemoe merging modeling recipes common",
     "methods": "tensor upcycling sequence caem wemoe",
     "host": "methods merging modeling common",
-    "__init__": "modeling autoload",
+    "__init__": "modeling autoload common",
+    "selftest": "modeling common",
     "cli": "__init__ methods mixtures wemoe merging recipes autoload common",
     "__main__": "cli",
     # peft_routing, whose files at the top are one room
