@@ -5,6 +5,7 @@ that the compact suite (`make newest`) has passed on.
 """
 
 import contextlib
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,13 +13,16 @@ from packaging.version import Version
 
 # Oldest and newest of each.
 TESTED = {
-    "transformers": ("5.23.0", "5.24.0"),
+    "transformers": ("5.16.1", "5.24.0"),
     "peft": ("0.21.0", "0.21.2"),
     "mergekit": ("0.1.5", "0.1.5"),
     "torch": ("2.6.0", "2.14.1"),
     "accelerate": ("1.6.0", "1.15.0"),
-    "datasets": ("3.0.0", "5.2.0"),
+    "datasets": ("4.0.0", "5.2.0"),
 }
+# From this transformers on `model.load_adapter` wants this PEFT, which is not on the package index yet.
+_NATIVE_ADAPTERS_SINCE = "5.24.0"
+_NATIVE_ADAPTERS_WANT = "0.22.0"
 _has_warned = False
 
 
@@ -47,6 +51,21 @@ def verdict(host: str, found: str | None) -> str:
     return "tested"
 
 
+def remark_on_native_adapters(versions: dict[str, str | None]) -> str:
+    """What is to be said of loading adapters by transformers itself, with these versions; "" if it works."""
+    transformers, peft = versions["transformers"], versions["peft"]
+    if transformers is None or peft is None:
+        return ""
+    is_refused = Version(transformers) >= Version(_NATIVE_ADAPTERS_SINCE)
+    if is_refused and Version(peft) < Version(_NATIVE_ADAPTERS_WANT):
+        return (
+            f"transformers {transformers} loads adapters itself (`model.load_adapter`) only with peft "
+            f"{_NATIVE_ADAPTERS_WANT} or newer, and this is {peft}: load them by PEFT, "
+            "`PeftModel.from_pretrained(base, directory)`"
+        )
+    return ""
+
+
 def warn_of_newer_hosts() -> None:
     """One warning in a process, which names every host that is newer than those tested; nothing is refused."""
     global _has_warned
@@ -66,3 +85,17 @@ def warn_of_newer_hosts() -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def main() -> None:
+    """Exits with 0 where every host that is installed is one that this release was tested with; says which are not."""
+    untested = []
+    for host, found in installed().items():
+        if verdict(host, found) != "tested":
+            untested.append(f"{host} {found or '-'}: {verdict(host, found)} ({' to '.join(TESTED[host])})")
+    if untested:
+        sys.exit("\n".join(untested))
+
+
+if __name__ == "__main__":
+    main()

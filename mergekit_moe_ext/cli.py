@@ -272,12 +272,20 @@ def methods(names: tuple[str, ...]) -> None:
 def doctor() -> None:
     """Say whether the versions fit, `mergekit-yaml` finds this package, and generation is right here."""
     from _mergekit_moe_ext_autoload import mergekit_is_known
-    from _mergekit_moe_ext_common.versions import TESTED, installed, verdict
+    from _mergekit_moe_ext_common.versions import (
+        TESTED,
+        installed,
+        remark_on_native_adapters,
+        verdict,
+    )
 
     click.echo(f"{'mergekit-moe-ext':<18}{mergekit_moe_ext.__version__}")
-    for host, found in installed().items():
+    versions = installed()
+    for host, found in versions.items():
         oldest, newest = TESTED[host]
         click.echo(f"{host:<18}{found or '-':<12}{verdict(host, found)} ({oldest} to {newest})")
+    if remark := remark_on_native_adapters(versions):
+        click.echo(f"note  {remark}")
     # In processes of their own: as mergekit-yaml starts, in which nothing imports this package, and as a user does.
     fresh = _started("-c", "import mergekit.merge, mergekit.merge_methods as m; m.get('moe')")
     selftests = [_started("-m", f"{package}.selftest") for package in ("mergekit_moe_ext", "peft_routing")]

@@ -3,14 +3,28 @@
 from pathlib import Path
 from typing import Any
 
+import peft
+import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from tests.conftest import SPECIAL_TOKENS, TINY
 
 NAMES = ("math", "code", "law")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def has_native_adapters() -> bool:
+    """Whether transformers loads adapters itself (`model.load_adapter`), for which it may want a newer PEFT."""
+    return Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
+
+
+def skip_without_native_adapters() -> None:
+    if not has_native_adapters():
+        pytest.skip(f"transformers wants peft {MIN_PEFT_VERSION} for adapters that it loads itself")
 
 
 def make_base(family: str = "llama", dtype: Any = torch.float32, **config: Any) -> Any:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequence
 from peft_routing import RoutedLoraConfig, given_coefficients
 from peft_routing.choosers import Nearest, oracle, perplexity, task_vector
 from peft_routing.choosers.task_vector import squared_norms
-from tests.peft_routing.adapters import make_base, save_experts, save_lora
+from tests.peft_routing.adapters import make_base, save_experts, save_lora, skip_without_native_adapters
 from tests.tokenizers import save_tokenizer
 
 LENGTHS = (7, 4, 2, 1)
@@ -214,7 +214,14 @@ def test_mixing_router_and_loading_do_not_matter(experts, choose, tmp_path):
     expected = choose(routed(paths), **padded())
     sequence = routed(paths, granularity="sequence", mixing="low_rank")
     torch.testing.assert_close(choose(sequence, **padded()), expected)
-    sequence.save_pretrained(tmp_path / "routed")
+
+
+@pytest.mark.parametrize("choose", CHOOSERS)
+def test_an_adapter_that_transformers_loads_itself(experts, choose, tmp_path):
+    skip_without_native_adapters()
+    paths = save_experts(tmp_path / "experts")
+    expected = choose(routed(paths), **padded())
+    routed(paths, granularity="sequence", mixing="low_rank").save_pretrained(tmp_path / "routed")
     native = make_base()
     native.load_adapter(str(tmp_path / "routed"))
     torch.testing.assert_close(choose(native, **padded()), expected)
