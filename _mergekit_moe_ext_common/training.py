@@ -203,7 +203,7 @@ def restore_dtypes(module: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -
 
 def read_data(
     data: Sequence[str],
-    weights: Mapping[str, float],
+    weights: Mapping[str, float] | None,
     eval_data: Sequence[str],
     tokenizer: Any,
     config: Any,
@@ -218,6 +218,7 @@ def read_data(
     Rows without a token to predict at `first_label` or after it are left out: of a decoder's rows
     the first token is never predicted. `UserError` for sources and weights that do not fit.
     """
+    weights = weights or {}
     names = [source.name for source in parse_sources(data)]
     for name, weight in weights.items():
         if name not in names:

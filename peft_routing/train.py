@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint
@@ -72,10 +73,7 @@ def train(
     if len(learning_rates) > 1 and not measure:
         complaint = "without held-out rows no learning rate can be chosen"
         raise UserError(f"{complaint}: give one --learning-rate")
-    config = load_adapter_config(adapter)
-    if recipe.router_aux_loss:
-        config.router_aux_loss_coef = recipe.router_aux_loss
-        config.router_class.check(config)
+    config = _read_config(adapter, recipe)
     base, base_config = base_of(base, config, reading)
     tokenizer = load_tokenizer(base, reading)
     parts = {_part(rate): rate for rate in learning_rates}
@@ -93,7 +91,7 @@ def train(
     with first.main_process_first(desc="reading the data"):
         training, held_out = read_data(
             data,
-            weights or {},
+            weights,
             eval_data,
             tokenizer,
             base_config,
@@ -103,13 +101,7 @@ def train(
             first_label=first_label,
         )
     stored = Path(adapter) / SAFETENSORS_WEIGHTS_NAME
-    settings = {
-        "adapter": hashlib.sha256(stored.read_bytes()).hexdigest(),
-        "base_model": base,
-        "data": fingerprint(training),
-        **asdict(recipe),
-        "learning_rates": list(learning_rates),
-    }
+    settings = _settings(stored, base, training, recipe, learning_rates)
     # A learning rate whose training is finished has a result, and is not trained again.
     finished = [part for part in parts if (run.checkpoints / part / _RESULT).exists()]
     run.begin(settings, resume=resume, parts=list(parts), finished=finished)
@@ -151,6 +143,30 @@ def train(
 def _part(learning_rate: float) -> str:
     """The directory of a learning rate's checkpoints and result."""
     return f"lr-{learning_rate:g}"
+
+
+def _read_config(adapter: str, recipe: Recipe) -> RoutedLoraConfig:
+    config = load_adapter_config(adapter)
+    if recipe.router_aux_loss:
+        config.router_aux_loss_coef = recipe.router_aux_loss
+        config.router_class.check(config)
+    return config
+
+
+def _settings(
+    stored: Path,
+    base: str,
+    training: Dataset,
+    recipe: Recipe,
+    learning_rates: Sequence[float],
+) -> dict[str, Any]:
+    return {
+        "adapter": hashlib.sha256(stored.read_bytes()).hexdigest(),
+        "base_model": base,
+        "data": fingerprint(training),
+        **asdict(recipe),
+        "learning_rates": list(learning_rates),
+    }
 
 
 def _check_trainable(routed: Any, config: RoutedLoraConfig, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
@@ -111,10 +112,10 @@ def train(
     """
     run = Run(output or f"{model_path.rstrip('/')}-trained", reading)
     config = load_config(model_path, reading)
-    if part == "gates" and config.dtype == torch.bfloat16:
-        recipe = replace(recipe, bf16=True)  # nothing is gained from frozen weights in float32
     rate = LEARNING_RATES[part] if recipe.learning_rate is None else recipe.learning_rate
-    recipe = replace(recipe, learning_rate=rate)
+    # Nothing is gained from frozen weights in float32.
+    bf16 = recipe.bf16 or (part == "gates" and config.dtype == torch.bfloat16)
+    recipe = replace(recipe, learning_rate=rate, bf16=bf16)
     arguments = run.arguments(
         recipe,
         learning_rate=rate,
@@ -123,24 +124,8 @@ def train(
     )
     tokenizer = load_tokenizer(model_path, reading)
     with arguments.main_process_first(desc="reading the data"):
-        training, held_out = read_data(
-            data,
-            weights or {},
-            eval_data,
-            tokenizer,
-            config,
-            reading,
-            recipe,
-        )
-    reference = ModelReference.model_validate(model_path)
-    settings = {
-        "model": model_identity(model_path),
-        "train": part,
-        "weights": checkpoint_fingerprint(reference, MergeOptions()),
-        "data": fingerprint(training),
-        **asdict(recipe),
-    }
-    run.begin(settings, resume=resume)
+        training, held_out = read_data(data, weights, eval_data, tokenizer, config, reading, recipe)
+    run.begin(_settings(model_path, part, training, recipe), resume=resume)
 
     model = load_model(model_path, config, reading, dtype="auto")
     run.check_room(sum(parameter.nbytes for parameter in model.parameters()))
@@ -171,6 +156,17 @@ def train(
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
         extend_card(directory, _card(part, data, run.settings, losses))
     return losses
+
+
+def _settings(model_path: str, part: Part, training: Dataset, recipe: Recipe) -> dict[str, Any]:
+    reference = ModelReference.model_validate(model_path)
+    return {
+        "model": model_identity(model_path),
+        "train": part,
+        "weights": checkpoint_fingerprint(reference, MergeOptions()),
+        "data": fingerprint(training),
+        **asdict(recipe),
+    }
 
 
 def _choose_parameters(model: Any, part: Part) -> None:

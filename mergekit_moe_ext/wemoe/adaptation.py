@@ -104,15 +104,7 @@ def adapt(
     read = _reader(kind, prepare, prefix, config, reading, adaptation)
     with arguments.main_process_first(desc="reading the data"):
         training, held_out = split_sources(data, eval_data, recipe, read)
-    images = adaptation.image_column
-    reference = ModelReference.model_validate(model_path)
-    settings = {
-        "model": model_identity(model_path),
-        "weights": checkpoint_fingerprint(reference, MergeOptions()),
-        "data": {task: data_fingerprint(rows, images) for task, rows in training.items()},
-        **asdict(adaptation),
-    }
-    run.begin(settings, resume=resume)
+    run.begin(_settings(model_path, training, adaptation), resume=resume)
     if run.is_main:
         _announce(training, held_out)
 
@@ -121,15 +113,11 @@ def adapt(
     dtypes = dtypes_of(model.routers)
     _prepare_parameters(model)
     measured = {task: held_out.get(task, rows) for task, rows in training.items()}
+    batch = adaptation.per_device_train_batch_size * run.processes
     trainer = AdaptationTrainer(
         model,
         arguments,
-        train_dataset=Rounds(
-            training,
-            batch=adaptation.per_device_train_batch_size * run.processes,
-            steps=adaptation.steps,
-            seed=adaptation.seed,
-        ),
+        train_dataset=Rounds(training, batch=batch, steps=adaptation.steps, seed=adaptation.seed),
         eval_dataset={task: One(task, rows) for task, rows in measured.items()},
         predictions=Predictions(model, kind, prepare, prefix, adaptation.image_column),
         adaptation=adaptation,
@@ -150,6 +138,21 @@ def adapt(
         renew_loading(directory, architecture._auto_class, remote_code=True, tasks=heads)
         extend_card(directory, _card(data, run.settings, results, trainer, sorted(held_out)))
     return results
+
+
+def _settings(
+    model_path: str,
+    training: Mapping[str, Dataset],
+    adaptation: Adaptation,
+) -> dict[str, Any]:
+    reference = ModelReference.model_validate(model_path)
+    images = adaptation.image_column
+    return {
+        "model": model_identity(model_path),
+        "weights": checkpoint_fingerprint(reference, MergeOptions()),
+        "data": {task: data_fingerprint(rows, images) for task, rows in training.items()},
+        **asdict(adaptation),
+    }
 
 
 def _recipe(adaptation: Adaptation, tasks: int) -> shared_options.Recipe:
