@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import TrainingArguments
 
 from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint
 from _mergekit_moe_ext_common.errors import UserError
@@ -77,15 +78,7 @@ def train(
     base, base_config = base_of(base, config, reading)
     tokenizer = load_tokenizer(base, reading)
     parts = {_part(rate): rate for rate in learning_rates}
-    arguments = {}
-    for part, rate in parts.items():
-        arguments[part] = run.arguments(
-            recipe,
-            part=part,
-            learning_rate=rate,
-            measure=measure,
-            label_names=["labels"],
-        )
+    arguments = _arguments(run, recipe, parts, measure)
     first = next(iter(arguments.values()))
     first_label = 1 if config.granularity == "token" else config.routing_tokens
     with first.main_process_first(desc="reading the data"):
@@ -151,6 +144,25 @@ def _read_config(adapter: str, recipe: Recipe) -> RoutedLoraConfig:
         config.router_aux_loss_coef = recipe.router_aux_loss
         config.router_class.check(config)
     return config
+
+
+def _arguments(
+    run: Run,
+    recipe: Recipe,
+    parts: Mapping[str, float],
+    measure: bool,
+) -> dict[str, TrainingArguments]:
+    """The Trainer's arguments for each learning rate."""
+    arguments = {}
+    for part, rate in parts.items():
+        arguments[part] = run.arguments(
+            recipe,
+            part=part,
+            learning_rate=rate,
+            measure=measure,
+            label_names=["labels"],  # which the Trainer does not find in PEFT's model by itself
+        )
+    return arguments
 
 
 def _settings(
