@@ -160,7 +160,7 @@ def _arguments(
             part=part,
             learning_rate=rate,
             measure=measure,
-            label_names=["labels"],  # which the Trainer does not find in PEFT's model by itself
+            label_names=["labels"],
         )
     return arguments
 
