@@ -1,18 +1,14 @@
-"""What every training of ours shares: reading the data, the Trainer's arguments, measuring, resuming.
+"""The Trainer of all trainings of ours, its arguments, and what it reads.
 
-Held-out losses are means over tokens, whatever the batches and processes. (The stock Trainer's are means over
-batches.)
+Held-out losses are means over tokens, whatever the batches and processes. (The stock Trainer's are
+means over batches.)
 """
 
-import json
-import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 from safetensors.torch import load_file, save_file
@@ -28,15 +24,15 @@ from transformers import (
 from transformers.utils import is_torch_bf16_gpu_available
 
 from _mergekit_moe_ext_common.data import Source, load, pack, parse_sources, tokenise
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading, Recipe
 
-_SETTINGS = "settings.json"
 _TRAINED = "trained.safetensors"
-MEASURES = ("loss", "entropy", "accuracy")
+MEASURES = ("entropy", "accuracy", "loss")
 
 
 class BarTrainer(Trainer):
-    """The Trainer, with a bar and lines that a person can read, and no checkpoint of the last step."""
+    """The Trainer with a bar, lines that a person can read, and no checkpoint of the last step."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -47,67 +43,74 @@ class BarTrainer(Trainer):
             self.add_callback(Progress())
 
 
-def let_go(trainer: Trainer) -> None:
-    """Waits for all processes, and lets go of the model that is spread over them.
-
-    Were that the last to hold their group, the group would be taken down while Python's lock is held, and with Gloo
-    that can wait forever for a thread that wants the lock.
-    """
-    trainer.accelerator.wait_for_everyone()
-    trainer.model_wrapped = trainer.model
-    trainer.accelerator.free_memory()
-
-
-def part_processes(trainer: Trainer) -> None:
-    """The processes part here, each when all have come so far: only one writes what was trained."""
-    let_go(trainer)
-    trainer.accelerator.end_training()
-
-
 class TrainedOnly:
-    """For a Trainer whose checkpoints hold what is trained, in float32, by the names in the model, and no more."""
+    """Mixed into a Trainer, it makes checkpoints hold only the parameters that are trained.
 
-    def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    They are stored in float32, by their names in the model.
+    """
+
+    def _save(
+        self: Any,
+        output_dir: str | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad},
-            directory / _TRAINED,
-        )
+        parameters = _trainable_parameters(self.model)
+        tensors = {name: each.detach().contiguous() for name, each in parameters.items()}
+        save_file(tensors, directory / _TRAINED)
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / _TRAINED)
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if saved.keys() != trained.keys():
-            raise click.ClickException(f"{resume_from_checkpoint} is a checkpoint of another training")
+        tensors = load_file(Path(resume_from_checkpoint) / _TRAINED)
+        parameters = _trainable_parameters(self.model)
+        if tensors.keys() != parameters.keys():
+            raise UserError(f"{resume_from_checkpoint} is a checkpoint of another training")
         with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+
+
+def _trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 
 class TokenTrainer(BarTrainer):
-    """The Trainer, with held-out losses over tokens."""
+    """The Trainer with held-out losses that are means over tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, compute_metrics=_mean_over_tokens, **kwargs)
         self._loss_shifts_labels = not self.model.config.is_encoder_decoder
 
-    def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per row the sum of the losses of its tokens, and their number."""
+    def token_losses(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the losses of each row's tokens, and their number, both of shape (rows,)."""
         if self._loss_shifts_labels:
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            # A decoder's logits at one position predict the token at the next.
+            logits = logits[:, :-1]
+            labels = labels[:, 1:]
         losses = functional.cross_entropy(
-            logits.float().transpose(1, 2), labels.to(logits.device), ignore_index=-100, reduction="none"
+            logits.float().transpose(1, 2),
+            labels.to(logits.device),
+            ignore_index=-100,
+            reduction="none",
         )
         return losses.sum(dim=1), (labels != -100).sum(dim=1).to(losses.device)
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs, use_cache=False).logits
+        # Sums and numbers in place of logits and labels: `_mean_over_tokens` divides their totals.
         losses, counts = self.token_losses(logits, labels)
         return None, losses, counts
 
@@ -117,7 +120,7 @@ def _mean_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class Progress(ProgressCallback):
-    """The Trainer's bar, with a line per measurement that a person can read."""
+    """The Trainer's bar with a line per measurement that a person can read."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None:
@@ -125,12 +128,13 @@ class Progress(ProgressCallback):
         for key, value in (logs or {}).items():
             name, _, measure = key.removeprefix("eval_").rpartition("_")
             if key == "loss" or (key.startswith("eval_") and measure in MEASURES):
-                what = f"measured on {name}" if name else "training"
-                self.training_bar.write(f"step {state.global_step:>6}  {measure} {value:.4f}  {what}")
+                where = f"measured on {name}" if name else "training"
+                line = f"step {state.global_step:>6}  {measure} {value:.4f}  {where}"
+                self.training_bar.write(line)
 
 
 class NoLastCheckpoint(TrainerCallback):
-    """The Trainer checkpoints the last step as well; the trained model itself is written right after it."""
+    """Keeps the Trainer from checkpointing the last step: the model itself is written after it."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -138,17 +142,28 @@ class NoLastCheckpoint(TrainerCallback):
 
 
 def training_arguments(
-    recipe: Recipe, reading: Reading, checkpoints: Path, *, learning_rate: float, measure: bool, **more: Any
+    recipe: Recipe,
+    reading: Reading,
+    checkpoints: Path,
+    *,
+    learning_rate: float,
+    measure: bool,
+    **more: Any,
 ) -> TrainingArguments:
-    """What the Trainer knows of the recipe, and how it reports and checkpoints. `ClickException` if it refuses."""
-    known = {item.name for item in fields(TrainingArguments)}
-    values = {name: value for name, value in asdict(recipe).items() if name in known}
+    """The recipe as the Trainer takes it, and how it reports and checkpoints.
+
+    `more` are further arguments of transformers' own. `UserError` where it refuses any.
+    """
+    names = {item.name for item in fields(TrainingArguments)}
+    values = {name: value for name, value in asdict(recipe).items() if name in names}
     values["learning_rate"] = learning_rate
     if values.pop("gradient_checkpointing"):
-        values |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        values["gradient_checkpointing"] = True
+        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if recipe.eval_steps <= 0 or recipe.save_steps <= 0:
-        raise click.ClickException("--eval-steps and --save-steps must be above 0")
-    for name in ("eval_steps", "save_steps"):  # counts are whole
+        raise UserError("--eval-steps and --save-steps must be above 0")
+    # The Trainer takes what is below 1 for a share of all steps, and wants whole numbers above.
+    for name in ("eval_steps", "save_steps"):
         values[name] = int(values[name]) if values[name] >= 1 else values[name]
     try:
         arguments = TrainingArguments(
@@ -157,7 +172,8 @@ def training_arguments(
             eval_strategy="steps" if measure else "no",
             eval_on_start=measure,
             dataloader_pin_memory=torch.cuda.is_available(),
-            use_cpu=recipe.bf16 and not is_torch_bf16_gpu_available(),  # else the Trainer refuses bf16 on a CPU
+            # else the Trainer refuses bf16 on a CPU
+            use_cpu=recipe.bf16 and not is_torch_bf16_gpu_available(),
             save_strategy="steps",
             save_total_limit=2,
             logging_steps=values["eval_steps"],
@@ -167,16 +183,27 @@ def training_arguments(
             **more,
         )
     except ValueError as error:
-        raise click.ClickException(str(error).splitlines()[0]) from error
-    # With several GPUs in one process the Trainer would copy the model to each, away from our hooks;
-    # `accelerate launch` is the way to use them.
+        raise UserError(str(error).splitlines()[0]) from error
+    # With several GPUs in one process the Trainer would copy the model to each, away from our
+    # hooks; `accelerate launch` is the way to use them.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 
+def dtypes_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
+    """The dtypes of a module's parameters, by name."""
+    return {name: parameter.dtype for name, parameter in module.named_parameters()}
+
+
+def restore_dtypes(module: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Gives parameters that were trained in float32 the dtypes that they had before."""
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+
+
 def read_data(
     data: Sequence[str],
-    weights: Mapping[str, float],
+    weights: Mapping[str, float] | None,
     eval_data: Sequence[str],
     tokenizer: Any,
     config: Any,
@@ -186,17 +213,20 @@ def read_data(
     completions_only: bool = False,
     first_label: int = 1,
 ) -> tuple[Dataset, dict[str, Dataset]]:
-    """What is trained on, the sources mixed, and what is held out of each, as token ids.
+    """The rows to train on, all sources mixed, and those held out of each source, as token ids.
 
-    Rows without a token to predict at `first_label` or after it are left out: of a decoder's rows the first token
-    is never predicted.
+    Rows without a token to predict at `first_label` or after it are left out: of a decoder's rows
+    the first token is never predicted. `UserError` for sources and weights that do not fit.
     """
+    weights = weights or {}
     names = [source.name for source in parse_sources(data)]
     for name, weight in weights.items():
         if name not in names:
-            raise click.ClickException(f"--weight {name}: there is no such source; there are {', '.join(names)}")
+            known = ", ".join(names)
+            raise UserError(f"--weight {name}: there is no such source; there are {known}")
         if weight <= 0:
-            raise click.ClickException(f"--weight {name}: {weight} is not above 0; leave the source out instead")
+            complaint = f"{weight} is not above 0; leave the source out instead"
+            raise UserError(f"--weight {name}: {complaint}")
 
     def tokens(rows: Dataset, source: Source) -> Dataset:
         encoded = tokenise(
@@ -210,49 +240,65 @@ def read_data(
         )
         if recipe.packing:
             if "labels" in encoded.column_names:
-                raise click.ClickException("--packing joins texts, which inputs with their targets are not")
+                raise UserError("--packing joins texts, which inputs with their targets are not")
             encoded = pack(encoded, reading.max_length, tokenizer.eos_token_id)
-        return encoded if config.is_encoder_decoder else with_predicted(encoded, source, first_label)
+        if config.is_encoder_decoder:
+            return encoded
+        return with_predicted(encoded, source, first_label)
 
     training, held_out = split_sources(data, eval_data, recipe, tokens)
     return _mixed(training, weights, recipe.seed), held_out
 
 
 def split_sources(
-    data: Sequence[str], eval_data: Sequence[str], recipe: Recipe, prepare: Callable[[Dataset, Source], Dataset]
+    data: Sequence[str],
+    eval_data: Sequence[str],
+    recipe: Recipe,
+    prepare: Callable[[Dataset, Source], Dataset],
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Per source what is trained on, and what is held out of it or given for measuring; both as prepared."""
-    measured = parse_sources(eval_data)
-    training, held_out = {}, {source.name: prepare(load(source), source) for source in measured}
+    """The rows of each source to train on, and those held out of it or given for measuring.
+
+    Both are as `prepare` makes them. `UserError` for a source with too few rows to hold any out.
+    """
+    held_out = {source.name: prepare(load(source), source) for source in parse_sources(eval_data)}
+    training = {}
     for source in parse_sources(data):
         rows = load(source)
         if recipe.held_out and source.name not in held_out:
             if len(rows) <= recipe.held_out:
-                raise click.ClickException(
-                    f"{source} (data {source.name!r}) has {len(rows)} rows, and {recipe.held_out} are to be held out; "
-                    "see --held-out and --eval-data"
+                raise UserError(
+                    f"{source} (data {source.name!r}) has {len(rows)} rows, and {recipe.held_out} "
+                    "are to be held out; see --held-out and --eval-data"
                 )
             split = rows.train_test_split(test_size=recipe.held_out, seed=recipe.seed)
-            rows, held_out[source.name] = split["train"], prepare(split["test"], source)
+            rows = split["train"]
+            held_out[source.name] = prepare(split["test"], source)
         training[source.name] = prepare(rows, source)
     return training, held_out
 
 
 def with_predicted(encoded: Dataset, source: Source, first_label: int) -> Dataset:
-    """A decoder's rows with a token to predict at `first_label` or after it. `ClickException` if there are none."""
-    kept = encoded.filter(
-        lambda row: any(label != -100 for label in row.get("labels", row["input_ids"])[first_label:]),
-        desc="leaving out rows that teach nothing",
-    )
-    if len(kept) == 0:
-        raise click.ClickException(
-            f"data {source.name!r} has no row with a token to predict at position {first_label} or after"
-        )
-    return kept
+    """A decoder's rows that have a token to predict at `first_label` or after it.
+
+    `UserError` if there are none.
+    """
+
+    def teaches(row: dict[str, Any]) -> bool:
+        labels = row.get("labels", row["input_ids"])
+        return any(label != -100 for label in labels[first_label:])
+
+    rows = encoded.filter(teaches, desc="leaving out rows that teach nothing")
+    if len(rows) == 0:
+        position = f"position {first_label} or after"
+        raise UserError(f"data {source.name!r} has no row with a token to predict at {position}")
+    return rows
 
 
 def _mixed(training: Mapping[str, Dataset], weights: Mapping[str, float], seed: int) -> Dataset:
-    """Rows of the sources at random, by their weights, until each was read once; without weights all of them."""
+    """Rows of all sources: without weights each row once, one source after the other.
+
+    With weights, rows are drawn from the sources at random until each source was read once.
+    """
     if len(training) == 1 or not weights:
         return concatenate_datasets(list(training.values()))
     numbers = [weights.get(name, 1.0) for name in training]
@@ -262,63 +308,3 @@ def _mixed(training: Mapping[str, Dataset], weights: Mapping[str, float], seed: 
         seed=seed,
         stopping_strategy="all_exhausted",
     )
-
-
-def last_checkpoints(
-    checkpoints: Path,
-    settings: dict[str, Any],
-    parts: Sequence[str] = ("",),
-    *,
-    resume: bool,
-    finished: Collection[str] = (),
-) -> dict[str, str | None]:
-    """Where each part of a training, a directory in `checkpoints`, starts: its last complete checkpoint, or None.
-
-    `ClickException` if there is a training and it is not to be resumed, or none to resume, or another.
-    """
-    found = {part: _complete(checkpoints / part) for part in parts}
-    if not resume:
-        if finished or any(found.values()) or any(checkpoints.glob("*/checkpoint-*/trainer_state.json")):
-            raise click.ClickException(
-                f"{checkpoints} holds an unfinished training; --resume goes on with it, or remove it"
-            )
-        return dict.fromkeys(parts)
-    if not finished and not any(found.values()):
-        raise click.ClickException(f"there is no checkpoint in {checkpoints} to resume from")
-    before = json.loads((checkpoints / _SETTINGS).read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise click.ClickException(
-                f"the training in {checkpoints} had another {name.replace('_', ' ')}: {before.get(name)}, not {value}"
-            )
-    return {part: str(complete[-1]) if complete else None for part, complete in found.items()}
-
-
-def _complete(directory: Path) -> list[Path]:
-    return sorted(
-        (path.parent for path in directory.glob("checkpoint-*/trainer_state.json")),
-        key=lambda path: int(path.name.rsplit("-", 1)[1]),
-    )
-
-
-def remove_checkpoints(checkpoints: Path, parts: Sequence[str]) -> None:
-    """Those of a training that is complete, and nothing that somebody else put there."""
-    for part in parts:
-        shutil.rmtree(checkpoints / part, ignore_errors=True)
-    (checkpoints / _SETTINGS).unlink(missing_ok=True)
-    with suppress(OSError):
-        checkpoints.rmdir()
-
-
-def keep_settings(checkpoints: Path, settings: Mapping[str, Any]) -> None:
-    """Beside the checkpoints: what must be the same when they are resumed from."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    partial = checkpoints / f".{_SETTINGS}.partial"
-    partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    partial.replace(checkpoints / _SETTINGS)
-
-
-def first_and_last(history: Sequence[dict[str, Any]], names: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """The held-out loss of each source before and after."""
-    losses = {name: [entry[key] for entry in history if (key := f"eval_{name}_loss") in entry] for name in names}
-    return {name: (values[0], values[-1]) for name, values in losses.items()}

@@ -170,6 +170,7 @@ def train(
     math=math.jsonl, owner/name:train[:1%]. The result is written whole, and MODEL is left as it is. Runs on many
     processes under `accelerate launch -m mergekit_moe_ext`.
     """
+    from _mergekit_moe_ext_common.runs import before_and_after
     from mergekit_moe_ext.mixtures.training import train as run_training
 
     losses = run_training(
@@ -183,12 +184,8 @@ def train(
         eval_data=eval_data,
         resume=resume,
     )
-    if not losses:
-        return
-    width = max(len("held-out loss"), *map(len, losses))
-    click.echo(f"{'held-out loss':{width}}    before     after")
-    for name, (before, after) in losses.items():
-        click.echo(f"{name:{width}}  {before:>8.4f}  {after:>8.4f}")
+    if losses:
+        click.echo(before_and_after(losses))
 
 
 def _weight(text: str) -> tuple[str, float]:
@@ -228,19 +225,15 @@ def adapt(
     where the model has several. The result is written whole, and MODEL is left as it is. Runs on many processes under
     `accelerate launch -m mergekit_moe_ext`.
     """
+    from _mergekit_moe_ext_common.runs import before_and_after
     from mergekit_moe_ext.wemoe.adaptation import adapt as run_adaptation
 
     if not reading.quiet:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("mergekit_moe_ext").setLevel(logging.INFO)
     results = run_adaptation(model, output_dir, data, reading, adaptation, eval_data=eval_data, resume=resume)
-    if not results:
-        return
-    width = max(len("task"), *map(len, results))
-    click.echo(f"{'task':{width}}  measure     before     after")
-    for task, measures in results.items():
-        for measure, (before, after) in measures.items():
-            click.echo(f"{task:{width}}  {measure:<9} {before:>8.4f}  {after:>8.4f}")
+    if results:
+        click.echo(before_and_after(results))
 
 
 @main.command()

@@ -9,8 +9,8 @@ import click
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
 from _mergekit_moe_ext_common.options import Reading, fields_as_options, options_of
 from peft_routing.config import RoutedLoraConfig
+from peft_routing.recipes import LEARNING_RATES, Recipe
 from peft_routing.routers import all_routers
-from peft_routing.train import LEARNING_RATES, Recipe
 
 _ROUTING = (
     "top_k",
@@ -148,6 +148,7 @@ def train(
     math=math.jsonl, owner/name:train[:1%]. The result is written whole, and ADAPTER is left as it is. Runs on many
     processes under `accelerate launch -m peft_routing train`.
     """
+    from _mergekit_moe_ext_common.runs import before_and_after
     from peft_routing.train import train as run_training
 
     results = run_training(
@@ -164,12 +165,8 @@ def train(
     )
     for result in results[:1] if not any(result.losses for result in results) else results:
         click.echo(f"learning rate {result.learning_rate:g}: held-out loss {result.mean:.4f}")
-    if not results or not results[0].losses:
-        return
-    width = max(len("held-out loss"), *map(len, results[0].losses))
-    click.echo(f"{'held-out loss':{width}}    before     after")
-    for name, (before, after) in results[0].losses.items():
-        click.echo(f"{name:{width}}  {before:>8.4f}  {after:>8.4f}")
+    if results and results[0].losses:
+        click.echo(before_and_after(results[0].losses))
 
 
 @main.command()

@@ -1,66 +1,51 @@
-"""Training the router of a routed adapter (Trade-offs 4.3, 4.4 and appendix A): all tasks mixed, no task ids.
+"""Training the router of a routed adapter (Trade-offs 4.3, 4.4 and appendix A).
 
-The Hugging Face Trainer does the work, on one process or, under `accelerate launch`, on many. One training per
-learning rate, each from the same start; the one with the lowest held-out loss is kept.
+All tasks are mixed, and no row says which task it is of. The Hugging Face Trainer does the work, on
+one process or, under `accelerate launch`, on many. There is one training per learning rate, each
+from the same start; the one with the lowest held-out loss is kept.
 """
 
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
+from datasets import Dataset
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import TrainingArguments
 
-from _mergekit_moe_ext_common import options
 from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint
-from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
-from _mergekit_moe_ext_common.options import Reading, option
-from _mergekit_moe_ext_common.staging import check_output, check_room, staged
-from _mergekit_moe_ext_common.training import (
-    TokenTrainer,
-    first_and_last,
-    keep_settings,
-    last_checkpoints,
-    let_go,
-    read_data,
-    remove_checkpoints,
-    training_arguments,
-)
+from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token
+from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.runs import Losses, Run, before_and_after, losses_before_and_after
+from _mergekit_moe_ext_common.staging import extend_card
+from _mergekit_moe_ext_common.training import TokenTrainer, read_data
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.loading import base_of, load_adapter_config, load_routed
+from peft_routing.recipes import LEARNING_RATES, Recipe
 
-LEARNING_RATES = (1e-3, 1e-4, 1e-5)  # the paper tunes over these
+_TRAINED = "trained"
 _RESULT = "result.json"
-Losses = dict[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Recipe(options.Recipe):
-    """How a router is trained. Defaults are the paper's or, mostly, transformers'."""
-
-    num_train_epochs: float = option(5.0, "How often the data is read (the paper's 5).", at_least=0)
-    completions_only: bool = option(
-        False,
-        "Loss on answers alone: the last turn of a chat, or a target after its input. Without it, on all tokens.",
-    )
-    router_aux_loss: float = option(0.0, "Weight of the load-balancing loss, averaged over modules.", at_least=0)
+Rows = Sequence[dict[str, Any]]
+Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one learning rate: each source's held-out loss before and after."""
+    """Each source's held-out loss before and after a training at one learning rate."""
 
     learning_rate: float
     losses: Losses
 
     @property
     def mean(self) -> float:
+        """The mean of the sources' losses afterwards; 0 where nothing was held out."""
         return sum(after for _, after in self.losses.values()) / max(1, len(self.losses))
 
 
@@ -79,34 +64,27 @@ def train(
 ) -> list[Result]:
     """Train the router of the routed adapter in a directory, and write the result to `output`.
 
-    Returns what each learning rate gave, the best first. `output` is `<adapter>-trained` if not given; checkpoints lie
-    in `<output>.checkpoints` until the training is complete, and `resume` goes on from there. `ClickException` for
-    what cannot be trained.
+    Returns what each learning rate gave, the best first; nothing in all but the main process.
+    `output` is `<adapter>-trained` if not given. Checkpoints lie in `<output>.checkpoints` until
+    the training is complete, and `resume` goes on from there. Where there are several processes,
+    their group is gone afterwards. `UserError` for what cannot be trained.
     """
-    silence(reading)
-    out = check_output(output or f"{adapter.rstrip('/')}-trained")
-    checkpoints = out.with_name(f"{out.name}.checkpoints")
-    measured = bool(recipe.held_out or eval_data)
-    if len(learning_rates) > 1 and not measured:
-        raise click.ClickException("without held-out rows no learning rate can be chosen: give one --learning-rate")
-    config = load_adapter_config(adapter)
-    if recipe.router_aux_loss:
-        config.router_aux_loss_coef = recipe.router_aux_loss
-        _check(config)
+    run = Run(output or f"{adapter.rstrip('/')}-trained", reading)
+    measure = bool(recipe.held_out or eval_data)
+    if len(learning_rates) > 1 and not measure:
+        complaint = "without held-out rows no learning rate can be chosen"
+        raise UserError(f"{complaint}: give one --learning-rate")
+    config = _read_config(adapter, recipe)
     base, base_config = base_of(base, config, reading)
     tokenizer = load_tokenizer(base, reading)
-    arguments = {
-        rate: training_arguments(
-            recipe, reading, checkpoints / f"lr-{rate:g}", learning_rate=rate, measure=measured, label_names=["labels"]
-        )
-        for rate in learning_rates
-    }
+    parts = {_part(rate): rate for rate in learning_rates}
+    arguments = _arguments(run, recipe, parts, measure)
     first = next(iter(arguments.values()))
     first_label = 1 if config.granularity == "token" else config.routing_tokens
     with first.main_process_first(desc="reading the data"):
         training, held_out = read_data(
             data,
-            weights or {},
+            weights,
             eval_data,
             tokenizer,
             base_config,
@@ -115,102 +93,158 @@ def train(
             completions_only=recipe.completions_only,
             first_label=first_label,
         )
-    settings = {
-        "adapter": hashlib.sha256((Path(adapter) / SAFETENSORS_WEIGHTS_NAME).read_bytes()).hexdigest(),
+    stored = Path(adapter) / SAFETENSORS_WEIGHTS_NAME
+    settings = _settings(stored, base, training, recipe, learning_rates)
+    # A learning rate whose training is finished has a result, and is not trained again.
+    finished = [part for part in parts if (run.checkpoints / part / _RESULT).exists()]
+    run.begin(settings, resume=resume, parts=list(parts), finished=finished)
+    results = [_read_result(run.checkpoints / part, parts[part]) for part in finished]
+
+    # Every learning rate keeps its adapter until the best is copied; checkpoints come on top.
+    run.check_room((2 + len(learning_rates)) * stored.stat().st_size)
+    routed = load_routed(adapter, config, base, base_config, reading, is_trainable=True)
+    _check_trainable(routed, config, first.device)
+    batch = _batches(routed.get_base_model(), padding_token(tokenizer), first_label)
+    for part, rate in parts.items():
+        if part in finished:
+            continue
+        routed.load_adapter(adapter, "default", is_trainable=True)  # each from the same start
+        routed.train()
+        trainer = TokenTrainer(
+            routed,
+            arguments[part],
+            data_collator=batch,
+            train_dataset=training,
+            eval_dataset=held_out or None,
+        )
+        run.train(trainer, part)
+        results.append(Result(rate, losses_before_and_after(trainer, held_out)))
+        if run.is_main:
+            _write_result(run.checkpoints / part, routed, results[-1])
+
+    run.end_group()
+    ranking = _ranking(results)
+    if not run.is_main:
+        return []
+    with run.finish() as directory:
+        trained = run.checkpoints / _part(ranking[0].learning_rate) / _TRAINED
+        shutil.copytree(trained, directory, dirs_exist_ok=True)
+        extend_card(directory, _card(data, recipe, ranking, run.processes))
+    return ranking
+
+
+def _part(learning_rate: float) -> str:
+    """The directory of a learning rate's checkpoints and result."""
+    return f"lr-{learning_rate:g}"
+
+
+def _read_config(adapter: str, recipe: Recipe) -> RoutedLoraConfig:
+    config = load_adapter_config(adapter)
+    if recipe.router_aux_loss:
+        config.router_aux_loss_coef = recipe.router_aux_loss
+        config.router_class.check(config)
+    return config
+
+
+def _arguments(
+    run: Run,
+    recipe: Recipe,
+    parts: Mapping[str, float],
+    measure: bool,
+) -> dict[str, TrainingArguments]:
+    """The Trainer's arguments for each learning rate."""
+    arguments = {}
+    for part, rate in parts.items():
+        arguments[part] = run.arguments(
+            recipe,
+            part=part,
+            learning_rate=rate,
+            measure=measure,
+            label_names=["labels"],
+        )
+    return arguments
+
+
+def _settings(
+    stored: Path,
+    base: str,
+    training: Dataset,
+    recipe: Recipe,
+    learning_rates: Sequence[float],
+) -> dict[str, Any]:
+    return {
+        "adapter": hashlib.sha256(stored.read_bytes()).hexdigest(),
         "base_model": base,
         "data": fingerprint(training),
         **asdict(recipe),
         "learning_rates": list(learning_rates),
-        "processes": first.world_size,
     }
-    results, starts = _earlier(checkpoints, settings, learning_rates, resume=resume)
 
-    check_room(out, (2 + len(learning_rates)) * (Path(adapter) / SAFETENSORS_WEIGHTS_NAME).stat().st_size)
-    routed = load_routed(adapter, config, base, base_config, reading, is_trainable=True)
-    model = routed.get_base_model()
+
+def _check_trainable(routed: Any, config: RoutedLoraConfig, device: torch.device) -> None:
     if not any(parameter.requires_grad for parameter in routed.parameters()):
-        raise click.ClickException(f"router={config.router!r} has nothing to learn")
-    if getattr(model, "is_loaded_in_4bit", False) and first.device.type == "cpu":
-        raise click.ClickException(
-            "on a CPU, bitsandbytes lets no gradient through 4-bit layers once they have run: train on a GPU, or give "
-            "the base model as it was before it was quantised (--base)"
+        raise UserError(f"router={config.router!r} has nothing to learn")
+    if getattr(routed.get_base_model(), "is_loaded_in_4bit", False) and device.type == "cpu":
+        raise UserError(
+            "on a CPU, bitsandbytes lets no gradient through 4-bit layers once they have run: "
+            "train on a GPU, or give the base model as it was before it was quantised (--base)"
         )
-    if first.should_save:
-        keep_settings(checkpoints, settings)
 
-    def batch(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        tensors = collate(rows, padding_token(tokenizer))
+
+def _batches(model: Any, pad_token_id: int, first_label: int) -> Callable[[Rows], Batch]:
+    """A data collator whose `labels` are -100 for padding and, of a decoder, for the prefix."""
+
+    def batch(rows: Rows) -> Batch:
+        tensors = collate(rows, pad_token_id)
         if "labels" not in tensors:
-            tensors["labels"] = tensors["input_ids"].masked_fill(tensors["attention_mask"] == 0, -100)
-        if not base_config.is_encoder_decoder:
-            tensors["labels"][:, :first_label] = -100
-        else:  # held-out losses are computed from logits, without labels
+            is_padding = tensors["attention_mask"] == 0
+            tensors["labels"] = tensors["input_ids"].masked_fill(is_padding, -100)
+        if model.config.is_encoder_decoder:
+            # Held-out losses are computed from logits, without labels to make these from.
             tensors["decoder_input_ids"] = decoder_inputs(model, tensors["labels"])
+        else:
+            tensors["labels"][:, :first_label] = -100
         return tensors
 
-    for rate, start in starts.items():
-        routed.load_adapter(adapter, "default", is_trainable=True)
-        routed.train()
-        trainer = TokenTrainer(
-            routed, arguments[rate], data_collator=batch, train_dataset=training, eval_dataset=held_out or None
-        )
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise click.ClickException("FSDP and DeepSpeed are not supported: every process holds the whole model")
-        trainer.train(resume_from_checkpoint=start)
-        results[rate] = Result(rate, first_and_last(trainer.state.log_history, held_out))
-        if first.should_save:
-            directory = checkpoints / f"lr-{rate:g}"
-            routed.save_pretrained(str(directory / "trained"))
-            (directory / _RESULT).write_text(json.dumps(results[rate].losses), encoding="utf-8")
-        let_go(trainer)
-
-    ranked = sorted(results.values(), key=lambda result: (math.isnan(result.mean), result.mean))
-    if math.isnan(ranked[0].mean):
-        raise click.ClickException("the training diverged at every learning rate: the held-out loss is not a number")
-    if first.should_save:
-        with staged(out) as directory:
-            shutil.copytree(checkpoints / f"lr-{ranked[0].learning_rate:g}" / "trained", directory, dirs_exist_ok=True)
-            _extend_card(directory, data, recipe, ranked, first.world_size)
-        remove_checkpoints(checkpoints, [f"lr-{rate:g}" for rate in learning_rates])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return ranked if first.should_save else []
+    return batch
 
 
-def _check(config: RoutedLoraConfig) -> None:
-    try:
-        config.router_class.check(config)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+def _read_result(directory: Path, learning_rate: float) -> Result:
+    pairs = json.loads((directory / _RESULT).read_text(encoding="utf-8"))
+    losses = {name: (before, after) for name, (before, after) in pairs.items()}
+    return Result(learning_rate, losses)
 
 
-def _earlier(
-    checkpoints: Path, settings: dict[str, Any], learning_rates: Sequence[float], *, resume: bool
-) -> tuple[dict[float, Result], dict[float, str | None]]:
-    """What an interrupted training has finished, and where each of the others starts: a checkpoint, or afresh."""
-    parts = {f"lr-{rate:g}": rate for rate in learning_rates}
-    finished = {part: rate for part, rate in parts.items() if (checkpoints / part / _RESULT).exists()}
-    starts = last_checkpoints(checkpoints, settings, list(parts), resume=resume, finished=finished)
-    results = {}
-    for part, rate in finished.items():
-        losses = json.loads((checkpoints / part / _RESULT).read_text(encoding="utf-8"))
-        results[rate] = Result(rate, {name: (before, after) for name, (before, after) in losses.items()})
-    return results, {rate: starts[part] for part, rate in parts.items() if part not in finished}
+def _write_result(directory: Path, routed: Any, result: Result) -> None:
+    """The adapter goes first: where there is a result, its training is finished."""
+    routed.save_pretrained(str(directory / _TRAINED))
+    (directory / _RESULT).write_text(json.dumps(result.losses), encoding="utf-8")
 
 
-def _extend_card(
-    directory: Path, data: Sequence[str], recipe: Recipe, ranked: Sequence[Result], processes: int
-) -> None:
-    card = directory / "README.md"
+def _ranking(results: Sequence[Result]) -> list[Result]:
+    """The results, the lowest loss first. `UserError` where no loss is a number."""
+    ranking = sorted(results, key=lambda result: (math.isnan(result.mean), result.mean))
+    if math.isnan(ranking[0].mean):
+        complaint = "the training diverged at every learning rate"
+        raise UserError(f"{complaint}: the held-out loss is not a number")
+    return ranking
+
+
+def _card(
+    data: Sequence[str],
+    recipe: Recipe,
+    ranking: Sequence[Result],
+    processes: int,
+) -> list[str]:
+    best = ranking[0]
+    rates = ", ".join(f"{result.learning_rate:g}" for result in ranking)
     lines = [
-        "",
         "## Router training",
         "",
-        f"On {', '.join(data)}: {recipe.num_train_epochs:g} epochs, learning rate {ranked[0].learning_rate:g} "
-        f"(of {', '.join(f'{result.learning_rate:g}' for result in ranked)}), seed {recipe.seed}, "
-        f"{processes} process{'es' if processes > 1 else ''}.",
+        f"On {', '.join(data)}: {recipe.num_train_epochs:g} epochs, learning rate "
+        f"{best.learning_rate:g} (of {rates}), seed {recipe.seed}, {processes} "
+        f"process{'es' if processes > 1 else ''}.",
     ]
-    if ranked[0].losses:
-        lines += ["", "| held-out loss | before | after |", "|---|---:|---:|"]
-        lines += [f"| {name} | {before:.4f} | {after:.4f} |" for name, (before, after) in ranked[0].losses.items()]
-    card.write_text(card.read_text(encoding="utf-8").rstrip() + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    if best.losses:
+        lines += ["", before_and_after(best.losses, markdown=True)]
+    return lines

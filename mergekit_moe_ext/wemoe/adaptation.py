@@ -1,50 +1,68 @@
-"""Test-time adaptation of a weight-ensembling model: its routers learn from inputs without labels (WEMoE 3.3).
+"""Test-time adaptation: a weight-ensembling model's routers learn from inputs without labels.
 
-A step takes one batch of every task through that task's head and lowers the sum of the mean entropies of their
-predictions (equation 5). The Hugging Face Trainer does the work, on one process or, under `accelerate launch`, on
-many. To it the batches of a step are micro-batches that it accumulates, so that one task is in memory at a time.
+That is WEMoE 3.3. A step takes one batch of every task through that task's head and lowers the sum
+of the mean entropies of their predictions (equation 5). The Hugging Face Trainer does the work, on
+one process or, under `accelerate launch`, on many. To it the batches of a step are micro-batches
+that it accumulates, so that one task is in memory at a time.
 
-The network stays in inference mode, so that it adapts as it will be used. In a decoder a prediction is that of a next
-token, and those of tokens in the prefix, which the coefficients depend on, are left out.
+The network stays in inference mode, so that it adapts as it will be used. In a decoder a prediction
+is that of a next token, and those of tokens in the prefix, which the coefficients depend on, are
+left out.
 """
 
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import click
 from datasets import Dataset
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 from _mergekit_moe_ext_common import options as shared_options
 from _mergekit_moe_ext_common.data import Source, parse_sources
-from _mergekit_moe_ext_common.loading import load_tokenizer, silence
+from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import load_tokenizer
 from _mergekit_moe_ext_common.options import Reading
-from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
+from _mergekit_moe_ext_common.runs import (
+    Losses,
+    Measures,
+    Run,
+    before_and_after,
+    first_and_last,
+    model_identity,
+)
+from _mergekit_moe_ext_common.staging import copy_files, extend_card
 from _mergekit_moe_ext_common.training import (
-    keep_settings,
-    last_checkpoints,
-    part_processes,
+    dtypes_of,
+    restore_dtypes,
     split_sources,
-    training_arguments,
     with_predicted,
 )
 from mergekit_moe_ext.merging.card import renew_loading
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.modeling.configuration_wemoe import class_names
 from mergekit_moe_ext.recipes import Adaptation
-from mergekit_moe_ext.wemoe.inputs import Kind, One, Rounds, data_fingerprint, load_image_processor, model_inputs
+from mergekit_moe_ext.wemoe.inputs import (
+    Kind,
+    One,
+    Rounds,
+    data_fingerprint,
+    load_image_processor,
+    model_inputs,
+)
 from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
 from mergekit_moe_ext.wemoe.predictions import Predictions
 from mergekit_moe_ext.wemoe.trainer import AdaptationTrainer
 
 LOG = logging.getLogger(__name__)
-Measured = dict[str, dict[str, tuple[float, float]]]
+_OBJECTIVES = {
+    "entropy": "entropy of its predictions",
+    "supervised": "cross-entropy to given labels",
+}
 _KINDS: dict[str, Kind] = {
     "AutoModelForCausalLM": "decoder",
     "AutoModelForSeq2SeqLM": "encoder-decoder",
@@ -62,77 +80,40 @@ def adapt(
     *,
     eval_data: Sequence[str] = (),
     resume: bool = False,
-) -> Measured | None:
-    """Adapt the routers of a weight-ensembling model and write the result to `output`, `<model>-adapted` if not given.
+) -> Measures | None:
+    """Adapt the routers of a weight-ensembling model and write the result to `output`.
 
-    `data` are `TASK=SOURCE`; the task is a head's name where the model has several. Returns, per task, entropy and
-    accuracy (or, of tokens, loss) before and after; None in all but the main process. Checkpoints lie in
-    `<output>.checkpoints` until the adaptation is complete; `resume` goes on from the last one.
+    `data` are `TASK=SOURCE`; the task is a head's name where the model has several. Returns, per
+    task, entropy and accuracy (or, of tokens, loss) before and after; None in all but the main
+    process. `output` is `<model>-adapted` if not given. Checkpoints lie in `<output>.checkpoints`
+    until the adaptation is complete; `resume` goes on from the last one. Where there are several
+    processes, their group is gone afterwards. `UserError` for what cannot be adapted.
     """
-    silence(reading)
-    out = check_output(output or f"{model_path.rstrip('/')}-adapted")
-    checkpoints = out.with_name(f"{out.name}.checkpoints")
+    run = Run(output or f"{model_path.rstrip('/')}-adapted", reading)
     architecture, config = read_ensemble(model_path)
     kind = _kind(model_path, architecture, config)
-    rate = _learning_rate(kind, config) if adaptation.learning_rate is None else adaptation.learning_rate
-    adaptation = replace(adaptation, learning_rate=rate)
+    if adaptation.learning_rate is None:
+        adaptation = replace(adaptation, learning_rate=_learning_rate(kind, config))
     tasks = [source.name for source in parse_sources(data)]
     _check_tasks(model_path, config, tasks, [source.name for source in parse_sources(eval_data)])
-    recipe = shared_options.Recipe(
-        lr_scheduler_type="constant",
-        max_steps=adaptation.steps,
-        per_device_train_batch_size=adaptation.per_device_train_batch_size,
-        per_device_eval_batch_size=adaptation.per_device_eval_batch_size,
-        gradient_accumulation_steps=len(tasks),
-        held_out=adaptation.held_out,
-        eval_steps=adaptation.eval_steps or adaptation.steps,
-        save_steps=adaptation.save_steps,
-        seed=adaptation.seed,
-    )
-    arguments = training_arguments(
-        recipe,
-        reading,
-        checkpoints,
-        learning_rate=rate,
-        measure=True,
-        max_grad_norm=0.0,
-        ddp_find_unused_parameters=config.ensembling.get("per_tensor", False),  # a mask token, say
-        ddp_broadcast_buffers=False,  # these are the task vectors
-    )
-    arguments.logging_steps = max(1, adaptation.steps // 20)
-    prepare = load_image_processor(model_path, reading) if kind == "image" else load_tokenizer(model_path, reading)
+    recipe = _recipe(adaptation, len(tasks))
+    arguments = _arguments(run, recipe, adaptation, config)
+    load = load_image_processor if kind == "image" else load_tokenizer
+    prepare = load(model_path, reading)
     prefix = _prefix(kind, config)
-
-    def rows_of(rows: Dataset, source: Source) -> Dataset:
-        inputs = model_inputs(rows, source, kind, prepare, config, reading, adaptation)
-        return with_predicted(inputs, source, max(1, prefix)) if kind == "decoder" else inputs
-
+    read = _reader(kind, prepare, prefix, config, reading, adaptation)
     with arguments.main_process_first(desc="reading the data"):
-        training, held_out = split_sources(data, eval_data, recipe, rows_of)
-    settings = {
-        "model": str(Path(model_path).resolve()) if Path(model_path).exists() else model_path,
-        "weights": checkpoint_fingerprint(ModelReference.model_validate(model_path), MergeOptions()),
-        "data": {task: data_fingerprint(rows, adaptation.image_column) for task, rows in training.items()},
-        **asdict(adaptation),
-        "processes": arguments.world_size,
-    }
-    checkpoint = last_checkpoints(checkpoints, settings, resume=resume)[""]
-    for task in training if arguments.should_save else ():
-        kept = f"{len(held_out[task])} others are measured" if task in held_out else "they are the ones measured"
-        LOG.info("%s: adapting to %d inputs, %s", task, len(training[task]), _WHOSE[task in held_out] + "; " + kept)
+        training, held_out = split_sources(data, eval_data, recipe, read)
+    run.begin(_settings(model_path, training, adaptation), resume=resume)
+    if run.is_main:
+        _announce(training, held_out)
 
     model = load_ensemble(model_path, architecture, config)
-    check_room(out, sum(t.nbytes for t in model.state_dict().values()))
-    dtypes = {name: p.dtype for name, p in model.routers.named_parameters()}
-    model.requires_grad_(False)
-    model.routers.requires_grad_(True)
-    model.routers.float()  # in bfloat16 small steps would be rounded away
-    frozen = set(model.state_dict()) - {name for name, p in model.named_parameters() if p.requires_grad}
-    # every process has read them, and some have types that are not sent
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(frozen))
-
+    run.check_room(sum(tensor.nbytes for tensor in model.state_dict().values()))
+    dtypes = dtypes_of(model.routers)
+    _prepare_parameters(model)
     measured = {task: held_out.get(task, rows) for task, rows in training.items()}
-    batch = adaptation.per_device_train_batch_size * arguments.world_size
+    batch = adaptation.per_device_train_batch_size * run.processes
     trainer = AdaptationTrainer(
         model,
         arguments,
@@ -141,63 +122,141 @@ def adapt(
         predictions=Predictions(model, kind, prepare, prefix, adaptation.image_column),
         adaptation=adaptation,
     )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise click.ClickException("FSDP and DeepSpeed are not supported: use `accelerate launch --multi_gpu`")
-    if arguments.should_save:
-        keep_settings(checkpoints, settings)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    results = _before_and_after(trainer.state.log_history, list(measured))
-
-    part_processes(trainer)
-    if not arguments.should_save:
+    run.train(trainer)
+    run.end_group()
+    if not run.is_main:
         return None
-    if trainer.state.global_step < adaptation.steps:
-        LOG.info("stopped after %d steps: the objective fell no more", trainer.state.global_step)
-    guarded = {task: int(count) for task, count in (trainer.guard.acted if trainer.guard else {}).items() if count}
-    for task, count in guarded.items():
-        LOG.info("the guard acted on %s in %d of %d steps", task, count, trainer.state.global_step)
-    for task in _worse(results):
-        LOG.warning(
-            "%s: predictions are surer now and more often wrong; try a lower --learning-rate or fewer --steps", task
-        )
-    for name, parameter in model.routers.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
-    with staged(out) as directory:
+
+    results = first_and_last(trainer.state.log_history, measured)
+    _report(trainer, results)
+    restore_dtypes(model.routers, dtypes)
+    with run.finish() as directory:
         copy_files(Path(model_path).expanduser(), directory)
         model.save_pretrained(directory)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
-        renew_loading(directory, architecture._auto_class, remote_code=True, tasks=list(config.ensembling["heads"]))
-        extend_card(directory, _card(data, settings, results, guarded, trainer.state.global_step, sorted(held_out)))
-    shutil.rmtree(checkpoints)
+        heads = list(config.ensembling["heads"])
+        renew_loading(directory, architecture._auto_class, remote_code=True, tasks=heads)
+        extend_card(directory, _card(data, run.settings, results, trainer, sorted(held_out)))
     return results
 
 
-_WHOSE = {True: "which are not the ones measured", False: "the test inputs themselves, as in the paper"}
+def _settings(
+    model_path: str,
+    training: Mapping[str, Dataset],
+    adaptation: Adaptation,
+) -> dict[str, Any]:
+    reference = ModelReference.model_validate(model_path)
+    images = adaptation.image_column
+    return {
+        "model": model_identity(model_path),
+        "weights": checkpoint_fingerprint(reference, MergeOptions()),
+        "data": {task: data_fingerprint(rows, images) for task, rows in training.items()},
+        **asdict(adaptation),
+    }
+
+
+def _recipe(adaptation: Adaptation, tasks: int) -> shared_options.Recipe:
+    """The adaptation as the Trainer knows it: a step accumulates one batch of every task."""
+    return shared_options.Recipe(
+        lr_scheduler_type="constant",
+        max_steps=adaptation.steps,
+        per_device_train_batch_size=adaptation.per_device_train_batch_size,
+        per_device_eval_batch_size=adaptation.per_device_eval_batch_size,
+        gradient_accumulation_steps=tasks,
+        held_out=adaptation.held_out,
+        eval_steps=adaptation.eval_steps or adaptation.steps,
+        save_steps=adaptation.save_steps,
+        seed=adaptation.seed,
+    )
+
+
+def _arguments(
+    run: Run,
+    recipe: shared_options.Recipe,
+    adaptation: Adaptation,
+    config: Any,
+) -> TrainingArguments:
+    assert adaptation.learning_rate is not None
+    arguments = run.arguments(
+        recipe,
+        learning_rate=adaptation.learning_rate,
+        measure=True,
+        max_grad_norm=0.0,
+        ddp_find_unused_parameters=config.ensembling.get("per_tensor", False),  # a mask token, say
+        ddp_broadcast_buffers=False,  # these are the task vectors
+    )
+    # Measuring is rare, often only before and after; the objective gets a line more often.
+    arguments.logging_steps = max(1, adaptation.steps // 20)
+    return arguments
+
+
+def _reader(
+    kind: Kind,
+    prepare: Any,
+    prefix: int,
+    config: Any,
+    reading: Reading,
+    adaptation: Adaptation,
+) -> Callable[[Dataset, Source], Dataset]:
+    """A function from a source's rows to inputs of the model."""
+
+    def read(rows: Dataset, source: Source) -> Dataset:
+        inputs = model_inputs(rows, source, kind, prepare, config, reading, adaptation)
+        return with_predicted(inputs, source, max(1, prefix)) if kind == "decoder" else inputs
+
+    return read
+
+
+def _announce(training: Mapping[str, Dataset], held_out: Mapping[str, Dataset]) -> None:
+    """Says of each task whether the rows adapted to are the ones measured."""
+    for task, rows in training.items():
+        if task in held_out:
+            others = len(held_out[task])
+            relation = f"which are not the ones measured; {others} others are measured"
+        else:
+            relation = "the test inputs themselves, as in the paper; they are the ones measured"
+        LOG.info("%s: adapting to %d inputs, %s", task, len(rows), relation)
+
+
+def _prepare_parameters(model: Any) -> None:
+    """Makes the routers all that is trained, and float32: in bfloat16 small steps would be lost."""
+    model.requires_grad_(False)
+    model.routers.requires_grad_(True)
+    model.routers.float()
+    # Every process has read what is frozen, and some of it has types that are not sent.
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = sorted(set(model.state_dict()) - trainable)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 def _kind(model_path: str, architecture: Any, config: Any) -> Kind:
     auto = architecture._auto_class
     if auto not in _KINDS:
-        raise click.ClickException(
-            f"{model_path} is {architecture.__name__}; what is adapted are models of classes or next tokens, those of "
-            + ", ".join(_KINDS)
+        raise UserError(
+            f"{model_path} is {architecture.__name__}; what is adapted are models of classes or "
+            f"next tokens, those of {', '.join(_KINDS)}"
         )
     heads = config.ensembling["heads"].values() or [class_names(config)]
     if _KINDS[auto] in ("text", "image") and min(map(len, heads)) < 2:
-        raise click.ClickException(f"{model_path} has a head of one class, whose predictions have no entropy")
+        raise UserError(f"{model_path} has a head of one class, whose predictions have no entropy")
     return _KINDS[auto]
 
 
-def _check_tasks(model_path: str, config: Any, tasks: Sequence[str], measured: Sequence[str]) -> None:
+def _check_tasks(
+    model_path: str,
+    config: Any,
+    tasks: Sequence[str],
+    measured: Sequence[str],
+) -> None:
     heads = config.ensembling["heads"]
     for task in tasks:
         if heads and task not in heads:
-            raise click.ClickException(
-                f"{model_path} has no head {task!r}; write --data TASK=SOURCE with one of {', '.join(heads)}"
-            )
+            names = ", ".join(heads)
+            complaint = f"{model_path} has no head {task!r}"
+            raise UserError(f"{complaint}; write --data TASK=SOURCE with one of {names}")
     for task in measured:
         if task not in tasks:
-            raise click.ClickException(f"--eval-data {task}: there is no --data of this name")
+            raise UserError(f"--eval-data {task}: there is no --data of this name")
 
 
 def _prefix(kind: Kind, config: Any) -> int:
@@ -208,60 +267,59 @@ def _prefix(kind: Kind, config: Any) -> int:
 
 
 def _learning_rate(kind: Kind, config: Any) -> float:
-    """The paper's, and a tenth of it for tokens, whose loss soars at the paper's (docs/wemoe_texts.md)."""
+    """The paper's learning rate, and a tenth of it for tokens.
+
+    Their loss soars at the paper's (docs/wemoe_texts.md).
+    """
     predicts_tokens = kind in ("decoder", "encoder-decoder")
     return 1e-4 if predicts_tokens and config.ensembling["router_layers"] else 1e-3
 
 
-def _worse(results: Measured) -> list[str]:
-    """The tasks whose entropy fell and whose accuracy fell or loss rose."""
+def _report(trainer: AdaptationTrainer, results: Measures) -> None:
+    """Says what a user would not expect: an early stop, the guard at work, worse predictions."""
+    steps = trainer.state.global_step
+    if steps < trainer.state.max_steps:
+        LOG.info("stopped after %d steps: the objective fell no more", steps)
+    for task, count in trainer.guarded_steps().items():
+        LOG.info("the guard acted on %s in %d of %d steps", task, count, steps)
+    for task, measures in results.items():
+        if _is_worse(measures):
+            remedy = "try a lower --learning-rate or fewer --steps"
+            LOG.warning("%s: predictions are surer now and more often wrong; %s", task, remedy)
 
-    def fell(measures: Mapping[str, tuple[float, float]], name: str, sign: int = 1) -> bool:
-        before, after = measures.get(name, (0.0, 0.0))
-        return sign * after < sign * before
 
-    return [
-        task
-        for task, measures in results.items()
-        if fell(measures, "entropy") and (fell(measures, "accuracy") or fell(measures, "loss", -1))
-    ]
-
-
-def _before_and_after(history: Sequence[dict[str, Any]], tasks: Sequence[str]) -> Measured:
-    results: Measured = {}
-    for task in tasks:
-        for measure in ("entropy", "accuracy", "loss"):
-            values = [entry[key] for entry in history if (key := f"eval_{task}_{measure}") in entry]
-            if values:
-                results.setdefault(task, {})[measure] = values[0], values[-1]
-    return results
+def _is_worse(measures: Losses) -> bool:
+    """Whether a task's entropy fell, and its accuracy fell or its loss rose."""
+    unchanged = (0.0, 0.0)
+    before, after = measures.get("entropy", unchanged)
+    accuracy_before, accuracy_after = measures.get("accuracy", unchanged)
+    loss_before, loss_after = measures.get("loss", unchanged)
+    return after < before and (accuracy_after < accuracy_before or loss_after > loss_before)
 
 
 def _card(
     data: Sequence[str],
     settings: Mapping[str, Any],
-    results: Measured,
-    guarded: Mapping[str, int],
-    steps: int,
+    results: Measures,
+    trainer: AdaptationTrainer,
     held_out: Sequence[str],
 ) -> list[str]:
-    what = "entropy of its predictions" if settings["objective"] == "entropy" else "cross-entropy to given labels"
-    on = f"on other inputs ({', '.join(held_out)})" if held_out else "on the inputs adapted to"
+    objective = _OBJECTIVES[settings["objective"]]
+    text = (
+        f"After merging, the routers were adapted with mergekit-moe-ext to lower the {objective} "
+        f"on {', '.join(data)}: {trainer.state.global_step} steps, learning rate "
+        f"{settings['learning_rate']}, {settings['per_device_train_batch_size']} rows of each task "
+        f"per process, processes {settings['processes']}, seed {settings['seed']}."
+    )
+    for task, count in trainer.guarded_steps().items():
+        text += f" The collapse guard acted on {task} in {count} steps."
+    inputs = f"other inputs ({', '.join(held_out)})" if held_out else "the inputs adapted to"
     return [
         "## Adaptation",
         "",
-        f"After merging, the routers were adapted with mergekit-moe-ext to lower the {what} on {', '.join(data)}: "
-        f"{steps} steps, learning rate {settings['learning_rate']}, {settings['per_device_train_batch_size']} rows of "
-        f"each task per process, processes {settings['processes']}, seed {settings['seed']}."
-        + "".join(f" The collapse guard acted on {task} in {count} steps." for task, count in guarded.items()),
+        text,
         "",
-        f"Measured {on}:",
+        f"Measured on {inputs}:",
         "",
-        "| task | measure | before | after |",
-        "|---|---|---:|---:|",
-        *(
-            f"| {task} | {measure} | {before:.4f} | {after:.4f} |"
-            for task, measures in results.items()
-            for measure, (before, after) in measures.items()
-        ),
+        before_and_after(results, markdown=True),
     ]

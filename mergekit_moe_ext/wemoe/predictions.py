@@ -1,4 +1,7 @@
-"""What a weight-ensembling model, or a stock one, reads and predicts, for adaptation and for the analyses."""
+"""The inputs and predictions of a weight-ensembling model or a stock one.
+
+Adaptation and the analyses go through them.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from mergekit_moe_ext.wemoe.objective import entropy
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model of one kind reads and predicts."""
+    """The batches that a model of one kind reads, and its predictions for them."""
 
     model: Any
     kind: Kind
@@ -27,8 +30,8 @@ class Predictions:
     image_column: str
 
     def batch(self, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        """A data collator of rows `{task: row}` of one task."""
-        (task,) = {name for row in rows for name in row}
+        """The data collator: rows `{task: row}`, all of one task, become `{task: inputs}`."""
+        (task,) = set().union(*rows)
         return {task: self._inputs([row[task] for row in rows])}
 
     def _inputs(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -42,27 +45,51 @@ class Predictions:
             tensors["decoder_input_ids"] = decoder_inputs(self.model, tensors["labels"])
         return tensors if labels is None else {**tensors, "labels": labels}
 
-    def of(self, model: Any, task: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Logits (predictions, classes) in float32, the right classes if known, and the rows that they are of."""
-        more: dict[str, Any] = {"task": task} if self.model.ensembling.heads else {}
+    def of(
+        self,
+        model: Any,
+        task: str,
+        batch: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The predictions for a batch, one per row of classes, or one per token to predict.
+
+        Returns logits (predictions, classes) in float32; the right classes (predictions,), None
+        where they are unknown; and the row of the batch that each prediction is of (predictions,).
+        """
+        inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
+        if self.model.ensembling.heads:
+            inputs["task"] = task
         if self.model.can_generate():
-            more["use_cache"] = False
-        logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}, **more).logits
+            inputs["use_cache"] = False
+        logits = model(**inputs).logits
         labels = batch.get("labels")
         if self.kind == "decoder":
+            # The logits at one position predict the token at the next. Predictions of tokens in the
+            # prefix depend, through the coefficients, on later tokens, and so do not count.
             real = batch["attention_mask"].bool()
-            chosen = (real & (real.cumsum(dim=1) > self.prefix))[:, 1:]
-            logits, labels = logits[:, :-1][chosen], batch["input_ids"][:, 1:][chosen]
+            is_predicted = (real & (real.cumsum(dim=1) > self.prefix))[:, 1:]
+            logits = logits[:, :-1][is_predicted]
+            labels = batch["input_ids"][:, 1:][is_predicted]
         elif self.kind == "encoder-decoder":
             assert labels is not None
-            chosen = labels != -100
-            logits, labels = logits[chosen], labels[chosen]
+            is_predicted = labels != -100
+            logits = logits[is_predicted]
+            labels = labels[is_predicted]
         else:
-            chosen = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        return logits.float(), labels, chosen.nonzero()[:, 0]
+            is_predicted = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        return logits.float(), labels, is_predicted.nonzero()[:, 0]
 
-    def by_row(self, model: Any, task: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Per row the sums of entropy and of right classes or losses (rows, 2), and their number (rows,)."""
+    def by_row(
+        self,
+        model: Any,
+        task: str,
+        batch: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The sums over each row's predictions of what is measured, and their number.
+
+        The sums (rows, 2) are of the entropy, and of the right classes or the losses; the numbers
+        have the shape (rows,).
+        """
         logits, classes, rows = self.of(model, task, batch)
         if classes is None:
             second = torch.full(logits.shape[:1], torch.nan, device=logits.device)
@@ -71,7 +98,8 @@ class Predictions:
         else:
             second = functional.cross_entropy(logits, classes, reduction="none")
         size = len(next(iter(batch.values())))
-        sums = logits.new_zeros(size, 2).index_add(0, rows, torch.stack([entropy(logits), second], dim=1))
+        values = torch.stack([entropy(logits), second], dim=1)
+        sums = logits.new_zeros(size, 2).index_add(0, rows, values)
         return sums, torch.bincount(rows, minlength=size)
 
     @property
@@ -79,7 +107,9 @@ class Predictions:
         return "accuracy" if self.kind in ("text", "image") else "loss"
 
     def measures(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Means over all predictions, from sums and numbers as `by_row` gives them."""
         sums: Any = prediction.predictions
         means = sums.sum(axis=0, dtype=np.float64) / prediction.label_ids.sum()
-        named = dict(zip(("entropy", self._second), map(float, means), strict=True))
-        return {name: value for name, value in named.items() if value == value}
+        values = dict(zip(("entropy", self._second), map(float, means), strict=True))
+        # Where the right classes are unknown the second is not a number.
+        return {name: value for name, value in values.items() if value == value}

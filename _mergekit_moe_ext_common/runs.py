@@ -1,0 +1,206 @@
+"""A training of ours from its first check to its card, and the table of what it changed.
+
+`mergekit-moe-ext train` and `adapt` and `peft-route train` take the same steps in the same order.
+What each of them trains, on what and by which Trainer, is its own; the steps around that are `Run`.
+"""
+
+import json
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import Trainer, TrainingArguments
+
+from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import silence
+from _mergekit_moe_ext_common.options import Reading, Recipe
+from _mergekit_moe_ext_common.staging import check_output, check_room, staged
+from _mergekit_moe_ext_common.training import MEASURES, training_arguments
+
+_SETTINGS = "settings.json"
+Losses = dict[str, tuple[float, float]]  # of each source, before and after
+Measures = dict[str, Losses]  # of each task, by the name of what was measured
+
+
+class Run:
+    """One training: where it writes, where it starts, and what is done around it.
+
+    A run has one part, whose name is empty, or several, each with a Trainer and a directory of
+    checkpoints of its own. Methods are called in the order in which they stand here.
+    """
+
+    def __init__(self, output: str, reading: Reading) -> None:
+        """Nothing is written yet. `UserError` where `output` cannot be."""
+        silence(reading)
+        self.out = check_output(output)
+        self.checkpoints = self.out.with_name(f"{self.out.name}.checkpoints")
+        self.starts: dict[str, str | None] = {}
+        # How many processes there are, and which one writes, only the Trainer's arguments know.
+        self.is_main = True
+        self.processes = 1
+        self._reading = reading
+        self.settings: dict[str, Any] = {}
+
+    def arguments(
+        self, recipe: Recipe, *, learning_rate: float, measure: bool, part: str = "", **more: Any
+    ) -> TrainingArguments:
+        """The Trainer's arguments for one part. `UserError` where the Trainer refuses them."""
+        arguments = training_arguments(
+            recipe,
+            self._reading,
+            self.checkpoints / part,
+            learning_rate=learning_rate,
+            measure=measure,
+            **more,
+        )
+        self.is_main = arguments.should_save
+        self.processes = arguments.world_size
+        return arguments
+
+    def begin(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        parts: Sequence[str] = ("",),
+        finished: Collection[str] = (),
+    ) -> None:
+        """Finds where each part starts: at its last complete checkpoint, or afresh (None).
+
+        `settings` are what must be the same when a run is resumed; `finished` are the parts that
+        need no training any more. `UserError` where there is an interrupted run and it is not to be
+        resumed, and where there is none, or another one, and it is.
+        """
+        self.settings = {**settings, "processes": self.processes}
+        complete = {part: _complete_checkpoints(self.checkpoints / part) for part in parts}
+        is_begun = bool(finished) or any(complete.values())
+        if resume:
+            if not is_begun:
+                raise UserError(f"there is no checkpoint in {self.checkpoints} to resume from")
+            self._check_settings()
+            for part, paths in complete.items():
+                self.starts[part] = str(paths[-1]) if paths else None
+            return
+        # Parts of other names, say of other learning rates, are an interrupted run as well.
+        if is_begun or any(self.checkpoints.glob("*/checkpoint-*/trainer_state.json")):
+            remedy = "--resume goes on with it, or remove it"
+            raise UserError(f"{self.checkpoints} holds an unfinished training; {remedy}")
+        self.starts = dict.fromkeys(parts)
+
+    def _check_settings(self) -> None:
+        earlier = json.loads((self.checkpoints / _SETTINGS).read_text(encoding="utf-8"))
+        for name, value in self.settings.items():
+            if earlier.get(name) != value:
+                raise UserError(
+                    f"the training in {self.checkpoints} had another {name.replace('_', ' ')}: "
+                    f"{earlier.get(name)}, not {value}"
+                )
+
+    def check_room(self, needed: int) -> None:
+        """`UserError` where the output's disk has fewer than `needed` bytes free."""
+        check_room(self.out, needed)
+
+    def train(self, trainer: Trainer, part: str = "") -> None:
+        """Trains one part, from where it starts, and waits until all processes have.
+
+        `UserError` where the model would be split between processes.
+        """
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise UserError(
+                "FSDP and DeepSpeed are not supported yet: every process holds the whole model; "
+                "use `accelerate launch --multi_gpu`"
+            )
+        if self.is_main:
+            self._keep_settings()
+        trainer.train(resume_from_checkpoint=self.starts[part])
+        # Let go of the model that is spread over the processes. Were it the last to hold their
+        # group, the group would be taken down while Python's lock is held, and with Gloo that can
+        # wait forever for a thread that wants the lock.
+        trainer.accelerator.wait_for_everyone()
+        trainer.model_wrapped = trainer.model
+        trainer.accelerator.free_memory()
+
+    def _keep_settings(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        partial = self.checkpoints / f".{_SETTINGS}.partial"
+        partial.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+        partial.replace(self.checkpoints / _SETTINGS)
+
+    def end_group(self) -> None:
+        """Ends the group of processes: what is left to do, only the main one does."""
+        PartialState().destroy_process_group()
+
+    @contextmanager
+    def finish(self) -> Iterator[Path]:
+        """Yields a directory that becomes the output, and then removes the checkpoints."""
+        with staged(self.out) as directory:
+            yield directory
+        # What somebody else has put beside the checkpoints of several parts stays.
+        for part in self.starts:
+            shutil.rmtree(self.checkpoints / part, ignore_errors=True)
+        (self.checkpoints / _SETTINGS).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.checkpoints.rmdir()
+
+
+def _complete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints that were written to their end, the last step last."""
+    states = directory.glob("checkpoint-*/trainer_state.json")
+    paths = [state.parent for state in states]
+    return sorted(paths, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def model_identity(model: str) -> str:
+    """How settings name a model: a directory by its full path, one on the Hub by its name."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def first_and_last(history: Sequence[Mapping[str, Any]], names: Collection[str]) -> Measures:
+    """What was measured first and last in a Trainer's history, per source or task and measure."""
+    measured: Measures = {}
+    for name in names:
+        for measure in MEASURES:
+            key = f"eval_{name}_{measure}"
+            values = [entry[key] for entry in history if key in entry]
+            if values:
+                measured.setdefault(name, {})[measure] = (values[0], values[-1])
+    return measured
+
+
+def losses_before_and_after(trainer: Trainer, names: Collection[str]) -> Losses:
+    """The held-out loss of each source before and after."""
+    measured = first_and_last(trainer.state.log_history, names)
+    return {name: measures["loss"] for name, measures in measured.items()}
+
+
+def before_and_after(measured: Losses | Measures, *, markdown: bool = False) -> str:
+    """A table of losses per source, or of measures per task, for a terminal or in Markdown."""
+    labels = ["held-out loss"]
+    rows = []
+    for name, values in measured.items():
+        if isinstance(values, tuple):
+            rows.append([name, *_numbers(values)])
+        else:
+            labels = ["task", "measure"]
+            rows += [[name, measure, *_numbers(pair)] for measure, pair in values.items()]
+    heading = [*labels, "before", "after"]
+    if markdown:
+        rule = "|" + "---|" * len(labels) + "---:|---:|"
+        lines = [f"| {' | '.join(row)} |" for row in [heading, *rows]]
+        return "\n".join([lines[0], rule, *lines[1:]])
+    # Labels stand on the left, and numbers, of eight places or more, on the right of their column.
+    columns = []
+    for number, column in enumerate(zip(heading, *rows, strict=True)):
+        width = max(map(len, column))
+        if number < len(labels):
+            columns.append([cell.ljust(width) for cell in column])
+        else:
+            columns.append([cell.rjust(max(8, width)) for cell in column])
+    return "\n".join("  ".join(cells) for cells in zip(*columns, strict=True))
+
+
+def _numbers(pair: tuple[float, float]) -> list[str]:
+    return [f"{number:.4f}" for number in pair]
