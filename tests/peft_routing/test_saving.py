@@ -33,6 +33,8 @@ from peft_routing.routers import all_routers
 from tests.conftest import read_tensors, run, same_files
 from tests.peft_routing.adapters import NAMES, make_base, save_experts, save_lora, skip_without_native_adapters
 
+pytestmark = pytest.mark.hosts
+
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 WEIGHTS = {"math": 0.7, "code": -0.2, "law": 0.4}
 CLUSTERS = {"math": "b", "code": "a", "law": "b"}

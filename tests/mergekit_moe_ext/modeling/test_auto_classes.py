@@ -34,6 +34,8 @@ FRESH = """
 import sys, mergekit_moe_ext, torch
 assert not {name for name in sys.modules if name.startswith(("transformers.models.vit.", "transformers.models.t5."))}
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSeq2SeqLM
+
+pytestmark = pytest.mark.hosts
 assert type(AutoConfig.from_pretrained("vit")).__name__ == "WEMoEViTConfig"
 assert "transformers.models.vit.modeling_vit" not in sys.modules
 for name, auto in {"vit": AutoModelForImageClassification, "t5": AutoModelForSeq2SeqLM}.items():
