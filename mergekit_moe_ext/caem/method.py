@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoadTensor
 from transformers import PretrainedConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.caem.allocation import allocate, most_used, normalised_entropy
 from mergekit_moe_ext.caem.checks import (
@@ -154,9 +154,7 @@ def _allocate(
         counts = [_counts(usage, layer.router) for usage in usages]
         for model, of_model in zip(job.experts, counts, strict=True):
             if not any(of_model):
-                raise click.ClickException(
-                    f"the usage of {model} has no expert that was ever chosen in {layer.router}"
-                )
+                raise UserError(f"the usage of {model} has no expert that was ever chosen in {layer.router}")
         entropies = [normalised_entropy(of_model) for of_model in counts]
         if job.options.allocation == "fixed":
             numbers = [options.experts for options in job.model_options]

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import torch
 import transformers
 from mergekit.architecture import WeightInfo
@@ -17,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.modeling import find_architecture
 
 
@@ -48,7 +48,7 @@ def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torc
     """A model of the one class in `config.architectures`, without memory, and its state dict in hub layout."""
     model_class = find_architecture(config.architectures[0]) or getattr(transformers, config.architectures[0], None)
     if model_class is None:
-        raise click.ClickException(f"{config.architectures[0]} is no architecture of transformers")
+        raise UserError(f"{config.architectures[0]} is no architecture of transformers")
     with torch.device("meta"):
         model = model_class(config)
     return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import torch
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference, dtype_from_name
@@ -21,6 +20,8 @@ from mergekit.merge_methods.base import MergeMethod, MergeMethodSpec
 from mergekit.options import MergeOptions
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PretrainedConfig
+
+from _mergekit_moe_ext_common.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -122,7 +123,7 @@ class StructuralMethod(MergeMethod):
         """Check the sources and say where every tensor comes from. Reads tensors only where they decide it."""
 
     def _execute(self, *_args: Any, **_kwargs: Any) -> Any:
-        raise click.ClickException(
+        raise UserError(
             f"{self.spec.name} builds a new architecture, so it cannot merge single tensors; "
             "run it with mergekit-yaml or mergekit.merge.run_merge"
         )

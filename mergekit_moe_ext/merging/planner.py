@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import click
 import pydantic
 from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ModelReference
@@ -22,6 +21,7 @@ from mergekit.io.tasks import FinalizeModel, GatherTensors, LoadTensor, SaveTens
 from mergekit.merge_methods.base import BasePolicy
 from mergekit.plan import MergePlanner as StockMergePlanner
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import check_against, manifest_of
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, LoadFiniteTensor, RefuseNonfinite
@@ -129,11 +129,11 @@ class MergePlanner(StockMergePlanner):
             self.plan_tensor(weight, [weight] * len(models), models, reader)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            raise click.ClickException(
+            raise UserError(
                 f"{self._method.spec.name} cannot merge {weight.name}: {first['input']!r}: {first['msg']}"
             ) from error
         except (RuntimeError, ValueError) as error:
-            raise click.ClickException(f"{self._method.spec.name} cannot merge {weight.name}: {error}") from error
+            raise UserError(f"{self._method.spec.name} cannot merge {weight.name}: {error}") from error
         weight, task = self._tensors.pop()
         if not self._job.options.allow_nonfinite:
             task = RefuseNonfinite(tensor_task=_loading_finite(task), name=name, out_dtype=self.config.out_dtype)
@@ -156,7 +156,7 @@ class MergePlanner(StockMergePlanner):
 
     def plan_in_memory(self) -> list[Any]:
         if isinstance(self.arch_info, PlannedArchitecture):
-            raise click.ClickException(f"{self._job.method.spec.name} writes to disk only")
+            raise UserError(f"{self._job.method.spec.name} writes to disk only")
         return super().plan_in_memory()
 
     def _copy_tasks(self, finalize: FinalizeModel) -> list[CopyTensors]:

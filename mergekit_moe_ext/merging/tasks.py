@@ -4,12 +4,13 @@ import hashlib
 import math
 from collections.abc import Callable
 
-import click
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
+
+from _mergekit_moe_ext_common.errors import UserError
 
 _LET_THROUGH = "`allow_nonfinite: true` under `parameters:` lets it through"
 Distribution = Callable[[tuple[int, ...], float, torch.Generator], torch.Tensor]
@@ -23,10 +24,10 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def cast_finite(tensor: torch.Tensor, dtype: torch.dtype | None, what: str) -> torch.Tensor:
-    """`tensor.to(dtype)`, whose values must stay finite. `ClickException` says `what` does not fit."""
+    """`tensor.to(dtype)`, whose values must stay finite. `UserError` says `what` does not fit."""
     cast = tensor.to(dtype) if dtype else tensor
     if cast is not tensor and not is_finite(cast):
-        raise click.ClickException(f"{what} has values too large for {dtype}; {_LET_THROUGH}")
+        raise UserError(f"{what} has values too large for {dtype}; {_LET_THROUGH}")
     return cast
 
 
@@ -39,7 +40,7 @@ class LoadFiniteTensor(LoadTensor):
             return None
         what = f"{self.tensor} of {self.model}"
         if not is_finite(tensor):
-            raise click.ClickException(f"{what} holds NaN or Inf; {_LET_THROUGH}")
+            raise UserError(f"{what} holds NaN or Inf; {_LET_THROUGH}")
         return cast_finite(tensor, dtype_from_name(self.dtype), what)
 
 
@@ -60,7 +61,7 @@ class RefuseNonfinite(Task[torch.Tensor | None]):
         if tensor is None:
             return None
         if not is_finite(tensor):
-            raise click.ClickException(f"merging {self.name} gave NaN or Inf; {_LET_THROUGH}")
+            raise UserError(f"merging {self.name} gave NaN or Inf; {_LET_THROUGH}")
         return cast_finite(tensor, dtype_from_name(self.out_dtype), self.name)
 
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import click
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
@@ -16,6 +15,7 @@ from mergekit.io.tasks import LoadTensor
 from pydantic import Field
 from torch import Tensor
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import output_dtype, read_configs, read_headers
 from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor, RandomTensor
@@ -120,23 +120,21 @@ def _check(job: Job) -> None:
     entries = [job.config.parameters or {}, *(entry.parameters or {} for entry in job.config.models or [])]
     for key in {key: None for given in entries for key in given}:
         if key not in HeteroMoeOptions.model_fields:
-            raise click.ClickException(f"hetero_moe merges nothing by a tensor method, so it has no use for `{key}`")
+            raise UserError(f"hetero_moe merges nothing by a tensor method, so it has no use for `{key}`")
     if job.donor not in job.experts:
-        raise click.ClickException(
-            f"base_model: {job.donor}, whose tokenizer the output speaks, must be among `models:`"
-        )
+        raise UserError(f"base_model: {job.donor}, whose tokenizer the output speaks, must be among `models:`")
     if job.config.tokenizer or job.config.tokenizer_source:
-        raise click.ClickException("hetero_moe speaks the tokenizer of `base_model`: leave `tokenizer` out")
+        raise UserError("hetero_moe speaks the tokenizer of `base_model`: leave `tokenizer` out")
     if options.embedding == "separate":
         for key in ("projector", "projector_init"):
             if getattr(options, key) is not None:
-                raise click.ClickException(f"embedding: separate has no projectors: leave {key} out")
+                raise UserError(f"embedding: separate has no projectors: leave {key} out")
 
 
 def _check_heads(job: Job, decoders: Mapping[ModelReference, Decoder]) -> None:
     for model in job.experts:
         if "bias" in decoders[model].head:
-            raise click.ClickException(
+            raise UserError(
                 f"the head of {model} has a bias, which a shared head has no place for; take embedding: separate"
             )
 

@@ -7,11 +7,11 @@ Every source is an expert with its own stack of decoder layers (`attention: sepa
 import re
 from typing import Any, Literal
 
-import click
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from pydantic import Field
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.layers import attention_and_ffn
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import check_same_size, output_dtype, read_configs, read_headers
@@ -55,7 +55,7 @@ class SeqMoe(StructuralMethod):
         _check_task_vector_layers(options, donor.config.num_hidden_layers)
         patterns = _shared_patterns(donor, options)
         if options.embedding == "separate" and (job.config.tokenizer or job.config.tokenizer_source):
-            raise click.ClickException("embedding: separate keeps every expert's vocabulary: leave `tokenizer` out")
+            raise UserError("embedding: separate keeps every expert's vocabulary: leave `tokenizer` out")
         config = sequence_config(
             job,
             donor.config,
@@ -106,7 +106,7 @@ def _check_one_architecture(job: Job, decoders: dict[ModelReference, Decoder]) -
     wanted = decoders[job.donor].config.architectures
     for model, decoder in decoders.items():
         if decoder.config.architectures != wanted:
-            raise click.ClickException(
+            raise UserError(
                 f"{model} is a {decoder.config.architectures[0]} and {job.donor} a {wanted[0]}; `merge_method: "
                 "hetero_moe` takes different architectures"
             )
@@ -117,7 +117,7 @@ def _base_expert(job: Job) -> int:
     if job.base in job.experts:
         return job.experts.index(job.base)
     if job.options.routing == "task_vector":
-        raise click.ClickException(
+        raise UserError(
             "routing: task_vector takes the gradient at the base model, which must be an expert: "
             + (f"list {job.base} in `models:`" if job.base else "name one of `models:` as `base_model:`")
         )
@@ -129,11 +129,9 @@ def _check_task_vector_layers(options: SeqMoeOptions, number: int) -> None:
     if layers is None:
         return
     if options.routing != "task_vector":
-        raise click.ClickException("task_vector_layers is for routing: task_vector; nothing else compares layers")
+        raise UserError("task_vector_layers is for routing: task_vector; nothing else compares layers")
     if not layers or not all(0 <= layer < number for layer in layers):
-        raise click.ClickException(
-            f"task_vector_layers is {layers}, but the models' {number} layers are 0 to {number - 1}"
-        )
+        raise UserError(f"task_vector_layers is {layers}, but the models' {number} layers are 0 to {number - 1}")
 
 
 def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
@@ -143,7 +141,7 @@ def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
         try:
             _, ffn = attention_and_ffn(donor.a_layer)
         except ValueError as error:
-            raise click.ClickException(
+            raise UserError(
                 f"attention: merged keeps the FFNs apart, which a layer of {donor.config.architectures[0]} does not "
                 f"allow: {error}; take attention: separate"
             ) from error

@@ -8,11 +8,11 @@ attention, norms, head) is merged by the tensor method that `shared:` names. A g
 from collections.abc import Sequence
 from typing import Any
 
-import click
 import torch
 from mergekit.io.tasks import LoadTensor
 from pydantic import Field
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
 from mergekit_moe_ext.merging.method import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import check_same_size, output_dtype, read_configs, read_headers
@@ -143,13 +143,11 @@ def _experts_per_token(job: Job, family: Upcycling) -> int:
     given, number = job.options.experts_per_token, len(job.experts)
     if family.experts_per_token is not None:
         if given not in (None, family.experts_per_token):
-            raise click.ClickException(
-                f"experts_per_token is {given}, but {family.moe} has always {family.experts_per_token}"
-            )
+            raise UserError(f"experts_per_token is {given}, but {family.moe} has always {family.experts_per_token}")
         return family.experts_per_token
     wanted = 2 if given is None else given
     if wanted > number:
-        raise click.ClickException(
+        raise UserError(
             f"experts_per_token is {wanted}, but `models:` lists {number} expert(s); it can be at most {number}"
         )
     return wanted
@@ -160,7 +158,7 @@ def _options_of_family(job: Job, family: Upcycling) -> dict[str, Any]:
     given = {key: getattr(job.options, key) for key in ("expert_capacity",) if getattr(job.options, key) is not None}
     for key in given:
         if key not in family.options:
-            raise click.ClickException(f"{family.moe} has no `{key}`")
+            raise UserError(f"{family.moe} has no `{key}`")
     return given
 
 

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import click
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import hub_names, hub_state, manifest_from
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import (
@@ -126,7 +126,7 @@ class _Output:
         try:
             made = hub_state(config)
         except ValueError as error:
-            raise click.ClickException(f"{sources.base}: {error}") from error
+            raise UserError(f"{sources.base}: {error}") from error
         self._job, self._sources, self._dtype = job, sources, config.dtype
         self._names = hub_names(*made)
         self.wanted = manifest_from(*made).shapes
@@ -201,13 +201,13 @@ def _groups(
             return weighed_tensors(network, head)
         return ensembled_groups(network, upscale, job.options.layers)
     except ValueError as error:
-        raise click.ClickException(f"{job.base}: {error}") from error
+        raise UserError(f"{job.base}: {error}") from error
 
 
 def _choose_part(job: Job, sources: Sources) -> tuple[Part, str]:
     """What `upscale: auto` takes, and what of that the card says. Reads the weights of all sources."""
     if any(model.lora for model in job.sources):
-        raise click.ClickException(
+        raise UserError(
             "upscale: auto reads the weights of all sources before the merge: merge each LoRA into its base first, or "
             "choose upscale: mlp or attention"
         )
@@ -223,7 +223,7 @@ def _choose_part(job: Job, sources: Sources) -> tuple[Part, str]:
         variation = measure(names, reader(sources.base), readers, quiet=job.merge_options.quiet)
         return (part := decide(variation)), _notes(part, variation)
     except ValueError as error:
-        raise click.ClickException(f"upscale: auto: {error}") from error
+        raise UserError(f"upscale: auto: {error}") from error
 
 
 def _notes(chosen: Part, variation: Mapping[Part, Variation]) -> str:
@@ -246,12 +246,9 @@ def _notes(chosen: Part, variation: Mapping[Part, Variation]) -> str:
 
 
 def _check_all_of(job: Job) -> None:
-    try:
-        check_all(job.options)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    check_all(job.options)
     if job.config.tokenizer or job.config.tokenizer_source:
-        raise click.ClickException(
+        raise UserError(
             "upscale: all does not go with tokenizer: the embeddings' task vectors are not aligned; give the sources "
             "the base's vocabulary and leave it out"
         )
@@ -261,9 +258,7 @@ def _check_stored_itself(parameter: str, sources: Sources) -> None:
     name = sources.stored_name(parameter)
     for model, headers in sources.headers.items():
         if name not in headers.shapes:
-            raise click.ClickException(
-                f"{model} has {name} only under the name of a tensor that is tied to it: save it again"
-            )
+            raise UserError(f"{model} has {name} only under the name of a tensor that is tied to it: save it again")
 
 
 def _output_config(base: PretrainedConfig, ensembling: Ensembling) -> PretrainedConfig:

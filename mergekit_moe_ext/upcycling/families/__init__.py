@@ -7,15 +7,15 @@ equals the base, the output computes the base's logits.
 
 from collections.abc import Mapping
 
-import click
 from mergekit.common import ModelReference
 from transformers import PretrainedConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.upcycling.families.declaration import Upcycling
 
 
 def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_architectures: bool = False) -> Upcycling:
-    """The pair that holds all these dense models. `ClickException` names the model that does not fit."""
+    """The pair that holds all these dense models. `UserError` names the model that does not fit."""
     from mergekit_moe_ext.upcycling.families.cohere import COHERE2_MOE
     from mergekit_moe_ext.upcycling.families.ernie import ERNIE_MOE
     from mergekit_moe_ext.upcycling.families.flex_olmo import FLEX_OLMO
@@ -42,17 +42,17 @@ def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_arc
         architecture = (config.architectures or [None])[0]
         if family is None or architecture not in (None, family.dense[config.model_type]):
             supported = ", ".join(f"{name} (to {family.moe})" for family in families for name in family.dense.values())
-            raise click.ClickException(
+            raise UserError(
                 f"{model} is a {architecture or config.model_type}, which has no mixture-of-experts "
                 f"architecture here; supported: {supported}"
             )
         config.architectures = [family.dense[config.model_type]]  # some configs name none
         if complaint := family.refuse(config):
-            raise click.ClickException(f"{model}: {complaint}")
+            raise UserError(f"{model}: {complaint}")
     first, *others = configs
     for model in others:
         if configs[model].model_type != configs[first].model_type and not mix_architectures:
-            raise click.ClickException(
+            raise UserError(
                 f"{model} is another architecture than {first}: model_type is "
                 f"{configs[model].model_type!r}, not {configs[first].model_type!r} "
                 "(--allow-crimes merges them all the same)"
