@@ -305,4 +305,4 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
 
 
 def _weights(config: RoutedLoraConfig) -> dict[str, float]:
-    return dict(zip(config.names, FixedRouter.given(config, config.names), strict=True))
+    return dict(zip(config.names, FixedRouter.weights_of(config, config.names), strict=True))

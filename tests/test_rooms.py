@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "cli": "__init__ methods mixtures wemoe merging recipes autoload common",
     "__main__": "cli",
     # peft_routing, whose files at the top are one room
-    "peft_routing.routers": "",
+    "peft_routing.routers": "common",
     "peft_routing": "peft_routing.routers common",
     "peft_routing.choosers": "peft_routing peft_routing.routers",
 }
