@@ -5,7 +5,7 @@ that `save_pretrained` writes, which is what other readers of a checkpoint know.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,14 @@ from mergekit_moe_ext.modeling import find_architecture
 
 
 @dataclass(frozen=True)
+class SharedTensor:
+    """A tensor that all sources have, to be merged with its namesakes."""
+
+    weight: WeightInfo  # what mergekit wants to know of it
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     shapes: Mapping[str, tuple[int, ...]]  # without the names that are tied to another
     tied: frozenset[str]  # names that the model has but its checkpoint need not hold
@@ -33,15 +41,21 @@ class Manifest:
         """What else the tensor may be called in a checkpoint."""
         return (self.prefix + name,) if self.prefix else None
 
-    def weight_info(self, name: str) -> WeightInfo:
-        """What mergekit wants to know of a tensor that it merges."""
+    def shared_tensor(self, name: str) -> SharedTensor:
+        """The tensor of this name, for models that all have this manifest."""
         in_vocabulary = name in self.vocabulary
-        return WeightInfo(
+        weight = WeightInfo(
             name=name,
             vocabulary_axis=0 if in_vocabulary else None,
             tied_names=tuple(self.vocabulary) if in_vocabulary else None,
             aliases=self.aliases(name),
         )
+        return SharedTensor(weight, self.shapes[name])
+
+    def with_vocabulary(self, size: int) -> "Manifest":
+        """The manifest of a model with that many tokens."""
+        rows = {name: (size, *self.shapes[name][1:]) for name in self.vocabulary}
+        return replace(self, shapes={**self.shapes, **rows})
 
 
 def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:

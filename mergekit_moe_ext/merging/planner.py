@@ -24,7 +24,7 @@ from mergekit.plan import MergePlanner as StockMergePlanner
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import check_against, manifest_of
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
-from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, LoadFiniteTensor, RefuseNonfinite
+from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, RefuseNonfinite
 
 LOG = logging.getLogger(__name__)
 NEUTRAL_PARAMETERS = {"weight": 1.0}
@@ -104,16 +104,16 @@ class MergePlanner(StockMergePlanner):
         if not isinstance(self.arch_info, PlannedArchitecture):
             super()._plan()
             return
-        for name, weight in self._plan_of_job.shared.items():
-            self._plan_shared(name, weight)
+        num_layers = _num_layers(self._plan_of_job)
+        for name, tensor in self._plan_of_job.shared.items():
+            self._plan_shared(name, tensor.weight, num_layers)
         for name, task in self._plan_of_job.computed.items():
             if not self._job.options.allow_nonfinite and name not in self._plan_of_job.integers:
                 task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
             self._tensors.append((WeightInfo(name=name), task))
 
-    def _plan_shared(self, name: str, weight: WeightInfo) -> None:
+    def _plan_shared(self, name: str, weight: WeightInfo, num_layers: int) -> None:
         models, base = merged_models(self._job)
-        num_layers = _num_layers(self._plan_of_job)
         parameters = {entry.model: entry.parameters for entry in reversed(self._job.config.models)}
         sources = [
             InputSliceDefinition(model=m, layer_range=(0, num_layers), parameters=parameters.get(m)) for m in models
@@ -161,16 +161,15 @@ class MergePlanner(StockMergePlanner):
 
     def _copy_tasks(self, finalize: FinalizeModel) -> list[CopyTensors]:
         """One task per layer; its experts in order."""
-        by_layer: dict[str, list[tuple[str, ModelReference, str]]] = defaultdict(list)
-        for output_name, (model, source_name) in self._plan_of_job.copies.items():
-            layer = _LAYER.search(output_name)
-            by_layer[layer.group(1) if layer else ""].append((output_name, model, source_name))
+        by_layer: dict[str, list[tuple[str, LoadTensor]]] = defaultdict(list)
+        for name, copy in self._plan_of_job.copies.items():
+            layer = _LAYER.search(name)
+            load = self._job.load(copy.model, copy.name, self.config.dtype)
+            by_layer[layer.group(1) if layer else ""].append((name, load))
         return [
             CopyTensors(
                 copies=tuple(copies),
                 writer_task=finalize.writer_task,
-                load=LoadTensor if self._job.options.allow_nonfinite else LoadFiniteTensor,
-                dtype=self.config.dtype,
                 out_dtype=self.config.out_dtype,
                 clone=self.options.clone_tensors,
             )

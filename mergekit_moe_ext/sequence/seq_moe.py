@@ -7,16 +7,16 @@ Every source is an expert with its own stack of decoder layers (`attention: sepa
 import re
 from typing import Any, Literal
 
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from pydantic import Field
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.layers import attention_and_ffn
-from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
+from mergekit_moe_ext.merging.manifest import SharedTensor
+from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
-from mergekit_moe_ext.sequence.shared import SequenceOptions, learned_router, sequence_config
+from mergekit_moe_ext.sequence.options import SequenceOptions, learned_router, sequence_config
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
 
@@ -69,26 +69,25 @@ class SeqMoe(StructuralMethod):
             task_vector_layers=options.task_vector_layers,
         )
         config.dtype = dtype = output_dtype(job, headers)
-        copies: dict[str, tuple[ModelReference, str]] = {}
-        shared: dict[str, WeightInfo] = {}
+
+        def copied(model: ModelReference, name: str) -> CopiedTensor:
+            return CopiedTensor(model, name, headers[model].shapes[name])
+
+        copies: dict[str, CopiedTensor] = {}
+        shared: dict[str, SharedTensor] = {}
         for index, model in enumerate(job.experts):
             for name in donor.trunk:
                 if not any(re.search(pattern, name) for pattern in patterns):
-                    copies[f"experts.{index}.trunk.{name}"] = model, name
+                    copies[f"experts.{index}.trunk.{name}"] = copied(model, name)
                 elif index == 0:
-                    shared[f"experts.0.trunk.{name}"] = donor.manifest.weight_info(name)
+                    shared[f"experts.0.trunk.{name}"] = donor.manifest.shared_tensor(name)
         for part, tensors in (("embed_tokens", donor.embedding), ("lm_head", donor.head)):
             for key, name in tensors.items():
                 if options.embedding == "merged":
-                    shared[f"{part}.{key}"] = donor.manifest.weight_info(name)
-                else:
-                    copies |= {f"experts.{i}.{part}.{key}": (model, name) for i, model in enumerate(job.experts)}
-        computed = learned_router(job, config, dtype)
-        shapes = {
-            **{name: donor.manifest.shapes[weight.name] for name, weight in shared.items()},
-            **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
-            **{name: task.shape for name, task in computed.items()},
-        }
+                    shared[f"{part}.{key}"] = donor.manifest.shared_tensor(name)
+                    continue
+                for index, model in enumerate(job.experts):
+                    copies[f"experts.{index}.{part}.{key}"] = copied(model, name)
         return Plan(
             config=config,
             num_experts=len(job.experts),
@@ -96,8 +95,7 @@ class SeqMoe(StructuralMethod):
             routed_per="sequence",
             shared=shared,
             copies=copies,
-            computed=computed,
-            shapes=shapes,
+            computed=learned_router(job, config, dtype),
             dtype=dtype,
         )
 

@@ -103,18 +103,16 @@ class AlignedRows(Task[Tensor]):
     of it is no more likely than the average token (zeros would win where logits are negative).
     """
 
-    model: ModelReference
-    tensor: str
+    source: LoadTensor
     rows: Any  # TokenRows, of which pydantic makes no schema
     shape: tuple[int, ...]
-    load: type[LoadTensor]
     dtype: str
 
     def arguments(self) -> dict[str, Task]:
         return {}
 
     def execute(self, **_kwargs: object) -> Tensor:
-        tensor = self.load(model=self.model, tensor=self.tensor, dtype=self.dtype).execute()
+        tensor = self.source.execute()
         assert tensor is not None
         own = self.rows.own.to(tensor.device)
         aligned = tensor[own.clamp(min=0)]
@@ -135,9 +133,8 @@ class AlignedRows(Task[Tensor]):
 class AveragedRows(Task[Tensor]):
     """(tokens, width): each token's rows in the models that have it, filled with zeros to the width and averaged."""
 
-    sources: tuple[tuple[ModelReference, str, Any], ...]  # TokenRows again
+    sources: tuple[tuple[LoadTensor, Any], ...]  # TokenRows again
     shape: tuple[int, int]
-    load: type[LoadTensor]
     dtype: str
 
     def arguments(self) -> dict[str, Task]:
@@ -146,8 +143,8 @@ class AveragedRows(Task[Tensor]):
     def execute(self, **_kwargs: object) -> Tensor:
         total = torch.zeros(self.shape)
         counts = torch.zeros(self.shape[0], 1)
-        for model, name, rows in self.sources:
-            tensor = self.load(model=model, tensor=name, dtype=self.dtype).execute()
+        for load, rows in self.sources:
+            tensor = load.execute()
             assert tensor is not None
             has = rows.own >= 0
             total[has, : tensor.shape[1]] += tensor[rows.own[has].to(tensor.device)].to(total)
