@@ -14,11 +14,14 @@ A router of your own is a subclass of `Router` with a `name`, in any module that
 """
 
 from peft_routing.routers.base import Router, RouterSettings, SharedRouter, all_routers, find_router
+from peft_routing.routers.options import NoOptions, RouterOptions
 from peft_routing.routers.tensors import Constant, largest, over_tokens, wide
 
 __all__ = [
     "Constant",
+    "NoOptions",
     "Router",
+    "RouterOptions",
     "RouterSettings",
     "SharedRouter",
     "all_routers",
