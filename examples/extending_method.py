@@ -103,11 +103,7 @@ class Pool(StructuralMethod):
             loads = tuple(job.load(model, gate, str(dtype)) for model in job.experts)
             computed[gate] = JoinedRows(loads=loads, shape=(target, config.hidden_size))
         of_donor = manifests[job.donor]
-        shared = {
-            name: of_donor.shared_tensor(name)
-            for name in of_donor.shapes
-            if ".block_sparse_moe." not in name
-        }
+        shared = {name: of_donor.shared_tensor(name) for name in of_donor.shapes if ".block_sparse_moe." not in name}
         return Plan(
             config=config,
             num_experts=config.num_local_experts,

@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.staging import check_output, staged
 from peft_routing.expert import PREFIX, Expert
 
@@ -27,7 +28,7 @@ def write_experts(experts: Sequence[Expert], directory: str) -> None:
     """A directory per expert, with the tensors and the configuration that it was composed from."""
     folders = {re.sub(r"[^\w.-]|^\.+", "-", expert.name): expert for expert in experts}  # a name is no path
     if len(folders) < len(experts):
-        raise ValueError(f"two experts would be written to one directory: {', '.join(e.name for e in experts)}")
+        raise UserError(f"two experts would be written to one directory: {', '.join(e.name for e in experts)}")
     with staged(check_output(directory)) as out:
         for folder, expert in folders.items():
             config = {key: value for key, value in expert.config.items() if key != "dtype"}

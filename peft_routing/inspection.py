@@ -48,7 +48,7 @@ def inspect_adapter(
     max_samples: int | None = None,
     batch_size: int = 8,
 ) -> Inspection:
-    """Run the texts of each source through the model. `ClickException` for what cannot be read."""
+    """Run the texts of each source through the model. `UserError` for what cannot be read."""
     silence(reading)
     config = load_adapter_config(adapter)
     base, base_config = base_of(base, config, reading)

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import given, mixing
 from peft_routing.calls import coefficients
 from peft_routing.config import RoutedLoraConfig, Site
@@ -154,33 +155,33 @@ class RoutedLoraLayer(BaseTunerLayer):
                     module.to(device)
 
     def check_constant(self, adapter: str) -> None:
-        """`ValueError` if coefficients depend on the input."""
+        """`UserError` if coefficients depend on the input."""
         router = self.router_of(adapter)
         if router.depends_on_input:
-            raise ValueError(
+            raise UserError(
                 f"adapter {adapter!r} cannot be merged: the coefficients of router={router.name!r} depend on the "
                 "input, and a weight does not. Keep it as an adapter, or use uniform, fixed, global or layer"
             )
 
     def constant_coefficients(self, adapter: str) -> Tensor:
-        """(experts,), the general ones included. `ValueError` if they depend on the input."""
+        """(experts,), the general ones included. `UserError` if they depend on the input."""
         self.check_constant(adapter)
         experts = self.experts_of(adapter)
         return with_general(self.router_of(adapter)(experts.A), experts.site.general)
 
     def check_mergeable(self, adapter: str) -> None:
-        """`ValueError` if there is no one update, or no plain weight to add it to."""
+        """`UserError` if there is no one update, or no plain weight to add it to."""
         self.check_constant(adapter)
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)  # GPTQ and AWQ have none; torchao's says that it is floating-point
         if type(weight) is not nn.Parameter or weight.dtype not in _CAN_BE_ADDED_TO:
-            raise ValueError(
+            raise UserError(
                 f"adapter {adapter!r} cannot be merged: {self.key} is a {type(base).__name__} without a plain weight, "
                 "as quantised ones are. Keep it as an adapter, or merge it into the base model as it was before"
             )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """In the shape of the base layer's weight. `ValueError` if it depends on the input."""
+        """In the shape of the base layer's weight. `UserError` if it depends on the input."""
         delta = self.experts_of(adapter).delta_weight(self.constant_coefficients(adapter))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
@@ -197,7 +198,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         self.update_layer(adapter_name, config, router)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update to the base weight. `ValueError` if it depends on the input, before anything is changed."""
+        """Add the update to the base weight. `UserError` if it depends on the input, before anything is changed."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.routed_lora_experts]
         for name in names:
             self.check_mergeable(name)
@@ -206,7 +207,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         for name, delta in deltas.items():
             merged = weight.data + delta.to(weight.device)
             if safe_merge and not merged.isfinite().all():
-                raise ValueError(f"merging adapter {name!r} into {self.key} gives NaN or infinity")
+                raise UserError(f"merging adapter {name!r} into {self.key} gives NaN or infinity")
             weight.data = merged.to(weight.dtype)
             self.merged_adapters.append(name)
 

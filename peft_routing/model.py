@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from torch import nn
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.calls import refuse_mixed_batches, refuse_several_passes, unwatch, watch
 from peft_routing.config import Mixing, RoutedLoraConfig
 from peft_routing.expert import Expert, check_experts, layout, read_expert
@@ -59,15 +60,15 @@ class RoutedLoraModel(BaseTuner):
         """Add a LoRA adapter as one more expert; everything of the others stays as it is.
 
         A learned router gives it what an expert starts with; `fixed` needs its `weight`, `hierarchical` its
-        `cluster`. `ValueError` if it cannot be routed here, before anything is changed.
+        `cluster`. `UserError` if it cannot be routed here, before anything is changed.
         """
         adapter_name, config, experts = self._taken_out(adapter_name)
         if name in config.experts or name in config.general_experts:
-            raise ValueError(f"there is an expert {name!r} already")
+            raise UserError(f"there is an expert {name!r} already")
         clusters = None if config.clusters is None else {**config.clusters, name: cluster}
         weights = None if config.weights is None else {**_weights(config), name: weight}
         if (clusters is None) != (cluster is None) or (weights is None) != (weight is None):
-            raise ValueError(f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical")
+            raise UserError(f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical")
         experts.insert(len(config.experts), read_expert(name, path))
         self._replace(adapter_name, config, experts, clusters=clusters, weights=weights)
 
@@ -75,7 +76,7 @@ class RoutedLoraModel(BaseTuner):
         """Take an expert out; everything of the others stays as it is."""
         adapter_name, config, experts = self._taken_out(adapter_name)
         if name not in config.experts:
-            raise ValueError(f"there is no expert {name!r}; there are {', '.join(config.names)}")
+            raise UserError(f"there is no expert {name!r}; there are {', '.join(config.names)}")
         clusters = config.clusters and {other: id_ for other, id_ in config.clusters.items() if other != name}
         weights = config.weights and {other: w for other, w in _weights(config).items() if other != name}
         self._replace(adapter_name, config, [e for e in experts if e.name != name], clusters=clusters, weights=weights)
@@ -91,7 +92,7 @@ class RoutedLoraModel(BaseTuner):
         """Write the mixture as one ordinary LoRA adapter, where it does not depend on the input.
 
         Without `rank` it is exact: of the rank of the experts together, or of each for `low_rank`. With it, every
-        update is the closest one of that rank. Returns the relative error. `ValueError` where coefficients depend on
+        update is the closest one of that rank. Returns the relative error. `UserError` where coefficients depend on
         the input.
         """
         adapter_name, config, _ = self._taken_out(adapter_name)
@@ -102,7 +103,7 @@ class RoutedLoraModel(BaseTuner):
         error = 0.0
         if rank is not None:
             if rank < 1:
-                raise ValueError(f"rank={rank} is below 1")
+                raise UserError(f"rank={rank} is below 1")
             factors, error = truncated(factors, rank)
         write_lora(factors, config.base_model_name_or_path, config.task_type, directory)
         return error
@@ -110,10 +111,10 @@ class RoutedLoraModel(BaseTuner):
     def _taken_out(self, adapter_name: str | None) -> tuple[str, RoutedLoraConfig, list[Expert]]:
         adapter_name = adapter_name or self.active_adapters[0]
         if adapter_name not in self.peft_config:
-            raise ValueError(f"there is no adapter {adapter_name!r}; there are {', '.join(self.peft_config)}")
+            raise UserError(f"there is no adapter {adapter_name!r}; there are {', '.join(self.peft_config)}")
         config = self.peft_config[adapter_name]
         if any(adapter_name in layer.merged_adapters for layer in self._layers(adapter_name)):
-            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it first")
+            raise UserError(f"adapter {adapter_name!r} is merged: unmerge it first")
         described = {**config.experts, **config.general_experts}
         experts = [Expert(name, of_expert, {}, {}) for name, of_expert in described.items()]
         for layer in self._layers(adapter_name):
@@ -246,7 +247,7 @@ class RoutedLoraModel(BaseTuner):
 def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Module) -> RoutedLoraConfig:
     """The configuration with everything in it that the experts decide, the general ones last among them.
 
-    `ValueError` if they do not fit.
+    `UserError` if they do not fit.
     """
     check_experts(experts, model)
     dtype = functools.reduce(torch.promote_types, map(_dtype, experts))
@@ -281,7 +282,7 @@ def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
         return wanted
     ranks = ", ".join(f"{expert.name} {expert.rank(differing)}" for expert in experts)
     if config.mixing == "low_rank":
-        raise ValueError(
+        raise UserError(
             f"mixing='low_rank' needs one rank per module; {differing} has {ranks}. Compose with mixing='full'"
         )
     LOG.info("mixing is full: low_rank needs one rank per module, and %s has %s", differing, ranks)
@@ -289,16 +290,16 @@ def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
 
 
 def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
-    """`ValueError` if the model lacks a module, or cannot be routed as the configuration says."""
+    """`UserError` if the model lacks a module, or cannot be routed as the configuration says."""
     present = {name for name, _ in model.named_modules()}
     absent = [module for module in config.sites if module not in present]
     if absent:
-        raise ValueError(
+        raise UserError(
             f"this adapter is for another model: {len(absent)} of its {len(config.sites)} modules are not in the base "
             f"model, {absent[0]} among them"
         )
     if config.granularity == "sequence" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
+        raise UserError(
             "granularity='sequence' is for models with one stack: the decoder of an encoder-decoder starts from a "
             "single token, which has nothing to choose by. Use granularity='token'"
         )

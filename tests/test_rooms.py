@@ -34,7 +34,7 @@ MAY_IMPORT = {
     # peft_routing, whose files at the top are one room
     "peft_routing.routers": "common",
     "peft_routing": "peft_routing.routers common",
-    "peft_routing.choosers": "peft_routing peft_routing.routers",
+    "peft_routing.choosers": "peft_routing peft_routing.routers common",
 }
 
 

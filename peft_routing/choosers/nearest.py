@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.choosers.experts import check_known, check_top_k, expert_names, softmax_over_largest
 
 
@@ -23,7 +24,7 @@ class Nearest:
         nearest = Nearest(encoder, {"math": [...], "code": [...]}, model)
         model.generate(**tokenizer(texts, return_tensors="pt"), coefficients=nearest(texts))
 
-    `experts` are all names in the order of the coefficients, or a model with one active routed adapter. `ValueError`
+    `experts` are all names in the order of the coefficients, or a model with one active routed adapter. `UserError`
     if `examples` are not of exactly these.
     """
 
@@ -33,7 +34,7 @@ class Nearest:
         self.encoder, self.experts = encoder, expert_names(experts)
         check_known(examples, self.experts, "examples")
         if missing := [name for name in self.experts if not examples.get(name)]:
-            raise ValueError(f"examples: there is none of expert {missing[0]!r}")
+            raise UserError(f"examples: there is none of expert {missing[0]!r}")
         self.centroids = torch.stack([self._embed(examples[name]).mean(dim=0) for name in self.experts])
 
     def __call__(self, texts: Sequence[str], top_k: int = 1) -> Tensor:
@@ -44,5 +45,5 @@ class Nearest:
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
         if isinstance(texts, str):
-            raise ValueError(f"give a list of texts, not the text {texts!r} alone")
+            raise UserError(f"give a list of texts, not the text {texts!r} alone")
         return torch.as_tensor(self.encoder.encode(list(texts))).float()

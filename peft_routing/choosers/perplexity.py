@@ -29,7 +29,7 @@ def perplexity(
     `special_ids` (`tokenizer.all_special_ids`). With nothing to score all experts get the same.
 
     `input_ids` (batch, length) is the prompt; `token_type_ids`, which some tokenizers return, is not used. Sequences
-    times experts are rows of one batch, `rows_at_a_time` in a forward pass, which bounds the memory. `ValueError` for
+    times experts are rows of one batch, `rows_at_a_time` in a forward pass, which bounds the memory. `UserError` for
     a model that is no causal language model, or has not one active routed adapter.
     """
     check_language_model(model)

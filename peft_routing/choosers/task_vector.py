@@ -37,7 +37,7 @@ def task_vector(
 
     A token is scored by being predicted, so the first is not; nor are padding, on either side, and the `special_ids`.
     With nothing to score all experts get the same. No parameter needs or gets a gradient. `rows_at_a_time` sequences
-    go through the model together, which bounds the memory. `token_type_ids` is not used. `ValueError` for a model that
+    go through the model together, which bounds the memory. `token_type_ids` is not used. `UserError` for a model that
     is no causal language model, or has not one active routed adapter.
     """
     check_language_model(model)
