@@ -1,4 +1,4 @@
-"""A structural method of one's own, in one file: `pool` puts the experts of several Mixtrals into one.
+"""A structural method of one's own: `pool` puts the experts of several Mixtrals into one.
 
 Importing this file registers it. As a script it is `mergekit-yaml` with that method:
 
@@ -84,8 +84,8 @@ class Pool(StructuralMethod):
         config.num_experts_per_tok = job.options.experts_per_token or config.num_experts_per_tok
         config.dtype = dtype = output_dtype(job, headers)
 
-        # Every tensor of the output is copied, computed or shared. Experts are numbered on from source
-        # to source, in the order in which the gate's rows are joined.
+        # Every tensor of the output is copied, computed or shared. Experts are numbered on from
+        # source to source, in the order in which the gate's rows are joined.
         copies: dict[str, CopiedTensor] = {}
         computed: dict[str, Task] = {}
         for layer in range(config.num_hidden_layers):

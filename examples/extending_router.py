@@ -1,6 +1,7 @@
-"""A router of one's own, in one file: cosines between the hidden state and a learned row per expert.
+"""A router of one's own: cosines between the hidden state and a learned row per expert.
 
-Importing this file registers it. It is then named, trained, saved and loaded as those of the package:
+Importing this file registers it. It is then named, trained, saved and loaded as those of the
+package:
 
     import extending_router
     from peft_routing import RoutedLoraConfig
@@ -31,7 +32,7 @@ class CosineOptions(RouterOptions):
 
 
 class CosineRouter(Router):
-    """The score of an expert is `sharpness` times the cosine of the hidden state and the expert's row."""
+    """An expert's score is `sharpness` times the cosine of the hidden state and its row."""
 
     name = "cosine"
     options = CosineOptions
@@ -39,7 +40,8 @@ class CosineRouter(Router):
     def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
         self.sharpness = self.options_of(config).sharpness
-        # `rows` says by default that `weight` has a row per expert, so that experts can be added and removed.
+        # `rows` says by default that `weight` has a row per expert, so that experts can be added
+        # and removed.
         self.weight = nn.Parameter(torch.zeros(len(experts), in_features))
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class CosineRouter(Router):
         scalings: Sequence[float],
         mixing: str,
     ) -> None:
-        """Rows start as the mean of what an expert's A reads: a row of zeros would have no gradient."""
+        """Each row starts as the mean of its expert's A: zeros would have no gradient."""
         for row, (a, _b) in zip(self.weight, factors, strict=True):
             if len(a):  # an expert that has nothing at this module keeps its zeros
                 row.copy_(a.mean(dim=0))

@@ -1,7 +1,8 @@
 """What a routed adapter is: its experts, its router, and how their updates are mixed.
 
-The same fields are written by a user, who names experts by their directories, and by `save_pretrained`, when the
-experts are inside: each then stands with its own LoRA configuration, and `layout` says what lies in which module.
+The same fields are written by a user, who names experts by their directories, and by
+`save_pretrained`, when the experts are inside: each then stands with its own LoRA configuration,
+and `layout` says what lies in which module.
 """
 
 import math
@@ -19,7 +20,8 @@ from peft_routing.routers.options import read_value, saved_options
 from peft_routing.types import PeftType
 
 Mixing = Literal["full", "low_rank"]
-# Options of routers that have a field of their own. A new option has none: it stands in `router_options`.
+# Options of routers that have a field of their own. A new option has none: it stands in
+# `router_options`.
 _FIELDS_OF_ROUTERS = (
     "top_k",
     "router_temperature",
@@ -42,7 +44,8 @@ _OWN_TYPES = {
 class Site:
     """The experts at one adapted module; rank 0 is an expert that has nothing there.
 
-    The last `general` are general experts: their mean update is subtracted from that of each other expert.
+    The last `general` are general experts: their mean update is subtracted from that of each other
+    expert.
     """
 
     ranks: tuple[int, ...]
@@ -58,65 +61,78 @@ class RoutedLoraConfig(PeftConfig):
     'arrow'
 
     What a router declares as its options stands in `router_options`, whether the router comes with
-    this package or not. An option that has a field of its own may be given either way, and is kept in
-    that field. `UserError`, a `ValueError`, says what is wrong with a value, and which routers take an
-    option that this one does not.
+    this package or not. An option that has a field of its own may be given either way, and is kept
+    in that field. `UserError`, a `ValueError`, says what is wrong with a value, and which routers
+    take an option that this one does not.
     """
 
     experts: Any = field(
         default_factory=dict,
-        metadata={"help": "LoRA adapters by name, or a list of them: directories or repositories on the Hub."},
+        metadata={"help": "LoRA adapters by name, or a list of directories or Hub repositories."},
     )
     general_experts: Any = field(
         default_factory=dict,
-        metadata={"help": "LoRA adapters of general knowledge; their mean update is subtracted from each expert's."},
+        metadata={"help": "LoRA adapters of general knowledge, whose mean update is subtracted."},
     )
     router: str = field(
-        default="arrow", metadata={"help": "Where the coefficients come from; see `peft-route compose -h`."}
+        default="arrow",
+        metadata={"help": "Router that decides; `peft-route compose -h` lists them."},
     )
     top_k: int | None = field(
-        default=None, metadata={"help": "Experts per token, or clusters. Default: all; 3 for arrow, as in PEFT."}
+        default=None,
+        metadata={"help": "Number of experts per token, or of clusters. Default: all; 3 for arrow."},
     )
     granularity: Granularity = field(
-        default="token", metadata={"help": "One choice per token, or one per sequence, from its prefix."}
+        default="token",
+        metadata={"help": "Choice per token, or one per sequence by its prefix."},
     )
     routing_tokens: int = field(
         default=32,
-        metadata={
-            "help": "The prefix of a sequence in a plain forward pass of a decoder; `generate` uses the prompt."
-        },
+        metadata={"help": "Length of a prefix in a plain forward pass; `generate` uses the prompt."},
     )
     mixing: Mixing | None = field(
         default=None,
         metadata={
-            "help": "Mix the updates (full) or both factors apart (low_rank). Default: low_rank where ranks and "
-            "targets agree, as in the paper; full otherwise, for arrow, and with general experts."
+            "help": "Mix the updates (full), or both factors apart (low_rank). Default: low_rank "
+            "where ranks and targets agree, as in the paper; full otherwise, for arrow, and with "
+            "general experts."
         },
     )
-    router_temperature: float | None = field(default=None, metadata={"help": "Of the softmax. Default: 1."})
+    router_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of the softmax. Default: 1."}
+    )
     init: Literal["uniform", "arrow"] | None = field(
-        default=None, metadata={"help": "How a learned router starts. Default: uniform."}
+        default=None, metadata={"help": "Start of a learned router. Default: uniform."}
     )
     score: Literal["dot", "abs"] | None = field(
-        default=None, metadata={"help": "The product with the hidden state, or its absolute value (Arrow's)."}
+        default=None,
+        metadata={"help": "Product with the hidden state, or its absolute value (Arrow's)."},
     )
-    weights: Any = field(default=None, metadata={"help": "The coefficients of `fixed`: by expert, or a list."})
-    clusters: dict[str, Any] | None = field(default=None, metadata={"help": "For `hierarchical`: expert to cluster."})
-    mlp_layers: int | None = field(default=None, metadata={"help": "Of `mlp`: 0, 1 or 2 (WEMoE's default)."})
+    weights: Any = field(default=None, metadata={"help": "Coefficients of `fixed`: by expert, or a list."})
+    clusters: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Cluster of each expert, for `hierarchical`."}
+    )
+    mlp_layers: int | None = field(
+        default=None,
+        metadata={"help": "Number of layers of `mlp`: 0, 1 or 2. Default: 2 (WEMoE)."},
+    )
     init_lambda: float | None = field(
-        default=None, metadata={"help": "Of `mlp`: where all coefficients start. Default: 0.3 (WEMoE)."}
+        default=None,
+        metadata={"help": "Start of all coefficients of `mlp`. Default: 0.3 (WEMoE)."},
     )
     router_options: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "The router's own options by name: {'sharpness': 2.0}."},
+        metadata={"help": "Options of the router by name: {'sharpness': 2.0}."},
     )
     router_aux_loss_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the load-balancing loss, averaged over modules, in training."}
+        default=0.0,
+        metadata={"help": "Weight of the load-balancing loss, averaged over modules, in training."},
     )
     layout: list[dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Written by composing: modules, and each expert's rank and scaling there."}
+        default=None,
+        metadata={"help": "Modules with each expert's rank and scaling; written by composing."},
     )
-    expert_dtype: str | None = field(default=None, metadata={"help": "Written by composing: the experts' dtype."})
+    expert_dtype: str | None = field(default=None, metadata={"help": "Dtype of the experts; written by composing."})
 
     target_modules: ClassVar[None] = None  # PEFT asks; `layout` says it exactly
 
@@ -162,8 +178,8 @@ class RoutedLoraConfig(PeftConfig):
     def _read_router_options(self) -> None:
         """Each option of the router in one place, in the type that the router declares.
 
-        All of them are kept, so that a saved adapter stays what it is when a default changes. Only the
-        fields stay None where nothing was stated.
+        All of them are kept, so that a saved adapter stays what it is when a default changes. Only
+        the fields stay None where nothing was stated.
         """
         if not isinstance(self.router_options, dict):
             raise UserError(f"router_options={self.router_options!r} is no dictionary: write {{'sharpness': 2.0}}")
@@ -205,7 +221,7 @@ class RoutedLoraConfig(PeftConfig):
 
     @property
     def routes_sequences(self) -> bool:
-        """Whether a choice is made per sequence: not where it does not depend on the input at all."""
+        """Whether a choice is made per sequence, and depends on the input at all."""
         return self.granularity == "sequence" and self.router_class.uses_input(self)
 
     @property
@@ -214,7 +230,10 @@ class RoutedLoraConfig(PeftConfig):
         return self.layout is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT sorts a dictionary's keys when it saves; the experts' order is that of the coefficients."""
+        """The fields as they are saved, with experts in lists.
+
+        PEFT sorts a dictionary's keys, and the experts' order is that of the coefficients.
+        """
         values = super().to_dict()
         for option in ("experts", "general_experts"):
             values[option] = [
@@ -247,15 +266,20 @@ def _as_saved(expert: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _unique_names(paths: Sequence[str]) -> list[str]:
-    """As much of the end of each path as tells them apart; numbers, where the same path is there twice.
+    """As much of the end of each path as tells them apart; numbers for a path that is there twice.
 
     >>> _unique_names(["runs/math/final", "runs/code/final"])
     ['math-final', 'code-final']
     """
-    parts = [[part for part in PurePath(path).parts if part not in ("/", ".", "..")] or [path] for path in paths]
+    parts = [_parts(path) for path in paths]
     names: list[str] = []
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["-".join(each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             return names
     return [f"{name}-{index}" for index, name in enumerate(names)]
+
+
+def _parts(path: str) -> list[str]:
+    """The names in a path, without those that name no directory of their own."""
+    return [part for part in PurePath(path).parts if part not in ("/", ".", "..")] or [path]

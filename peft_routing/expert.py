@@ -1,4 +1,4 @@
-"""Ordinary LoRA adapters as experts: reading them, and finding out whether they can be routed on a model."""
+"""Ordinary LoRA adapters as experts: reading them, and whether they can be routed on a model."""
 
 import json
 import math
@@ -44,7 +44,7 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class Expert:
-    """A LoRA adapter: its configuration, and per module A (rank, in), B (out, rank) and the scaling of B A."""
+    """A LoRA adapter: per module A (rank, in), B (out, rank) and the scaling of B A."""
 
     name: str
     config: dict[str, Any]
@@ -58,8 +58,8 @@ class Expert:
 def read_expert(name: str, path: str) -> Expert:
     """From a directory, or `owner/name[/subfolder]` on the Hub.
 
-    `UserError` for what cannot be routed, `FileNotFoundError` for what is not there. Weights are read from
-    safetensors only: nothing is unpickled.
+    `UserError` for what cannot be routed, `FileNotFoundError` for what is not there. Weights are
+    read from safetensors only: nothing is unpickled.
     """
     where = f"expert {name!r} ({path})"
     config_file = _file(path, CONFIG_NAME, where)
@@ -75,8 +75,8 @@ def read_expert(name: str, path: str) -> Expert:
         raise UserError(f"{where}: {weights} is damaged: {error}") from error
     factors = _pairs(tensors, where)
     scalings = {module: _scaling(config, module, a.shape[0], where) for module, (a, _) in factors.items()}
-    said = {key: value for key, value in config.items() if value not in (None, {}, [])}
-    return Expert(name, said, factors, scalings)
+    stated = {key: value for key, value in config.items() if value not in (None, {}, [])}
+    return Expert(name, stated, factors, scalings)
 
 
 def _file(path: str, name: str, where: str) -> Path:
@@ -110,8 +110,9 @@ def _check_config(config: dict[str, Any], where: str) -> None:
         raise UserError(f"{where} cannot be routed: bias is {config['bias']!r}; biases are not routed")
     if str(config.get("init_lora_weights", "")).startswith(_CHANGES_THE_BASE):
         raise UserError(
-            f"{where} cannot be routed: init_lora_weights is {config['init_lora_weights']!r}, which changes the base "
-            "model; save it with path_initial_model_for_weight_conversion first"
+            f"{where} cannot be routed: init_lora_weights is {config['init_lora_weights']!r}, "
+            "which changes the base model; save it with path_initial_model_for_weight_conversion "
+            "first"
         )
 
 
@@ -153,7 +154,10 @@ def _scaling(config: dict[str, Any], module: str, rank: int, where: str) -> floa
 
 
 def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
-    """`UserError` where the experts do not fit the model; a warning where they say that they are of another."""
+    """`UserError` where the experts do not fit the model.
+
+    A warning where they name another base model.
+    """
     modules = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
     for expert in experts:
         for name, (a, b) in expert.factors.items():
@@ -178,16 +182,17 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
     if different:
         first, other = next(iter(different.items()))
         warnings.warn(
-            f"the base model is {base_name}, and {len(different)} of {len(experts)} experts were trained on another: "
-            f"{first!r} on {other}",
+            f"the base model is {base_name}, and {len(different)} of {len(experts)} experts were "
+            f"trained on another: {first!r} on {other}",
             stacklevel=2,
         )
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Also where it is quantised: some libraries keep `nn.Linear`, others (GPTQ, AWQ, HQQ) name its two sizes alike.
+    """Whether a module is linear, quantised or not.
 
-    Convolutions and embeddings name theirs otherwise.
+    Some libraries keep `nn.Linear` for a quantised one, others (GPTQ, AWQ, HQQ) name its two sizes
+    as it does. Convolutions and embeddings name theirs otherwise.
     """
     return isinstance(module, nn.Linear | Conv1D) or (
         hasattr(module, "in_features") and hasattr(module, "out_features")

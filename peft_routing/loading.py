@@ -31,7 +31,7 @@ def load_adapter_config(adapter: str) -> RoutedLoraConfig:
 
 
 def base_of(base: str | None, config: RoutedLoraConfig, reading: Reading) -> tuple[str, Any]:
-    """The base model's name and its configuration: the given one, or the one that the adapter names."""
+    """The name and configuration of `base`, or of the base model that the adapter names."""
     name = base or config.base_model_name_or_path
     if not name:
         raise UserError("the adapter does not say what its base model is: give --base")
@@ -52,7 +52,7 @@ def load_routed(
 
 
 def load_on_empty(adapter: str, config: RoutedLoraConfig, base: str, base_config: Any, reading: Reading) -> Any:
-    """The adapter on its base model's architecture, without the weights of that. `UserError` as above."""
+    """The adapter on its base model's architecture, without its weights. `UserError` as above."""
     return _put_on(empty_model(base_config, reading), adapter, config, base, is_trainable=False)
 
 

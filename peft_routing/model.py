@@ -1,4 +1,4 @@
-"""The tuner: it composes experts into a routed adapter, or makes room for one that is being loaded."""
+"""The tuner: it composes experts into a routed adapter, or makes room for a saved one."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,10 @@ LOG = logging.getLogger(__name__)
 
 
 class RoutedLoraModel(BaseTuner):
-    """Puts routed experts beside a model's linear modules; `get_peft_model` and `PeftModel` make it.
+    """The tuner that puts routed experts beside linear modules; PEFT makes it.
 
-    Its methods can be called on the `PeftModel`: `add_expert`, `remove_expert`, `merge_and_unload` and PEFT's others.
+    Its methods can be called on the `PeftModel`: `add_expert`, `remove_expert`, `merge_and_unload`
+    and PEFT's others.
     """
 
     prefix: str = "routed_lora_"
@@ -39,7 +40,10 @@ class RoutedLoraModel(BaseTuner):
         self._handles = watch(self.model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        """As PEFT's, but reads the experts first, where the configuration names directories, and checks them all."""
+        """Put an adapter into the model, as PEFT does.
+
+        Where the configuration names directories, the experts are read and checked before that.
+        """
         config = self.peft_config[adapter_name]
         if config.is_composed:
             self._make_room(model, adapter_name, config, **kwargs)
@@ -59,8 +63,9 @@ class RoutedLoraModel(BaseTuner):
     ) -> None:
         """Add a LoRA adapter as one more expert; everything of the others stays as it is.
 
-        A learned router gives it what an expert starts with; `fixed` needs its `weight`, `hierarchical` its
-        `cluster`. `UserError` if it cannot be routed here, before anything is changed.
+        A learned router gives it what an expert starts with; `fixed` needs its `weight`,
+        `hierarchical` its `cluster`. `UserError` if it cannot be routed here, before anything is
+        changed.
         """
         adapter_name, config, experts = self._taken_out(adapter_name)
         if name in config.experts or name in config.general_experts:
@@ -82,7 +87,9 @@ class RoutedLoraModel(BaseTuner):
         self._replace(adapter_name, config, [e for e in experts if e.name != name], clusters=clusters, weights=weights)
 
     def export_experts(self, directory: str, adapter_name: str | None = None) -> None:
-        """Write each expert as an ordinary LoRA directory, `<directory>/<name>`, its tensors as they came in.
+        """Write each expert as an ordinary LoRA directory, its tensors as they came in.
+
+        The directories are `<directory>/<name>`.
 
         General experts too; nothing is subtracted from anything.
         """
@@ -91,9 +98,9 @@ class RoutedLoraModel(BaseTuner):
     def to_lora(self, directory: str, adapter_name: str | None = None, *, rank: int | None = None) -> float:
         """Write the mixture as one ordinary LoRA adapter, where it does not depend on the input.
 
-        Without `rank` it is exact: of the rank of the experts together, or of each for `low_rank`. With it, every
-        update is the closest one of that rank. Returns the relative error. `UserError` where coefficients depend on
-        the input.
+        Without `rank` it is exact: of the rank of the experts together, or of each for `low_rank`.
+        With it, every update is the closest one of that rank. Returns the relative error.
+        `UserError` where coefficients depend on the input.
         """
         adapter_name, config, _ = self._taken_out(adapter_name)
         factors = {}
@@ -205,7 +212,10 @@ class RoutedLoraModel(BaseTuner):
         return self._owners[adapter_name]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """A layer of ours is where it belongs already; PEFT would send it after a base model on the meta device."""
+        """As PEFT's, but for layers of ours, which are where they belong already.
+
+        PEFT would send them after a base model on the meta device.
+        """
         if isinstance(new_module, RoutedLoraLayer):
             setattr(parent, child_name, new_module)
         else:
@@ -245,7 +255,7 @@ class RoutedLoraModel(BaseTuner):
 
 
 def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Module) -> RoutedLoraConfig:
-    """The configuration with everything in it that the experts decide, the general ones last among them.
+    """The configuration with all that the experts decide, the general ones last among them.
 
     `UserError` if they do not fit.
     """
@@ -273,13 +283,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
-    wanted: Mixing = config.mixing or config.router_class.mixing
-    modules = sorted({module for expert in experts for module in expert.factors})
-    differing = next((m for m in modules if len({expert.rank(m) for expert in experts}) > 1), None)
-    if wanted == "full" or config.general_experts:
+    mixing: Mixing = config.mixing or config.router_class.mixing
+    if mixing == "full" or config.general_experts:
         return "full"
+    differing = _module_of_several_ranks(experts)
     if differing is None:
-        return wanted
+        return mixing
     ranks = ", ".join(f"{expert.name} {expert.rank(differing)}" for expert in experts)
     if config.mixing == "low_rank":
         raise UserError(
@@ -289,19 +298,28 @@ def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
     return "full"
 
 
+def _module_of_several_ranks(experts: Sequence[Expert]) -> str | None:
+    """The first module at which the experts differ in rank, 0 included, in alphabetical order."""
+    for module in sorted({module for expert in experts for module in expert.factors}):
+        if len({expert.rank(module) for expert in experts}) > 1:
+            return module
+    return None
+
+
 def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
     """`UserError` if the model lacks a module, or cannot be routed as the configuration says."""
     present = {name for name, _ in model.named_modules()}
     absent = [module for module in config.sites if module not in present]
     if absent:
         raise UserError(
-            f"this adapter is for another model: {len(absent)} of its {len(config.sites)} modules are not in the base "
-            f"model, {absent[0]} among them"
+            f"this adapter is for another model: {len(absent)} of its {len(config.sites)} modules "
+            f"are not in the base model, {absent[0]} among them"
         )
     if config.granularity == "sequence" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(
-            "granularity='sequence' is for models with one stack: the decoder of an encoder-decoder starts from a "
-            "single token, which has nothing to choose by. Use granularity='token'"
+            "granularity='sequence' is for models with one stack: the decoder of an "
+            "encoder-decoder starts from a single token, which has nothing to choose by. Use "
+            "granularity='token'"
         )
 
 

@@ -13,12 +13,12 @@ from peft_routing.routers import largest
 
 
 def active_adapter(model: Any) -> tuple[str, list[RoutedLoraLayer]]:
-    """The one routed adapter that is active, and its modules. `UserError` where there is not one."""
+    """The one active routed adapter, and its modules. `UserError` where there is not one."""
     layers = [module for module in model.modules() if isinstance(module, RoutedLoraLayer)]
     names = {name for layer in layers for name in layer.active_adapters if name in layer.routed_lora_experts}
     if len(names) != 1:
-        found = ", ".join(sorted(names)) or "none"
-        raise UserError(f"choosing needs one active routed adapter, and there is {found}")
+        active = ", ".join(sorted(names)) or "none"
+        raise UserError(f"choosing needs one active routed adapter, and there is {active}")
     if any(layer.disable_adapters for layer in layers):
         raise UserError("choosing needs the adapters enabled: with disable_adapter() all experts are alike")
     name = names.pop()
@@ -26,7 +26,7 @@ def active_adapter(model: Any) -> tuple[str, list[RoutedLoraLayer]]:
 
 
 def expert_names(experts_or_model: Any) -> list[str]:
-    """In the order of the coefficients: the names themselves, or those of a model's active adapter."""
+    """The experts' names in the order of the coefficients; of a model, its active adapter's."""
     if isinstance(experts_or_model, torch.nn.Module):
         adapter, layers = active_adapter(experts_or_model)
         return list(layers[0].router_of(adapter).experts)
@@ -49,5 +49,5 @@ def check_top_k(top_k: int | None, count: int) -> int:
 
 
 def softmax_over_largest(values: Tensor, k: int) -> Tensor:
-    """Softmax over the k largest of the last dimension as they are, the others 0 (MergeME 3.1.3)."""
+    """Softmax over the k largest of the last dimension, the others 0 (MergeME 3.1.3)."""
     return torch.softmax(largest(values, k), dim=-1)

@@ -24,8 +24,8 @@ class Nearest:
         nearest = Nearest(encoder, {"math": [...], "code": [...]}, model)
         model.generate(**tokenizer(texts, return_tensors="pt"), coefficients=nearest(texts))
 
-    `experts` are all names in the order of the coefficients, or a model with one active routed adapter. `UserError`
-    if `examples` are not of exactly these.
+    `experts` are all names in the order of the coefficients, or a model with one active routed
+    adapter. `UserError` if `examples` are not of exactly these.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Nearest:
         self.centroids = torch.stack([self._embed(examples[name]).mean(dim=0) for name in self.experts])
 
     def __call__(self, texts: Sequence[str], top_k: int = 1) -> Tensor:
-        """Coefficients (texts, experts): softmax over the `top_k` largest cosines, the others 0. One, by default."""
+        """Coefficients (texts, experts): softmax over the `top_k` largest cosines, the others 0."""
         k = check_top_k(top_k, len(self.experts))
         cosines = functional.cosine_similarity(self._embed(texts)[:, None], self.centroids, dim=-1)
         return softmax_over_largest(cosines, k)

@@ -17,7 +17,8 @@ from peft_routing.routers import wide
 class Prefixes:
     """Sequences (batch, length) with their padding on the right, whichever side it came on.
 
-    There it has no part in anything: positions count from the first real token, and none looks to its right.
+    There it has no part in anything: positions count from the first real token, and none looks to
+    its right.
     """
 
     ids: Tensor

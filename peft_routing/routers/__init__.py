@@ -1,6 +1,7 @@
-"""Routers: from a module's hidden states to coefficients over its experts. One file each, found by its name.
+"""Routers: from a module's hidden states to coefficients over its experts. One file each.
 
-A router of your own is a subclass of `Router` with a `name`, in any module that is imported before it is used:
+A router of your own is a subclass of `Router` with a `name`, in any module that is imported before
+it is used:
 
     class Cosine(Router):
         name = "cosine"

@@ -64,7 +64,8 @@ class Router(nn.Module):
         super().__init__()
         options = self.options_of(config)
         self.depends_on_input = self.uses_input(config)
-        self.experts, self.in_features = list(experts), in_features
+        self.experts = list(experts)
+        self.in_features = in_features
         top_k = getattr(options, "top_k", None) or self.top_k or len(experts)
         self.k = min(top_k, len(experts))
         self.temperature = getattr(options, "router_temperature", None) or 1.0
@@ -104,11 +105,11 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def coefficients(self, scores: Tensor) -> Tensor:
-        """Softmax over the k largest scores, the others 0 (Trade-offs B.1 and B.4), in float32 or wider."""
+        """Softmax over the k largest scores, in float32 or wider (Trade-offs B.1 and B.4)."""
         return torch.softmax(largest(self._tempered(scores), self.k), dim=-1)
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """Over all that could be chosen, before the top k: what the load-balancing loss has a gradient through."""
+        """Softmax over all scores: what the load-balancing loss has a gradient through."""
         return torch.softmax(self._tempered(scores), dim=-1)
 
     def _tempered(self, scores: Tensor) -> Tensor:
@@ -122,7 +123,10 @@ class Router(nn.Module):
         return self.coefficients(self.scores(hidden))
 
     def start(self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str) -> None:
-        """Set what depends on the experts themselves: A (rank, in) and B (out, rank) of each, when composing."""
+        """Set what depends on the experts, when they are composed.
+
+        `factors` are A (rank, in) and B (out, rank) of each, `scalings` what B A is multiplied by.
+        """
 
     def labels(self, of: str) -> list[str]:
         """What the rows of a parameter with a row per `of` stand for."""
@@ -133,8 +137,8 @@ class Router(nn.Module):
         for name, theirs in other.named_parameters():
             if name not in self.rows and self.get_parameter(name).shape != theirs.shape:
                 raise UserError(
-                    f"router {self.name!r}: {name} has a row per expert or cluster; say so in its `rows`, "
-                    f"as {{{name!r}: 'expert'}}, and experts can be added and removed"
+                    f"router {self.name!r}: {name} has a row per expert or cluster; say so in its "
+                    f"`rows`, as {{{name!r}: 'expert'}}, and experts can be added and removed"
                 )
 
     @torch.no_grad()
@@ -152,7 +156,7 @@ class Router(nn.Module):
 
 
 class SharedRouter(nn.Module):
-    """Stands in the modules that use the one router of a model, whose parameters lie in the first."""
+    """Stands in for a model's one router, whose parameters lie in the first module."""
 
     def __init__(self, owner: Router) -> None:
         super().__init__()

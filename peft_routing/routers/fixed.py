@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class FixedRouter(Router):
     """The given weights, whatever their sum."""
 
     name = "fixed"
-    options = FixedOptions
+    options: ClassVar[Any] = FixedOptions
     is_simplex = False
 
     def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:

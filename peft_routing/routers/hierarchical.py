@@ -1,4 +1,4 @@
-"""`hierarchical`: a learned merge inside each cluster of experts, learned routing across (Trade-offs 5.3)."""
+"""`hierarchical`: learned merges inside clusters, learned routing between (Trade-offs 5.3)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ class HierarchicalOptions(LinearOptions):
 
 
 class HierarchicalRouter(LinearRouter):
-    """The coefficient of expert i of cluster c is rho_c(x) mu_i: routing between clusters times merging inside.
+    """Expert i of cluster c has the coefficient rho_c(x) mu_i: routing times merging.
 
-    For both ways of mixing this is the mixture of the clusters' merged experts. `top_k` counts clusters.
-    `init="arrow"` is Arrow HC: a cluster's row starts as the prototype of its uniform merge.
+    For both ways of mixing this is the mixture of the clusters' merged experts. `top_k` counts
+    clusters. `init="arrow"` is Arrow HC: a cluster's row starts as the prototype of its uniform
+    merge.
     """
 
     name = "hierarchical"

@@ -1,8 +1,8 @@
-"""`linear`, learned routing per adapted module (Trade-offs 4.4), and `arrow`, the same without learning (2.4, B.1)."""
+"""`linear`, learned routing (Trade-offs 4.4), and `arrow`, the same without learning (2.4, B.1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ class LinearOptions(RouterOptions):
 class LinearRouter(Router):
     """Scores are products of the hidden state with a row per expert, or their absolute values.
 
-    Rows start at 0 (`init="uniform"`) or as Arrow's prototypes (`init="arrow"`, with `score="abs"`).
+    Rows start at 0 (`init="uniform"`) or as Arrow's prototypes (`init="arrow"`, with
+    `score="abs"`).
     """
 
     name = "linear"
-    options = LinearOptions
+    options: ClassVar[Any] = LinearOptions
 
     def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
@@ -68,8 +69,9 @@ class LinearRouter(Router):
 class ArrowRouter(LinearRouter):
     """Softmax over the top k of |hidden state · top right singular vector of the expert's B A|.
 
-    The vector lies in the module's input space: the paper writes an update as A B with A on the input's side (2.2),
-    PEFT as B A, whose right singular vectors those are. Experts with an empty update have the score 0.
+    The vector lies in the module's input space: the paper writes an update as A B with A on the
+    input's side (2.2), PEFT as B A, whose right singular vectors those are. Experts with an empty
+    update have the score 0.
     """
 
     name = "arrow"

@@ -11,8 +11,9 @@ from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers.base import Router, RouterSettings
 from peft_routing.routers.tensors import wide
 
-# The paper writes a variance of 0.01; with that, coefficients would start far from lambda for hidden states of the
-# usual size, and it wants them "approximately equal". The authors' code has this standard deviation.
+# The paper writes a variance of 0.01; with that, coefficients would start far from lambda for
+# hidden states of the usual size, and it wants them "approximately equal". The authors' code has
+# this standard deviation.
 _STANDARD_DEVIATION = 0.01
 
 
@@ -24,10 +25,11 @@ class MlpOptions:
 
 
 class MlpRouter(Router):
-    """Coefficients are free: neither positive nor of a given sum. `top_k` keeps the largest by magnitude, as they are.
+    """A router with free coefficients: neither positive nor of any one sum.
 
-    With 0 layers a bias, with 1 a linear map, with 2 a hidden layer as wide as the input and ReLU between. Over a
-    sequence, coefficients are averaged.
+    `top_k` keeps the largest by magnitude, as they are. With 0 layers it is a bias, with 1 a linear
+    map, with 2 a hidden layer as wide as the input and ReLU between. Over a sequence, coefficients
+    are averaged.
     """
 
     name = "mlp"

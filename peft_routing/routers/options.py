@@ -1,4 +1,4 @@
-"""A router's options: from what a user wrote to an instance of the dataclass that the router declares, and back."""
+"""A router's options: from what a user wrote to the dataclass that the router declares."""
 
 import dataclasses
 import difflib
@@ -20,9 +20,10 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """The options of every router whose coefficients are a softmax. A router of one's own adds its own to them.
+    """The options of every router whose coefficients are a softmax; a router may add its own.
 
-    A field is an option: its name, its type and its default. `__post_init__` may raise a `ValueError`.
+    A field is an option: its name, its type and its default. `__post_init__` may raise a
+    `ValueError`.
     """
 
     top_k: int | None = None  # how many coefficients are not 0; all of them, if None
@@ -34,7 +35,7 @@ def option_names(options: type) -> list[str]:
 
 
 def options_of_names(class_name: str, names: Sequence[str]) -> type:
-    """A dataclass for options of which only the names are known: any value is taken, and None is the default."""
+    """A dataclass for options known by name only: any value is taken, and None is the default."""
     declared = {field.name: field.type for field in dataclasses.fields(RouterOptions)}
     fields = [(name, declared.get(name, Any), None) for name in names]
     return make_dataclass(class_name, fields, frozen=True)
@@ -43,8 +44,9 @@ def options_of_names(class_name: str, names: Sequence[str]) -> type:
 def read_options(options: type, values: Mapping[str, Any], where: str, hint: Callable[[str], str]) -> Any:
     """An instance of the dataclass `options`, each value in the type that its field declares.
 
-    A value that says what is meant is converted: "2" and 2.0 to the integer 2. `UserError` names the option that is
-    unknown or of the wrong type; `hint` says of an unknown one where else it belongs, if anywhere.
+    A value that says what is meant is converted: "2" and 2.0 to the integer 2. `UserError` names
+    the option that is unknown or of the wrong type; `hint` says of an unknown one where else it
+    belongs, if anywhere.
     """
     known = option_names(options)
     for name in values:

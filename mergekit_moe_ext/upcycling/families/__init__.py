@@ -1,10 +1,10 @@
-"""Pairs of a dense architecture and the mixture-of-experts architecture that its FFNs can become the experts of.
+"""Families: a dense architecture, and the mixture of experts that its FFNs can become.
 
-A pair is one declaration of where the FFNs go, and of what the output's config is. Everything that it
-does not name keeps its name; `merging/manifest.py` checks that this adds up. All but Switch are exact:
-where every source equals the base, the output computes the base's logits.
+A family is one declaration of where the FFNs go, and of what the output's config is. Everything
+that it does not name keeps its name; `merging/manifest.py` checks that this adds up. All but Switch
+are exact: where every source equals the base, the output computes the base's logits.
 
-A pair of your own is an `Upcycling` that is handed to `register_family` before the merge runs.
+A family of your own is an `Upcycling` that is handed to `register_family` before the merge runs.
 """
 
 import functools
@@ -32,15 +32,15 @@ def register_family(family: Upcycling) -> None:
 
 
 def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_architectures: bool = False) -> Upcycling:
-    """The pair that holds all these dense models. `UserError` names the model that does not fit."""
+    """The family of all these dense models. `UserError` names the model that does not fit."""
     _register_ours()
     for model, config in configs.items():
         family = _FAMILIES.get(config.model_type)
         architecture = (config.architectures or [None])[0]
         if family is None or architecture not in (None, family.dense[config.model_type]):
             raise UserError(
-                f"{model} is a {architecture or config.model_type}, which has no mixture-of-experts "
-                f"architecture here; supported: {_supported()}"
+                f"{model} is a {architecture or config.model_type}, which has no "
+                f"mixture-of-experts architecture here; supported: {_supported()}"
             )
         config.architectures = [family.dense[config.model_type]]  # some configs name none
         if complaint := family.refuse(config):
