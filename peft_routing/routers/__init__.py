@@ -12,6 +12,8 @@ it is used:
 
         def scores(self, hidden):
             return functional.cosine_similarity(hidden[..., None, :], self.weight, dim=-1)
+
+`docs/extending.md` has the whole contract, and a router with an option of its own.
 """
 
 from peft_routing.routers.base import Router, RouterSettings, SharedRouter, all_routers, find_router
