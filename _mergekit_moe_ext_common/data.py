@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from jinja2 import TemplateError
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import USUAL_COLUMNS, Columns
 
 _BUILDERS = {
@@ -47,12 +47,12 @@ class Source:
 
 
 def parse_sources(texts: Iterable[str]) -> list[Source]:
-    """Each `[NAME=]SOURCE[:SPLIT]`. `ClickException` if two have one name."""
+    """Each `[NAME=]SOURCE[:SPLIT]`. `UserError` if two have one name."""
     sources = [_parse(text) for text in texts]
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise click.ClickException(f"two sources are called {name!r}; name them: --data NAME=SOURCE")
+            raise UserError(f"two sources are called {name!r}; name them: --data NAME=SOURCE")
     return sources
 
 
@@ -65,21 +65,21 @@ def _parse(text: str) -> Source:
 
 
 def load(source: Source, max_samples: int | None = None) -> Dataset:
-    """The rows of a source, the first `max_samples` of them. `ClickException` for what cannot be read."""
+    """The rows of a source, the first `max_samples` of them. `UserError` for what cannot be read."""
     path = Path(source.path).expanduser()
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             loaded = load_from_disk(path)
             splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
             if source.split not in splits:
-                raise click.ClickException(
+                raise UserError(
                     f"{source} (data {source.name!r}): a saved dataset is read by whole splits; there are "
                     + ", ".join(splits)
                 )
             data = splits[source.split]
         elif path.is_file():
             if path.suffix not in _BUILDERS:
-                raise click.ClickException(f"{path} is none of {', '.join(sorted(_BUILDERS))}")
+                raise UserError(f"{path} is none of {', '.join(sorted(_BUILDERS))}")
             delimiter = {"sep": "\t"} if path.suffix == ".tsv" else {}
             # the file's only split is called train, so a split of it is a slice of that
             data = load_dataset(
@@ -88,19 +88,21 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
         elif path.is_dir():
             data = load_dataset(str(path), split=source.split)
         elif source.path.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
-            raise click.ClickException(f"{source.path} does not exist (data {source.name!r})")
+            raise UserError(f"{source.path} does not exist (data {source.name!r})")
         else:
             owner, name, *config = source.path.split("/") if "/" in source.path else ("", source.path)
             data = load_dataset("/".join(filter(None, (owner, name))), *config, split=source.split)
+    except UserError:  # says what is wrong already
+        raise
     except StopIteration:  # what datasets raises for an empty file
-        raise click.ClickException(f"{source} (data {source.name!r}) has no rows") from None
+        raise UserError(f"{source} (data {source.name!r}) has no rows") from None
     except (OSError, ValueError, KeyError, RuntimeError, DatasetGenerationError, DatasetNotFoundError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise click.ClickException(f"cannot read {source} (data {source.name!r}): {reason}") from error
+        raise UserError(f"cannot read {source} (data {source.name!r}): {reason}") from error
     if max_samples is not None:
         data = data.select(range(min(max_samples, len(data))))
     if len(data) == 0:
-        raise click.ClickException(f"{source} (data {source.name!r}) has no rows")
+        raise UserError(f"{source} (data {source.name!r}) has no rows")
     return data
 
 
@@ -140,7 +142,7 @@ def tokenise(
 
     elif columns.messages in present:
         if not tokenizer.chat_template:
-            raise click.ClickException(f"{source} holds chats, but the model's tokenizer has no chat template")
+            raise UserError(f"{source} holds chats, but the model's tokenizer has no chat template")
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
             chat, options = row[columns.messages], {"tokenize": True, "return_dict": False}
@@ -149,7 +151,7 @@ def tokenise(
                 return {"input_ids": ids[:max_length]}
             prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **options)
             if ids[: len(prompt)] != prompt:
-                raise ValueError("the chat template does not continue a prompt, so its last answer cannot be found")
+                raise UserError("the chat template does not continue a prompt, so its last answer cannot be found")
             return _completion(prompt, ids, max_length)
 
     else:
@@ -163,12 +165,12 @@ def tokenise(
             return encode(row)
         except (TypeError, ValueError, KeyError, TemplateError) as error:
             reason = str(error).splitlines()[0]
-            raise click.ClickException(f"row {number} of {source} (data {source.name!r}): {reason}") from error
+            raise UserError(f"row {number} of {source} (data {source.name!r}): {reason}") from error
 
     encoded = data.map(encode_or_explain, with_indices=True, remove_columns=present, desc=f"tokenising {source.name}")
     encoded = encoded.filter(lambda row: all(len(ids) > 0 for ids in row.values()), desc="leaving out empty rows")
     if len(encoded) == 0:
-        raise click.ClickException(f"{source} (data {source.name!r}) has no tokens")
+        raise UserError(f"{source} (data {source.name!r}) has no tokens")
     return encoded
 
 
@@ -180,7 +182,7 @@ def _completion(prompt: Sequence[int], ids: list[int], max_length: int | None) -
 def _require(wanted: Sequence[str], present: Sequence[str], source: Source, who: str) -> None:
     for name in wanted:
         if name not in present:
-            raise click.ClickException(
+            raise UserError(
                 f"{source} (data {source.name!r}) has no column {name!r}: {who} {' and '.join(wanted)}; "
                 f"there are {', '.join(present)} (--text-column, --input-column and --target-column name others)"
             )
@@ -236,5 +238,5 @@ def real_tokens(batch: dict[str, torch.Tensor]) -> dict[bool, torch.Tensor]:
 def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:
     """What an encoder-decoder's decoder reads to predict the labels."""
     if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        raise click.ClickException(f"{type(model).__name__} does not say what its decoder reads, so it is not run")
+        raise UserError(f"{type(model).__name__} does not say what its decoder reads, so it is not run")
     return model.prepare_decoder_input_ids_from_labels(labels)

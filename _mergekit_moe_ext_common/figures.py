@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
+from _mergekit_moe_ext_common.errors import UserError
 
 
 def pyplot() -> Any:
-    """matplotlib without a display. `ClickException` where it is not installed."""
+    """matplotlib without a display. `UserError` where it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
-        raise click.ClickException("--plot needs matplotlib: pip install 'mergekit-moe-ext[plots]'") from error
+        raise UserError("--plot needs matplotlib: pip install 'mergekit-moe-ext[plots]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
@@ -20,11 +20,11 @@ def pyplot() -> Any:
 
 
 def check_new_file(path: Path) -> None:
-    """`ClickException` if the file exists or cannot be written."""
+    """`UserError` if the file exists or cannot be written."""
     if path.exists():
-        raise click.ClickException(f"{path} exists and is not overwritten; remove it or name another")
+        raise UserError(f"{path} exists and is not overwritten; remove it or name another")
     if not path.parent.is_dir():
-        raise click.ClickException(f"{path}: there is no directory {path.parent}")
+        raise UserError(f"{path}: there is no directory {path.parent}")
 
 
 def check_new_figure(path: Path) -> None:
@@ -32,7 +32,7 @@ def check_new_figure(path: Path) -> None:
     check_new_file(path)
     formats = pyplot().figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
-        raise click.ClickException(f"{path}: figures are written as {', '.join(formats)}")
+        raise UserError(f"{path}: figures are written as {', '.join(formats)}")
 
 
 def heat_map(axes: Any, shares: Sequence[Sequence[float]], highest: float) -> Any:

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import click
 import datasets
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
 
 
@@ -18,18 +18,18 @@ def _expanded(model: str) -> str:
 
 def load_config(model: str, reading: Reading) -> Any:
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise click.ClickException(f"{model} does not exist")
+        raise UserError(f"{model} does not exist")
     try:
         return AutoConfig.from_pretrained(_expanded(model), trust_remote_code=reading.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise click.ClickException(f"cannot read the config of {model}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read the config of {model}: {str(error).splitlines()[0]}") from error
 
 
 def load_tokenizer(model: str, reading: Reading) -> Any:
     try:
         return AutoTokenizer.from_pretrained(_expanded(model), trust_remote_code=reading.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise click.ClickException(f"cannot read the tokenizer of {model}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read the tokenizer of {model}: {str(error).splitlines()[0]}") from error
 
 
 def padding_token(tokenizer: Any) -> int:
@@ -44,7 +44,7 @@ def load_model(model: str, config: Any, reading: Reading, **keywords: Any) -> An
             _expanded(model), config=config, trust_remote_code=reading.trust_remote_code, **keywords
         )
     except (OSError, ValueError) as error:
-        raise click.ClickException(f"cannot load {model}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load {model}: {str(error).splitlines()[0]}") from error
 
 
 def silence(reading: Reading) -> None:

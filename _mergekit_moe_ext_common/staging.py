@@ -14,38 +14,37 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import click
 from filelock import FileLock, Timeout
+
+from _mergekit_moe_ext_common.errors import UserError
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output(out_path: str) -> Path:
-    """The resolved output directory, if it may be written. `ClickException` if not."""
+    """The resolved output directory, if it may be written. `UserError` if not."""
     out = Path(out_path).expanduser().resolve()
     if out.is_file():
-        raise click.ClickException(f"{out_path} is a file; name a directory that does not exist yet")
+        raise UserError(f"{out_path} is a file; name a directory that does not exist yet")
     if out.is_dir() and any(out.iterdir()):
-        raise click.ClickException(
+        raise UserError(
             f"{out_path} is not empty and nothing in it is overwritten; remove it or name another directory"
         )
     if os.path.ismount(out):
-        raise click.ClickException(f"{out_path} is a mount point; name a directory inside it")
+        raise UserError(f"{out_path} is a mount point; name a directory inside it")
     parent = _nearest_existing(out.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise click.ClickException(f"cannot write {out_path}: {parent} is not a directory that you may write to")
+        raise UserError(f"cannot write {out_path}: {parent} is not a directory that you may write to")
     return out
 
 
 def check_room(out: Path, needed: int) -> None:
-    """`ClickException` if the output's disk has fewer than `needed` bytes free."""
+    """`UserError` if the output's disk has fewer than `needed` bytes free."""
     existing = _nearest_existing(out)
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise click.ClickException(
-            f"the output takes {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free"
-        )
+        raise UserError(f"the output takes {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free")
 
 
 @contextmanager
@@ -57,9 +56,9 @@ def staged(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise click.ClickException(f"another merge is writing to {out}") from None
+        raise UserError(f"another merge is writing to {out}") from None
     except OSError as error:
-        raise click.ClickException(f"cannot write {out}: {error}") from error
+        raise UserError(f"cannot write {out}: {error}") from error
     try:
         for stale in out.parent.glob(f"{glob.escape(prefix)}*"):
             if stale.is_dir():
@@ -98,7 +97,7 @@ def extend_card(directory: Path, lines: Sequence[str]) -> None:
 
 def _still_free(out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise click.ClickException(f"{out} was written to by something else during the merge; it is left as it is")
+        raise UserError(f"{out} was written to by something else during the merge; it is left as it is")
     return out
 
 
@@ -114,7 +113,7 @@ def _disk_errors_explained(out: Path) -> Iterator[None]:
         # safetensors reports the same through an error of its own
         texts = [os.strerror(number) for number in _NO_ROOM]
         if getattr(error, "errno", None) in _NO_ROOM or any(text in str(error) for text in texts):
-            raise click.ClickException(f"no room to write {out}: {error}; nothing was left there") from error
+            raise UserError(f"no room to write {out}: {error}; nothing was left there") from error
         raise
 
 

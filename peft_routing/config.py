@@ -1,29 +1,51 @@
 """What a routed adapter is: its experts, its router, and how their updates are mixed.
 
-The same fields are written by a user, who names experts by their directories, and by `save_pretrained`, when the
-experts are inside: each then stands with its own LoRA configuration, and `layout` says what lies in which module.
+The same fields are written by a user, who names experts by their directories, and by
+`save_pretrained`, when the experts are inside: each then stands with its own LoRA configuration,
+and `layout` says what lies in which module.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import card
-from peft_routing.routers.base import Granularity, Init, Router, Score, find_router
+from peft_routing.routers.base import Granularity, Router, find_router
+from peft_routing.routers.options import read_value, saved_options
 from peft_routing.types import PeftType
 
 Mixing = Literal["full", "low_rank"]
+# Options of routers that have a field of their own. A new option has none: it stands in
+# `router_options`.
+_FIELDS_OF_ROUTERS = (
+    "top_k",
+    "router_temperature",
+    "init",
+    "score",
+    "weights",
+    "clusters",
+    "mlp_layers",
+    "init_lambda",
+)
+_OWN_TYPES = {
+    "granularity": Granularity,
+    "routing_tokens": int,
+    "mixing": Mixing | None,
+    "router_aux_loss_coef": float,
+}
 
 
 @dataclass(frozen=True)
 class Site:
     """The experts at one adapted module; rank 0 is an expert that has nothing there.
 
-    The last `general` are general experts: their mean update is subtracted from that of each other expert.
+    The last `general` are general experts: their mean update is subtracted from that of each other
+    expert.
     """
 
     ranks: tuple[int, ...]
@@ -38,57 +60,79 @@ class RoutedLoraConfig(PeftConfig):
     >>> RoutedLoraConfig(experts={"math": "math/", "code": "code/"}, router="arrow", top_k=2).router
     'arrow'
 
-    `ValueError` says what is wrong with a value, and which routers take an option that this one does not.
+    What a router declares as its options stands in `router_options`, whether the router comes with
+    this package or not. An option that has a field of its own may be given either way, and is kept
+    in that field. `UserError`, a `ValueError`, says what is wrong with a value, and which routers
+    take an option that this one does not.
     """
 
     experts: Any = field(
         default_factory=dict,
-        metadata={"help": "LoRA adapters by name, or a list of them: directories or repositories on the Hub."},
+        metadata={"help": "LoRA adapters by name, or a list of directories or Hub repositories."},
     )
     general_experts: Any = field(
         default_factory=dict,
-        metadata={"help": "LoRA adapters of general knowledge; their mean update is subtracted from each expert's."},
+        metadata={"help": "LoRA adapters of general knowledge, whose mean update is subtracted."},
     )
     router: str = field(
-        default="arrow", metadata={"help": "Where the coefficients come from; see `peft-route compose -h`."}
+        default="arrow",
+        metadata={"help": "Router that decides; `peft-route compose -h` lists them."},
     )
     top_k: int | None = field(
-        default=None, metadata={"help": "Experts per token, or clusters. Default: all; 3 for arrow, as in PEFT."}
+        default=None,
+        metadata={"help": "Number of experts per token, or of clusters. Default: all; 3 for arrow."},
     )
     granularity: Granularity = field(
-        default="token", metadata={"help": "One choice per token, or one per sequence, from its prefix."}
+        default="token",
+        metadata={"help": "Choice per token, or one per sequence by its prefix."},
     )
     routing_tokens: int = field(
         default=32,
-        metadata={
-            "help": "The prefix of a sequence in a plain forward pass of a decoder; `generate` uses the prompt."
-        },
+        metadata={"help": "Length of a prefix in a plain forward pass; `generate` uses the prompt."},
     )
     mixing: Mixing | None = field(
         default=None,
         metadata={
-            "help": "Mix the updates (full) or both factors apart (low_rank). Default: low_rank where ranks and "
-            "targets agree, as in the paper; full otherwise, for arrow, and with general experts."
+            "help": "Mix the updates (full), or both factors apart (low_rank). Default: low_rank "
+            "where ranks and targets agree, as in the paper; full otherwise, for arrow, and with "
+            "general experts."
         },
     )
-    router_temperature: float | None = field(default=None, metadata={"help": "Of the softmax. Default: 1."})
-    init: Init | None = field(default=None, metadata={"help": "How a learned router starts. Default: uniform."})
-    score: Score | None = field(
-        default=None, metadata={"help": "The product with the hidden state, or its absolute value (Arrow's)."}
+    router_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of the softmax. Default: 1."}
     )
-    weights: Any = field(default=None, metadata={"help": "The coefficients of `fixed`: by expert, or a list."})
-    clusters: dict[str, Any] | None = field(default=None, metadata={"help": "For `hierarchical`: expert to cluster."})
-    mlp_layers: int | None = field(default=None, metadata={"help": "Of `mlp`: 0, 1 or 2 (WEMoE's default)."})
+    init: Literal["uniform", "arrow"] | None = field(
+        default=None, metadata={"help": "Start of a learned router. Default: uniform."}
+    )
+    score: Literal["dot", "abs"] | None = field(
+        default=None,
+        metadata={"help": "Product with the hidden state, or its absolute value (Arrow's)."},
+    )
+    weights: Any = field(default=None, metadata={"help": "Coefficients of `fixed`: by expert, or a list."})
+    clusters: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Cluster of each expert, for `hierarchical`."}
+    )
+    mlp_layers: int | None = field(
+        default=None,
+        metadata={"help": "Number of layers of `mlp`: 0, 1 or 2. Default: 2 (WEMoE)."},
+    )
     init_lambda: float | None = field(
-        default=None, metadata={"help": "Of `mlp`: where all coefficients start. Default: 0.3 (WEMoE)."}
+        default=None,
+        metadata={"help": "Start of all coefficients of `mlp`. Default: 0.3 (WEMoE)."},
+    )
+    router_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Options of the router by name: {'sharpness': 2.0}."},
     )
     router_aux_loss_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the load-balancing loss, averaged over modules, in training."}
+        default=0.0,
+        metadata={"help": "Weight of the load-balancing loss, averaged over modules, in training."},
     )
     layout: list[dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Written by composing: modules, and each expert's rank and scaling there."}
+        default=None,
+        metadata={"help": "Modules with each expert's rank and scaling; written by composing."},
     )
-    expert_dtype: str | None = field(default=None, metadata={"help": "Written by composing: the experts' dtype."})
+    expert_dtype: str | None = field(default=None, metadata={"help": "Dtype of the experts; written by composing."})
 
     target_modules: ClassVar[None] = None  # PEFT asks; `layout` says it exactly
 
@@ -97,39 +141,74 @@ class RoutedLoraConfig(PeftConfig):
         self.peft_type = PeftType.ROUTED_LORA
         for option in ("experts", "general_experts"):
             setattr(self, option, _by_name(option, getattr(self, option)))
-        if not self.experts:
-            raise ValueError("a routed adapter needs experts: experts={'math': 'math/', 'code': 'code/'}")
-        if both := self.experts.keys() & self.general_experts.keys():
-            raise ValueError(
-                f"{min(both)!r} names an expert and a general one: give names, general_experts={{'wiki': …}}"
-            )
-        if self.general_experts and self.mixing == "low_rank":
-            raise ValueError(
-                "general experts are subtracted from updates, which mixing='low_rank' never forms: use full"
-            )
-        for option in ("weights", "clusters"):  # by expert, whose names are strings
-            if isinstance(getattr(self, option), dict):
-                setattr(self, option, {str(name): value for name, value in getattr(self, option).items()})
-        hints = get_type_hints(type(self))
-        for name in ("granularity", "mixing", "init", "score"):
-            value, allowed = getattr(self, name), _choices(hints[name])
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
-        for name in ("top_k", "routing_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is below 1")
+        for option, declared in _OWN_TYPES.items():
+            setattr(self, option, read_value(option, declared, getattr(self, option)))
+        self._check_experts()
+        self._read_router_options()
+        for option in ("top_k", "routing_tokens"):
+            number = getattr(self, option)
+            if number is not None and number < 1:
+                raise UserError(f"{option}={number} is below 1")
         if self.top_k is not None and self.top_k > len(self.experts):
-            raise ValueError(f"top_k={self.top_k}, but there are {len(self.experts)} experts")
-        if self.router_temperature is not None and not 0 < self.router_temperature < math.inf:
-            raise ValueError(f"router_temperature={self.router_temperature} is not above 0")
+            raise UserError(f"top_k={self.top_k}, but there are {len(self.experts)} experts")
+        temperature = self.router_temperature
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise UserError(f"router_temperature={temperature} is not above 0")
         if not 0 <= self.router_aux_loss_coef < math.inf:
-            raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} is below 0")
+            raise UserError(f"router_aux_loss_coef={self.router_aux_loss_coef} is below 0")
         self.router_class.check(self)
         self.sites = {
             module: Site(tuple(group["ranks"]), tuple(group["scalings"]), len(self.general_experts))
             for group in self.layout or ()
             for module in group["modules"]
         }
+
+    def _check_experts(self) -> None:
+        if not self.experts:
+            raise UserError("a routed adapter needs experts: experts={'math': 'math/', 'code': 'code/'}")
+        if both := self.experts.keys() & self.general_experts.keys():
+            raise UserError(
+                f"{min(both)!r} names an expert and a general one: give names, general_experts={{'wiki': …}}"
+            )
+        if self.general_experts and self.mixing == "low_rank":
+            raise UserError(
+                "general experts are subtracted from updates, which mixing='low_rank' never forms: use full"
+            )
+
+    def _read_router_options(self) -> None:
+        """Each option of the router in one place, in the type that the router declares.
+
+        All of them are kept, so that a saved adapter stays what it is when a default changes. Only
+        the fields stay None where nothing was stated.
+        """
+        if not isinstance(self.router_options, dict):
+            raise UserError(f"router_options={self.router_options!r} is no dictionary: write {{'sharpness': 2.0}}")
+        own = dict(self.router_options)
+        for option in _FIELDS_OF_ROUTERS:
+            if option not in own:
+                continue
+            value, stated = own.pop(option), getattr(self, option)
+            if stated is not None and stated != value:
+                raise UserError(f"{option}={stated!r}, and {value!r} in router_options: give it once")
+            setattr(self, option, value)
+        self.router_options = own
+        for option in ("weights", "clusters"):  # by expert, whose names are strings
+            value = getattr(self, option)
+            if isinstance(value, dict):
+                setattr(self, option, {str(name): of_name for name, of_name in value.items()})
+        options = self.router_class.options_of(self)
+        for option in self.stated_options.keys() & set(_FIELDS_OF_ROUTERS):
+            setattr(self, option, getattr(options, option))
+        self.router_options = {
+            option: value for option, value in saved_options(options).items() if option not in _FIELDS_OF_ROUTERS
+        }
+
+    @property
+    def stated_options(self) -> dict[str, Any]:
+        """The router's options by name, without the fields in which nothing is stated."""
+        fields = {option: getattr(self, option) for option in _FIELDS_OF_ROUTERS}
+        stated = {option: value for option, value in fields.items() if value is not None}
+        return stated | self.router_options
 
     @property
     def router_class(self) -> type[Router]:
@@ -142,7 +221,7 @@ class RoutedLoraConfig(PeftConfig):
 
     @property
     def routes_sequences(self) -> bool:
-        """Whether a choice is made per sequence: not where it does not depend on the input at all."""
+        """Whether a choice is made per sequence, and depends on the input at all."""
         return self.granularity == "sequence" and self.router_class.uses_input(self)
 
     @property
@@ -151,7 +230,10 @@ class RoutedLoraConfig(PeftConfig):
         return self.layout is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT sorts a dictionary's keys when it saves; the experts' order is that of the coefficients."""
+        """The fields as they are saved, with experts in lists.
+
+        PEFT sorts a dictionary's keys, and the experts' order is that of the coefficients.
+        """
         values = super().to_dict()
         for option in ("experts", "general_experts"):
             values[option] = [
@@ -165,34 +247,39 @@ class RoutedLoraConfig(PeftConfig):
         card.extend(save_directory, self.names, list(self.general_experts), self.router)
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """The values of a `Literal`, or of a `Literal | None`."""
-    parts = get_args(hint)
-    return tuple(value for part in parts for value in (get_args(part) or ((None,) if part is type(None) else (part,))))
-
-
 def _by_name(option: str, experts: Any) -> dict[str, Any]:
+    """Each expert's directory or configuration by its name. `UserError` for anything else."""
     if isinstance(experts, dict):
         return {str(name): value if isinstance(value, dict) else str(value) for name, value in experts.items()}
     if isinstance(experts, str) or not isinstance(experts, Sequence):
-        raise ValueError(f"{option}={experts!r} is neither a dict of names and directories nor a list of directories")
-    if all(isinstance(expert, dict) for expert in experts):  # as saved
-        of_name = {expert["name"]: {k: v for k, v in expert.items() if k != "name"} for expert in experts}
-        return {name: value.get("path", value) for name, value in of_name.items()}
+        raise UserError(f"{option}={experts!r} is neither a dict of names and directories nor a list of directories")
+    if all(isinstance(expert, dict) for expert in experts):
+        return dict(map(_as_saved, experts))
     paths = [str(path) for path in experts]
     return dict(zip(_unique_names(paths), paths, strict=True))
 
 
+def _as_saved(expert: dict[str, Any]) -> tuple[str, Any]:
+    """The name of an expert, and its directory or, where it is inside, its LoRA configuration."""
+    config = {key: value for key, value in expert.items() if key != "name"}
+    return expert["name"], config.get("path", config)
+
+
 def _unique_names(paths: Sequence[str]) -> list[str]:
-    """As much of the end of each path as tells them apart; numbers, where the same path is there twice.
+    """As much of the end of each path as tells them apart; numbers for a path that is there twice.
 
     >>> _unique_names(["runs/math/final", "runs/code/final"])
     ['math-final', 'code-final']
     """
-    parts = [[part for part in PurePath(path).parts if part not in ("/", ".", "..")] or [path] for path in paths]
+    parts = [_parts(path) for path in paths]
     names: list[str] = []
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["-".join(each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             return names
     return [f"{name}-{index}" for index, name in enumerate(names)]
+
+
+def _parts(path: str) -> list[str]:
+    """The names in a path, without those that name no directory of their own."""
+    return [part for part in PurePath(path).parts if part not in ("/", ".", "..")] or [path]

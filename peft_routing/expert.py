@@ -1,4 +1,4 @@
-"""Ordinary LoRA adapters as experts: reading them, and finding out whether they can be routed on a model."""
+"""Ordinary LoRA adapters as experts: reading them, and whether they can be routed on a model."""
 
 import json
 import math
@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from _mergekit_moe_ext_common.errors import UserError
 
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
@@ -42,7 +44,7 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class Expert:
-    """A LoRA adapter: its configuration, and per module A (rank, in), B (out, rank) and the scaling of B A."""
+    """A LoRA adapter: per module A (rank, in), B (out, rank) and the scaling of B A."""
 
     name: str
     config: dict[str, Any]
@@ -56,25 +58,25 @@ class Expert:
 def read_expert(name: str, path: str) -> Expert:
     """From a directory, or `owner/name[/subfolder]` on the Hub.
 
-    `ValueError` for what cannot be routed, `FileNotFoundError` for what is not there. Weights are read from
-    safetensors only: nothing is unpickled.
+    `UserError` for what cannot be routed, `FileNotFoundError` for what is not there. Weights are
+    read from safetensors only: nothing is unpickled.
     """
     where = f"expert {name!r} ({path})"
     config_file = _file(path, CONFIG_NAME, where)
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{where}: {config_file} is damaged: {error}") from error
+        raise UserError(f"{where}: {config_file} is damaged: {error}") from error
     _check_config(config, where)
     weights = _file(path, SAFETENSORS_WEIGHTS_NAME, where)
     try:
         tensors = load_file(weights)
     except SafetensorError as error:
-        raise ValueError(f"{where}: {weights} is damaged: {error}") from error
+        raise UserError(f"{where}: {weights} is damaged: {error}") from error
     factors = _pairs(tensors, where)
     scalings = {module: _scaling(config, module, a.shape[0], where) for module, (a, _) in factors.items()}
-    said = {key: value for key, value in config.items() if value not in (None, {}, [])}
-    return Expert(name, said, factors, scalings)
+    stated = {key: value for key, value in config.items() if value not in (None, {}, [])}
+    return Expert(name, stated, factors, scalings)
 
 
 def _file(path: str, name: str, where: str) -> Path:
@@ -100,39 +102,40 @@ def _file(path: str, name: str, where: str) -> Path:
 
 def _check_config(config: dict[str, Any], where: str) -> None:
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: its peft_type is {config.get('peft_type')}; only LORA adapters are routed")
+        raise UserError(f"{where}: its peft_type is {config.get('peft_type')}; only LORA adapters are routed")
     for key, reason in _CANNOT_BE_ROUTED.items():
         if config.get(key):
-            raise ValueError(f"{where} cannot be routed: {key} is {config[key]}; {reason}")
+            raise UserError(f"{where} cannot be routed: {key} is {config[key]}; {reason}")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{where} cannot be routed: bias is {config['bias']!r}; biases are not routed")
+        raise UserError(f"{where} cannot be routed: bias is {config['bias']!r}; biases are not routed")
     if str(config.get("init_lora_weights", "")).startswith(_CHANGES_THE_BASE):
-        raise ValueError(
-            f"{where} cannot be routed: init_lora_weights is {config['init_lora_weights']!r}, which changes the base "
-            "model; save it with path_initial_model_for_weight_conversion first"
+        raise UserError(
+            f"{where} cannot be routed: init_lora_weights is {config['init_lora_weights']!r}, "
+            "which changes the base model; save it with path_initial_model_for_weight_conversion "
+            "first"
         )
 
 
 def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
     halves: dict[str, dict[str, Tensor]] = {}
     if embedding := next((key for key in tensors if "lora_embedding" in key), None):
-        raise ValueError(f"{where} cannot be routed: {embedding}: embeddings have no hidden state to route by")
+        raise UserError(f"{where} cannot be routed: {embedding}: embeddings have no hidden state to route by")
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
         if match is None:
             of_base = "it is the base model's own; save the adapter with save_embedding_layers=False"
             reason = of_base if ".base_layer." in key else "it is no LoRA factor"
-            raise ValueError(f"{where} cannot be routed: {key}: {reason}")
+            raise UserError(f"{where} cannot be routed: {key}: {reason}")
         if tensor.ndim != 2:
-            raise ValueError(f"{where} cannot be routed: {key} has {tensor.ndim} dimensions; only linear modules are")
+            raise UserError(f"{where} cannot be routed: {key} has {tensor.ndim} dimensions; only linear modules are")
         halves.setdefault(match[1], {})[match[2]] = tensor
     if not halves:
-        raise ValueError(f"{where}: {SAFETENSORS_WEIGHTS_NAME} is empty")
+        raise UserError(f"{where}: {SAFETENSORS_WEIGHTS_NAME} is empty")
     for module, pair in halves.items():
         if len(pair) == 1:
-            raise ValueError(f"{where}: {module} has lora_{min(pair)} and not the other factor")
+            raise UserError(f"{where}: {module} has lora_{min(pair)} and not the other factor")
         if pair["A"].shape[0] != pair["B"].shape[1]:
-            raise ValueError(f"{where}: {module}: A is {tuple(pair['A'].shape)} and B is {tuple(pair['B'].shape)}")
+            raise UserError(f"{where}: {module}: A is {tuple(pair['A'].shape)} and B is {tuple(pair['B'].shape)}")
     return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
 
 
@@ -145,13 +148,16 @@ def _scaling(config: dict[str, Any], module: str, rank: int, where: str) -> floa
         return patterns.get(get_pattern_key(patterns.keys(), module), default)
 
     if rank != value("r", "rank_pattern"):
-        raise ValueError(f"{where}: {module} has rank {rank}, and {CONFIG_NAME} says {value('r', 'rank_pattern')}")
+        raise UserError(f"{where}: {module} has rank {rank}, and {CONFIG_NAME} says {value('r', 'rank_pattern')}")
     alpha = value("lora_alpha", "alpha_pattern")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
-    """`ValueError` where the experts do not fit the model; a warning where they say that they are of another."""
+    """`UserError` where the experts do not fit the model.
+
+    A warning where they name another base model.
+    """
     modules = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
     for expert in experts:
         for name, (a, b) in expert.factors.items():
@@ -159,15 +165,15 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
             if name not in modules:
                 last = name.rpartition(".")[2]
                 alike = next((other for other in modules if other.endswith(last)), None)
-                raise ValueError(f"{where} is not in the base model" + (f", which has {alike}" if alike else ""))
+                raise UserError(f"{where} is not in the base model" + (f", which has {alike}" if alike else ""))
             base = modules[name]
             if isinstance(base, BaseTunerLayer):
                 base = base.get_base_layer()
             if not _is_linear(base):
-                raise ValueError(f"{where} is a {type(base).__name__}; only linear modules are routed")
+                raise UserError(f"{where} is a {type(base).__name__}; only linear modules are routed")
             in_features, out_features = _get_in_out_features(base)
             if (a.shape[1], b.shape[0]) != (in_features, out_features):
-                raise ValueError(
+                raise UserError(
                     f"{where} maps {a.shape[1]} to {b.shape[0]}, and {in_features} to {out_features} in the base model"
                 )
     base_name = model.__dict__.get("name_or_path")
@@ -176,16 +182,17 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
     if different:
         first, other = next(iter(different.items()))
         warnings.warn(
-            f"the base model is {base_name}, and {len(different)} of {len(experts)} experts were trained on another: "
-            f"{first!r} on {other}",
+            f"the base model is {base_name}, and {len(different)} of {len(experts)} experts were "
+            f"trained on another: {first!r} on {other}",
             stacklevel=2,
         )
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Also where it is quantised: some libraries keep `nn.Linear`, others (GPTQ, AWQ, HQQ) name its two sizes alike.
+    """Whether a module is linear, quantised or not.
 
-    Convolutions and embeddings name theirs otherwise.
+    Some libraries keep `nn.Linear` for a quantised one, others (GPTQ, AWQ, HQQ) name its two sizes
+    as it does. Convolutions and embeddings name theirs otherwise.
     """
     return isinstance(module, nn.Linear | Conv1D) or (
         hasattr(module, "in_features") and hasattr(module, "out_features")

@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.staging import check_output, staged
 from peft_routing.expert import PREFIX, Expert
 
@@ -27,7 +28,7 @@ def write_experts(experts: Sequence[Expert], directory: str) -> None:
     """A directory per expert, with the tensors and the configuration that it was composed from."""
     folders = {re.sub(r"[^\w.-]|^\.+", "-", expert.name): expert for expert in experts}  # a name is no path
     if len(folders) < len(experts):
-        raise ValueError(f"two experts would be written to one directory: {', '.join(e.name for e in experts)}")
+        raise UserError(f"two experts would be written to one directory: {', '.join(e.name for e in experts)}")
     with staged(check_output(directory)) as out:
         for folder, expert in folders.items():
             config = {key: value for key, value in expert.config.items() if key != "dtype"}
@@ -54,9 +55,9 @@ def write_lora(factors: Factors, base: str | None, task_type: Any, directory: st
         task_type=task_type,
         inference_mode=True,
     )
-    said = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     with staged(check_output(directory)) as out:
-        _write_lora(factors, said, out)
+        _write_lora(factors, values, out)
 
 
 def _write_lora(factors: Factors, config: Mapping[str, Any], out: Path) -> None:
@@ -71,8 +72,11 @@ def _write_lora(factors: Factors, config: Mapping[str, Any], out: Path) -> None:
 
 
 def truncated(factors: Factors, rank: int) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """Each update as the closest one of the given rank, and the relative error of all together (Frobenius norm)."""
-    closest, dropped, whole = {}, 0.0, 0.0
+    """The closest update of a rank for each, and the relative error of all (Frobenius norm)."""
+    closest = {}
+    dropped = whole = 0.0  # squared norms
+    # B A = Q_b (R_b R_aᵀ) Q_aᵀ: the singular values are those of the small matrix between, so that no
+    # update is ever built. The root of each goes to either factor, so that both are of one size.
     for module, (a, b) in factors.items():
         left, core_left = torch.linalg.qr(b.double())
         right, core_right = torch.linalg.qr(a.double().T)

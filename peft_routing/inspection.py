@@ -1,4 +1,4 @@
-"""Who is chosen where: the coefficients that a routed adapter gives to texts, per task and module."""
+"""Who is chosen where: the coefficients that a routed adapter gives, per task and module."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def inspect_adapter(
     max_samples: int | None = None,
     batch_size: int = 8,
 ) -> Inspection:
-    """Run the texts of each source through the model. `ClickException` for what cannot be read."""
+    """Run the texts of each source through the model. `UserError` for what cannot be read."""
     silence(reading)
     config = load_adapter_config(adapter)
     base, base_config = base_of(base, config, reading)
@@ -109,7 +109,8 @@ class _Means:
 @contextmanager
 def _recorded(model: Any) -> Iterator[_Means]:
     """Watches every module's experts while it is open."""
-    means, handles = _Means(), []
+    means = _Means()
+    handles = []
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             key = name.removeprefix("base_model.model.").partition(".routed_lora_")[0]
@@ -128,15 +129,17 @@ def _recorded(model: Any) -> Iterator[_Means]:
 
 def table(inspection: Inspection) -> str:
     """Per task each expert's coefficient, averaged over modules and tokens."""
-    rows = {task: torch.tensor(list(modules.values())).mean(dim=0) for task, modules in inspection.tasks.items()}
-    width = max(len("coefficient"), *map(len, rows))
-    columns = [max(7, len(name)) for name in inspection.experts]
-    cells = {"coefficient": inspection.experts}
-    cells |= {task: [f"{mean:.3f}" for mean in means.tolist()] for task, means in rows.items()}
-    return "\n".join(
-        "  ".join([f"{head:{width}}", *(f"{cell:>{column}}" for cell, column in zip(row, columns, strict=True))])
-        for head, row in cells.items()
-    )
+    rows = {"coefficient": inspection.experts}
+    for task, modules in inspection.tasks.items():
+        means = torch.tensor(list(modules.values())).mean(dim=0)
+        rows[task] = [f"{mean:.3f}" for mean in means.tolist()]
+    width = max(map(len, rows))
+    lines = []
+    for head, cells in rows.items():
+        pairs = zip(cells, inspection.experts, strict=True)
+        aligned = [f"{cell:>{max(7, len(expert))}}" for cell, expert in pairs]
+        lines.append("  ".join([f"{head:{width}}", *aligned]))
+    return "\n".join(lines)
 
 
 def plot(inspection: Inspection, path: Path) -> None:

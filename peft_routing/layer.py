@@ -1,7 +1,8 @@
 """A linear module with routed LoRA experts.
 
-All experts' A lie below each other as (R, in), and so do all B, transposed, as (R, out), R being the sum of their
-ranks. A forward pass is z = x Aᵀ, z weighed by the coefficients, and z Bᵀ; `mixing` has three ways to compute it.
+All experts' A lie below each other as (R, in), and so do all B, transposed, as (R, out), R being
+the sum of their ranks. A forward pass is z = x Aᵀ, z weighed by the coefficients, and z Bᵀ;
+`mixing` has three ways to compute it.
 """
 
 import warnings
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import given, mixing
 from peft_routing.calls import coefficients
 from peft_routing.config import RoutedLoraConfig, Site
@@ -41,7 +43,8 @@ class Experts(nn.Module):
         """Put each expert's A (rank, in) and B (out, rank) in, on the CPU or where they are."""
         a = torch.cat([a for a, _ in factors]).to(self.A.dtype)
         b = torch.cat([b.mT for _, b in factors]).to(self.B.dtype)
-        # not by setattr: under `low_cpu_mem_usage` PEFT would send a new parameter to the meta device
+        # not by setattr: under `low_cpu_mem_usage` PEFT would send a new parameter to the meta
+        # device
         self._parameters["A"] = nn.Parameter(a, requires_grad=False)
         self._parameters["B"] = nn.Parameter(b, requires_grad=False)
 
@@ -55,20 +58,25 @@ class Experts(nn.Module):
 
         `kept`: at most so many coefficients of a token are not 0.
         """
+        # Coefficients and scalings are small: they are multiplied here, not with the hidden states.
         scaled = coefficients * self.scalings(coefficients.dtype, coefficients.device)
         if not self._of_one_rank:
             return mixing.dense_of_mixed_ranks(x, self.A, self.B, scaled, self.owners)
         weigh = mixing.full if self.mixing == "full" else mixing.low_rank
-        given = x, self.A, self.B, coefficients, scaled, weigh
+        arguments = x, self.A, self.B, coefficients, scaled, weigh
         if kept is None:
-            return mixing.dense(*given)
+            return mixing.dense(*arguments)
+        # Where few experts are chosen, touching only these may be faster; measured costs decide.
         gradients = torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad)
         way = mixing.cheapest(x, self.A, self.B, len(self.site.ranks), kept, gradients=gradients)
-        return mixing.dense(*given) if way == "dense" else mixing.WAYS[way](*given, kept)
+        return mixing.dense(*arguments) if way == "dense" else mixing.WAYS[way](*arguments, kept)
 
     @torch.no_grad()
     def merged_factors(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B of the one update, in float32 or wider, for coefficients (experts,): (rank, in) and (out, rank)."""
+        """A (rank, in) and B (out, rank) of the one update, in float32 or wider.
+
+        The coefficients are (experts,).
+        """
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         a, b, coefficients = self.A.to(dtype), self.B.mT.to(dtype), coefficients.to(dtype)
         scaled = coefficients * self.scalings(dtype, coefficients.device)
@@ -86,7 +94,7 @@ class Experts(nn.Module):
 
 
 def with_general(coefficients: Tensor, general: int) -> Tensor:
-    """(…, experts) to (…, experts + general): the general experts', so that their mean update is subtracted.
+    """(…, experts) to (…, experts + general), so that the general experts' mean is subtracted.
 
     sum of c_i (U_i - mean of G_j) is sum of c_i U_i - sum of (sum of c_i / general) G_j.
     """
@@ -99,7 +107,7 @@ def with_general(coefficients: Tensor, general: int) -> Tensor:
 def updates(
     factors: Sequence[tuple[Tensor, Tensor]], site: Site
 ) -> tuple[Sequence[tuple[Tensor, Tensor]], Sequence[float]]:
-    """A, B and the scaling of each expert's update, less the mean of the general ones where there are any."""
+    """A, B and the scaling of each expert's update, less the mean of the general experts'."""
     if not site.general:
         return factors, site.scalings
     scaled = [(a.double(), b.double() * scaling) for (a, b), scaling in zip(factors, site.scalings, strict=True)]
@@ -111,7 +119,7 @@ def updates(
 
 
 class RoutedLoraLayer(BaseTunerLayer):
-    """What PEFT needs to find, freeze, move, save and delete: experts are frozen, only routers are trained."""
+    """What PEFT finds, freezes, moves, saves and deletes: experts are frozen, routers trained."""
 
     adapter_layer_names: tuple[str, ...] = ("routed_lora_router",)
     other_param_names: tuple[str, ...] = ("routed_lora_experts",)
@@ -144,7 +152,7 @@ class RoutedLoraLayer(BaseTunerLayer):
         return self.routed_lora_experts[adapter]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device alone: experts keep the dtype that they were saved in, routers are float32."""
+        """A move to the device alone: experts keep their dtype, and routers are float32."""
         base = self.get_base_layer()
         device = device or next((t.device for t in (*base.parameters(), *base.buffers())), None)
         for adapters in (self.routed_lora_experts, self.routed_lora_router):
@@ -154,33 +162,35 @@ class RoutedLoraLayer(BaseTunerLayer):
                     module.to(device)
 
     def check_constant(self, adapter: str) -> None:
-        """`ValueError` if coefficients depend on the input."""
+        """`UserError` if coefficients depend on the input."""
         router = self.router_of(adapter)
         if router.depends_on_input:
-            raise ValueError(
-                f"adapter {adapter!r} cannot be merged: the coefficients of router={router.name!r} depend on the "
-                "input, and a weight does not. Keep it as an adapter, or use uniform, fixed, global or layer"
+            raise UserError(
+                f"adapter {adapter!r} cannot be merged: the coefficients of router={router.name!r} "
+                "depend on the input, and a weight does not. Keep it as an adapter, or use "
+                "uniform, fixed, global or layer"
             )
 
     def constant_coefficients(self, adapter: str) -> Tensor:
-        """(experts,), the general ones included. `ValueError` if they depend on the input."""
+        """(experts,), the general ones included. `UserError` if they depend on the input."""
         self.check_constant(adapter)
         experts = self.experts_of(adapter)
         return with_general(self.router_of(adapter)(experts.A), experts.site.general)
 
     def check_mergeable(self, adapter: str) -> None:
-        """`ValueError` if there is no one update, or no plain weight to add it to."""
+        """`UserError` if there is no one update, or no plain weight to add it to."""
         self.check_constant(adapter)
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)  # GPTQ and AWQ have none; torchao's says that it is floating-point
         if type(weight) is not nn.Parameter or weight.dtype not in _CAN_BE_ADDED_TO:
-            raise ValueError(
-                f"adapter {adapter!r} cannot be merged: {self.key} is a {type(base).__name__} without a plain weight, "
-                "as quantised ones are. Keep it as an adapter, or merge it into the base model as it was before"
+            raise UserError(
+                f"adapter {adapter!r} cannot be merged: {self.key} is a {type(base).__name__} "
+                "without a plain weight, as quantised ones are. Keep it as an adapter, or merge "
+                "it into the base model as it was before"
             )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """In the shape of the base layer's weight. `ValueError` if it depends on the input."""
+        """In the shape of the base layer's weight. `UserError` if it depends on the input."""
         delta = self.experts_of(adapter).delta_weight(self.constant_coefficients(adapter))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
@@ -197,7 +207,10 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         self.update_layer(adapter_name, config, router)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update to the base weight. `ValueError` if it depends on the input, before anything is changed."""
+        """Add the update to the base weight.
+
+        `UserError` if it depends on the input, before anything is changed.
+        """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.routed_lora_experts]
         for name in names:
             self.check_mergeable(name)
@@ -206,7 +219,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         for name, delta in deltas.items():
             merged = weight.data + delta.to(weight.device)
             if safe_merge and not merged.isfinite().all():
-                raise ValueError(f"merging adapter {name!r} into {self.key} gives NaN or infinity")
+                raise UserError(f"merging adapter {name!r} into {self.key} gives NaN or infinity")
             weight.data = merged.to(weight.dtype)
             self.merged_adapters.append(name)
 

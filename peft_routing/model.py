@@ -1,4 +1,4 @@
-"""The tuner: it composes experts into a routed adapter, or makes room for one that is being loaded."""
+"""The tuner: it composes experts into a routed adapter, or makes room for a saved one."""
 
 import contextlib
 import dataclasses
@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from torch import nn
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.calls import refuse_mixed_batches, refuse_several_passes, unwatch, watch
 from peft_routing.config import Mixing, RoutedLoraConfig
 from peft_routing.expert import Expert, check_experts, layout, read_expert
@@ -23,9 +24,10 @@ LOG = logging.getLogger(__name__)
 
 
 class RoutedLoraModel(BaseTuner):
-    """Puts routed experts beside a model's linear modules; `get_peft_model` and `PeftModel` make it.
+    """The tuner that puts routed experts beside linear modules; PEFT makes it.
 
-    Its methods can be called on the `PeftModel`: `add_expert`, `remove_expert`, `merge_and_unload` and PEFT's others.
+    Its methods can be called on the `PeftModel`: `add_expert`, `remove_expert`, `merge_and_unload`
+    and PEFT's others.
     """
 
     prefix: str = "routed_lora_"
@@ -38,7 +40,10 @@ class RoutedLoraModel(BaseTuner):
         self._handles = watch(self.model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        """As PEFT's, but reads the experts first, where the configuration names directories, and checks them all."""
+        """Put an adapter into the model, as PEFT does.
+
+        Where the configuration names directories, the experts are read and checked before that.
+        """
         config = self.peft_config[adapter_name]
         if config.is_composed:
             self._make_room(model, adapter_name, config, **kwargs)
@@ -58,16 +63,17 @@ class RoutedLoraModel(BaseTuner):
     ) -> None:
         """Add a LoRA adapter as one more expert; everything of the others stays as it is.
 
-        A learned router gives it what an expert starts with; `fixed` needs its `weight`, `hierarchical` its
-        `cluster`. `ValueError` if it cannot be routed here, before anything is changed.
+        A learned router gives it what an expert starts with; `fixed` needs its `weight`,
+        `hierarchical` its `cluster`. `UserError` if it cannot be routed here, before anything is
+        changed.
         """
         adapter_name, config, experts = self._taken_out(adapter_name)
         if name in config.experts or name in config.general_experts:
-            raise ValueError(f"there is an expert {name!r} already")
+            raise UserError(f"there is an expert {name!r} already")
         clusters = None if config.clusters is None else {**config.clusters, name: cluster}
         weights = None if config.weights is None else {**_weights(config), name: weight}
         if (clusters is None) != (cluster is None) or (weights is None) != (weight is None):
-            raise ValueError(f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical")
+            raise UserError(f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical")
         experts.insert(len(config.experts), read_expert(name, path))
         self._replace(adapter_name, config, experts, clusters=clusters, weights=weights)
 
@@ -75,13 +81,15 @@ class RoutedLoraModel(BaseTuner):
         """Take an expert out; everything of the others stays as it is."""
         adapter_name, config, experts = self._taken_out(adapter_name)
         if name not in config.experts:
-            raise ValueError(f"there is no expert {name!r}; there are {', '.join(config.names)}")
+            raise UserError(f"there is no expert {name!r}; there are {', '.join(config.names)}")
         clusters = config.clusters and {other: id_ for other, id_ in config.clusters.items() if other != name}
         weights = config.weights and {other: w for other, w in _weights(config).items() if other != name}
         self._replace(adapter_name, config, [e for e in experts if e.name != name], clusters=clusters, weights=weights)
 
     def export_experts(self, directory: str, adapter_name: str | None = None) -> None:
-        """Write each expert as an ordinary LoRA directory, `<directory>/<name>`, its tensors as they came in.
+        """Write each expert as an ordinary LoRA directory, its tensors as they came in.
+
+        The directories are `<directory>/<name>`.
 
         General experts too; nothing is subtracted from anything.
         """
@@ -90,9 +98,9 @@ class RoutedLoraModel(BaseTuner):
     def to_lora(self, directory: str, adapter_name: str | None = None, *, rank: int | None = None) -> float:
         """Write the mixture as one ordinary LoRA adapter, where it does not depend on the input.
 
-        Without `rank` it is exact: of the rank of the experts together, or of each for `low_rank`. With it, every
-        update is the closest one of that rank. Returns the relative error. `ValueError` where coefficients depend on
-        the input.
+        Without `rank` it is exact: of the rank of the experts together, or of each for `low_rank`.
+        With it, every update is the closest one of that rank. Returns the relative error.
+        `UserError` where coefficients depend on the input.
         """
         adapter_name, config, _ = self._taken_out(adapter_name)
         factors = {}
@@ -102,7 +110,7 @@ class RoutedLoraModel(BaseTuner):
         error = 0.0
         if rank is not None:
             if rank < 1:
-                raise ValueError(f"rank={rank} is below 1")
+                raise UserError(f"rank={rank} is below 1")
             factors, error = truncated(factors, rank)
         write_lora(factors, config.base_model_name_or_path, config.task_type, directory)
         return error
@@ -110,10 +118,10 @@ class RoutedLoraModel(BaseTuner):
     def _taken_out(self, adapter_name: str | None) -> tuple[str, RoutedLoraConfig, list[Expert]]:
         adapter_name = adapter_name or self.active_adapters[0]
         if adapter_name not in self.peft_config:
-            raise ValueError(f"there is no adapter {adapter_name!r}; there are {', '.join(self.peft_config)}")
+            raise UserError(f"there is no adapter {adapter_name!r}; there are {', '.join(self.peft_config)}")
         config = self.peft_config[adapter_name]
         if any(adapter_name in layer.merged_adapters for layer in self._layers(adapter_name)):
-            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it first")
+            raise UserError(f"adapter {adapter_name!r} is merged: unmerge it first")
         described = {**config.experts, **config.general_experts}
         experts = [Expert(name, of_expert, {}, {}) for name, of_expert in described.items()]
         for layer in self._layers(adapter_name):
@@ -204,7 +212,10 @@ class RoutedLoraModel(BaseTuner):
         return self._owners[adapter_name]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """A layer of ours is where it belongs already; PEFT would send it after a base model on the meta device."""
+        """As PEFT's, but for layers of ours, which are where they belong already.
+
+        PEFT would send them after a base model on the meta device.
+        """
         if isinstance(new_module, RoutedLoraLayer):
             setattr(parent, child_name, new_module)
         else:
@@ -244,9 +255,9 @@ class RoutedLoraModel(BaseTuner):
 
 
 def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Module) -> RoutedLoraConfig:
-    """The configuration with everything in it that the experts decide, the general ones last among them.
+    """The configuration with all that the experts decide, the general ones last among them.
 
-    `ValueError` if they do not fit.
+    `UserError` if they do not fit.
     """
     check_experts(experts, model)
     dtype = functools.reduce(torch.promote_types, map(_dtype, experts))
@@ -272,37 +283,45 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
-    wanted: Mixing = config.mixing or config.router_class.mixing
-    modules = sorted({module for expert in experts for module in expert.factors})
-    differing = next((m for m in modules if len({expert.rank(m) for expert in experts}) > 1), None)
-    if wanted == "full" or config.general_experts:
+    mixing: Mixing = config.mixing or config.router_class.mixing
+    if mixing == "full" or config.general_experts:
         return "full"
+    differing = _module_of_several_ranks(experts)
     if differing is None:
-        return wanted
+        return mixing
     ranks = ", ".join(f"{expert.name} {expert.rank(differing)}" for expert in experts)
     if config.mixing == "low_rank":
-        raise ValueError(
+        raise UserError(
             f"mixing='low_rank' needs one rank per module; {differing} has {ranks}. Compose with mixing='full'"
         )
     LOG.info("mixing is full: low_rank needs one rank per module, and %s has %s", differing, ranks)
     return "full"
 
 
+def _module_of_several_ranks(experts: Sequence[Expert]) -> str | None:
+    """The first module at which the experts differ in rank, 0 included, in alphabetical order."""
+    for module in sorted({module for expert in experts for module in expert.factors}):
+        if len({expert.rank(module) for expert in experts}) > 1:
+            return module
+    return None
+
+
 def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
-    """`ValueError` if the model lacks a module, or cannot be routed as the configuration says."""
+    """`UserError` if the model lacks a module, or cannot be routed as the configuration says."""
     present = {name for name, _ in model.named_modules()}
     absent = [module for module in config.sites if module not in present]
     if absent:
-        raise ValueError(
-            f"this adapter is for another model: {len(absent)} of its {len(config.sites)} modules are not in the base "
-            f"model, {absent[0]} among them"
+        raise UserError(
+            f"this adapter is for another model: {len(absent)} of its {len(config.sites)} modules "
+            f"are not in the base model, {absent[0]} among them"
         )
     if config.granularity == "sequence" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            "granularity='sequence' is for models with one stack: the decoder of an encoder-decoder starts from a "
-            "single token, which has nothing to choose by. Use granularity='token'"
+        raise UserError(
+            "granularity='sequence' is for models with one stack: the decoder of an "
+            "encoder-decoder starts from a single token, which has nothing to choose by. Use "
+            "granularity='token'"
         )
 
 
 def _weights(config: RoutedLoraConfig) -> dict[str, float]:
-    return dict(zip(config.names, FixedRouter.given(config, config.names), strict=True))
+    return dict(zip(config.names, FixedRouter.weights_of(config, config.names), strict=True))

@@ -19,8 +19,8 @@ MAY_IMPORT = {
     "recipes": "common",
     "merging": "modeling common",
     "tensor": "merging",
-    "upcycling": "merging",
-    "sequence": "merging modeling",
+    "upcycling": "merging common",
+    "sequence": "merging modeling common",
     "mixtures": "merging modeling recipes common",
     "caem": "mixtures merging common",
     "wemoe": "merging modeling recipes common",
@@ -32,9 +32,9 @@ MAY_IMPORT = {
     "cli": "__init__ methods mixtures wemoe merging recipes autoload common",
     "__main__": "cli",
     # peft_routing, whose files at the top are one room
-    "peft_routing.routers": "",
+    "peft_routing.routers": "common",
     "peft_routing": "peft_routing.routers common",
-    "peft_routing.choosers": "peft_routing peft_routing.routers",
+    "peft_routing.choosers": "peft_routing peft_routing.routers common",
 }
 
 

@@ -29,7 +29,7 @@ def read_batches(
     """The first `max_samples` rows of a source as the model takes them; images are decoded as they are asked for.
 
     With `with_labels`, a batch of a classifier has the right classes as `labels`, by the numbers of the model's one
-    head. `ClickException`, before the first batch, for what cannot be read and for classes that are not the model's.
+    head. `UserError`, before the first batch, for what cannot be read and for classes that are not the model's.
     """
     kind = _kind(model)
     prepare = load_image_processor(model_path, reading) if kind == "image" else load_tokenizer(model_path, reading)

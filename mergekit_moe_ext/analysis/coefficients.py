@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from _mergekit_moe_ext_common.errors import UserError
+
 
 @dataclass(frozen=True)
 class EnsembleRouting:
@@ -47,7 +49,7 @@ class EnsembleRouting:
 def ensemble_routing(model: Any, batches: Mapping[str, Iterable[Mapping[str, Tensor]]]) -> EnsembleRouting:
     """What the routers of a loaded model, in evaluation mode, give to batches of inputs, per task.
 
-    A batch is what the model's `forward` takes, without labels. `ValueError` for a task without inputs, for
+    A batch is what the model's `forward` takes, without labels. `UserError` for a task without inputs, for
     coefficients that are not finite, and for models that have no one set of coefficients per input: decoders in mode
     `running` and encoder-decoders, unless `router_layers` is 0.
     """
@@ -74,10 +76,10 @@ def _coefficients(model: Any, task: str, batches: Iterable[Mapping[str, Tensor]]
         c = model.coefficients(**inputs, **always).cpu().double()
         rows.append(c.expand(len(next(iter(inputs.values()))), -1, -1))  # constants come once
     if not rows:
-        raise ValueError(f"there are no inputs of {task!r}")
+        raise UserError(f"there are no inputs of {task!r}")
     coefficients = torch.cat(rows)
     if not coefficients.isfinite().all():
-        raise ValueError(f"the coefficients of some inputs of {task!r} are not finite")
+        raise UserError(f"the coefficients of some inputs of {task!r} are not finite")
     return coefficients
 
 

@@ -1,17 +1,16 @@
 """Fine-tunes of one base as they are stored, for analyses that read them tensor by tensor."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import torch
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig, PreTrainedModel
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import load_config
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.merging.manifest import hub_state
@@ -21,13 +20,12 @@ from mergekit_moe_ext.merging.sources import DTYPES, Headers, stored_headers
 def network_of(base: str | Path, fine_tunes: Iterable[str | Path]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """The base without memory, and its state dict in hub layout.
 
-    `ValueError` for a fine-tune that is of another architecture.
+    `UserError` for a fine-tune that is of another architecture.
     """
-    config = _read_config(base)
+    config = _config_of(base)
     for path in fine_tunes:
-        _check_same_architecture(path, _read_config(path), base, config)
-    with _as_value_error():
-        return hub_state(config)
+        _check_same_architecture(path, _config_of(path), base, config)
+    return hub_state(config)
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,13 @@ class StoredModel:
 
     @classmethod
     def open(cls, path: str | Path, network: PreTrainedModel) -> "StoredModel":
-        """`ValueError` where there are no safetensors to read."""
+        """`UserError` where there are no safetensors to read."""
         if not any(Path(path, name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
             hint = (
                 ": a LoRA has to be merged into its base first" if Path(path, "adapter_config.json").exists() else ""
             )
-            raise ValueError(f"{path} holds no model.safetensors, in shards or not{hint}")
-        with _as_value_error():
-            headers = stored_headers(ModelReference(model=ModelPath(path=str(path))), MergeOptions())
+            raise UserError(f"{path} holds no model.safetensors, in shards or not{hint}")
+        headers = stored_headers(ModelReference(model=ModelPath(path=str(path))), MergeOptions())
         loader = LazyTensorLoader.from_disk(str(path))
         return cls(str(path), headers, loader, f"{network.base_model_prefix}.")
 
@@ -56,19 +53,19 @@ class StoredModel:
         return name if name in self.headers.shapes else name.removeprefix(self.prefix)
 
     def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        """`ValueError` if a tensor is missing, or of another shape, or of a dtype that has no plain value."""
+        """`UserError` if a tensor is missing, or of another shape, or of a dtype that has no plain value."""
         for name, shape in wanted.items():
             stored = self.stored_name(name)
             if stored not in self.headers.shapes:
-                raise ValueError(f"{self.name} lacks the tensor {name}")
+                raise UserError(f"{self.name} lacks the tensor {name}")
             if self.headers.shapes[stored] != shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} of {self.name} has the shape {self.headers.shapes[stored]}; the base's architecture "
                     f"wants {shape}"
                 )
             if self.headers.dtypes[stored] not in DTYPES.values():
                 comparable = ", ".join(DTYPES.values())
-                raise ValueError(
+                raise UserError(
                     f"{name} of {self.name} is {self.headers.dtypes[stored]}; only {comparable} can be compared"
                 )
 
@@ -76,13 +73,12 @@ class StoredModel:
         return self.loader.get_tensor(self.stored_name(name)).reshape(-1)
 
 
-def _read_config(path: str | Path) -> PretrainedConfig:
+def _config_of(path: str | Path) -> PretrainedConfig:
     if not Path(path).is_dir():
-        raise ValueError(f"there is no directory {path}")
-    with _as_value_error():
-        config = load_config(str(path), Reading())
+        raise UserError(f"there is no directory {path}")
+    config = load_config(str(path), Reading())
     if not config.architectures:
-        raise ValueError(f"the config of {path} names no architecture")
+        raise UserError(f"the config of {path} names no architecture")
     return config
 
 
@@ -93,12 +89,4 @@ def _check_same_architecture(
     for key in ("model_type", "num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
         here, there = (getattr(each.get_text_config(), key, None) for each in (config, of_base))
         if here != there:
-            raise ValueError(f"{path} is no fine-tune of {base}: `{key}` is {here!r}, not {there!r}")
-
-
-@contextmanager
-def _as_value_error() -> Iterator[None]:
-    try:
-        yield
-    except click.ClickException as error:
-        raise ValueError(error.message) from error
+            raise UserError(f"{path} is no fine-tune of {base}: `{key}` is {here!r}, not {there!r}")

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from _mergekit_moe_ext_common.errors import UserError
+
 HEADS = ("classifier", "score", "classification_head")  # what transformers calls them
 
 
@@ -54,13 +56,13 @@ def loss_landscape(
     `labels` or without, where its own tokens are those to predict, of an encoder-decoder with `labels`; -100 is left
     out. A loss is the mean over all samples or tokens of a task.
 
-    The head of a classifier is no part of the plane: the loss of a task is taken with its source's own. `ValueError`
+    The head of a classifier is no part of the plane: the loss of a task is taken with its source's own. `UserError`
     for other than two sources, models that differ in more than that, and batches without labels or for other tasks.
     """
     if len(sources) != 2:
-        raise ValueError(f"the plane is that of two fine-tunes, not of {len(sources)}")
+        raise UserError(f"the plane is that of two fine-tunes, not of {len(sources)}")
     if set(batches) != set(sources):
-        raise ValueError(f"there are sources {', '.join(sources)}, and inputs of {', '.join(batches)}")
+        raise UserError(f"there are sources {', '.join(sources)}, and inputs of {', '.join(batches)}")
     model = copy.deepcopy(base).eval()
     head = None if model.can_generate() else _head(model)
     plane = _plane(model, [base, *sources.values()], list(sources), head)
@@ -94,7 +96,7 @@ def _plane(
         differing = sorted(key for key in shapes.keys() | of_base.keys() if shapes.get(key) != of_base.get(key))
         if differing:
             key = differing[0]
-            raise ValueError(
+            raise UserError(
                 f"{name} is no fine-tune of the base: {key} is {shapes.get(key, 'absent')}, "
                 f"not {of_base.get(key, 'absent')}"
             )
@@ -115,7 +117,7 @@ def _mean_loss(model: Any, task: str, batches: Sequence[Mapping[str, Tensor]]) -
         total += losses.item()
         count += int((labels != -100).sum())
     if not count:
-        raise ValueError(f"the inputs of {task!r} have nothing to predict")
+        raise UserError(f"the inputs of {task!r} have nothing to predict")
     return total / count
 
 
@@ -130,7 +132,7 @@ def _predicted(model: Any, task: str, inputs: dict[str, Tensor]) -> tuple[Tensor
         return model(**inputs, use_cache=False).logits[:, :-1], labels[:, 1:]
     labels = inputs.pop("labels", None)
     if labels is None:
-        raise ValueError(f"the inputs of {task!r} have no labels")
+        raise UserError(f"the inputs of {task!r} have no labels")
     if model.can_generate() and "decoder_input_ids" not in inputs:
         inputs["labels"] = labels  # the model makes of them what its decoder reads
     return model(**inputs).logits, labels

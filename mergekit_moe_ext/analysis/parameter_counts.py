@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import hub_state
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import TaskHeads, model_class
@@ -47,7 +48,7 @@ class ParameterCounts:
 
 
 def count_parameters(model_path: str) -> ParameterCounts:
-    """Of a weight-ensembling model, by its configuration. `ClickException` if the directory holds no such model."""
+    """Of a weight-ensembling model, by its configuration. `UserError` if the directory holds no such model."""
     architecture, config = read_ensemble(model_path)
     with torch.device("meta"):
         return _counts(architecture(config))
@@ -57,14 +58,14 @@ def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) ->
     """Of what `wemoe` would make of that many fine-tunes of the base, all with one head that is merged.
 
     `base` names its class in `architectures`; `parameters` are those of `wemoe` (`router_layers`, `sparsity` …).
-    `ValueError` for wrong ones, and where the base cannot be upscaled in that way.
+    `UserError` for wrong ones, and where the base cannot be upscaled in that way.
     """
     if tasks < 1:
-        raise ValueError(f"tasks: {tasks}; there must be at least one")
+        raise UserError(f"tasks: {tasks}; there must be at least one")
     options = WemoeOptions.model_validate(parameters)
     network, _ = hub_state(base)
     if options.upscale == "auto":
-        raise ValueError("upscale: auto reads the weights of the fine-tunes: say what it takes, attention or mlp")
+        raise UserError("upscale: auto reads the weights of the fine-tunes: say what it takes, attention or mlp")
     if options.upscale == "all":
         check_all(options)
     ensembling = Ensembling(

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.analysis.fine_tunes import StoredModel, network_of
 from mergekit_moe_ext.merging.layers import attention_and_ffn, decoder_layers, is_norm
 
@@ -56,13 +57,13 @@ def task_vector_similarity(
     is 0/0, and NaN here. Sums are in float64. Files are mapped and one tensor of each is read at a time, so that
     memory does not grow with the number of layers.
 
-    `ValueError` for other architectures and shapes, missing tensors, and decoder layers of which it cannot be told
+    `UserError` for other architectures and shapes, missing tensors, and decoder layers of which it cannot be told
     what is attention and what is the FFN, as in most mixtures of experts.
     """
     if len(models) < 2:
-        raise ValueError(f"similarity takes two fine-tunes or more, not {len(models)}")
+        raise UserError(f"similarity takes two fine-tunes or more, not {len(models)}")
     if reading not in get_args(Reading):
-        raise ValueError(f"reading: {reading!r} is none of {', '.join(get_args(Reading))}")
+        raise UserError(f"reading: {reading!r} is none of {', '.join(get_args(Reading))}")
     network, state = network_of(base, models.values())
     layers = _layers(network, state)
     checkpoints = [StoredModel.open(path, network) for path in (base, *models.values())]
@@ -114,7 +115,7 @@ def _layers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> list[_
         try:
             attention, ffn = (_tensors(part.values(), hub_names) for part in attention_and_ffn(module))
         except ValueError as error:
-            raise ValueError(f"layer {name} of {type(model).__name__}: {error}") from error
+            raise UserError(f"layer {name} of {type(model).__name__}: {error}") from error
         layers.append(_Layer(attention, ffn))
     return layers
 
@@ -128,6 +129,6 @@ def _tensors(modules: Iterable[nn.Module], hub_names: Mapping[int, str]) -> dict
                 continue
             for name, parameter in part.named_parameters(recurse=False):
                 if id(parameter) not in hub_names:
-                    raise ValueError(f"{name} of {type(part).__name__} is stored in another form than it is used")
+                    raise UserError(f"{name} of {type(part).__name__} is stored in another form than it is used")
                 tensors[hub_names[id(parameter)]] = tuple(parameter.shape)
     return tensors

@@ -6,6 +6,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.analysis.fine_tunes import StoredModel, network_of
 from mergekit_moe_ext.merging.manifest import hub_names
 from mergekit_moe_ext.wemoe.groups import Part
@@ -36,11 +37,11 @@ def parameter_variation(
       prunes task vectors because most of their elements are tiny (below 0.0005).
 
     `layers` are the numbers of those to measure, of every stack, all if None. Sums are in float64. One tensor of two
-    models is in memory at a time. `ValueError` for other architectures and shapes, missing tensors, and layers whose
+    models is in memory at a time. `UserError` for other architectures and shapes, missing tensors, and layers whose
     attention or MLP cannot be told.
     """
     if not models:
-        raise ValueError("there is no fine-tune to measure")
+        raise UserError("there is no fine-tune to measure")
     network, state = network_of(base, models.values())
     names = names_by_layer(network, hub_names(network, state), layers)
     stored = {path: StoredModel.open(path, network) for path in (base, *models.values())}

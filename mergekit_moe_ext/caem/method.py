@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 from mergekit.common import ModelReference
-from mergekit.io.tasks import LoadTensor
 from transformers import PretrainedConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.caem.allocation import allocate, most_used, normalised_entropy
 from mergekit_moe_ext.caem.checks import (
@@ -28,10 +27,10 @@ from mergekit_moe_ext.caem.checks import (
     number_of_experts,
 )
 from mergekit_moe_ext.caem.options import CaemModelOptions, CaemOptions
-from mergekit_moe_ext.merging.manifest import manifest_of
-from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
-from mergekit_moe_ext.merging.sources import check_same_size, output_dtype, read_configs, read_headers
-from mergekit_moe_ext.merging.tasks import ExpertRows, LoadFiniteTensor
+from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
+from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
+from mergekit_moe_ext.merging.sources import Headers, check_same_size, output_dtype, read_configs, read_headers
+from mergekit_moe_ext.merging.tasks import ExpertRows
 from mergekit_moe_ext.mixtures.experts import (
     MoeLayer,
     experts_per_token,
@@ -95,33 +94,17 @@ class CaemMethod(StructuralMethod):
 
         axes = {name: axis for layer in layers[job.donor] for name, axis in layer.rows.items()}
         of_donor = manifests[job.donor]
-        copies = {
-            template.format(expert=target): (model, template.format(expert=source))
-            for allocation in allocations
-            for template in allocation.layer.experts
-            for target, (model, source) in enumerate(_taken(job, allocation))
-        }
-        rows = {
-            name: ExpertRows(
-                name=name,
-                shape=tuple(number if at == axis else size for at, size in enumerate(of_donor.shapes[name])),
-                axis=axis,
-                sources=tuple(
-                    (model, tuple(indices)) for model, indices in zip(job.experts, allocation.chosen, strict=True)
-                ),
-                scaled_by=_scale(job, allocation.layer, name),
-                load=LoadTensor if job.options.allow_nonfinite else LoadFiniteTensor,
-                dtype=job.config.dtype,
-            )
-            for allocation in allocations
-            for name, axis in allocation.layer.rows.items()
-        }
+        copies: dict[str, CopiedTensor] = {}
+        rows: dict[str, ExpertRows] = {}
+        for allocation in allocations:
+            copies |= _copied_experts(job, allocation, headers)
+            rows |= _expert_rows(job, allocation, of_donor)
         weights = _weights(job, allocations)
         size = num_experts(configs[job.donor])
         of_experts = axes.keys() | {
             template.format(expert=e) for layer in layers[job.donor] for template in layer.experts for e in range(size)
         }
-        shared = {name: of_donor.weight_info(name) for name in of_donor.shapes if name not in of_experts}
+        shared = {name: of_donor.shared_tensor(name) for name in of_donor.shapes if name not in of_experts}
         return Plan(
             config=config,
             num_experts=number,
@@ -129,11 +112,6 @@ class CaemMethod(StructuralMethod):
             shared=shared,
             copies=copies,
             computed=rows,
-            shapes={
-                **{name: of_donor.shapes[name] for name in shared},
-                **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
-                **{name: task.shape for name, task in rows.items()},
-            },
             dtype=dtype,
             weights={name: weights.get(stack_of(name), weights["all"]) for name in shared},
             notes=_notes(job, allocations, weights),
@@ -154,9 +132,7 @@ def _allocate(
         counts = [_counts(usage, layer.router) for usage in usages]
         for model, of_model in zip(job.experts, counts, strict=True):
             if not any(of_model):
-                raise click.ClickException(
-                    f"the usage of {model} has no expert that was ever chosen in {layer.router}"
-                )
+                raise UserError(f"the usage of {model} has no expert that was ever chosen in {layer.router}")
         entropies = [normalised_entropy(of_model) for of_model in counts]
         if job.options.allocation == "fixed":
             numbers = [options.experts for options in job.model_options]
@@ -215,6 +191,39 @@ def _counts(usage: "Usage", router: str) -> list[int]:
     """Over all tasks of a usage file."""
     per_task = [task.layers[router].counts for task in usage.tasks.values()]
     return [sum(numbers) for numbers in zip(*per_task, strict=True)]
+
+
+def _copied_experts(
+    job: Job, allocation: LayerAllocation, headers: Mapping[ModelReference, Headers]
+) -> dict[str, CopiedTensor]:
+    """Where the family keeps every expert's tensors apart: those that are taken, by their names in the output."""
+    copies = {}
+    for template in allocation.layer.experts:
+        for target, (model, source) in enumerate(_taken(job, allocation)):
+            name = template.format(expert=source)
+            copies[template.format(expert=target)] = CopiedTensor(model, name, headers[model].shapes[name])
+    return copies
+
+
+def _expert_rows(job: Job, allocation: LayerAllocation, of_donor: Manifest) -> dict[str, ExpertRows]:
+    """The tensors in which all experts of a layer lie side by side, those of its router among them."""
+    tasks = {}
+    for name, axis in allocation.layer.rows.items():
+        shape = list(of_donor.shapes[name])
+        shape[axis] = sum(allocation.numbers)
+        matrix = _scale(job, allocation.layer, name)
+        matrices = [job.load(model, matrix, job.config.dtype) for model in job.experts] if matrix else []
+        tasks[name] = ExpertRows(
+            name=name,
+            shape=tuple(shape),
+            axis=axis,
+            sources=tuple(
+                (job.load(model, name, job.config.dtype), tuple(indices))
+                for model, indices in zip(job.experts, allocation.chosen, strict=True)
+            ),
+            scaled_by=tuple(matrices),
+        )
+    return tasks
 
 
 def _taken(job: Job, allocation: LayerAllocation) -> list[tuple[ModelReference, int]]:

@@ -5,10 +5,9 @@ that `save_pretrained` writes, which is what other readers of a checkpoint know.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import click
 import torch
 import transformers
 from mergekit.architecture import WeightInfo
@@ -17,7 +16,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.modeling import find_architecture
+
+
+@dataclass(frozen=True)
+class SharedTensor:
+    """A tensor that all sources have, to be merged with its namesakes."""
+
+    weight: WeightInfo  # what mergekit wants to know of it
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,22 +41,28 @@ class Manifest:
         """What else the tensor may be called in a checkpoint."""
         return (self.prefix + name,) if self.prefix else None
 
-    def weight_info(self, name: str) -> WeightInfo:
-        """What mergekit wants to know of a tensor that it merges."""
+    def shared_tensor(self, name: str) -> SharedTensor:
+        """The tensor of this name, for models that all have this manifest."""
         in_vocabulary = name in self.vocabulary
-        return WeightInfo(
+        weight = WeightInfo(
             name=name,
             vocabulary_axis=0 if in_vocabulary else None,
             tied_names=tuple(self.vocabulary) if in_vocabulary else None,
             aliases=self.aliases(name),
         )
+        return SharedTensor(weight, self.shapes[name])
+
+    def with_vocabulary(self, size: int) -> "Manifest":
+        """The manifest of a model with that many tokens."""
+        rows = {name: (size, *self.shapes[name][1:]) for name in self.vocabulary}
+        return replace(self, shapes={**self.shapes, **rows})
 
 
 def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """A model of the one class in `config.architectures`, without memory, and its state dict in hub layout."""
     model_class = find_architecture(config.architectures[0]) or getattr(transformers, config.architectures[0], None)
     if model_class is None:
-        raise click.ClickException(f"{config.architectures[0]} is no architecture of transformers")
+        raise UserError(f"{config.architectures[0]} is no architecture of transformers")
     with torch.device("meta"):
         model = model_class(config)
     return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))

@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import torch
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
-from mergekit.graph import Task
+from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods.base import MergeMethod, MergeMethodSpec
 from mergekit.options import MergeOptions
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PretrainedConfig
+
+from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.manifest import SharedTensor
+from mergekit_moe_ext.merging.tasks import LoadFiniteTensor
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -78,6 +80,29 @@ class Job:
     def seed(self) -> int:
         return self.merge_options.random_seed or 0
 
+    def load(
+        self,
+        model: ModelReference,
+        name: str,
+        dtype: str | None = None,
+        aliases: tuple[str, ...] | None = None,
+    ) -> LoadTensor:
+        """The task that loads a tensor of a source, in `dtype` if one is named.
+
+        It refuses NaN and Inf unless the user lets them through.
+        """
+        kind = LoadTensor if self.options.allow_nonfinite else LoadFiniteTensor
+        return kind(model=model, tensor=name, dtype=dtype, aliases=aliases)
+
+
+@dataclass(frozen=True)
+class CopiedTensor:
+    """A tensor of a source that the output takes as it is."""
+
+    model: ModelReference
+    name: str  # in the source's files
+    shape: tuple[int, ...]  # as the source's header has it
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -86,10 +111,9 @@ class Plan:
     config: PretrainedConfig  # of the output; its class is what transformers will load
     num_experts: int
     experts_per_token: int
-    shared: Mapping[str, WeightInfo]  # merged by the shared method from the tensors of one name in all sources
-    copies: Mapping[str, tuple[ModelReference, str]]  # taken as they are: source, name there
-    computed: Mapping[str, Task]  # made by a task that has a `shape`
-    shapes: Mapping[str, tuple[int, ...]]  # of all of these
+    shared: Mapping[str, SharedTensor]  # merged by the shared method from its namesakes in all sources
+    copies: Mapping[str, CopiedTensor]
+    computed: Mapping[str, Any]  # made by a mergekit Task that has a `shape`, that of what it makes
     dtype: torch.dtype  # of what is computed and in general of all
     # Where the method decides how much each model counts in a shared parameter: its `weight`, by name. Else 1.
     weights: Mapping[str, Mapping[ModelReference, float]] = field(default_factory=dict)
@@ -97,6 +121,12 @@ class Plan:
     routed_per: Literal["token", "sequence", "sample"] = "token"
     notes: str = ""  # Markdown, for the card and for `mergekit-moe-ext plan`
     draw: Callable[[Path], None] | None = None  # a figure, for `mergekit-moe-ext plan --plot`
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the output, by its name, as what it comes from has it."""
+        origins: dict[str, Any] = {**self.shared, **self.copies, **self.computed}
+        return {name: origin.shape for name, origin in origins.items()}
 
     @property
     def bytes(self) -> int:
@@ -122,7 +152,7 @@ class StructuralMethod(MergeMethod):
         """Check the sources and say where every tensor comes from. Reads tensors only where they decide it."""
 
     def _execute(self, *_args: Any, **_kwargs: Any) -> Any:
-        raise click.ClickException(
+        raise UserError(
             f"{self.spec.name} builds a new architecture, so it cannot merge single tensors; "
             "run it with mergekit-yaml or mergekit.merge.run_merge"
         )

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import click
 import pydantic
 from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ModelReference
@@ -22,9 +21,10 @@ from mergekit.io.tasks import FinalizeModel, GatherTensors, LoadTensor, SaveTens
 from mergekit.merge_methods.base import BasePolicy
 from mergekit.plan import MergePlanner as StockMergePlanner
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import check_against, manifest_of
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
-from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, LoadFiniteTensor, RefuseNonfinite
+from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, RefuseNonfinite
 
 LOG = logging.getLogger(__name__)
 NEUTRAL_PARAMETERS = {"weight": 1.0}
@@ -104,16 +104,16 @@ class MergePlanner(StockMergePlanner):
         if not isinstance(self.arch_info, PlannedArchitecture):
             super()._plan()
             return
-        for name, weight in self._plan_of_job.shared.items():
-            self._plan_shared(name, weight)
+        num_layers = _num_layers(self._plan_of_job)
+        for name, tensor in self._plan_of_job.shared.items():
+            self._plan_shared(name, tensor.weight, num_layers)
         for name, task in self._plan_of_job.computed.items():
             if not self._job.options.allow_nonfinite and name not in self._plan_of_job.integers:
                 task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
             self._tensors.append((WeightInfo(name=name), task))
 
-    def _plan_shared(self, name: str, weight: WeightInfo) -> None:
+    def _plan_shared(self, name: str, weight: WeightInfo, num_layers: int) -> None:
         models, base = merged_models(self._job)
-        num_layers = _num_layers(self._plan_of_job)
         parameters = {entry.model: entry.parameters for entry in reversed(self._job.config.models)}
         sources = [
             InputSliceDefinition(model=m, layer_range=(0, num_layers), parameters=parameters.get(m)) for m in models
@@ -129,11 +129,11 @@ class MergePlanner(StockMergePlanner):
             self.plan_tensor(weight, [weight] * len(models), models, reader)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            raise click.ClickException(
+            raise UserError(
                 f"{self._method.spec.name} cannot merge {weight.name}: {first['input']!r}: {first['msg']}"
             ) from error
         except (RuntimeError, ValueError) as error:
-            raise click.ClickException(f"{self._method.spec.name} cannot merge {weight.name}: {error}") from error
+            raise UserError(f"{self._method.spec.name} cannot merge {weight.name}: {error}") from error
         weight, task = self._tensors.pop()
         if not self._job.options.allow_nonfinite:
             task = RefuseNonfinite(tensor_task=_loading_finite(task), name=name, out_dtype=self.config.out_dtype)
@@ -156,21 +156,20 @@ class MergePlanner(StockMergePlanner):
 
     def plan_in_memory(self) -> list[Any]:
         if isinstance(self.arch_info, PlannedArchitecture):
-            raise click.ClickException(f"{self._job.method.spec.name} writes to disk only")
+            raise UserError(f"{self._job.method.spec.name} writes to disk only")
         return super().plan_in_memory()
 
     def _copy_tasks(self, finalize: FinalizeModel) -> list[CopyTensors]:
         """One task per layer; its experts in order."""
-        by_layer: dict[str, list[tuple[str, ModelReference, str]]] = defaultdict(list)
-        for output_name, (model, source_name) in self._plan_of_job.copies.items():
-            layer = _LAYER.search(output_name)
-            by_layer[layer.group(1) if layer else ""].append((output_name, model, source_name))
+        by_layer: dict[str, list[tuple[str, LoadTensor]]] = defaultdict(list)
+        for name, copy in self._plan_of_job.copies.items():
+            layer = _LAYER.search(name)
+            load = self._job.load(copy.model, copy.name, self.config.dtype)
+            by_layer[layer.group(1) if layer else ""].append((name, load))
         return [
             CopyTensors(
                 copies=tuple(copies),
                 writer_task=finalize.writer_task,
-                load=LoadTensor if self._job.options.allow_nonfinite else LoadFiniteTensor,
-                dtype=self.config.dtype,
                 out_dtype=self.config.out_dtype,
                 clone=self.options.clone_tensors,
             )

@@ -9,13 +9,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import click
 import pydantic
 from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration
 from mergekit.merge_methods import MergeMethod, registered_methods
 from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import TokenizerConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job, StructuralMethod
 from mergekit_moe_ext.merging.planner import NEUTRAL_PARAMETERS, merged_models
 from mergekit_moe_ext.merging.sources import lacks_tokenizer
@@ -26,7 +26,7 @@ Options = TypeVar("Options", bound=pydantic.BaseModel)
 def check_document(document: Any) -> None:
     """Every key of a raw merge configuration, outside `parameters:`, must be one that mergekit reads."""
     if not isinstance(document, Mapping):
-        raise click.ClickException("the configuration is not a mapping of keys to values")
+        raise UserError("the configuration is not a mapping of keys to values")
     # `name` is what mergekit-multi reads, and stands in many a configuration for a single merge
     _check_keys(document, [*MergeConfiguration.model_fields, "name"], "the configuration")
     for index, entry in enumerate(document.get("models") or []):
@@ -37,13 +37,13 @@ def check_document(document: Any) -> None:
 
 
 def read_job(config: MergeConfiguration, merge_options: MergeOptions, method: StructuralMethod) -> Job:
-    """Everything under `parameters:`, checked. `ClickException` for what is wrong."""
+    """Everything under `parameters:`, checked. `UserError` for what is wrong."""
     if not config.models:
-        raise click.ClickException(f"{method.spec.name} takes `models:`, not slices or modules")
+        raise UserError(f"{method.spec.name} takes `models:`, not slices or modules")
     for key in ("dtype", "out_dtype"):
         name = getattr(config, key)
         if name and name.removeprefix("torch.") not in ("float64", "float32", "bfloat16", "float16"):
-            raise click.ClickException(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
+            raise UserError(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
     given = config.parameters or {}
     options: Any = _read_options(method.options_type, given, "`parameters:`")
     shared = _shared_method(method.shared_method_name(options))
@@ -54,13 +54,13 @@ def read_job(config: MergeConfiguration, merge_options: MergeOptions, method: St
     where = f"parameters ({method.spec.name} with shared method {shared.spec.name})"
     for key in given:
         if key in method.model_options_type.model_fields:
-            raise click.ClickException(f"`{key}` belongs under the `parameters:` of a model")
+            raise UserError(f"`{key}` belongs under the `parameters:` of a model")
     _check_keys(given, [*method.options_type.model_fields, *shared_names], where)
     model_options = []
     for index, entry in enumerate(config.models):
         for key in entry.parameters or {}:
             if key not in per_model_names and key in (*method.options_type.model_fields, *shared_names):
-                raise click.ClickException(f"`{key}` under models[{index}] belongs under the merge's `parameters:`")
+                raise UserError(f"`{key}` under models[{index}] belongs under the merge's `parameters:`")
         _check_keys(entry.parameters or {}, per_model_names, f"models[{index}].parameters")
         where = f"models[{index}].parameters"
         model_options.append(_read_options(method.model_options_type, entry.parameters or {}, where))
@@ -78,7 +78,7 @@ def _read_options(options_type: type[Options], given: Mapping[str, Any], where: 
         first = error.errors()[0]
         value = first["input"]
         several = isinstance(value, (list, ConditionalParameter)) and "list" not in first["msg"]
-        raise click.ClickException(
+        raise UserError(
             f"`{first['loc'][0]}` under {where} "
             + ("takes one value, no list, gradient or filter" if several else f"is {value!r}: {first['msg']}")
         ) from error
@@ -89,7 +89,7 @@ def _shared_method(name: str) -> MergeMethod:
     tensor_methods = [key for key, method in methods.items() if not isinstance(method, StructuralMethod)]
     if name not in tensor_methods:
         known = "is no tensor method" if name in methods else "is not a merge method"
-        raise click.ClickException(f"shared: {name!r} {known}{_nearest(name, tensor_methods)}")
+        raise UserError(f"shared: {name!r} {known}{_nearest(name, tensor_methods)}")
     return methods[name]
 
 
@@ -99,7 +99,7 @@ def _check_duplicates(config: MergeConfiguration, shared_per_model: Collection[s
     for entry in config.models or []:
         parameters = {key: value for key, value in (entry.parameters or {}).items() if key in shared_per_model}
         if seen.setdefault(entry.model, parameters) != parameters:
-            raise click.ClickException(
+            raise UserError(
                 f"{entry.model} is listed more than once with different parameters; "
                 "its shared parameters are merged once, so they must agree"
             )
@@ -112,13 +112,13 @@ def _check_tokenizers(job: Job) -> None:
         return
     if not isinstance(source, str) and difflib.get_close_matches(str(source), ("base", "union"), n=1):
         nearest = _nearest(str(source), ("base", "union"))
-        raise click.ClickException(f"tokenizer source: {str(source)!r} is unknown{nearest}")
+        raise UserError(f"tokenizer source: {str(source)!r} is unknown{nearest}")
     for model in [*job.sources, *([] if isinstance(source, str) else [source])]:
         directory = Path(model.model.path)
         if lacks_tokenizer(model):
-            raise click.ClickException(f"{model} has no tokenizer, and aligning vocabularies takes one of every model")
+            raise UserError(f"{model} has no tokenizer, and aligning vocabularies takes one of every model")
         if not directory.exists() and model.model.path.startswith((".", "/")):
-            raise click.ClickException(f"{directory} does not exist (named as a tokenizer's source)")
+            raise UserError(f"{directory} does not exist (named as a tokenizer's source)")
 
 
 def _check_shared_inputs(job: Job) -> None:
@@ -128,18 +128,18 @@ def _check_shared_inputs(job: Job) -> None:
         job.shared.validate_inputs(models, base)
     except ValueError as error:
         hint = " (name the model that the others were fine-tuned from as `base_model:`)" if not base else ""
-        raise click.ClickException(f"{job.shared.spec.name}: {error}{hint}") from error
+        raise UserError(f"{job.shared.spec.name}: {error}{hint}") from error
     given = [job.config.parameters or {}, *(entry.parameters or {} for entry in job.config.models or [])]
     for parameter in job.shared.spec.parameters:
         supplied = any(parameter.name in parameters for parameters in given)
         if parameter.required and not supplied and parameter.name not in NEUTRAL_PARAMETERS:
-            raise click.ClickException(f"{job.shared.spec.name} needs `{parameter.name}` under `parameters:`")
+            raise UserError(f"{job.shared.spec.name} needs `{parameter.name}` under `parameters:`")
 
 
 def _check_keys(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
     for key in given:
         if key not in known:
-            raise click.ClickException(f"unknown key `{key}` in {where}{_nearest(key, known)}")
+            raise UserError(f"unknown key `{key}` in {where}{_nearest(key, known)}")
 
 
 def _nearest(word: str, known: Collection[str]) -> str:

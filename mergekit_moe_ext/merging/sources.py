@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
@@ -23,6 +22,7 @@ from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PretrainedConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
 
@@ -86,28 +86,28 @@ class Headers:
 
 def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
     """The config of every source, in the order of `job.sources`."""
-    return {model: _read_config(model, job.merge_options) for model in job.sources}
+    return {model: _config_of(model, job.merge_options) for model in job.sources}
 
 
-def _read_config(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
+def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
     for path in (model.model, model.lora):
         looks_local = path is not None and (path.path.startswith((".", "/", "~")) or path.path.count("/") > 1)
         if path is not None and looks_local and not Path(path.path).exists():
-            raise click.ClickException(f"{path.path} does not exist (named as {model} in the configuration)")
+            raise UserError(f"{path.path} does not exist (named as {model} in the configuration)")
     if model.lora and not options.lora_merge_cache:
-        raise click.ClickException(
+        raise UserError(
             f"{model} is a LoRA on a base model; name a directory for the merged model with --lora-merge-cache"
         )
     if Path(model.model.path, "adapter_config.json").exists() and not Path(model.model.path, "config.json").exists():
-        raise click.ClickException(f"{model} is a LoRA; write its base model before it: BASE+{model}")
+        raise UserError(f"{model} is a LoRA; write its base model before it: BASE+{model}")
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise click.ClickException(f"cannot read the config of {model}: {_first_line(error)}") from error
+        raise UserError(f"cannot read the config of {model}: {_first_line(error)}") from error
     except KeyError as error:
-        raise click.ClickException(f"the config of {model} lacks {error}") from error
+        raise UserError(f"the config of {model} lacks {error}") from error
     if getattr(config, "quantization_config", None):
-        raise click.ClickException(f"{model} is quantised; merge the weights that it was quantised from")
+        raise UserError(f"{model} is quantised; merge the weights that it was quantised from")
     return config
 
 
@@ -134,7 +134,7 @@ def names_of(models: list[ModelReference]) -> list[str]:
 
 
 def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
-    """All sources must have the sizes of the donor. `ClickException` names the key that differs.
+    """All sources must have the sizes of the donor. `UserError` names the key that differs.
 
     Keys that change what a model computes, but not its sizes, are warned about.
     """
@@ -145,9 +145,7 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
             here, there = getattr(config, key, None), getattr(wanted, key, None)
             if here != there:
                 hint = "; `tokenizer: {source: union}` aligns vocabularies" if key == "vocab_size" else ""
-                raise click.ClickException(
-                    f"{model} has another size than {job.donor}: `{key}` is {here!r}, not {there!r}{hint}"
-                )
+                raise UserError(f"{model} has another size than {job.donor}: `{key}` is {here!r}, not {there!r}{hint}")
         for key in _BEHAVIOUR:
             here, there = getattr(config, key, None), getattr(wanted, key, None)
             if here != there:
@@ -198,30 +196,30 @@ def _check_really_tied(
     if wanted.embedding in stored_names and not torch.equal(
         loader.get_tensor(name), loader.get_tensor(wanted.embedding)
     ):
-        raise click.ClickException(
+        raise UserError(
             f"{name} of {model} has no place in the output, which ties it to the embedding: the two differ"
         )
 
 
 def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
-    """What is in the files of a checkpoint. `ClickException` for one that is missing, damaged or incomplete."""
+    """What is in the files of a checkpoint. `UserError` for one that is missing, damaged or incomplete."""
     try:
         index = model.tensor_index(cache_dir=options.transformers_cache)
     except _UNREADABLE as error:
-        raise click.ClickException(f"cannot read the weights of {model}: {_first_line(error)}") from error
+        raise UserError(f"cannot read the weights of {model}: {_first_line(error)}") from error
     shapes, dtypes = {}, {}
     for shard in index.shards:
         path = Path(index.base_path, shard.filename)
         if not path.exists():
-            raise click.ClickException(f"{path} is missing, though the index of {model} names it")
+            raise UserError(f"{path} is missing, though the index of {model} names it")
         try:
             for name, shape, dtype in _shard_headers(index, path):
                 shapes[name], dtypes[name] = shape, dtype
         except _UNREADABLE as error:
-            raise click.ClickException(f"{path} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
         lost = [name for name in shard.contained_keys if name not in shapes]
         if lost:
-            raise click.ClickException(f"{path} lacks {lost[0]}, though the index of {model} names it there")
+            raise UserError(f"{path} lacks {lost[0]}, though the index of {model} names it there")
     return Headers(shapes, dtypes)
 
 
@@ -256,14 +254,14 @@ def _check_headers(
         if name not in headers.shapes:
             if name in tied_here and any(other in headers.shapes for other in tied_here):
                 continue
-            raise click.ClickException(f"{model} lacks the tensor {name}")
+            raise UserError(f"{model} lacks the tensor {name}")
         skip = 1 if name in wanted.vocabulary and vocabulary_may_differ else 0
         if headers.shapes[name][skip:] != shape[skip:]:
-            raise click.ClickException(
+            raise UserError(
                 f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture wants {shape}"
             )
         if headers.dtypes[name] not in DTYPES.values():
-            raise click.ClickException(
+            raise UserError(
                 f"{name} of {model} is {headers.dtypes[name]}; only {', '.join(DTYPES.values())} can be merged"
             )
     for name in headers.shapes:
@@ -273,7 +271,7 @@ def _check_headers(
             LOG.warning("%s of %s is left out, as transformers does", name, model)
             continue
         hint = ": its embeddings are not tied, the output's are" if name in wanted.tied else ""
-        raise click.ClickException(f"{name} of {model} has no place in the output{hint}")
+        raise UserError(f"{name} of {model} has no place in the output{hint}")
 
 
 def merged_lora(model: ModelReference, options: MergeOptions) -> Path | None:
@@ -306,9 +304,7 @@ def merge_loras(job: Job) -> None:
             )
             (partial / merged.name).rename(merged)
         except (OSError, RuntimeError, ValueError) as error:
-            raise click.ClickException(
-                f"cannot merge the LoRA {model.lora} into {model.model}: {_first_line(error)}"
-            ) from error
+            raise UserError(f"cannot merge the LoRA {model.lora} into {model.model}: {_first_line(error)}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -4,12 +4,13 @@ import hashlib
 import math
 from collections.abc import Callable
 
-import click
 import torch
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
+
+from _mergekit_moe_ext_common.errors import UserError
 
 _LET_THROUGH = "`allow_nonfinite: true` under `parameters:` lets it through"
 Distribution = Callable[[tuple[int, ...], float, torch.Generator], torch.Tensor]
@@ -23,10 +24,10 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def cast_finite(tensor: torch.Tensor, dtype: torch.dtype | None, what: str) -> torch.Tensor:
-    """`tensor.to(dtype)`, whose values must stay finite. `ClickException` says `what` does not fit."""
+    """`tensor.to(dtype)`, whose values must stay finite. `UserError` says `what` does not fit."""
     cast = tensor.to(dtype) if dtype else tensor
     if cast is not tensor and not is_finite(cast):
-        raise click.ClickException(f"{what} has values too large for {dtype}; {_LET_THROUGH}")
+        raise UserError(f"{what} has values too large for {dtype}; {_LET_THROUGH}")
     return cast
 
 
@@ -39,7 +40,7 @@ class LoadFiniteTensor(LoadTensor):
             return None
         what = f"{self.tensor} of {self.model}"
         if not is_finite(tensor):
-            raise click.ClickException(f"{what} holds NaN or Inf; {_LET_THROUGH}")
+            raise UserError(f"{what} holds NaN or Inf; {_LET_THROUGH}")
         return cast_finite(tensor, dtype_from_name(self.dtype), what)
 
 
@@ -60,7 +61,7 @@ class RefuseNonfinite(Task[torch.Tensor | None]):
         if tensor is None:
             return None
         if not is_finite(tensor):
-            raise click.ClickException(f"merging {self.name} gave NaN or Inf; {_LET_THROUGH}")
+            raise UserError(f"merging {self.name} gave NaN or Inf; {_LET_THROUGH}")
         return cast_finite(tensor, dtype_from_name(self.out_dtype), self.name)
 
 
@@ -78,10 +79,8 @@ class CopyTensors(Task[None]):
     that write, and models have thousands of experts.
     """
 
-    copies: tuple[tuple[str, ModelReference, str], ...]  # name in the output, source, name there
+    copies: tuple[tuple[str, LoadTensor], ...]  # name in the output, and what loads it
     writer_task: TensorWriterTask
-    load: type[LoadTensor]
-    dtype: str | None = None
     out_dtype: str | None = None
     clone: bool = False
 
@@ -96,21 +95,20 @@ class CopyTensors(Task[None]):
 
     def execute(self, writer: TensorWriter) -> None:
         out_dtype = dtype_from_name(self.out_dtype)
-        for output_name, model, source_name in self.copies:
-            tensor = self.load(model=model, tensor=source_name, dtype=self.dtype).execute()
-            if self.load is LoadFiniteTensor:
-                tensor = cast_finite(tensor, out_dtype, output_name)
+        for name, load in self.copies:
+            tensor = load.execute()
+            if isinstance(load, LoadFiniteTensor):
+                tensor = cast_finite(tensor, out_dtype, name)
             elif out_dtype:
                 tensor = tensor.to(out_dtype)
-            writer.save_tensor(output_name, tensor, clone=self.clone)
+            writer.save_tensor(name, tensor, clone=self.clone)
 
 
 class StackedExperts(Task[torch.Tensor]):
     """All experts of a layer in one tensor: (experts, rows, columns). Of each, its tensors joined along the rows."""
 
-    experts: tuple[tuple[tuple[ModelReference, str], ...], ...]
+    experts: tuple[tuple[LoadTensor, ...], ...]
     shape: tuple[int, ...]
-    load: type[LoadTensor]
     dtype: str
 
     def arguments(self) -> dict[str, Task]:
@@ -120,36 +118,34 @@ class StackedExperts(Task[torch.Tensor]):
         stacked = torch.empty(self.shape, dtype=dtype_from_name(self.dtype), device="cpu")
         for expert, parts in zip(stacked, self.experts, strict=True):
             rows = expert.chunk(len(parts))
-            for target, (model, name) in zip(rows, parts, strict=True):
-                target.copy_(self.load(model=model, tensor=name, dtype=self.dtype).execute())
+            for target, load in zip(rows, parts, strict=True):
+                target.copy_(load.execute())
         return stacked
 
 
 class ExpertRows(Task[torch.Tensor]):
     """A tensor in which experts lie side by side: those of the sources that are taken, source after source.
 
-    With `scaled_by`, the name of the router's matrix, the part of each source is multiplied by a number that brings
-    the mean norm of that matrix's rows to its average over the sources.
+    With `scaled_by`, the router's matrix of every source, the part of each source is multiplied by a number that
+    brings the mean norm of that matrix's rows to its average over the sources.
     """
 
     name: str
     shape: tuple[int, ...]
     axis: int
-    sources: tuple[tuple[ModelReference, tuple[int, ...]], ...]
-    scaled_by: str | None
-    load: type[LoadTensor]
-    dtype: str | None = None
+    sources: tuple[tuple[LoadTensor, tuple[int, ...]], ...]
+    scaled_by: tuple[LoadTensor, ...] = ()
 
     def arguments(self) -> dict[str, Task]:
         return {}
 
     def execute(self, **_kwargs: object) -> torch.Tensor:
         parts = []
-        for model, indices in self.sources:
-            tensor = self.load(model=model, tensor=self.name, dtype=self.dtype).execute()
+        for load, indices in self.sources:
+            tensor = load.execute()
             parts.append(tensor.index_select(self.axis, torch.tensor(indices, device=tensor.device)))
         if self.scaled_by:
-            norms = [self._norm(model) for model, _indices in self.sources]
+            norms = [_mean_norm_of_rows(load.execute()) for load in self.scaled_by]
             target = sum(norms) / len(norms)
             # one that has this norm already is left alone, so that a single source stays bit for bit; and so are zeros
             parts = [part if n in (target, 0) else part * (target / n) for part, n in zip(parts, norms, strict=True)]
@@ -157,9 +153,9 @@ class ExpertRows(Task[torch.Tensor]):
         assert joined.shape == self.shape, f"{self.name} is {tuple(joined.shape)}, not {self.shape}"
         return joined
 
-    def _norm(self, model: ModelReference) -> float:
-        matrix = self.load(model=model, tensor=self.scaled_by, dtype=self.dtype).execute()
-        return matrix.float().norm(dim=1).mean().item()
+
+def _mean_norm_of_rows(matrix: torch.Tensor) -> float:
+    return matrix.float().norm(dim=1).mean().item()
 
 
 class Filled(Task[torch.Tensor]):

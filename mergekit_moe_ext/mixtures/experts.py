@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import click
 from transformers import PretrainedConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import hub_state
 from mergekit_moe_ext.mixtures.routers import routers_of, stack_of
 
@@ -35,13 +35,13 @@ class MoeLayer:
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
-    """How many experts a token passes. `ClickException` where the config does not say."""
+    """How many experts a token passes. `UserError` where the config does not say."""
     for key in ("num_experts_per_tok", "moe_topk", "moe_k", "experts_per_sequence"):
         if isinstance(getattr(config, key, None), int):
             return getattr(config, key)
     if config.model_type == "switch_transformers":  # always one, and no key
         return 1
-    raise click.ClickException(f"the config of {config.architectures[0]} does not say how many experts a token passes")
+    raise UserError(f"the config of {config.architectures[0]} does not say how many experts a token passes")
 
 
 def num_experts(config: PretrainedConfig) -> int:
@@ -58,11 +58,11 @@ def _key(config: PretrainedConfig) -> str:
     for key in _KEYS:
         if isinstance(getattr(config, key, None), int):
             return key
-    raise click.ClickException(f"the config of {config.architectures[0]} does not say how many experts it has")
+    raise UserError(f"the config of {config.architectures[0]} does not say how many experts it has")
 
 
 def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
-    """The MoE layers of a model, in order. `ClickException` for what is no mixture of experts that is known."""
+    """The MoE layers of a model, in order. `UserError` for what is no mixture of experts that is known."""
     model, state = hub_state(config)
     routers = routers_of(model)
     number = num_experts(config)
@@ -81,7 +81,7 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
         if differing:
             (axis, sizes), *others = differing
             if others or sizes != (number, 2 * number):
-                raise click.ClickException(
+                raise UserError(
                     f"{name} of {config.architectures[0]} does not hold one entry per expert, "
                     "so experts cannot be taken from it one by one"
                 )
@@ -91,11 +91,11 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
     for router_name, router in routers.items():
         key = _layer_of(router_name)
         if key in layers or key not in rows:
-            raise click.ClickException(f"the experts of {config.architectures[0]} do not lie as they do elsewhere")
+            raise UserError(f"the experts of {config.architectures[0]} do not lie as they do elsewhere")
         own = [tensor for _name, tensor in sorted(router.state_dict(keep_vars=True).items())]
         router_tensors = tuple(hub_names[id(tensor)] for tensor in own if id(tensor) in hub_names)
         if not set(router_tensors) <= rows[key].keys():
-            raise click.ClickException(
+            raise UserError(
                 f"{router_name} of {config.architectures[0]} is more than a row per expert, so it cannot be merged"
             )
         layers[key] = MoeLayer(
@@ -105,7 +105,7 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
             rows=rows[key],
         )
     if experts.keys() - layers.keys() or rows.keys() - layers.keys():
-        raise click.ClickException(f"{config.architectures[0]} has experts without a router that is known")
+        raise UserError(f"{config.architectures[0]} has experts without a router that is known")
     return list(layers.values())
 
 
@@ -120,4 +120,4 @@ def _template(name: str, number: int, state: Mapping[str, object]) -> str:
         template = f"{name[: match.start()]}{{expert}}{name[match.end() :]}"
         if int(match.group()) >= number and template.format(expert=0) in state:
             return template
-    raise click.ClickException(f"{name} is of no expert")
+    raise UserError(f"{name} is of no expert")

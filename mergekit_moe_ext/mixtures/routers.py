@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.modeling import SequenceMoEConfig
 
 PER_SEQUENCE = "sequence"  # instead of a router's name, where whole texts are routed
@@ -47,7 +47,7 @@ def coefficients_of_sequences(model: Any, batch: Mapping[str, torch.Tensor]) -> 
 
 
 def router_names(model: nn.Module) -> list[str]:
-    """In order. `ClickException` if it is no mixture of experts."""
+    """In order. `UserError` if it is no mixture of experts."""
     return [PER_SEQUENCE] if routes_sequences(model) else list(routers_of(model))
 
 
@@ -57,7 +57,7 @@ def stack_of(name: str) -> str:
 
 
 def routers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Every router by its name in the model, in order. `ClickException` if there is none."""
+    """Every router by its name in the model, in order. `UserError` if there is none."""
     return {name: router for name, (router, _index) in _routers(model).items()}
 
 
@@ -74,11 +74,11 @@ def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     }
     if not routers:
         if hasattr(getattr(model, "config", None), "ensembling"):
-            raise click.ClickException(
+            raise UserError(
                 f"{type(model).__name__} weighs task vectors and has no router that chooses experts: "
                 "`mergekit-moe-ext adapt` trains it, and examples/wemoe_routing.py looks into it"
             )
-        raise click.ClickException(f"{type(model).__name__} has no router that transformers knows of")
+        raise UserError(f"{type(model).__name__} has no router that transformers knows of")
     return routers
 
 
@@ -113,7 +113,7 @@ def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
             sent, expert = dispatch.max(dim=-1, keepdim=True)
             if weights.shape == expert.shape:  # NLLB's second choice is not in what it returns
                 return Choice(logits, weights, torch.where(sent > 0, expert, -1))
-    raise click.ClickException(
+    raise UserError(
         f"{type(router).__name__} does not return what it chose in a form that is known here, "
         "so its use of experts cannot be counted"
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import click
 import pydantic
 import torch
 from accelerate import Accelerator
@@ -32,6 +31,7 @@ from _mergekit_moe_ext_common.data import (
     real_tokens,
     tokenise,
 )
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import load_config, load_model, load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
@@ -84,18 +84,18 @@ class Usage(BaseModel):
 
 
 def read_usage(path: Path) -> Usage:
-    """`ClickException` for a file that is none, or that counted nothing."""
+    """`UserError` for a file that is none, or that counted nothing."""
     try:
         usage = Usage.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise click.ClickException(f"cannot read the usage file {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the usage file {path}: {error.strerror}") from error
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
-        raise click.ClickException(f"{path} is no usage file of this version: {error}") from error
+        raise UserError(f"{path} is no usage file of this version: {error}") from error
     for name, task in usage.tasks.items():
         if any(layer.tokens == 0 for layer in task.layers.values()) or not task.layers:
-            raise click.ClickException(f"{path} counted nothing for the task {name!r}")
+            raise UserError(f"{path} counted nothing for the task {name!r}")
     if not usage.tasks:
-        raise click.ClickException(f"{path} counted nothing")
+        raise UserError(f"{path} counted nothing")
     return usage
 
 
@@ -228,7 +228,7 @@ class Texts:
 
 
 def read_texts(model_path: str, data: Sequence[str], reading: Reading, max_samples: int | None = None) -> Texts:
-    """`data` as `--data` names it. `ClickException` for what cannot be read."""
+    """`data` as `--data` names it. `UserError` for what cannot be read."""
     silence(reading)
     config, tokenizer = load_config(model_path, reading), load_tokenizer(model_path, reading)
     by_source = {

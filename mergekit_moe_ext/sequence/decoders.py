@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import transformers
 from mergekit.common import ModelReference
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.layers import decoder_layers
 from mergekit_moe_ext.merging.manifest import Manifest, hub_state, manifest_from
 from mergekit_moe_ext.merging.method import Job
@@ -69,23 +69,21 @@ class Decoder:
 
 
 def read_decoders(configs: Mapping[ModelReference, PretrainedConfig]) -> dict[ModelReference, Decoder]:
-    """Every source as a decoder. `ClickException` names the one that cannot be an expert."""
+    """Every source as a decoder. `UserError` names the one that cannot be an expert."""
     return {model: _read_decoder(model, config) for model, config in configs.items()}
 
 
 def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
     name = (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")])[0]
     if reason := _refusal(name, config):
-        raise click.ClickException(
-            f"{model} cannot be an expert of a sequence MoE: {name or config.model_type} {reason}"
-        )
+        raise UserError(f"{model} cannot be an expert of a sequence MoE: {name or config.model_type} {reason}")
     config.architectures = [name]
     network, state = hub_state(config)
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
     try:
         layers = decoder_layers(network)
     except ValueError as error:
-        raise click.ClickException(f"{model} cannot be an expert of a sequence MoE: {error}") from error
+        raise UserError(f"{model} cannot be an expert of a sequence MoE: {error}") from error
     names = {id(tensor): hub_name for hub_name, tensor in reversed(state.items())}
     manifest = manifest_from(network, state)
     own = {key: names[id(parameter)] for key, parameter in head.named_parameters()}

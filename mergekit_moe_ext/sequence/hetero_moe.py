@@ -8,19 +8,18 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import click
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
-from mergekit.io.tasks import LoadTensor
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
+from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import output_dtype, read_configs, read_headers
-from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor, RandomTensor
+from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
-from mergekit_moe_ext.sequence.shared import SequenceOptions, learned_router, sequence_config
+from mergekit_moe_ext.sequence.options import SequenceOptions, learned_router, sequence_config
 from mergekit_moe_ext.sequence.vocabulary import AlignedRows, AveragedRows, TokenRows, align_vocabularies
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
@@ -76,27 +75,32 @@ class HeteroMoe(StructuralMethod):
             of_expert.update(vocab_size=config.vocab_size, pad_token_id=None)
         config.dtype = dtype = output_dtype(job, headers)
         rows = align_vocabularies(job, configs, stand_ins=is_separate)
-        load = LoadTensor if job.options.allow_nonfinite else LoadFiniteTensor
         if is_separate:
-            computed = _own_vocabularies(job, decoders, rows, config.vocab_size, dtype, load)
+            computed = _own_vocabularies(job, decoders, rows, config.vocab_size, dtype)
         else:
             _check_heads(job, decoders)
-            shape = (config.vocab_size, width)
-            sources = tuple((model, decoders[model].embedding["weight"], rows[model]) for model in embedded)
-            computed = {"embed_tokens.weight": AveragedRows(sources=sources, shape=shape, load=load, dtype=str(dtype))}
+
+            def averaged(names: Mapping[ModelReference, str]) -> AveragedRows:
+                sources = []
+                for model in embedded:
+                    sources.append((job.load(model, names[model], str(dtype)), rows[model]))
+                return AveragedRows(sources=tuple(sources), shape=(config.vocab_size, width), dtype=str(dtype))
+
+            embeddings = {model: decoders[model].embedding["weight"] for model in embedded}
+            computed = {"embed_tokens.weight": averaged(embeddings)}
             if not config.tie_word_embeddings:
-                sources = tuple((model, decoders[model].head_weight, rows[model]) for model in embedded)
-                computed["lm_head.weight"] = AveragedRows(sources=sources, shape=shape, load=load, dtype=str(dtype))
+                heads = {model: decoders[model].head_weight for model in embedded}
+                computed["lm_head.weight"] = averaged(heads)
             for index, expert in enumerate(experts):
                 into, out_of = expert.widths
                 computed |= _projector(job, f"experts.{index}.proj_in", kind, width, into, dtype)
                 computed |= _projector(job, f"experts.{index}.proj_out", kind, out_of, width, dtype)
         computed |= learned_router(job, config, dtype)
-        copies = {
-            f"experts.{index}.trunk.{name}": (model, name)
-            for index, model in enumerate(job.experts)
-            for name in decoders[model].trunk
-        }
+        copies = {}
+        for index, model in enumerate(job.experts):
+            for name in decoders[model].trunk:
+                copy = CopiedTensor(model, name, headers[model].shapes[name])
+                copies[f"experts.{index}.trunk.{name}"] = copy
         return Plan(
             config=config,
             num_experts=len(experts),
@@ -105,10 +109,6 @@ class HeteroMoe(StructuralMethod):
             shared={},
             copies=copies,
             computed=computed,
-            shapes={
-                **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
-                **{name: task.shape for name, task in computed.items()},
-            },
             dtype=dtype,
             notes=_notes(job, rows, config.vocab_size),
         )
@@ -120,23 +120,21 @@ def _check(job: Job) -> None:
     entries = [job.config.parameters or {}, *(entry.parameters or {} for entry in job.config.models or [])]
     for key in {key: None for given in entries for key in given}:
         if key not in HeteroMoeOptions.model_fields:
-            raise click.ClickException(f"hetero_moe merges nothing by a tensor method, so it has no use for `{key}`")
+            raise UserError(f"hetero_moe merges nothing by a tensor method, so it has no use for `{key}`")
     if job.donor not in job.experts:
-        raise click.ClickException(
-            f"base_model: {job.donor}, whose tokenizer the output speaks, must be among `models:`"
-        )
+        raise UserError(f"base_model: {job.donor}, whose tokenizer the output speaks, must be among `models:`")
     if job.config.tokenizer or job.config.tokenizer_source:
-        raise click.ClickException("hetero_moe speaks the tokenizer of `base_model`: leave `tokenizer` out")
+        raise UserError("hetero_moe speaks the tokenizer of `base_model`: leave `tokenizer` out")
     if options.embedding == "separate":
         for key in ("projector", "projector_init"):
             if getattr(options, key) is not None:
-                raise click.ClickException(f"embedding: separate has no projectors: leave {key} out")
+                raise UserError(f"embedding: separate has no projectors: leave {key} out")
 
 
 def _check_heads(job: Job, decoders: Mapping[ModelReference, Decoder]) -> None:
     for model in job.experts:
         if "bias" in decoders[model].head:
-            raise click.ClickException(
+            raise UserError(
                 f"the head of {model} has a bias, which a shared head has no place for; take embedding: separate"
             )
 
@@ -147,7 +145,6 @@ def _own_vocabularies(
     rows: Mapping[ModelReference, TokenRows],
     vocab_size: int,
     dtype: torch.dtype,
-    load: type[LoadTensor],
 ) -> dict[str, Any]:
     """Every expert's own embedding and head, in the order of the donor's tokens."""
     tasks = {}
@@ -156,11 +153,9 @@ def _own_vocabularies(
         for part, tensors in (("embed_tokens", decoder.embedding), ("lm_head", decoder.head)):
             for key, name in tensors.items():
                 tasks[f"experts.{index}.{part}.{key}"] = AlignedRows(
-                    model=model,
-                    tensor=name,
+                    source=job.load(model, name, str(dtype)),
                     rows=rows[model],
                     shape=(vocab_size, *decoder.manifest.shapes[name][1:]),
-                    load=load,
                     dtype=str(dtype),
                 )
     return tasks

@@ -7,16 +7,16 @@ Every source is an expert with its own stack of decoder layers (`attention: sepa
 import re
 from typing import Any, Literal
 
-import click
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from pydantic import Field
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.layers import attention_and_ffn
-from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
+from mergekit_moe_ext.merging.manifest import SharedTensor
+from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import check_same_size, output_dtype, read_configs, read_headers
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
-from mergekit_moe_ext.sequence.shared import SequenceOptions, learned_router, sequence_config
+from mergekit_moe_ext.sequence.options import SequenceOptions, learned_router, sequence_config
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
 
@@ -55,7 +55,7 @@ class SeqMoe(StructuralMethod):
         _check_task_vector_layers(options, donor.config.num_hidden_layers)
         patterns = _shared_patterns(donor, options)
         if options.embedding == "separate" and (job.config.tokenizer or job.config.tokenizer_source):
-            raise click.ClickException("embedding: separate keeps every expert's vocabulary: leave `tokenizer` out")
+            raise UserError("embedding: separate keeps every expert's vocabulary: leave `tokenizer` out")
         config = sequence_config(
             job,
             donor.config,
@@ -69,26 +69,25 @@ class SeqMoe(StructuralMethod):
             task_vector_layers=options.task_vector_layers,
         )
         config.dtype = dtype = output_dtype(job, headers)
-        copies: dict[str, tuple[ModelReference, str]] = {}
-        shared: dict[str, WeightInfo] = {}
+
+        def copied(model: ModelReference, name: str) -> CopiedTensor:
+            return CopiedTensor(model, name, headers[model].shapes[name])
+
+        copies: dict[str, CopiedTensor] = {}
+        shared: dict[str, SharedTensor] = {}
         for index, model in enumerate(job.experts):
             for name in donor.trunk:
                 if not any(re.search(pattern, name) for pattern in patterns):
-                    copies[f"experts.{index}.trunk.{name}"] = model, name
+                    copies[f"experts.{index}.trunk.{name}"] = copied(model, name)
                 elif index == 0:
-                    shared[f"experts.0.trunk.{name}"] = donor.manifest.weight_info(name)
+                    shared[f"experts.0.trunk.{name}"] = donor.manifest.shared_tensor(name)
         for part, tensors in (("embed_tokens", donor.embedding), ("lm_head", donor.head)):
             for key, name in tensors.items():
                 if options.embedding == "merged":
-                    shared[f"{part}.{key}"] = donor.manifest.weight_info(name)
-                else:
-                    copies |= {f"experts.{i}.{part}.{key}": (model, name) for i, model in enumerate(job.experts)}
-        computed = learned_router(job, config, dtype)
-        shapes = {
-            **{name: donor.manifest.shapes[weight.name] for name, weight in shared.items()},
-            **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
-            **{name: task.shape for name, task in computed.items()},
-        }
+                    shared[f"{part}.{key}"] = donor.manifest.shared_tensor(name)
+                    continue
+                for index, model in enumerate(job.experts):
+                    copies[f"experts.{index}.{part}.{key}"] = copied(model, name)
         return Plan(
             config=config,
             num_experts=len(job.experts),
@@ -96,8 +95,7 @@ class SeqMoe(StructuralMethod):
             routed_per="sequence",
             shared=shared,
             copies=copies,
-            computed=computed,
-            shapes=shapes,
+            computed=learned_router(job, config, dtype),
             dtype=dtype,
         )
 
@@ -106,7 +104,7 @@ def _check_one_architecture(job: Job, decoders: dict[ModelReference, Decoder]) -
     wanted = decoders[job.donor].config.architectures
     for model, decoder in decoders.items():
         if decoder.config.architectures != wanted:
-            raise click.ClickException(
+            raise UserError(
                 f"{model} is a {decoder.config.architectures[0]} and {job.donor} a {wanted[0]}; `merge_method: "
                 "hetero_moe` takes different architectures"
             )
@@ -117,7 +115,7 @@ def _base_expert(job: Job) -> int:
     if job.base in job.experts:
         return job.experts.index(job.base)
     if job.options.routing == "task_vector":
-        raise click.ClickException(
+        raise UserError(
             "routing: task_vector takes the gradient at the base model, which must be an expert: "
             + (f"list {job.base} in `models:`" if job.base else "name one of `models:` as `base_model:`")
         )
@@ -129,11 +127,9 @@ def _check_task_vector_layers(options: SeqMoeOptions, number: int) -> None:
     if layers is None:
         return
     if options.routing != "task_vector":
-        raise click.ClickException("task_vector_layers is for routing: task_vector; nothing else compares layers")
+        raise UserError("task_vector_layers is for routing: task_vector; nothing else compares layers")
     if not layers or not all(0 <= layer < number for layer in layers):
-        raise click.ClickException(
-            f"task_vector_layers is {layers}, but the models' {number} layers are 0 to {number - 1}"
-        )
+        raise UserError(f"task_vector_layers is {layers}, but the models' {number} layers are 0 to {number - 1}")
 
 
 def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
@@ -143,7 +139,7 @@ def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
         try:
             _, ffn = attention_and_ffn(donor.a_layer)
         except ValueError as error:
-            raise click.ClickException(
+            raise UserError(
                 f"attention: merged keeps the FFNs apart, which a layer of {donor.config.architectures[0]} does not "
                 f"allow: {error}; take attention: separate"
             ) from error

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import lacks_tokenizer, tokenizer_of
 
@@ -37,7 +37,7 @@ def align_vocabularies(
     """Every source's rows for the donor's tokens.
 
     A token that a model lacks is stood in for, if `stand_ins`, by the model's token of the same role (end of text …),
-    else by the tokens that its own tokenizer makes of the text. `ClickException` for a source without a tokenizer, for
+    else by the tokens that its own tokenizer makes of the text. `UserError` for a source without a tokenizer, for
     one that shares no token with the donor, and for a donor whose tokenizer has more tokens than its embedding.
     """
     tokenizers = {model: _tokenizer(job, model) for model in configs}
@@ -50,7 +50,7 @@ def align_vocabularies(
             add_tokens=[],
         )
     except RuntimeError as error:
-        raise click.ClickException(f"the tokenizer of {job.donor} cannot be used: {error}") from error
+        raise UserError(f"the tokenizer of {job.donor} cannot be used: {error}") from error
     size = configs[job.donor].vocab_size
     rows = {}
     for model in configs:
@@ -62,9 +62,7 @@ def align_vocabularies(
             if token_id < size:
                 own[token_id] = row
         if not (own >= 0).any():
-            raise click.ClickException(
-                f"{model} shares no token with {job.donor}: they cannot speak with one tokenizer"
-            )
+            raise UserError(f"{model} shares no token with {job.donor}: they cannot speak with one tokenizer")
         lacking = (own < 0).nonzero()[:, 0].tolist() if stand_ins else []
         bags = _stand_ins(tokenizers[job.donor], tokenizers[model], lacking)
         known = {i: [row for row in bag if row < configs[model].vocab_size] for i, bag in bags.items()}
@@ -74,11 +72,11 @@ def align_vocabularies(
 
 def _tokenizer(job: Job, model: ModelReference) -> PreTrainedTokenizerBase:
     if lacks_tokenizer(model):
-        raise click.ClickException(f"{model} has no tokenizer, and tokens are matched by their strings")
+        raise UserError(f"{model} has no tokenizer, and tokens are matched by their strings")
     try:
         return tokenizer_of(model, job.merge_options)
     except (OSError, ValueError, KeyError) as error:
-        raise click.ClickException(
+        raise UserError(
             f"the tokenizer of {model} cannot be read, and tokens are matched by their strings: "
             f"{str(error).splitlines()[0]}"
         ) from error
@@ -105,18 +103,16 @@ class AlignedRows(Task[Tensor]):
     of it is no more likely than the average token (zeros would win where logits are negative).
     """
 
-    model: ModelReference
-    tensor: str
+    source: LoadTensor
     rows: Any  # TokenRows, of which pydantic makes no schema
     shape: tuple[int, ...]
-    load: type[LoadTensor]
     dtype: str
 
     def arguments(self) -> dict[str, Task]:
         return {}
 
     def execute(self, **_kwargs: object) -> Tensor:
-        tensor = self.load(model=self.model, tensor=self.tensor, dtype=self.dtype).execute()
+        tensor = self.source.execute()
         assert tensor is not None
         own = self.rows.own.to(tensor.device)
         aligned = tensor[own.clamp(min=0)]
@@ -137,9 +133,8 @@ class AlignedRows(Task[Tensor]):
 class AveragedRows(Task[Tensor]):
     """(tokens, width): each token's rows in the models that have it, filled with zeros to the width and averaged."""
 
-    sources: tuple[tuple[ModelReference, str, Any], ...]  # TokenRows again
+    sources: tuple[tuple[LoadTensor, Any], ...]  # TokenRows again
     shape: tuple[int, int]
-    load: type[LoadTensor]
     dtype: str
 
     def arguments(self) -> dict[str, Task]:
@@ -148,8 +143,8 @@ class AveragedRows(Task[Tensor]):
     def execute(self, **_kwargs: object) -> Tensor:
         total = torch.zeros(self.shape)
         counts = torch.zeros(self.shape[0], 1)
-        for model, name, rows in self.sources:
-            tensor = self.load(model=model, tensor=name, dtype=self.dtype).execute()
+        for load, rows in self.sources:
+            tensor = load.execute()
             assert tensor is not None
             has = rows.own >= 0
             total[has, : tensor.shape[1]] += tensor[rows.own[has].to(tensor.device)].to(total)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import click
 import torch
 from mergekit.common import dtype_from_name
 from mergekit.graph import Task
 from transformers import PretrainedConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import tokenizer_of
 from mergekit_moe_ext.merging.tasks import DISTRIBUTIONS, RandomTensor
@@ -28,7 +28,7 @@ def initial_gates(
     embedding: str,
     dtype: torch.dtype,
 ) -> dict[str, Task]:
-    """A task per gate, by its name in the output. `ClickException` for prompts that cannot make one."""
+    """A task per gate, by its name in the output. `UserError` for prompts that cannot make one."""
     mode, shape = job.options.gate_mode, (len(job.experts), config.hidden_size)
     names = [stack.gate.format(layer=layer) for stack, layer in layers]
     if mode in DISTRIBUTIONS:
@@ -40,7 +40,7 @@ def initial_gates(
             for name in names
         }
     if config.is_encoder_decoder and mode != "cheap_embed":
-        raise click.ClickException(
+        raise UserError(
             f"gate_mode: {mode} reads the states of one stack of layers, and {config.architectures[0]} has two; "
             "use cheap_embed or random"
         )
@@ -72,19 +72,19 @@ def _tokenised_prompts(job: Job) -> tuple[tuple[Tokens, Tokens], ...]:
     ]
     for index, (positive, _negative) in enumerate(texts):
         if not positive:
-            raise click.ClickException(
+            raise UserError(
                 f"gate_mode: {job.options.gate_mode} needs `positive_prompts` under models[{index}].parameters "
                 f"({job.experts[index]}): texts that should be sent to this expert"
             )
     if len(texts) > 1 and all(pair == texts[0] for pair in texts):
-        raise click.ClickException(
+        raise UserError(
             "the prompts are the same for all experts, so that a gate could not tell them apart; give each model "
             "`positive_prompts` of its own"
         )
     try:
         tokenizer = tokenizer_of(job.donor, job.merge_options)
     except (OSError, ValueError, KeyError) as error:
-        raise click.ClickException(
+        raise UserError(
             f"gate_mode: {job.options.gate_mode} needs the tokenizer of {job.donor}, which cannot be read: "
             f"{str(error).splitlines()[0]}"
         ) from error
@@ -101,10 +101,10 @@ def _texts(prompts: list[str] | str | None, where: str) -> list[str]:
     if isinstance(prompts, str):
         path = Path(prompts)
         if not path.is_file():
-            raise click.ClickException(f"{where}: there is no text file {prompts!r}; a single prompt is a list of one")
+            raise UserError(f"{where}: there is no text file {prompts!r}; a single prompt is a list of one")
         prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if any(not prompt.strip() for prompt in prompts or ()):
-        raise click.ClickException(f"{where}: one of the prompts is empty")
+        raise UserError(f"{where}: one of the prompts is empty")
     return prompts or []
 
 

@@ -5,18 +5,19 @@ attention, norms, head) is merged by the tensor method that `shared:` names. A g
 `gate_mode` says; MergeME, like BTX before it, trains it afterwards.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import click
 import torch
-from mergekit.io.tasks import LoadTensor
+from mergekit.common import ModelReference
 from pydantic import Field
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
-from mergekit_moe_ext.merging.method import Job, MethodOptions, ModelOptions, Plan, StructuralMethod
-from mergekit_moe_ext.merging.sources import check_same_size, output_dtype, read_configs, read_headers
-from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor, StackedExperts
+from mergekit_moe_ext.merging.method import CopiedTensor, Job, MethodOptions, ModelOptions, Plan, StructuralMethod
+from mergekit_moe_ext.merging.sources import Headers, check_same_size, output_dtype, read_configs, read_headers
+from mergekit_moe_ext.merging.tasks import Filled, StackedExperts
 from mergekit_moe_ext.upcycling.families import upcycling_for
 from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
 from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates
@@ -90,29 +91,17 @@ class MoeMethod(StructuralMethod):
         headers = read_headers(job, configs, dict.fromkeys(configs, dense))
         config.dtype = dtype = output_dtype(job, headers)
         if job.merge_options.unsafe_truncate_embeddings:
-            config.vocab_size = min(
-                shape[0]
-                for source in headers.values()
-                for name, shape in source.shapes.items()
-                if name in dense.vocabulary
-            )
+            config.vocab_size = _smallest_vocabulary(headers.values(), dense)
+            dense = dense.with_vocabulary(config.vocab_size)
 
         layers = [(stack, layer) for stack in family.stacks for layer in range(getattr(config, stack.layers))]
-        copies = {
-            output.format(layer=layer, expert=index): (model, name.format(layer=layer))
-            for stack, layer in layers
-            for name, output in stack.experts.items()
-            for index, model in enumerate(experts)
-        }
+        copies = _copied_experts(job, layers, headers)
         stacks = _stacked_experts(job, layers, dense, dtype)
-        of_experts = {name for _model, name in copies.values()}
-        of_experts |= {name for task in stacks.values() for parts in task.experts for _model, name in parts}
-        shared = {name: dense.weight_info(name) for name in dense.shapes if name not in of_experts}
-        shared |= {
-            output.format(layer=layer): dense.weight_info(name.format(layer=layer))
-            for stack, layer in layers
-            for output, name in stack.merged.items()
-        }
+        of_experts = _names_of_experts(layers)
+        shared = {name: dense.shared_tensor(name) for name in dense.shapes if name not in of_experts}
+        for stack, layer in layers:
+            for output, name in stack.merged.items():
+                shared[output.format(layer=layer)] = dense.shared_tensor(name.format(layer=layer))
         computed: dict[str, Any] = stacks | initial_gates(job, config, layers, dense.embedding, dtype)
         zeros = [template.format(layer=layer) for stack, layer in layers for template in stack.zeros]
         if zeros:
@@ -125,16 +114,6 @@ class MoeMethod(StructuralMethod):
             shared=shared,
             copies=copies,
             computed=computed,
-            shapes={
-                **{
-                    name: (config.vocab_size, *dense.shapes[weight.name][1:])
-                    if weight.name in dense.vocabulary
-                    else dense.shapes[weight.name]
-                    for name, weight in shared.items()
-                },
-                **{name: headers[model].shapes[source] for name, (model, source) in copies.items()},
-                **{name: task.shape for name, task in computed.items()},
-            },
             dtype=dtype,
         )
 
@@ -143,13 +122,11 @@ def _experts_per_token(job: Job, family: Upcycling) -> int:
     given, number = job.options.experts_per_token, len(job.experts)
     if family.experts_per_token is not None:
         if given not in (None, family.experts_per_token):
-            raise click.ClickException(
-                f"experts_per_token is {given}, but {family.moe} has always {family.experts_per_token}"
-            )
+            raise UserError(f"experts_per_token is {given}, but {family.moe} has always {family.experts_per_token}")
         return family.experts_per_token
     wanted = 2 if given is None else given
     if wanted > number:
-        raise click.ClickException(
+        raise UserError(
             f"experts_per_token is {wanted}, but `models:` lists {number} expert(s); it can be at most {number}"
         )
     return wanted
@@ -160,8 +137,39 @@ def _options_of_family(job: Job, family: Upcycling) -> dict[str, Any]:
     given = {key: getattr(job.options, key) for key in ("expert_capacity",) if getattr(job.options, key) is not None}
     for key in given:
         if key not in family.options:
-            raise click.ClickException(f"{family.moe} has no `{key}`")
+            raise UserError(f"{family.moe} has no `{key}`")
     return given
+
+
+def _smallest_vocabulary(headers: Iterable[Headers], dense: Manifest) -> int:
+    """How many tokens every source has."""
+    sizes = []
+    for source in headers:
+        sizes += [shape[0] for name, shape in source.shapes.items() if name in dense.vocabulary]
+    return min(sizes)
+
+
+def _names_of_experts(layers: Sequence[tuple[Stack, int]]) -> set[str]:
+    """The dense tensors that the experts are made of."""
+    names: set[str] = set()
+    for stack, layer in layers:
+        templates = [*stack.experts, *itertools.chain.from_iterable(stack.stacked.values())]
+        names |= {template.format(layer=layer) for template in templates}
+    return names
+
+
+def _copied_experts(
+    job: Job, layers: Sequence[tuple[Stack, int]], headers: Mapping[ModelReference, Headers]
+) -> dict[str, CopiedTensor]:
+    """Where a family keeps every expert's tensors apart: these, by their names in the output."""
+    copies = {}
+    for stack, layer in layers:
+        for template, output in stack.experts.items():
+            name = template.format(layer=layer)
+            for index, model in enumerate(job.experts):
+                copy = CopiedTensor(model, name, headers[model].shapes[name])
+                copies[output.format(layer=layer, expert=index)] = copy
+    return copies
 
 
 def _stacked_experts(
@@ -173,10 +181,12 @@ def _stacked_experts(
         for output, templates in stack.stacked.items():
             names = [template.format(layer=layer) for template in templates]
             rows, *rest = dense.shapes[names[0]]
+            experts = []
+            for model in job.experts:
+                experts.append(tuple(job.load(model, name, str(dtype)) for name in names))
             tasks[output.format(layer=layer)] = StackedExperts(
-                experts=tuple(tuple((model, name) for name in names) for model in job.experts),
+                experts=tuple(experts),
                 shape=(len(job.experts), rows * len(names), *rest),
-                load=LoadTensor if job.options.allow_nonfinite else LoadFiniteTensor,
                 dtype=str(dtype),
             )
     return tasks

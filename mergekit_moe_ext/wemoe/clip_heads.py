@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import click
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
@@ -25,6 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, PretrainedConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
 
@@ -49,16 +49,16 @@ class ClipHead:
 def read_heads(
     paths: Sequence[str | None], models: Sequence[ModelReference], configs: Mapping[ModelReference, PretrainedConfig]
 ) -> list[ClipHead]:
-    """The heads of the models, in order; none where none is named. `ClickException` for what does not fit."""
+    """The heads of the models, in order; none where none is named. `UserError` for what does not fit."""
     named = [path for path in paths if path is not None]
     if not named:
         return []
     for path, model in zip(paths, models, strict=True):
         architecture = (configs[model].architectures or ["no class"])[0]
         if architecture not in _TOWERS:
-            raise click.ClickException(f"`head:` is for {' and '.join(_TOWERS)}, and {model} is {architecture}")
+            raise UserError(f"`head:` is for {' and '.join(_TOWERS)}, and {model} is {architecture}")
         if path is None:
-            raise click.ClickException(f"{model} has no `head:`, though others have: name one for each or for none")
+            raise UserError(f"{model} has no `head:`, though others have: name one for each or for none")
     heads = [_read_head(path) for path in named]
     for head, model in zip(heads, models, strict=True):
         _check_width(head, heads[0], model, configs[model])
@@ -96,42 +96,42 @@ def _read_head(path: str) -> ClipHead:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except FileNotFoundError as error:
-        raise click.ClickException(f"head: {path} does not exist") from error
+        raise UserError(f"head: {path} does not exist") from error
     except (OSError, SafetensorError) as error:
-        raise click.ClickException(f"head: {path} is no safetensors file: {error}") from error
+        raise UserError(f"head: {path} is no safetensors file: {error}") from error
     if len(shapes.get("text_embeds", ())) != 2:
-        raise click.ClickException(f"head: {path} has no `text_embeds` of shape (classes, projection_dim)")
+        raise UserError(f"head: {path} has no `text_embeds` of shape (classes, projection_dim)")
     if math.prod(shapes.get("logit_scale", ())) != 1:
-        raise click.ClickException(f"head: `logit_scale` of {path} must be a scalar, not {shapes['logit_scale']}")
+        raise UserError(f"head: `logit_scale` of {path} must be a scalar, not {shapes['logit_scale']}")
     try:
         classes = json.loads(metadata.get("classes", "null"))
     except ValueError:
         classes = None
     if not classes or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise click.ClickException(f"head: the metadata of {path} has no `classes`, a JSON list of names")
+        raise UserError(f"head: the metadata of {path} has no `classes`, a JSON list of names")
     if len(classes) != shapes["text_embeds"][0]:
-        raise click.ClickException(f"head: {path} names {len(classes)} classes and embeds {shapes['text_embeds'][0]}")
+        raise UserError(f"head: {path} names {len(classes)} classes and embeds {shapes['text_embeds'][0]}")
     if repeated := next((name for name in classes if classes.count(name) > 1), None):
-        raise click.ClickException(f"head: {path} names the class {repeated!r} more than once")
+        raise UserError(f"head: {path} names the class {repeated!r} more than once")
     return ClipHead(path, tuple(classes), shapes)
 
 
 def _check_width(head: ClipHead, first: ClipHead, model: ModelReference, config: Any) -> None:
     if head.projection_dim != first.projection_dim:
-        raise click.ClickException(
+        raise UserError(
             f"head: text_embeds of {head.path} are {head.projection_dim} wide and those of {first.path} "
             f"{first.projection_dim}"
         )
     if has_projection(config):
         if head.projection_dim != config.projection_dim:
-            raise click.ClickException(
+            raise UserError(
                 f"head: text_embeds of {head.path} are {head.projection_dim} wide, and {model} projects to "
                 f"{config.projection_dim}"
             )
     elif PROJECTION not in head.shapes:
-        raise click.ClickException(f"head: {head.path} has no `{PROJECTION}`, which {model} has not either")
+        raise UserError(f"head: {head.path} has no `{PROJECTION}`, which {model} has not either")
     elif head.shapes[PROJECTION] != (wanted := (head.projection_dim, config.hidden_size)):
-        raise click.ClickException(
+        raise UserError(
             f"head: {PROJECTION} of {head.path} has the shape {head.shapes[PROJECTION]}; {model} wants {wanted}"
         )
 
@@ -166,15 +166,15 @@ def write_clip_head(
     """Write the head file for these names of classes by the text tower of a whole CLIP, `model_path`.
 
     Each class is embedded as the mean over the templates (`{}` is its name) of normalised text features, itself
-    normalised, as CLIP classifies without training. `ValueError` for a template without `{}`, no name, one twice, or
+    normalised, as CLIP classifies without training. `UserError` for a template without `{}`, no name, one twice, or
     what is no whole CLIP.
     """
     if lacking := next((template for template in templates if "{}" not in template), None):
-        raise ValueError(f"the template {lacking!r} has no {{}} for the name of the class")
+        raise UserError(f"the template {lacking!r} has no {{}} for the name of the class")
     if not templates or not classes or len(set(classes)) < len(classes):
-        raise ValueError("a head needs a template and names of classes, each of them once")
+        raise UserError("a head needs a template and names of classes, each of them once")
     if (found := AutoConfig.from_pretrained(model_path).model_type) != "clip":  # loaded as one, it would be random
-        raise ValueError(f"{model_path} is a model of type {found}, and no whole CLIP with its text tower")
+        raise UserError(f"{model_path} is a model of type {found}, and no whole CLIP with its text tower")
     model, tokenizer = CLIPModel.from_pretrained(model_path).eval(), AutoTokenizer.from_pretrained(model_path)
     longest = model.config.text_config.max_position_embeddings
     embeds = []

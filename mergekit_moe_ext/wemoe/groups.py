@@ -7,6 +7,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.layers import ATTENTION, chosen_layers, ffn_in, linears_in, outermost
 
 Part = Literal["attention", "mlp"]
@@ -19,7 +20,7 @@ _CROSS_ATTENTION = re.compile("encdec|encoder_attn|cross", re.IGNORECASE)
 def ensembled_groups(model: PreTrainedModel, upscale: Grouping, layers: Sequence[int] | None) -> dict[str, list[str]]:
     """Per router the module whose input it reads, and the linear modules that it weighs, by their names.
 
-    `layers`: of every stack of layers those with these numbers; all if None. `ValueError` where a layer lacks what is
+    `layers`: of every stack of layers those with these numbers; all if None. `UserError` where a layer lacks what is
     asked for, or it cannot be told, and for a number beyond the last layer.
     """
     groups: dict[str, list[str]] = {}
@@ -28,7 +29,7 @@ def ensembled_groups(model: PreTrainedModel, upscale: Grouping, layers: Sequence
         attention = [part for part in outermost(layer, ATTENTION) if not _CROSS_ATTENTION.search(part)]
         what, found = ("attention", attention) if upscale == "attention" else ("MLP", ffn)
         if not found:
-            raise ValueError(f"layer {name} of {type(model).__name__} has no {what} that can be told by its class")
+            raise UserError(f"layer {name} of {type(model).__name__} has no {what} that can be told by its class")
         each_attention = [[part] for part in attention]
         parts = {
             "mlp": [ffn],
@@ -55,12 +56,12 @@ def linears_by_layer(model: PreTrainedModel, part: Part, layers: Sequence[int] |
 def weighed_tensors(model: PreTrainedModel, head: str | None = None) -> dict[str, list[str]]:
     """Every parameter by its name as a group of its own, but for those of a head that is kept (AdaMerging).
 
-    Of parameters that are tied the one that is stored. `ValueError` for recurrent layers, which keep their parameters
+    Of parameters that are tied the one that is stored. `UserError` for recurrent layers, which keep their parameters
     elsewhere, too.
     """
     recurrent = [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)]
     if recurrent:
-        raise ValueError(f"{recurrent[0]} of {type(model).__name__} is recurrent, which upscale: all cannot weigh")
+        raise UserError(f"{recurrent[0]} of {type(model).__name__} is recurrent, which upscale: all cannot weigh")
     # with all names of what is tied, since the first one need not be the one that is stored
     named = model.named_parameters(remove_duplicate=False)
     names = [name for name, parameter in named if parameter.is_floating_point()]

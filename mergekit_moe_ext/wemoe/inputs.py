@@ -8,13 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import click
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Image, Value
 from transformers import AutoImageProcessor
 
 from _mergekit_moe_ext_common.data import Source, fingerprint, tokenise
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.modeling.configuration_wemoe import class_names
 from mergekit_moe_ext.recipes import Adaptation
@@ -25,13 +25,13 @@ Kind = Literal["decoder", "encoder-decoder", "text", "image"]
 
 def load_image_processor(model_path: str, reading: Reading) -> Any:
     if importlib.util.find_spec("PIL") is None:
-        raise click.ClickException("reading images needs Pillow: pip install 'mergekit-moe-ext[images]'")
+        raise UserError("reading images needs Pillow: pip install 'mergekit-moe-ext[images]'")
     try:
         return AutoImageProcessor.from_pretrained(
             str(Path(model_path).expanduser()), trust_remote_code=reading.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise click.ClickException(
+        raise UserError(
             f"{model_path} has no image processor: put the preprocessor_config.json of its base there"
         ) from error
 
@@ -67,7 +67,7 @@ def classified(
     if kind == "image":
         name = adaptation.image_column
         if not isinstance(rows.features.get(name), Image):
-            raise click.ClickException(
+            raise UserError(
                 f"{source} (data {source.name!r}) has no column {name!r} of images; there are "
                 f"{', '.join(rows.column_names)} (--image-column names another)"
             )
@@ -76,7 +76,7 @@ def classified(
         texts = len(rows)
         rows = tokenise(rows, source, prepare, columns=reading.columns, max_length=reading.max_length)
         if len(rows) < texts:
-            raise click.ClickException(f"{source} (data {source.name!r}) has {texts - len(rows)} rows without text")
+            raise UserError(f"{source} (data {source.name!r}) has {texts - len(rows)} rows without text")
     return rows if labels is None else rows.add_column("label", labels)
 
 
@@ -111,7 +111,7 @@ def labels_of(rows: Dataset, source: Source, config: Any, adaptation: Adaptation
     if found is not None and all(value is not None and 0 <= value < size for value in found):
         return found
     if adaptation.objective == "supervised":
-        raise click.ClickException(f"{source} (data {source.name!r}) {complaint}, and --objective supervised needs it")
+        raise UserError(f"{source} (data {source.name!r}) {complaint}, and --objective supervised needs it")
     if feature is not None:
         LOG.warning("%s (data %r) %s: its accuracy is not measured", source, source.name, complaint)
     return None

@@ -3,31 +3,31 @@
 from pathlib import Path
 from typing import Any
 
-import click
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.modeling import find_architecture
 from mergekit_moe_ext.modeling.modeling_wemoe import Ensemble
 
 
 def read_ensemble(path: str) -> tuple[type[PreTrainedModel], Any]:
-    """The class and the configuration of the model. `ClickException` if it is not a weight-ensembling one."""
+    """The class and the configuration of the model. `UserError` if it is not a weight-ensembling one."""
     local = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not local.is_dir():
-        raise click.ClickException(f"{path} does not exist")
+        raise UserError(f"{path} does not exist")
     if local.is_dir() and not (local / "config.json").exists():
-        raise click.ClickException(f"{path} has no config.json: it is no model")
+        raise UserError(f"{path} has no config.json: it is no model")
     try:
-        architectures = PreTrainedConfig.get_config_dict(str(local))[0].get("architectures") or ["a model of no class"]
-        found = find_architecture(architectures[0])
-        if found is None or not issubclass(found, Ensemble):
-            raise click.ClickException(
-                f"{path} is {architectures[0]}, which has no routed task vectors: wemoe and ewemoe make such models"
-            )
-        config_type: Any = found.config_class  # type: ignore[attr-defined]
-        return found, config_type.from_pretrained(str(local))
+        values, _ = PreTrainedConfig.get_config_dict(str(local))
+        name = (values.get("architectures") or ["a model of no class"])[0]
+        architecture: Any = find_architecture(name)
+        is_ensemble = architecture is not None and issubclass(architecture, Ensemble)
+        config = architecture.config_class.from_pretrained(str(local)) if is_ensemble else None
     except (OSError, ValueError) as error:
-        raise click.ClickException(f"cannot read the config of {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read the config of {path}: {str(error).splitlines()[0]}") from error
+    if not is_ensemble:
+        raise UserError(f"{path} is {name}, which has no routed task vectors: wemoe and ewemoe make such models")
+    return architecture, config
 
 
 def load_ensemble(path: str, architecture: type[PreTrainedModel], config: Any) -> Any:
@@ -35,4 +35,4 @@ def load_ensemble(path: str, architecture: type[PreTrainedModel], config: Any) -
     try:
         return architecture.from_pretrained(str(Path(path).expanduser()), config=config, dtype="auto")
     except (OSError, ValueError) as error:
-        raise click.ClickException(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load {path}: {str(error).splitlines()[0]}") from error

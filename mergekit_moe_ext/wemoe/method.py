@@ -12,20 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import click
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import LoadTensor
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import hub_names, hub_state, manifest_from
-from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
+from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import (
     names_of,
     output_dtype,
 )
-from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor, RandomTensor
+from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
 from mergekit_moe_ext.modeling import find_architecture
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, class_names, config_class, vectors_of
 from mergekit_moe_ext.wemoe.clip_heads import (
@@ -78,10 +77,9 @@ class Wemoe(StructuralMethod):
             num_experts=len(ensembling.experts),
             experts_per_token=len(ensembling.experts),
             routed_per="sample",
-            shared={name: sources.manifest.weight_info(name) for name in rest},
+            shared={name: sources.manifest.shared_tensor(name) for name in rest},
             copies=output.copies,
             computed=output.computed,
-            shapes={**{name: sources.manifest.shapes[name] for name in rest}, **output.shapes},
             integers=frozenset(name for name in output.computed if name.endswith((".columns", ".row_ends"))),
             dtype=dtype,
             notes=notes,
@@ -126,56 +124,56 @@ class _Output:
         try:
             made = hub_state(config)
         except ValueError as error:
-            raise click.ClickException(f"{sources.base}: {error}") from error
+            raise UserError(f"{sources.base}: {error}") from error
         self._job, self._sources, self._dtype = job, sources, config.dtype
         self._names = hub_names(*made)
         self.wanted = manifest_from(*made).shapes
-        self.copies: dict[str, tuple[ModelReference, str]] = {}
+        self.copies: dict[str, CopiedTensor] = {}
         self.computed: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def _copy(self, name: str, model: ModelReference, stored: str) -> None:
-        headers, name = self._sources.headers[model], self._names[name]
+        headers = self._sources.headers[model]
         # what a tower is cut out of has its projection beside it
-        self.copies[name] = model, stored if stored == PROJECTION else headers.prefix + stored
-        self.shapes[name] = headers.shapes[stored]
+        in_files = stored if stored == PROJECTION else headers.prefix + stored
+        self.copies[self._names[name]] = CopiedTensor(model, in_files, headers.shapes[stored])
 
-    def _compute(self, name: str, task: type[Task], /, **fields: Any) -> None:
-        name = self._names[name]
-        self.computed[name] = task(shape=self.wanted[name], dtype=str(self._dtype), **fields)
-        self.shapes[name] = self.wanted[name]
+    def _compute(self, name: str, task: type[Task], shape: tuple[int, ...], /, **fields: Any) -> None:
+        self.computed[self._names[name]] = task(shape=shape, dtype=str(self._dtype), **fields)
 
     def ensemble(self, parameter: str, vectors_name: str, kept: int | None = None) -> None:
         """The base's parameter, and the task vectors of all sources."""
-        sources, stored = self._sources, self._sources.stored_name(parameter)
+        sources, experts = self._sources, self._job.experts
+        stored = sources.stored_name(parameter)
+        shape = sources.manifest.shapes[stored]
+        aliases = sources.manifest.aliases(stored)
         self._copy(parameter, sources.base, stored)
         vectors = TaskVectors(
-            base=sources.base,
-            sources=tuple(self._job.experts),
-            tensor=stored,
-            aliases=sources.manifest.aliases(stored),
-            load=LoadTensor if self._job.options.allow_nonfinite else LoadFiniteTensor,
+            base=self._job.load(sources.base, stored, aliases=aliases),
+            sources=tuple(self._job.load(model, stored, aliases=aliases) for model in experts),
         )
         if kept is None:
-            self._compute(vectors_name, Stacked, vectors=vectors)
+            self._compute(vectors_name, Stacked, (len(experts), *shape), vectors=vectors)
             return
-        pruned, width = Pruned(vectors=vectors, kept=kept), sources.manifest.shapes[stored][1]
-        for part in ("values", "columns", "row_ends"):
-            self._compute(
-                f"{parameter.rpartition('.')[0]}.{part}", PartOfPruned, pruned=pruned, part=part, width=width
-            )
+        pruned = Pruned(vectors=vectors, kept=kept)
+        rows, width = shape
+        module = parameter.rpartition(".")[0]
+        for part, length in {"values": kept, "columns": kept, "row_ends": rows}.items():
+            size = (len(experts), length)
+            self._compute(f"{module}.{part}", PartOfPruned, size, pruned=pruned, part=part, width=width)
 
     def add_routers(self) -> None:
         options = self._job.options
         for name in self._names:
             if not name.startswith("routers."):
                 continue
+            stored = self._names[name]
+            shape = self.wanted[stored]
             if name.endswith("bias"):
                 value = 0.0 if name.endswith("hidden.bias") else options.init_lambda
-                self._compute(name, Filled, name=self._names[name], value=value)
+                self._compute(name, Filled, shape, name=stored, value=value)
             else:
                 random: dict[str, Any] = {"mode": "random", "std": options.router_init_std, "seed": self._job.seed}
-                self._compute(name, RandomTensor, name=self._names[name], **random)
+                self._compute(name, RandomTensor, shape, name=stored, **random)
 
     def copy_heads(self, head: str) -> None:
         for part in ("weight", "bias"):
@@ -186,11 +184,14 @@ class _Output:
     def add_clip_heads(self, head: str) -> None:
         sources = self._sources
         for index, (model, of_clip) in enumerate(zip(self._job.experts, sources.clip_heads, strict=True)):
-            self._compute(f"{head}.{index}.classes.weight", FromHeadFile, path=of_clip.path, part="classes")
+            classes, projection = f"{head}.{index}.classes.weight", f"{head}.{index}.projection.weight"
+            shape = of_clip.shapes["text_embeds"]
+            self._compute(classes, FromHeadFile, shape, path=of_clip.path, part="classes")
             if model in sources.projecting:
-                self._copy(f"{head}.{index}.projection.weight", model, PROJECTION)
+                self._copy(projection, model, PROJECTION)
             else:
-                self._compute(f"{head}.{index}.projection.weight", FromHeadFile, path=of_clip.path, part="projection")
+                shape = of_clip.shapes[PROJECTION]
+                self._compute(projection, FromHeadFile, shape, path=of_clip.path, part="projection")
 
 
 def _groups(
@@ -201,13 +202,13 @@ def _groups(
             return weighed_tensors(network, head)
         return ensembled_groups(network, upscale, job.options.layers)
     except ValueError as error:
-        raise click.ClickException(f"{job.base}: {error}") from error
+        raise UserError(f"{job.base}: {error}") from error
 
 
 def _choose_part(job: Job, sources: Sources) -> tuple[Part, str]:
     """What `upscale: auto` takes, and what of that the card says. Reads the weights of all sources."""
     if any(model.lora for model in job.sources):
-        raise click.ClickException(
+        raise UserError(
             "upscale: auto reads the weights of all sources before the merge: merge each LoRA into its base first, or "
             "choose upscale: mlp or attention"
         )
@@ -223,7 +224,7 @@ def _choose_part(job: Job, sources: Sources) -> tuple[Part, str]:
         variation = measure(names, reader(sources.base), readers, quiet=job.merge_options.quiet)
         return (part := decide(variation)), _notes(part, variation)
     except ValueError as error:
-        raise click.ClickException(f"upscale: auto: {error}") from error
+        raise UserError(f"upscale: auto: {error}") from error
 
 
 def _notes(chosen: Part, variation: Mapping[Part, Variation]) -> str:
@@ -246,12 +247,9 @@ def _notes(chosen: Part, variation: Mapping[Part, Variation]) -> str:
 
 
 def _check_all_of(job: Job) -> None:
-    try:
-        check_all(job.options)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    check_all(job.options)
     if job.config.tokenizer or job.config.tokenizer_source:
-        raise click.ClickException(
+        raise UserError(
             "upscale: all does not go with tokenizer: the embeddings' task vectors are not aligned; give the sources "
             "the base's vocabulary and leave it out"
         )
@@ -261,9 +259,7 @@ def _check_stored_itself(parameter: str, sources: Sources) -> None:
     name = sources.stored_name(parameter)
     for model, headers in sources.headers.items():
         if name not in headers.shapes:
-            raise click.ClickException(
-                f"{model} has {name} only under the name of a tensor that is tied to it: save it again"
-            )
+            raise UserError(f"{model} has {name} only under the name of a tensor that is tied to it: save it again")
 
 
 def _output_config(base: PretrainedConfig, ensembling: Ensembling) -> PretrainedConfig:

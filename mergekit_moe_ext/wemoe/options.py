@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import MethodOptions, ModelOptions
 from mergekit_moe_ext.wemoe.groups import Upscale
 
@@ -64,7 +65,7 @@ class EwemoeOptions(WemoeOptions):
 
 
 def check_all(options: WemoeOptions) -> None:
-    """`ValueError` for what `upscale: all` cannot be put together with."""
+    """`UserError` for what `upscale: all` cannot be put together with."""
     refused = {
         f"router_layers: {options.router_layers}": options.router_layers
         and "embeddings and norms have no hidden states before them that a router could read; write router_layers: 0",
@@ -74,7 +75,7 @@ def check_all(options: WemoeOptions) -> None:
     }
     for what, why in refused.items():
         if why:
-            raise ValueError(f"upscale: all does not go with {what}: {why}")
+            raise UserError(f"upscale: all does not go with {what}: {why}")
 
 
 def _numbers(given: int | str) -> list[int] | None:
@@ -86,6 +87,6 @@ def _numbers(given: int | str) -> list[int] | None:
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not found:
-            raise ValueError("write all, or numbers and ranges that go up, as 6-11 or 0,3,6")
+            raise UserError("write all, or numbers and ranges that go up, as 6-11 or 0,3,6")
         numbers += found
     return numbers

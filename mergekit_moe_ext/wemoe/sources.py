@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import click
 from mergekit.common import ModelReference
 from transformers import PretrainedConfig, PreTrainedModel
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import Manifest, hub_names, hub_state, manifest_from
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import Headers, check_same_size, read_configs, read_headers
@@ -35,19 +35,15 @@ class Sources:
 
     def stored_name(self, name: str) -> str:
         if name not in self.stored:
-            raise click.ClickException(
-                f"{name} of {self.base} is not stored as it is used, so that it cannot be upscaled"
-            )
+            raise UserError(f"{name} of {self.base} is not stored as it is used, so that it cannot be upscaled")
         return self.stored[name]
 
 
 def read_sources(job: Job, method: str) -> Sources:
-    """Reads headers only. `ClickException` for models that are no fine-tunes of the base."""
+    """Reads headers only. `UserError` for models that are no fine-tunes of the base."""
     base = job.base
     if base is None or base in job.experts:
-        raise click.ClickException(
-            f"{method} needs what its sources are fine-tunes of as `base_model:`, and not among `models:`"
-        )
+        raise UserError(f"{method} needs what its sources are fine-tunes of as `base_model:`, and not among `models:`")
     configs = read_configs(job)
     clip_heads = read_heads([of_model.head for of_model in job.model_options], job.experts, configs)
     projecting = [model for model, config in configs.items() if clip_heads and has_projection(config)]
@@ -67,13 +63,11 @@ def _check_one_architecture(base: ModelReference, configs: Mapping[ModelReferenc
     wanted = configs[base].architectures
     for model, config in configs.items():
         if config.architectures != wanted or not wanted:
-            raise click.ClickException(
-                f"{model} is a {config.architectures} and {base} a {wanted}: they must be one class"
-            )
+            raise UserError(f"{model} is a {config.architectures} and {base} a {wanted}: they must be one class")
     try:
         auto_class_of(wanted[0])
     except ValueError as error:
-        raise click.ClickException(f"{base}: {error}") from error
+        raise UserError(f"{base}: {error}") from error
 
 
 def head_of_tasks(network: PreTrainedModel, configs: Mapping[ModelReference, PretrainedConfig]) -> str | None:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
 from torch import Tensor
@@ -12,30 +12,28 @@ from torch import Tensor
 class TaskVectors(Task[Tensor]):
     """Source minus base, of every source: (sources, *shape), in float32 or wider."""
 
-    base: ModelReference
-    sources: tuple[ModelReference, ...]
-    tensor: str
-    aliases: tuple[str, ...] | None
-    load: type[LoadTensor]
+    base: LoadTensor
+    sources: tuple[LoadTensor, ...]
 
     def arguments(self) -> dict[str, Task]:
         return {}
 
     def group_label(self) -> str:
-        return self.tensor
+        return self.base.tensor
 
     def execute(self, **_kwargs: object) -> Tensor:
-        start = self._loaded(self.base)
+        start = _loaded(self.base)
         start = start.to(torch.promote_types(start.dtype, torch.float32))
         vectors = start.new_empty(len(self.sources), *start.shape)
-        for vector, model in zip(vectors, self.sources, strict=True):
-            torch.sub(self._loaded(model).to(start), start, out=vector)
+        for vector, source in zip(vectors, self.sources, strict=True):
+            torch.sub(_loaded(source).to(start), start, out=vector)
         return vectors
 
-    def _loaded(self, model: ModelReference) -> Tensor:
-        tensor = self.load(model=model, tensor=self.tensor, aliases=self.aliases).execute()
-        assert tensor is not None
-        return tensor
+
+def _loaded(load: LoadTensor) -> Tensor:
+    tensor = load.execute()
+    assert tensor is not None
+    return tensor
 
 
 class Stacked(Task[Tensor]):

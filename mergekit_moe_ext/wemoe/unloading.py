@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
 from mergekit_moe_ext.merging.card import renew_loading
 from mergekit_moe_ext.modeling import modeling_files
@@ -24,13 +24,13 @@ _REPLACED = ("config.json", "generation_config.json")  # besides the architectur
 def unload(model_path: str, output: str, task: str | None = None) -> type[PreTrainedModel]:
     """Merge the task vectors into the weights and write the result to `output`; returns its class.
 
-    `task` picks one of several heads. `ClickException` where routers read the input, or a head must be picked.
+    `task` picks one of several heads. `UserError` where routers read the input, or a head must be picked.
     """
     out = check_output(output)
     architecture, config = read_ensemble(model_path)
     ensembling = config.ensembling
     if ensembling["router_layers"]:
-        raise click.ClickException(
+        raise UserError(
             f"the coefficients of {model_path} depend on the input (router_layers: {ensembling['router_layers']}), so "
             "that no single set of weights stands for it; merge with router_layers: 0"
         )
@@ -39,9 +39,9 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
     task = next(iter(heads)) if len(heads) == 1 and task is None else task
     if heads and task not in heads:
         what = f"{model_path} has no head {task!r}" if task else f"{model_path} has a head per task"
-        raise click.ClickException(f"{what}: choose one with --task: {', '.join(heads)}")
+        raise UserError(f"{what}: choose one with --task: {', '.join(heads)}")
     if task and not heads:
-        raise click.ClickException(f"{model_path} becomes one model for all tasks; leave --task out")
+        raise UserError(f"{model_path} becomes one model for all tasks; leave --task out")
     model = load_ensemble(model_path, architecture, config)
     stock = _stock(model, task)
     check_room(out, sum(p.nbytes for p in stock.parameters()))

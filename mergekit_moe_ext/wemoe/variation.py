@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.wemoe.groups import Part, linears_by_layer
 
 _CHUNK = 2**20  # elements of each model that are in float64 at a time
@@ -48,7 +49,7 @@ class Variation:
 def names_by_layer(
     network: PreTrainedModel, hub_names: Mapping[str, str], layers: Sequence[int] | None
 ) -> dict[Part, Names]:
-    """The tensors of attention and of the MLP of every layer. `ValueError` where these cannot be told."""
+    """The tensors of attention and of the MLP of every layer. `UserError` where these cannot be told."""
     found: dict[Part, Names] = {}
     for part in get_args(Part):
         found[part] = {
@@ -64,7 +65,7 @@ def _parameters(network: PreTrainedModel, linear: str) -> list[str]:
 
 def _stored(hub_names: Mapping[str, str], name: str) -> str:
     if name not in hub_names:
-        raise ValueError(f"{name} is stored in another form than it is used")
+        raise UserError(f"{name} is stored in another form than it is used")
     return hub_names[name]
 
 
@@ -78,7 +79,7 @@ def measure(
 ) -> dict[Part, Variation]:
     """What `parameter_variation` measures, of these tensors, which `base` and `models` read by their names."""
     if list(thresholds) != sorted(thresholds):
-        raise ValueError(f"thresholds go up, and {list(thresholds)} do not")
+        raise UserError(f"thresholds go up, and {list(thresholds)} do not")
     edges = torch.tensor(thresholds, dtype=torch.float64)
     return {part: _variation(part, of_part, base, models, edges, quiet) for part, of_part in names.items()}
 
@@ -126,9 +127,9 @@ def _below(magnitudes: Tensor, edges: Tensor) -> Tensor:
 def decide(variation: Mapping[Part, Variation]) -> Part:
     """The type of module that changes more, in the mean over fine-tunes and layers of the total per module.
 
-    `ValueError` where a change is not finite.
+    `UserError` where a change is not finite.
     """
     for part, found in variation.items():
         if not math.isfinite(found.mean_change):
-            raise ValueError(f"the change of the {part} is not finite, so that nothing can be chosen by it")
+            raise UserError(f"the change of the {part} is not finite, so that nothing can be chosen by it")
     return "attention" if variation["attention"].mean_change > variation["mlp"].mean_change else "mlp"

@@ -2,8 +2,9 @@
 
     model.generate(**batch, coefficients=perplexity(model, **batch, top_k=1))
 
-`perplexity` and `task_vector` read the prompt (MergeME 3.1.3 and appendix C), `Nearest` its text, and `oracle` knows
-the answer (Trade-offs 2.4). Give them the prompt alone: what they read, the choice depends on.
+`perplexity` and `task_vector` read the prompt (MergeME 3.1.3 and appendix C), `Nearest` its text,
+and `oracle` knows the answer (Trade-offs 2.4). Give them the prompt alone: what they read, the
+choice depends on.
 """
 
 from peft_routing.choosers.nearest import Nearest

@@ -7,25 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.layer import RoutedLoraLayer
 from peft_routing.routers import largest
 
 
 def active_adapter(model: Any) -> tuple[str, list[RoutedLoraLayer]]:
-    """The one routed adapter that is active, and its modules. `ValueError` where there is not one."""
+    """The one active routed adapter, and its modules. `UserError` where there is not one."""
     layers = [module for module in model.modules() if isinstance(module, RoutedLoraLayer)]
     names = {name for layer in layers for name in layer.active_adapters if name in layer.routed_lora_experts}
     if len(names) != 1:
-        found = ", ".join(sorted(names)) or "none"
-        raise ValueError(f"choosing needs one active routed adapter, and there is {found}")
+        active = ", ".join(sorted(names)) or "none"
+        raise UserError(f"choosing needs one active routed adapter, and there is {active}")
     if any(layer.disable_adapters for layer in layers):
-        raise ValueError("choosing needs the adapters enabled: with disable_adapter() all experts are alike")
+        raise UserError("choosing needs the adapters enabled: with disable_adapter() all experts are alike")
     name = names.pop()
     return name, [layer for layer in layers if name in layer.routed_lora_experts]
 
 
 def expert_names(experts_or_model: Any) -> list[str]:
-    """In the order of the coefficients: the names themselves, or those of a model's active adapter."""
+    """The experts' names in the order of the coefficients; of a model, its active adapter's."""
     if isinstance(experts_or_model, torch.nn.Module):
         adapter, layers = active_adapter(experts_or_model)
         return list(layers[0].router_of(adapter).experts)
@@ -33,20 +34,20 @@ def expert_names(experts_or_model: Any) -> list[str]:
 
 
 def check_known(names: Iterable[str], experts: Sequence[str], where: str) -> None:
-    """`ValueError` for the first that is no expert, with the nearest that is."""
+    """`UserError` for the first that is no expert, with the nearest that is."""
     for name in names:
         if name not in experts:
             near = difflib.get_close_matches(str(name), experts, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(experts)}"
-            raise ValueError(f"{where}: there is no expert {name!r}; {hint}")
+            raise UserError(f"{where}: there is no expert {name!r}; {hint}")
 
 
 def check_top_k(top_k: int | None, count: int) -> int:
     if top_k is not None and not 1 <= top_k <= count:
-        raise ValueError(f"top_k={top_k} is not between 1 and the number of experts, {count}")
+        raise UserError(f"top_k={top_k} is not between 1 and the number of experts, {count}")
     return top_k or count
 
 
 def softmax_over_largest(values: Tensor, k: int) -> Tensor:
-    """Softmax over the k largest of the last dimension as they are, the others 0 (MergeME 3.1.3)."""
+    """Softmax over the k largest of the last dimension, the others 0 (MergeME 3.1.3)."""
     return torch.softmax(largest(values, k), dim=-1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.choosers.experts import check_known, check_top_k, expert_names, softmax_over_largest
 
 
@@ -23,8 +24,8 @@ class Nearest:
         nearest = Nearest(encoder, {"math": [...], "code": [...]}, model)
         model.generate(**tokenizer(texts, return_tensors="pt"), coefficients=nearest(texts))
 
-    `experts` are all names in the order of the coefficients, or a model with one active routed adapter. `ValueError`
-    if `examples` are not of exactly these.
+    `experts` are all names in the order of the coefficients, or a model with one active routed
+    adapter. `UserError` if `examples` are not of exactly these.
     """
 
     def __init__(
@@ -33,16 +34,16 @@ class Nearest:
         self.encoder, self.experts = encoder, expert_names(experts)
         check_known(examples, self.experts, "examples")
         if missing := [name for name in self.experts if not examples.get(name)]:
-            raise ValueError(f"examples: there is none of expert {missing[0]!r}")
+            raise UserError(f"examples: there is none of expert {missing[0]!r}")
         self.centroids = torch.stack([self._embed(examples[name]).mean(dim=0) for name in self.experts])
 
     def __call__(self, texts: Sequence[str], top_k: int = 1) -> Tensor:
-        """Coefficients (texts, experts): softmax over the `top_k` largest cosines, the others 0. One, by default."""
+        """Coefficients (texts, experts): softmax over the `top_k` largest cosines, the others 0."""
         k = check_top_k(top_k, len(self.experts))
         cosines = functional.cosine_similarity(self._embed(texts)[:, None], self.centroids, dim=-1)
         return softmax_over_largest(cosines, k)
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
         if isinstance(texts, str):
-            raise ValueError(f"give a list of texts, not the text {texts!r} alone")
+            raise UserError(f"give a list of texts, not the text {texts!r} alone")
         return torch.as_tensor(self.encoder.encode(list(texts))).float()

@@ -6,17 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.choosers.experts import check_known, expert_names
 
 
 def oracle(
     names: Sequence[str], experts: Sequence[str] | nn.Module, clusters: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """Coefficients (examples, experts), each the expert that `names` says for the example, or its cluster.
+    """Coefficients (examples, experts): of each example the expert that `names` says.
 
-    `experts` are all names in the order of the coefficients, or a model with one active routed adapter. With
-    `clusters`, the cluster of each expert as `RoutedLoraConfig` takes it, the experts of the named one's cluster share
-    equally. `ValueError` for a name that is no expert, with the nearest that is.
+    `experts` are all names in the order of the coefficients, or a model with one active routed
+    adapter. With `clusters`, the cluster of each expert as `RoutedLoraConfig` takes it, the experts
+    of the named one's cluster share equally. `UserError` for a name that is no expert, with the
+    nearest that is.
     """
     known = expert_names(experts)
     check_known(names, known, "names")
@@ -24,7 +26,10 @@ def oracle(
     if clusters is not None:
         check_known(clusters, known, "clusters")
         if missing := [name for name in known if name not in clusters]:
-            raise ValueError(f"clusters: every expert has one, and {missing[0]!r} has none")
-        chosen = torch.tensor([[float(clusters[one] == clusters[other]) for other in known] for one in known])
-        chosen = chosen / chosen.sum(dim=1, keepdim=True)
+            raise UserError(f"clusters: every expert has one, and {missing[0]!r} has none")
+        ids = [clusters[name] for name in known]
+        cluster_of = torch.tensor([ids.index(each) for each in ids])
+        # (experts, experts): a row per expert, equal shares for all that are in its cluster
+        together = (cluster_of[:, None] == cluster_of).float()
+        chosen = together / together.sum(dim=1, keepdim=True)
     return chosen[[known.index(name) for name in names]]

@@ -22,15 +22,19 @@ def perplexity(
     special_ids: Sequence[int] = (),
     rows_at_a_time: int = 8,
 ) -> Tensor:
-    """Coefficients (batch, experts): softmax over the `top_k` largest of 1/PPL, one per expert alone; others 0.
+    """Coefficients (batch, experts): softmax over the `top_k` largest of 1/PPL, the others 0.
 
-    The values in the softmax lie between 0 and 1, so without `top_k` it is a mild preference; with `top_k=1` it is a
-    choice. A token is scored by being predicted, so the first is not; nor are padding, on either side, and the
-    `special_ids` (`tokenizer.all_special_ids`). With nothing to score all experts get the same.
+    An expert's perplexity is that of the model with this expert alone.
 
-    `input_ids` (batch, length) is the prompt; `token_type_ids`, which some tokenizers return, is not used. Sequences
-    times experts are rows of one batch, `rows_at_a_time` in a forward pass, which bounds the memory. `ValueError` for
-    a model that is no causal language model, or has not one active routed adapter.
+    The values in the softmax lie between 0 and 1, so without `top_k` it is a mild preference; with
+    `top_k=1` it is a choice. A token is scored by being predicted, so the first is not; nor are
+    padding, on either side, and the `special_ids` (`tokenizer.all_special_ids`). With nothing to
+    score all experts get the same.
+
+    `input_ids` (batch, length) is the prompt; `token_type_ids`, which some tokenizers return, is
+    not used. Sequences times experts are rows of one batch, `rows_at_a_time` in a forward pass,
+    which bounds the memory. `UserError` for a model that is no causal language model, or has not
+    one active routed adapter.
     """
     check_language_model(model)
     count = len(expert_names(model))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers import wide
 
 
@@ -16,7 +17,8 @@ from peft_routing.routers import wide
 class Prefixes:
     """Sequences (batch, length) with their padding on the right, whichever side it came on.
 
-    There it has no part in anything: positions count from the first real token, and none looks to its right.
+    There it has no part in anything: positions count from the first real token, and none looks to
+    its right.
     """
 
     ids: Tensor
@@ -64,7 +66,7 @@ class Prefixes:
 def check_language_model(model: Any) -> None:
     config, can_generate = getattr(model, "config", None), getattr(model, "can_generate", lambda: False)
     if getattr(config, "is_encoder_decoder", False) or not can_generate():
-        raise ValueError("this chooser needs a causal language model, which predicts the tokens of its own prompt")
+        raise UserError("this chooser needs a causal language model, which predicts the tokens of its own prompt")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""`task_vector`: the experts whose updates point where the prompt's own gradient would go (MergeME, appendix C).
+"""`task_vector`: experts whose updates point where the prompt's gradient goes (MergeME, App. C).
 
-Neither is ever built. Per module a sequence's gradient is G = sum over tokens of delta_t x_t^T, with x the module's
-input and delta the gradient of its output, and an expert's update is s B A. So <G, s B A> is s times the sum of
-(B^T delta_t) . (A x_t).
+Neither is ever built. Per module a sequence's gradient is G = sum over tokens of delta_t x_t^T,
+with x the module's input and delta the gradient of its output, and an expert's update is s B A. So
+<G, s B A> is s times the sum of (B^T delta_t) . (A x_t).
 """
 
 from collections.abc import Sequence
@@ -30,15 +30,17 @@ def task_vector(
 ) -> Tensor:
     """Coefficients (batch, experts): softmax over the `top_k` largest cosines, the others 0.
 
-    The cosine is between minus the gradient of the base model's loss on the prompt and the expert's update. Both are
-    taken over the weights of all modules that the adapter has, as one long vector; the paper's gradient is over all
-    parameters, where an update is 0, so its cosines are these times one factor per sequence. An expert without an
-    update has 0. (The paper writes a task vector as base minus expert, so its gradient has no minus.)
+    The cosine is between minus the gradient of the base model's loss on the prompt and the expert's
+    update. Both are taken over the weights of all modules that the adapter has, as one long vector;
+    the paper's gradient is over all parameters, where an update is 0, so its cosines are these
+    times one factor per sequence. An expert without an update has 0. (The paper writes a task
+    vector as base minus expert, so its gradient has no minus.)
 
-    A token is scored by being predicted, so the first is not; nor are padding, on either side, and the `special_ids`.
-    With nothing to score all experts get the same. No parameter needs or gets a gradient. `rows_at_a_time` sequences
-    go through the model together, which bounds the memory. `token_type_ids` is not used. `ValueError` for a model that
-    is no causal language model, or has not one active routed adapter.
+    A token is scored by being predicted, so the first is not; nor are padding, on either side, and
+    the `special_ids`. With nothing to score all experts get the same. No parameter needs or gets a
+    gradient. `rows_at_a_time` sequences go through the model together, which bounds the memory.
+    `token_type_ids` is not used. `UserError` for a model that is no causal language model, or has
+    not one active routed adapter.
     """
     check_language_model(model)
     count = len(expert_names(model))
@@ -86,7 +88,8 @@ def _cosines(model: Any, prefixes: Prefixes, update_lengths: Tensor) -> Tensor:
     try:
         base = torch.zeros(len(update_lengths), device=prefixes.ids.device)
         losses = prefixes.losses(model, base)
-        # sums over tokens: the cosines are those of means, which float16 would lose at the length of a prompt
+        # sums over tokens: the cosines are those of means, which float16 would lose at the length
+        # of a prompt
         torch.autograd.grad((losses * prefixes.counts()).sum(), embedded)
     finally:
         for handle in handles:
@@ -97,7 +100,10 @@ def _cosines(model: Any, prefixes: Prefixes, update_lengths: Tensor) -> Tensor:
 
 
 class _Products:
-    """Of a batch's gradients with the experts' updates and with themselves, added up as modules run backward."""
+    """Products of a batch's gradients with the experts' updates and with themselves.
+
+    They are added up as modules run backward.
+    """
 
     def __init__(self, adapter: str, batch: int, experts: int, device: torch.device) -> None:
         self.adapter, self.batch = adapter, batch
@@ -133,7 +139,7 @@ class _Products:
     @torch.no_grad()
     def _add(self, runs: "_Runs") -> None:
         inputs, deltas = zip(*runs.pairs, strict=True)
-        x, delta = (wide(torch.cat([self._by_sequence(part) for part in parts], dim=1)) for parts in (inputs, deltas))
+        x, delta = self._joined(inputs), self._joined(deltas)
         runs.pairs.clear()
         experts = runs.layer.experts_of(self.adapter)
         a, b = wide(experts.A), wide(experts.B)
@@ -146,18 +152,22 @@ class _Products:
         self.between = self.between + of_experts.to(self.between.device)
         self.gradients = self.gradients + squared_norms(x, delta).to(self.gradients.device)
 
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """(batch, tokens, features) of all runs of a module, one after the other along the tokens."""
+        return wide(torch.cat([self._by_sequence(part) for part in parts], dim=1))
+
     def _by_sequence(self, values: Tensor) -> Tensor:
         """(batch, tokens, features)"""
         if self.batch > 1 and (values.ndim != 3 or len(values) != self.batch):
             raise ValueError(
-                f"cannot tell the sequences apart in a module's input of shape {tuple(values.shape)}: "
-                "rows_at_a_time=1 takes them one by one"
+                "cannot tell the sequences apart in a module's input of shape "
+                f"{tuple(values.shape)}: rows_at_a_time=1 takes them one by one"
             )
         return values.reshape(self.batch, -1, values.shape[-1])
 
 
 class _Runs:
-    """Of one module: how often it ran forward, and with which inputs and output gradients it has run backward."""
+    """One module's runs: how many forward, and inputs and output gradients of those backward."""
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.expected = layer, 0

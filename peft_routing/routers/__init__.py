@@ -1,6 +1,7 @@
-"""Routers: from a module's hidden states to coefficients over its experts. One file each, found by its name.
+"""Routers: from a module's hidden states to coefficients over its experts. One file each.
 
-A router of your own is a subclass of `Router` with a `name`, in any module that is imported before it is used:
+A router of your own is a subclass of `Router` with a `name`, in any module that is imported before
+it is used:
 
     class Cosine(Router):
         name = "cosine"
@@ -11,14 +12,19 @@ A router of your own is a subclass of `Router` with a `name`, in any module that
 
         def scores(self, hidden):
             return functional.cosine_similarity(hidden[..., None, :], self.weight, dim=-1)
+
+`docs/extending.md` has the whole contract, and a router with an option of its own.
 """
 
 from peft_routing.routers.base import Router, RouterSettings, SharedRouter, all_routers, find_router
+from peft_routing.routers.options import NoOptions, RouterOptions
 from peft_routing.routers.tensors import Constant, largest, over_tokens, wide
 
 __all__ = [
     "Constant",
+    "NoOptions",
     "Router",
+    "RouterOptions",
     "RouterSettings",
     "SharedRouter",
     "all_routers",

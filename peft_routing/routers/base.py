@@ -9,44 +9,44 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from _mergekit_moe_ext_common.errors import UserError
+from peft_routing.routers.options import (
+    RouterOptions,
+    option_names,
+    options_of_names,
+    read_options,
+)
 from peft_routing.routers.tensors import largest, wide
 
 Granularity = Literal["token", "sequence"]
-Init = Literal["uniform", "arrow"]
-Score = Literal["dot", "abs"]
 _ROUTERS: dict[str, type["Router"]] = {}
-# What only some routers take, each None where the user says nothing.
-_OPTIONS = ("top_k", "router_temperature", "init", "score", "weights", "clusters", "mlp_layers", "init_lambda")
 
 
 class RouterSettings(Protocol):
     """What a router reads of an adapter's configuration, which says what each of these is."""
 
     experts: Any
-    top_k: int | None
     granularity: Granularity
     routing_tokens: int
-    router_temperature: float | None
     router_aux_loss_coef: float
-    init: Init | None
-    score: Score | None
-    weights: Any
-    clusters: dict[str, Any] | None
-    mlp_layers: int | None
-    init_lambda: float | None
 
     @property
     def names(self) -> list[str]: ...
+
+    @property
+    def stated_options(self) -> dict[str, Any]: ...
 
 
 class Router(nn.Module):
     """Hidden states to coefficients. A subclass says how it scores; the rest is the same for all.
 
-    Parameters are direct attributes (no submodules), so that PEFT can strip the adapter's name from their keys.
+    Its options are the fields of the dataclass `options`, which `options_of` reads. Parameters are
+    direct attributes (no submodules), so that PEFT can strip the adapter's name from their keys.
     """
 
     name: ClassVar[str]
-    options: ClassVar[tuple[str, ...]] = ("top_k", "router_temperature")  # of _OPTIONS, those that it takes
+    # A dataclass, or the options' names alone: then any value is taken, and None is the default.
+    options: ClassVar[Any] = RouterOptions
     is_shared: ClassVar[bool] = False  # one for the whole model, not one per adapted module
     is_simplex: ClassVar[bool] = True  # coefficients are a softmax; the load can be balanced
     mixing: ClassVar[Literal["full", "low_rank"]] = "low_rank"  # by default, where ranks and targets agree
@@ -55,18 +55,32 @@ class Router(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if isinstance(cls.options, tuple):
+            cls.options = options_of_names(f"{cls.__name__}Options", cls.options)
         if "name" in cls.__dict__:
             _ROUTERS[cls.name] = cls
 
     def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__()
+        options = self.options_of(config)
         self.depends_on_input = self.uses_input(config)
-        self.experts, self.in_features = list(experts), in_features
-        self.k = min(config.top_k or self.top_k or len(experts), len(experts))
-        self.temperature = config.router_temperature or 1.0
+        self.experts = list(experts)
+        self.in_features = in_features
+        top_k = getattr(options, "top_k", None) or self.top_k or len(experts)
+        self.k = min(top_k, len(experts))
+        self.temperature = getattr(options, "router_temperature", None) or 1.0
         self.granularity = config.granularity
         self.routing_tokens = config.routing_tokens
         self.is_balanced = config.router_aux_loss_coef > 0
+
+    @classmethod
+    def options_of(cls, config: RouterSettings) -> Any:
+        """What the configuration says of this router's options, as an instance of its dataclass.
+
+        `UserError` for an option that it does not have, or a value of the wrong type.
+        """
+        where = f"router={cls.name!r}"
+        return read_options(cls.options, config.stated_options, where, _hint_at_takers)
 
     @classmethod
     def uses_input(cls, config: RouterSettings) -> bool:
@@ -75,13 +89,10 @@ class Router(nn.Module):
 
     @classmethod
     def check(cls, config: RouterSettings) -> None:
-        """`ValueError` for options that this router does not take or cannot work with."""
-        for option in _OPTIONS:
-            if getattr(config, option) is not None and option not in cls.options:
-                takers = ", ".join(name for name, router in all_routers().items() if option in router.options)
-                raise ValueError(f"{option} is not an option of router={cls.name!r}; it is one of {takers}")
+        """`UserError` for options that this router does not take or cannot work with."""
+        cls.options_of(config)
         if config.router_aux_loss_coef and not (cls.uses_input(config) and cls.is_simplex):
-            raise ValueError(f"router={cls.name!r} has no load to balance: leave router_aux_loss_coef at 0")
+            raise UserError(f"router={cls.name!r} has no load to balance: leave router_aux_loss_coef at 0")
 
     @property
     def kept(self) -> int | None:
@@ -94,11 +105,11 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def coefficients(self, scores: Tensor) -> Tensor:
-        """Softmax over the k largest scores, the others 0 (Trade-offs B.1 and B.4), in float32 or wider."""
+        """Softmax over the k largest scores, in float32 or wider (Trade-offs B.1 and B.4)."""
         return torch.softmax(largest(self._tempered(scores), self.k), dim=-1)
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """Over all that could be chosen, before the top k: what the load-balancing loss has a gradient through."""
+        """Softmax over all scores: what the load-balancing loss has a gradient through."""
         return torch.softmax(self._tempered(scores), dim=-1)
 
     def _tempered(self, scores: Tensor) -> Tensor:
@@ -112,19 +123,22 @@ class Router(nn.Module):
         return self.coefficients(self.scores(hidden))
 
     def start(self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str) -> None:
-        """Set what depends on the experts themselves: A (rank, in) and B (out, rank) of each, when composing."""
+        """Set what depends on the experts, when they are composed.
+
+        `factors` are A (rank, in) and B (out, rank) of each, `scalings` what B A is multiplied by.
+        """
 
     def labels(self, of: str) -> list[str]:
         """What the rows of a parameter with a row per `of` stand for."""
         return self.experts
 
     def check_rows(self, other: "Router") -> None:
-        """`ValueError` if a parameter depends on the experts and is not in `rows`."""
+        """`UserError` if a parameter depends on the experts and is not in `rows`."""
         for name, theirs in other.named_parameters():
             if name not in self.rows and self.get_parameter(name).shape != theirs.shape:
-                raise ValueError(
-                    f"router {self.name!r}: {name} has a row per expert or cluster; say so in its `rows`, "
-                    f"as {{{name!r}: 'expert'}}, and experts can be added and removed"
+                raise UserError(
+                    f"router {self.name!r}: {name} has a row per expert or cluster; say so in its "
+                    f"`rows`, as {{{name!r}: 'expert'}}, and experts can be added and removed"
                 )
 
     @torch.no_grad()
@@ -142,7 +156,7 @@ class Router(nn.Module):
 
 
 class SharedRouter(nn.Module):
-    """Stands in the modules that use the one router of a model, whose parameters lie in the first."""
+    """Stands in for a model's one router, whose parameters lie in the first module."""
 
     def __init__(self, owner: Router) -> None:
         super().__init__()
@@ -168,8 +182,14 @@ def all_routers() -> dict[str, type[Router]]:
 
 
 def find_router(name: str) -> type[Router]:
-    """`ValueError` if there is none of that name."""
+    """The router of that name. `UserError` if there is none."""
     if name not in _ROUTERS and name not in all_routers():
         known = ", ".join(sorted(_ROUTERS))
-        raise ValueError(f"there is no router {name!r}; there are {known}. One of your own must be imported first")
+        raise UserError(f"there is no router {name!r}; there are {known}. One of your own must be imported first")
     return _ROUTERS[name]
+
+
+def _hint_at_takers(option: str) -> str:
+    """The routers that have an option of this name, in words; empty if none has."""
+    takers = [name for name, router in all_routers().items() if option in option_names(router.options)]
+    return f"it is one of {', '.join(takers)}" if takers else ""

@@ -2,25 +2,33 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers.base import Router, RouterSettings
+from peft_routing.routers.options import NoOptions
 from peft_routing.routers.tensors import Constant
+
+
+@dataclass(frozen=True)
+class FixedOptions:
+    weights: Any = None  # the coefficients: a dictionary by expert, or a list in the experts' order
 
 
 class FixedRouter(Router):
     """The given weights, whatever their sum."""
 
     name = "fixed"
-    options: ClassVar[tuple[str, ...]] = ("weights",)
+    options: ClassVar[Any] = FixedOptions
     is_simplex = False
 
     def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
-        self.weights = Constant(self.given(config, experts))
+        self.weights = Constant(self.weights_of(config, experts))
 
     @classmethod
     def uses_input(cls, config: RouterSettings) -> bool:
@@ -29,20 +37,24 @@ class FixedRouter(Router):
     @classmethod
     def check(cls, config: RouterSettings) -> None:
         super().check(config)
-        weights = cls.given(config, config.names)
+        weights = cls.weights_of(config, config.names)
         if len(weights) != len(config.experts) or not all(map(math.isfinite, weights)):
-            raise ValueError(f"weights={config.weights!r}: give a finite number for each of {', '.join(config.names)}")
+            raise _wrong(cls.options_of(config).weights, config.names)
 
-    @staticmethod
-    def given(config: RouterSettings, experts: Sequence[str]) -> list[float]:
-        """In the order of the experts."""
-        if config.weights is None:
-            raise ValueError("router='fixed' needs weights={'math': 0.7, 'code': 0.3}")
-        if not isinstance(config.weights, dict):
-            return [float(weight) for weight in config.weights]
-        if unknown := config.weights.keys() - set(experts):
-            raise ValueError(f"weights: there is no expert {min(unknown)!r}; there are {', '.join(experts)}")
-        return [float(config.weights.get(name, math.nan)) for name in experts]
+    @classmethod
+    def weights_of(cls, config: RouterSettings, experts: Sequence[str]) -> list[float]:
+        """The coefficients in the order of the experts; NaN for an expert that has none."""
+        weights = cls.options_of(config).weights
+        if weights is None:
+            raise UserError("router='fixed' needs weights={'math': 0.7, 'code': 0.3}")
+        if isinstance(weights, dict):
+            if unknown := weights.keys() - set(experts):
+                raise UserError(f"weights: there is no expert {min(unknown)!r}; there are {', '.join(experts)}")
+            weights = [weights.get(name, math.nan) for name in experts]
+        try:
+            return [float(weight) for weight in weights]
+        except (TypeError, ValueError) as error:
+            raise _wrong(weights, experts) from error
 
     def scores(self, hidden: Tensor) -> Tensor:
         return self.weights(torch.promote_types(hidden.dtype, torch.float32), hidden.device)
@@ -55,8 +67,12 @@ class UniformRouter(FixedRouter):
     """1/N each."""
 
     name = "uniform"
-    options = ()
+    options = NoOptions
 
-    @staticmethod
-    def given(config: RouterSettings, experts: Sequence[str]) -> list[float]:
+    @classmethod
+    def weights_of(cls, config: RouterSettings, experts: Sequence[str]) -> list[float]:
         return [1 / len(experts)] * len(experts)
+
+
+def _wrong(weights: Any, experts: Sequence[str]) -> UserError:
+    return UserError(f"weights={weights!r}: give a finite number for each of {', '.join(experts)}")

@@ -1,33 +1,43 @@
-"""`hierarchical`: a learned merge inside each cluster of experts, learned routing across (Trade-offs 5.3)."""
+"""`hierarchical`: learned merges inside clusters, learned routing between (Trade-offs 5.3)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers.base import RouterSettings
-from peft_routing.routers.linear import LinearRouter
+from peft_routing.routers.linear import LinearOptions, LinearRouter
 from peft_routing.routers.prototypes import top_right_singular_vectors
 from peft_routing.routers.tensors import wide
 
 
-class HierarchicalRouter(LinearRouter):
-    """The coefficient of expert i of cluster c is rho_c(x) mu_i: routing between clusters times merging inside.
+@dataclass(frozen=True)
+class HierarchicalOptions(LinearOptions):
+    clusters: dict[str, Any] | None = None  # by expert; here `top_k` counts clusters
 
-    For both ways of mixing this is the mixture of the clusters' merged experts. `top_k` counts clusters.
-    `init="arrow"` is Arrow HC: a cluster's row starts as the prototype of its uniform merge.
+
+class HierarchicalRouter(LinearRouter):
+    """Expert i of cluster c has the coefficient rho_c(x) mu_i: routing times merging.
+
+    For both ways of mixing this is the mixture of the clusters' merged experts. `top_k` counts
+    clusters. `init="arrow"` is Arrow HC: a cluster's row starts as the prototype of its uniform
+    merge.
     """
 
     name = "hierarchical"
-    options = (*LinearRouter.options, "clusters")
+    options = HierarchicalOptions
     rows = {"weight": "cluster", "logits": "expert"}  # noqa: RUF012
     cluster_of: Tensor
 
     def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
-        of_expert = {str(name): str(cluster) for name, cluster in (config.clusters or {}).items()}
+        options = self.options_of(config)
+        of_expert = {str(name): str(cluster) for name, cluster in (options.clusters or {}).items()}
         self.clusters = sorted({of_expert[name] for name in experts})
         super().__init__(config, experts, in_features)
-        self.k = min(config.top_k or len(self.clusters), len(self.clusters))
+        self.k = min(options.top_k or len(self.clusters), len(self.clusters))
         self.logits = nn.Parameter(torch.zeros(len(experts)))
         ids = torch.tensor([self.clusters.index(of_expert[name]) for name in experts])
         self.register_buffer("cluster_of", ids, persistent=False)
@@ -35,15 +45,15 @@ class HierarchicalRouter(LinearRouter):
     @classmethod
     def check(cls, config: RouterSettings) -> None:
         super().check(config)
-        if config.clusters is None:
-            raise ValueError("router='hierarchical' needs clusters={'math': 0, 'code': 0, 'fr': 1}")
-        if config.clusters.keys() != config.experts.keys():
-            wrong = min(config.clusters.keys() ^ config.experts.keys())
-            raise ValueError(f"clusters: every expert has one, and {wrong!r} is only on one side")
-        if config.top_k is not None and config.top_k > len(set(config.clusters.values())):
-            raise ValueError(
-                f"top_k={config.top_k} counts clusters, and there are {len(set(config.clusters.values()))}"
-            )
+        options = cls.options_of(config)
+        if options.clusters is None:
+            raise UserError("router='hierarchical' needs clusters={'math': 0, 'code': 0, 'fr': 1}")
+        if options.clusters.keys() != config.experts.keys():
+            wrong = min(options.clusters.keys() ^ config.experts.keys())
+            raise UserError(f"clusters: every expert has one, and {wrong!r} is only on one side")
+        count = len(set(options.clusters.values()))
+        if options.top_k is not None and options.top_k > count:
+            raise UserError(f"top_k={options.top_k} counts clusters, and there are {count}")
 
     def labels(self, of: str) -> list[str]:
         return self.clusters if of == "cluster" else self.experts

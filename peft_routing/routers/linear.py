@@ -1,44 +1,59 @@
-"""`linear`, learned routing per adapted module (Trade-offs 4.4), and `arrow`, the same without learning (2.4, B.1)."""
+"""`linear`, learned routing (Trade-offs 4.4), and `arrow`, the same without learning (2.4, B.1)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers.base import Router, RouterSettings
+from peft_routing.routers.options import RouterOptions
 from peft_routing.routers.prototypes import top_right_singular_vectors
+
+
+@dataclass(frozen=True)
+class LinearOptions(RouterOptions):
+    init: Literal["uniform", "arrow"] | None = None  # how the rows start; uniform if None
+    score: Literal["dot", "abs"] | None = None  # the product with a row, or its absolute value
 
 
 class LinearRouter(Router):
     """Scores are products of the hidden state with a row per expert, or their absolute values.
 
-    Rows start at 0 (`init="uniform"`) or as Arrow's prototypes (`init="arrow"`, with `score="abs"`).
+    Rows start at 0 (`init="uniform"`) or as Arrow's prototypes (`init="arrow"`, with
+    `score="abs"`).
     """
 
     name = "linear"
-    options: ClassVar[tuple[str, ...]] = ("top_k", "router_temperature", "init", "score")
+    options: ClassVar[Any] = LinearOptions
 
     def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
-        self.from_arrow, self.absolute = self.settings(config)
+        self.from_arrow, self.absolute = self.start_and_score(config)
         self.weight = nn.Parameter(torch.zeros(len(self.labels(self.rows["weight"])), in_features))
 
     @classmethod
     def check(cls, config: RouterSettings) -> None:
         super().check(config)
-        from_arrow, absolute = cls.settings(config)
+        from_arrow, absolute = cls.start_and_score(config)
         if from_arrow and not absolute:
-            raise ValueError("init='arrow' is score='abs': singular vectors have no sign")
+            raise UserError("init='arrow' is score='abs': singular vectors have no sign")
         if absolute and not from_arrow:
-            raise ValueError("score='abs' has no gradient where all rows are 0: use it with init='arrow'")
+            raise UserError("score='abs' has no gradient where all rows are 0: use it with init='arrow'")
 
-    @staticmethod
-    def settings(config: RouterSettings) -> tuple[bool, bool]:
-        """Whether it starts as Arrow does, and whether scores are absolute: each follows from the other."""
-        from_arrow = config.init == "arrow" or (config.init is None and config.score == "abs")
-        return from_arrow, config.score == "abs" or (config.score is None and from_arrow)
+    @classmethod
+    def start_and_score(cls, config: RouterSettings) -> tuple[bool, bool]:
+        """Whether rows start as Arrow's do, and whether scores are absolute.
+
+        Each follows from the other where only one is stated.
+        """
+        options = cls.options_of(config)
+        from_arrow = options.init == "arrow" or (options.init is None and options.score == "abs")
+        absolute = options.score == "abs" or (options.score is None and from_arrow)
+        return from_arrow, absolute
 
     def scores(self, hidden: Tensor) -> Tensor:
         products = functional.linear(hidden.to(self.weight.dtype), self.weight)
@@ -54,15 +69,16 @@ class LinearRouter(Router):
 class ArrowRouter(LinearRouter):
     """Softmax over the top k of |hidden state · top right singular vector of the expert's B A|.
 
-    The vector lies in the module's input space: the paper writes an update as A B with A on the input's side (2.2),
-    PEFT as B A, whose right singular vectors those are. Experts with an empty update have the score 0.
+    The vector lies in the module's input space: the paper writes an update as A B with A on the
+    input's side (2.2), PEFT as B A, whose right singular vectors those are. Experts with an empty
+    update have the score 0.
     """
 
     name = "arrow"
-    options = ("top_k", "router_temperature")
+    options = RouterOptions
     mixing = "full"
     top_k = 3
 
-    @staticmethod
-    def settings(config: RouterSettings) -> tuple[bool, bool]:
+    @classmethod
+    def start_and_score(cls, config: RouterSettings) -> tuple[bool, bool]:
         return True, True

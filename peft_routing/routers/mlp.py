@@ -1,35 +1,47 @@
 """`mlp`: WEMoE's router (3.2 and B.3) on LoRA experts."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers.base import Router, RouterSettings
 from peft_routing.routers.tensors import wide
 
-# The paper writes a variance of 0.01; with that, coefficients would start far from lambda for hidden states of the
-# usual size, and it wants them "approximately equal". The authors' code has this standard deviation.
+# The paper writes a variance of 0.01; with that, coefficients would start far from lambda for
+# hidden states of the usual size, and it wants them "approximately equal". The authors' code has
+# this standard deviation.
 _STANDARD_DEVIATION = 0.01
 
 
-class MlpRouter(Router):
-    """Coefficients are free: neither positive nor of a given sum. `top_k` keeps the largest by magnitude, as they are.
+@dataclass(frozen=True)
+class MlpOptions:
+    top_k: int | None = None  # how many coefficients are not 0; all of them, if None
+    mlp_layers: int | None = None  # 0, 1 or 2; 2 if None
+    init_lambda: float | None = None  # where all coefficients start; 0.3 if None
 
-    With 0 layers a bias, with 1 a linear map, with 2 a hidden layer as wide as the input and ReLU between. Over a
-    sequence, coefficients are averaged.
+
+class MlpRouter(Router):
+    """A router with free coefficients: neither positive nor of any one sum.
+
+    `top_k` keeps the largest by magnitude, as they are. With 0 layers it is a bias, with 1 a linear
+    map, with 2 a hidden layer as wide as the input and ReLU between. Over a sequence, coefficients
+    are averaged.
     """
 
     name = "mlp"
-    options = ("top_k", "mlp_layers", "init_lambda")
+    options = MlpOptions
     is_simplex = False
     rows = {"weight_out": "expert", "bias_out": "expert"}  # noqa: RUF012
 
     def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__(config, experts, in_features)
-        self.layers = 2 if config.mlp_layers is None else config.mlp_layers
-        start = 0.3 if config.init_lambda is None else config.init_lambda
+        options = self.options_of(config)
+        self.layers = 2 if options.mlp_layers is None else options.mlp_layers
+        start = 0.3 if options.init_lambda is None else options.init_lambda
         if self.layers == 2:
             self.weight_in = nn.Parameter(torch.randn(in_features, in_features) * _STANDARD_DEVIATION)
             self.bias_in = nn.Parameter(torch.zeros(in_features))
@@ -39,13 +51,14 @@ class MlpRouter(Router):
 
     @classmethod
     def uses_input(cls, config: RouterSettings) -> bool:
-        return config.mlp_layers != 0
+        return cls.options_of(config).mlp_layers != 0
 
     @classmethod
     def check(cls, config: RouterSettings) -> None:
         super().check(config)
-        if config.mlp_layers not in (None, 0, 1, 2):
-            raise ValueError(f"mlp_layers={config.mlp_layers} is none of 0, 1 and 2")
+        layers = cls.options_of(config).mlp_layers
+        if layers not in (None, 0, 1, 2):
+            raise UserError(f"mlp_layers={layers} is none of 0, 1 and 2")
 
     @property
     def kept(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Arithmetic that routers, mixing and choosers share: dtypes, constants, and the largest of scores."""
+"""Arithmetic that routers, mixing and choosers share: dtypes, constants, largest scores."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,10 @@ def over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
 
 
 class Constant:
-    """Numbers that no cast of the model rounds, as a tensor that is made once: a GPU would wait for each."""
+    """Numbers that no cast of the model rounds, as a tensor that is made once.
+
+    A GPU would wait for each new one.
+    """
 
     def __init__(self, values: Sequence[float]):
         self.values = list(values)

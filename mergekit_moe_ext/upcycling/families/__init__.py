@@ -1,21 +1,68 @@
-"""Pairs of a dense architecture and the mixture-of-experts architecture that its FFNs can become the experts of.
+"""Families: a dense architecture, and the mixture of experts that its FFNs can become.
 
-A pair is one declaration of where the FFNs go, and of what the output's config is. Everything that it does not
-name keeps its name; `merging/manifest.py` checks that this adds up. All but Switch are exact: where every source
-equals the base, the output computes the base's logits.
+A family is one declaration of where the FFNs go, and of what the output's config is. Everything
+that it does not name keeps its name; `merging/manifest.py` checks that this adds up. All but Switch
+are exact: where every source equals the base, the output computes the base's logits.
+
+A family of your own is an `Upcycling` that is handed to `register_family` before the merge runs.
 """
 
+import functools
 from collections.abc import Mapping
 
-import click
 from mergekit.common import ModelReference
 from transformers import PretrainedConfig
 
-from mergekit_moe_ext.upcycling.families.declaration import Upcycling
+from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
+
+__all__ = ["Stack", "Upcycling", "moe_config", "register_family", "upcycling_for"]
+
+_FAMILIES: dict[str, Upcycling] = {}  # by the model type of the dense model
+
+
+def register_family(family: Upcycling) -> None:
+    """Make `moe` turn the dense models that the family names into its mixture of experts.
+
+    The family that was registered last for a model type is the one that counts, so that one of your
+    own may take the place of one of ours.
+    """
+    _register_ours()
+    _register(family)
 
 
 def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_architectures: bool = False) -> Upcycling:
-    """The pair that holds all these dense models. `ClickException` names the model that does not fit."""
+    """The family of all these dense models. `UserError` names the model that does not fit."""
+    _register_ours()
+    for model, config in configs.items():
+        family = _FAMILIES.get(config.model_type)
+        architecture = (config.architectures or [None])[0]
+        if family is None or architecture not in (None, family.dense[config.model_type]):
+            raise UserError(
+                f"{model} is a {architecture or config.model_type}, which has no "
+                f"mixture-of-experts architecture here; supported: {_supported()}"
+            )
+        config.architectures = [family.dense[config.model_type]]  # some configs name none
+        if complaint := family.refuse(config):
+            raise UserError(f"{model}: {complaint}")
+    first, *others = configs
+    for model in others:
+        if configs[model].model_type != configs[first].model_type and not mix_architectures:
+            raise UserError(
+                f"{model} is another architecture than {first}: model_type is "
+                f"{configs[model].model_type!r}, not {configs[first].model_type!r} "
+                "(--allow-crimes merges them all the same)"
+            )
+    return _FAMILIES[configs[first].model_type]
+
+
+def _register(family: Upcycling) -> None:
+    _FAMILIES.update(dict.fromkeys(family.dense, family))
+
+
+@functools.cache
+def _register_ours() -> None:
+    """Not before they are asked for: transformers takes a while to import so many configs."""
     from mergekit_moe_ext.upcycling.families.cohere import COHERE2_MOE
     from mergekit_moe_ext.upcycling.families.ernie import ERNIE_MOE
     from mergekit_moe_ext.upcycling.families.flex_olmo import FLEX_OLMO
@@ -25,7 +72,7 @@ def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_arc
     from mergekit_moe_ext.upcycling.families.qwen import QWEN2_MOE, QWEN3_MOE
     from mergekit_moe_ext.upcycling.families.switch import SWITCH
 
-    families = (
+    for family in (
         MIXTRAL,
         QWEN2_MOE,
         QWEN3_MOE,
@@ -35,26 +82,10 @@ def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_arc
         ERNIE_MOE,
         HUNYUAN_MOE,
         SWITCH,
-    )
-    by_type = {model_type: family for family in families for model_type in family.dense}
-    for model, config in configs.items():
-        family = by_type.get(config.model_type)
-        architecture = (config.architectures or [None])[0]
-        if family is None or architecture not in (None, family.dense[config.model_type]):
-            supported = ", ".join(f"{name} (to {family.moe})" for family in families for name in family.dense.values())
-            raise click.ClickException(
-                f"{model} is a {architecture or config.model_type}, which has no mixture-of-experts "
-                f"architecture here; supported: {supported}"
-            )
-        config.architectures = [family.dense[config.model_type]]  # some configs name none
-        if complaint := family.refuse(config):
-            raise click.ClickException(f"{model}: {complaint}")
-    first, *others = configs
-    for model in others:
-        if configs[model].model_type != configs[first].model_type and not mix_architectures:
-            raise click.ClickException(
-                f"{model} is another architecture than {first}: model_type is "
-                f"{configs[model].model_type!r}, not {configs[first].model_type!r} "
-                "(--allow-crimes merges them all the same)"
-            )
-    return by_type[configs[first].model_type]
+    ):
+        _register(family)
+
+
+def _supported() -> str:
+    names = [f"{family.dense[model_type]} (to {family.moe})" for model_type, family in _FAMILIES.items()]
+    return ", ".join(names)

@@ -1,6 +1,7 @@
 """Qwen2, Seed-OSS and Ministral to Qwen2-MoE, and Qwen3 to Qwen3-MoE.
 
-transformers does not normalise the weights of the chosen experts by default; an upcycled model needs it to.
+transformers does not normalise the weights of the chosen experts by default; an upcycled model
+needs it to.
 """
 
 from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
@@ -27,7 +28,8 @@ def _qwen2_config(dense: PretrainedConfig, num_experts: int, experts_per_token: 
         norm_topk_prob=True,
         # Qwen2 has them, and no key that says so
         qkv_bias=dense.model_type == "qwen2" or getattr(dense, "attention_bias", False),
-        # as the dense model resolved them: Qwen2-MoE has another rule for which layers have a window
+        # as the dense model resolved them: Qwen2-MoE has another rule for which layers have a
+        # window
         layer_types=layer_types,
         use_sliding_window="sliding_attention" in layer_types,
     )
@@ -60,8 +62,8 @@ def _qwen3_config(dense: PretrainedConfig, num_experts: int, experts_per_token: 
 def _refuse_mixed_windows(dense: PretrainedConfig) -> str | None:
     if len(set(dense.layer_types)) > 1:
         return (
-            "`use_sliding_window: true` gives only some of its layers a window (see `max_window_layers`), "
-            "but Qwen3-MoE has it in all layers or in none"
+            "`use_sliding_window: true` gives only some of its layers a window (see "
+            "`max_window_layers`), but Qwen3-MoE has it in all layers or in none"
         )
     return None
 
@@ -79,8 +81,9 @@ QWEN2_MOE = Upcycling(
             ffn=_FFN,
             experts=EXPERTS,
             gate=GATE,
-            # The architecture has a shared expert that every token passes. Its own gate has no bias, so it cannot be
-            # shut; a zero `down_proj` keeps it silent, and still gets a gradient as soon as it is trained.
+            # The architecture has a shared expert that every token passes. Its own gate has no
+            # bias, so it cannot be shut; a zero `down_proj` keeps it silent, and still gets a
+            # gradient as soon as it is trained.
             merged={
                 f"{_FFN}.shared_expert.{name}.weight": f"{_FFN}.{name}.weight" for name in ("gate_proj", "up_proj")
             },

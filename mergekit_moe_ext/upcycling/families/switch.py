@@ -1,8 +1,8 @@
 """T5 to Switch Transformers: an initialisation for training, not the same function.
 
-Switch sends a token to one expert and multiplies its output by the gate's probability for it, so even with equal
-sources the FFNs count for less than in T5. And an expert takes at most `expert_capacity` tokens of a sequence; what
-comes after them passes the layer by.
+Switch sends a token to one expert and multiplies its output by the gate's probability for it, so
+even with equal sources the FFNs count for less than in T5. And an expert takes at most
+`expert_capacity` tokens of a sequence; what comes after them passes the layer by.
 """
 
 from transformers import PretrainedConfig, SwitchTransformersConfig
@@ -32,8 +32,8 @@ def _output_config(
 def _refuse(dense: PretrainedConfig) -> str | None:
     if dense.is_gated_act:
         return (
-            f"`feed_forward_proj: {dense.feed_forward_proj}` (T5 v1.1, Flan-T5) is a gated FFN, which has no place in "
-            "Switch Transformers; T5 v1.0 fits"
+            f"`feed_forward_proj: {dense.feed_forward_proj}` (T5 v1.1, Flan-T5) is a gated FFN, "
+            "which has no place in Switch Transformers; T5 v1.0 fits"
         )
     if not dense.scale_decoder_outputs:
         return "its head is not tied to its embedding (T5 v1.1); Switch Transformers scales and ties it, as T5 v1.0"

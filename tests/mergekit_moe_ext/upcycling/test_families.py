@@ -1,14 +1,17 @@
 """Each pair of architectures: what it computes, against the dense model or a loop written from the equation."""
 
+import dataclasses
 import json
 import os
 
 import click
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mergekit_moe_ext.mixtures.routers import routers_of
+from mergekit_moe_ext.upcycling import families
+from mergekit_moe_ext.upcycling.families.mixtral import MIXTRAL
 from tests.conftest import document, make_model, merge, read_tensors, run
 
 TOKENS = torch.arange(1, 41).reshape(2, 20) * 7 % 96
@@ -199,3 +202,14 @@ def test_what_has_no_place_is_refused(tmp_path, monkeypatch, family, config, par
     with pytest.raises(click.ClickException, match=complaint):
         merge(document("moe", ["base", "base"], parameters=parameters))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_family_from_outside_takes_the_place_of_ours(monkeypatch):
+    monkeypatch.setattr(families, "_FAMILIES", {})
+    families._register_ours.cache_clear()
+    own = dataclasses.replace(MIXTRAL, dense={"llama": "LlamaForCausalLM"})
+    families.register_family(own)
+    configs = {name: AutoConfig.for_model(name) for name in ("llama", "mistral", "qwen3")}
+    chosen = {name: families.upcycling_for({name: config}) for name, config in configs.items()}
+    assert chosen["llama"] is own and chosen["mistral"] is MIXTRAL
+    assert chosen["qwen3"].moe == "Qwen3MoeForCausalLM"

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import click
 import torch
 from mergekit.graph import Task
 from pydantic import Field
 from transformers import PretrainedConfig
 
+from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job, MethodOptions
 from mergekit_moe_ext.merging.sources import names_of
 from mergekit_moe_ext.merging.tasks import RandomTensor
@@ -39,28 +39,28 @@ class SequenceOptions(MethodOptions):
 
 
 def sequence_config(job: Job, donor: PretrainedConfig, experts: Sequence[Decoder], **more: Any) -> SequenceMoEConfig:
-    """The output's configuration. `ClickException` for numbers and routings that do not go together."""
+    """The output's configuration. `UserError` for numbers and routings that do not go together."""
     options, number = job.options, len(experts)
     if options.routing == "uniform":
         if options.experts_per_sequence not in (None, number):
-            raise click.ClickException(f"routing: uniform takes all {number} experts: leave experts_per_sequence out")
+            raise UserError(f"routing: uniform takes all {number} experts: leave experts_per_sequence out")
         chosen = number
     else:
         chosen = options.experts_per_sequence or min(2, number)
     if chosen > number:
-        raise click.ClickException(
+        raise UserError(
             f"experts_per_sequence is {chosen}, but `models:` lists {number} expert(s); it can be at most {number}"
         )
     if options.routing == "learned" and chosen == 1 and number > 1:
-        raise click.ClickException(
+        raise UserError(
             "routing: learned with experts_per_sequence: 1 cannot be trained: the softmax over one expert is always "
             "1, so that the router gets no gradient; take 2 or more"
         )
     if options.router_aux_loss_coef and options.routing != "learned":
-        raise click.ClickException("router_aux_loss_coef is for routing: learned; nothing else is trained to route")
+        raise UserError("router_aux_loss_coef is for routing: learned; nothing else is trained to route")
     softcaps = [expert.softcap for expert in experts]
     if len(set(softcaps)) > 1 and chosen > 1:
-        raise click.ClickException(
+        raise UserError(
             f"the experts cap their logits differently ({', '.join(map(str, softcaps))}), so that no two of them can "
             "be mixed: take experts_per_sequence: 1"
         )

@@ -1,0 +1,98 @@
+"""A router's options: from what a user wrote to the dataclass that the router declares."""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
+from typing import Any
+
+import pydantic
+import pydantic_core
+
+from _mergekit_moe_ext_common.errors import UserError
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a router that has none."""
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """The options of every router whose coefficients are a softmax; a router may add its own.
+
+    A field is an option: its name, its type and its default. `__post_init__` may raise a
+    `ValueError`.
+    """
+
+    top_k: int | None = None  # how many coefficients are not 0; all of them, if None
+    router_temperature: float | None = None  # divides the scores; 1 if None
+
+
+def option_names(options: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(options)]
+
+
+def options_of_names(class_name: str, names: Sequence[str]) -> type:
+    """A dataclass for options known by name only: any value is taken, and None is the default."""
+    declared = {field.name: field.type for field in dataclasses.fields(RouterOptions)}
+    fields = [(name, declared.get(name, Any), None) for name in names]
+    return make_dataclass(class_name, fields, frozen=True)
+
+
+def read_options(options: type, values: Mapping[str, Any], where: str, hint: Callable[[str], str]) -> Any:
+    """An instance of the dataclass `options`, each value in the type that its field declares.
+
+    A value that says what is meant is converted: "2" and 2.0 to the integer 2. `UserError` names
+    the option that is unknown or of the wrong type; `hint` says of an unknown one where else it
+    belongs, if anywhere.
+    """
+    known = option_names(options)
+    for name in values:
+        if name not in known:
+            raise UserError(f"{name} is not an option of {where}; {hint(name) or nearest(name, known)}")
+    try:
+        return _adapter(options).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        raise UserError(complaint(error, where)) from error
+
+
+def saved_options(options: Any) -> dict[str, Any]:
+    """The values by name, in the types that JSON has."""
+    return pydantic_core.to_jsonable_python(options, inf_nan_mode="constants")
+
+
+def read_value(name: str, declared: Any, value: Any) -> Any:
+    """One value in the type that is declared for it. `UserError` names it."""
+    try:
+        return _adapter(declared).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise UserError(complaint(error, name)) from error
+
+
+def complaint(error: pydantic.ValidationError, where: str) -> str:
+    """The first thing that pydantic found wrong, in one line that begins with the option's name."""
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"][:1]]
+    if first["type"] == "value_error":  # a `__post_init__` says what is wrong by itself
+        return f"{where}: {first['ctx']['error']}"
+    if first["type"] == "missing":
+        return f"{where} needs {names[0]}"
+    start = f"{(names or [where])[0]}={first['input']!r}"
+    if first["type"] == "literal_error":
+        return f"{start} is none of {first['ctx']['expected'].replace(' or ', ', ')}"
+    return f"{start}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint at what could have been meant: the nearest known name, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"its options are {', '.join(known)}" if known else "it has none"
+
+
+@functools.cache
+def _adapter(declared: Any) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(declared)
