@@ -1,6 +1,5 @@
 """Which linear modules of a model are ensembled together, and what their router reads (WEMoE 3.2 and table 6)."""
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,13 +7,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.errors import UserError
-from mergekit_moe_ext.merging.layers import ATTENTION, chosen_layers, ffn_in, linears_in, outermost
+from mergekit_moe_ext.merging.layers import chosen_layers, linears_in, parts_of
 
 Part = Literal["attention", "mlp"]
 Grouping = Literal["mlp", "attention", "attention+mlp", "block"]
 Upscale = Literal[Grouping, "all", "auto"]
-# Reads another stack's states, which no coefficients of this one are for.
-_CROSS_ATTENTION = re.compile("encdec|encoder_attn|cross", re.IGNORECASE)
 
 
 def ensembled_groups(model: PreTrainedModel, upscale: Grouping, layers: Sequence[int] | None) -> dict[str, list[str]]:
@@ -25,10 +22,14 @@ def ensembled_groups(model: PreTrainedModel, upscale: Grouping, layers: Sequence
     """
     groups: dict[str, list[str]] = {}
     for name, layer in chosen_layers(model, layers).items():
-        ffn = ffn_in(layer)
-        attention = [part for part in outermost(layer, ATTENTION) if not _CROSS_ATTENTION.search(part)]
-        what, found = ("attention", attention) if upscale == "attention" else ("MLP", ffn)
-        if not found:
+        layer_parts = parts_of(layer)
+        # Cross attention is left out: it reads another stack's states, which no coefficients of this one are for.
+        attention = layer_parts.attention
+        # A router reads the input of one MLP, so that of several the first is weighed.
+        ffn = layer_parts.ffns[0] if layer_parts.ffns else []
+        lacking = not attention if upscale == "attention" else not ffn
+        if lacking:
+            what = "attention" if upscale == "attention" else "MLP"
             raise UserError(f"layer {name} of {type(model).__name__} has no {what} that can be told by its class")
         each_attention = [[part] for part in attention]
         parts = {
