@@ -6,6 +6,7 @@ NEWEST := .venv-newest/bin
 OLDEST := .venv-oldest/bin
 # A plain `torch` may resolve to a build with gigabytes of CUDA packages; this one is for CPUs.
 TORCH ?= torch==2.13.0
+OLDEST_TORCH ?= torch==2.7.0
 
 .PHONY: demo test hosts newest oldest exchange lint bench
 
@@ -58,5 +59,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
-	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt $(OLDEST_TORCH) --editable '.[test]'
 	touch $@

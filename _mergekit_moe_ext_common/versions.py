@@ -13,10 +13,10 @@ from packaging.version import Version
 
 # Oldest and newest of each.
 TESTED = {
-    "transformers": ("5.16.1", "5.24.0"),
+    "transformers": ("5.21.0", "5.24.0"),
     "peft": ("0.21.0", "0.21.2"),
     "mergekit": ("0.1.5", "0.1.5"),
-    "torch": ("2.6.0", "2.14.1"),
+    "torch": ("2.7.0", "2.14.1"),
     "accelerate": ("1.6.0", "1.15.0"),
     "datasets": ("4.0.0", "5.2.0"),
 }

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 NEW_NAME = "cache"  # from transformers 5.24
 OLD_NAMES = ("past_key_values", "cache_params")
 NAMES = (NEW_NAME, *OLD_NAMES)
-TRIED = "5.16.1 to 5.24.0"  # the versions of transformers that generation was tested with
+TRIED = "5.21.0 to 5.24.0"  # the versions of transformers that generation was tested with
 
 # What transformers' own outputs call the cache here.
 OUTPUT_NAME = next(name for name in NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
