@@ -1,0 +1,25 @@
+"""The options of `peft-route train`."""
+
+from dataclasses import dataclass
+
+from _mergekit_moe_ext_common import options
+from _mergekit_moe_ext_common.options import option
+
+LEARNING_RATES = (1e-3, 1e-4, 1e-5)  # the paper tunes over these
+
+
+@dataclass(frozen=True)
+class Recipe(options.Recipe):
+    """How a router is trained. Defaults are the paper's or, mostly, transformers'."""
+
+    num_train_epochs: float = option(5.0, "How often the data is read (the paper's 5).", at_least=0)
+    completions_only: bool = option(
+        False,
+        "Loss on answers alone: the last turn of a chat, or a target after its input. "
+        "Without it, the loss is on all tokens.",
+    )
+    router_aux_loss: float = option(
+        0.0,
+        "Weight of the load-balancing loss, averaged over modules.",
+        at_least=0,
+    )
