@@ -12,6 +12,7 @@ that extends them.
 """
 
 import contextlib
+import functools
 import importlib
 import sys
 import warnings
@@ -82,7 +83,7 @@ class _WaitForHosts(MetaPathFinder):
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
             watched = _load_ours if is_ours else _load_and_extend
-            spec.loader.exec_module = lambda module: watched(name, load, module)
+            spec.loader.exec_module = functools.partial(watched, name, load)  # type: ignore[method-assign]
             if not is_ours:
                 _awaited.add(name)
         return spec

@@ -122,12 +122,13 @@ def train(
     """
     from peft_routing.train import train as run
 
+    options: Any = recipe or Recipe()
     return run(
         adapter,
         output,
         data,
         reading or Reading(),
-        recipe or Recipe(),  # type: ignore[arg-type]
+        options,
         learning_rates=tuple(dict.fromkeys(learning_rates)),
         base=base,
         weights=weights,

@@ -35,7 +35,7 @@ def extend_configurations(auto: Any) -> None:
 
 
 def extend_models(auto: ModuleType) -> None:
-    """Have the Auto classes of `transformers.models.auto.modeling_auto` know our models; what others registered stays."""
+    """Have the Auto classes of `transformers.models.auto.modeling_auto` know our models, as above."""
     for name, auto_class in list(vars(auto).items()):
         mapping = getattr(auto_class, "_model_mapping", None)
         if isinstance(auto_class, type) and mapping is not None and not isinstance(mapping._extra_content, _Models):
