@@ -20,15 +20,16 @@ from _mergekit_moe_ext_common.versions import warn_of_newer_hosts
 
 if TYPE_CHECKING:
     from _mergekit_moe_ext_common.errors import UserError
-    from _mergekit_moe_ext_common.options import Reading
+    from _mergekit_moe_ext_common.options import Reading, options_of
     from mergekit_moe_ext import analysis
     from mergekit_moe_ext.commands import PlannedMerge, adapt, count_usage, plan, train, unload
     from mergekit_moe_ext.mixtures.usage import Usage
     from mergekit_moe_ext.recipes import Adaptation, Recipe
-    from mergekit_moe_ext.wemoe.clip_heads import write_clip_head
+    from mergekit_moe_ext.wemoe.clip_heads import TEMPLATES, write_clip_head
 
 __version__ = "0.1.0"
 __all__ = [
+    "TEMPLATES",
     "Adaptation",
     "PlannedMerge",
     "Reading",
@@ -39,6 +40,7 @@ __all__ = [
     "adapt",
     "analysis",
     "count_usage",
+    "options_of",
     "plan",
     "train",
     "unload",
@@ -50,10 +52,12 @@ _MODULES = {
     "PlannedMerge": "mergekit_moe_ext.commands",
     "Reading": "_mergekit_moe_ext_common.options",
     "Recipe": "mergekit_moe_ext.recipes",
+    "TEMPLATES": "mergekit_moe_ext.wemoe.clip_heads",
     "Usage": "mergekit_moe_ext.mixtures.usage",
     "UserError": "_mergekit_moe_ext_common.errors",
     "adapt": "mergekit_moe_ext.commands",
     "count_usage": "mergekit_moe_ext.commands",
+    "options_of": "_mergekit_moe_ext_common.options",
     "plan": "mergekit_moe_ext.commands",
     "train": "mergekit_moe_ext.commands",
     "unload": "mergekit_moe_ext.commands",

@@ -1,11 +1,13 @@
 """The packages as Python sees them: what an import loads, what is public, and the examples in the docstrings."""
 
+import ast
 import doctest
 import importlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,8 +74,7 @@ def test_help_loads_no_host_where_no_option_comes_from_one(package, of_hosts):
 
 def test_loading_adapters_needs_neither_a_trainer_nor_mergekit():
     heavy = ("transformers.trainer", "datasets", "mergekit", "mergekit_moe_ext")
-    code = f"from peft_routing import *; import sys; print([name for name in {heavy!r} if name in sys.modules])"
-    code = code.replace("import *", "RoutedLoraConfig, RoutedLoraModel, given_coefficients", 1)
+    code = f"from peft_routing import RoutedLoraConfig, RoutedLoraModel, given_coefficients; import sys; print([name for name in {heavy!r} if name in sys.modules])"
     result = python(code)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
@@ -177,3 +178,22 @@ def test_a_plan_says_what_the_command_prints(everything):
         mergekit_moe_ext.plan(document("linear", parameters={"weight": 1.0}))
     with pytest.raises(ValueError, match="nowhere"):
         mergekit_moe_ext.plan("nowhere.yml")
+
+
+def test_the_scripts_use_public_names_alone():
+    root = Path(__file__).parents[1]
+    scripts = [path for path in (root / "examples").glob("*.py") if not path.name.startswith("extending_")]
+    assert len(scripts) > 10
+    for path in scripts:
+        text = path.read_text(encoding="utf-8")
+        assert "sys.path" not in text, path.name
+        for node in ast.walk(ast.parse(text)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module]
+            for module in modules:
+                if module.startswith(("_mergekit", "mergekit_moe_ext", "peft_routing")):
+                    assert module in ("mergekit_moe_ext", "mergekit_moe_ext.analysis", "peft_routing"), path.name
+                    public = importlib.import_module(module).__all__
+                    names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+                    assert set(names) <= set(public), path.name

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "mixtures": "merging modeling recipes common",
     "caem": "mixtures merging common",
     "wemoe": "merging modeling recipes common",
-    "analysis": "wemoe merging modeling recipes common",
+    "analysis": "wemoe mixtures merging modeling recipes common",
     "methods": "tensor upcycling sequence caem wemoe",
     "host": "methods merging modeling common",
     "commands": "methods mixtures wemoe merging recipes common",
