@@ -74,7 +74,10 @@ def test_help_loads_no_host_where_no_option_comes_from_one(package, of_hosts):
 
 def test_loading_adapters_needs_neither_a_trainer_nor_mergekit():
     heavy = ("transformers.trainer", "datasets", "mergekit", "mergekit_moe_ext")
-    code = f"from peft_routing import RoutedLoraConfig, RoutedLoraModel, given_coefficients; import sys; print([name for name in {heavy!r} if name in sys.modules])"
+    code = (
+        "import sys\nfrom peft_routing import RoutedLoraConfig, RoutedLoraModel, given_coefficients\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
     result = python(code)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
@@ -117,7 +120,8 @@ def everything(here):
         make_model(here / name, seed)
         save_tokenizer(here / name, 96)
     for seed, name in enumerate(("math", "news")):
-        write(here / f"{name}.jsonl", words(seed, 12))
+        # long enough that a prefix of 32 tokens leaves something to predict
+        write(here / f"{name}.jsonl", [{"text": f"{row['text']} w1 w2" * 12} for row in words(seed, 12)])
     make_moe(here / "mixture", "mixtral")
     save_tokenizer(here / "mixture", 96)
     merge(document("wemoe", models=("math", "code")), "ensemble")
