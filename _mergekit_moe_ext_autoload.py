@@ -2,26 +2,47 @@
 
 torch calls `activate` at the end of `import torch` (entry point group `torch.backends`), and mergekit
 imports torch before anything of its own that we extend. Nothing else happens then: a finder is put on
-`sys.meta_path` that waits for two mergekit modules and hands each to `mergekit_moe_ext.host` once it is
-loaded. An exception in here would break `import torch` for the whole environment, so there is none:
-what goes wrong becomes one warning. Standard library only, and nothing is imported before mergekit is.
+`sys.meta_path` that waits for a few modules of our hosts, and has each extended once it is loaded.
+An exception in here would break `import torch` for the whole environment, so there is none: what goes
+wrong becomes one warning. Standard library only, and nothing is imported before its host is.
+
+Both packages call `activate` when they are imported, so that they need not import their hosts.
+mergekit is extended in any case; transformers and PEFT only where a program has imported the package
+that extends them.
 """
 
 import contextlib
+import functools
+import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 
+# A module of a host: what extends it, and the function there that takes the module.
 _EXTENDED_BY = {
-    "mergekit.merge_methods.registry": "register_methods",
-    "mergekit.merge": "extend_merge_module",
+    "mergekit.merge_methods.registry": ("mergekit_moe_ext.host", "register_methods"),
+    "mergekit.merge": ("mergekit_moe_ext.host", "extend_merge_module"),
+    "transformers.models.auto.configuration_auto": (
+        "mergekit_moe_ext.modeling.on_demand",
+        "extend_configurations",
+    ),
+    "transformers.models.auto.modeling_auto": (
+        "mergekit_moe_ext.modeling.on_demand",
+        "extend_models",
+    ),
+    "peft": ("peft_routing.registration", "register"),
 }
+_PACKAGES = ("mergekit_moe_ext", "peft_routing")
+_awaited: set[str] = set()  # modules of hosts that the finder extends when their bodies have run
+_loading: list[str] = []  # modules of ours whose bodies are running
+_postponed: list[tuple[str, ModuleType]] = []  # modules of hosts that were loaded meanwhile
 _warned = False
 
 
 def activate() -> None:
-    """Wait for mergekit, and extend what of it is loaded already. Calling it again changes nothing."""
+    """Wait for our hosts, and extend what of them is loaded already. Calling it again is harmless."""
     try:
         _activate()
     except Exception as error:
@@ -29,16 +50,18 @@ def activate() -> None:
 
 
 def _activate() -> None:
-    if not any(isinstance(finder, _WaitForMergekit) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WaitForMergekit())
+    if not any(isinstance(finder, _WaitForHosts) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WaitForHosts())
     for name in _EXTENDED_BY:
         module = sys.modules.get(name)
         if module is None:
             continue
-        if getattr(getattr(module, "__spec__", None), "_initializing", False):
+        if not getattr(getattr(module, "__spec__", None), "_initializing", False):
+            _extend(name, module)
+        # What the finder awaits is extended at the end of its body. Of the rest, only mergekit.merge can be loading
+        # while something has to be extended: torch, which brought us, is imported from its body.
+        elif name == "mergekit.merge" and name not in _awaited:
             module.__class__ = _StillLoading
-        else:
-            _extend(module)
 
 
 def mergekit_is_known() -> bool:
@@ -49,22 +72,41 @@ def mergekit_is_known() -> bool:
     return release[:2] == ["0", "1"] and int("".join(filter(str.isdigit, release[2]))) >= 5
 
 
-class _WaitForMergekit(MetaPathFinder):
+class _WaitForHosts(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name not in _EXTENDED_BY:
+        is_ours = name.partition(".")[0] in _PACKAGES
+        if not is_ours and name not in _EXTENDED_BY:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         specs = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
-
-            def load_and_extend(module: ModuleType) -> None:
-                load(module)
-                _extend(module)
-
-            spec.loader.exec_module = load_and_extend  # type: ignore[method-assign]
+            watched = _load_ours if is_ours else _load_and_extend
+            spec.loader.exec_module = functools.partial(watched, name, load)  # type: ignore[method-assign]
+            if not is_ours:
+                _awaited.add(name)
         return spec
+
+
+def _load_and_extend(name: str, load: Callable[[ModuleType], None], module: ModuleType) -> None:
+    load(module)
+    _extend(name, module)
+
+
+def _load_ours(name: str, load: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """Load a module of ours, and then do what had to wait for it.
+
+    What extends a host imports most of our modules. Where the body of one of them is running, and has just imported
+    that host, it would be found half done.
+    """
+    _loading.append(name)
+    try:
+        load(module)
+    finally:
+        _loading.remove(name)
+        while _postponed and not _loading:
+            _extend(*_postponed.pop(0))
 
 
 class _StillLoading(ModuleType):
@@ -88,16 +130,21 @@ class _StillLoading(ModuleType):
         if "run_merge" not in self.__dict__:
             raise AttributeError(f"module {self.__name__!r} has no attribute 'run_merge' yet")
         self.__class__ = ModuleType  # type: ignore[assignment]
-        _extend(self)
+        _extend(self.__name__, self)
 
 
-def _extend(module: ModuleType) -> None:
+def _extend(name: str, module: ModuleType) -> None:
+    extension, function = _EXTENDED_BY[name]
+    is_mergekit = name.startswith("mergekit.")
+    if not is_mergekit and extension.partition(".")[0] not in sys.modules:
+        return
+    if _loading:
+        _postponed.append((name, module))
+        return
     try:
-        if not mergekit_is_known():
+        if is_mergekit and not mergekit_is_known():
             raise RuntimeError("this version of mergekit is not one it knows (it knows >=0.1.5,<0.2)")
-        import mergekit_moe_ext.host
-
-        getattr(mergekit_moe_ext.host, _EXTENDED_BY[module.__name__])(module)
+        getattr(importlib.import_module(extension), function)(module)
     except Exception as error:
         _stay_off(error)
 

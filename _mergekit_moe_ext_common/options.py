@@ -1,6 +1,7 @@
 """Options that several commands share, each set a dataclass: a field is an option, its default and its help."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
@@ -40,6 +41,17 @@ def options_of(options: type, name: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+class DeferredCommand(click.Command):
+    """A command some of whose options come from a host: it is listed without the host, and built when it is used."""
+
+    def __init__(self, name: str, run: Callable[..., None], build: Callable[[], click.Command]) -> None:
+        super().__init__(name, help=inspect.getdoc(run))
+        self._build = build
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        return self._build().make_context(*args, **kwargs)
+
+
 def fields_as_options(options: type, names: Sequence[str]) -> Callable[[Callable], Callable]:
     """Adds a click option per named field, in that order."""
 
@@ -70,13 +82,13 @@ def _click_option(item: Any) -> Callable[[Callable], Callable]:
 class Reading:
     """How a command reads its model and its texts."""
 
-    max_length: int = option(1024, "Tokens of a row; longer ones are cut.", at_least=2)
-    text_column: str = option("text", "Texts, for decoders.")
-    messages_column: str = option("messages", "Chats, for decoders.")
-    input_column: str = option("input", "Inputs, for encoder-decoders.")
-    target_column: str = option("target", "Targets, for encoder-decoders.")
+    max_length: int = option(1024, "Number of tokens of a row; longer rows are cut.", at_least=2)
+    text_column: str = option("text", "Column of texts, for decoders.")
+    messages_column: str = option("messages", "Column of chats, for decoders.")
+    input_column: str = option("input", "Column of inputs, for encoder-decoders.")
+    target_column: str = option("target", "Column of targets, for encoder-decoders.")
     trust_remote_code: bool = option(False, "Run code that comes with the model (danger).")
-    quiet: bool = option(False, "No progress bars.")
+    quiet: bool = option(False, "Show no progress bars.")
 
     @property
     def columns(self) -> Columns:
@@ -87,21 +99,23 @@ class Reading:
 class Recipe:
     """How something is trained. Names are transformers', defaults, mostly, too."""
 
-    weight_decay: float = option(0.0, "AdamW's.", at_least=0)
-    lr_scheduler_type: str = option("linear", "How the learning rate falls: linear, cosine, constant …")
-    warmup_steps: int = option(0, "Steps in which the learning rate rises.", at_least=0)
-    num_train_epochs: float = option(3.0, "How often the data is read.", at_least=0)
-    max_steps: int = option(-1, "Steps in all; overrides the epochs.")
-    per_device_train_batch_size: int = option(8, "Rows per process and forward pass.", at_least=1)
-    per_device_eval_batch_size: int = option(8, "The same for held-out rows.", at_least=1)
-    gradient_accumulation_steps: int = option(1, "Forward passes per step.", at_least=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay.", at_least=0)
+    lr_scheduler_type: str = option("linear", "Schedule of the learning rate: linear, cosine, constant …")
+    warmup_steps: int = option(0, "Number of steps in which the learning rate rises.", at_least=0)
+    num_train_epochs: float = option(3.0, "Number of times that the data is read.", at_least=0)
+    max_steps: int = option(-1, "Number of steps in all; above 0, it overrides the epochs.")
+    per_device_train_batch_size: int = option(8, "Number of rows per process and forward pass.", at_least=1)
+    per_device_eval_batch_size: int = option(8, "Number of held-out rows per process and forward pass.", at_least=1)
+    gradient_accumulation_steps: int = option(1, "Number of forward passes per step.", at_least=1)
     packing: bool = option(False, "Join the texts and cut them into rows of --max-length tokens.")
-    held_out: int = option(32, "Rows of each source that are measured, not trained on; see --eval-data.", at_least=0)
+    held_out: int = option(
+        32, "Number of rows of each source that are measured, not trained on; see --eval-data.", at_least=0
+    )
     eval_steps: float = option(0.1, "Measure every so many steps; below 1: a share of all steps.", at_least=0)
     save_steps: float = option(500.0, "Checkpoint every so many steps; below 1: a share of all steps.", at_least=0)
     bf16: bool = option(
         False,
         "Compute in bfloat16, as autocast does; what is trained is kept in float32.",
     )
-    gradient_checkpointing: bool = option(False, "Less memory for more time.")
-    seed: int = option(42, "For the order of the data and the held-out rows.")
+    gradient_checkpointing: bool = option(False, "Compute activations twice: less memory for more time.")
+    seed: int = option(42, "Seed of the order of the data and of the choice of held-out rows.")

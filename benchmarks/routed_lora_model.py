@@ -9,6 +9,7 @@ the same top k. Composing, saving and loading are wall seconds, with the peak of
 before; files that are mapped into memory count there.
 """
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,10 +23,12 @@ from measuring import best_in_turn, peak_extra_bytes
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from random_adapters import linear_modules, random_adapters
-from real_data import smollm2
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_routing import RoutedLoraConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from real_data import smollm2
 
 
 def small_llama(hidden: int, layers: int) -> Any:

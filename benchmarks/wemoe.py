@@ -13,14 +13,15 @@ before.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from measuring import best_in_turn, peak_extra_bytes
-from real_data import smollm2
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
@@ -29,6 +30,9 @@ from mergekit_moe_ext.modeling import modeling_wemoe
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import Current, EnsembledLinear, model_class
 from mergekit_moe_ext.wemoe.groups import ensembled_groups
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from real_data import smollm2
 
 KEPT = 0.1  # of a sparse vector
 STORED = (".vectors", ".values", ".columns", ".row_ends")

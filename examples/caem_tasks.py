@@ -28,14 +28,10 @@ import click
 import yaml
 from demo import BLOCK, DOMAINS, blocks, table
 from mergeme_homogeneous import BATCH, READING, write_texts
+from real_data import domains, smollm2
 from transformers import AutoTokenizer
 
-from mergekit_moe_ext.mixtures.training import train
-from mergekit_moe_ext.mixtures.usage import count_usage, read_texts
-from mergekit_moe_ext.recipes import Recipe
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from real_data import domains, smollm2
+from mergekit_moe_ext import Recipe, UserError, count_usage, train
 
 SOURCE_EXPERTS, MERGED_EXPERTS = 4, 8
 FIXED = dict(zip(DOMAINS, (2, 3, 3), strict=True))
@@ -49,7 +45,7 @@ def run(*command: str | Path) -> str:
     click.echo("$ " + " ".join(map(str, command)), err=True)
     done = subprocess.run([program, *map(str, command[1:])], capture_output=True, text=True)
     if done.returncode != 0:
-        raise click.ClickException(done.stderr)
+        raise UserError(done.stderr)
     return done.stdout
 
 
@@ -71,7 +67,8 @@ def fine_tune(model: Path, output: Path, data: list[str], steps: int, eval_data:
         held_out=0,
         eval_steps=steps,
     )
-    return train(str(model), str(output), "all", data, READING, recipe, eval_data=eval_data) or {}
+    losses = train(str(model), data, "all", output=str(output), recipe=recipe, reading=READING, eval_data=eval_data)
+    return losses or {}
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
@@ -79,7 +76,7 @@ def fine_tune(model: Path, output: Path, data: list[str], steps: int, eval_data:
 @click.option("--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Of each fine-tuning.")
 def main(output: Path, steps: int) -> None:
     if output.is_dir() and any(output.iterdir()):
-        raise click.ClickException(f"{output} is not empty. Remove it, or name another.")
+        raise UserError(f"{output} is not empty. Remove it, or name another.")
     output.mkdir(parents=True, exist_ok=True)
     base, texts = smollm2(), domains()
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -100,8 +97,7 @@ def main(output: Path, steps: int) -> None:
             rows = blocks(tokenizer, documents, CALIBRATION_BLOCKS)
             calibration = folder / f"{name}-calibration.jsonl"
             calibration.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
-            read = read_texts(str(model), [f"{name}={calibration}"], READING)
-            usage = count_usage(str(model), read, READING, batch_size=2)
+            usage = count_usage(str(model), [f"{name}={calibration}"], reading=READING, batch_size=2)
             assert usage is not None  # this is the only process
             usage.write(output / f"{name}.usage.json")
             parameters = {"usage": str(output / f"{name}.usage.json")}

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from drawing import check_new_file
 
-from _mergekit_moe_ext_common.figures import check_new_file
-from mergekit_moe_ext.wemoe.clip_heads import TEMPLATES, write_clip_head
+from mergekit_moe_ext import TEMPLATES, UserError, write_clip_head
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
@@ -40,7 +40,7 @@ def main(model: str, classes: Path, templates: Sequence[str], output: Path, quie
     try:
         write_clip_head(model, names, output, templates, quiet=quiet)
     except (OSError, ValueError) as error:
-        raise click.ClickException(str(error).splitlines()[0]) from error
+        raise UserError(str(error).splitlines()[0]) from error
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import click
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from real_data import SMOLLM2, Domain, Unavailable, cache_dir, domains, smollm2, written_at_once
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -43,8 +44,7 @@ from transformers import (
     TrainingArguments,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from real_data import SMOLLM2, Domain, Unavailable, cache_dir, domains, smollm2, written_at_once
+from mergekit_moe_ext import UserError
 
 SEED = 0
 WORKERS = 2  # fine-tunes at a time; so small a model uses many cores badly
@@ -222,7 +222,7 @@ def run_command(name: str, arguments: list[str], quiet: bool) -> None:
     else:
         done = subprocess.run(command)
     if done.returncode != 0:
-        raise click.ClickException(f"{name} failed.\n{(done.stdout or b'').decode(errors='replace')}")
+        raise UserError(f"{name} failed.\n{(done.stdout or b'').decode(errors='replace')}")
 
 
 def train_gates(output: Path, tokenizer: Any, texts: dict[str, Domain], quiet: bool) -> None:
@@ -268,7 +268,7 @@ def prepare_output(output: Path) -> None:
     marker = output / ".written-by-mergekit-moe-ext-demo"
     if output.is_dir() and any(output.iterdir()):
         if not marker.exists():
-            raise click.ClickException(f"{output} is not empty. Remove it, or name another with --output.")
+            raise UserError(f"{output} is not empty. Remove it, or name another with --output.")
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     marker.touch()
@@ -293,7 +293,7 @@ def main(output: Path, quiet: bool) -> None:
     try:
         base, texts = smollm2(quiet), domains(quiet)
     except Unavailable as error:
-        raise click.ClickException(str(error)) from None
+        raise UserError(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(base)
     held_out = held_out_blocks(tokenizer, texts)
 

@@ -16,28 +16,34 @@ from typing import Any
 import click
 import torch
 import transformers
+from drawing import check_new_figure, check_new_file, pyplot
 from task_vector_similarity import parse_models
 
-from _mergekit_moe_ext_common.data import parse_sources
-from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, pyplot
-from _mergekit_moe_ext_common.loading import load_config, silence
-from _mergekit_moe_ext_common.options import Reading, options_of
-from mergekit_moe_ext.analysis import HEADS, Landscape, loss_landscape, read_batches
+from mergekit_moe_ext import Reading, UserError, options_of
+from mergekit_moe_ext.analysis import (
+    HEADS,
+    Landscape,
+    load_config,
+    loss_landscape,
+    parse_sources,
+    read_batches,
+    silence,
+)
 
 CONTOURS = 15
 
 
 def load(path: str, architecture: Any, device: str) -> Any:
-    """`ClickException` if anything but a classifier's head is missing, which transformers would draw at random."""
+    """`UserError` if anything but a classifier's head is missing, which transformers would draw at random."""
     try:
         model, report = architecture.from_pretrained(
             str(Path(path).expanduser()), dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise click.ClickException(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
     missing = sorted(name for name in report["missing_keys"] if name.split(".")[0] not in HEADS)
     if missing:
-        raise click.ClickException(f"{path} lacks {missing[0]} of {architecture.__name__}")
+        raise UserError(f"{path} lacks {missing[0]} of {architecture.__name__}")
     return model.to(device)
 
 
@@ -123,9 +129,9 @@ def main(
 ) -> None:
     models, sources = parse_models(given), {source.name: source for source in parse_sources(data)}
     if len(models) != 2 or models.keys() != sources.keys():
-        raise click.ClickException("give two --model TASK=DIR, and --data TASK=SOURCE for both")
+        raise UserError("give two --model TASK=DIR, and --data TASK=SOURCE for both")
     if limits[0] >= limits[1]:
-        raise click.ClickException(f"--range {limits[0]} {limits[1]}: the first must be below the second")
+        raise UserError(f"--range {limits[0]} {limits[1]}: the first must be below the second")
     if output:
         check_new_file(output)
     if plot:
@@ -136,7 +142,7 @@ def main(
     architecture = getattr(transformers, names[models[next(iter(models))]], None)
     for path in models.values():
         if architecture is None or names[path] != architecture.__name__:
-            raise click.ClickException(f"{path} is {names[path] or 'of no class'}; both must be one of transformers'")
+            raise UserError(f"{path} is {names[path] or 'of no class'}; both must be one of transformers'")
     loaded = {task: load(path, architecture, device) for task, path in models.items()}
     batches = {
         task: list(
@@ -159,7 +165,7 @@ def main(
     try:
         landscape = loss_landscape(load(base, architecture, device), loaded, batches, scales, quiet=reading.quiet)
     except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        raise UserError(str(error)) from error
     click.echo(table(landscape))
     if output:
         output.write_text(as_json(landscape, {"base": base, "models": models, "data": data}))

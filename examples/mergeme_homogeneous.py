@@ -35,17 +35,13 @@ import yaml
 from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
+from drawing import pyplot
+from real_data import SMOLLM2, Domain, cache_dir, domains, smollm2, written_at_once
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from _mergekit_moe_ext_common.figures import pyplot
-from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.mixtures.training import train
-from mergekit_moe_ext.mixtures.usage import count_usage, read_texts, routing_probability
-from mergekit_moe_ext.recipes import Recipe
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from real_data import SMOLLM2, Domain, cache_dir, domains, smollm2, written_at_once
+from mergekit_moe_ext import Reading, Recipe, UserError, count_usage, train
+from mergekit_moe_ext.analysis import routing_probability
 
 EXPERT = ExpertRecipe(steps=40, batch=2, learning_rate=1e-4)
 HELD_OUT_BLOCKS = 4  # per domain
@@ -141,10 +137,18 @@ def run(merged: Path, part: Any, named: dict[str, list[str]], seed: int, steps: 
         seed=seed,
     )
     trained = merged.with_name(f"{merged.name}-{part}")
-    train(str(merged), str(trained), part, named["train"], READING, recipe, eval_data=named["held_out"])
+    train(
+        str(merged),
+        named["train"],
+        part,
+        output=str(trained),
+        recipe=recipe,
+        reading=READING,
+        eval_data=named["held_out"],
+    )
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
     measured = {name: [entry for entry in history if f"eval_{name}_loss" in entry] for name in DOMAINS}
-    usage = count_usage(str(trained), read_texts(str(trained), named["held_out"], READING), READING, batch_size=2)
+    usage = count_usage(str(trained), named["held_out"], reading=READING, batch_size=2)
     assert usage is not None  # this is the only process
     shutil.rmtree(trained)
     return Run(
@@ -257,7 +261,7 @@ def draw_routing(runs: dict[str, list[Run]], path: Path) -> None:
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 def main(output: Path, steps: int, seeds: int) -> None:
     if output.is_dir() and any(output.iterdir()):
-        raise click.ClickException(f"{output} is not empty. Remove it, or name another.")
+        raise UserError(f"{output} is not empty. Remove it, or name another.")
     output.mkdir(parents=True, exist_ok=True)
     base, texts = smollm2(), domains()
     tokenizer = AutoTokenizer.from_pretrained(base)

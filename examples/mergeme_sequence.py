@@ -36,18 +36,15 @@ import torch
 from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
+from drawing import check_new_figure, check_new_file, heat_map, pyplot
 from mergeme_homogeneous import BATCH, make_experts, means, run_mergekit
+from real_data import Domain, cache_dir, domains, smollm2, written_at_once
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, heat_map, pyplot
-from mergekit_moe_ext.mixtures.routers import coefficients_of_sequences
-from mergekit_moe_ext.mixtures.usage import format_table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from real_data import Domain, cache_dir, domains, smollm2, written_at_once
+from mergekit_moe_ext.analysis import coefficients_of_sequences, format_table
 
 PREFIX = 32  # tokens; as `routing_tokens` has it
 ROUTED = 16  # sequences per domain whose routing is looked at; it is cheaper than their loss

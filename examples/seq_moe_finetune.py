@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-import mergekit_moe_ext  # noqa: F401  (else from_pretrained needs trust_remote_code=True)
+from mergekit_moe_ext import UserError  # importing it makes from_pretrained know the architecture
 
 LEARNING_RATES = {"all": 1e-5, "projectors": 1e-3}  # the paper's; that of the projectors is ours
 
@@ -32,7 +32,7 @@ def choose_parameters(model: Any, part: str) -> int:
         parameter.requires_grad_(part == "all" or ".proj_" in name or name.startswith("router."))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if not trained:
-        raise click.ClickException("this model has neither projectors nor a learned router: take --train all")
+        raise UserError("this model has neither projectors nor a learned router: take --train all")
     return trained
 
 
@@ -70,11 +70,11 @@ def main(
     seed: int,
 ) -> None:
     if output.exists() and any(output.iterdir()):
-        raise click.ClickException(f"{output} is not empty; name another directory")
+        raise UserError(f"{output} is not empty; name another directory")
     sources = dict(source.partition("=")[::2] for source in data)
     missing = [path for path in sources.values() if not Path(path).is_file()]
     if missing:
-        raise click.ClickException(f"--data: there is no file {missing[0]!r}; write NAME=FILE")
+        raise UserError(f"--data: there is no file {missing[0]!r}; write NAME=FILE")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(model_path)

@@ -13,13 +13,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
+from drawing import check_new_figure, check_new_file, pyplot
 
-from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, pyplot
+from mergekit_moe_ext import UserError
 from mergekit_moe_ext.analysis import PairSimilarity, task_vector_similarity
-from mergekit_moe_ext.analysis.similarity import Reading
+
+Way = Literal["concatenated", "mean"]
 
 
 def table(pairs: Sequence[PairSimilarity]) -> str:
@@ -80,10 +82,10 @@ def parse_models(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         named = re.fullmatch(r"([^=]+)=(.+)", text)
         if not named:
-            raise click.ClickException(f"--model {text}: write NAME=DIR")
+            raise UserError(f"--model {text}: write NAME=DIR")
         name, path = named.groups()
         if name in models:
-            raise click.ClickException(f"two models are called {name!r}")
+            raise UserError(f"two models are called {name!r}")
         models[name] = path
     return models
 
@@ -93,7 +95,7 @@ def parse_models(texts: Sequence[str]) -> dict[str, str]:
 @click.option("--model", "given", metavar="NAME=DIR", multiple=True, required=True, help="Two or more, one each.")
 @click.option(
     "--reading",
-    type=click.Choice(get_args(Reading)),
+    type=click.Choice(get_args(Way)),
     default="concatenated",
     show_default=True,
     help="Of all tensors of a part as one vector (the paper's text), or the mean of each one's (its caption).",
@@ -101,9 +103,7 @@ def parse_models(texts: Sequence[str]) -> dict[str, str]:
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Keep the numbers: *.json.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw them: *.png, *.pdf or *.svg.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def main(
-    base: str, given: Sequence[str], reading: Reading, output: Path | None, plot: Path | None, quiet: bool
-) -> None:
+def main(base: str, given: Sequence[str], reading: Way, output: Path | None, plot: Path | None, quiet: bool) -> None:
     models = parse_models(given)
     if output:
         check_new_file(output)
@@ -112,7 +112,7 @@ def main(
     try:
         pairs = task_vector_similarity(base, models, reading, quiet=quiet)
     except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        raise UserError(str(error)) from error
     click.echo(table(pairs))
     if output:
         output.write_text(as_json(base, models, reading, pairs))

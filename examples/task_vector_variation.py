@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from drawing import check_new_figure, check_new_file, pyplot
 from task_vector_similarity import parse_models
 
-from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, pyplot
-from mergekit_moe_ext.analysis import THRESHOLDS, parameter_variation
-from mergekit_moe_ext.wemoe.groups import Part
-from mergekit_moe_ext.wemoe.variation import Variation, decide
+from mergekit_moe_ext import UserError
+from mergekit_moe_ext.analysis import THRESHOLDS, Part, Variation, decide, parameter_variation
 
 LABELS: dict[Part, str] = {"attention": "attention", "mlp": "MLP"}
 STYLES: dict[Part, dict[str, Any]] = {
@@ -128,7 +127,7 @@ def main(base: str, given: Sequence[str], output: Path | None, plot: Path | None
         variation = parameter_variation(base, models, quiet=quiet)
         click.echo(table(variation))
     except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        raise UserError(str(error)) from error
     if output:
         output.write_text(as_json(base, models, variation))
     if plot:

@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -41,19 +40,15 @@ import torch
 from demo import BLOCK, LORA, SEED, blocks, start_worker
 from demo import Recipe as ExpertRecipe
 from demo import train as train_lora
+from drawing import pyplot
 from peft import LoraConfig, PeftModel, get_peft_model
+from real_data import SMOLLM2, Domain, Unavailable, cache_dir, debian_version, domains, smollm2, written_at_once
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from _mergekit_moe_ext_common.figures import pyplot
-from _mergekit_moe_ext_common.options import Reading
-from peft_routing import RoutedLoraConfig
-from peft_routing.loading import empty_model
-from peft_routing.train import Recipe, train
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from real_data import SMOLLM2, Domain, Unavailable, cache_dir, debian_version, domains, smollm2, written_at_once
+from mergekit_moe_ext import UserError
+from peft_routing import Reading, Recipe, compose, train
 
 DOMAINS = ("bible", "math", "news", "french", "dictionary", "code")
 LEARNING_RATE = 2e-3  # of the experts
@@ -195,9 +190,8 @@ def measure_routed(
         options["clusters"] = clusters
     with tempfile.TemporaryDirectory(prefix="tradeoffs-") as scratch:
         adapter = Path(scratch) / "composed"
-        torch.manual_seed(seed)
-        config = RoutedLoraConfig(experts={name: str(path) for name, path in experts.items()}, **options)
-        get_peft_model(empty_model(AutoConfig.from_pretrained(base), READING), config).save_pretrained(str(adapter))
+        directories = {name: str(path) for name, path in experts.items()}
+        compose(str(base), directories, str(adapter), seed=seed, **options)
         if method.learning_rate is None:
             return held_out_losses(base, adapter, held_out), 0.0
         recipe = Recipe(
@@ -210,7 +204,15 @@ def measure_routed(
         )
         trained = adapter.with_name("trained")
         start = time.perf_counter()
-        train(str(adapter), str(trained), data, READING, recipe, learning_rates=[method.learning_rate], base=str(base))
+        train(
+            str(adapter),
+            data,
+            output=str(trained),
+            recipe=recipe,
+            reading=READING,
+            learning_rates=[method.learning_rate],
+            base=str(base),
+        )
         seconds = time.perf_counter() - start
         return held_out_losses(base, trained, held_out), seconds
 
@@ -251,7 +253,7 @@ class Results:
         if path.exists():
             self.content = json.loads(path.read_text())
             if self.content["settings"] != settings:
-                raise click.ClickException(f"{path} is of other settings. Remove it, or name another --output.")
+                raise UserError(f"{path} is of other settings. Remove it, or name another --output.")
             for name, before in self.content["methods"].items():
                 if before != methods.get(name):
                     self.content["losses"].pop(name, None)
@@ -375,7 +377,7 @@ def main(output: Path, steps: int, seeds: int, number: int, expert_steps: int, l
     try:
         base, texts = smollm2(), domains(names=names)
     except Unavailable as error:
-        raise click.ClickException(str(error)) from None
+        raise UserError(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(base)
     own, shared = loras(tokenizer, texts, expert_steps, long)
     experts = {lora.name: lora.folder for lora in own}

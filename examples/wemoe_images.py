@@ -36,25 +36,20 @@ import transformers
 import yaml
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
+from drawing import heat_map, pyplot
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from PIL import Image
+from real_data import cache_dir, written_at_once
+from real_images import Pictures, pretraining, recipe, tasks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
-import mergekit_moe_ext  # noqa: F401  (registers the methods)
-from _mergekit_moe_ext_common.figures import heat_map, pyplot
-from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.recipes import Adaptation
-from mergekit_moe_ext.wemoe.adaptation import adapt
-from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from real_data import cache_dir, written_at_once
-from real_images import Pictures, pretraining, recipe, tasks
+from mergekit_moe_ext import Adaptation, Reading, UserError, adapt  # importing it registers the methods
+from mergekit_moe_ext.analysis import load_ensemble, read_ensemble
 
 TASKS = ["mnist", "animals", "digits8", "letters"]
 UNSEEN = ["numerals", "small letters"]
@@ -367,7 +362,7 @@ class Bench:
             chosen = {"learning_rate": rate, **self.adaptation, **settings}
             how = Adaptation(**chosen, seed=sources.seed, eval_steps=eval_steps)
             output = Path(folder) / "adapted"
-            results = adapt(str(merged), str(output), self.tests, Reading(quiet=True), how)
+            results = adapt(str(merged), self.tests, output=str(output), adaptation=how, reading=Reading(quiet=True))
             assert results is not None  # this is the only process
             history = json.loads((output / "trainer_state.json").read_text())["log_history"]
             model: Any = load_ensemble(str(output), *read_ensemble(str(output))).eval()
@@ -432,7 +427,7 @@ class Kept:
         for path in sorted(folder.glob(f"{part}-*.json")):
             known = json.loads(path.read_text())
             if known["settings"] != self.settings:
-                raise click.ClickException(f"{path} is of other settings; remove it or name another directory")
+                raise UserError(f"{path} is of other settings; remove it or name another directory")
             for row, found in known["rows"].items():
                 self.cells.setdefault(row, {})[int(path.stem.rpartition("-")[2])] = found
 
@@ -520,9 +515,7 @@ def corrupted(data: dict[str, Pictures], corruption: str) -> dict[str, Pictures]
     try:
         from imagecorruptions import corrupt
     except ImportError as error:
-        raise click.ClickException(
-            "corruptions need imagecorruptions: pip install 'mergekit-moe-ext[corruptions]'"
-        ) from error
+        raise UserError("corruptions need imagecorruptions: pip install 'mergekit-moe-ext[corruptions]'") from error
     np.random.seed(0)  # which that library draws from
     found: dict[str, Any] = {}
     for task in TASKS:

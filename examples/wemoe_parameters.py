@@ -15,11 +15,10 @@ from typing import Any
 
 import click
 import pydantic
+from drawing import check_new_file
 
-from _mergekit_moe_ext_common.figures import check_new_file
-from _mergekit_moe_ext_common.loading import load_config
-from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.analysis import ParameterCounts, count_parameters, planned_parameters
+from mergekit_moe_ext import Reading, UserError
+from mergekit_moe_ext.analysis import ParameterCounts, count_parameters, load_config, planned_parameters
 
 
 def table(counts: Mapping[str, ParameterCounts]) -> str:
@@ -41,19 +40,19 @@ def _short(number: int) -> str:
 def planned(base: str, tasks: str, parameters: dict[str, Any]) -> dict[str, ParameterCounts]:
     config = load_config(base, Reading())
     if not config.architectures:
-        raise click.ClickException(f"the config of {base} names no architecture")
+        raise UserError(f"the config of {base} names no architecture")
     first, _, last = tasks.partition("-")
     try:
         numbers = range(int(first), int(last or first) + 1)
     except ValueError as error:
-        raise click.ClickException(f"--tasks {tasks}: write a number, or two as 2-8") from error
+        raise UserError(f"--tasks {tasks}: write a number, or two as 2-8") from error
     try:
         return {f"{number} tasks": planned_parameters(config, number, **parameters) for number in numbers}
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
-        raise click.ClickException(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
+        raise UserError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
     except ValueError as error:
-        raise click.ClickException(f"{base}: {error}") from error
+        raise UserError(f"{base}: {error}") from error
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
@@ -68,7 +67,7 @@ def planned(base: str, tasks: str, parameters: dict[str, Any]) -> dict[str, Para
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Keep the numbers: *.json.")
 def main(models: tuple[str, ...], base: str | None, tasks: str, output: Path | None, **parameters: Any) -> None:
     if bool(models) == bool(base):
-        raise click.ClickException("name MODELS to count, or with --base what to plan for")
+        raise UserError("name MODELS to count, or with --base what to plan for")
     if output:
         check_new_file(output)
     counts = planned(base, tasks, parameters) if base else {model: count_parameters(model) for model in models}

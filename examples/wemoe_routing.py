@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import click
+from drawing import check_new_figure, check_new_file, heat_map, pyplot
 from tqdm import tqdm
 
-from _mergekit_moe_ext_common.data import parse_sources
-from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file, heat_map, pyplot
-from _mergekit_moe_ext_common.loading import silence
-from _mergekit_moe_ext_common.options import Reading, options_of
-from mergekit_moe_ext.analysis import EnsembleRouting, ensemble_routing, read_batches
-from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
+from mergekit_moe_ext import Reading, UserError, options_of
+from mergekit_moe_ext.analysis import (
+    EnsembleRouting,
+    ensemble_routing,
+    load_ensemble,
+    parse_sources,
+    read_batches,
+    read_ensemble,
+    silence,
+)
 
 PANELS_DOWN = 5  # groups in figure 11, as in the paper; from first to last
 
@@ -162,7 +167,7 @@ def main(
     try:
         routing = ensemble_routing(model, shown)
     except ValueError as error:
-        raise click.ClickException(f"{model_path}: {error}") from error
+        raise UserError(f"{model_path}: {error}") from error
     click.echo(tables(routing))
     if output:
         output.write_text(as_json(model_path, data, routing))

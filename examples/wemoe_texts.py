@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +27,12 @@ import click
 import torch
 from demo import BLOCK, DOMAINS, blocks
 from mergeme_homogeneous import make_experts, run_mergekit
+from real_data import domains, smollm2
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.recipes import Adaptation
-from mergekit_moe_ext.wemoe.adaptation import adapt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from real_data import domains, smollm2
+from mergekit_moe_ext import Adaptation, Reading, UserError, adapt
 
 PREFIX = 32  # tokens; as `routing_tokens` has it
 BATCH = 1  # blocks of each task per step
@@ -86,7 +81,7 @@ class Results:
         if path and path.is_file():
             kept = json.loads(path.read_text())
             if kept["settings"] != settings:
-                raise click.ClickException(f"{path} is of other settings ({kept['settings']}): name another file")
+                raise UserError(f"{path} is of other settings ({kept['settings']}): name another file")
             self.losses = kept["losses"]
 
     def has(self, row: str, seed: int = 0) -> bool:
@@ -161,7 +156,8 @@ def run(
             seed=seed,
         )
         reading = Reading(max_length=BLOCK, quiet=True)
-        adapt(str(merged), str(adapted), data[row.objective], reading, adaptation)
+        inputs = data[row.objective]
+        adapt(str(merged), inputs, output=str(adapted), adaptation=adaptation, reading=reading)
         return losses_of(adapted, held_out)
     finally:
         for folder in (merged, adapted):

@@ -1,21 +1,81 @@
 """Merge methods for mergekit that build and merge mixtures of experts.
 
-Importing this package makes the methods known to mergekit (they are already where torch's autoload is
-on, which is the default): `mergekit.merge.run_merge` then takes them. It also makes the architectures of
-`modeling/` known to transformers, so that its Auto classes load them without `trust_remote_code`.
+Importing this package makes the methods known to mergekit (they are already where torch's autoload is on, which is the
+default): `mergekit.merge.run_merge` then takes them. It also makes the architectures of `modeling/` known to
+transformers, so that its Auto classes load them without `trust_remote_code`. Neither host is imported for it: each is
+extended the moment that the program imports it.
 
 >>> import mergekit_moe_ext
 >>> from mergekit.merge import run_merge
+
+What the command `mergekit-moe-ext` does is here as functions: `plan`, `count_usage`, `train`, `adapt`, `unload`. What
+the papers measure of models is in `mergekit_moe_ext.analysis`.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from _mergekit_moe_ext_autoload import activate
 from _mergekit_moe_ext_common.versions import warn_of_newer_hosts
-from mergekit_moe_ext import modeling  # noqa: F401  (registers the architectures)
+
+if TYPE_CHECKING:
+    from _mergekit_moe_ext_common.errors import UserError
+    from _mergekit_moe_ext_common.options import Reading, options_of
+    from mergekit_moe_ext import analysis
+    from mergekit_moe_ext.commands import PlannedMerge, adapt, count_usage, plan, train, unload
+    from mergekit_moe_ext.mixtures.usage import Usage
+    from mergekit_moe_ext.recipes import Adaptation, Recipe
+    from mergekit_moe_ext.wemoe.clip_heads import TEMPLATES, write_clip_head
 
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = [
+    "TEMPLATES",
+    "Adaptation",
+    "PlannedMerge",
+    "Reading",
+    "Recipe",
+    "Usage",
+    "UserError",
+    "__version__",
+    "adapt",
+    "analysis",
+    "count_usage",
+    "options_of",
+    "plan",
+    "train",
+    "unload",
+    "write_clip_head",
+]
+# Where each public name is, which is imported when the name is asked for.
+_MODULES = {
+    "Adaptation": "mergekit_moe_ext.recipes",
+    "PlannedMerge": "mergekit_moe_ext.commands",
+    "Reading": "_mergekit_moe_ext_common.options",
+    "Recipe": "mergekit_moe_ext.recipes",
+    "TEMPLATES": "mergekit_moe_ext.wemoe.clip_heads",
+    "Usage": "mergekit_moe_ext.mixtures.usage",
+    "UserError": "_mergekit_moe_ext_common.errors",
+    "adapt": "mergekit_moe_ext.commands",
+    "count_usage": "mergekit_moe_ext.commands",
+    "options_of": "_mergekit_moe_ext_common.options",
+    "plan": "mergekit_moe_ext.commands",
+    "train": "mergekit_moe_ext.commands",
+    "unload": "mergekit_moe_ext.commands",
+    "write_clip_head": "mergekit_moe_ext.wemoe.clip_heads",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "analysis":
+        return importlib.import_module("mergekit_moe_ext.analysis")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 warn_of_newer_hosts()
 activate()
-# Before any module of ours: they import it, and it makes us known while it loads, which takes all of them.
-import mergekit.merge_methods  # noqa: E402, F401

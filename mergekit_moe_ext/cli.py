@@ -4,19 +4,22 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import click
-import yaml as yaml_format
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_moe_ext
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
-from _mergekit_moe_ext_common.options import Reading, options_of
+from _mergekit_moe_ext_common.options import DeferredCommand, Reading, options_of
+from mergekit_moe_ext import commands
 from mergekit_moe_ext.recipes import Adaptation, Recipe
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,75 +28,74 @@ def main() -> None:
     """Build and merge mixtures of experts with mergekit."""
 
 
-@main.command("yaml", cls=PrettyPrintHelp)
-@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
-@click.argument("out_path", type=click.Path())
-@add_merge_options
-def run_yaml(merge_options: MergeOptions, config_file: str, out_path: str) -> None:
+def run_yaml(merge_options: "MergeOptions", config_file: str, out_path: str) -> None:
     """Run a merge: mergekit-yaml, without relying on torch's autoload."""
     from mergekit.merge import run_merge
 
     merge_options.apply_global_options()
-    config, source = _read_config(config_file)
+    config, source = commands.read_configuration(config_file)
     run_merge(config, out_path, options=merge_options, config_source=source)
 
 
-@main.command(cls=PrettyPrintHelp)
-@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the allocation of caem: *.png …")
-@add_merge_options
-def plan(merge_options: MergeOptions, config_file: str, plot: Path | None) -> None:
+def plan(merge_options: "MergeOptions", config_file: str, plot: Path | None) -> None:
     """Check a configuration and its models, and say what the merge would make, without merging."""
-    from mergekit_moe_ext.merging.card import experts_in_words
-    from mergekit_moe_ext.merging.planner import merged_models, prepare, structural_method
-    from mergekit_moe_ext.merging.preflight import read_job
-
     merge_options.apply_global_options()
-    config, _source = _read_config(config_file)
-    method = structural_method(config.merge_method)
-    if method is None:
-        raise click.ClickException(
-            f"{config.merge_method} is not one of this package's structural methods: "
-            + ", ".join(method.spec.name for method in _ours())
-        )
     if plot:
         check_new_figure(plot)
-    job = read_job(config, merge_options, method)
-    planned = prepare(job).plan
-    models, base = merged_models(job)
-    dtype = str(planned.dtype).removeprefix("torch.")
-    click.echo(f"output    {planned.config.architectures[0]}, {dtype}, {planned.bytes / 1e9:.3f} GB")
-    click.echo(f"mixture   {experts_in_words(planned)}, {planned.config.num_hidden_layers} layers, from")
-    for index, model in enumerate(job.experts):
-        click.echo(f"          {index}. {model}")
-    if planned.shared:
-        click.echo(
-            f"shared    {len(planned.shared)} tensors by {job.shared.spec.name} from "
-            f"{', '.join(map(str, models))}" + (f" (base: {base})" if base else "")
-        )
-    click.echo(f"copied    {len(planned.copies)} tensors")
-    click.echo(f"computed  {len(planned.computed)} tensors, seed {job.seed}")
-    click.echo(f"config and tokenizer from {job.donor}")
-    if planned.notes:
-        click.echo(f"\n{planned.notes}")
+    planned = commands.plan(config_file, merge_options)
+    click.echo(planned)
     if plot:
-        if planned.draw is None:
-            raise click.ClickException(f"{config.merge_method} has nothing to draw")
         planned.draw(plot)
+
+
+def _merge_command(name: str, run: Callable[..., None], *parameters: Callable) -> DeferredCommand:
+    """A command that takes a configuration and all of mergekit's options."""
+
+    def build() -> click.Command:
+        from mergekit.options import PrettyPrintHelp, add_merge_options
+
+        command = add_merge_options(run)
+        for parameter in reversed(parameters):
+            command = parameter(command)
+        configuration = click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+        return click.command(name, cls=PrettyPrintHelp)(configuration(command))
+
+    return DeferredCommand(name, run, build)
+
+
+_PLOT = click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Figure of caem's allocation, to be drawn: *.png, *.pdf or *.svg.",
+)
+main.add_command(_merge_command("yaml", run_yaml, click.argument("out_path", type=click.Path())))
+main.add_command(_merge_command("plan", plan, _PLOT))
 
 
 @main.command()
 @click.argument("model")
 @click.option("--data", "data", multiple=True, required=True, metavar="[TASK=]SOURCE", help="Texts to count on.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Keep the counts: *.usage.json.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw them: *.png, *.pdf or *.svg.")
-@click.option("--max-samples", type=click.IntRange(min=1), help="Use the first so many rows of each source.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows at a time.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to keep the counts in: *.usage.json."
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Figure to draw of the counts: *.png, *.pdf or *.svg.",
+)
+@click.option(
+    "--max-samples",
+    type=click.IntRange(min=1),
+    help="Number of rows of each source that are read, from the first. [default: all]",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Number of rows at a time."
+)
 @click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="cpu, cuda, cuda:1 …; auto spreads the model over all GPUs and, where they are too small, the CPU.",
+    help="Device: cpu, cuda, cuda:1 …; auto spreads the model over all GPUs and, where they are too small, the CPU.",
 )
 @options_of(Reading, "reading")
 def usage(
@@ -113,17 +115,23 @@ def usage(
     layers and tokens; of a sequence MoE over texts, each of which chooses by its first tokens. Runs on many processes
     under `accelerate launch -m mergekit_moe_ext`, with the same counts.
     """
-    from mergekit_moe_ext.mixtures.plots import plot_usage
-    from mergekit_moe_ext.mixtures.usage import count_usage, read_texts, table
-
     if plot:
         check_new_figure(plot)
     if output:
         check_new_file(output)
-    texts = read_texts(model, data, reading, max_samples)
-    counted = count_usage(model, texts, reading, batch_size=batch_size, device=device)
+    counted = commands.count_usage(
+        model,
+        data,
+        reading=reading,
+        max_samples=max_samples,
+        batch_size=batch_size,
+        device=device,
+    )
     if counted is None:  # not the main process
         return
+    from mergekit_moe_ext.mixtures.plots import plot_usage
+    from mergekit_moe_ext.mixtures.usage import table
+
     if output:
         counted.write(output)
     click.echo(table(counted))
@@ -133,23 +141,25 @@ def usage(
 
 @main.command()
 @click.argument("model")
-@click.option("--train", "part", type=click.Choice(["gates", "all"]), required=True, help="What is trained.")
+@click.option(
+    "--train", "part", type=click.Choice(["gates", "all"]), required=True, help="Parameters that are trained."
+)
 @click.option("--data", multiple=True, required=True, metavar="[NAME=]SOURCE", help="Texts to train on.")
 @click.option(
     "--weight",
     "weights",
     multiple=True,
     metavar="NAME=NUMBER",
-    help="How likely a source is drawn, next to 1 for the others, whatever their sizes; an epoch then ends when each "
-    "was read once. Without any, all rows of all sources are read.",
+    help="Likelihood that a source is drawn, next to 1 for the others, whatever their sizes; an epoch then ends when "
+    "each was read once. [default: all rows of all sources are read]",
 )
 @click.option(
     "--eval-data",
     multiple=True,
     metavar="[NAME=]SOURCE",
-    help="Texts to measure on; instead of the held-out rows of the source of that name.",
+    help="Texts to measure on, in place of the held-out rows of the source of that name.",
 )
-@click.option("-o", "--output-dir", type=click.Path(), help="The trained model. [default: MODEL-trained]")
+@click.option("-o", "--output-dir", type=click.Path(), help="Directory of the trained model. [default: MODEL-trained]")
 @click.option("--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted training.")
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
@@ -171,15 +181,14 @@ def train(
     processes under `accelerate launch -m mergekit_moe_ext`.
     """
     from _mergekit_moe_ext_common.runs import before_and_after
-    from mergekit_moe_ext.mixtures.training import train as run_training
 
-    losses = run_training(
+    losses = commands.train(
         model,
-        output_dir,
-        part,
         data,
-        reading,
-        recipe,
+        part,
+        output=output_dir,
+        recipe=recipe,
+        reading=reading,
         weights=dict(map(_weight, weights)),
         eval_data=eval_data,
         resume=resume,
@@ -193,7 +202,7 @@ def _weight(text: str) -> tuple[str, float]:
     try:
         return name, float(number)
     except ValueError:
-        raise click.ClickException(f"--weight {text}: write NAME=NUMBER") from None
+        raise UserError(f"--weight {text}: write NAME=NUMBER") from None
 
 
 @main.command()
@@ -203,9 +212,9 @@ def _weight(text: str) -> tuple[str, float]:
     "--eval-data",
     multiple=True,
     metavar="TASK=SOURCE",
-    help="Inputs to measure on; instead of the held-out rows of the task.",
+    help="Inputs to measure on, in place of the held-out rows of the task.",
 )
-@click.option("-o", "--output-dir", type=click.Path(), help="The adapted model. [default: MODEL-adapted]")
+@click.option("-o", "--output-dir", type=click.Path(), help="Directory of the adapted model. [default: MODEL-adapted]")
 @click.option("--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted adaptation.")
 @options_of(Adaptation, "adaptation")
 @options_of(Reading, "reading")
@@ -226,37 +235,43 @@ def adapt(
     `accelerate launch -m mergekit_moe_ext`.
     """
     from _mergekit_moe_ext_common.runs import before_and_after
-    from mergekit_moe_ext.wemoe.adaptation import adapt as run_adaptation
 
     if not reading.quiet:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("mergekit_moe_ext").setLevel(logging.INFO)
-    results = run_adaptation(model, output_dir, data, reading, adaptation, eval_data=eval_data, resume=resume)
+    results = commands.adapt(
+        model,
+        data,
+        output=output_dir,
+        adaptation=adaptation,
+        reading=reading,
+        eval_data=eval_data,
+        resume=resume,
+    )
     if results:
         click.echo(before_and_after(results))
 
 
 @main.command()
 @click.argument("model")
-@click.option("-o", "--output-dir", type=click.Path(), required=True, help="The stock model.")
-@click.option("--task", help="Whose head it gets, where MODEL has several.")
+@click.option("-o", "--output-dir", type=click.Path(), required=True, help="Directory of the stock model.")
+@click.option("--task", help="Task whose head it gets, where MODEL has several.")
 def unload(model: str, output_dir: str, task: str | None) -> None:
     """Write MODEL, a weight-ensembling one whose coefficients are constants (router_layers: 0), as a stock model."""
-    from mergekit_moe_ext.wemoe.unloading import unload as run_unloading
-
-    click.echo(f"{output_dir} is a {run_unloading(model, output_dir, task).__name__}")
+    architecture = commands.unload(model, output_dir, task=task)
+    click.echo(f"{output_dir} is a {architecture.__name__}")
 
 
 @main.command()
 @click.argument("names", nargs=-1)
 def methods(names: tuple[str, ...]) -> None:
-    """Every merge method, or those NAMED, with all parameters: type, default and meaning."""
+    """List every merge method, or NAMES, with all parameters: type, default and meaning."""
     from mergekit.merge_methods import registered_methods
 
     by_name = {method.spec.name: method for method in registered_methods()}
     unknown = [name for name in names if name not in by_name]
     if unknown:
-        raise click.ClickException(f"no merge method {unknown[0]!r}; there are: {', '.join(by_name)}")
+        raise UserError(f"no merge method {unknown[0]!r}; there are: {', '.join(by_name)}")
     for name in names or by_name:
         _describe(by_name[name])
 
@@ -317,27 +332,6 @@ def doctor() -> None:
 def _started(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _read_config(config_file: str) -> tuple[MergeConfiguration, str]:
-    """The configuration and its text. `ClickException` for what mergekit would raise as a traceback."""
-    from mergekit_moe_ext.merging.preflight import check_document
-
-    with click.open_file(config_file, encoding="utf-8") as file:
-        source = file.read()
-    try:
-        document = yaml_format.safe_load(source)
-        check_document(document)
-        return MergeConfiguration.model_validate(document), source
-    except (yaml_format.YAMLError, ValueError, RuntimeError) as error:
-        logging.debug("%s", config_file, exc_info=error)
-        raise click.ClickException(f"{config_file}: {error}") from error
-
-
-def _ours() -> list[Any]:
-    from mergekit_moe_ext.methods import METHODS
-
-    return list(METHODS)
 
 
 def _describe(method: Any) -> None:

@@ -12,9 +12,9 @@ class Recipe(options.Recipe):
     """How a mixture of experts is trained. Defaults are MergeME's or, mostly, transformers'."""
 
     learning_rate: float | None = option(
-        None, "AdamW's initial learning rate. [default: 1e-5 for all (MergeME), 1e-3 for gates]", at_least=0
+        None, "Initial learning rate of AdamW. [default: 1e-5 for all (MergeME), 1e-3 for gates]", at_least=0
     )
-    weight_decay: float = option(0.01, "AdamW's (MergeME).", at_least=0)
+    weight_decay: float = option(0.01, "AdamW's weight decay (MergeME's).", at_least=0)
     router_aux_loss: float = option(
         0.0, "Weight of the load-balancing loss, per layer (MergeME trains without).", at_least=0
     )
@@ -32,12 +32,16 @@ class Adaptation:
     objective: Literal["entropy", "supervised"] = option(
         "entropy", "Minimise the entropy of the predictions, or, with labels, their cross-entropy."
     )
-    steps: int = option(1000, "Steps, each with one batch of every task.", at_least=1)
+    steps: int = option(1000, "Number of steps, each with one batch of every task.", at_least=1)
     learning_rate: float | None = option(
-        None, "Adam's. [default: 1e-3 (WEMoE); 1e-4 for models of next tokens, with 1 or 2 router layers]", at_least=0
+        None,
+        "Learning rate of Adam. [default: 1e-3 (WEMoE); 1e-4 for models of next tokens, with 1 or 2 router layers]",
+        at_least=0,
     )
-    per_device_train_batch_size: int = option(16, "Rows of each task per process and step.", at_least=1)
-    per_device_eval_batch_size: int = option(16, "Rows per process when measuring.", at_least=1)
+    per_device_train_batch_size: int = option(16, "Number of rows of each task per process and step.", at_least=1)
+    per_device_eval_batch_size: int = option(
+        16, "Number of rows per process and forward pass when measuring.", at_least=1
+    )
     patience: int | None = option(
         None,
         "Stop once the running mean of the objective has not fallen by 0.1 percent in so many steps. [default: never]",
@@ -46,12 +50,12 @@ class Adaptation:
     no_guard: bool = option(False, "Minimise the entropy alone, as in the paper, even where predictions collapse.")
     held_out: int = option(
         0,
-        "Rows of each task that are measured, not adapted to; see --eval-data. Without any, the rows adapted to are "
-        "measured: the test inputs themselves, as in the paper.",
+        "Number of rows of each task that are measured, not adapted to; see --eval-data. With 0, "
+        "the rows adapted to are measured: the test inputs themselves, as in the paper.",
         at_least=0,
     )
     eval_steps: int | None = option(None, "Measure every so many steps, too. [default: before and after]", at_least=1)
     save_steps: int = option(100, "Checkpoint every so many steps.", at_least=1)
-    image_column: str = option("image", "Images.")
-    label_column: str = option("label", "Classes, where there are any.")
-    seed: int = option(42, "For the order of the data and the held-out rows.")
+    image_column: str = option("image", "Column of images.")
+    label_column: str = option("label", "Column of classes, where there are any.")
+    seed: int = option(42, "Seed of the order of the data and of the choice of held-out rows.")

@@ -1,21 +1,87 @@
 """Routed adapters for PEFT: many LoRA experts on one base model, mixed per input by a router.
 
-Importing this package is what makes PEFT know the adapter type `ROUTED_LORA`.
+Importing this package is what makes PEFT know the adapter type `ROUTED_LORA`. PEFT itself is not imported for it: it
+is extended the moment that the program imports it.
+
+What the command `peft-route` does is here as functions: `compose`, `train`, `inspect`, `export`.
 """
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+from _mergekit_moe_ext_autoload import activate
 from _mergekit_moe_ext_common.versions import warn_of_newer_hosts
-from peft_routing.config import RoutedLoraConfig
-from peft_routing.given import given_coefficients
-from peft_routing.model import RoutedLoraModel
-from peft_routing.routers import Router
-from peft_routing.types import PeftType
 
-__all__ = ["PeftType", "RoutedLoraConfig", "RoutedLoraModel", "Router", "given_coefficients"]
+if TYPE_CHECKING:
+    from _mergekit_moe_ext_common.errors import UserError
+    from _mergekit_moe_ext_common.options import Reading
+    from peft_routing.commands import Exported, compose, export, inspect, train
+    from peft_routing.config import RoutedLoraConfig
+    from peft_routing.given import given_coefficients
+    from peft_routing.inspection import Inspection
+    from peft_routing.model import RoutedLoraModel
+    from peft_routing.recipes import Recipe
+    from peft_routing.routers import Router
+    from peft_routing.types import PeftType
 
+__all__ = [
+    "Exported",
+    "Inspection",
+    "PeftType",
+    "Reading",
+    "Recipe",
+    "RoutedLoraConfig",
+    "RoutedLoraModel",
+    "Router",
+    "UserError",
+    "compose",
+    "export",
+    "given_coefficients",
+    "inspect",
+    "train",
+]
+# Where each public name is, which is imported when the name is asked for.
+_MODULES = {
+    "Exported": "peft_routing.commands",
+    "Inspection": "peft_routing.inspection",
+    "PeftType": "peft_routing.types",
+    "Reading": "_mergekit_moe_ext_common.options",
+    "Recipe": "peft_routing.recipes",
+    "RoutedLoraConfig": "peft_routing.config",
+    "RoutedLoraModel": "peft_routing.model",
+    "Router": "peft_routing.routers",
+    "UserError": "_mergekit_moe_ext_common.errors",
+    "compose": "peft_routing.commands",
+    "export": "peft_routing.commands",
+    "given_coefficients": "peft_routing.given",
+    "inspect": "peft_routing.commands",
+    "train": "peft_routing.commands",
+}
+
+
+class _Package(ModuleType):
+    """This package, in which `train` and `export` are the functions, also once the files of these names are loaded.
+
+    Python puts a submodule into its package when it is loaded; `from peft_routing.train import …` does not need that.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
 warn_of_newer_hosts()
-# `register_peft_method` takes only the names in PEFT's own enum.
-PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.ROUTED_LORA] = RoutedLoraConfig
-PEFT_TYPE_TO_TUNER_MAPPING[PeftType.ROUTED_LORA] = RoutedLoraModel
-PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.ROUTED_LORA] = RoutedLoraModel.prefix
+activate()

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
-from _mergekit_moe_ext_common.options import Reading, fields_as_options, options_of
-from peft_routing.config import RoutedLoraConfig
+from _mergekit_moe_ext_common.options import DeferredCommand, Reading, fields_as_options, options_of
+from peft_routing import commands
 from peft_routing.recipes import LEARNING_RATES, Recipe
-from peft_routing.routers import all_routers
 
 _ROUTING = (
     "top_k",
@@ -31,25 +31,6 @@ def main() -> None:
     """Put many LoRA adapters on one model, and a router over them."""
 
 
-@main.command()
-@click.argument("base")
-@click.option("--expert", "experts", multiple=True, required=True, metavar="[NAME=]DIR", help="A LoRA adapter.")
-@click.option(
-    "--general-expert",
-    "general",
-    multiple=True,
-    metavar="[NAME=]DIR",
-    help="A LoRA adapter of general knowledge; the mean of these is subtracted from each expert (GenKnowSub).",
-)
-@click.option(
-    "--router", type=click.Choice(list(all_routers())), default="arrow", show_default=True, help="Who decides."
-)
-@click.option("-o", "--output", type=click.Path(), required=True, help="The routed adapter's directory.")
-@fields_as_options(RoutedLoraConfig, _ROUTING)
-@click.option("--weight", "weights", multiple=True, metavar="NAME=NUMBER", help="For fixed: an expert's coefficient.")
-@click.option("--cluster", "clusters", multiple=True, metavar="NAME=ID", help="For hierarchical: an expert's cluster.")
-@click.option("--seed", type=int, default=42, show_default=True, help="Of mlp's random start.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the base model (danger).")
 def compose(
     base: str,
     experts: tuple[str, ...],
@@ -67,37 +48,81 @@ def compose(
     DIR is a directory or a repository on the Hub. The result loads with PeftModel.from_pretrained after
     `import peft_routing`.
     """
-    from peft import get_peft_model
-    from transformers import set_seed
-
-    from _mergekit_moe_ext_common.loading import load_config
-    from _mergekit_moe_ext_common.staging import check_output, staged
-    from peft_routing.loading import empty_model
-
-    reading = Reading(trust_remote_code=trust_remote_code)
-    out = check_output(output)
-    try:
-        config = RoutedLoraConfig(
-            experts=_experts("--expert", experts),
-            general_experts=_experts("--general-expert", general),
-            router=router,
-            weights={name: _number("--weight", name, number) for name, number in _pairs("--weight", weights)} or None,
-            clusters=dict(_pairs("--cluster", clusters)) or None,
-            **routing,
-        )
-        model = empty_model(load_config(base, reading), reading)
-        set_seed(seed)
-        model = get_peft_model(model, config)
-    except (ValueError, FileNotFoundError) as error:
-        raise click.ClickException(str(error)) from error
-    with staged(out) as directory:
-        model.save_pretrained(str(directory))
-    composed = model.peft_config["default"]
+    by_expert = {name: _number("--weight", name, number) for name, number in _pairs("--weight", weights)}
+    composed = commands.compose(
+        base,
+        _experts("--expert", experts),
+        output,
+        router=router,
+        general_experts=_experts("--general-expert", general),
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        weights=by_expert or None,
+        clusters=dict(_pairs("--cluster", clusters)) or None,
+        **routing,
+    )
     less = f" less the mean of {', '.join(composed.general_experts)}" if general else ""
     click.echo(
         f"{output}: {len(composed.experts)} experts ({', '.join(composed.names)}){less} on {len(composed.sites)} "
         f"modules, router {router}, mixing {composed.mixing}"
     )
+
+
+def _compose_command() -> click.Command:
+    """`compose`, whose options are fields of the adapter's configuration, and with it PEFT's."""
+    from peft_routing.config import RoutedLoraConfig
+    from peft_routing.routers import all_routers
+
+    parameters = (
+        click.argument("base"),
+        click.option(
+            "--expert",
+            "experts",
+            multiple=True,
+            required=True,
+            metavar="[NAME=]DIR",
+            help="LoRA adapter; give several.",
+        ),
+        click.option(
+            "--general-expert",
+            "general",
+            multiple=True,
+            metavar="[NAME=]DIR",
+            help="LoRA adapter of general knowledge; the mean of these is subtracted from each expert (GenKnowSub).",
+        ),
+        click.option(
+            "--router",
+            type=click.Choice(list(all_routers())),
+            default="arrow",
+            show_default=True,
+            help="Router that the coefficients come from.",
+        ),
+        click.option("-o", "--output", type=click.Path(), required=True, help="Directory of the routed adapter."),
+        fields_as_options(RoutedLoraConfig, _ROUTING),
+        click.option(
+            "--weight",
+            "weights",
+            multiple=True,
+            metavar="NAME=NUMBER",
+            help="Coefficient of an expert, for the router fixed.",
+        ),
+        click.option(
+            "--cluster",
+            "clusters",
+            multiple=True,
+            metavar="NAME=ID",
+            help="Cluster of an expert, for the router hierarchical.",
+        ),
+        click.option("--seed", type=int, default=42, show_default=True, help="Seed of mlp's random start."),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the base model (danger)."),
+    )
+    command: Any = compose
+    for parameter in reversed(parameters):
+        command = parameter(command)
+    return click.command("compose")(command)
+
+
+main.add_command(DeferredCommand("compose", compose, _compose_command))
 
 
 @main.command()
@@ -110,23 +135,25 @@ def compose(
     multiple=True,
     default=LEARNING_RATES,
     show_default=True,
-    help="AdamW's. Of several, the one with the lowest held-out loss is kept (the paper's three).",
+    help="Learning rate of AdamW. Of several, the one with the lowest held-out loss is kept (the paper's three).",
 )
 @click.option(
     "--weight",
     "weights",
     multiple=True,
     metavar="NAME=NUMBER",
-    help="How likely a source is drawn, next to 1 for the others. Without any, all rows of all sources are read.",
+    help="Likelihood that a source is drawn, next to 1 for the others. [default: all rows of all sources are read]",
 )
 @click.option(
     "--eval-data",
     multiple=True,
     metavar="[NAME=]SOURCE",
-    help="Texts to measure on; instead of the held-out rows of the source of that name.",
+    help="Texts to measure on, in place of the held-out rows of the source of that name.",
 )
-@click.option("-o", "--output-dir", type=click.Path(), help="The trained adapter. [default: ADAPTER-trained]")
-@click.option("--base", help="The base model, where it is not the one that the adapter names.")
+@click.option(
+    "-o", "--output-dir", type=click.Path(), help="Directory of the trained adapter. [default: ADAPTER-trained]"
+)
+@click.option("--base", help="Base model, where it is not the one that the adapter names.")
 @click.option("--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted training.")
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
@@ -149,15 +176,14 @@ def train(
     processes under `accelerate launch -m peft_routing train`.
     """
     from _mergekit_moe_ext_common.runs import before_and_after
-    from peft_routing.train import train as run_training
 
-    results = run_training(
+    results = commands.train(
         adapter,
-        output_dir,
         data,
-        reading,
-        recipe,
-        learning_rates=tuple(dict.fromkeys(learning_rates)),
+        output=output_dir,
+        recipe=recipe,
+        reading=reading,
+        learning_rates=learning_rates,
         base=base,
         weights={name: _number("--weight", name, number) for name, number in _pairs("--weight", weights)},
         eval_data=eval_data,
@@ -172,11 +198,23 @@ def train(
 @main.command()
 @click.argument("adapter")
 @click.option("--data", multiple=True, required=True, metavar="[TASK=]SOURCE", help="Texts to run.")
-@click.option("--base", help="The base model, where it is not the one that the adapter names.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Keep the means: *.json.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw them: *.png, *.pdf or *.svg.")
-@click.option("--max-samples", type=click.IntRange(min=1), help="Use the first so many rows of each source.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows at a time.")
+@click.option("--base", help="Base model, where it is not the one that the adapter names.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to keep the means in: *.json."
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Figure to draw of the means: *.png, *.pdf or *.svg.",
+)
+@click.option(
+    "--max-samples",
+    type=click.IntRange(min=1),
+    help="Number of rows of each source that are read, from the first. [default: all]",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Number of rows at a time."
+)
 @options_of(Reading, "reading")
 def inspect(
     adapter: str,
@@ -189,28 +227,37 @@ def inspect(
     reading: Reading,
 ) -> None:
     """Show who is chosen where: each expert's mean coefficient per source, and per module with --plot or -o."""
-    from peft_routing import inspection
-
     if plot:
         check_new_figure(plot)
     if output:
         check_new_file(output)
-    found = inspection.inspect_adapter(
-        adapter, data, reading, base=base, max_samples=max_samples, batch_size=batch_size
+    inspected = commands.inspect(
+        adapter,
+        data,
+        reading=reading,
+        base=base,
+        max_samples=max_samples,
+        batch_size=batch_size,
     )
+    from peft_routing import inspection
+
     if output:
-        found.write(output)
-    click.echo(inspection.table(found))
+        inspected.write(output)
+    click.echo(inspection.table(inspected))
     if plot:
-        inspection.plot(found, plot)
+        inspection.plot(inspected, plot)
 
 
 @main.command()
 @click.argument("adapter")
-@click.option("-o", "--output", type=click.Path(), required=True, help="The directory to write.")
-@click.option("--merged", is_flag=True, help="One LoRA adapter, where the router does not depend on the input.")
-@click.option("--rank", type=click.IntRange(min=1), help="With --merged: the closest update of this rank.")
-@click.option("--base", help="The base model, where it is not the one that the adapter names.")
+@click.option("-o", "--output", type=click.Path(), required=True, help="Directory to write.")
+@click.option("--merged", is_flag=True, help="Write one LoRA adapter, where the router does not depend on the input.")
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Rank of the adapter, with --merged: the closest update. [default: exact]",
+)
+@click.option("--base", help="Base model, where it is not the one that the adapter names.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the base model (danger).")
 def export(
     adapter: str, output: str, merged: bool, rank: int | None, base: str | None, trust_remote_code: bool
@@ -219,41 +266,38 @@ def export(
 
     PEFT reads those without this package. Of the base model only the configuration is read.
     """
-    from peft_routing.loading import base_of, load_adapter_config, load_on_empty
-
-    if rank is not None and not merged:
-        raise click.ClickException("--rank goes with --merged")
-    reading = Reading(trust_remote_code=trust_remote_code)
-    config = load_adapter_config(adapter)
-    model = load_on_empty(adapter, config, *base_of(base, config, reading), reading)
+    exported = commands.export(
+        adapter,
+        output,
+        merged=merged,
+        rank=rank,
+        base=base,
+        trust_remote_code=trust_remote_code,
+    )
     if not merged:
-        model.export_experts(output)
-        click.echo(f"{output}: {', '.join([*config.names, *config.general_experts])}")
+        click.echo(f"{output}: {', '.join(exported.names)}")
         return
-    try:
-        error = model.to_lora(output, rank=rank)
-    except ValueError as complaint:
-        raise click.ClickException(str(complaint)) from complaint
-    click.echo(f"{output}: one LoRA adapter" + (f", relative error of the updates {error:.4f}" if rank else ""))
+    accuracy = f", relative error of the updates {exported.error:.4f}" if rank else ""
+    click.echo(f"{output}: one LoRA adapter{accuracy}")
 
 
 def _experts(option: str, texts: Sequence[str]) -> Any:
-    """By name where names are given, else a list, which is named by its directories."""
+    """Experts by name where names are given, else a list, which is named by its directories."""
     named = [(text, "", "") if Path(text).exists() else text.partition("=") for text in texts]
     if all(separator for _, separator, _ in named):
         experts = {name: path for name, _, path in named}
         if len(experts) < len(named):
-            raise ValueError(f"{option}: two have the same name")
+            raise UserError(f"{option}: two have the same name")
         return experts
     if any(separator for _, separator, _ in named):
-        raise ValueError(f"{option}: name all experts, or none")
+        raise UserError(f"{option}: name all experts, or none")
     return list(texts)
 
 
 def _pairs(option: str, texts: Sequence[str]) -> list[tuple[str, str]]:
     for text in texts:
         if "=" not in text:
-            raise click.ClickException(f"{option} {text}: write NAME=VALUE")
+            raise UserError(f"{option} {text}: write NAME=VALUE")
     return [(text.partition("=")[0], text.partition("=")[2]) for text in texts]
 
 
@@ -261,4 +305,4 @@ def _number(option: str, name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise click.ClickException(f"{option} {name}={text}: {text} is no number") from None
+        raise UserError(f"{option} {name}={text}: {text} is no number") from None

@@ -13,7 +13,7 @@ PACKAGES = ("_mergekit_moe_ext_autoload", "_mergekit_moe_ext_common", "mergekit_
 # A room is a folder of a package, or a file beside these folders. It may import itself, and what stands behind it.
 MAY_IMPORT = {
     "common": "",
-    "autoload": "host",
+    "autoload": "",
     # mergekit_moe_ext, from the ground up
     "modeling": "",
     "recipes": "common",
@@ -24,16 +24,17 @@ MAY_IMPORT = {
     "mixtures": "merging modeling recipes common",
     "caem": "mixtures merging common",
     "wemoe": "merging modeling recipes common",
-    "analysis": "wemoe merging modeling recipes common",
+    "analysis": "wemoe mixtures merging modeling recipes common",
     "methods": "tensor upcycling sequence caem wemoe",
     "host": "methods merging modeling common",
-    "__init__": "modeling autoload common",
+    "commands": "methods mixtures wemoe merging recipes common",
+    "__init__": "commands analysis mixtures wemoe recipes autoload common",
     "selftest": "modeling common",
-    "cli": "__init__ methods mixtures wemoe merging recipes autoload common",
+    "cli": "__init__ commands methods mixtures wemoe merging recipes autoload common",
     "__main__": "cli",
     # peft_routing, whose files at the top are one room
     "peft_routing.routers": "common",
-    "peft_routing": "peft_routing.routers common",
+    "peft_routing": "peft_routing.routers autoload common",
     "peft_routing.choosers": "peft_routing peft_routing.routers common",
 }
 

@@ -1,11 +1,29 @@
-"""What the papers measure of models, for Python: similarity, variation, coefficients, counts, loss landscapes."""
+"""What the papers measure of models: similarity, variation, coefficients, usage, counts, loss landscapes.
 
-from mergekit_moe_ext.analysis.batches import read_batches
-from mergekit_moe_ext.analysis.coefficients import EnsembleRouting, ensemble_routing
-from mergekit_moe_ext.analysis.landscape import HEADS, Landscape, loss_landscape
-from mergekit_moe_ext.analysis.parameter_counts import ParameterCounts, count_parameters, planned_parameters
-from mergekit_moe_ext.analysis.similarity import PairSimilarity, task_vector_similarity
-from mergekit_moe_ext.analysis.variation import THRESHOLDS, parameter_variation
+Beside them what scripts need to read models and inputs. Each name is imported when it is asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _mergekit_moe_ext_common.data import parse_sources
+    from _mergekit_moe_ext_common.loading import load_config, silence
+    from mergekit_moe_ext.analysis.batches import read_batches
+    from mergekit_moe_ext.analysis.coefficients import EnsembleRouting, ensemble_routing
+    from mergekit_moe_ext.analysis.landscape import HEADS, Landscape, loss_landscape
+    from mergekit_moe_ext.analysis.parameter_counts import (
+        ParameterCounts,
+        count_parameters,
+        planned_parameters,
+    )
+    from mergekit_moe_ext.analysis.similarity import PairSimilarity, task_vector_similarity
+    from mergekit_moe_ext.analysis.variation import THRESHOLDS, parameter_variation
+    from mergekit_moe_ext.mixtures.routers import coefficients_of_sequences
+    from mergekit_moe_ext.mixtures.usage import format_table, routing_probability
+    from mergekit_moe_ext.wemoe.groups import Part
+    from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
+    from mergekit_moe_ext.wemoe.variation import Variation, decide
 
 __all__ = [
     "HEADS",
@@ -14,11 +32,59 @@ __all__ = [
     "Landscape",
     "PairSimilarity",
     "ParameterCounts",
+    "Part",
+    "Variation",
+    "coefficients_of_sequences",
     "count_parameters",
+    "decide",
     "ensemble_routing",
+    "format_table",
+    "load_config",
+    "load_ensemble",
     "loss_landscape",
     "parameter_variation",
+    "parse_sources",
     "planned_parameters",
     "read_batches",
+    "read_ensemble",
+    "routing_probability",
+    "silence",
     "task_vector_similarity",
 ]
+# Where each public name is, which is imported when the name is asked for.
+_MODULES = {
+    "Part": "mergekit_moe_ext.wemoe.groups",
+    "Variation": "mergekit_moe_ext.wemoe.variation",
+    "decide": "mergekit_moe_ext.wemoe.variation",
+    "coefficients_of_sequences": "mergekit_moe_ext.mixtures.routers",
+    "format_table": "mergekit_moe_ext.mixtures.usage",
+    "routing_probability": "mergekit_moe_ext.mixtures.usage",
+    "load_ensemble": "mergekit_moe_ext.wemoe.loading",
+    "read_ensemble": "mergekit_moe_ext.wemoe.loading",
+    "parse_sources": "_mergekit_moe_ext_common.data",
+    "load_config": "_mergekit_moe_ext_common.loading",
+    "silence": "_mergekit_moe_ext_common.loading",
+    "EnsembleRouting": "mergekit_moe_ext.analysis.coefficients",
+    "HEADS": "mergekit_moe_ext.analysis.landscape",
+    "Landscape": "mergekit_moe_ext.analysis.landscape",
+    "PairSimilarity": "mergekit_moe_ext.analysis.similarity",
+    "ParameterCounts": "mergekit_moe_ext.analysis.parameter_counts",
+    "THRESHOLDS": "mergekit_moe_ext.analysis.variation",
+    "count_parameters": "mergekit_moe_ext.analysis.parameter_counts",
+    "ensemble_routing": "mergekit_moe_ext.analysis.coefficients",
+    "loss_landscape": "mergekit_moe_ext.analysis.landscape",
+    "parameter_variation": "mergekit_moe_ext.analysis.variation",
+    "planned_parameters": "mergekit_moe_ext.analysis.parameter_counts",
+    "read_batches": "mergekit_moe_ext.analysis.batches",
+    "task_vector_similarity": "mergekit_moe_ext.analysis.similarity",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,63 +1,124 @@
-"""transformers' Auto classes load `WEMoE<X>` without `trust_remote_code`, for every X, once this is installed.
+"""transformers' Auto classes load our architectures without `trust_remote_code`, once this has extended them.
 
-There is one such class for every class of transformers, so they are not registered one by one: where an Auto class
-looks for what others have registered, it finds a mapping that makes them when asked. Iterating over it gives what was
-made.
+There is a `WEMoE<X>` for every class X of transformers, so they are not registered one by one: where an Auto class
+looks for what others have registered, it finds a mapping that makes them when asked. What makes them is imported only
+then, so that extending costs nothing. Iterating over such a mapping gives what was made, and the sequence mixture.
 """
 
-from collections.abc import Callable
-from typing import Any
+import importlib
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import transformers
-from transformers import CONFIG_MAPPING, PretrainedConfig
-
-from mergekit_moe_ext.modeling import configuration_wemoe, modeling_wemoe
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _PREFIX = "wemoe_"
+_SEQUENCE = "sequence_moe"
+_HERE = __name__.rpartition(".")[0]
+_OF_ENSEMBLES, _OF_SEQUENCES = f"{_HERE}.configuration_wemoe", f"{_HERE}.configuration_sequence_moe"
+# Models that are made of no class of transformers: by Auto class and configuration.
+_WRITTEN_OUT = {
+    ("AutoModelForCausalLM", "SequenceMoEConfig"): ("modeling_sequence_moe", "SequenceMoEForCausalLM"),
+    ("AutoModelForImageClassification", "WEMoECLIPVisionConfig"): (
+        "modeling_clip_heads",
+        "WEMoECLIPVisionForImageClassification",
+    ),
+}
 
 
-def install() -> None:
-    """Once for all; what others have registered or will register stays."""
-    if isinstance(CONFIG_MAPPING._extra_content, _Configs):
-        return
-    CONFIG_MAPPING._extra_content = _Configs(CONFIG_MAPPING._extra_content)
-    for name in modeling_wemoe.AUTO_CLASSES:
-        mapping = getattr(transformers, name)._model_mapping
-        mapping._extra_content = _Models(mapping._extra_content, mapping.get)
+def extend_configurations(auto: Any) -> None:
+    """Have `transformers.models.auto.configuration_auto` know our model types; what others registered stays."""
+    mapping = auto.CONFIG_MAPPING
+    if not isinstance(mapping._extra_content, _Configs):
+        mapping._extra_content = _Configs(mapping)
 
 
-class _Configs(dict[str, type[PretrainedConfig]]):
-    """By model type."""
-
-    def __contains__(self, model_type: object) -> bool:
-        return super().__contains__(model_type) or (
-            isinstance(model_type, str)
-            and model_type.startswith(_PREFIX)
-            and model_type.removeprefix(_PREFIX) in CONFIG_MAPPING._mapping
-        )
-
-    def __missing__(self, model_type: str) -> type[PretrainedConfig]:
-        self[model_type] = configuration_wemoe.config_class(CONFIG_MAPPING[model_type.removeprefix(_PREFIX)])
-        return self[model_type]
+def extend_models(auto: ModuleType) -> None:
+    """Have the Auto classes of `transformers.models.auto.modeling_auto` know our models, as above."""
+    for name, auto_class in list(vars(auto).items()):
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if isinstance(auto_class, type) and mapping is not None and not isinstance(mapping._extra_content, _Models):
+            mapping._extra_content = _Models(name, mapping)
 
 
-class _Models(dict[type[PretrainedConfig], Any]):
-    """Of one Auto class, by the class of the configuration."""
+def _ours(module: str) -> Any:
+    return importlib.import_module(f"{_HERE}.{module}")
 
-    def __init__(self, registered: dict[type[PretrainedConfig], Any], stock: Callable[..., Any]) -> None:
-        super().__init__(registered)
+
+class _Configs(dict[str, "type[PretrainedConfig]"]):
+    """Configurations by model type. `stock` is transformers' mapping, which looks here for what it does not have."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__(stock._extra_content)
         self._stock = stock
 
-    def __contains__(self, config_type: object) -> bool:
-        ours = getattr(config_type, "__module__", None) == configuration_wemoe.__name__
-        return super().__contains__(config_type) or ours
+    def __contains__(self, model_type: object) -> bool:
+        if super().__contains__(model_type) or model_type == _SEQUENCE:
+            return True
+        return (
+            isinstance(model_type, str)
+            and model_type.startswith(_PREFIX)
+            and model_type.removeprefix(_PREFIX) in self._stock._mapping
+        )
 
-    def __missing__(self, config_type: type[PretrainedConfig]) -> Any:
-        found = self._stock(config_type.__base__, None) or ()
-        several = isinstance(found, list | tuple)
-        made = tuple(modeling_wemoe.model_class(each) for each in (found if several else [found]))
-        self[config_type] = (made if several else made[0]) if made else _Unsuited
+    def __missing__(self, model_type: str) -> "type[PretrainedConfig]":
+        if model_type == _SEQUENCE:
+            self[model_type] = _ours("configuration_sequence_moe").SequenceMoEConfig
+        else:
+            base = self._stock[model_type.removeprefix(_PREFIX)]
+            self[model_type] = _ours("configuration_wemoe").config_class(base)
+        return self[model_type]
+
+    def _with_sequences(self) -> "_Configs":
+        self[_SEQUENCE]
+        return self
+
+    def __iter__(self) -> Iterator[str]:
+        return dict.__iter__(self._with_sequences())
+
+    def keys(self) -> "KeysView[str]":  # type: ignore[override]
+        return dict.keys(self._with_sequences())
+
+    def values(self) -> "ValuesView[type[PretrainedConfig]]":  # type: ignore[override]
+        return dict.values(self._with_sequences())
+
+    def items(self) -> "ItemsView[str, type[PretrainedConfig]]":  # type: ignore[override]
+        return dict.items(self._with_sequences())
+
+
+class _Models(dict["type[PretrainedConfig]", Any]):
+    """Models of one Auto class by the classes of their configurations. `stock` is transformers' mapping of it."""
+
+    def __init__(self, auto: str, stock: Any) -> None:
+        super().__init__(stock._extra_content)
+        self._auto, self._stock = auto, stock
+
+    def __contains__(self, config_type: object) -> bool:
+        if super().__contains__(config_type):
+            return True
+        module, name = getattr(config_type, "__module__", None), getattr(config_type, "__name__", "")
+        if module == _OF_ENSEMBLES:
+            return self._auto in _ours("modeling_wemoe").AUTO_CLASSES
+        return module == _OF_SEQUENCES and (self._auto, name) in _WRITTEN_OUT
+
+    def __missing__(self, config_type: "type[PretrainedConfig]") -> Any:
+        self[config_type] = self._make(config_type)
         return self[config_type]
+
+    def _make(self, config_type: "type[PretrainedConfig]") -> Any:
+        written_out = _WRITTEN_OUT.get((self._auto, config_type.__name__))
+        if written_out is not None:
+            module, name = written_out
+            return getattr(_ours(module), name)
+        model_class = _ours("modeling_wemoe").model_class
+        # One class, or several of which the configuration chooses.
+        stock = self._stock.get(config_type.__base__, None)
+        if stock is None:
+            return _Unsuited
+        if isinstance(stock, list | tuple):
+            return tuple(model_class(each) for each in stock)
+        return model_class(stock)
 
 
 class _Unsuited:
@@ -69,5 +130,5 @@ class _Unsuited:
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> None:
-        modeling_wemoe.check_architecture(cls, config)
+        _ours("modeling_wemoe").check_architecture(cls, config)
         raise ValueError(f"this Auto class has no model for a {config.model_type}")

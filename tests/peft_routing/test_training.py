@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+import sys
 
 import click
 import pytest
@@ -397,7 +398,7 @@ def test_four_bits_on_a_cpu_are_refused(here, monkeypatch):
         model.get_base_model().is_loaded_in_4bit = True
         return model
 
-    monkeypatch.setattr("peft_routing.train.load_routed", four_bits)
+    monkeypatch.setattr(sys.modules["peft_routing.train"], "load_routed", four_bits)
     with pytest.raises(click.ClickException, match="lets no gradient through 4-bit layers"):
         train("routed", "out", ["news.jsonl"], READING, recipe())
     assert not (here / "out").exists()

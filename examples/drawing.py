@@ -1,0 +1,45 @@
+"""Figures and files of the examples. matplotlib is wanted only when a figure is drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_moe_ext import UserError
+
+
+def pyplot() -> Any:
+    """matplotlib without a display. `UserError` where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("figures need matplotlib: pip install 'mergekit-moe-ext[plots]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def check_new_file(path: Path) -> None:
+    """`UserError` if the file exists or cannot be written."""
+    if path.exists():
+        raise UserError(f"{path} exists and is not overwritten; remove it or name another")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no directory {path.parent}")
+
+
+def check_new_figure(path: Path) -> None:
+    """`UserError`, before any work, where the figure could not be written."""
+    check_new_file(path)
+    formats = pyplot().figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in formats:
+        raise UserError(f"{path}: figures are written as {', '.join(formats)}")
+
+
+def heat_map(axes: Any, shares: Sequence[Sequence[float]], highest: float) -> Any:
+    """A row per layer, a column per expert, from 0 to `highest`."""
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
+    columns, rows = len(shares[0]), len(shares)
+    axes.set_xticks(range(columns) if columns <= 16 else range(0, columns, columns // 8))
+    axes.set_yticks(range(0, rows, max(1, rows // 8)))
+    axes.tick_params(labelsize=8)
+    return image

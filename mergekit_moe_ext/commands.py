@@ -1,0 +1,304 @@
+"""What the commands of `mergekit-moe-ext` do, as functions: a command parses, calls one of these, and prints.
+
+Hosts are imported inside the functions, so that importing this file costs nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.options import Reading
+from mergekit_moe_ext.recipes import Adaptation, Recipe
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+    from transformers import PreTrainedModel
+
+    from mergekit_moe_ext.mixtures.usage import Usage
+
+# By source: the held-out loss before and after.
+Losses = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class PlannedMerge:
+    """What a structural merge would make. As a string: what `mergekit-moe-ext plan` prints.
+
+    bytes: the size of the weights. mixture: how many experts there are and how many are chosen, in words. shared,
+    copied, computed: how many tensors come from where; `shared_models` and `base` are what the shared method merges.
+    donor: where config and tokenizer come from. notes: Markdown, what the method decided from data.
+    """
+
+    method: str
+    architecture: str
+    dtype: str
+    bytes: int
+    mixture: str
+    layers: int
+    experts: tuple[str, ...]
+    shared: int
+    shared_method: str
+    shared_models: tuple[str, ...]
+    base: str | None
+    copied: int
+    computed: int
+    seed: int
+    donor: str
+    notes: str
+    figure: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
+
+    def draw(self, path: str | Path) -> None:
+        """Draw what the method decided (caem: the allocation). `UserError` where there is nothing to draw."""
+        if self.figure is None:
+            raise UserError(f"{self.method} has nothing to draw")
+        self.figure(Path(path))
+
+    def __str__(self) -> str:
+        lines = [
+            f"output    {self.architecture}, {self.dtype}, {self.bytes / 1e9:.3f} GB",
+            f"mixture   {self.mixture}, {self.layers} layers, from",
+        ]
+        lines += [f"          {index}. {model}" for index, model in enumerate(self.experts)]
+        if self.shared:
+            base = f" (base: {self.base})" if self.base else ""
+            models = ", ".join(self.shared_models)
+            lines.append(f"shared    {self.shared} tensors by {self.shared_method} from {models}{base}")
+        lines.append(f"copied    {self.copied} tensors")
+        lines.append(f"computed  {self.computed} tensors, seed {self.seed}")
+        lines.append(f"config and tokenizer from {self.donor}")
+        if self.notes:
+            lines.append(f"\n{self.notes}")
+        return "\n".join(lines)
+
+
+def plan(config: str | Path | Mapping[str, Any], options: "MergeOptions | None" = None) -> PlannedMerge:
+    """Check a configuration and its models, and say what the merge would make, without merging.
+
+    Args:
+        config: the path of a YAML file, or its content.
+        options: mergekit's own; its defaults if None.
+
+    Returns what `mergekit-moe-ext plan` prints.
+
+    Raises `UserError` for a configuration or a model that cannot be merged, and for a method that is not one of this
+    package's structural ones.
+
+    >>> planned = plan({
+    ...     "merge_method": "moe",
+    ...     "base_model": "base",
+    ...     "models": [{"model": "math"}, {"model": "code"}],
+    ... })
+    >>> planned.experts
+    ('math', 'code')
+    """
+    from mergekit.options import MergeOptions
+
+    from mergekit_moe_ext.merging.card import experts_in_words
+    from mergekit_moe_ext.merging.planner import merged_models, prepare, structural_method
+    from mergekit_moe_ext.merging.preflight import read_job
+    from mergekit_moe_ext.methods import METHODS
+
+    if isinstance(config, Mapping):
+        merge_config = _validated(dict(config), "the configuration")
+    else:
+        merge_config, _source = read_configuration(config)
+    method = structural_method(merge_config.merge_method)
+    if method is None:
+        names = ", ".join(each.spec.name for each in METHODS)
+        raise UserError(f"{merge_config.merge_method} is not one of this package's structural methods: {names}")
+    job = read_job(merge_config, options or MergeOptions(), method)
+    planned = prepare(job).plan
+    models, base = merged_models(job)
+    return PlannedMerge(
+        method=merge_config.merge_method,
+        architecture=planned.config.architectures[0],
+        dtype=str(planned.dtype).removeprefix("torch."),
+        bytes=planned.bytes,
+        mixture=experts_in_words(planned),
+        layers=planned.config.num_hidden_layers,
+        experts=tuple(map(str, job.experts)),
+        shared=len(planned.shared),
+        shared_method=job.shared.spec.name,
+        shared_models=tuple(map(str, models)),
+        base=str(base) if base else None,
+        copied=len(planned.copies),
+        computed=len(planned.computed),
+        seed=job.seed,
+        donor=str(job.donor),
+        notes=planned.notes,
+        figure=planned.draw,
+    )
+
+
+def read_configuration(path: str | Path) -> "tuple[MergeConfiguration, str]":
+    """The configuration in a YAML file, and its text. `UserError` for what mergekit would not take."""
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+        document = yaml.safe_load(source)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {error}") from error
+    return _validated(document, str(path)), source
+
+
+def _validated(document: Any, name: str) -> "MergeConfiguration":
+    from mergekit.config import MergeConfiguration
+
+    from mergekit_moe_ext.merging.preflight import check_document
+
+    try:
+        check_document(document)
+        return MergeConfiguration.model_validate(document)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def count_usage(
+    model: str,
+    data: Sequence[str],
+    *,
+    reading: Reading | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> "Usage | None":
+    """Count how often each expert of a mixture is chosen on texts, per source.
+
+    Args:
+        model: a directory, or a name on the Hub.
+        data: `[TASK=]SOURCE[:SPLIT]`, each a file, a directory or a dataset on the Hub.
+        reading: how texts are read; `Reading()` if None.
+        max_samples: the first so many rows of each source; all if None.
+        batch_size: rows at a time.
+        device: `cpu`, `cuda`, `cuda:1` …; `auto` spreads the model over all GPUs.
+
+    Returns the usage, whose `write` makes the file that `caem` reads; None in all but the main process. Where there
+    are several processes, their group is gone afterwards.
+
+    Raises `UserError` for a model that is not a mixture, and for data that cannot be read.
+
+    >>> usage = count_usage("mixture", ["news=news.jsonl"], reading=Reading(quiet=True))
+    >>> list(usage.tasks)
+    ['news']
+    """
+    from mergekit_moe_ext.mixtures import usage
+
+    reading = reading or Reading()
+    texts = usage.read_texts(model, data, reading, max_samples)
+    return usage.count_usage(model, texts, reading, batch_size=batch_size, device=device)
+
+
+def train(
+    model: str,
+    data: Sequence[str],
+    part: Literal["gates", "all"],
+    *,
+    output: str | None = None,
+    recipe: Recipe | None = None,
+    reading: Reading | None = None,
+    weights: Mapping[str, float] | None = None,
+    eval_data: Sequence[str] = (),
+    resume: bool = False,
+) -> Losses | None:
+    """Train the gates of a mixture of experts, or all of it, on texts.
+
+    Args:
+        model: a directory, or a name on the Hub. It is left as it is.
+        data: `[NAME=]SOURCE[:SPLIT]`, each a file, a directory or a dataset on the Hub.
+        part: what is trained.
+        output: the directory of the trained model; `<model>-trained` if None.
+        recipe, reading: how it is trained and how texts are read; the defaults if None.
+        weights: how likely a source is drawn, next to 1 for the others; without any, all rows are read.
+        eval_data: what is measured in place of the held-out rows of the source of that name.
+        resume: go on after the last checkpoint of an interrupted training.
+
+    Returns the held-out loss of every source before and after; None in all but the main process.
+
+    Raises `UserError` for what cannot be trained or read, and for an output that exists.
+
+    >>> recipe = Recipe(max_steps=1, held_out=4)
+    >>> losses = train("mixture", ["news=news.jsonl"], "gates", recipe=recipe, reading=Reading(quiet=True))
+    >>> list(losses)
+    ['news']
+    """
+    from mergekit_moe_ext.mixtures.training import train as run
+
+    return run(
+        model,
+        output,
+        part,
+        data,
+        reading or Reading(),
+        recipe or Recipe(),
+        weights=weights,
+        eval_data=eval_data,
+        resume=resume,
+    )
+
+
+def adapt(
+    model: str,
+    data: Sequence[str],
+    *,
+    output: str | None = None,
+    adaptation: Adaptation | None = None,
+    reading: Reading | None = None,
+    eval_data: Sequence[str] = (),
+    resume: bool = False,
+) -> dict[str, dict[str, tuple[float, float]]] | None:
+    """Adapt the routers of a weight-ensembling model (wemoe, ewemoe) to inputs without labels.
+
+    Args:
+        model: a directory. It is left as it is.
+        data: `TASK=SOURCE[:SPLIT]`, texts or images; TASK names a head where the model has several.
+        output: the directory of the adapted model; `<model>-adapted` if None.
+        adaptation, reading: how it is adapted and how inputs are read; the defaults if None.
+        eval_data: what is measured in place of the held-out rows of the task.
+        resume: go on after the last checkpoint of an interrupted adaptation.
+
+    Returns, per task and measure (entropy; accuracy, or the loss of tokens), the value before and after; None in all
+    but the main process.
+
+    Raises `UserError` for what cannot be adapted or read, and for an output that exists.
+
+    >>> quick = Adaptation(steps=1, per_device_train_batch_size=2)
+    >>> measures = adapt("ensemble", ["math=math.jsonl"], adaptation=quick, reading=Reading(quiet=True))
+    >>> list(measures)
+    ['math']
+    """
+    from mergekit_moe_ext.wemoe.adaptation import adapt as run
+
+    return run(
+        model,
+        output,
+        data,
+        reading or Reading(),
+        adaptation or Adaptation(),
+        eval_data=eval_data,
+        resume=resume,
+    )
+
+
+def unload(model: str, output: str, *, task: str | None = None) -> "type[PreTrainedModel]":
+    """Write a weight-ensembling model whose coefficients are constants (router_layers: 0) as a stock model.
+
+    Args:
+        model: a directory. It is left as it is.
+        output: the directory of the stock model.
+        task: whose head it gets, where the model has several.
+
+    Returns the class of the stock model.
+
+    Raises `UserError` where the coefficients depend on the input, where a head must be chosen, and for an output that
+    exists.
+
+    >>> unload("constant", "stock").__name__
+    'LlamaForCausalLM'
+    """
+    from mergekit_moe_ext.wemoe.unloading import unload as run
+
+    return run(model, output, task)

@@ -1,0 +1,217 @@
+"""What the commands of `peft-route` do, as functions: a command parses, calls one of these, and prints.
+
+Hosts are imported inside the functions, so that importing this file costs nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.options import Reading
+from peft_routing.recipes import LEARNING_RATES, Recipe
+
+if TYPE_CHECKING:
+    from peft_routing.config import RoutedLoraConfig
+    from peft_routing.inspection import Inspection
+    from peft_routing.train import Result
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written to `directory`: an adapter per name, or one for all.
+
+    error: the relative error of the updates, where one adapter was written; 0 without a limit on its rank.
+    """
+
+    directory: Path
+    names: tuple[str, ...]
+    error: float | None = None
+
+
+def compose(
+    base: str,
+    experts: Mapping[str, str] | Sequence[str],
+    output: str,
+    *,
+    router: str = "arrow",
+    general_experts: Mapping[str, str] | Sequence[str] = (),
+    seed: int = 42,
+    trust_remote_code: bool = False,
+    **routing: Any,
+) -> "RoutedLoraConfig":
+    """Put LoRA adapters and a router into one adapter for a base model, of which only the configuration is read.
+
+    Args:
+        base: the model, a directory or a name on the Hub.
+        experts: LoRA adapters by name, or a list of them, which is named by its directories.
+        output: the directory of the routed adapter.
+        router: where the coefficients come from.
+        general_experts: adapters whose mean update is subtracted from each expert's (GenKnowSub).
+        seed: for a router that starts at random.
+        trust_remote_code: run code that comes with the base model (danger).
+        routing: any other field of `RoutedLoraConfig`: `top_k`, `granularity`, `mixing` …
+
+    Returns the configuration of the routed adapter: its experts, the modules that they lie at, its mixing.
+
+    Raises `UserError` for what cannot be composed, and for an output that exists.
+
+    >>> config = compose("base", {"math": "math-lora", "code": "code-lora"}, "routed", router="linear")
+    >>> config.names
+    ['math', 'code']
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from _mergekit_moe_ext_common.loading import load_config
+    from _mergekit_moe_ext_common.staging import check_output, staged
+    from peft_routing.config import RoutedLoraConfig
+    from peft_routing.loading import empty_model
+
+    reading = Reading(trust_remote_code=trust_remote_code)
+    out = check_output(output)
+    try:
+        config = RoutedLoraConfig(experts=experts, general_experts=general_experts, router=router, **routing)
+        model = empty_model(load_config(base, reading), reading)
+        set_seed(seed)
+        model = get_peft_model(model, config)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    with staged(out) as directory:
+        model.save_pretrained(str(directory))
+    return model.peft_config["default"]
+
+
+def train(
+    adapter: str,
+    data: Sequence[str],
+    *,
+    output: str | None = None,
+    recipe: Recipe | None = None,
+    reading: Reading | None = None,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    base: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    eval_data: Sequence[str] = (),
+    resume: bool = False,
+) -> "list[Result]":
+    """Train the router of a routed adapter on texts; its experts stay as they are.
+
+    Args:
+        adapter: the directory of the routed adapter. It is left as it is.
+        data: `[NAME=]SOURCE[:SPLIT]`, each a file, a directory or a dataset on the Hub.
+        output: the directory of the trained adapter; `<adapter>-trained` if None.
+        recipe, reading: how it is trained and how texts are read; the defaults if None.
+        learning_rates: AdamW's; of several, the one with the lowest held-out loss is kept.
+        base: the base model, where it is not the one that the adapter names.
+        weights: how likely a source is drawn, next to 1 for the others; without any, all rows are read.
+        eval_data: what is measured in place of the held-out rows of the source of that name.
+        resume: go on after the last checkpoint of an interrupted training.
+
+    Returns what each learning rate gave, the best first: its `losses` are each source's before and after.
+
+    Raises `UserError` for what cannot be trained or read, and for an output that exists.
+
+    >>> recipe = Recipe(max_steps=1, held_out=4)
+    >>> results = train(
+    ...     "routed", ["math=math.jsonl"], recipe=recipe, learning_rates=[1e-3], reading=Reading(quiet=True)
+    ... )
+    >>> list(results[0].losses)
+    ['math']
+    """
+    from peft_routing.train import train as run
+
+    options: Any = recipe or Recipe()
+    return run(
+        adapter,
+        output,
+        data,
+        reading or Reading(),
+        options,
+        learning_rates=tuple(dict.fromkeys(learning_rates)),
+        base=base,
+        weights=weights,
+        eval_data=eval_data,
+        resume=resume,
+    )
+
+
+def inspect(
+    adapter: str,
+    data: Sequence[str],
+    *,
+    reading: Reading | None = None,
+    base: str | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 8,
+) -> "Inspection":
+    """Run texts through a routed adapter and say who is chosen where.
+
+    Args:
+        adapter: the directory of the routed adapter.
+        data: `[TASK=]SOURCE[:SPLIT]`, each a file, a directory or a dataset on the Hub.
+        reading: how texts are read; `Reading()` if None.
+        base: the base model, where it is not the one that the adapter names.
+        max_samples: the first so many rows of each source; all if None.
+        batch_size: rows at a time.
+
+    Returns the mean coefficient of each expert, per task and module.
+
+    Raises `UserError` for what cannot be read.
+
+    >>> inspection = inspect("routed", ["math=math.jsonl"], reading=Reading(quiet=True))
+    >>> inspection.experts, list(inspection.tasks)
+    (['math', 'code'], ['math'])
+    """
+    from peft_routing.inspection import inspect_adapter
+
+    return inspect_adapter(
+        adapter, data, reading or Reading(), base=base, max_samples=max_samples, batch_size=batch_size
+    )
+
+
+def export(
+    adapter: str,
+    output: str,
+    *,
+    merged: bool = False,
+    rank: int | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Write the experts of a routed adapter back as LoRA directories, or their mixture as one adapter.
+
+    PEFT reads those without this package. Of the base model only the configuration is read.
+
+    Args:
+        adapter: the directory of the routed adapter. It is left as it is.
+        output: the directory to write: one adapter, or a directory of them.
+        merged: write one adapter, where the router does not depend on the input.
+        rank: with `merged`, the closest update of this rank; exact if None.
+        base: the base model, where it is not the one that the adapter names.
+        trust_remote_code: run code that comes with the base model (danger).
+
+    Returns what was written where, and how exact it is.
+
+    Raises `UserError` where the mixture depends on the input, and for an output that exists.
+
+    >>> export("routed", "experts").names
+    ('math', 'code')
+    """
+    from peft_routing.loading import base_of, load_adapter_config, load_on_empty
+
+    if rank is not None and not merged:
+        raise UserError("--rank goes with --merged")
+    reading = Reading(trust_remote_code=trust_remote_code)
+    config = load_adapter_config(adapter)
+    model = load_on_empty(adapter, config, *base_of(base, config, reading), reading)
+    names = (*config.names, *config.general_experts)
+    if not merged:
+        model.export_experts(output)
+        return Exported(Path(output), names)
+    try:
+        error = model.to_lora(output, rank=rank)
+    except ValueError as complaint:
+        raise UserError(str(complaint)) from complaint
+    return Exported(Path(output), names, error)
