@@ -126,10 +126,10 @@ def checked(coefficients: Any) -> Tensor:
 
 def check_batch(coefficients: Tensor, batch_size: int) -> None:
     """`ValueError` unless the batch is a multiple of the sequences that they are for."""
-    if coefficients.ndim == 2 and batch_size % len(coefficients):
+    sequences = len(coefficients)
+    if coefficients.ndim == 2 and batch_size % sequences:
         raise ValueError(
-            f"coefficients: they are for {len(coefficients)} sequences, "
-            f"and the batch has {batch_size}",
+            f"coefficients: they are for {sequences} sequences, and the batch has {batch_size}",
         )
 
 

@@ -20,6 +20,7 @@ from peft_routing import given
 from peft_routing.calls import CALL, RoutedCall, input_in
 from peft_routing.config import RoutedLoraConfig
 
+_MIXED = "adapter_names: routed adapters do not mix in a batch; use set_adapter, a batch for each"
 _NOT_PER_SEQUENCE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
 
 
@@ -78,10 +79,7 @@ class _Generate:
 def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
     """`ValueError` where a batch is to use several adapters."""
     if kwargs.get("adapter_names") is not None:
-        raise ValueError(
-            "adapter_names: routed adapters do not mix in one batch; "
-            "use set_adapter, a batch for each",
-        )
+        raise ValueError(_MIXED)
 
 
 def refuse_several_passes(model: Any, kwargs: dict[str, Any]) -> None:
@@ -185,7 +183,7 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 
 def _share(model: Any, kwargs: dict[str, Any]) -> Any:
-    """This forward pass's share in a step's tokens; 1 unless the Trainer says how many these are."""
+    """This pass's share in the tokens of a step; 1 unless the Trainer says how many these are."""
     items = kwargs.get("num_items_in_batch")
     labels = kwargs.get("labels")
     if items is None or labels is None:

@@ -175,8 +175,7 @@ class Ensemble:
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(
-            "nn.DataParallel cannot spread routed task vectors: "
-            "start with torchrun or accelerate launch",
+            "nn.DataParallel cannot spread routed task vectors: use torchrun or accelerate launch",
         )
 
     def _within(self, call: EnsembleCall | None, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -329,16 +328,17 @@ class Ensemble:
         config, arguments = prepared
         is_decoder = not self.config.is_encoder_decoder  # type: ignore[attr-defined]
         is_frozen = is_decoder and self.ensembling.mode == "frozen"
-        if is_frozen and self.ensembling.router_layers and arguments.get("coefficients") is None:
-            if config.prefill_chunk_size is not None:
-                raise ValueError(
-                    "prefill_chunk_size: the whole prompt chooses in mode frozen; leave it out",
-                )
-            if config.use_cache is False:
-                raise ValueError(
-                    "use_cache=False: mode frozen keeps its choice in the cache; "
-                    "give coefficients=",
-                )
+        is_free = self.ensembling.router_layers and arguments.get("coefficients") is None
+        if not is_frozen or not is_free:
+            return prepared
+        if config.prefill_chunk_size is not None:
+            raise ValueError(
+                "prefill_chunk_size: the whole prompt chooses in mode frozen; leave it out",
+            )
+        if config.use_cache is False:
+            raise ValueError(
+                "use_cache=False: mode frozen keeps its choice in the cache; give coefficients=",
+            )
         return prepared
 
 
