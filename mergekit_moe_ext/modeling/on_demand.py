@@ -1,8 +1,8 @@
-"""transformers' Auto classes load `WEMoE<X>` without `trust_remote_code`, for every X, once this is installed.
+"""transformers' Auto classes load `WEMoE<X>` without `trust_remote_code`, for every X.
 
-There is one such class for every class of transformers, so they are not registered one by one: where an Auto class
-looks for what others have registered, it finds a mapping that makes them when asked. Iterating over it gives what was
-made.
+There is one such class for every class of transformers, so they are not registered one by one:
+where an Auto class looks for what others have registered, it finds a mapping that makes them when
+asked. Iterating over it gives what was made.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _PREFIX = "wemoe_"
 
 
 def install() -> None:
-    """Once for all; what others have registered or will register stays."""
+    """Put the mappings in place, once for all; what others register stays."""
     if isinstance(CONFIG_MAPPING._extra_content, _Configs):
         return
     CONFIG_MAPPING._extra_content = _Configs(CONFIG_MAPPING._extra_content)
@@ -27,7 +27,7 @@ def install() -> None:
 
 
 class _Configs(dict[str, type[PretrainedConfig]]):
-    """By model type."""
+    """Configuration classes by model type."""
 
     def __contains__(self, model_type: object) -> bool:
         return super().__contains__(model_type) or (
@@ -37,14 +37,19 @@ class _Configs(dict[str, type[PretrainedConfig]]):
         )
 
     def __missing__(self, model_type: str) -> type[PretrainedConfig]:
-        self[model_type] = configuration_wemoe.config_class(CONFIG_MAPPING[model_type.removeprefix(_PREFIX)])
+        stock = CONFIG_MAPPING[model_type.removeprefix(_PREFIX)]
+        self[model_type] = configuration_wemoe.config_class(stock)
         return self[model_type]
 
 
 class _Models(dict[type[PretrainedConfig], Any]):
-    """Of one Auto class, by the class of the configuration."""
+    """Model classes of one Auto class, by the class of the configuration."""
 
-    def __init__(self, registered: dict[type[PretrainedConfig], Any], stock: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        registered: dict[type[PretrainedConfig], Any],
+        stock: Callable[..., Any],
+    ) -> None:
         super().__init__(registered)
         self._stock = stock
 
@@ -53,15 +58,17 @@ class _Models(dict[type[PretrainedConfig], Any]):
         return super().__contains__(config_type) or ours
 
     def __missing__(self, config_type: type[PretrainedConfig]) -> Any:
-        found = self._stock(config_type.__base__, None) or ()
-        several = isinstance(found, list | tuple)
-        made = tuple(modeling_wemoe.model_class(each) for each in (found if several else [found]))
-        self[config_type] = (made if several else made[0]) if made else _Unsuited
+        # transformers has one class for most configurations, several for some, and none for others.
+        stock = self._stock(config_type.__base__, None) or ()
+        if isinstance(stock, list | tuple):
+            self[config_type] = tuple(map(modeling_wemoe.model_class, stock)) or _Unsuited
+        else:
+            self[config_type] = modeling_wemoe.model_class(stock)
         return self[config_type]
 
 
 class _Unsuited:
-    """In place of a model, where the Auto class has none for the base."""
+    """What stands in place of a model, where the Auto class has none for the base."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, config: Any, **kwargs: Any) -> None:
