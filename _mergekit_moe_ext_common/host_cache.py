@@ -1,15 +1,18 @@
 """The seam to transformers' key-value caches: what a cache is called, and that it comes back.
 
-A choice that holds for a whole sequence is kept with the key-value cache that the sequence fills. transformers has
-moved that cache once: up to 5.23 `forward` takes and returns it as `past_key_values` (`cache_params` in state-space
-models), from 5.24 as `cache`, and the old names are taken until 5.40 with a warning. So a cache is found by what it
-is, and named as the host at hand names it. Once no transformers below 5.24 has to be served, `OLD_NAMES` can go.
+A choice that holds for a whole sequence is kept with the key-value cache that the sequence fills.
+transformers has moved that cache once: up to 5.23 `forward` takes and returns it as
+`past_key_values` (`cache_params` in state-space models), from 5.24 as `cache`, and the old names
+are taken until 5.40 with a warning. So a cache is found by what it is, and named as the host at
+hand names it. Once no transformers below 5.24 has to be served, `OLD_NAMES` can go.
 
-Because a host may move again, nothing here trusts that a cache comes back: within one `generate` a sequence is begun
-once. A second beginning means that the cache of the first one was lost on the way, and is an error.
+Because a host may move again, nothing here trusts that a cache comes back: within one `generate` a
+sequence is begun once. A second beginning means that the cache of the first one was lost on the
+way, and is an error.
 
-This file stands in two places, `_mergekit_moe_ext_common/` and `mergekit_moe_ext/modeling/`, the same to the letter (a
-test compares them): what is copied beside a model's weights can import nothing from outside its own folder.
+This file stands in two places, `_mergekit_moe_ext_common/` and `mergekit_moe_ext/modeling/`, the
+same to the letter (a test compares them): what is copied beside a model's weights can import
+nothing from outside its own folder.
 """
 
 import threading
@@ -31,21 +34,27 @@ OUTPUT_NAME = next(name for name in NAMES if name in CausalLMOutputWithPast.__da
 
 
 def cache_in(values: Any) -> Cache | None:
-    """The cache among a forward pass's arguments or in its output, a mapping or a tuple; None if there is none."""
+    """The cache among a forward pass's arguments or in its output, a mapping or a tuple.
+
+    None if there is none.
+    """
     candidates = values.values() if isinstance(values, Mapping) else values
     return next((value for value in candidates if isinstance(value, Cache)), None)
 
 
 def name_of_cache(parameters: Mapping[str, Any]) -> str | None:
-    """What a `forward` with these parameters calls its cache; None if it takes none."""
+    """The name that a `forward` with these parameters has for its cache; None if it takes none."""
     return next((name for name in NAMES if name in parameters), None)
 
 
-def with_cache_renamed(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a `forward` with these parameters, their cache under the name that it has there.
+def with_cache_renamed(
+    arguments: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The arguments of a `forward` with these parameters, their cache under its name there.
 
-    A `forward` of transformers ignores a name that it does not know, and would go on without the cache: `ValueError`
-    where one is given by such a name, or by several names.
+    A `forward` of transformers ignores a name that it does not know, and would go on without the
+    cache: `ValueError` where one is given by such a name, or by several names.
     """
     name = name_of_cache(parameters)
     for key, value in arguments.items():
@@ -54,13 +63,14 @@ def with_cache_renamed(arguments: Mapping[str, Any], parameters: Mapping[str, An
                 f"{key}= is a key-value cache, which this model takes as {name}= "
                 f"(transformers {transformers.__version__}; tried were {TRIED})"
             )
-    given = [name for name in NAMES if arguments.get(name) is not None]
-    if len(given) > 1:
-        raise ValueError(f"{given[0]}= and {given[1]}= are two names of one cache: give {given[0]}= alone")
-    if not given or name is None or given[0] == name:
+    present = [key for key in NAMES if arguments.get(key) is not None]
+    if len(present) > 1:
+        first, second = present[:2]
+        raise ValueError(f"{first}= and {second}= are two names of one cache: give {first}= alone")
+    if not present or name is None or present[0] == name:
         return dict(arguments)
     renamed = {key: value for key, value in arguments.items() if key not in NAMES}
-    renamed[name] = arguments[given[0]]
+    renamed[name] = arguments[present[0]]
     return renamed
 
 
@@ -83,7 +93,7 @@ _RUNNING = _Running()
 
 @contextmanager
 def generating(model: Any) -> Iterator[None]:
-    """Within it, one call of `generate`, the model may begin its sequences once."""
+    """A context, of one call of `generate`, in which the model may begin its sequences once."""
     outer = _RUNNING.generation
     _RUNNING.generation = _Generation(model)
     try:
@@ -93,17 +103,19 @@ def generating(model: Any) -> Iterator[None]:
 
 
 def begin_sequences(model: Any) -> None:
-    """Says that a forward pass of the model begins its sequences anew, and chooses for them.
+    """Note that a forward pass of the model begins its sequences anew, and chooses for them.
 
-    `RuntimeError` where the same `generate` began them before: then the cache that carried the choice was lost.
+    `RuntimeError` where the same `generate` began them before: then the cache that carried the
+    choice was lost.
     """
     generation = _RUNNING.generation
     if generation is None or generation.model is not model:
         return
     if generation.has_begun:
         raise RuntimeError(
-            f"{type(model).__name__}: what is chosen for a sequence is kept with the key-value cache, and the cache "
-            "that was filled did not come back in the next step of `generate`. This is transformers "
-            f"{transformers.__version__}; tried were {TRIED}. Install one of these, or give coefficients="
+            f"{type(model).__name__}: what is chosen for a sequence is kept with the key-value "
+            "cache, and the cache that was filled did not come back in the next step of "
+            f"`generate`. This is transformers {transformers.__version__}; tried were {TRIED}. "
+            "Install one of these, or give coefficients="
         )
     generation.has_begun = True

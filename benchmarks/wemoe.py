@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
-from mergekit_moe_ext.modeling import modeling_wemoe
+from mergekit_moe_ext.modeling import wemoe_products
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
-from mergekit_moe_ext.modeling.modeling_wemoe import Current, EnsembledLinear, model_class
+from mergekit_moe_ext.modeling.modeling_wemoe import model_class
+from mergekit_moe_ext.modeling.wemoe_calls import Current
+from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 from mergekit_moe_ext.wemoe.groups import ensembled_groups
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -154,7 +156,7 @@ def show_decoder(plain: Any, device: str, seconds: float) -> None:
 
 
 def way(linear: EnsembledLinear, x: Tensor, c: Tensor, most: int) -> Tensor:
-    modeling_wemoe._MERGING = modeling_wemoe._FEW = most  # tokens for which nothing is merged
+    wemoe_products._MERGING = wemoe_products._FEW = most  # tokens for which nothing is merged
     return linear._by_sample(x, c)
 
 

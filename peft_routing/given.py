@@ -1,6 +1,7 @@
-"""Coefficients from outside the hidden states, in place of every router's: for one call, or inside a `with`.
+"""Coefficients from outside the hidden states, in place of every router's.
 
-What is given holds for the thread that gave it. It is no ContextVar, which torch.compile cannot read.
+They hold for one call, or inside a `with`, in the thread that gave them. They are not kept in a
+ContextVar, which torch.compile cannot read.
 """
 
 import threading
@@ -19,7 +20,10 @@ _NOW = threading.local()
 
 @dataclass(frozen=True)
 class Given:
-    """Coefficients, (experts,) or (sequences, experts), and the forward pass that they are for, where there is one."""
+    """Coefficients (experts,) or (sequences, experts), and the forward pass that they are for.
+
+    Without a forward pass `model` and `batch_size` are None.
+    """
 
     coefficients: Tensor
     model: Any = None
@@ -27,16 +31,21 @@ class Given:
     outer: "Given | None" = None
 
     def over(self, x: Tensor, adapter: str, experts: Sequence[str]) -> Tensor:
-        """To be broadcast over the tokens of `x`, the input of a module with these experts."""
-        given = wide(self.coefficients)
-        if given.shape[-1] != len(experts):
+        """The coefficients for the input `x` of a module with these experts.
+
+        They can be broadcast over its tokens. `ValueError` where they do not fit.
+        """
+        coefficients = wide(self.coefficients)
+        if coefficients.shape[-1] != len(experts):
             raise ValueError(
-                f"coefficients: they are for {given.shape[-1]} experts, and adapter {adapter!r} has {len(experts)}: "
-                + ", ".join(experts)
+                f"coefficients: they are for {coefficients.shape[-1]} experts, and adapter "
+                f"{adapter!r} has {len(experts)}: {', '.join(experts)}"
             )
-        given = given.to(x.device)
-        if given.ndim == 1 or len(given) == 1:
-            return given.flatten()
+        coefficients = coefficients.to(x.device)
+        if coefficients.ndim == 1 or len(coefficients) == 1:
+            return coefficients.flatten()
+        # One set per sequence: the first axis of x must be the sequences, which a module that
+        # flattens or routes tokens hides.
         if self.batch_size is None:  # a part of the model, such as the encoder in `generate`
             has_rows = x.ndim == 3
             check_batch(self.coefficients, len(x))
@@ -44,76 +53,89 @@ class Given:
             has_rows = len(x) == self.batch_size
         if not has_rows:
             raise ValueError(
-                f"coefficients: cannot tell the sequences apart in an input of shape {tuple(x.shape)}; give one set "
-                "for all, of shape (experts,)"
+                "coefficients: cannot tell the sequences apart in an input of shape "
+                f"{tuple(x.shape)}; give one set for all, of shape (experts,)"
             )
-        return over_tokens(given.repeat_interleave(len(x) // len(given), dim=0), x)
+        repeats = len(x) // len(coefficients)
+        return over_tokens(coefficients.repeat_interleave(repeats, dim=0), x)
 
 
 @contextmanager
 def given_coefficients(coefficients: Tensor) -> Iterator[None]:
-    """Inside, these are the coefficients of every active routed adapter, in every module and for every token.
+    """A context in which every active routed adapter has these coefficients.
 
-    (experts,), or (batch, experts) for a set per sequence. A batch that is a multiple of that has them repeated, each
-    beside itself, as `generate` does for beams and returned sequences. They may have any sum, and get a gradient if
-    they want one. `ValueError` if they are not finite, are not as many as the experts or sequences, or if an adapter
-    is merged.
+    They hold in every module and for every token. They are (experts,), or (batch, experts) for a
+    set per sequence; a batch that is a multiple of that has them repeated, each beside itself, as
+    `generate` does for beams and returned sequences. They may have any sum, and get a gradient if
+    they require one. `ValueError` if they are not finite, are not as many as the experts or
+    sequences, or if an adapter is merged.
     """
     with held(Given(checked(coefficients))):
         yield
 
 
 def current() -> Given | None:
-    return getattr(_NOW, "given", None)
+    """The coefficients that hold now, in this thread."""
+    return getattr(_NOW, "override", None)
 
 
 @contextmanager
-def held(given: Given | None) -> Iterator[None]:
+def held(override: Given | None) -> Iterator[None]:
+    """A context in which these coefficients hold; with None those of the routers."""
     outer = current()
-    _NOW.given = given
+    _NOW.override = override
     try:
         yield
     finally:
-        _NOW.given = outer
+        _NOW.override = outer
 
 
 def enter(model: Any, coefficients: Tensor, example: Any) -> None:
     """Start a forward pass of the model, one of whose inputs is `example` (batch, …)."""
     batch_size = None
     if example is not None:
-        batch_size, coefficients = len(example), coefficients.to(example.device)
+        batch_size = len(example)
+        coefficients = coefficients.to(example.device)
         check_batch(coefficients, batch_size)
-    _NOW.given = Given(coefficients, model, batch_size, current())
+    _NOW.override = Given(coefficients, model, batch_size, current())
 
 
 def leave(model: Any) -> bool:
-    """End it; whether there was one."""
-    given = current()
-    if given is None or given.model is not model:
+    """End the model's forward pass; returns whether `enter` had started one."""
+    override = current()
+    if override is None or override.model is not model:
         return False
-    _NOW.given = given.outer
+    _NOW.override = override.outer
     return True
 
 
 def checked(coefficients: Any) -> Tensor:
+    """The coefficients. `ValueError` unless they are a finite float tensor of a shape that fits."""
     is_float = isinstance(coefficients, Tensor) and coefficients.is_floating_point()
     if not is_float or coefficients.ndim not in (1, 2) or not coefficients.numel():
-        found = (
-            f"{coefficients.dtype} of shape {tuple(coefficients.shape)}"
-            if isinstance(coefficients, Tensor)
-            else type(coefficients).__name__
+        kind = type(coefficients).__name__
+        if isinstance(coefficients, Tensor):
+            kind = f"{coefficients.dtype} of shape {tuple(coefficients.shape)}"
+        raise ValueError(
+            f"coefficients: give a float tensor (experts,) or (batch, experts), not {kind}",
         )
-        raise ValueError(f"coefficients: give a float tensor (experts,) or (batch, experts), not {found}")
     if not torch.isfinite(coefficients).all():
         raise ValueError("coefficients: there is NaN or infinity among them")
     return coefficients
 
 
 def check_batch(coefficients: Tensor, batch_size: int) -> None:
-    if coefficients.ndim == 2 and batch_size % len(coefficients):
-        raise ValueError(f"coefficients: they are for {len(coefficients)} sequences, and the batch has {batch_size}")
+    """`ValueError` unless the batch is a multiple of the sequences that they are for."""
+    sequences = len(coefficients)
+    if coefficients.ndim == 2 and batch_size % sequences:
+        raise ValueError(
+            f"coefficients: they are for {sequences} sequences, and the batch has {batch_size}",
+        )
 
 
 def refuse_merged(adapters: Sequence[str]) -> None:
+    """`ValueError` if coefficients hold now: merged weights cannot take them."""
     if current() is not None:
-        raise ValueError(f"coefficients: adapter {adapters[0]!r} is merged into the weights: unmerge it first")
+        raise ValueError(
+            f"coefficients: adapter {adapters[0]!r} is merged into the weights: unmerge it first",
+        )

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import given, mixing
-from peft_routing.calls import coefficients
+from peft_routing.calls import coefficients_at
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.routers import Constant
 
@@ -248,7 +248,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         experts, router = self.experts_of(name), self.router_of(name)
         instead = given.current()
         if instead is None:
-            weights, kept = coefficients(router, x, name, self), router.kept
+            weights, kept = coefficients_at(self, router, x, name), router.kept
         else:
             weights, kept = instead.over(x, name, router.experts), None
         general = experts.site.general

@@ -219,10 +219,10 @@ def test_a_cache_that_the_host_has_under_another_name_is_an_error(name, experts,
 
 
 def _users_of(seam):
-    import mergekit_moe_ext.modeling.modeling_wemoe
+    import mergekit_moe_ext.modeling.wemoe_calls
     import peft_routing.calls
 
-    return {common_seam: [peft_routing.calls], modeling_seam: [mergekit_moe_ext.modeling.modeling_wemoe]}[seam]
+    return {common_seam: [peft_routing.calls], modeling_seam: [mergekit_moe_ext.modeling.wemoe_calls]}[seam]
 
 
 def test_generations_do_not_disturb_each_other(experts):
@@ -241,5 +241,8 @@ def test_generations_do_not_disturb_each_other(experts):
     assert torch.equal(generate(model, ids, mask).sequences, expected)
 
 
-def test_the_seam_is_the_same_in_both_places():
-    assert Path(common_seam.__file__).read_bytes() == Path(modeling_seam.__file__).read_bytes()
+@pytest.mark.parametrize("name", [Path(common_seam.__file__).name, "prefix_labels.py"])
+def test_the_seam_is_the_same_in_both_places(name):
+    """Also what a prefix does to labels: what lies beside weights imports nothing from outside."""
+    in_common = Path(common_seam.__file__).with_name(name)
+    assert in_common.read_bytes() == Path(modeling_seam.__file__).with_name(name).read_bytes()

@@ -85,7 +85,7 @@ def test_the_selftest_passes(name):
 @pytest.mark.parametrize("name", ["an ensemble", "an adapter"])
 def test_the_selftest_notices_a_choice_that_is_made_anew(name, monkeypatch):
     """With the guard of the seam off, so that nothing but the numbers can tell."""
-    import mergekit_moe_ext.modeling.modeling_wemoe as ensembles
+    import mergekit_moe_ext.modeling.wemoe_calls as ensembles
     import peft_routing.calls as adapters
 
     for module in (ensembles, adapters):

@@ -1,4 +1,4 @@
-"""The configuration of a sequence MoE: whole decoders as experts, of which each sequence chooses some (MergeME)."""
+"""The configuration of a sequence MoE: whole decoders as experts (MergeME)."""
 
 from typing import Any, ClassVar
 
@@ -11,31 +11,41 @@ class SequenceMoEConfig(PretrainedConfig):
     """What `SequenceMoEForCausalLM` is built of.
 
     Args:
-        experts: each expert's own transformers configuration, as a dictionary with its `model_type`.
+        experts: each expert's own transformers configuration, a dictionary with its `model_type`.
         expert_names: what the experts are called, for reading.
         hidden_size: of the shared embedding and head; d_m in MergeME 3.2.
         vocab_size: of all experts.
-        routing: where the coefficients come from: `perplexity` (MergeME 3.1.3), `task_vector` (appendix C),
-            `learned` (3.2) or `uniform`.
-        experts_per_sequence: how many experts a sequence chooses; all of them where routing is uniform.
+        routing: where the coefficients come from: `perplexity` (MergeME 3.1.3), `task_vector`
+            (appendix C), `learned` (3.2) or `uniform`.
+        experts_per_sequence: how many experts a sequence chooses; all of them where routing is
+            uniform.
         embedding: `shared` (one embedding and one head) or `separate` (each expert its own).
-        projector: `linear` or `mlp` between the shared embedding, an expert and the shared head; None for none.
-        projector_residual: whether an `mlp` projector adds to its input, cut or filled with zeros to size.
-        shared_parameters: patterns (`re.search`) of the names of parameters of a decoder that all experts share.
+        projector: `linear` or `mlp` between the shared embedding, an expert and the shared head;
+            None for none.
+        projector_residual: whether an `mlp` projector adds to its input, cut or filled with zeros
+            to size.
+        shared_parameters: patterns (`re.search`) of the names of parameters of a decoder that all
+            experts share.
         logit_softcaps: each expert's cap on logits (Gemma-2's `final_logit_softcapping`), or None.
         head_bias: whether the shared head has a bias.
-        routing_tokens: how many tokens of a sequence choose, outside `generate`, which takes the prompt.
-        routing_prefix: `prefix`, or `sequence`: the whole sequence chooses, as in the paper, which leaks later tokens
-            into the prediction of earlier ones.
+        routing_tokens: how many tokens of a sequence choose, outside `generate`, which takes the
+            prompt.
+        routing_prefix: `prefix`, or `sequence`: the whole sequence chooses, as in the paper, which
+            leaks later tokens into the prediction of earlier ones.
         special_token_ids: tokens that perplexity does not count.
-        base_expert: the expert that is the base of the others, for `task_vector`; a learned router reads its
-            embedding where embeddings are separate.
+        base_expert: the expert that is the base of the others, for `task_vector`; a learned router
+            reads its embedding where embeddings are separate.
         task_vector_layers: the decoder layers that are compared; all parameters if None.
         router_aux_loss_coef: weight of the load-balancing loss in training.
     """
 
     model_type = "sequence_moe"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "coefficients", "aux_loss"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "cache",
+        "past_key_values",
+        "coefficients",
+        "aux_loss",
+    ]
 
     def __init__(
         self,
@@ -63,18 +73,26 @@ class SequenceMoEConfig(PretrainedConfig):
     ) -> None:
         self.experts = experts or []
         self.expert_names = expert_names or [str(index) for index in range(len(self.experts))]
-        self.hidden_size, self.vocab_size = hidden_size, vocab_size
-        self.num_hidden_layers = max((expert.num_hidden_layers for expert in self.expert_configs()), default=0)
-        self.routing, self.experts_per_sequence = routing, experts_per_sequence
-        self.embedding, self.projector, self.projector_residual = embedding, projector, projector_residual
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        layers = [expert.num_hidden_layers for expert in self.expert_configs()]
+        self.num_hidden_layers = max(layers, default=0)
+        self.routing = routing
+        self.experts_per_sequence = experts_per_sequence
+        self.embedding = embedding
+        self.projector = projector
+        self.projector_residual = projector_residual
         self.shared_parameters = shared_parameters or []
         self.logit_softcaps = logit_softcaps or [None] * len(self.experts)
         self.head_bias = head_bias
-        self.routing_tokens, self.routing_prefix = routing_tokens, routing_prefix
+        self.routing_tokens = routing_tokens
+        self.routing_prefix = routing_prefix
         self.special_token_ids = special_token_ids or []
-        self.base_expert, self.task_vector_layers = base_expert, task_vector_layers
+        self.base_expert = base_expert
+        self.task_vector_layers = task_vector_layers
         self.router_aux_loss_coef = router_aux_loss_coef
-        self.initializer_range, self.use_cache = initializer_range, use_cache
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
         kwargs.pop("num_hidden_layers", None)
         super().__init__(**kwargs)
         if not self.experts:  # transformers makes an empty one to compare with
@@ -83,11 +101,17 @@ class SequenceMoEConfig(PretrainedConfig):
             raise ValueError(f"routing={routing!r} is none of {', '.join(ROUTINGS)}")
         number = len(self.experts)
         if not 1 <= experts_per_sequence <= number:
-            raise ValueError(f"experts_per_sequence={experts_per_sequence}, but there are {number} experts")
+            raise ValueError(
+                f"experts_per_sequence={experts_per_sequence}, but there are {number} experts",
+            )
         if routing == "uniform" and experts_per_sequence != number:
-            raise ValueError(f"routing='uniform' takes all {number} experts, not {experts_per_sequence} of them")
+            raise ValueError(
+                f"routing='uniform' takes all {number} experts, not {experts_per_sequence} of them",
+            )
         if routing_prefix not in ("prefix", "sequence"):
-            raise ValueError(f"routing_prefix={routing_prefix!r} is neither 'prefix' nor 'sequence'")
+            raise ValueError(
+                f"routing_prefix={routing_prefix!r} is neither 'prefix' nor 'sequence'",
+            )
         if routing_tokens < 1:
             raise ValueError(f"routing_tokens={routing_tokens} is below 1")
 

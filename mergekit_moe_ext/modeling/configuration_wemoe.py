@@ -1,10 +1,11 @@
-"""Configurations of weight-ensembling models (WEMoE): the base's own, and how its blocks are ensembled.
+"""Configurations of weight-ensembling models (WEMoE): the base's own, and what is ensembled.
 
 `WEMoE<X>Config` is made of transformers' `<X>Config` when it is asked for, for every X.
 """
 
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import transformers
@@ -18,16 +19,19 @@ class Ensembling:
     """How blocks are ensembled; stored under `ensembling` in the configuration.
 
     experts: what the task vectors are called.
-    groups: per router the name of the module that it reads the input of, and the linear modules that it weighs.
+    groups: per router the name of the module that it reads the input of, and the linear modules
+        that it weighs.
     per_tensor: groups are parameters by their names, each with constants of its own (AdaMerging).
     router_layers: 0, 1 or 2 (WEMoE, equations 3 and 4).
     shared_router: one router for all groups (E-WEMoE).
-    init_lambda, init_std: where coefficients start, and the standard deviation of the routers' weights.
+    init_lambda, init_std: where coefficients start, and the standard deviation of the routers'
+        weights.
     kept: how many elements of a task vector are kept, by module; all where it is absent (E-WEMoE).
-    mode: for models that generate, `frozen` (the prefix chooses) or `running` (the mean over what is past).
+    mode: for models that generate, `frozen` (the prefix chooses) or `running` (the mean over what
+        is past).
     routing_tokens: the prefix in a plain forward pass; `generate` takes the prompt.
-    heads: per task the names of its classes by number, where sources have heads of their own; head: what they stand in
-        for.
+    heads: per task the names of its classes by number, where sources have heads of their own.
+    head: the module that these stand in for.
     """
 
     experts: list[str]
@@ -44,21 +48,30 @@ class Ensembling:
     head: str = ""
 
     def __post_init__(self) -> None:
-        """JSON sorts keys, and layer 10 before layer 2; routers and heads are numbered in the order of this."""
+        """Put groups and heads in order, in which routers and heads are numbered.
+
+        JSON sorts keys, and layer 10 before layer 2.
+        """
+        heads = {task: self.heads[task] for task in self.experts if task in self.heads}
         object.__setattr__(self, "groups", dict(sorted(self.groups.items(), key=_with_numbers)))
-        object.__setattr__(self, "heads", {task: self.heads[task] for task in self.experts if task in self.heads})
+        object.__setattr__(self, "heads", heads)
 
     @property
     def linears(self) -> list[str]:
         """All linear modules that routers weigh."""
-        return [] if self.per_tensor else [linear for group in self.groups.values() for linear in group]
+        if self.per_tensor:
+            return []
+        return list(chain.from_iterable(self.groups.values()))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def vectors_of(parameter: str) -> str:
-    """The name of its task vectors, which must not begin as its own does: transformers looks for that, to tie it."""
+    """The name of a parameter's task vectors.
+
+    It must not begin as the parameter's own does: transformers looks for that, to tie them.
+    """
     module, dot, part = parameter.rpartition(".")
     return f"{module}{dot}vectors_of_{part}"
 
@@ -68,7 +81,7 @@ def _with_numbers(group: tuple[str, list[str]]) -> list[tuple[int, str]]:
 
 
 def class_names(config: PretrainedConfig) -> list[str]:
-    """Of a classifier, in the order of their numbers."""
+    """The names of a classifier's classes, in the order of their numbers."""
     return [str(name) for _, name in sorted(config.id2label.items())]
 
 
@@ -88,7 +101,9 @@ def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
 
 def __getattr__(name: str) -> Any:
-    base = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    base = None
+    if name.startswith(_PREFIX):
+        base = getattr(transformers, name.removeprefix(_PREFIX), None)
     if base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return config_class(base)

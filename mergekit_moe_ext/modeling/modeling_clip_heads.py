@@ -1,7 +1,8 @@
 """CLIP's vision tower as a classifier: classes are told by embeddings of their names (WEMoE 4.1).
 
-For an image, p = P x is the projection of the tower's pooled state x, and the logit of a class is exp(s) cos(p, t), t
-the embedding of its name and s CLIP's logit scale. With a head per task, each has its own P and its own classes.
+For an image, p = P x is the projection of the tower's pooled state x, and the logit of a class is
+exp(s) cos(p, t), t the embedding of its name and s CLIP's logit scale. With a head per task, each
+has its own P and its own classes.
 """
 
 from typing import Any
@@ -31,6 +32,8 @@ class TextHead(nn.Module):
 
 
 class CLIPVisionForImageClassification(CLIPVisionModel):
+    """CLIP's vision tower with a text head, by the name that transformers' conventions ask for."""
+
     _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: CLIPVisionConfig) -> None:
@@ -46,8 +49,11 @@ class CLIPVisionForImageClassification(CLIPVisionModel):
         labels: None = None,  # what has a head per task makes the loss of them
         **kwargs: Any,
     ) -> ImageClassifierOutput:
+        kwargs["return_dict"] = True
         output = super().forward(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **{**kwargs, "return_dict": True}
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
         )
         return ImageClassifierOutput(
             logits=self.classifier(output.pooler_output),

@@ -1,14 +1,15 @@
-"""A mixture of whole decoders, of one architecture or of many, of which each sequence chooses some (MergeME).
+"""A mixture of whole decoders of which each sequence chooses some (MergeME).
 
-A choice is made once per sequence, from a prefix: the prompt in `generate`, else the first `routing_tokens` tokens.
-The chosen experts run on the sequences that chose them, each with a key-value cache of its own, and what they give is
-added up, weighed by the coefficients, before the head. Labels inside the prefix are left out of the loss: there the
-choice already knows what is to be predicted.
+A choice is made once per sequence, from a prefix: the prompt in `generate`, else the first
+`routing_tokens` tokens. The chosen experts run on the sequences that chose them, each with a
+key-value cache of its own, and what they give is added up, weighed by the coefficients, before the
+head. Labels inside the prefix are left out of the loss: there the choice already knows what is to
+be predicted.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -23,8 +24,17 @@ from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig,
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_sequence_moe import SequenceMoEConfig
-from .host_cache import OUTPUT_NAME, begin_sequences, cache_in, generating, name_of_cache, with_cache_renamed
+from .host_cache import (
+    OUTPUT_NAME,
+    begin_sequences,
+    cache_in,
+    generating,
+    name_of_cache,
+    with_cache_renamed,
+)
+from .prefix_labels import without_prefix_labels
 
+_NO_CACHE = "use_cache=False: a sequence MoE keeps its choice in the cache; give coefficients="
 _SCORED_AT_ONCE = 4096  # positions whose logits are held at the same time
 # transformers collects these from its direct children alone
 _TAKEN_FROM_TRUNKS = (
@@ -41,7 +51,8 @@ _LAYER = re.compile(r"\.(\d+)\.")
 class SequenceMoEOutput(CausalLMOutputWithPast):
     """What `SequenceMoEForCausalLM` returns.
 
-    `coefficients` (batch, experts): what each sequence chose. `aux_loss`: the load-balancing loss, without its weight.
+    `coefficients` (batch, experts) are what each sequence chose; `aux_loss` is the load-balancing
+    loss, without its weight.
     """
 
     coefficients: Tensor | None = None
@@ -49,7 +60,10 @@ class SequenceMoEOutput(CausalLMOutputWithPast):
 
 
 class Batch(NamedTuple):
-    """Tokens (rows, length), the mask over everything up to them or None, and their positions or None."""
+    """Tokens (rows, length), with the mask over everything up to them, and their positions.
+
+    Mask and positions may be None.
+    """
 
     tokens: Tensor
     mask: Tensor | None
@@ -57,7 +71,7 @@ class Batch(NamedTuple):
 
     @property
     def real(self) -> Tensor:
-        """Which tokens are no padding: (rows, length)."""
+        """Which tokens are not padding: (rows, length)."""
         if self.mask is None:
             return torch.ones_like(self.tokens, dtype=torch.bool)
         return self.mask[:, -self.tokens.shape[1] :].bool()
@@ -72,7 +86,8 @@ class Batch(NamedTuple):
         return self._each(Tensor.clone)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        mask, positions = (None if part is None else change(part) for part in (self.mask, self.positions))
+        mask = None if self.mask is None else change(self.mask)
+        positions = None if self.positions is None else change(self.positions)
         return Batch(change(self.tokens), mask, positions)
 
 
@@ -82,7 +97,8 @@ class SequenceMoECache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.coefficients: Tensor | None = None  # (batch, experts)
-        self.of_expert: dict[int, tuple[Tensor, DynamicCache]] = {}  # rows of the batch, and their cache
+        # By expert, the rows of the batch that chose it, and their cache.
+        self.of_expert: dict[int, tuple[Tensor, DynamicCache]] = {}
         self.length = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -98,25 +114,34 @@ class SequenceMoECache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Of no layer: from transformers 5.24 a cache without any counts as one that knows no length."""
+        """Whether each layer is linear: one that is not.
+
+        From transformers 5.24 a cache without any counts as one that knows no length.
+        """
         return [False]
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError(
-            "a sequence MoE cannot take tokens back, as assisted decoding does: its choice is the prompt's"
+            "a sequence MoE cannot take tokens back, as assisted decoding does: the prompt chose",
         )
 
     def reset(self) -> None:
-        self.coefficients, self.of_expert, self.length = None, {}, 0
+        self.coefficients = None
+        self.of_expert = {}
+        self.length = 0
 
+    # Beam search drops and doubles sequences of the batch, and each takes its choice along. An
+    # expert's cache holds some of the sequences only, so that a sequence's place in it is not its
+    # place in the batch; the new batch's sequences are looked up there (-1: not this expert's), and
+    # an expert that no sequence chooses any more loses its cache.
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.coefficients is None:
             return
         kept = {}
         for expert, (rows, cache) in self.of_expert.items():
-            place = torch.full((len(self.coefficients),), -1, device=rows.device)
-            place[rows] = torch.arange(len(rows), device=rows.device)
-            places = place[indices.to(rows.device)]
+            place_of_row = torch.full((len(self.coefficients),), -1, device=rows.device)
+            place_of_row[rows] = torch.arange(len(rows), device=rows.device)
+            places = place_of_row[indices.to(rows.device)]
             here = places >= 0
             if here.any():
                 cache.batch_select_indices(places[here])
@@ -129,21 +154,25 @@ class SequenceMoECache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.coefficients is not None:
-            self.batch_select_indices(torch.arange(len(self.coefficients)).repeat_interleave(repeats))
+            rows = torch.arange(len(self.coefficients))
+            self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
 class Projector(nn.Module):
-    """From one width to another (MergeME 3.2)."""
+    """A map from one width to another (MergeME 3.2)."""
 
     def __init__(self, kind: str, residual: bool, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.out_features, self.residual = out_features, residual
+        self.out_features = out_features
+        self.residual = residual
         if kind == "linear":
             self.layers = nn.Sequential(nn.Linear(in_features, out_features, bias=False))
         else:
             width = max(in_features, out_features)
             self.layers = nn.Sequential(
-                nn.Linear(in_features, width, bias=False), nn.GELU(), nn.Linear(width, out_features, bias=False)
+                nn.Linear(in_features, width, bias=False),
+                nn.GELU(),
+                nn.Linear(width, out_features, bias=False),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,36 +180,47 @@ class Projector(nn.Module):
         projected = self.layers(x)
         if not self.residual:
             return projected
-        return projected + functional.pad(x[..., : self.out_features], (0, max(0, self.out_features - x.shape[-1])))
+        # The input, cut or filled with zeros to the width of the output.
+        missing = max(0, self.out_features - x.shape[-1])
+        return projected + functional.pad(x[..., : self.out_features], (0, missing))
 
 
-class Expert(nn.Module):
+class DecoderExpert(nn.Module):
     """One decoder, from embeddings to what its head would read.
 
-    The decoder is the source's own class, its embedding and head taken out, so that whatever it does before and after
-    its layers (scaling, say) it still does. Its cap on logits is left to the model, which caps mixtures.
+    The decoder is the source's own class, its embedding and head taken out, so that whatever it
+    does before and after its layers (scaling, say) it still does. Its cap on logits is left to the
+    model, which caps mixtures.
     """
 
     def __init__(self, config: PretrainedConfig, mixture: SequenceMoEConfig) -> None:
         super().__init__()
         self.trunk: Any = getattr(transformers, config.architectures[0])(config)
-        embedding, head = self.trunk.get_input_embeddings(), self.trunk.get_output_embeddings()
+        embedding = self.trunk.get_input_embeddings()
+        head = self.trunk.get_output_embeddings()
         self.trunk.set_input_embeddings(None)
         self.trunk.set_output_embeddings(nn.Identity())
         parameters = inspect.signature(self.trunk.forward).parameters
         self.cache_name = name_of_cache(parameters) or OUTPUT_NAME
         self.takes = {"position_ids", "use_cache", self.cache_name} & set(parameters)
         if mixture.embedding == "separate":
-            self.embed_tokens, self.lm_head = embedding, head
+            self.embed_tokens = embedding
+            self.lm_head = head
             return
-        self.scale = float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)))
+        scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
+        self.scale = float(scale)
         if mixture.projector:
-            kind, residual, width = mixture.projector, mixture.projector_residual, mixture.hidden_size
-            self.proj_in = Projector(kind, residual, width, embedding.embedding_dim)
-            self.proj_out = Projector(kind, residual, head.in_features, width)
+            project = partial(Projector, mixture.projector, mixture.projector_residual)
+            self.proj_in = project(mixture.hidden_size, embedding.embedding_dim)
+            self.proj_out = project(head.in_features, mixture.hidden_size)
 
     def forward(
-        self, batch: Batch, shared: Tensor | None = None, cache: Cache | None = None, *, with_head: bool = False
+        self,
+        batch: Batch,
+        shared: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        with_head: bool = False,
     ) -> Tensor:
         """(rows, length) to (rows, length, width), or to logits by the expert's own head.
 
@@ -194,10 +234,13 @@ class Expert(nn.Module):
                 x = self.proj_in(x)
             if self.scale != 1:
                 x = x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
-        more = {"position_ids": batch.positions, self.cache_name: cache, "use_cache": cache is not None}
-        y = self.trunk(
-            inputs_embeds=x, attention_mask=batch.mask, **{name: more[name] for name in sorted(self.takes)}
-        ).logits
+        more = {
+            "position_ids": batch.positions,
+            self.cache_name: cache,
+            "use_cache": cache is not None,
+        }
+        more = {name: more[name] for name in sorted(self.takes)}
+        y = self.trunk(inputs_embeds=x, attention_mask=batch.mask, **more).logits
         if hasattr(self, "proj_out"):
             y = self.proj_out(y)
         return self.lm_head(y) if with_head else y
@@ -215,9 +258,10 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         configs = config.expert_configs()
         for of_expert in configs:
-            if config._attn_implementation not in (None, "sdpa"):  # sdpa is only the default, which some refuse
+            # sdpa is only the default, which some decoders refuse.
+            if config._attn_implementation not in (None, "sdpa"):
                 of_expert._attn_implementation = config._attn_implementation
-        self.experts: Any = nn.ModuleList(Expert(of_expert, config) for of_expert in configs)
+        self.experts: Any = nn.ModuleList(DecoderExpert(each, config) for each in configs)
         if config.embedding == "shared":
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
@@ -225,8 +269,12 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             width = self.get_input_embeddings().embedding_dim
             self.router: Any = nn.Linear(width, len(configs), bias=False)
         for name in _TAKEN_FROM_TRUNKS:
-            setattr(self, name, {item for expert in self.experts for item in getattr(expert.trunk, name) or ()})
-        self._tied_weights_keys = self.get_expanded_tied_weights_keys()  # save_pretrained looks here
+            items: set[str] = set()
+            for expert in self.experts:
+                items |= set(getattr(expert.trunk, name) or ())
+            setattr(self, name, items)
+        # save_pretrained looks here
+        self._tied_weights_keys = self.get_expanded_tied_weights_keys()
         self.post_init()
 
     def get_input_embeddings(self) -> Any:
@@ -241,7 +289,10 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return self.experts[self.config.base_expert].lm_head
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Embeddings and heads that were taken out of a decoder start as that decoder says (Gemma's scale, say)."""
+        """Start embeddings and heads that were taken out of a decoder as that decoder says.
+
+        Gemma, say, has a scale of its own.
+        """
         for expert in self.experts:
             if module in (getattr(expert, "embed_tokens", None), getattr(expert, "lm_head", None)):
                 expert.trunk._init_weights(module)
@@ -249,23 +300,34 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
 
     def _adjust_bias(self, *args: Any) -> None:
-        """Nothing: tying would pad the bias beside a tied weight, as of a head that grew, and spoil GPT-2's layers."""
+        """Nothing happens here.
+
+        Tying would pad the bias beside a tied weight, as of a head that grew, and spoil GPT-2's
+        layers.
+        """
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("a sequence MoE keeps its vocabulary: change that of the sources, and merge again")
+        raise ValueError(
+            "a sequence MoE keeps its vocabulary: change that of the sources, and merge again",
+        )
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """What is stored once, by the names of its copies: heads tied to embeddings, and what experts share."""
+        """The names of parameters that are stored once, by the names of their copies.
+
+        These are heads that are tied to embeddings, and what experts share.
+        """
         patterns = [re.compile(pattern) for pattern in self.config.shared_parameters]
         names = [name for name, _ in self.named_parameters(remove_duplicate=False)]
         first = "experts.0.trunk."
         tied = {}
         for name in names:
+            # experts.<index>.trunk.<name in the decoder>, or experts.<index>.lm_head.weight
             _, index, inner, of_trunk = [*name.split(".", 3), "", "", ""][:4]
-            if inner == "trunk" and index != "0" and any(pattern.search(of_trunk) for pattern in patterns):
+            is_shared = any(pattern.search(of_trunk) for pattern in patterns)
+            if inner == "trunk" and index != "0" and is_shared:
                 tied[name] = first + of_trunk
-            own_tied = name.endswith("lm_head.weight") and inner == "lm_head" and self._is_tied(int(index))
-            if own_tied:
+            is_head = inner == "lm_head" and of_trunk == "weight"
+            if is_head and self._is_tied(int(index)):
                 tied[name] = f"experts.{index}.embed_tokens.weight"
         if self.config.embedding == "shared" and self.config.tie_word_embeddings:
             tied["lm_head.weight"] = "embed_tokens.weight"
@@ -289,18 +351,23 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Logits, and the loss over `labels` outside the prefix.
 
-        coefficients (batch, experts), or (1, experts): how much each expert counts, instead of a choice; those with 0
-        are not run. `past_key_values=` is the cache's name in transformers before 5.24, and is taken too.
+        `coefficients` (batch, experts), or (1, experts) for all sequences, say how much each expert
+        counts, instead of a choice; those with 0 are not run. `past_key_values=` is the cache's
+        name in transformers before 5.24, and is taken too.
         """
         if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
-            raise ValueError("a sequence MoE has no hidden states or attentions of its own: ask one of model.experts")
+            raise ValueError(
+                "a sequence MoE has no hidden states or attentions: ask one of model.experts",
+            )
         kwargs = with_cache_renamed({**kwargs, "cache": cache}, {"cache": cache})
         cache = kwargs.pop("cache")
         if cache is not None and not isinstance(cache, SequenceMoECache):
-            raise ValueError(f"the cache is a {type(cache).__name__}; a sequence MoE needs a SequenceMoECache()")
+            kind = type(cache).__name__
+            raise ValueError(f"the cache is a {kind}; a sequence MoE needs a SequenceMoECache()")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        batch = Batch(input_ids, attention_mask, _positions(input_ids, attention_mask, position_ids))
+        positions = _positions(input_ids, attention_mask, position_ids)
+        batch = Batch(input_ids, attention_mask, positions)
         aux_loss: Tensor | None = None
         ran: dict[int, Any] = {}
         if cache is not None and cache.coefficients is not None:
@@ -308,11 +375,15 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         elif coefficients is not None:
             coefficients = self._checked(coefficients, input_ids)
         else:
-            if self.config.routing != "uniform":  # which chooses nothing, so that a cache need not come back
+            # Uniform routing chooses nothing, so that a cache need not come back.
+            if self.config.routing != "uniform":
                 begin_sequences(self)
             prefix = self._prefix(batch, whole=cache is not None)
-            coefficients, aux_loss, ran = self._route(batch, prefix, keep=cache is not None or use_cache)
-            labels, kwargs = self._without_prefix(labels, prefix, kwargs)
+            keep = cache is not None or use_cache
+            coefficients, aux_loss, ran = self._route(batch, prefix, keep=keep)
+            if labels is not None and self._chooses_by_prefix():
+                kwargs = without_prefix_labels({**kwargs, "labels": labels}, prefix)
+                labels = kwargs.pop("labels")
         if cache is None and use_cache:
             cache = SequenceMoECache()
         logits = self._logits(batch, coefficients, cache, ran, logits_to_keep)
@@ -322,60 +393,82 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             if aux_loss is not None and self.training:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         output = SequenceMoEOutput(
-            loss=loss, logits=logits, coefficients=coefficients, aux_loss=aux_loss, **{OUTPUT_NAME: cache}
+            loss=loss,
+            logits=logits,
+            coefficients=coefficients,
+            aux_loss=aux_loss,
+            **{OUTPUT_NAME: cache},
         )
         return output if return_dict is not False else output.to_tuple()
 
+    # Where a cache is filled, as `generate` does, the whole input is a prompt, and what is
+    # predicted comes later. A plain pass goes over prompt and answer at once: only a part that is
+    # fixed in advance may choose there, or the choice would know the answer.
     def _prefix(self, batch: Batch, *, whole: bool) -> Tensor:
         """Which tokens choose: (batch, length)."""
         if whole or self.config.routing_prefix == "sequence":
             return batch.real
         return batch.real & (batch.real.cumsum(dim=1) <= self.config.routing_tokens)
 
-    def _without_prefix(self, labels: Tensor | None, prefix: Tensor, kwargs: dict[str, Any]) -> Any:
-        """Labels outside the prefix, and as many fewer items where the Trainer has counted them beforehand."""
-        if labels is None or self.config.routing == "uniform" or self.config.routing_prefix == "sequence":
-            return labels, kwargs
-        kept = labels.masked_fill(prefix.to(labels.device), -100)
-        items = kwargs.get("num_items_in_batch")
-        if items is not None:
-            after, before = ((part[:, 1:] != -100).sum().clamp(min=1) for part in (kept, labels))
-            kwargs = {**kwargs, "num_items_in_batch": items * after / before}
-        return kept, kwargs
+    def _chooses_by_prefix(self) -> bool:
+        return self.config.routing != "uniform" and self.config.routing_prefix != "sequence"
 
-    def _route(self, batch: Batch, prefix: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None, dict[int, Any]]:
-        """Coefficients (batch, experts), the load-balancing loss, and what ran already for all of the batch."""
-        number, k = len(self.experts), self.config.experts_per_sequence
+    def _route(
+        self,
+        batch: Batch,
+        prefix: Tensor,
+        *,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None, dict[int, Any]]:
+        """Coefficients (batch, experts), the load-balancing loss, and what experts gave already.
+
+        That is by expert, for all of the batch, with its cache if `keep`.
+        """
+        number = len(self.experts)
+        k = self.config.experts_per_sequence
         aux_loss: Tensor | None = None
         ran: dict[int, Any] = {}
         if self.config.routing == "uniform":
             scores = torch.zeros(len(prefix), number, device=prefix.device)
         elif self.config.routing == "learned":
-            if self.training and k == 1 < number and self.router.weight.requires_grad:
-                raise ValueError(
-                    "a router that keeps one expert gets no gradient, since the softmax over one is always 1: set "
-                    "experts_per_sequence to 2 or more, or freeze the router"
-                )
-            embedded = self.get_input_embeddings()(batch.tokens)
-            total = torch.where(prefix[..., None], embedded, 0).sum(dim=1)
-            mean = total / prefix.sum(dim=1, keepdim=True).clamp(min=1)
-            scores = self.router(mean.to(self.router.weight.dtype)).float()
+            scores = self._router_scores(batch, prefix)
         elif self.config.routing == "perplexity":
             reuse = not self.training and not torch.is_grad_enabled()
             scores, ran = self._inverse_perplexities(batch, prefix, keep=keep, reuse=reuse)
         else:
             scores = self._task_vector_similarities(batch, prefix)
         coefficients = torch.softmax(_largest(scores, k), dim=-1)
-        if self.config.routing in ("perplexity", "task_vector"):  # nothing to choose by: all alike
-            blind = ~self._scored(batch, prefix).any(dim=1, keepdim=True)
-            coefficients = torch.where(blind.to(coefficients.device), self._without_choice(coefficients), coefficients)
+        # A heuristic that has no token to predict in a prefix says nothing: all experts alike.
+        if self.config.routing in ("perplexity", "task_vector"):
+            is_blind = ~self._scored(batch, prefix).any(dim=1, keepdim=True)
+            alike = self._without_choice(coefficients)
+            coefficients = torch.where(is_blind.to(coefficients.device), alike, coefficients)
+        # As in a mixture of FFNs: how often an expert is chosen times its probability before the
+        # choice, which alone has a gradient. 1 at balance.
         if self.config.routing == "learned" and self.training:
-            chosen = (coefficients > 0).float().mean(dim=0) / k
-            aux_loss = number * (chosen * torch.softmax(scores, dim=-1).mean(dim=0)).sum()
+            frequency = (coefficients > 0).float().mean(dim=0) / k
+            probability = torch.softmax(scores, dim=-1).mean(dim=0)
+            aux_loss = number * (frequency * probability).sum()
         return coefficients, aux_loss, ran
 
+    def _router_scores(self, batch: Batch, prefix: Tensor) -> Tensor:
+        """What the router makes of the prefix's mean embedding: (batch, experts) in float32."""
+        k = self.config.experts_per_sequence
+        if self.training and k == 1 < len(self.experts) and self.router.weight.requires_grad:
+            raise ValueError(
+                "a router that keeps one expert gets no gradient, since the softmax over one is "
+                "always 1: set experts_per_sequence to 2 or more, or freeze the router"
+            )
+        embedded = self.get_input_embeddings()(batch.tokens)
+        total = torch.where(prefix[..., None], embedded, 0).sum(dim=1)
+        mean = total / prefix.sum(dim=1, keepdim=True).clamp(min=1)
+        return self.router(mean.to(self.router.weight.dtype)).float()
+
     def _without_choice(self, like: Tensor) -> Tensor:
-        """All experts alike; where they cap their logits differently and so cannot be mixed, the base alone."""
+        """Coefficients of all experts alike.
+
+        Where experts cap their logits differently, and so cannot be mixed, the base has all.
+        """
         if len(set(self.config.logit_softcaps)) > 1:
             alone = torch.zeros_like(like)
             alone[:, self.config.base_expert] = 1
@@ -383,7 +476,10 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.full_like(like, 1 / len(self.experts))
 
     def _scored(self, batch: Batch, prefix: Tensor) -> Tensor:
-        """Which tokens of the prefix a heuristic predicts: no padding, no special tokens, none after padding."""
+        """Which tokens of the prefix a heuristic predicts: (batch, length).
+
+        Padding and special tokens are left out, and tokens after padding.
+        """
         special = torch.tensor(self.config.special_token_ids, device=batch.tokens.device)
         scored = prefix & ~torch.isin(batch.tokens, special)
         before = functional.pad(batch.real[:, :-1], (1, 0))
@@ -391,54 +487,80 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _inverse_perplexities(
-        self, batch: Batch, prefix: Tensor, *, keep: bool, reuse: bool
+        self,
+        batch: Batch,
+        prefix: Tensor,
+        *,
+        keep: bool,
+        reuse: bool,
     ) -> tuple[Tensor, dict[int, Any]]:
-        """1 / PPL(x | expert) of the prefix: (batch, experts) in float32.
+        """1 / PPL(x | expert) of the prefix (batch, experts) in float32, and what experts gave.
 
-        And what the experts gave, with their caches if `keep`, if it was everything and is of `reuse`.
+        The latter is by expert, with its cache if `keep`, and empty unless it is to be reused and
+        the prefix was the whole input.
         """
         length = int(prefix.any(dim=0).nonzero().max()) + 1 if prefix.any() else 0
         scored = self._scored(batch, prefix)[:, :length]
+        # In `generate` the prefix is the whole prompt: the experts that are chosen need not run on
+        # it once more.
         is_whole = reuse and length == batch.tokens.shape[1]
         rows, columns = scored.nonzero(as_tuple=True)
         targets = batch.tokens[rows, columns]
-        scores, ran = [], {}
+        scores = []
+        ran: dict[int, Any] = {}
         for index, expert in enumerate(self.experts):
             cache = DynamicCache(config=expert.trunk.config) if keep and is_whole else None
             with _evaluating(expert):
                 output = self._run(index, batch.until(length), cache)
+            # The logits of all positions, over a large vocabulary, would take more memory than
+            # anything else here: they are made for some positions at a time.
+            cap = self.config.logit_softcaps[index]
             losses = torch.zeros(scored.shape, device=scored.device)
             for part in torch.arange(len(rows), device=rows.device).split(_SCORED_AT_ONCE):
-                hidden = output[rows[part].to(output.device), columns[part].to(output.device) - 1]
-                logits = self._capped(self._head(index)(hidden), self.config.logit_softcaps[index]).float()
-                loss = functional.cross_entropy(logits, targets[part].to(logits.device), reduction="none")
+                # What stands before a token predicts it.
+                before = columns[part].to(output.device) - 1
+                hidden = output[rows[part].to(output.device), before]
+                logits = self._capped(self._head(index)(hidden), cap).float()
+                labels = targets[part].to(logits.device)
+                loss = functional.cross_entropy(logits, labels, reduction="none")
                 losses[rows[part], columns[part]] = loss.to(losses.device)
-            scores.append(torch.exp(-losses.sum(dim=1) / scored.sum(dim=1).clamp(min=1)))
+            mean_losses = losses.sum(dim=1) / scored.sum(dim=1).clamp(min=1)
+            scores.append(torch.exp(-mean_losses))
             if is_whole:
                 ran[index] = output, cache
         return torch.stack(scores, dim=-1).nan_to_num(0.0), ran
 
+    # Appendix C of MergeME: an expert fits a sequence where its task vector, here base minus
+    # expert, points where the loss on the sequence grows at the base. Gradients are of one
+    # sequence, so that sequences go one by one; a hook takes each parameter's gradient as soon as
+    # it is there, has its inner products taken and lets it go, so that there is never a whole
+    # gradient in memory. `generate` may run in inference mode, in which nothing has a gradient: it
+    # is left here.
     def _task_vector_similarities(self, batch: Batch, prefix: Tensor) -> Tensor:
-        """Cosine of the gradient at the base expert with base minus expert: (batch, experts) in float32; the base 0.
+        """Cosine of the gradient at the base expert with base minus expert: (batch, experts).
 
-        Over the parameters that experts have of their own. Gradients are compared and let go as they come, parameter
-        by parameter.
+        It is in float32, over the parameters that experts have of their own; the base has 0.
         """
         base = self.experts[self.config.base_expert]
         names = [name for name, _ in base.named_parameters() if self._is_compared(name)]
         scored = self._scored(batch, prefix)
-        compared, similarities = _Comparison(self.experts, self.config.base_expert), []
+        comparison = _Comparison(self.experts, self.config.base_expert)
+        similarities = []
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(base):
             for row in range(len(batch.tokens)):
-                compared.start()
-                leaves = {name: base.get_parameter(name).detach().requires_grad_() for name in names}
-                for name, leaf in leaves.items():
-                    leaf.register_post_accumulate_grad_hook(partial(compared.take, name))
+                comparison.start()
+                # Copies that share the parameters' memory: the parameters' own gradients, which
+                # belong to a training around this, are left alone.
+                leaves = {}
+                for name in names:
+                    leaf = base.get_parameter(name).detach().requires_grad_()
+                    leaf.register_post_accumulate_grad_hook(partial(comparison.take, name))
+                    leaves[name] = leaf
                 one = batch.of(torch.tensor([row], device=batch.tokens.device)).copied()
                 if scored[row].any():
                     loss = self._loss_at_base(base, leaves, one, scored[row].clone())
                     loss.backward(inputs=list(leaves.values()))
-                similarities.append(compared.cosines())
+                similarities.append(comparison.cosines())
         return torch.stack(similarities).to(batch.tokens.device)
 
     def _is_compared(self, name: str) -> bool:
@@ -449,7 +571,17 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         layer = _LAYER.search(inner)
         return layers is None or (layer is not None and int(layer[1]) in layers)
 
-    def _loss_at_base(self, base: nn.Module, leaves: dict[str, Tensor], one: Batch, scored: Tensor) -> Tensor:
+    def _loss_at_base(
+        self,
+        base: nn.Module,
+        leaves: dict[str, Tensor],
+        one: Batch,
+        scored: Tensor,
+    ) -> Tensor:
+        """The base expert's mean loss on a batch of one, at the tokens `scored` (length,).
+
+        `leaves` stand in for parameters of the same names.
+        """
         shared = self._embedded(one)
         if shared is None:
             logits = functional_call(base, leaves, (one,), {"with_head": True})
@@ -457,7 +589,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self.lm_head(functional_call(base, leaves, (one, shared)))
         logits = self._capped(logits, self.config.logit_softcaps[self.config.base_expert])
         columns = scored.nonzero()[:, 0].to(logits.device)
-        return functional.cross_entropy(logits[0, columns - 1].float(), one.tokens[0, columns.to(one.tokens.device)])
+        targets = one.tokens[0, columns.to(one.tokens.device)]
+        return functional.cross_entropy(logits[0, columns - 1].float(), targets)
 
     def _run(self, index: int, batch: Batch, cache: Cache | None) -> Tensor:
         return self.experts[index](batch, self._embedded(batch), cache)
@@ -481,104 +614,139 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor,
     ) -> Tensor:
         """What the chosen experts give, added up, as logits at the positions to keep."""
-        caps = {self.config.logit_softcaps[index] for index in _chosen(coefficients)}
+        experts = _chosen(coefficients)
+        caps = {self.config.logit_softcaps[index] for index in experts}
         if len(caps) > 1 and ((coefficients != 0).sum(dim=-1) > 1).any():
-            raise ValueError(f"experts that cap their logits differently ({caps}) cannot be mixed: choose one")
-        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            raise ValueError(
+                f"experts that cap their logits differently ({caps}) cannot be mixed: choose one",
+            )
+        positions: Any = logits_to_keep
+        if isinstance(logits_to_keep, int):
+            positions = slice(-logits_to_keep, None)
+        # Each expert runs on the sequences that chose it, and on these alone. A shared head is
+        # linear, so that it is applied once, to the sum; heads of the experts' own come first.
         heads_at_once = self.config.embedding == "shared"
         total: Any = None
-        for index in _chosen(coefficients):
+        for index in experts:
             rows = coefficients[:, index].nonzero()[:, 0].to(batch.tokens.device)
             output = self._output(index, rows, batch, cache, ran)[:, positions]
             if not heads_at_once:
                 output = self.experts[index].lm_head(output)
             if total is None:
                 total = output.new_zeros(len(coefficients), *output.shape[1:])
-            weights = coefficients[rows.to(coefficients.device), index].to(total)[:, None, None]
-            total = total.index_add(0, rows.to(total.device), weights * output.to(total))
+            weights = coefficients[rows.to(coefficients.device), index].to(total)
+            weighed = weights[:, None, None] * output.to(total)
+            total = total.index_add(0, rows.to(total.device), weighed)
         if cache is not None:
             cache.coefficients = coefficients
             cache.length += batch.tokens.shape[1]
         logits = self.lm_head(total) if heads_at_once else total
         if len(caps) == 1:
             return self._capped(logits, caps.pop())
-        each = [self.config.logit_softcaps[index] for index in coefficients.abs().argmax(dim=-1).tolist()]
-        return torch.stack([self._capped(row, cap) for row, cap in zip(logits, each, strict=True)])
+        # Each sequence has chosen one expert, whose cap holds for it.
+        capped = []
+        for row, index in zip(logits, coefficients.abs().argmax(dim=-1).tolist(), strict=True):
+            capped.append(self._capped(row, self.config.logit_softcaps[index]))
+        return torch.stack(capped)
 
     def _output(
-        self, index: int, rows: Tensor, batch: Batch, cache: SequenceMoECache | None, ran: dict[int, Any]
+        self,
+        index: int,
+        rows: Tensor,
+        batch: Batch,
+        cache: SequenceMoECache | None,
+        ran: dict[int, Any],
     ) -> Tensor:
+        """What an expert gives for these rows of the batch, taken from `ran` if it is there.
+
+        Its cache, which a call of the expert fills, goes into `cache`.
+        """
+        is_all = len(rows) == len(batch.tokens)
+        of_expert = None
         if index in ran:
+            # It ran on all rows, to be chosen; its cache keeps those that chose it.
             output, of_expert = ran.pop(index)
             output = output[rows.to(output.device)]
-            if of_expert is not None and len(rows) < len(batch.tokens):
+            if of_expert is not None and not is_all:
                 of_expert.batch_select_indices(rows)
         else:
-            of_expert = None
             if cache is not None:
-                known = cache.of_expert.get(index)
-                of_expert = known[1] if known else DynamicCache(config=self.experts[index].trunk.config)
-            output = self._run(index, batch if len(rows) == len(batch.tokens) else batch.of(rows), of_expert)
+                _, of_expert = cache.of_expert.get(index, (None, None))
+                if of_expert is None:
+                    of_expert = DynamicCache(config=self.experts[index].trunk.config)
+            output = self._run(index, batch if is_all else batch.of(rows), of_expert)
         if cache is not None:
             cache.of_expert[index] = rows, of_expert
         return output
 
     def _checked(self, coefficients: Tensor, tokens: Tensor) -> Tensor:
-        """Given coefficients, one row per sequence."""
+        """The coefficients that were given, a row per sequence. `ValueError` if they do not fit."""
         number = len(self.experts)
         fits = coefficients.ndim == 2 and coefficients.shape[1] == number and len(coefficients) > 0
         if not fits or len(tokens) % len(coefficients):
             raise ValueError(
-                f"coefficients are of shape {tuple(coefficients.shape)}; give ({len(tokens)}, {number}), a row per "
-                f"sequence, or (1, {number}) for all"
+                f"coefficients are of shape {tuple(coefficients.shape)}; give "
+                f"({len(tokens)}, {number}), a row per sequence, or (1, {number}) for all"
             )
         if not coefficients.isfinite().all() or not coefficients.any(dim=1).all():
             raise ValueError("coefficients must be finite, and not all 0 for a sequence")
         return coefficients.repeat_interleave(len(tokens) // len(coefficients), dim=0)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """Of our own kind; nothing else keeps a choice."""
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+    ) -> Any:
+        """Put a cache of our own kind among the arguments; nothing else keeps a choice."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a sequence MoE keeps its choice in "
-                "a cache of its own; leave it out"
+                f"cache_implementation={generation_config.cache_implementation!r}: "
+                "a sequence MoE keeps its choice in a cache of its own; leave it out"
             )
         if generation_config.prefill_chunk_size is not None:
-            raise ValueError("prefill_chunk_size: a sequence MoE chooses by the whole prompt; leave it out")
+            raise ValueError(
+                "prefill_chunk_size: a sequence MoE chooses by the whole prompt; leave it out",
+            )
         if generation_config.use_cache is False:
             if model_kwargs.get("coefficients") is None and self.config.routing != "uniform":
-                raise ValueError("use_cache=False: a sequence MoE keeps its choice in the cache; give coefficients=")
+                raise ValueError(_NO_CACHE)
         elif cache_in(model_kwargs) is None:
             model_kwargs[OUTPUT_NAME] = SequenceMoECache()
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, in which a sequence is begun once."""
+        """What transformers' own does, within which a sequence is begun once."""
         with generating(self):
             return super().generate(*args, **kwargs)
 
 
 class _Comparison:
-    """Inner products of a sequence's gradient with base minus expert, and the norms of both, parameter by parameter.
+    """Inner products of a sequence's gradient with base minus expert, and the norms of both.
 
-    Sums are left on their devices until the end, so that a GPU need not wait.
+    They are taken parameter by parameter. Sums are left on their devices until the end, so that a
+    GPU need not wait.
     """
 
     def __init__(self, experts: nn.ModuleList, base: int) -> None:
         self.others = {index: expert for index, expert in enumerate(experts) if index != base}
-        self.number, self.base = len(experts), experts[base]
-        self.norms: dict[tuple[int, str], Tensor] = {}  # of the differences: the same for all sequences
+        self.number = len(experts)
+        self.base = experts[base]
+        # Squared norms of the differences by expert and parameter: the same for all sequences.
+        self.norms: dict[tuple[int, str], Tensor] = {}
         self.start()
 
     def start(self) -> None:
-        """With the next sequence."""
+        """Begin with the next sequence."""
         self.of_gradient: list[Tensor] = []
         self.products: dict[int, list[Tensor]] = {index: [] for index in self.others}
 
     @torch.no_grad()
     def take(self, name: str, leaf: Tensor) -> None:
+        """Take the gradient of the base's parameter of this name, and let it go."""
         assert leaf.grad is not None
-        gradient, leaf.grad = leaf.grad.flatten().float(), None
+        gradient = leaf.grad.flatten().float()
+        leaf.grad = None
         self.of_gradient.append(gradient.dot(gradient))
         base = self.base.get_parameter(name).flatten().float()
         for index, expert in self.others.items():
@@ -591,24 +759,23 @@ class _Comparison:
         """(experts,) in float32; 0 where there is no difference to compare with."""
         cosines = torch.zeros(self.number, dtype=torch.float64)
         for index in self.others:
-            norm = _sum(value for (of, _), value in self.norms.items() if of == index)
-            length = (norm * _sum(self.of_gradient)).sqrt()
+            norms = [value for (expert, _), value in self.norms.items() if expert == index]
+            length = (_sum(norms) * _sum(self.of_gradient)).sqrt()
             if length > 0:
                 cosines[index] = _sum(self.products[index]) / length
         return cosines.float()
 
 
-def _sum(values: Iterable[Tensor]) -> Tensor:
-    """Of scalars anywhere, in float64 on the CPU."""
-    parts = list(values)
-    return (
-        torch.stack([part.double().cpu() for part in parts]).sum() if parts else torch.zeros((), dtype=torch.float64)
-    )
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars that lie anywhere, in float64 on the CPU."""
+    if not values:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack([value.double().cpu() for value in values]).sum()
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout, so that a choice is no game of chance."""
+    """A context without dropout, so that a choice is not left to chance."""
     in_training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -631,7 +798,7 @@ def _largest(scores: Tensor, k: int) -> Tensor:
 
 
 def _positions(tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
-    """Of the tokens, counted without padding."""
+    """Positions of the tokens, counted without padding; None where every token counts."""
     if positions is not None:
         return positions.expand(len(tokens), -1)
     if mask is None:

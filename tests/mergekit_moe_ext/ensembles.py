@@ -32,7 +32,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_moe_ext.modeling.configuration_wemoe import config_class, vectors_of
-from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear, model_class
+from mergekit_moe_ext.modeling.modeling_wemoe import model_class
+from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 from mergekit_moe_ext.wemoe.groups import ensembled_groups, weighed_tensors
 
 EXPERTS = ("sun", "cars", "dtd")

@@ -29,13 +29,13 @@ from tests.conftest import run
 from tests.mergekit_moe_ext.ensembles import FAMILIES, build, inputs_of
 from tests.tokenizers import save_tokenizer
 
+pytestmark = pytest.mark.hosts
+
 # In a process of its own: what the import costs, and that nothing in the directory is run.
 FRESH = """
 import sys, mergekit_moe_ext, torch
 assert not {name for name in sys.modules if name.startswith(("transformers.models.vit.", "transformers.models.t5."))}
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSeq2SeqLM
-
-pytestmark = pytest.mark.hosts
 assert type(AutoConfig.from_pretrained("vit")).__name__ == "WEMoEViTConfig"
 assert "transformers.models.vit.modeling_vit" not in sys.modules
 for name, auto in {"vit": AutoModelForImageClassification, "t5": AutoModelForSeq2SeqLM}.items():

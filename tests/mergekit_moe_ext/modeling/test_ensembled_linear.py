@@ -9,8 +9,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_moe_ext.modeling import modeling_wemoe
-from mergekit_moe_ext.modeling.modeling_wemoe import Call, Current, EnsembledLinear
+from mergekit_moe_ext.modeling import wemoe_products
+from mergekit_moe_ext.modeling.wemoe_calls import Current, EnsembleCall
+from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 
 EXPERTS = 3
 KINDS = [(layout, sparse) for layout in ("linear", "conv1d") for sparse in (False, True)]
@@ -25,7 +26,7 @@ class Set(nn.Module):
         self.linear = linear
 
     def forward(self, x, c):
-        call = Call.__new__(Call)
+        call = EnsembleCall.__new__(EnsembleCall)
         call.values, call.keeping = {"group": c}, set()
         self.linear.current.call = call
         return self.linear(x)
@@ -33,14 +34,14 @@ class Set(nn.Module):
 
 @pytest.fixture(params=["merged", "one by one"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(modeling_wemoe, "_MERGING", 1 if request.param == "merged" else 10**6)
-    monkeypatch.setattr(modeling_wemoe, "_FEW", 0 if request.param == "merged" else 10**6)
+    monkeypatch.setattr(wemoe_products, "_MERGING", 1 if request.param == "merged" else 10**6)
+    monkeypatch.setattr(wemoe_products, "_FEW", 0 if request.param == "merged" else 10**6)
 
 
 @pytest.fixture(params=[(1, 1), (80, 2), (2**20, 32)], ids=["single rows", "a few rows", "one tile"])
 def tile(request, monkeypatch):
-    monkeypatch.setattr(modeling_wemoe, "_TILE", request.param[0])
-    monkeypatch.setattr(modeling_wemoe, "_ROWS", request.param[1])
+    monkeypatch.setattr(wemoe_products, "_TILE", request.param[0])
+    monkeypatch.setattr(wemoe_products, "_ROWS", request.param[1])
 
 
 def make(layout="linear", sparse=False, width=(10, 7), experts=EXPERTS, bias=True, dtype=torch.float64):

@@ -8,8 +8,9 @@ import torch
 from accelerate import cpu_offload
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
-from mergekit_moe_ext.modeling import modeling_wemoe
-from mergekit_moe_ext.modeling.modeling_wemoe import EnsembledLinear
+from mergekit_moe_ext.modeling import modeling_wemoe, wemoe_products
+from mergekit_moe_ext.modeling.wemoe_calls import running_mean
+from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 from tests.mergekit_moe_ext.ensembles import EXPERTS, FAMILIES, PAIRS, build, by_samples, by_tokens, inputs_of, padded
 
 PER_SAMPLE = [family for family in FAMILIES if family not in PAIRS]
@@ -23,7 +24,7 @@ def close(actual, expected, **tolerances):
 @pytest.fixture(params=["merged", "one by one"])
 def path(request, monkeypatch):
     """Which of the two ways to compute the same is taken, whatever the number of tokens."""
-    monkeypatch.setattr(modeling_wemoe, "_MERGING", 1 if request.param == "merged" else 10**6)
+    monkeypatch.setattr(wemoe_products, "_MERGING", 1 if request.param == "merged" else 10**6)
 
     return request.param
 
@@ -69,7 +70,7 @@ def test_padding_has_no_part_in_the_mean(family, side, path):
 def test_batches_too_large_to_merge_at_once_are_split(monkeypatch):
     model, inputs = build("vit"), inputs_of("vit", samples=5)
     expected = model(**inputs).logits
-    monkeypatch.setattr(modeling_wemoe, "_TILE", 2 * 16 * 24)
+    monkeypatch.setattr(wemoe_products, "_TILE", 2 * 16 * 24)
     close(model(**inputs).logits, expected)
 
 
@@ -113,7 +114,7 @@ def test_a_long_running_mean_in_half_precision_does_not_drift():
     router = build("llama", dtype=torch.bfloat16, router_layers=1).routers["0"]
     r = router(torch.randn(1, 2000, 16, dtype=torch.bfloat16))
     assert r.dtype == torch.float32
-    means, _ = modeling_wemoe._running_mean(values.float(), real)
+    means, _ = running_mean(values.float(), real)
     close(means[:, -1], values[:, 0].float())
 
 

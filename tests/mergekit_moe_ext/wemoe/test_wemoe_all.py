@@ -23,6 +23,7 @@ from transformers import (
 
 from mergekit_moe_ext.modeling import modeling_wemoe
 from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
+from mergekit_moe_ext.modeling.wemoe_tensors import WeighedTensor
 from mergekit_moe_ext.wemoe.groups import weighed_tensors
 from mergekit_moe_ext.wemoe.unloading import unload
 from tests.conftest import document, make_model, merge, read_tensors, run
@@ -125,10 +126,13 @@ def test_generates_what_the_stock_model_with_merged_parameters_does(family):
 def test_a_cache_keeps_what_was_merged_once_for_tied_parameters(monkeypatch):
     model, batch = build("llama-tied", upscale="all"), padded(inputs_of("llama"), "left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    merged, calls = modeling_wemoe.WeighedTensor.merged, []
-    monkeypatch.setattr(
-        modeling_wemoe.WeighedTensor, "merged", lambda self, *args: calls.append(self.group) or merged(self, *args)
-    )
+    merged, calls = WeighedTensor.merged, []
+
+    def counted(self, *args):
+        calls.append(self.group)
+        return merged(self, *args)
+
+    monkeypatch.setattr(WeighedTensor, "merged", counted)
     cache = DynamicCache(config=model.config)
     stepped = stepwise(model, ids, mask, 5, cache)
     assert sorted(calls) == sorted(model.ensembling.groups)

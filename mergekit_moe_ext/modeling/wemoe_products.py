@@ -1,0 +1,409 @@
+"""Products with a weight that is the base's plus a weighed sum of task vectors, tile by tile.
+
+By linearity (W + sum of c_i T_i) x is either one product with merged weights or a sum of products;
+which is cheaper depends on how many tokens share a set of coefficients. Merged weights are never
+held whole, and neither are sparse task vectors made dense: both are gone through in tiles of rows.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from .wemoe_calls import OUTSIDE, Current
+
+# Measured by `benchmarks/wemoe.py` on a CPU.
+_MERGING = 8  # so many tokens or more that share a set of coefficients get merged weights
+_FEW = 128  # up to so many tokens in all, sparse products are faster than dense task vectors
+_TILE = 2**20  # elements of weights or vectors that are held at the same time: they stay in a cache
+# Off the CPU (not measured), where launches cost, and in compiled code, where loops are unrolled.
+_LARGE_TILE = 2**27
+_ROWS = 32  # a tile has a multiple of it; products with fewer are slow
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+
+
+class EnsembledLinear(nn.Module):
+    """A linear map whose weight is that of the base plus a weighed sum of task vectors."""
+
+    vectors: Tensor
+    values: Tensor
+    columns: Tensor
+    row_ends: Tensor
+    bias_vectors: Tensor
+
+    def __init__(
+        self,
+        base: Any,
+        experts: int,
+        kept: int | None,
+        group: str,
+        current: Current,
+    ) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.bias = base.bias
+        self.is_transposed = isinstance(base, Conv1D)
+        self.kept = kept
+        self.group = group
+        self.current = current
+        shape = self.weight.shape
+        like = {"dtype": self.weight.dtype, "device": self.weight.device}
+        if kept is None:
+            self.register_buffer("vectors", torch.zeros(experts, *shape, **like))
+        else:
+            # Every expert keeps the same number of elements, so that plain tensors hold all of
+            # them: values and columns row by row, and where in these each row ends.
+            index = torch.uint16 if shape[1] <= 2**16 else torch.int32
+            columns = torch.zeros(experts, kept, dtype=index, device=like["device"])
+            row_ends = torch.full(
+                (experts, shape[0]),
+                kept,
+                dtype=torch.int32,
+                device=like["device"],
+            )
+            self.register_buffer("values", torch.zeros(experts, kept, **like))
+            self.register_buffer("columns", columns)
+            self.register_buffer("row_ends", row_ends)
+        if self.bias is not None:
+            self.register_buffer("bias_vectors", torch.zeros(experts, *self.bias.shape, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(samples, tokens, in) to (samples, tokens, out), weighed as the running call says."""
+        call = self.current.call
+        if call is None:
+            raise RuntimeError(OUTSIDE)
+        c = call.values[self.group].to(x.device, self.weight.dtype)
+        # Coefficients that hold for further passes with the same cache: the weight is merged once.
+        if self.group in call.keeping:
+            if id(self) not in call.carried.merged:
+                one = c if c.ndim == 1 else c[0]
+                call.carried.merged[id(self)] = self.merged(one), self._merged_bias(one)
+            return self._linear(x, *call.carried.merged[id(self)])
+        # Some decoders flatten samples and tokens (OPT).
+        by_sample = c if c.ndim > 1 else c[None]
+        samples = len(c) if c.ndim > 1 else 1
+        y = self._by_sample(x.reshape(samples, -1, x.shape[-1]), by_sample)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _by_sample(self, x: Tensor, c: Tensor) -> Tensor:
+        """(samples, tokens, in) and coefficients to (samples, tokens, out).
+
+        The coefficients are (samples, experts) or (samples, tokens, experts).
+        """
+        with _without_autocast(x) as kind:
+            y = _Product.apply(x.to(kind), c, self.weight, self.is_transposed, *self._stored())
+            bias = self._merged_bias(c)
+            if bias is not None:
+                y += bias if c.ndim == 3 else bias[:, None]
+        return y
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        if self.kept is None:
+            return (self.vectors,)
+        return self.values, self.columns, self.row_ends
+
+    def merged(self, c: Tensor) -> Tensor:
+        """The weight for coefficients (experts,)."""
+        tiles = _merged_tiles(c[None], self.weight, self._stored())
+        return torch.cat([weights[0] for _, _, weights in tiles])
+
+    def _merged_bias(self, c: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias + c @ self.bias_vectors
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, weight.T if self.is_transposed else weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """x (samples, tokens, in) times the weight of each sample or token.
+
+    A tile of the weights at a time is merged and used, in the backward pass once more, so that
+    merged weights are never held whole.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        c: Tensor,
+        weight: Tensor,
+        is_transposed: bool,
+        *stored: Tensor,
+    ) -> Tensor:
+        return _product(x, c, weight, stored, over_rows=is_transposed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, c, weight, ctx.is_transposed, *stored = inputs
+        ctx.save_for_backward(x, c, weight, *stored)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, c, weight, *stored = ctx.saved_tensors
+        # Whichever of the input and the gradient of the output has the width of the weight's rows.
+        by_rows = x if ctx.is_transposed else gradient
+        by_columns = gradient if ctx.is_transposed else x
+        of_x = None
+        of_c = None
+        of_weight = None
+        with _without_autocast(x):
+            if ctx.needs_input_grad[0]:
+                of_x = _product(gradient, c, weight, stored, over_rows=not ctx.is_transposed)
+            if ctx.needs_input_grad[1]:
+                of_c = _gradient_of_coefficients(by_rows, by_columns, c, weight, stored)
+            if ctx.needs_input_grad[2]:
+                of_weight = by_rows.flatten(0, 1).mT @ by_columns.flatten(0, 1)
+                of_weight = of_weight.to(weight.dtype)
+        return of_x, of_c, of_weight, None, *[None for _ in stored]
+
+
+def _product(
+    x: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    stored: Sequence[Tensor],
+    *,
+    over_rows: bool,
+) -> Tensor:
+    """x W with the W (rows, columns) of each sample or token; where not `over_rows`, x Wᵀ."""
+    if len(stored) > 1 and not over_rows and _is_sparse_faster(x, c):
+        return _sparse_product(x, c, weight, *stored)
+    # A tile is some rows of W. Over rows each one adds to the whole output, in float32 or wider,
+    # so that rounding does not grow with the number of tiles; else each is a part of the output.
+    if over_rows:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x.new_zeros(*x.shape[:2], weight.shape[1], dtype=wide)
+    else:
+        y = x.new_empty(*x.shape[:2], weight.shape[0])
+    # Merging a weight costs as much as products with all task vectors for a few tokens.
+    is_merged = c.ndim == 2 and x.shape[1] >= _MERGING
+    parts = _merged_products if is_merged else _products
+    for tile, some, product in parts(x, c, weight, stored, over_rows):
+        if over_rows:
+            y[some] += product
+        else:
+            y[some, :, tile] = product
+    return y.to(x.dtype)
+
+
+Parts = Iterator[tuple[slice, slice, Tensor]]  # of rows, of samples, and what they give
+
+
+def _merged_products(
+    x: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    stored: Sequence[Tensor],
+    over_rows: bool,
+) -> Parts:
+    """Products with the merged weights of some samples at a time."""
+    for tile, some, merged in _merged_tiles(c, weight, stored):
+        yield tile, some, _times(x[some, :, tile] if over_rows else x[some], merged, over_rows)
+
+
+def _products(
+    x: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    stored: Sequence[Tensor],
+    over_rows: bool,
+) -> Parts:
+    """Products with the base's weight and with one task vector after the other, of all samples."""
+    each = c if c.ndim == 3 else c[:, None]
+    for tile, part, vectors in _tiles(weight, stored, _rows_of_tile(weight, c.shape[-1])):
+        left = x[..., tile] if over_rows else x
+        product = _times(left, part, over_rows)
+        for index, vector in enumerate(vectors):
+            product += each[..., index, None] * _times(left, vector, over_rows)
+        yield tile, slice(None), product
+
+
+def _times(x: Tensor, weight: Tensor, over_rows: bool) -> Tensor:
+    weight = weight.to(x.dtype)
+    return x @ (weight if over_rows else weight.mT)
+
+
+def _merged_tiles(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Parts:
+    """The weights (samples, rows, columns) of coefficients (samples, experts), some at a time."""
+    # One set of coefficients and sparse vectors: their weighed elements are added up where they
+    # lie, and no vector is made dense by itself.
+    if len(c) == 1 and len(stored) > 1:
+        values, *places = stored
+        weighed = (c.T * values, *places)
+        for tile, part, total in _tiles(weight, weighed, _rows_of_tile(weight, 1), is_sum=True):
+            yield tile, slice(None), part + total
+        return
+    # Else the vectors of a tile, which are made dense once, serve all samples, some of which are
+    # merged at a time.
+    samples = _samples_of_tile(weight, len(c))
+    rows = _rows_of_tile(weight, max(samples, c.shape[1]))
+    for tile, part, vectors in _tiles(weight, stored, rows):
+        for some in _slices(len(c), samples):
+            merged = torch.addmm(part.flatten(), c[some], vectors.flatten(1))
+            yield tile, some, merged.unflatten(-1, part.shape)
+
+
+def _gradient_of_coefficients(
+    by_rows: Tensor,
+    by_columns: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    stored: Sequence[Tensor],
+) -> Tensor:
+    """The gradient of c, in its shape.
+
+    Of a weight's input and the gradient of its output, `by_rows` (samples, tokens, rows) is that
+    along its rows and `by_columns` (samples, tokens, columns) that along its columns.
+    """
+    # The gradient of c_i is the inner product of T_i with the gradient of the weight. It is summed
+    # up tile by tile, in float32 or wider. Where coefficients are a sample's, the gradient of a
+    # tile of its weight is one product; where they are a token's, it would be a weight per token,
+    # so that T_i is multiplied with the token's two sides instead.
+    total = torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32))
+    samples = _samples_of_tile(weight, len(c))
+    rows = _rows_of_tile(weight, max(samples, c.shape[-1]))
+    for tile, _, vectors in _tiles(weight, stored, rows):
+        if c.ndim == 3:
+            for index, vector in enumerate(vectors):
+                products = _times(by_columns, vector, False) * by_rows[..., tile]
+                total[..., index] += products.sum(-1)
+            continue
+        for some in _slices(len(c), samples):
+            of_weights = by_rows[some, :, tile].mT @ by_columns[some]
+            total[some] += of_weights.flatten(1).to(vectors.dtype) @ vectors.flatten(1).mT
+    return total.to(c.dtype)
+
+
+def _tile_size(weight: Tensor) -> int:
+    is_small = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    return _TILE if is_small else _LARGE_TILE
+
+
+def _samples_of_tile(weight: Tensor, samples: int) -> int:
+    """The number of samples whose weights are merged at the same time; about the same each time."""
+    if not samples:
+        return 1
+    most = max(1, _tile_size(weight) // (_ROWS * weight.shape[1]))
+    turns = -(-samples // most)
+    return max(1, -(-samples // turns))
+
+
+def _rows_of_tile(weight: Tensor, held: int) -> int:
+    """The number of rows of a tile, of which so many as `held` are in memory at the same time."""
+    blocks = _tile_size(weight) // (held * weight.shape[1] * _ROWS)
+    return min(max(1, blocks) * _ROWS, weight.shape[0])
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _tiles(
+    weight: Tensor,
+    stored: Sequence[Tensor],
+    rows: int,
+    *,
+    is_sum: bool = False,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows at a time: which, those of the weight, and of the dense vectors.
+
+    The vectors are (experts, rows, columns); with `is_sum`, which is for sparse ones alone, their
+    sum (1, rows, columns).
+    """
+    slices = _slices(weight.shape[0], rows)
+    if len(stored) == 1:
+        for tile in slices:
+            yield tile, weight[tile], stored[0][:, tile]
+        return
+    values, columns, row_ends = stored
+    # Where each kept element lies in its flattened tile: its row's start there, and its column.
+    # Computed once for all tiles, since each step of it goes over all elements.
+    counts = torch.diff(row_ends, prepend=row_ends.new_zeros(len(row_ends), 1), dim=1)
+    starts = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
+    starts = starts % rows * weight.shape[1]
+    places = starts.repeat(len(values))
+    places = places.repeat_interleave(counts.flatten(), output_size=columns.numel())
+    places = places.view(columns.shape)
+    places += columns.int()
+    # Elements are sorted by row, so that those of a tile are one stretch, which ends where its last
+    # row does. Compiled code and a GPU mostly have one tile, and then need not look (and wait).
+    inner: list[list[int]] = [[] for _ in values]
+    if len(slices) > 1:
+        inner = row_ends[:, rows - 1 : -1 : rows].tolist()
+    edges = [[0, *ends, values.shape[1]] for ends in inner]
+    for number, tile in enumerate(slices):
+        part = weight[tile]
+        vectors = values.new_zeros(1 if is_sum else len(values), part.numel())
+        for index, of_expert in enumerate(edges):
+            stretch = slice(of_expert[number], of_expert[number + 1])
+            dense = vectors[0 if is_sum else index]
+            dense.index_add_(0, places[index, stretch], values[index, stretch])
+        yield tile, part, vectors.unflatten(1, part.shape)
+
+
+def _is_sparse_faster(x: Tensor, c: Tensor) -> bool:
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling or x.device.type != "cpu" or not torch.backends.mkl.is_available():
+        return False
+    return c.ndim == 3 or x.shape[1] < _MERGING or len(x) * x.shape[1] <= _FEW
+
+
+def _sparse_product(
+    x: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    row_ends: Tensor,
+) -> Tensor:
+    """x Wᵀ by products with all vectors as one sparse matrix (experts * rows, columns)."""
+    kind = torch.promote_types(x.dtype, torch.float32)  # MKL knows no other
+    experts, kept = values.shape
+    rows, width = weight.shape
+    # MKL does not check where elements lie, and would crash the process: a damaged checkpoint must
+    # be an error instead.
+    columns = columns.flatten().int()
+    least, most = torch.aminmax(columns) if columns.numel() else (0, 0)
+    counts = torch.diff(row_ends, prepend=row_ends.new_zeros(experts, 1), dim=1)
+    if least < 0 or most >= width or (counts < 0).any() or (row_ends[:, -1] != kept).any():
+        raise ValueError(
+            "sparse task vectors whose columns or row ends lie outside of the weight",
+        )
+    # The vectors below each other: each one's row ends come after all elements of those before.
+    ends = row_ends + kept * torch.arange(experts, dtype=torch.int32)[:, None]
+    ends = torch.cat([ends.new_zeros(1), ends.flatten()])
+    matrix = torch.sparse_csr_tensor(
+        ends,
+        columns,
+        values.flatten().to(kind),
+        (experts * rows, width),
+        check_invariants=False,
+    )
+    y = _times(x, weight, False)
+    # One product gives every expert's output for some tokens, (experts, rows, tokens), which is
+    # weighed and added up. So few tokens at a time that this stays in a cache, as a tile does.
+    by_token = c if c.ndim == 3 else c[:, None].expand(*x.shape[:2], -1)
+    by_token = by_token.flatten(0, 1).to(kind)
+    flat = x.flatten(0, 1).to(kind)
+    flat_y = y.flatten(0, 1)
+    for some in _slices(len(flat), max(1, _TILE // len(ends))):
+        products = (matrix @ flat[some].T).view(experts, rows, -1)
+        products *= by_token[some].T[:, None]
+        flat_y[some] += products.sum(0).T
+    return y
+
+
+@contextmanager
+def _without_autocast(x: Tensor) -> Iterator[torch.dtype]:
+    """A context without autocast; gives the dtype in which autocast would have computed with x."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        yield x.dtype
+        return
+    with torch.autocast(kind, enabled=False):
+        yield x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
