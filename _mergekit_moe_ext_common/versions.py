@@ -14,10 +14,10 @@ from packaging.version import Version
 # Oldest and newest of each.
 TESTED = {
     "transformers": ("5.21.0", "5.24.0"),
-    "peft": ("0.21.0", "0.21.2"),
+    "peft": ("0.21.2", "0.21.2"),
     "mergekit": ("0.1.5", "0.1.5"),
-    "torch": ("2.7.0", "2.14.1"),
-    "accelerate": ("1.6.0", "1.15.0"),
+    "torch": ("2.7.0", "2.13.0"),
+    "accelerate": ("1.15.0", "1.15.0"),
     "datasets": ("4.0.0", "5.2.0"),
 }
 # From this transformers on `model.load_adapter` wants this PEFT, which is not on the package index yet.

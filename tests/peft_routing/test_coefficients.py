@@ -20,7 +20,13 @@ from transformers import (
 )
 
 from peft_routing import RoutedLoraConfig, given_coefficients
-from tests.peft_routing.adapters import has_native_adapters, make_base, save_experts, save_lora
+from tests.peft_routing.adapters import (
+    has_native_adapters,
+    make_base,
+    save_experts,
+    save_lora,
+    skip_without_native_adapters,
+)
 
 IDS = torch.tensor([[5, 17, 40, 9, 66, 31], [12, 80, 33, 7, 21, 90]])
 ONE = torch.tensor([0.5, -0.25, 1.5])
@@ -364,6 +370,7 @@ def test_what_does_not_fit_is_refused_and_forgotten(experts, coefficients, messa
 
 
 def test_two_adapters_need_as_many_experts(experts, tmp_path):
+    skip_without_native_adapters()
     one, two = routed(experts, router="arrow"), routed(dict(list(experts.items())[:2]), router="uniform")
     for name, model in (("three", one), ("two", two), ("same", routed(experts, router="uniform", mixing="full"))):
         model.save_pretrained(tmp_path / name)

@@ -26,7 +26,13 @@ from transformers import (
 )
 
 from peft_routing import RoutedLoraConfig
-from tests.peft_routing.adapters import has_native_adapters, make_base, save_experts, save_lora
+from tests.peft_routing.adapters import (
+    has_native_adapters,
+    make_base,
+    save_experts,
+    save_lora,
+    skip_without_native_adapters,
+)
 
 IDS = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(7))
 
@@ -304,6 +310,7 @@ def test_an_expert_at_home_or_here(good: dict[str, str], monkeypatch: pytest.Mon
 
 
 def test_an_expert_that_transformers_saved(tmp_path: Path) -> None:
+    skip_without_native_adapters()
     native = make_base()
     native.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]))
     with torch.no_grad():
