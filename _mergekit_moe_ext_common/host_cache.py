@@ -30,7 +30,13 @@ NAMES = (NEW_NAME, *OLD_NAMES)
 TRIED = "5.21.0 to 5.24.0"  # the versions of transformers that generation was tested with
 
 # What transformers' own outputs call the cache here.
-OUTPUT_NAME = next(name for name in NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
+_OUTPUT_NAMES = [name for name in NAMES if name in CausalLMOutputWithPast.__dataclass_fields__]
+if not _OUTPUT_NAMES:
+    raise ImportError(
+        f"transformers {transformers.__version__} calls its key-value cache none of "
+        f"{', '.join(NAMES)}; tried were {TRIED}: install one of these"
+    )
+OUTPUT_NAME = _OUTPUT_NAMES[0]
 
 
 def cache_in(values: Any) -> Cache | None:
@@ -74,6 +80,20 @@ def with_cache_renamed(
     return renamed
 
 
+def refuse_other_caches(arguments: Mapping[str, Any]) -> None:
+    """`ValueError` where a forward pass is handed a cache that is no `Cache`.
+
+    Continuous batching has one of its own kind, with which no choice for a sequence can be kept.
+    """
+    for name in NAMES:
+        value = arguments.get(name)
+        if value is not None and not isinstance(value, Cache):
+            raise ValueError(
+                f"{name}= is a {type(value).__name__}, which keeps no choice for a sequence: "
+                "generate without continuous batching (generate_batch, cache_implementation='paged')"
+            )
+
+
 class _Running(threading.local):
     """The innermost `generate` of this thread."""
 
@@ -83,19 +103,23 @@ class _Running(threading.local):
 class _Generation:
     """One call of a model's `generate`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, beginnings: int) -> None:
         self.model = model
-        self.has_begun = False
+        self.beginnings = beginnings  # how many are left
 
 
 _RUNNING = _Running()
 
 
 @contextmanager
-def generating(model: Any) -> Iterator[None]:
-    """A context, of one call of `generate`, in which the model may begin its sequences once."""
+def generating(model: Any, guidance_scale: float | None = None) -> Iterator[None]:
+    """A context, of one call of `generate`, in which the model may begin its sequences once.
+
+    With a `guidance_scale` transformers runs the model beside it on a prompt of its own, with a
+    cache of its own, which is a second beginning.
+    """
     outer = _RUNNING.generation
-    _RUNNING.generation = _Generation(model)
+    _RUNNING.generation = _Generation(model, 1 if guidance_scale in (None, 1) else 2)
     try:
         yield
     finally:
@@ -111,11 +135,11 @@ def begin_sequences(model: Any) -> None:
     generation = _RUNNING.generation
     if generation is None or generation.model is not model:
         return
-    if generation.has_begun:
+    if generation.beginnings == 0:
         raise RuntimeError(
             f"{type(model).__name__}: what is chosen for a sequence is kept with the key-value "
             "cache, and the cache that was filled did not come back in the next step of "
             f"`generate`. This is transformers {transformers.__version__}; tried were {TRIED}. "
             "Install one of these, or give coefficients="
         )
-    generation.has_begun = True
+    generation.beginnings -= 1

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from _mergekit_moe_ext_common.host_cache import begin_sequences, cache_in
+from _mergekit_moe_ext_common.host_cache import begin_sequences, cache_in, refuse_other_caches
 from peft_routing.routers import over_tokens, wide
 
 _ON_CACHE = "_routed_lora_coefficients"
@@ -51,7 +51,10 @@ class RoutedCall:
         example = input_in(arguments)
         self._batch_size = None if example is None else len(example)
         self._has_begun = False
+        if per_sequence:
+            refuse_other_caches(arguments)
         self._cache: Any = cache_in(arguments) if per_sequence else None
+        self._keeps_no_cache = arguments.get("use_cache") is False
         self._state_space = _knows_no_length(self._cache)
         if self._state_space:
             self._cache = None
@@ -99,7 +102,8 @@ class RoutedCall:
 
     def _begin(self) -> None:
         """`RuntimeError` where the same generation chose for its sequences in an earlier pass."""
-        if not self._has_begun and not self._grows_without_cache:
+        # A pass of somebody's own that says use_cache=False is no step of a generation.
+        if not self._has_begun and not self._keeps_no_cache:
             begin_sequences(self.model)
         self._has_begun = True
 

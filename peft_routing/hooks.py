@@ -70,7 +70,7 @@ class _Generate:
         model: Any = self.model()
         generate = self.before or partial(type(model).generate, model)
         if coefficients is None:
-            with generating(model):
+            with generating(model, kwargs.get("guidance_scale")):
                 return generate(*args, **kwargs)
         with given.given_coefficients(coefficients):
             return generate(*args, **kwargs)

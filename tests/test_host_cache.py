@@ -241,6 +241,35 @@ def test_generations_do_not_disturb_each_other(experts):
     assert torch.equal(generate(model, ids, mask).sequences, expected)
 
 
+@pytest.mark.parametrize("name", ["seq_moe-perplexity", "wemoe-llama-frozen", "routed-arrow"])
+def test_passes_of_ones_own_inside_a_generation_are_let_be(name, experts):
+    """A logits processor that scores without a cache, and classifier-free guidance, which has one of its own."""
+    model = MODELS[name](experts)
+    ids, mask = prompts(model)
+
+    def score(_ids, scores):
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return scores
+
+    expected = generate(model, ids, mask).sequences
+    assert torch.equal(generate(model, ids, mask, logits_processor=[score]).sequences, expected)
+    if name == "routed-arrow":  # whose choice is kept with a cache that is handed in, and guidance hands none in
+        with pytest.raises(ValueError, match="start with an empty one of your own"):
+            generate(model, ids[:1], mask[:1], guidance_scale=1.5)
+        return
+    guided = generate(model, ids[:1], mask[:1], guidance_scale=1.5)
+    assert guided.sequences.shape == (1, ids.shape[1] + STEPS)
+
+
+@pytest.mark.parametrize("name", ["seq_moe-perplexity", "wemoe-llama-frozen", "routed-arrow"])
+def test_a_cache_of_another_kind_is_an_error(name, experts):
+    model = MODELS[name](experts)
+    ids, _ = prompts(model)
+    with pytest.raises(ValueError, match=r"SequenceMoECache|keeps no choice for a sequence"):
+        model(ids, **{OUTPUT_NAME: object()})
+
+
 @pytest.mark.parametrize("name", [Path(common_seam.__file__).name, "prefix_labels.py"])
 def test_the_seam_is_the_same_in_both_places(name):
     """Also what a prefix does to labels: what lies beside weights imports nothing from outside."""

@@ -376,7 +376,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             coefficients = self._checked(coefficients, input_ids)
         else:
             # Uniform routing chooses nothing, so that a cache need not come back.
-            if self.config.routing != "uniform":
+            # Nor must it where a pass of somebody's own says that it keeps none.
+            if self.config.routing != "uniform" and (cache is not None or use_cache):
                 begin_sequences(self)
             prefix = self._prefix(batch, whole=cache is not None)
             keep = cache is not None or use_cache
@@ -717,7 +718,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What transformers' own does, within which a sequence is begun once."""
-        with generating(self):
+        with generating(self, kwargs.get("guidance_scale")):
             return super().generate(*args, **kwargs)
 
 

@@ -445,7 +445,7 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """What transformers' own does, within which a sequence is begun once."""
-        with generating(self):
+        with generating(self, kwargs.get("guidance_scale")):
             return base.generate(self, *args, **kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]

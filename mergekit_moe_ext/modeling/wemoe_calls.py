@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .configuration_wemoe import Ensembling
-from .host_cache import begin_sequences, cache_in
+from .host_cache import begin_sequences, cache_in, refuse_other_caches
 
 OUTSIDE = "an ensembled module must be called through its model, which knows samples and padding"
 _INPUTS = (
@@ -138,7 +138,10 @@ class EnsembleCall:
         self.samples = samples_in(arguments)
         self.head = 0
         self.has_begun = False
+        if model.ensembling.router_layers:
+            refuse_other_caches(arguments)
         self.cache: Any = cache_in(arguments)
+        self.keeps_no_cache = arguments.get("use_cache") is False
         self.uses_cache = self.cache is not None or arguments.get("use_cache") is True
         if self.cache is not None and self.cache.is_compileable:
             raise ValueError(
@@ -185,7 +188,9 @@ class EnsembleCall:
                 "this cache was not filled by the routers of this model: start with an empty one",
             )
         # Running means without a cache start anew in every pass, which goes over everything.
-        if not self.past and not self.has_begun and (self.uses_cache or not self.runs):
+        # A pass of somebody's own that says use_cache=False is no step of a generation.
+        counts = self.uses_cache or not (self.runs or self.keeps_no_cache)
+        if not self.past and not self.has_begun and counts:
             begin_sequences(self.model)
             self.has_begun = True
         return self.carried.values.get(name)
