@@ -299,7 +299,7 @@ def doctor() -> None:
     selftests = [_started("-m", f"{package}.selftest") for package in ("mergekit_moe_ext", "peft_routing")]
     _, why_not_found = fresh.communicate()
     checks = {
-        "this mergekit is one that we know (>=0.1.5,<0.2)": mergekit_is_known(),
+        "this mergekit is one that we know (>=0.1.5,<0.2)": (versions["mergekit"] is not None and mergekit_is_known()),
         "torch's autoload is on (TORCH_DEVICE_BACKEND_AUTOLOAD is not 0)": (
             os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
         ),
