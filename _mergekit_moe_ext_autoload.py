@@ -1,14 +1,15 @@
 """The entry point by which `mergekit-yaml` learns of our merge methods.
 
-torch calls `activate` at the end of `import torch` (entry point group `torch.backends`), and mergekit
-imports torch before anything of its own that we extend. Nothing else happens then: a finder is put on
-`sys.meta_path` that waits for a few modules of our hosts, and has each extended once it is loaded.
-An exception in here would break `import torch` for the whole environment, so there is none: what goes
-wrong becomes one warning. Standard library only, and nothing is imported before its host is.
+torch calls `activate` at the end of `import torch` (entry point group `torch.backends`), and
+mergekit imports torch before anything of its own that we extend. Nothing else happens then: a
+finder is put on `sys.meta_path` that waits for a few modules of our hosts, and has each extended
+once it is loaded. An exception in here would break `import torch` for the whole environment, so
+there is none: what goes wrong becomes one warning. Standard library only, and nothing is imported
+before its host is.
 
 Both packages call `activate` when they are imported, so that they need not import their hosts.
-mergekit is extended in any case; transformers and PEFT only where a program has imported the package
-that extends them.
+mergekit is extended in any case; transformers and PEFT only where a program has imported the
+package that extends them.
 """
 
 import contextlib
@@ -42,7 +43,8 @@ _warned = False
 
 
 def activate() -> None:
-    """Wait for our hosts, and extend what of them is loaded already. Calling it again is harmless."""
+    """Wait for our hosts, and extend what of them is loaded already. Calling it again is
+    harmless."""
     try:
         _activate()
     except Exception as error:
@@ -58,14 +60,16 @@ def _activate() -> None:
             continue
         if not getattr(getattr(module, "__spec__", None), "_initializing", False):
             _extend(name, module)
-        # What the finder awaits is extended at the end of its body. Of the rest, only mergekit.merge can be loading
-        # while something has to be extended: torch, which brought us, is imported from its body.
+        # What the finder awaits is extended at the end of its body. Of the rest, only
+        # mergekit.merge can be loading while something has to be extended: torch, which brought us,
+        # is imported from its body.
         elif name == "mergekit.merge" and name not in _awaited:
             module.__class__ = _StillLoading
 
 
 def mergekit_is_known() -> bool:
-    """Whether the installed mergekit is one whose insides we know: 0.1.5 up to, not including, 0.2."""
+    """Whether the installed mergekit is one whose insides we know: 0.1.5 up to, not including,
+    0.2."""
     from importlib.metadata import version
 
     release = version("mergekit").split("+")[0].split(".")
@@ -97,8 +101,8 @@ def _load_and_extend(name: str, load: Callable[[ModuleType], None], module: Modu
 def _load_ours(name: str, load: Callable[[ModuleType], None], module: ModuleType) -> None:
     """Load a module of ours, and then do what had to wait for it.
 
-    What extends a host imports most of our modules. Where the body of one of them is running, and has just imported
-    that host, it would be found half done.
+    What extends a host imports most of our modules. Where the body of one of them is running, and
+    has just imported that host, it would be found half done.
     """
     _loading.append(name)
     try:
@@ -110,7 +114,8 @@ def _load_ours(name: str, load: Callable[[ModuleType], None], module: ModuleType
 
 
 class _StillLoading(ModuleType):
-    """What mergekit.merge is while its body still runs, where that body's imports brought torch and us.
+    """What mergekit.merge is while its body still runs, where that body's imports brought torch and
+    us.
 
     What we replace would be overwritten by the rest of the body, so we wait for the first
     `mergekit.merge.run_merge`. A data descriptor wins over the module's own dictionary.
@@ -143,7 +148,9 @@ def _extend(name: str, module: ModuleType) -> None:
         return
     try:
         if is_mergekit and not mergekit_is_known():
-            raise RuntimeError("this version of mergekit is not one it knows (it knows >=0.1.5,<0.2)")
+            raise RuntimeError(
+                "this version of mergekit is not one it knows (it knows >=0.1.5,<0.2)"
+            )
         getattr(importlib.import_module(extension), function)(module)
     except Exception as error:
         _stay_off(error)

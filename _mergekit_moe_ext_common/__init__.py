@@ -1,1 +1,3 @@
-"""What both packages need, which do not import each other: data, options, outputs, training. Private."""
+"""What both packages need, which do not import each other: data, options, outputs, training.
+Private.
+"""

@@ -1,10 +1,10 @@
 """Texts to train on, to measure and to count with: anything that `datasets` reads, as token ids.
 
-A source is written `[NAME=]SOURCE[:SPLIT]`. SOURCE is a file (jsonl, json, csv, tsv, parquet, arrow, txt), a
-directory of such, a directory written by `save_to_disk`, or `owner/name[/config]` on the Hub. SPLIT is a split as
-`datasets` writes it, `train` if not given. Columns are `messages` (a chat) or `text` for decoders, and `input` and
-`target` for encoder-decoders and for decoders that learn completions only; where there are both, `messages` are read
-and not `text`.
+A source is written `[NAME=]SOURCE[:SPLIT]`. SOURCE is a file (jsonl, json, csv, tsv, parquet,
+arrow, txt), a directory of such, a directory written by `save_to_disk`, or `owner/name[/config]` on
+the Hub. SPLIT is a split as `datasets` writes it, `train` if not given. Columns are `messages` (a
+chat) or `text` for decoders, and `input` and `target` for encoder-decoders and for decoders that
+learn completions only; where there are both, `messages` are read and not `text`.
 """
 
 import hashlib
@@ -65,7 +65,8 @@ def _parse(text: str) -> Source:
 
 
 def load(source: Source, max_samples: int | None = None) -> Dataset:
-    """The rows of a source, the first `max_samples` of them. `UserError` for what cannot be read."""
+    """The rows of a source, the first `max_samples` of them. `UserError` for what cannot be
+    read."""
     path = Path(source.path).expanduser()
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
@@ -73,8 +74,8 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
             splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
             if source.split not in splits:
                 raise UserError(
-                    f"{source} (data {source.name!r}): a saved dataset is read by whole splits; there are "
-                    + ", ".join(splits)
+                    f"{source} (data {source.name!r}): a saved dataset is read by whole splits; "
+                    "there are " + ", ".join(splits)
                 )
             data = splits[source.split]
         elif path.is_file():
@@ -83,20 +84,32 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
             delimiter = {"sep": "\t"} if path.suffix == ".tsv" else {}
             # the file's only split is called train, so a split of it is a slice of that
             data = load_dataset(
-                _BUILDERS[path.suffix], data_files={"train": str(path)}, split=source.split, **delimiter
+                _BUILDERS[path.suffix],
+                data_files={"train": str(path)},
+                split=source.split,
+                **delimiter,
             )
         elif path.is_dir():
             data = load_dataset(str(path), split=source.split)
         elif source.path.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
             raise UserError(f"{source.path} does not exist (data {source.name!r})")
         else:
-            owner, name, *config = source.path.split("/") if "/" in source.path else ("", source.path)
+            owner, name, *config = (
+                source.path.split("/") if "/" in source.path else ("", source.path)
+            )
             data = load_dataset("/".join(filter(None, (owner, name))), *config, split=source.split)
     except UserError:  # says what is wrong already
         raise
     except StopIteration:  # what datasets raises for an empty file
         raise UserError(f"{source} (data {source.name!r}) has no rows") from None
-    except (OSError, ValueError, KeyError, RuntimeError, DatasetGenerationError, DatasetNotFoundError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        DatasetGenerationError,
+        DatasetNotFoundError,
+    ) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"cannot read {source} (data {source.name!r}): {reason}") from error
     if max_samples is not None:
@@ -116,12 +129,16 @@ def tokenise(
     encoder_decoder: bool = False,
     completions_only: bool = False,
 ) -> Dataset:
-    """`input_ids` per row, cut to `max_length` tokens, without empty rows; `labels` where they are not the same.
+    """`input_ids` per row, cut to `max_length` tokens, without empty rows; `labels` where they are
+    not the same.
 
-    Those are an encoder-decoder's targets, or, with `completions_only`, a decoder's last answer of a chat or target
-    after an input, with -100 for what comes before it.
+    Those are an encoder-decoder's targets, or, with `completions_only`, a decoder's last answer of
+    a chat or target after an input, with -100 for what comes before it.
     """
-    present, cut = data.column_names, {"truncation": max_length is not None, "max_length": max_length}
+    present, cut = (
+        data.column_names,
+        {"truncation": max_length is not None, "max_length": max_length},
+    )
     if encoder_decoder:
         _require((columns.input, columns.target), present, source, "an encoder-decoder needs")
 
@@ -151,7 +168,10 @@ def tokenise(
                 return {"input_ids": ids[:max_length]}
             prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **options)
             if ids[: len(prompt)] != prompt:
-                raise UserError("the chat template does not continue a prompt, so its last answer cannot be found")
+                raise UserError(
+                    "the chat template does not continue a prompt, so its last answer cannot be "
+                    "found"
+                )
             return _completion(prompt, ids, max_length)
 
     else:
@@ -167,14 +187,23 @@ def tokenise(
             reason = str(error).splitlines()[0]
             raise UserError(f"row {number} of {source} (data {source.name!r}): {reason}") from error
 
-    encoded = data.map(encode_or_explain, with_indices=True, remove_columns=present, desc=f"tokenising {source.name}")
-    encoded = encoded.filter(lambda row: all(len(ids) > 0 for ids in row.values()), desc="leaving out empty rows")
+    encoded = data.map(
+        encode_or_explain,
+        with_indices=True,
+        remove_columns=present,
+        desc=f"tokenising {source.name}",
+    )
+    encoded = encoded.filter(
+        lambda row: all(len(ids) > 0 for ids in row.values()), desc="leaving out empty rows"
+    )
     if len(encoded) == 0:
         raise UserError(f"{source} (data {source.name!r}) has no tokens")
     return encoded
 
 
-def _completion(prompt: Sequence[int], ids: list[int], max_length: int | None) -> dict[str, list[int]]:
+def _completion(
+    prompt: Sequence[int], ids: list[int], max_length: int | None
+) -> dict[str, list[int]]:
     labels = [-100] * len(prompt) + ids[len(prompt) :]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
@@ -183,13 +212,15 @@ def _require(wanted: Sequence[str], present: Sequence[str], source: Source, who:
     for name in wanted:
         if name not in present:
             raise UserError(
-                f"{source} (data {source.name!r}) has no column {name!r}: {who} {' and '.join(wanted)}; "
-                f"there are {', '.join(present)} (--text-column, --input-column and --target-column name others)"
+                f"{source} (data {source.name!r}) has no column {name!r}: {who} "
+                f"{' and '.join(wanted)}; there are {', '.join(present)} (--text-column, "
+                "--input-column and --target-column name others)"
             )
 
 
 def pack(data: Dataset, length: int, separator: int | None) -> Dataset:
-    """Rows joined, a thousand at a time, `separator` after each, and cut into rows of `length` tokens.
+    """Rows joined, a thousand at a time, `separator` after each, and cut into rows of `length`
+    tokens.
 
     The last of each thousand may be shorter.
     """
@@ -199,7 +230,9 @@ def pack(data: Dataset, length: int, separator: int | None) -> Dataset:
         ids = [token for row in rows["input_ids"] for token in [*row, *end]]
         return {"input_ids": [ids[start : start + length] for start in range(0, len(ids), length)]}
 
-    return data.map(joined, batched=True, batch_size=1000, remove_columns=data.column_names, desc="packing")
+    return data.map(
+        joined, batched=True, batch_size=1000, remove_columns=data.column_names, desc="packing"
+    )
 
 
 def fingerprint(data: Dataset) -> str:
@@ -214,7 +247,8 @@ def fingerprint(data: Dataset) -> str:
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad on the right: `input_ids`, `attention_mask`, and `labels` (-100 is padding) where the rows have them."""
+    """Pad on the right: `input_ids`, `attention_mask`, and `labels` (-100 is padding) where the
+    rows have them."""
 
     def padded(name: str, value: int) -> torch.Tensor:
         tensors = [torch.tensor(row[name]) for row in rows]
@@ -222,14 +256,18 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torc
 
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     ids = padded("input_ids", pad_token_id)
-    batch = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+    }
     if "labels" in rows[0]:
         batch["labels"] = padded("labels", -100)
     return batch
 
 
 def real_tokens(batch: dict[str, torch.Tensor]) -> dict[bool, torch.Tensor]:
-    """Which tokens are no padding, flat: under True of a decoder that has an encoder, under False of all else."""
+    """Which tokens are no padding, flat: under True of a decoder that has an encoder, under
+    False of all else."""
     real = {False: batch["attention_mask"].bool().flatten()}
     real[True] = (batch["labels"] != -100).flatten() if "labels" in batch else real[False]
     return real
@@ -238,5 +276,7 @@ def real_tokens(batch: dict[str, torch.Tensor]) -> dict[bool, torch.Tensor]:
 def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:
     """What an encoder-decoder's decoder reads to predict the labels."""
     if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        raise UserError(f"{type(model).__name__} does not say what its decoder reads, so it is not run")
+        raise UserError(
+            f"{type(model).__name__} does not say what its decoder reads, so it is not run"
+        )
     return model.prepare_decoder_input_ids_from_labels(labels)

@@ -28,7 +28,9 @@ def check_new_file(path: Path) -> None:
 
 
 def check_new_figure(path: Path) -> None:
-    """Before any work: it may be written, in a format that matplotlib knows, and matplotlib is there."""
+    """Before any work: it may be written, in a format that matplotlib knows, and matplotlib is
+    there.
+    """
     check_new_file(path)
     formats = pyplot().figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
@@ -37,8 +39,14 @@ def check_new_figure(path: Path) -> None:
 
 def heat_map(axes: Any, shares: Sequence[Sequence[float]], highest: float) -> Any:
     """A row per layer, a column per expert."""
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(shares[0])) if len(shares[0]) <= 16 else range(0, len(shares[0]), len(shares[0]) // 8))
+    image = axes.imshow(
+        shares, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest"
+    )
+    axes.set_xticks(
+        range(len(shares[0]))
+        if len(shares[0]) <= 16
+        else range(0, len(shares[0]), len(shares[0]) // 8)
+    )
     axes.set_yticks(range(0, len(shares), max(1, len(shares) // 8)))
     axes.tick_params(labelsize=8)
     return image

@@ -90,7 +90,8 @@ def refuse_other_caches(arguments: Mapping[str, Any]) -> None:
         if value is not None and not isinstance(value, Cache):
             raise ValueError(
                 f"{name}= is a {type(value).__name__}, which keeps no choice for a sequence: "
-                "generate without continuous batching (generate_batch, cache_implementation='paged')"
+                "generate without continuous batching (generate_batch, "
+                "cache_implementation='paged')"
             )
 
 

@@ -20,21 +20,33 @@ def load_config(model: str, reading: Reading) -> Any:
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise UserError(f"{model} does not exist")
     try:
-        return AutoConfig.from_pretrained(_expanded(model), trust_remote_code=reading.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            _expanded(model), trust_remote_code=reading.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {model}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"cannot read the config of {model}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_tokenizer(model: str, reading: Reading) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(_expanded(model), trust_remote_code=reading.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            _expanded(model), trust_remote_code=reading.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the tokenizer of {model}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"cannot read the tokenizer of {model}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def padding_token(tokenizer: Any) -> int:
     """Any that exists, where the tokenizer has none: padding is masked."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    return (
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id or 0
+    )
 
 
 def load_model(model: str, config: Any, reading: Reading, **keywords: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Options that several commands share, each set a dataclass: a field is an option, its default and its help."""
+"""Options that several commands share, each set a dataclass: a field is an option, its default and
+its help.
+"""
 
 import functools
 import inspect
@@ -28,7 +30,8 @@ def option(default: Any, meaning: str, *, at_least: float | None = None) -> Any:
 
 
 def options_of(options: type, name: str) -> Callable[[Callable], Callable]:
-    """Adds a click option per field of the dataclass, and hands the command an instance as `name`."""
+    """Adds a click option per field of the dataclass, and hands the command an instance as
+    `name`."""
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
@@ -42,9 +45,13 @@ def options_of(options: type, name: str) -> Callable[[Callable], Callable]:
 
 
 class DeferredCommand(click.Command):
-    """A command some of whose options come from a host: it is listed without the host, and built when it is used."""
+    """A command some of whose options come from a host: it is listed without the host, and built
+    when it is used.
+    """
 
-    def __init__(self, name: str, run: Callable[..., None], build: Callable[[], click.Command]) -> None:
+    def __init__(
+        self, name: str, run: Callable[..., None], build: Callable[[], click.Command]
+    ) -> None:
         super().__init__(name, help=inspect.getdoc(run))
         self._build = build
 
@@ -70,12 +77,18 @@ def _click_option(item: Any) -> Callable[[Callable], Callable]:
     if item.type is bool:
         return click.option(flag, is_flag=True, help=meaning)
     is_union = get_origin(item.type) is not Literal and get_args(item.type)
-    kind = next(kind for kind in (get_args(item.type) if is_union else (item.type,)) if kind is not type(None))
+    kind = next(
+        kind
+        for kind in (get_args(item.type) if is_union else (item.type,))
+        if kind is not type(None)
+    )
     if get_origin(kind) is Literal:
         kind = click.Choice(get_args(kind))
     elif at_least is not None:
         kind = (click.IntRange if kind is int else click.FloatRange)(min=at_least)
-    return click.option(flag, type=kind, default=item.default, show_default=item.default is not None, help=meaning)
+    return click.option(
+        flag, type=kind, default=item.default, show_default=item.default is not None, help=meaning
+    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,9 @@ class Reading:
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.text_column, self.messages_column, self.input_column, self.target_column)
+        return Columns(
+            self.text_column, self.messages_column, self.input_column, self.target_column
+        )
 
 
 @dataclass(frozen=True)
@@ -100,22 +115,36 @@ class Recipe:
     """How something is trained. Names are transformers', defaults, mostly, too."""
 
     weight_decay: float = option(0.0, "AdamW's weight decay.", at_least=0)
-    lr_scheduler_type: str = option("linear", "Schedule of the learning rate: linear, cosine, constant …")
+    lr_scheduler_type: str = option(
+        "linear", "Schedule of the learning rate: linear, cosine, constant …"
+    )
     warmup_steps: int = option(0, "Number of steps in which the learning rate rises.", at_least=0)
     num_train_epochs: float = option(3.0, "Number of times that the data is read.", at_least=0)
     max_steps: int = option(-1, "Number of steps in all; above 0, it overrides the epochs.")
-    per_device_train_batch_size: int = option(8, "Number of rows per process and forward pass.", at_least=1)
-    per_device_eval_batch_size: int = option(8, "Number of held-out rows per process and forward pass.", at_least=1)
+    per_device_train_batch_size: int = option(
+        8, "Number of rows per process and forward pass.", at_least=1
+    )
+    per_device_eval_batch_size: int = option(
+        8, "Number of held-out rows per process and forward pass.", at_least=1
+    )
     gradient_accumulation_steps: int = option(1, "Number of forward passes per step.", at_least=1)
     packing: bool = option(False, "Join the texts and cut them into rows of --max-length tokens.")
     held_out: int = option(
-        32, "Number of rows of each source that are measured, not trained on; see --eval-data.", at_least=0
+        32,
+        "Number of rows of each source that are measured, not trained on; see --eval-data.",
+        at_least=0,
     )
-    eval_steps: float = option(0.1, "Measure every so many steps; below 1: a share of all steps.", at_least=0)
-    save_steps: float = option(500.0, "Checkpoint every so many steps; below 1: a share of all steps.", at_least=0)
+    eval_steps: float = option(
+        0.1, "Measure every so many steps; below 1: a share of all steps.", at_least=0
+    )
+    save_steps: float = option(
+        500.0, "Checkpoint every so many steps; below 1: a share of all steps.", at_least=0
+    )
     bf16: bool = option(
         False,
         "Compute in bfloat16, as autocast does; what is trained is kept in float32.",
     )
-    gradient_checkpointing: bool = option(False, "Compute activations twice: less memory for more time.")
+    gradient_checkpointing: bool = option(
+        False, "Compute activations twice: less memory for more time."
+    )
     seed: int = option(42, "Seed of the order of the data and of the choice of held-out rows.")

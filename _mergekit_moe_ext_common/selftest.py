@@ -1,7 +1,8 @@
 """A self-test of tiny models: generation with a key-value cache against plain passes without one.
 
-Whatever keeps a choice with the cache would generate other tokens, and not fail, on a host that treats caches in a way
-that we do not know. `mergekit-moe-ext doctor` runs this where a user's own versions are installed.
+Whatever keeps a choice with the cache would generate other tokens, and not fail, on a host that
+treats caches in a way that we do not know. `mergekit-moe-ext doctor` runs this where a user's own
+versions are installed.
 """
 
 import os
@@ -18,7 +19,9 @@ TOLERANCE = 1e-3  # of logits between -10 and 10, in float32 on any device
 
 
 def difference(model: Any) -> float:
-    """The largest difference of logits between cached generation and one plain pass over everything, chosen alike."""
+    """The largest difference of logits between cached generation and one plain pass over
+    everything, chosen alike.
+    """
     prompts = torch.randint(2, VOCABULARY, (2, PROMPT), generator=torch.Generator().manual_seed(0))
     made = model.generate(
         input_ids=prompts,
@@ -36,7 +39,9 @@ def difference(model: Any) -> float:
 
 
 def main(models: Mapping[str, Callable[[], Any]]) -> None:
-    """Tries every model, made by a function, prints a line for each, and exits with 1 if one is wrong."""
+    """Tries every model, made by a function, prints a line for each, and exits with 1 if one is
+    wrong.
+    """
     warnings.simplefilter("ignore")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     is_right = True
@@ -46,6 +51,9 @@ def main(models: Mapping[str, Callable[[], Any]]) -> None:
             passed, remark = found <= TOLERANCE, f"largest difference {found:.0e}"
         except Exception as error:
             passed, remark = False, f"{type(error).__name__}: {error}"
-        print(f"{'ok  ' if passed else 'FAIL'}  {name} generates with a cache as without one ({remark})")
+        print(
+            f"{'ok  ' if passed else 'FAIL'}  {name} generates with a cache as without one "
+            f"({remark})"
+        )
         is_right = is_right and passed
     sys.exit(0 if is_right else 1)

@@ -1,7 +1,8 @@
 """An output directory that appears whole or not at all.
 
-The merge writes into a hidden directory beside the output, which one rename then puts into place. What a
-killed merge left behind is recognised by its name and removed by the next merge to the same output.
+The merge writes into a hidden directory beside the output, which one rename then puts into place.
+What a killed merge left behind is recognised by its name and removed by the next merge to the same
+output.
 """
 
 import atexit
@@ -18,7 +19,18 @@ from filelock import FileLock, Timeout
 
 from _mergekit_moe_ext_common.errors import UserError
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,13 +41,16 @@ def check_output(out_path: str) -> Path:
         raise UserError(f"{out_path} is a file; name a directory that does not exist yet")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(
-            f"{out_path} is not empty and nothing in it is overwritten; remove it or name another directory"
+            f"{out_path} is not empty and nothing in it is overwritten; remove it or name another "
+            "directory"
         )
     if os.path.ismount(out):
         raise UserError(f"{out_path} is a mount point; name a directory inside it")
     parent = _nearest_existing(out.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write {out_path}: {parent} is not a directory that you may write to")
+        raise UserError(
+            f"cannot write {out_path}: {parent} is not a directory that you may write to"
+        )
     return out
 
 
@@ -44,7 +59,9 @@ def check_room(out: Path, needed: int) -> None:
     existing = _nearest_existing(out)
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise UserError(f"the output takes {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free")
+        raise UserError(
+            f"the output takes {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free"
+        )
 
 
 @contextmanager
@@ -97,7 +114,9 @@ def extend_card(directory: Path, lines: Sequence[str]) -> None:
 
 def _still_free(out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} was written to by something else during the merge; it is left as it is")
+        raise UserError(
+            f"{out} was written to by something else during the merge; it is left as it is"
+        )
     return out
 
 

@@ -1,7 +1,8 @@
-"""Which versions of the hosts this release was tested with, and one warning where a newer one is installed.
+"""Which versions of the hosts this release was tested with, and one warning where a newer one is
+installed.
 
-`docs/versions.md` says what was run on them. The lower ends are those of `pyproject.toml`, the upper ends the newest
-that the compact suite (`make newest`) has passed on.
+`docs/versions.md` says what was run on them. The lower ends are those of `pyproject.toml`, the
+upper ends the newest that the compact suite (`make newest`) has passed on.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ TESTED = {
     "accelerate": ("1.15.0", "1.15.0"),
     "datasets": ("4.0.0", "5.2.0"),
 }
-# From this transformers on `model.load_adapter` wants this PEFT, which is not on the package index yet.
+# From this transformers on `model.load_adapter` wants this PEFT, which is not on the package index
+# yet.
 _NATIVE_ADAPTERS_SINCE = "5.24.0"
 _NATIVE_ADAPTERS_WANT = "0.22.0"
 _has_warned = False
@@ -38,7 +40,9 @@ def installed() -> dict[str, str | None]:
 
 
 def verdict(host: str, found: str | None) -> str:
-    """What is to be said of a host's version: "tested", "newer than tested", "older than tested" or "missing"."""
+    """What is to be said of a host's version: "tested", "newer than tested", "older than tested" or
+    "missing".
+    """
     if found is None:
         return "missing"
     # Builds for one device or another ("2.13.0+cpu") are of the same release.
@@ -52,22 +56,26 @@ def verdict(host: str, found: str | None) -> str:
 
 
 def remark_on_native_adapters(versions: dict[str, str | None]) -> str:
-    """What is to be said of loading adapters by transformers itself, with these versions; "" if it works."""
+    """What is to be said of loading adapters by transformers itself, with these versions; "" if it
+    works.
+    """
     transformers, peft = versions["transformers"], versions["peft"]
     if transformers is None or peft is None:
         return ""
     is_refused = Version(transformers) >= Version(_NATIVE_ADAPTERS_SINCE)
     if is_refused and Version(peft) < Version(_NATIVE_ADAPTERS_WANT):
         return (
-            f"transformers {transformers} loads adapters itself (`model.load_adapter`) only with peft "
-            f"{_NATIVE_ADAPTERS_WANT} or newer, and this is {peft}: load them by PEFT, "
+            f"transformers {transformers} loads adapters itself (`model.load_adapter`) only with "
+            f"peft {_NATIVE_ADAPTERS_WANT} or newer, and this is {peft}: load them by PEFT, "
             "`PeftModel.from_pretrained(base, directory)`"
         )
     return ""
 
 
 def warn_of_newer_hosts() -> None:
-    """One warning in a process, which names every host that is newer than those tested; nothing is refused."""
+    """One warning in a process, which names every host that is newer than those tested; nothing is
+    refused.
+    """
     global _has_warned
     if _has_warned:
         return
@@ -80,19 +88,23 @@ def warn_of_newer_hosts() -> None:
         return
     with contextlib.suppress(Warning):  # where warnings are errors
         warnings.warn(
-            f"mergekit-moe-ext was not tested with {', '.join(newer)}. `mergekit-moe-ext doctor` tries what is "
-            "installed here",
+            f"mergekit-moe-ext was not tested with {', '.join(newer)}. `mergekit-moe-ext doctor` "
+            "tries what is installed here",
             UserWarning,
             stacklevel=3,
         )
 
 
 def main() -> None:
-    """Exits with 0 where every host that is installed is one that this release was tested with; says which are not."""
+    """Exits with 0 where every host that is installed is one that this release was tested with;
+    says which are not.
+    """
     untested = []
     for host, found in installed().items():
         if verdict(host, found) != "tested":
-            untested.append(f"{host} {found or '-'}: {verdict(host, found)} ({' to '.join(TESTED[host])})")
+            untested.append(
+                f"{host} {found or '-'}: {verdict(host, found)} ({' to '.join(TESTED[host])})"
+            )
     if untested:
         sys.exit("\n".join(untested))
 

@@ -1,11 +1,13 @@
-"""`caem`, mergekit's `linear` on the same mixtures of experts, and the physical limit; and planning with many experts.
+"""`caem`, mergekit's `linear` on the same mixtures of experts, and the physical limit; and planning
+with many experts.
 
     python benchmarks/caem.py            # three bfloat16 Mixtrals of 1.00 GB
     python benchmarks/caem.py --layers 2 # a quick look
 
-`linear` averages all tensors, experts too, so it computes more; `caem` copies the experts that it takes. The limit
-reads every input once and writes as many bytes as the output has. Planning is timed on tiny mixtures with very many
-experts, where a cost that grows with their square would show; there the limit is to read the headers alone.
+`linear` averages all tensors, experts too, so it computes more; `caem` copies the experts that it
+takes. The limit reads every input once and writes as many bytes as the output has. Planning is
+timed on tiny mixtures with very many experts, where a cost that grows with their square would show;
+there the limit is to read the headers alone.
 """
 
 import shutil
@@ -22,7 +24,13 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors import safe_open
-from transformers import MixtralConfig, MixtralForCausalLM, PretrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import mergekit_moe_ext  # noqa: F401  (registers caem)
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
@@ -35,7 +43,9 @@ NAMES = ("news", "squad", "xsum")
 
 
 def make_sources(root: Path, model_class: type, config: PretrainedConfig, experts: int) -> None:
-    """Three random mixtures, and usage files with counts made up at random: counting is not what is timed."""
+    """Three random mixtures, and usage files with counts made up at random: counting is not what is
+    timed.
+    """
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
         model = model_class(config).to(torch.bfloat16)
@@ -44,10 +54,14 @@ def make_sources(root: Path, model_class: type, config: PretrainedConfig, expert
         layers = {}
         for router in routers:
             counts = torch.randint(1, 1000, (experts,)).tolist()
-            layers[router] = LayerUsage(tokens=sum(counts), counts=counts, weights=[float(n) for n in counts])
+            layers[router] = LayerUsage(
+                tokens=sum(counts), counts=counts, weights=[float(n) for n in counts]
+            )
         Usage(
             model=name,
-            checkpoint=checkpoint_fingerprint(ModelReference.model_validate(str(root / name)), MergeOptions()),
+            checkpoint=checkpoint_fingerprint(
+                ModelReference.model_validate(str(root / name)), MergeOptions()
+            ),
             architecture=model_class.__name__,
             experts_per_token=2,
             tasks={name: TaskUsage(data="made up", fingerprint="", samples=1, layers=layers)},
@@ -55,10 +69,17 @@ def make_sources(root: Path, model_class: type, config: PretrainedConfig, expert
 
 
 def write_configs(root: Path) -> None:
-    listed = [{"model": str(root / name), "parameters": {"usage": str(root / f"{name}.usage.json")}} for name in NAMES]
-    (root / "caem.yml").write_text(yaml.safe_dump({"merge_method": "caem", "models": listed, "dtype": "bfloat16"}))
+    listed = [
+        {"model": str(root / name), "parameters": {"usage": str(root / f"{name}.usage.json")}}
+        for name in NAMES
+    ]
+    (root / "caem.yml").write_text(
+        yaml.safe_dump({"merge_method": "caem", "models": listed, "dtype": "bfloat16"})
+    )
     plain = [{"model": str(root / name), "parameters": {"weight": 1.0}} for name in NAMES]
-    (root / "linear.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": plain, "dtype": "bfloat16"}))
+    (root / "linear.yml").write_text(
+        yaml.safe_dump({"merge_method": "linear", "models": plain, "dtype": "bfloat16"})
+    )
 
 
 def whole_merges(layers: int, repeats: int) -> str:
@@ -82,18 +103,29 @@ def whole_merges(layers: int, repeats: int) -> str:
         write_configs(root)
         inputs = [path for name in NAMES for path in (root / name).glob("*.safetensors")]
         read, written = sum(path.stat().st_size for path in inputs), 0
-        runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in (*tools, "plain files")}
+        runs: dict[str, list[tuple[float, float, float]]] = {
+            name: [] for name in (*tools, "plain files")
+        }
         for _ in range(repeats):
             for name, command in tools.items():
                 runs[name].append(run_measured(command, root))
-                written = sum(path.stat().st_size for path in root.glob("out/*.safetensors")) or written
+                written = (
+                    sum(path.stat().st_size for path in root.glob("out/*.safetensors")) or written
+                )
                 shutil.rmtree(root / "out", ignore_errors=True)
-            runs["plain files"].append((copy_measured(inputs, root / "copy.bin", written), 0.0, 0.0))
-    return f"read {read / 1e9:.2f} GB, wrote {written / 1e9:.2f} GB; {repeats} runs each\n\n{report(runs)}"
+            runs["plain files"].append(
+                (copy_measured(inputs, root / "copy.bin", written), 0.0, 0.0)
+            )
+    return (
+        f"read {read / 1e9:.2f} GB, wrote {written / 1e9:.2f} GB; {repeats} runs "
+        f"each\n\n{report(runs)}"
+    )
 
 
 def planning(experts: int) -> tuple[int, float, float]:
-    """All experts of three sources, seconds to plan, and seconds to read the headers and nothing more."""
+    """All experts of three sources, seconds to plan, and seconds to read the headers and nothing
+    more.
+    """
     config = Qwen3MoeConfig(
         vocab_size=64,
         hidden_size=8,
@@ -118,7 +150,9 @@ def planning(experts: int) -> tuple[int, float, float]:
                     for tensor in shard.keys():  # noqa: SIM118 (not a dictionary)
                         shard.get_slice(tensor).get_shape()
         headers = time.perf_counter() - started
-        merge_config = MergeConfiguration.model_validate(yaml.safe_load((root / "caem.yml").read_text()))
+        merge_config = MergeConfiguration.model_validate(
+            yaml.safe_load((root / "caem.yml").read_text())
+        )
         method = structural_method("caem")
         assert method is not None
         started = time.perf_counter()

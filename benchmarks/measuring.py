@@ -40,12 +40,17 @@ def best_seconds(work: Callable[[], object], device: str, runs: int = 5) -> floa
     return best
 
 
-def best_in_turn(works: Mapping[Any, Callable[[], object]], device: str, seconds: float) -> dict[Any, float]:
+def best_in_turn(
+    works: Mapping[Any, Callable[[], object]], device: str, seconds: float
+) -> dict[Any, float]:
     """Seconds of each, run in turn for about so long and at least three rounds, up to fifty.
 
-    With one thread on a CPU they are processor time, so that other work on the machine does not count.
+    With one thread on a CPU they are processor time, so that other work on the machine does not
+    count.
     """
-    clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = (
+        time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    )
     best = dict.fromkeys(works, float("inf"))
     end, rounds = clock() + seconds, 0
     while rounds < 3 or (clock() < end and rounds < 50):

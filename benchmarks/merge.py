@@ -1,12 +1,13 @@
-"""A whole merge of four models: ours, `mergekit-moe`, and the physical limit, side by side in one run.
+"""A whole merge of four models: ours, `mergekit-moe`, and the physical limit, side by side in one
+run.
 
     python benchmarks/merge.py            # four bfloat16 Llamas of 0.54 GB
     python benchmarks/merge.py --layers 2 # a quick look
 
-The limit is what any merge has to do: read every input file once and write as many bytes as the output has.
-mergekit-moe does less than ours: it copies everything that is not an expert from the base instead of merging it.
-All write to the same disk, with the inputs in the page cache; ours and the copy end with an fsync, mergekit-moe
-does not. Runs are interleaved, and medians are shown.
+The limit is what any merge has to do: read every input file once and write as many bytes as the
+output has. mergekit-moe does less than ours: it copies everything that is not an expert from the
+base instead of merging it. All write to the same disk, with the inputs in the page cache; ours and
+the copy end with an fsync, mergekit-moe does not. Runs are interleaved, and medians are shown.
 """
 
 import os
@@ -60,10 +61,13 @@ def write_configs(root: Path) -> None:
 
 
 def run_measured(command: Sequence[str | Path], root: Path) -> tuple[float, float, float]:
-    """Wall seconds, peak anonymous memory and peak resident memory (with mapped files), both in GB."""
+    """Wall seconds, peak anonymous memory and peak resident memory (with mapped files), both in
+    GB."""
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([str(part) for part in command], cwd=root, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [str(part) for part in command], cwd=root, stdout=log, stderr=log
+        )
         anonymous = resident = 0
         while process.poll() is None:
             try:
@@ -100,7 +104,14 @@ def copy_measured(inputs: Sequence[Path], target: Path, size: int) -> float:
 @click.option("--repeats", default=5, show_default=True, help="runs of each")
 def main(layers: int, repeats: int) -> None:
     tools: dict[str, list[str | Path]] = {
-        "moe_linear": [BIN / "mergekit-yaml", "moe_linear.yml", "out", "--quiet", "--random-seed", "0"],
+        "moe_linear": [
+            BIN / "mergekit-yaml",
+            "moe_linear.yml",
+            "out",
+            "--quiet",
+            "--random-seed",
+            "0",
+        ],
         "moe_ties": [BIN / "mergekit-yaml", "moe_ties.yml", "out", "--quiet", "--random-seed", "0"],
         "mergekit-moe": [BIN / "mergekit-moe", "mergekit-moe.yml", "out", "--quiet"],
         "import mergekit only": [sys.executable, "-c", "import mergekit.scripts.run_yaml"],
@@ -110,23 +121,36 @@ def main(layers: int, repeats: int) -> None:
         make_sources(root, layers)
         write_configs(root)
         read = sum((root / name / "model.safetensors").stat().st_size for name in NAMES)
-        runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in (*tools, "plain files")}
+        runs: dict[str, list[tuple[float, float, float]]] = {
+            name: [] for name in (*tools, "plain files")
+        }
         written = 0
         for _ in range(repeats):
             for name, command in tools.items():
                 runs[name].append(run_measured(command, root))
-                written = sum(path.stat().st_size for path in root.glob("out/*.safetensors")) or written
+                written = (
+                    sum(path.stat().st_size for path in root.glob("out/*.safetensors")) or written
+                )
                 shutil.rmtree(root / "out", ignore_errors=True)
             inputs = [root / name / "model.safetensors" for name in NAMES]
-            runs["plain files"].append((copy_measured(inputs, root / "copy.bin", written), 0.0, 0.0))
-    click.echo(f"read {read / 1e9:.2f} GB, wrote {written / 1e9:.2f} GB; {repeats} runs each, medians, and seconds'")
+            runs["plain files"].append(
+                (copy_measured(inputs, root / "copy.bin", written), 0.0, 0.0)
+            )
+    click.echo(
+        f"read {read / 1e9:.2f} GB, wrote {written / 1e9:.2f} GB; {repeats} runs each, medians, "
+        "and seconds'"
+    )
     click.echo(f"range; torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     click.echo(report(runs))
 
 
 def report(runs: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
-    """A line per tool: the median of its seconds, also in times those of `plain files`, and of its peak memory."""
-    lines = [f"{'':22}{'seconds':>9}{'range':>15}{'/ plain files':>15}{'anon GB':>9}{'resident GB':>13}"]
+    """A line per tool: the median of its seconds, also in times those of `plain files`, and of its
+    peak memory.
+    """
+    lines = [
+        f"{'':22}{'seconds':>9}{'range':>15}{'/ plain files':>15}{'anon GB':>9}{'resident GB':>13}"
+    ]
     limit = statistics.median(seconds for seconds, *_ in runs["plain files"])
     for name, measured in runs.items():
         seconds, anonymous, resident = (list(column) for column in zip(*measured, strict=True))

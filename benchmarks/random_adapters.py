@@ -17,7 +17,9 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 @contextmanager
-def random_adapters(model: nn.Module, count: int, rank: int, scale: float = 0.02) -> Iterator[list[str]]:
+def random_adapters(
+    model: nn.Module, count: int, rank: int, scale: float = 0.02
+) -> Iterator[list[str]]:
     """Directories of so many adapters for all linear modules of a model."""
     generator = torch.Generator().manual_seed(0)
     modules = linear_modules(model)
@@ -30,7 +32,10 @@ def random_adapters(model: nn.Module, count: int, rank: int, scale: float = 0.02
             (folder / "adapter_config.json").write_text(json.dumps(config))
             tensors = {}
             for name, module in modules.items():
-                for factor, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
+                for factor, shape in (
+                    ("A", (rank, module.in_features)),
+                    ("B", (module.out_features, rank)),
+                ):
                     values = torch.randn(shape, generator=generator) * scale
                     tensors[f"base_model.model.{name}.lora_{factor}.weight"] = values
             save_file(tensors, folder / "adapter_model.safetensors")

@@ -1,13 +1,15 @@
-"""One routed module against PEFT's Arrow on the same adapters, one plain LoRA, and the bare base layer.
+"""One routed module against PEFT's Arrow on the same adapters, one plain LoRA, and the bare base
+layer.
 
     python benchmarks/routed_lora.py                # CPU, some minutes
     python benchmarks/routed_lora.py --plot cost.png
     python benchmarks/routed_lora.py --device cuda
 
-All in one process, in turn, the best of up to fifty rounds; on a CPU one thread's processor time, so that other work
-on the machine does not count. Memory is the peak beyond what is held before. Both routers are Arrow's, with the same
-top k, 0 standing for all experts. PEFT's makes a tensor of (tokens, experts, out); where that alone is over `--limit`
-GB it is not run. `routed_lora_rule.py` compares the ways inside the routed module, `routed_lora_model.py` models.
+All in one process, in turn, the best of up to fifty rounds; on a CPU one thread's processor time,
+so that other work on the machine does not count. Memory is the peak beyond what is held before.
+Both routers are Arrow's, with the same top k, 0 standing for all experts. PEFT's makes a tensor of
+(tokens, experts, out); where that alone is over `--limit` GB it is not run. `routed_lora_rule.py`
+compares the ways inside the routed module, `routed_lora_model.py` models.
 """
 
 import itertools
@@ -57,7 +59,9 @@ def competitors(
     return {
         "base layer": fresh,
         "one plain LoRA": lambda: get_peft_model(fresh(), plain),
-        "routed": lambda: get_peft_model(fresh(), RoutedLoraConfig(experts=paths, router="arrow", top_k=k)),
+        "routed": lambda: get_peft_model(
+            fresh(), RoutedLoraConfig(experts=paths, router="arrow", top_k=k)
+        ),
         PEFTS: lambda: create_arrow_model(fresh(), paths, ArrowConfig(top_k=k)),
     }
 
@@ -92,22 +96,33 @@ class Row:
     extra: dict[str, int]  # bytes
 
     def __str__(self) -> str:
-        ours, lora, arrow = self.seconds["routed"], self.seconds["one plain LoRA"], self.seconds.get(PEFTS)
+        ours, lora, arrow = (
+            self.seconds["routed"],
+            self.seconds["one plain LoRA"],
+            self.seconds.get(PEFTS),
+        )
         return (
-            f"{self.sizes[0]:>5} x {self.sizes[1]:<4} {self.rank:>3} {self.experts:>4} {self.k:>4} {self.tokens:>6} "
-            f"{'forward' if self.work is forward else '+backward':>9} {self.seconds['base layer'] * 1e3:>8.2f} "
-            f"{lora * 1e3:>8.2f} {ours * 1e3:>8.2f} {f'{arrow * 1e3:.2f}' if arrow else '-':>9} "
-            f"{ours / lora:>7.2f} {f'{arrow / ours:.1f}' if arrow else '-':>7} {self.extra['routed'] / 1e6:>8.1f} "
+            f"{self.sizes[0]:>5} x {self.sizes[1]:<4} {self.rank:>3} {self.experts:>4} {self.k:>4} "
+            f"{self.tokens:>6} {'forward' if self.work is forward else '+backward':>9} "
+            f"{self.seconds['base layer'] * 1e3:>8.2f} {lora * 1e3:>8.2f} {ours * 1e3:>8.2f} "
+            f"{f'{arrow * 1e3:.2f}' if arrow else '-':>9} {ours / lora:>7.2f} "
+            f"{f'{arrow / ours:.1f}' if arrow else '-':>7} {self.extra['routed'] / 1e6:>8.1f} "
             f"{f'{self.extra[PEFTS] / 1e6:.1f}' if arrow else '-':>9}"
         )
 
 
 @click.command()
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--shape", "shapes", type=(int, int), multiple=True, default=[(2048, 2048), (2048, 8192)])
-@click.option("--experts", "counts", type=int, multiple=True, default=[4, 8, 10, 64, 256], show_default=True)
+@click.option(
+    "--shape", "shapes", type=(int, int), multiple=True, default=[(2048, 2048), (2048, 8192)]
+)
+@click.option(
+    "--experts", "counts", type=int, multiple=True, default=[4, 8, 10, 64, 256], show_default=True
+)
 @click.option("--rank", "ranks", type=int, multiple=True, default=[4, 16], show_default=True)
-@click.option("--k", "ks", type=int, multiple=True, default=[4, 0], show_default=True, help="0: all.")
+@click.option(
+    "--k", "ks", type=int, multiple=True, default=[4, 0], show_default=True, help="0: all."
+)
 @click.option("--tokens", type=int, multiple=True, default=[1, 16, 512], show_default=True)
 @click.option("--limit", default=3.0, show_default=True, help="GB of PEFT's largest tensor.")
 @click.option("--seconds", default=2.0, show_default=True, help="Per row of the table.")
@@ -129,7 +144,8 @@ def main(
     torch.set_num_threads(1)
     click.echo(f"torch {torch.__version__}, {device}, one thread, float32")
     click.echo(
-        f"{'in x out':>12} {'r':>3} {'E':>4} {'k':>4} {'tokens':>6} {'work':>9} {'base ms':>8} {'LoRA ms':>8} "
+        f"{'in x out':>12} {'r':>3} {'E':>4} {'k':>4} {'tokens':>6} {'work':>9} {'base ms':>8} "
+        f"{'LoRA ms':>8} "
         f"{'ours ms':>8} {'Arrow ms':>9} {'/ LoRA':>7} {'Arrow/':>7} {'ours MB':>8} {'Arrow MB':>9}"
     )
     measured: list[Row] = []
@@ -142,14 +158,32 @@ def main(
                     runs = models.copy()
                     if many * count * sizes[1] * 4 > limit * 1e9:
                         del runs[PEFTS]
-                    x = torch.randn(1, many, sizes[0], device=device, requires_grad=work is forward_and_backward)
+                    x = torch.randn(
+                        1, many, sizes[0], device=device, requires_grad=work is forward_and_backward
+                    )
                     works = {name: partial(work, model, x) for name, model in runs.items()}
                     extra = {name: peak_extra_bytes(run, device) for name, run in works.items()}
-                    row = Row(sizes, rank, count, k, many, work, best_in_turn(works, device, seconds), extra)
+                    row = Row(
+                        sizes,
+                        rank,
+                        count,
+                        k,
+                        many,
+                        work,
+                        best_in_turn(works, device, seconds),
+                        extra,
+                    )
                     measured.append(row)
                     click.echo(str(row))
     if plot is not None:
-        _draw([row for row in measured if row.k == ks[0] and row.sizes == shapes[0] and row.work is forward], plot)
+        _draw(
+            [
+                row
+                for row in measured
+                if row.k == ks[0] and row.sizes == shapes[0] and row.work is forward
+            ],
+            plot,
+        )
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
@@ -178,7 +212,12 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("experts")
     for axis in axes[:, 0]:
         axis.set_ylabel("ms, forward")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(STYLES), frameon=False)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="lower center",
+        ncols=len(STYLES),
+        frameon=False,
+    )
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=110)
 

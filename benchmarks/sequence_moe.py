@@ -1,12 +1,14 @@
-"""A sequence MoE against its own experts, each alone: prefill and decoding, side by side in one run.
+"""A sequence MoE against its own experts, each alone: prefill and decoding, side by side in one
+run.
 
     python benchmarks/sequence_moe.py                # CPU, a few minutes
     python benchmarks/sequence_moe.py --device cuda
 
-Four random Llamas become one model with `embedding: separate`. The limit of a prefill with perplexity routing is one
-prefill of each source, logits of the whole prompt included, since every expert has to score it; ours then gives logits
-of the last token, as in `generate`. The limit of decoding with K experts is a step of each of K sources. Competitors
-take turns, and the best of their runs counts; memory is the peak beyond what is held before.
+Four random Llamas become one model with `embedding: separate`. The limit of a prefill with
+perplexity routing is one prefill of each source, logits of the whole prompt included, since every
+expert has to score it; ours then gives logits of the last token, as in `generate`. The limit of
+decoding with K experts is a step of each of K sources. Competitors take turns, and the best of
+their runs counts; memory is the peak beyond what is held before.
 """
 
 import sys
@@ -30,7 +32,11 @@ EXPERTS = ("base", "math", "code", "law")
 
 def make_sources(root: Path, layers: int) -> None:
     config = LlamaConfig(
-        vocab_size=16_000, hidden_size=512, intermediate_size=1408, num_hidden_layers=layers, num_attention_heads=8
+        vocab_size=16_000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
     )
     for seed, name in enumerate(EXPERTS):
         torch.manual_seed(seed)
@@ -45,7 +51,11 @@ def merge(root: Path, routing: str, chosen: int) -> Path:
             "merge_method": "seq_moe",
             "base_model": str(root / "base"),
             "models": [{"model": str(root / name)} for name in EXPERTS],
-            "parameters": {"routing": routing, "embedding": "separate", "experts_per_sequence": chosen},
+            "parameters": {
+                "routing": routing,
+                "embedding": "separate",
+                "experts_per_sequence": chosen,
+            },
         }
     )
     out = root / f"{routing}-{chosen}"
@@ -95,17 +105,30 @@ def main(device: str, layers: int, batch: int, prompt: int, rounds: int) -> None
         root = Path(folder)
         make_sources(root, layers)
         sources = [load(root / name, device) for name in EXPERTS]
-        ids = torch.randint(0, 16_000, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-        click.echo(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32")
-        click.echo(f"{len(EXPERTS)} experts of {sources[0].num_parameters() / 1e6:.0f} M, {batch} x {prompt} tokens")
+        ids = torch.randint(
+            0, 16_000, (batch, prompt), generator=torch.Generator().manual_seed(0)
+        ).to(device)
+        click.echo(
+            f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32"
+        )
+        click.echo(
+            f"{len(EXPERTS)} experts of {sources[0].num_parameters() / 1e6:.0f} M, {batch} x "
+            f"{prompt} tokens"
+        )
         click.echo(f"{'':34}{'ms':>9}{'limit ms':>10}{'/ limit':>9}{'MB':>8}{'limit MB':>10}")
         for routing, chosen in (("perplexity", 1), ("perplexity", 2), ("task_vector", 1)):
             model = load(merge(root, routing, chosen), device)
             alone = partial(run_all, [partial(source, ids, use_cache=True) for source in sources])
-            show(f"prefill, {routing}, K = {chosen}", *measure(partial(prefill, model, ids), alone, device, rounds))
+            show(
+                f"prefill, {routing}, K = {chosen}",
+                *measure(partial(prefill, model, ids), alone, device, rounds),
+            )
             if routing == "perplexity":
                 alone = partial(run_all, [decoding(source, ids) for source in sources[:chosen]])
-                show(f"decoding, K = {chosen}", *measure(decoding(model, ids), alone, device, rounds * 4))
+                show(
+                    f"decoding, K = {chosen}",
+                    *measure(decoding(model, ids), alone, device, rounds * 4),
+                )
 
 
 def prefill(model: Any, ids: torch.Tensor) -> None:
@@ -121,8 +144,8 @@ def run_all(works: Sequence[Callable[[], object]]) -> None:
 def show(what: str, seconds: dict[str, float], extra: dict[str, int]) -> None:
     ours, limit = seconds["ours"], seconds["limit"]
     click.echo(
-        f"{what:34}{ours * 1e3:9.1f}{limit * 1e3:10.1f}{ours / limit:9.2f}{extra['ours'] / 1e6:8.0f}"
-        f"{extra['limit'] / 1e6:10.0f}"
+        f"{what:34}{ours * 1e3:9.1f}{limit * 1e3:10.1f}{ours / limit:9.2f}"
+        f"{extra['ours'] / 1e6:8.0f}{extra['limit'] / 1e6:10.0f}"
     )
 
 

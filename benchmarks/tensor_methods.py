@@ -1,11 +1,12 @@
 """Our tensor methods against mergekit's, on one matrix, side by side in one process.
 
-    python benchmarks/tensor_methods.py                 # 4096 x 11008; some minutes, most of them mergekit's sort
-    python benchmarks/tensor_methods.py --device cuda
+    python benchmarks/tensor_methods.py                 # 4096 x 11008; some minutes, most of them
+    mergekit's sort python benchmarks/tensor_methods.py --device cuda
     python benchmarks/tensor_methods.py --write docs    # also docs/kernels.md and docs/kernels.png
 
-Seconds are the best of up to five runs after a warm-up. Extra memory is the peak beyond what is held before, in
-units of one input tensor, the result included. `copy` reads and writes all inputs once, the least that any merge does.
+Seconds are the best of up to five runs after a warm-up. Extra memory is the peak beyond what is
+held before, in units of one input tensor, the result included. `copy` reads and writes all inputs
+once, the least that any merge does.
 
 (Not called kernels.py: transformers imports a module of that name, and would find this one.)
 """
@@ -56,7 +57,9 @@ def _copy(tensors: list[torch.Tensor], target: torch.Tensor) -> None:
 
 
 def _merge(tensors: list[torch.Tensor], method: str) -> torch.Tensor:
-    return merge_tensors(tensors, method, base_index=0, parameters={"weight": 1.0, "density": DENSITY})
+    return merge_tensors(
+        tensors, method, base_index=0, parameters={"weight": 1.0, "density": DENSITY}
+    )
 
 
 def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Path) -> None:
@@ -67,8 +70,13 @@ def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Pa
 
     lines = [f"# Kernels\n\n{title}. Made by `python benchmarks/tensor_methods.py --write docs`.\n"]
     lines.append("![Seconds of each method](kernels.png)\n")
-    lines.append("| | dtype | sources | seconds | extra memory (tensors) |\n|---|---|---:|---:|---:|")
-    lines += [f"| {name} | {dtype} | {n} | {seconds:.3f} | {extra:.2f} |" for name, dtype, n, seconds, extra in rows]
+    lines.append(
+        "| | dtype | sources | seconds | extra memory (tensors) |\n|---|---|---:|---:|---:|"
+    )
+    lines += [
+        f"| {name} | {dtype} | {n} | {seconds:.3f} | {extra:.2f} |"
+        for name, dtype, n, seconds, extra in rows
+    ]
     (folder / "kernels.md").write_text("\n".join(lines) + "\n")
 
     shown = ("copy", *METHODS)
@@ -76,8 +84,16 @@ def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Pa
     for axis, dtype in zip(axes, DTYPES, strict=True):
         for index, name in enumerate(shown):
             seconds = [row[3] for row in rows if row[0] == name and row[1] == dtype]
-            axis.bar([group + (index - 2) * 0.17 for group in range(3)], seconds, width=0.16, label=name)
-        axis.set(title=dtype, yscale="log", xlabel="sources", xticks=range(3), xticklabels=["1", "3", "8"])
+            axis.bar(
+                [group + (index - 2) * 0.17 for group in range(3)], seconds, width=0.16, label=name
+            )
+        axis.set(
+            title=dtype,
+            yscale="log",
+            xlabel="sources",
+            xticks=range(3),
+            xticklabels=["1", "3", "8"],
+        )
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("seconds (log scale)")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
@@ -89,10 +105,17 @@ def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Pa
 @click.option("--rows", default=4096, show_default=True)
 @click.option("--columns", default=11008, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--write", "folder", type=click.Path(file_okay=False, path_type=Path), help="for kernels.md and .png")
+@click.option(
+    "--write",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="for kernels.md and .png",
+)
 def main(rows: int, columns: int, device: str, folder: Path | None) -> None:
     where = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads of {os.uname()[4]}"
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{torch.get_num_threads()} threads of {os.uname()[4]}"
     )
     title = f"{rows} x {columns}, density {DENSITY}, torch {torch.__version__}, {where}"
     click.echo(title)

@@ -1,14 +1,16 @@
-"""Weight-ensembling MLPs against a loop over samples, as the papers' public code has it, and against a plain MLP.
+"""Weight-ensembling MLPs against a loop over samples, as the papers' public code has it, and
+against a plain MLP.
 
     python benchmarks/wemoe.py                # CPU, some minutes
     python benchmarks/wemoe.py --real         # a whole SmolLM2-135M in place of a small decoder
     python benchmarks/wemoe.py --device cuda
 
-First the blocks of a ViT-B (hidden 768, eight tasks) on 50 tokens per image: the loop merges the weights of each
-sample's MLP, task vector by task vector, and calls it on that sample; `sparse` keeps a tenth of each vector. Then the
-same with gradients of the routers. Then a decoder, three tasks: prefill, and one token after it, when coefficients
-are frozen; what vectors take on disk. Last what the choice between the ways of `EnsembledLinear` rests on. Task
-vectors are random. Competitors take turns, the best of their runs counts, and memory is the peak beyond what is held
+First the blocks of a ViT-B (hidden 768, eight tasks) on 50 tokens per image: the loop merges the
+weights of each sample's MLP, task vector by task vector, and calls it on that sample; `sparse`
+keeps a tenth of each vector. Then the same with gradients of the routers. Then a decoder, three
+tasks: prefill, and one token after it, when coefficients are frozen; what vectors take on disk.
+Last what the choice between the ways of `EnsembledLinear` rests on. Task vectors are random.
+Competitors take turns, the best of their runs counts, and memory is the peak beyond what is held
 before.
 """
 
@@ -24,7 +26,14 @@ import torch
 from measuring import best_in_turn, peak_extra_bytes
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 from mergekit_moe_ext.modeling import wemoe_products
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
@@ -46,7 +55,11 @@ class Looped(nn.Module):
     def __init__(self, ensembled: Any, stock: nn.Module, router: nn.Module) -> None:
         super().__init__()
         self.stock, self.router = stock, router
-        self.linears = {name: part for name, part in ensembled.named_modules() if isinstance(part, EnsembledLinear)}
+        self.linears = {
+            name: part
+            for name, part in ensembled.named_modules()
+            if isinstance(part, EnsembledLinear)
+        }
 
     def forward(self, hidden: Tensor) -> Tensor:
         coefficients = self.router(hidden).mean(dim=1)
@@ -69,7 +82,9 @@ def looped(plain: Any, ensembled: Any) -> Any:
     model = copy.deepcopy(plain)
     for index, name in enumerate(ensembled.ensembling.groups):
         parent, _, last = name.rpartition(".")
-        loop = Looped(ensembled.get_submodule(name), model.get_submodule(name), ensembled.routers[str(index)])
+        loop = Looped(
+            ensembled.get_submodule(name), model.get_submodule(name), ensembled.routers[str(index)]
+        )
         setattr(model.get_submodule(parent), last, loop)
     return model
 
@@ -89,7 +104,11 @@ def draw(module: EnsembledLinear) -> None:
 def ensembled(plain: Any, tasks: int, sparse: bool = False) -> Any:
     """The same model with task vectors on its MLPs, of which routers alone are trained."""
     groups = ensembled_groups(plain, "mlp", None)
-    sizes = {name: plain.get_submodule(name).weight.numel() for names in groups.values() for name in names}
+    sizes = {
+        name: plain.get_submodule(name).weight.numel()
+        for names in groups.values()
+        for name in names
+    }
     kept = {name: round(KEPT * size) for name, size in sizes.items()} if sparse else {}
     experts = [f"task{index}" for index in range(tasks)]
     values = {key: value for key, value in plain.config.to_dict().items() if key != "model_type"}
@@ -123,13 +142,25 @@ def show(what: str, works: Mapping[str, Callable[[], object]], device: str, seco
     best = best_in_turn(works, device, seconds)
     for name in works:
         times = "" if name == "ours" else f"{best[name] / best['ours']:6.2f} times ours"
-        click.echo(f"{what:34}{name:8}{best[name] * 1e3:10.2f} ms {extra[name] / 1e6:7.0f} MB{times}")
+        click.echo(
+            f"{what:34}{name:8}{best[name] * 1e3:10.2f} ms {extra[name] / 1e6:7.0f} MB{times}"
+        )
 
 
 def show_images(device: str, layers: int, seconds: float, batches: tuple[int, ...]) -> None:
-    plain = ViTModel(ViTConfig(num_hidden_layers=layers, patch_size=32)).to(device).eval().requires_grad_(False)
+    plain = (
+        ViTModel(ViTConfig(num_hidden_layers=layers, patch_size=32))
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+    )
     ours = ensembled(plain, 8)
-    models = {"ours": ours, "sparse": ensembled(plain, 8, sparse=True), "loop": looped(plain, ours), "plain": plain}
+    models = {
+        "ours": ours,
+        "sparse": ensembled(plain, 8, sparse=True),
+        "loop": looped(plain, ours),
+        "plain": plain,
+    }
     for batch in batches:
         images = torch.randn(batch, 3, 224, 224, device=device)
         works = {name: partial(model, images) for name, model in models.items()}
@@ -145,9 +176,19 @@ def show_decoder(plain: Any, device: str, seconds: float) -> None:
     ids = torch.randint(0, plain.config.vocab_size, (1, 256), device=device)
     models = {"ours": ours, "sparse": sparse, "loop": looped(plain, ours), "plain": plain}
     what = f"decoder, {plain.config.num_hidden_layers} blocks"
-    show(f"{what}, 256 tokens", {name: partial(model, ids) for name, model in models.items()}, device, seconds)
+    show(
+        f"{what}, 256 tokens",
+        {name: partial(model, ids) for name, model in models.items()},
+        device,
+        seconds,
+    )
     models.pop("loop")
-    show(f"{what}, one more", {name: decoding(model, ids) for name, model in models.items()}, device, seconds)
+    show(
+        f"{what}, one more",
+        {name: decoding(model, ids) for name, model in models.items()},
+        device,
+        seconds,
+    )
     dense, few = (
         sum(each.nbytes for name, each in model.state_dict().items() if name.endswith(STORED))
         for model in (ours, sparse)
@@ -165,18 +206,35 @@ def show_rule(device: str, seconds: float) -> None:
     for kept in (None, int(KEPT * 768 * 3072)):
         linear = EnsembledLinear(nn.Linear(768, 3072).to(device), 8, kept, "", Current())
         draw(linear)
-        for samples, tokens in ((samples, tokens) for samples in (1, 16) for tokens in (1, 2, 4, 8, 16)):
-            x, c = torch.randn(samples, tokens, 768, device=device), torch.rand(samples, 8, device=device)
-            ways = {name: partial(way, linear, x, c, most) for name, most in (("merged", 0), ("products", 10**6))}
+        for samples, tokens in (
+            (samples, tokens) for samples in (1, 16) for tokens in (1, 2, 4, 8, 16)
+        ):
+            x, c = (
+                torch.randn(samples, tokens, 768, device=device),
+                torch.rand(samples, 8, device=device),
+            )
+            ways = {
+                name: partial(way, linear, x, c, most)
+                for name, most in (("merged", 0), ("products", 10**6))
+            }
             best = best_in_turn(ways, device, seconds)
             times = "  ".join(f"{name} {best[name] * 1e3:8.2f} ms" for name in best)
-            click.echo(f"{'dense' if kept is None else 'sparse':7}{samples:3} samples x {tokens:2} tokens  {times}")
+            click.echo(
+                f"{'dense' if kept is None else 'sparse':7}{samples:3} samples x {tokens:2} "
+                f"tokens  {times}"
+            )
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--layers", default=2, show_default=True, help="Blocks of the models that are not real.")
-@click.option("--real", is_flag=True, help="Measure SmolLM2-135M, and nothing else; fetched where it is not yet.")
+@click.option(
+    "--layers", default=2, show_default=True, help="Blocks of the models that are not real."
+)
+@click.option(
+    "--real",
+    is_flag=True,
+    help="Measure SmolLM2-135M, and nothing else; fetched where it is not yet.",
+)
 @click.option("--seconds", default=10.0, show_default=True, help="Of each comparison.")
 @click.option("--batch", "batches", type=int, multiple=True, default=[1, 16, 64], show_default=True)
 def main(device: str, layers: int, real: bool, seconds: float, batches: tuple[int, ...]) -> None:
@@ -184,10 +242,17 @@ def main(device: str, layers: int, real: bool, seconds: float, batches: tuple[in
     click.echo(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32")
     with torch.no_grad():
         if real:
-            show_decoder(AutoModelForCausalLM.from_pretrained(smollm2()).to(device).eval(), device, seconds)
+            show_decoder(
+                AutoModelForCausalLM.from_pretrained(smollm2()).to(device).eval(), device, seconds
+            )
             return
         show_images(device, layers, seconds, batches)
-        sizes = {"vocab_size": 8000, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+        sizes = {
+            "vocab_size": 8000,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+        }
         config = LlamaConfig(**sizes, num_hidden_layers=layers)
         show_decoder(LlamaForCausalLM(config).to(device).eval(), device, seconds)
         show_rule(device, min(seconds, 2.0))

@@ -1,16 +1,19 @@
-"""CAEM on real weights: three fine-tunes of one mixture of experts become one, by entropy and by a fixed ratio.
+"""CAEM on real weights: three fine-tunes of one mixture of experts become one, by entropy and by a
+fixed ratio.
 
     python examples/caem_tasks.py --output caem/
 
 1. Upcycle SmolLM2-135M-Instruct into a mixture of four copies of its FFNs (`moe_linear`).
-2. Fine-tune all of it shortly on bible, music and code: three mixtures of one family, each for its own task.
+2. Fine-tune all of it shortly on bible, music and code: three mixtures of one family, each for its
+own task.
 3. Count which experts each uses on texts of its task (`mergekit-moe-ext usage`).
-4. Merge them into one of eight experts per layer with `merge_method: caem`: allotted by entropy, and 2:3:3 as in the
+4. Merge them into one of eight experts per layer with `merge_method: caem`: allotted by entropy,
+and 2:3:3 as in the
    paper's ablation; draw the first (`allocation.png`, as `mergekit-moe-ext plan --plot` does).
 5. Fine-tune both shortly on all three tasks, and print the held-out losses before and after.
 
-It shows how the pieces fit, not that one allocation is better: one seed, a small model, very little training. Takes
-about half an hour on two cores; `--steps 1` shows that it runs.
+It shows how the pieces fit, not that one allocation is better: one seed, a small model, very little
+training. Takes about half an hour on two cores; `--steps 1` shows that it runs.
 """
 
 import json
@@ -41,7 +44,9 @@ LEARNING_RATE = 1e-4
 
 def run(*command: str | Path) -> str:
     """A command that is installed beside this Python."""
-    program = shutil.which(str(command[0]), path=str(Path(sys.executable).parent)) or str(command[0])
+    program = shutil.which(str(command[0]), path=str(Path(sys.executable).parent)) or str(
+        command[0]
+    )
     click.echo("$ " + " ".join(map(str, command)), err=True)
     done = subprocess.run([program, *map(str, command[1:])], capture_output=True, text=True)
     if done.returncode != 0:
@@ -56,7 +61,9 @@ def merge(folder: Path, name: str, config: dict[str, Any]) -> Path:
     return folder / name
 
 
-def fine_tune(model: Path, output: Path, data: list[str], steps: int, eval_data: list[str]) -> dict[str, Any]:
+def fine_tune(
+    model: Path, output: Path, data: list[str], steps: int, eval_data: list[str]
+) -> dict[str, Any]:
     """Losses before and after, per source of `eval_data`."""
     recipe = Recipe(
         learning_rate=LEARNING_RATE,
@@ -67,13 +74,27 @@ def fine_tune(model: Path, output: Path, data: list[str], steps: int, eval_data:
         held_out=0,
         eval_steps=steps,
     )
-    losses = train(str(model), data, "all", output=str(output), recipe=recipe, reading=READING, eval_data=eval_data)
+    losses = train(
+        str(model),
+        data,
+        "all",
+        output=str(output),
+        recipe=recipe,
+        reading=READING,
+        eval_data=eval_data,
+    )
     return losses or {}
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Of each fine-tuning.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=12,
+    show_default=True,
+    help="Of each fine-tuning.",
+)
 def main(output: Path, steps: int) -> None:
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} is not empty. Remove it, or name another.")
@@ -96,13 +117,19 @@ def main(output: Path, steps: int) -> None:
             documents = texts[name].train[len(texts[name].train) // 2 :]
             rows = blocks(tokenizer, documents, CALIBRATION_BLOCKS)
             calibration = folder / f"{name}-calibration.jsonl"
-            calibration.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
-            usage = count_usage(str(model), [f"{name}={calibration}"], reading=READING, batch_size=2)
+            calibration.write_text(
+                "".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows)
+            )
+            usage = count_usage(
+                str(model), [f"{name}={calibration}"], reading=READING, batch_size=2
+            )
             assert usage is not None  # this is the only process
             usage.write(output / f"{name}.usage.json")
             parameters = {"usage": str(output / f"{name}.usage.json")}
             entries["entropy"].append({"model": str(model), "parameters": parameters})
-            entries["fixed"].append({"model": str(model), "parameters": {**parameters, "experts": FIXED[name]}})
+            entries["fixed"].append(
+                {"model": str(model), "parameters": {**parameters, "experts": FIXED[name]}}
+            )
         rows_of_table, allocation = {}, ""
         for kind, models in entries.items():
             config = {
@@ -113,13 +140,22 @@ def main(output: Path, steps: int) -> None:
             merged = merge(folder, f"caem-{kind}", config)
             if kind == "entropy":
                 config_file = folder / f"caem-{kind}.yml"
-                allocation = run("mergekit-moe-ext", "plan", config_file, "--plot", output / "allocation.png")
+                allocation = run(
+                    "mergekit-moe-ext", "plan", config_file, "--plot", output / "allocation.png"
+                )
             click.echo(f"fine-tuning the merged model ({kind})", err=True)
-            losses = fine_tune(merged, folder / f"tuned-{kind}", files["train"], steps, files["held_out"])
+            losses = fine_tune(
+                merged, folder / f"tuned-{kind}", files["train"], steps, files["held_out"]
+            )
             for index, when in enumerate(("merged", "and fine-tuned")):
-                rows_of_table[f"{kind}, {when}"] = {name: both[index] for name, both in losses.items()}
+                rows_of_table[f"{kind}, {when}"] = {
+                    name: both[index] for name, both in losses.items()
+                }
     tokens = BLOCK * BATCH * steps
-    text = f"Held-out loss ({tokens} tokens of mixed fine-tuning)\n\n{table(rows_of_table)}\n\n{allocation}"
+    text = (
+        f"Held-out loss ({tokens} tokens of mixed "
+        f"fine-tuning)\n\n{table(rows_of_table)}\n\n{allocation}"
+    )
     (output / "results.txt").write_text(text)
     click.echo(text)
 

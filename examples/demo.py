@@ -2,14 +2,17 @@
 
     python examples/demo.py
 
-1. Fetch SmolLM2-135M-Instruct, and texts of three domains: bible, music (ABC notation), code (Python).
+1. Fetch SmolLM2-135M-Instruct, and texts of three domains: bible, music (ABC notation), code
+(Python).
 2. Fine-tune one LoRA adapter per domain, with PEFT and the Hugging Face Trainer.
-3. Merge the model and its three fine-tunes into a mixture of four experts: `mergekit-yaml`, the command
+3. Merge the model and its three fine-tunes into a mixture of four experts: `mergekit-yaml`, the
+command
    of mergekit, with `merge_method: moe_ties`, the merge method of this package.
 4. Train the gates of the result: `mergekit-moe-ext train`, and load it with transformers alone.
 5. Print the held-out perplexity of all of them.
 
-The models and adapters are fetched and trained once, and then kept (`benchmarks/real_data.py` says where).
+The models and adapters are fetched and trained once, and then kept (`benchmarks/real_data.py` says
+where).
 """
 
 import hashlib
@@ -74,7 +77,9 @@ PROMPTS = {
 
 
 def blocks(tokenizer: Any, documents: list[str], count: int) -> torch.Tensor:
-    """The first `count` blocks of the documents, joined by the end-of-text token: (count, BLOCK) ids."""
+    """The first `count` blocks of the documents, joined by the end-of-text token: (count, BLOCK)
+    ids.
+    """
     ids: list[int] = []
     for document in documents:
         ids += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
@@ -89,7 +94,9 @@ def held_out_blocks(tokenizer: Any, texts: dict[str, Domain]) -> dict[str, torch
 
 @torch.inference_mode()
 def perplexities(model: Any, held_out: dict[str, torch.Tensor], bar: tqdm) -> dict[str, float]:
-    """Per domain, the exponential of the mean loss over all tokens that have one before them in the block."""
+    """Per domain, the exponential of the mean loss over all tokens that have one before them in the
+    block.
+    """
     model.eval()
     result = {}
     for name, sequences in held_out.items():
@@ -133,13 +140,22 @@ def train(model: Any, data: torch.Tensor, recipe: Recipe, bar: tqdm, optimizer: 
         )
         examples: Any = [{"input_ids": ids, "labels": ids} for ids in data]
         callbacks: Any = [Progress(bar)]
-        trainer = Trainer(model, arguments, train_dataset=examples, callbacks=callbacks, optimizers=(optimizer, None))
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=examples,
+            callbacks=callbacks,
+            optimizers=(optimizer, None),
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
 
-def make_source(name: str, folder: Path, base: Path, texts: dict[str, Domain], line: int, quiet: bool) -> None:
-    """Fine-tunes the base model on a domain, unless `name` is "base", and measures it on every domain.
+def make_source(
+    name: str, folder: Path, base: Path, texts: dict[str, Domain], line: int, quiet: bool
+) -> None:
+    """Fine-tunes the base model on a domain, unless `name` is "base", and measures it on every
+    domain.
 
     Writes the adapter and its perplexities to `folder`. Runs in a process of its own.
     """
@@ -161,13 +177,17 @@ def make_source(name: str, folder: Path, base: Path, texts: dict[str, Domain], l
 
 
 def start_worker(lock: Any) -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about what peft does
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # of transformers, about what peft does
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
     tqdm.set_lock(lock)  # so that the bars of two processes do not mix
     transformers.utils.logging.disable_progress_bar()
 
 
-def make_sources(folders: dict[str, Path], base: Path, texts: dict[str, Domain], quiet: bool) -> None:
+def make_sources(
+    folders: dict[str, Path], base: Path, texts: dict[str, Domain], quiet: bool
+) -> None:
     """Makes the sources that are not there yet.
 
     Some at a time, which share the cores.
@@ -206,10 +226,17 @@ dtype: float32
 def merge(output: Path, base: Path, folders: dict[str, Path], quiet: bool) -> None:
     """Writes `config.yml` and runs `mergekit-yaml config.yml moe` on it."""
     (output / "config.yml").write_text(CONFIG.format(**{**folders, "base": base}))
-    # mergekit takes a merged LoRA that it finds in its cache without looking at the LoRA: begin with none.
+    # mergekit takes a merged LoRA that it finds in its cache without looking at the LoRA: begin
+    # with none.
     with tempfile.TemporaryDirectory(dir=output) as merged_loras:
         command = [str(output / "config.yml"), str(output / "moe")]
-        command += ["--lora-merge-cache", merged_loras, "--random-seed", str(SEED), *(["--quiet"] if quiet else [])]
+        command += [
+            "--lora-merge-cache",
+            merged_loras,
+            "--random-seed",
+            str(SEED),
+            *(["--quiet"] if quiet else []),
+        ]
         run_command("mergekit-yaml", command, quiet)
 
 
@@ -226,19 +253,43 @@ def run_command(name: str, arguments: list[str], quiet: bool) -> None:
 
 
 def train_gates(output: Path, tokenizer: Any, texts: dict[str, Domain], quiet: bool) -> None:
-    """Writes files to train on, all domains in equal parts, and runs `mergekit-moe-ext train` on them.
+    """Writes files to train on, all domains in equal parts, and runs `mergekit-moe-ext train` on
+    them.
 
     The documents come from the end of the list, where no fine-tune has read.
     """
-    command = ["train", str(output / "moe"), "--train", "gates", "--output-dir", str(output / "moe-trained")]
+    command = [
+        "train",
+        str(output / "moe"),
+        "--train",
+        "gates",
+        "--output-dir",
+        str(output / "moe-trained"),
+    ]
     for name in DOMAINS:
-        rows = blocks(tokenizer, texts[name].train[::-1], GATE_TRAINING.steps * GATE_TRAINING.batch // len(DOMAINS))
+        rows = blocks(
+            tokenizer,
+            texts[name].train[::-1],
+            GATE_TRAINING.steps * GATE_TRAINING.batch // len(DOMAINS),
+        )
         path = output / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
         command += ["--data", str(path)]
-    command += ["--max-length", str(BLOCK), "--max-steps", str(GATE_TRAINING.steps), "--held-out", "0"]
+    command += [
+        "--max-length",
+        str(BLOCK),
+        "--max-steps",
+        str(GATE_TRAINING.steps),
+        "--held-out",
+        "0",
+    ]
     command += ["--per-device-train-batch-size", str(GATE_TRAINING.batch), "--seed", str(SEED)]
-    command += ["--learning-rate", str(GATE_TRAINING.learning_rate), "--lr-scheduler-type", "cosine"]
+    command += [
+        "--learning-rate",
+        str(GATE_TRAINING.learning_rate),
+        "--lr-scheduler-type",
+        "cosine",
+    ]
     command += ["--warmup-steps", "3", *(["--quiet"] if quiet else [])]
     run_command("mergekit-moe-ext", command, quiet)
 
@@ -264,7 +315,9 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 def prepare_output(output: Path) -> None:
-    """An empty directory; one that this demo wrote is replaced, any other that is not empty is refused."""
+    """An empty directory; one that this demo wrote is replaced, any other that is not empty is
+    refused.
+    """
     marker = output / ".written-by-mergekit-moe-ext-demo"
     if output.is_dir() and any(output.iterdir()):
         if not marker.exists():
@@ -280,7 +333,8 @@ def prepare_output(output: Path) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("demo-output"),
     show_default=True,
-    help="Where the config and the models are written (3 GB). The demo's own old output is replaced.",
+    help="Where the config and the models are written (3 GB). The demo's own old output is "
+    "replaced.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def main(output: Path, quiet: bool) -> None:
@@ -303,7 +357,9 @@ def main(output: Path, quiet: bool) -> None:
     key = hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()[:12]
     folders = {name: cache_dir() / f"demo-{key}" / name for name in [*DOMAINS, "base"]}
     make_sources(folders, base, texts, quiet)
-    of_sources = {name: json.loads((path / "perplexity.json").read_text()) for name, path in folders.items()}
+    of_sources = {
+        name: json.loads((path / "perplexity.json").read_text()) for name, path in folders.items()
+    }
 
     click.echo("3. Merge", err=True)
     merge(output, base, folders, quiet)
@@ -322,12 +378,15 @@ def main(output: Path, quiet: bool) -> None:
     rows = {"base model": of_sources["base"]}
     rows |= {f"fine-tuned on {name}": of_sources[name] for name in DOMAINS}
     rows |= {"mixture, random gates": before, "mixture, trained gates": after}
-    click.echo("\nPerplexity on held-out documents (lower is better; * is the best of its column)\n")
+    click.echo(
+        "\nPerplexity on held-out documents (lower is better; * is the best of its column)\n"
+    )
     click.echo(table(rows))
     click.echo(
         f"\nBase model: SmolLM2-135M-Instruct, dequantised from Q4_1. Held out: "
         f"{HELD_OUT_BLOCKS * BLOCK} tokens per domain. Seed {SEED}, one run.\n"
-        f"Code is the standard library of Python {sys.version.split()[0]}. The learning rate of the gates was "
+        f"Code is the standard library of Python {sys.version.split()[0]}. The learning rate of "
+        "the gates was "
         f"chosen on a part\nof the same held-out text, so the last row is a little optimistic."
     )
     click.echo("\nThe trained mixture goes on, greedily, from the prompt before the |:")

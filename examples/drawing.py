@@ -37,7 +37,9 @@ def check_new_figure(path: Path) -> None:
 
 def heat_map(axes: Any, shares: Sequence[Sequence[float]], highest: float) -> Any:
     """A row per layer, a column per expert, from 0 to `highest`."""
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
+    image = axes.imshow(
+        shares, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest"
+    )
     columns, rows = len(shares[0]), len(shares)
     axes.set_xticks(range(columns) if columns <= 16 else range(0, columns, columns // 8))
     axes.set_yticks(range(0, rows, max(1, rows // 8)))

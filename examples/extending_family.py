@@ -56,7 +56,10 @@ LFM2_MOE = Upcycling(
     stacks=(
         Stack(
             ffn=FFN,
-            experts={f"{FFN}.{name}.weight": f"{FFN}.experts.{{expert}}.{name}.weight" for name in ("w1", "w2", "w3")},
+            experts={
+                f"{FFN}.{name}.weight": f"{FFN}.experts.{{expert}}.{name}.weight"
+                for name in ("w1", "w2", "w3")
+            },
             gate=f"{FFN}.gate.weight",
         ),
     ),

@@ -36,7 +36,9 @@ MOE = "model.layers.{layer}.block_sparse_moe"
 class PoolOptions(MethodOptions):
     """What may stand under `parameters:` of the merge, beside the shared method's own."""
 
-    shared: str = Field("linear", description="Tensor method that merges all but experts and gates.")
+    shared: str = Field(
+        "linear", description="Tensor method that merges all but experts and gates."
+    )
     experts_per_token: int | None = Field(
         None, ge=1, description="Experts that a token passes; as in the first model if not given."
     )
@@ -103,7 +105,11 @@ class Pool(StructuralMethod):
             loads = tuple(job.load(model, gate, str(dtype)) for model in job.experts)
             computed[gate] = JoinedRows(loads=loads, shape=(target, config.hidden_size))
         of_donor = manifests[job.donor]
-        shared = {name: of_donor.shared_tensor(name) for name in of_donor.shapes if ".block_sparse_moe." not in name}
+        shared = {
+            name: of_donor.shared_tensor(name)
+            for name in of_donor.shapes
+            if ".block_sparse_moe." not in name
+        }
         return Plan(
             config=config,
             num_experts=config.num_local_experts,

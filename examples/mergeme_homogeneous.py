@@ -2,16 +2,20 @@
 
     python examples/mergeme_homogeneous.py --output mergeme/
 
-1. Continue the pretraining of SmolLM2-135M-Instruct on bible, music (ABC notation) and code (Python): three
+1. Continue the pretraining of SmolLM2-135M-Instruct on bible, music (ABC notation) and code
+(Python): three
    experts. They are trained once and kept.
-2. Per seed, merge base and experts into a mixture of four: BTX, TIES, DARE, and sparse upcycling (of the base alone).
+2. Per seed, merge base and experts into a mixture of four: BTX, TIES, DARE, and sparse upcycling
+(of the base alone).
 3. Train each with the same tokens of all three domains, and BTX once more with its gates alone.
-4. Write the held-out losses (`results.json`, `table.md`), their curves (`figure10.png`), which expert each domain is
+4. Write the held-out losses (`results.json`, `table.md`), their curves (`figure10.png`), which
+expert each domain is
    routed to (`figure5.png`), and which of the paper's orderings hold.
 
-What differs from the paper, besides the size: its rows are accuracies on benchmarks, ours are losses on held-out
-text; and its sparse upcycling trains on as many tokens as the experts and the mixture together, ours on as many as
-the other mixtures. Takes about an hour on two cores; `--steps 2 --seeds 1` shows that it runs.
+What differs from the paper, besides the size: its rows are accuracies on benchmarks, ours are
+losses on held-out text; and its sparse upcycling trains on as many tokens as the experts and the
+mixture together, ours on as many as the other mixtures. Takes about an hour on two cores;
+`--steps 2 --seeds 1` shows that it runs.
 """
 
 import hashlib
@@ -55,14 +59,18 @@ SHARED: dict[str, dict[str, Any]] = {
         "merge_method": "moe_ties",
         "parameters": {"density": 0.8, "weight": 1.0, "normalize": False, "lambda": 1 / 3},
     },
-    "Dare merging": {"merge_method": "moe_dare", "parameters": {"density": 0.8, "weight": 1.0, "lambda": 1 / 3}},
+    "Dare merging": {
+        "merge_method": "moe_dare",
+        "parameters": {"density": 0.8, "weight": 1.0, "lambda": 1 / 3},
+    },
     "MoE upcycling": {"merge_method": "moe_linear"},
 }
 
 
 @dataclass
 class Run:
-    """One trained mixture: held-out losses by domain at each measured step, and routing by domain."""
+    """One trained mixture: held-out losses by domain at each measured step, and routing by
+    domain."""
 
     steps: list[int]
     losses: dict[str, list[float]]
@@ -71,7 +79,9 @@ class Run:
 
 def make_experts(base: Path, texts: dict[str, Domain]) -> dict[str, Path]:
     """The base, and one model per domain with all parameters trained further on it."""
-    key = hashlib.sha256(json.dumps([SMOLLM2.sha256, asdict(EXPERT), BLOCK]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([SMOLLM2.sha256, asdict(EXPERT), BLOCK]).encode()).hexdigest()[
+        :12
+    ]
     folders = {name: cache_dir() / f"mergeme-{key}" / name for name in DOMAINS}
     tokenizer = AutoTokenizer.from_pretrained(base)
     for name, folder in folders.items():
@@ -80,15 +90,22 @@ def make_experts(base: Path, texts: dict[str, Domain]) -> dict[str, Path]:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(base)
         data = blocks(tokenizer, texts[name].train, EXPERT.steps * EXPERT.batch)
-        with written_at_once(folder) as partial, tqdm(total=EXPERT.steps, desc=f"expert {name}") as bar:
+        with (
+            written_at_once(folder) as partial,
+            tqdm(total=EXPERT.steps, desc=f"expert {name}") as bar,
+        ):
             train_dense(model, data, EXPERT, bar)
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     return {"base": base, **folders}
 
 
-def write_texts(folder: Path, tokenizer: Any, texts: dict[str, Domain], steps: int) -> dict[str, list[str]]:
-    """Files to train on, from documents that no expert has read, and to measure on: the `--data` of each."""
+def write_texts(
+    folder: Path, tokenizer: Any, texts: dict[str, Domain], steps: int
+) -> dict[str, list[str]]:
+    """Files to train on, from documents that no expert has read, and to measure on: the `--data` of
+    each.
+    """
     per_domain = -(-steps * BATCH // len(DOMAINS)) + 1
     named: dict[str, list[str]] = {"train": [], "held_out": []}
     for name in DOMAINS:
@@ -98,7 +115,9 @@ def write_texts(folder: Path, tokenizer: Any, texts: dict[str, Domain], steps: i
         ):
             ids = blocks(tokenizer, documents, count)
             path = folder / f"{name}-{part}.jsonl"
-            path.write_text("".join(json.dumps({"text": tokenizer.decode(block)}) + "\n" for block in ids))
+            path.write_text(
+                "".join(json.dumps({"text": tokenizer.decode(block)}) + "\n" for block in ids)
+            )
             named[part].append(f"{name}={path}")
     return named
 
@@ -108,7 +127,9 @@ def merge(row: str, models: dict[str, Path], output: Path, seed: int) -> None:
     run_mergekit(SHARED[row], [models[name] for name in listed], models["base"], output, seed)
 
 
-def run_mergekit(method: dict[str, Any], models: Sequence[Path], base: Path, output: Path, seed: int = 0) -> None:
+def run_mergekit(
+    method: dict[str, Any], models: Sequence[Path], base: Path, output: Path, seed: int = 0
+) -> None:
     """`mergekit-yaml` on a configuration: `method` is its merge method and parameters."""
     config = {
         **method,
@@ -147,13 +168,18 @@ def run(merged: Path, part: Any, named: dict[str, list[str]], seed: int, steps: 
         eval_data=named["held_out"],
     )
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
-    measured = {name: [entry for entry in history if f"eval_{name}_loss" in entry] for name in DOMAINS}
+    measured = {
+        name: [entry for entry in history if f"eval_{name}_loss" in entry] for name in DOMAINS
+    }
     usage = count_usage(str(trained), named["held_out"], reading=READING, batch_size=2)
     assert usage is not None  # this is the only process
     shutil.rmtree(trained)
     return Run(
         steps=[entry["step"] for entry in measured[DOMAINS[0]]],
-        losses={name: [entry[f"eval_{name}_loss"] for entry in entries] for name, entries in measured.items()},
+        losses={
+            name: [entry[f"eval_{name}_loss"] for entry in entries]
+            for name, entries in measured.items()
+        },
         routing={name: routing_probability(usage.tasks[name]) for name in DOMAINS},
     )
 
@@ -164,11 +190,15 @@ def dense_losses(model: Path, tokenizer: Any, texts: dict[str, Domain]) -> dict[
     result = {}
     for name in DOMAINS:
         ids = blocks(tokenizer, texts[name].held_out, HELD_OUT_BLOCKS)
-        result[name] = statistics.mean(network(row[None], labels=row[None]).loss.item() for row in ids)
+        result[name] = statistics.mean(
+            network(row[None], labels=row[None]).loss.item() for row in ids
+        )
     return result
 
 
-def orderings(dense: dict[str, dict[str, float]], rows: dict[str, list[dict[str, float]]]) -> list[str]:
+def orderings(
+    dense: dict[str, dict[str, float]], rows: dict[str, list[dict[str, float]]]
+) -> list[str]:
     """The paper's claims about Table 1, and in how many seeds each holds here."""
 
     def mean(losses: dict[str, float]) -> float:
@@ -178,11 +208,14 @@ def orderings(dense: dict[str, dict[str, float]], rows: dict[str, list[dict[str,
     for name in DOMAINS:
         best = min(dense, key=lambda model: dense[model][name])
         holds = best == f"{name} expert"
-        lines.append(f"{'holds' if holds else 'FAILS'}  on {name} its expert is the best dense model")
+        lines.append(
+            f"{'holds' if holds else 'FAILS'}  on {name} its expert is the best dense model"
+        )
         others = [other for other in DOMAINS if other != name]
         forgets = any(dense[f"{name} expert"][other] > dense["base"][other] for other in others)
         lines.append(
-            f"{'holds' if forgets else 'FAILS'}  the {name} expert forgets: it is worse than the base elsewhere"
+            f"{'holds' if forgets else 'FAILS'}  the {name} expert forgets: it is worse than the "
+            "base elsewhere"
         )
     claims = [
         ("BTX merging", "Random routing"),
@@ -195,7 +228,10 @@ def orderings(dense: dict[str, dict[str, float]], rows: dict[str, list[dict[str,
     for better, worse in claims:
         held = sum(mean(a) < mean(b) for a, b in zip(rows[better], rows[worse], strict=True))
         state = "holds" if held == len(rows[better]) else "FAILS" if held == 0 else "mixed"
-        lines.append(f"{state}  {better} is better than {worse} on average ({held} of {len(rows[better])} seeds)")
+        lines.append(
+            f"{state}  {better} is better than {worse} on average ({held} of {len(rows[better])} "
+            "seeds)"
+        )
     return lines
 
 
@@ -205,7 +241,9 @@ def means(rows: Iterable[Sequence[float]]) -> list[float]:
 
 
 def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
-    """Figure 10: the held-out loss against the tokens of the fine-tuning, the mean and the range over seeds."""
+    """Figure 10: the held-out loss against the tokens of the fine-tuning, the mean and the range
+    over seeds.
+    """
     plt = pyplot()
     figure, panels = plt.subplots(1, len(DOMAINS) + 1, figsize=(3 * (len(DOMAINS) + 1), 3.2))
     for axes, name in zip(panels, [*DOMAINS, "mean"], strict=True):
@@ -218,7 +256,11 @@ def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
                 for run in of_row
             ]
             (line,) = axes.plot(
-                tokens, list(map(statistics.mean, zip(*curves, strict=True))), marker="o", ms=3, label=row
+                tokens,
+                list(map(statistics.mean, zip(*curves, strict=True))),
+                marker="o",
+                ms=3,
+                label=row,
             )
             low, high = (list(map(pick, zip(*curves, strict=True))) for pick in (min, max))
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
@@ -226,7 +268,13 @@ def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
         axes.set_xlabel("tokens")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("held-out loss")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="lower center",
+        ncols=5,
+        frameon=False,
+        fontsize=8,
+    )
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -240,16 +288,25 @@ def draw_routing(runs: dict[str, list[Run]], path: Path) -> None:
     for axes, domain in zip(panels, DOMAINS, strict=True):
         for index, row in enumerate(shown):
             heights = [
-                statistics.mean(run.routing[domain][expert] for run in runs[row]) for expert in range(len(NAMES))
+                statistics.mean(run.routing[domain][expert] for run in runs[row])
+                for expert in range(len(NAMES))
             ]
             width = 0.8 / len(shown)
-            positions = [expert + (index - (len(shown) - 1) / 2) * width for expert in range(len(NAMES))]
+            positions = [
+                expert + (index - (len(shown) - 1) / 2) * width for expert in range(len(NAMES))
+            ]
             axes.bar(positions, heights, width * 0.92, label=row)
         axes.set_xticks(range(len(NAMES)), NAMES)
         axes.set_title(f"text: {domain}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("routing probability")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=8,
+    )
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -257,7 +314,9 @@ def draw_routing(runs: dict[str, list[Run]], path: Path) -> None:
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Of each mixture.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Of each mixture."
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 def main(output: Path, steps: int, seeds: int) -> None:
     if output.is_dir() and any(output.iterdir()):
@@ -271,7 +330,10 @@ def main(output: Path, steps: int, seeds: int) -> None:
         for name, path in models.items()
     }
     runs: dict[str, list[Run]] = {}
-    with tempfile.TemporaryDirectory(dir=output) as scratch, tqdm(total=seeds * 5, desc="mixtures") as bar:
+    with (
+        tempfile.TemporaryDirectory(dir=output) as scratch,
+        tqdm(total=seeds * 5, desc="mixtures") as bar,
+    ):
         named = write_texts(Path(scratch), tokenizer, texts, steps)
         for seed in range(seeds):
             for row in SHARED:
@@ -280,7 +342,9 @@ def main(output: Path, steps: int, seeds: int) -> None:
                 runs.setdefault(row, []).append(run(merged, "all", named, seed, steps))
                 bar.update()
                 if row == "BTX merging":
-                    runs.setdefault("Router fine-tuning", []).append(run(merged, "gates", named, seed, steps))
+                    runs.setdefault("Router fine-tuning", []).append(
+                        run(merged, "gates", named, seed, steps)
+                    )
                     bar.update()
                 shutil.rmtree(merged)
 
@@ -294,15 +358,24 @@ def main(output: Path, steps: int, seeds: int) -> None:
         for row, of_seeds in rows.items()
     }
     claims = orderings(dense, rows)
-    spread = {row: [statistics.mean(of_seed.values()) for of_seed in of_seeds] for row, of_seeds in rows.items()}
+    spread = {
+        row: [statistics.mean(of_seed.values()) for of_seed in of_seeds]
+        for row, of_seeds in rows.items()
+    }
     text = table({**dense, **means})
     text += "\n\nMean over domains, seed by seed:\n"
-    text += "\n".join(f"{row:18}" + "".join(f"{value:9.3f}" for value in values) for row, values in spread.items())
+    text += "\n".join(
+        f"{row:18}" + "".join(f"{value:9.3f}" for value in values) for row, values in spread.items()
+    )
     text += "\n\n" + "\n".join(claims)
     (output / "table.md").write_text(f"```\n{text}\n```\n")
     (output / "results.json").write_text(
         json.dumps(
-            {"dense": dense, "runs": {row: [asdict(run) for run in of_row] for row, of_row in runs.items()}}, indent=1
+            {
+                "dense": dense,
+                "runs": {row: [asdict(run) for run in of_row] for row, of_row in runs.items()},
+            },
+            indent=1,
         )
     )
     draw_curves(runs, output / "figure10.png")

@@ -1,18 +1,22 @@
-"""MergeME's Tables 2 and 3 in small, and with --hetero Table 4: whole experts, of which each sequence chooses some.
+"""MergeME's Tables 2 and 3 in small, and with --hetero Table 4: whole experts, of which each
+sequence chooses some.
 
     python examples/mergeme_sequence.py -o sequence.json --plot sequence.png
     python examples/mergeme_sequence.py --hetero -o hetero.json --plot hetero.png
 
 The base and the three experts are those of `mergeme_homogeneous.py`, trained once and kept.
 
-Without `--hetero` nothing is trained: dense merges, the averaged mixture with random gates, and `seq_moe` with each
-heuristic, attention separate or merged. Held-out loss per domain, and which expert each domain is routed to.
+Without `--hetero` nothing is trained: dense merges, the averaged mixture with random gates, and
+`seq_moe` with each heuristic, attention separate or merged. Held-out loss per domain, and which
+expert each domain is routed to.
 
-With `--hetero` the music expert is another one: a small GPT-2, trained from scratch on music alone, with a tokenizer
-that knows no other words. `hetero_moe` makes one model of it, the base and the bible and code experts. That is trained
-for a few steps, beside two controls: a mixture of the other three, trained on the same texts or on all but the music.
+With `--hetero` the music expert is another one: a small GPT-2, trained from scratch on music alone,
+with a tokenizer that knows no other words. `hetero_moe` makes one model of it, the base and the
+bible and code experts. That is trained for a few steps, beside two controls: a mixture of the other
+three, trained on the same texts or on all but the music.
 
-A sequence chooses by its first 32 tokens, so every loss here, of dense models too, is that of the tokens after them.
+A sequence chooses by its first 32 tokens, so every loss here, of dense models too, is that of the
+tokens after them.
 """
 
 import hashlib
@@ -42,7 +46,13 @@ from real_data import Domain, cache_dir, domains, smollm2, written_at_once
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from mergekit_moe_ext.analysis import coefficients_of_sequences, format_table
 
@@ -70,7 +80,10 @@ HETERO: dict[str, dict[str, str]] = {
     "identity projectors": {"projector_init": "identity"},
     "own embeddings": {"embedding": "separate"},
 }
-CONTROLS = {"3 experts": DOMAINS, "3 experts, no music": ["bible", "code"]}  # what they are trained on
+CONTROLS = {
+    "3 experts": DOMAINS,
+    "3 experts, no music": ["bible", "code"],
+}  # what they are trained on
 # of routers and gates, of projectors, and of what comes from the sources
 LEARNING_RATES = {r"\brouter\.|\.gate\.": 1e-2, r"\.proj_(in|out)\.": 1e-3, "": 1e-4}
 MUSIC = ExpertRecipe(steps=400, batch=8, learning_rate=1e-3)
@@ -78,7 +91,9 @@ GPT2 = {"n_layer": 6, "n_embd": 256, "n_head": 8, "n_positions": 512}
 
 
 def cut_tokenizer(base: Path, documents: list[str]) -> PreTrainedTokenizerFast:
-    """The base's tokenizer without the words that it never makes of the documents. It splits them as before."""
+    """The base's tokenizer without the words that it never makes of the documents. It splits them
+    as before.
+    """
     whole = AutoTokenizer.from_pretrained(base)
     state = json.loads((base / "tokenizer.json").read_text())
     vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
@@ -88,11 +103,16 @@ def cut_tokenizer(base: Path, documents: list[str]) -> PreTrainedTokenizerFast:
     for first, second in reversed(merges):  # a token is made of tokens that were made before
         if first + second in kept:
             kept |= {first, second}
-    state["model"]["vocab"] = {token: i for i, token in enumerate(t for t in vocabulary if t in kept)}
+    state["model"]["vocab"] = {
+        token: i for i, token in enumerate(t for t in vocabulary if t in kept)
+    }
     state["model"]["merges"] = [pair for pair in merges if {*pair, "".join(pair)} <= kept]
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        **{name: getattr(whole, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+        **{
+            name: getattr(whole, name)
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        },
     )
 
 
@@ -107,7 +127,10 @@ def make_music_expert(base: Path, documents: list[str]) -> Path:
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **ends, **GPT2))
     data = blocks(tokenizer, documents, MUSIC.steps * MUSIC.batch)
-    with written_at_once(folder) as partial, tqdm(total=MUSIC.steps, desc="music from scratch") as bar:
+    with (
+        written_at_once(folder) as partial,
+        tqdm(total=MUSIC.steps, desc="music from scratch") as bar,
+    ):
         train_dense(model, data, MUSIC, bar)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -116,16 +139,23 @@ def make_music_expert(base: Path, documents: list[str]) -> Path:
 
 @dataclass
 class Results:
-    """Per row and seed: held-out losses by domain, and by domain the mean coefficient of each expert."""
+    """Per row and seed: held-out losses by domain, and by domain the mean coefficient of each
+    expert.
+    """
 
     losses: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     routing: dict[str, list[dict[str, list[float]]]] = field(default_factory=dict)
 
     @torch.inference_mode()
     def measure(
-        self, row: str, model: Any, held_out: dict[str, Tensor], coefficients: dict[str, Tensor] | None = None
+        self,
+        row: str,
+        model: Any,
+        held_out: dict[str, Tensor],
+        coefficients: dict[str, Tensor] | None = None,
     ) -> None:
-        """The loss after the prefix, one sequence at a time; `coefficients` are a sequence MoE's, by domain.
+        """The loss after the prefix, one sequence at a time; `coefficients` are a sequence MoE's,
+        by domain.
 
         Routing is that of all sequences that there are coefficients for.
         """
@@ -135,16 +165,25 @@ class Results:
             labels = sequences.clone()
             labels[:, :PREFIX] = -100
             chosen = (
-                [{"coefficients": one[None]} for one in coefficients[name]] if coefficients else [{}] * len(labels)
+                [{"coefficients": one[None]} for one in coefficients[name]]
+                if coefficients
+                else [{}] * len(labels)
             )
             losses[name] = statistics.mean(
-                model(input_ids=ids[None], labels=wanted[None], use_cache=False, **choice).loss.item()
+                model(
+                    input_ids=ids[None], labels=wanted[None], use_cache=False, **choice
+                ).loss.item()
                 for ids, wanted, choice in zip(sequences, labels, chosen, strict=False)
             )
-        tqdm.write(f"{row}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()), file=sys.stderr)
+        tqdm.write(
+            f"{row}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()),
+            file=sys.stderr,
+        )
         self.losses.setdefault(row, []).append(losses)
         if coefficients:
-            routing = {name: of_domain.mean(dim=0).tolist() for name, of_domain in coefficients.items()}
+            routing = {
+                name: of_domain.mean(dim=0).tolist() for name, of_domain in coefficients.items()
+            }
             self.routing.setdefault(row, []).append(routing)
 
     def mean_routing(self) -> dict[str, dict[str, list[float]]]:
@@ -163,12 +202,16 @@ class Results:
         repeated = {row: of_seeds for row, of_seeds in self.losses.items() if len(of_seeds) > 1}
         width = max(map(len, repeated), default=0)
         lines = [
-            f"{row:{width}}" + "".join(f"{statistics.mean(losses.values()):9.3f}" for losses in of_seeds)
+            f"{row:{width}}"
+            + "".join(f"{statistics.mean(losses.values()):9.3f}" for losses in of_seeds)
             for row, of_seeds in repeated.items()
         ]
         if lines:
             parts.append("\n".join(["Mean over domains, seed by seed:", *lines]))
-        parts += [f"{row}\n{format_table(experts, routing)}" for row, routing in self.mean_routing().items()]
+        parts += [
+            f"{row}\n{format_table(experts, routing)}"
+            for row, routing in self.mean_routing().items()
+        ]
         return "\n\n".join(parts)
 
 
@@ -177,7 +220,9 @@ def choices(model: Any, routed: dict[str, Tensor]) -> dict[str, Tensor]:
     """By domain the coefficients that a sequence MoE chooses: (sequences, experts)."""
     model.eval()
     return {
-        name: torch.cat([coefficients_of_sequences(model, {"input_ids": some}) for some in sequences.split(4)])
+        name: torch.cat(
+            [coefficients_of_sequences(model, {"input_ids": some}) for some in sequences.split(4)]
+        )
         for name, sequences in routed.items()
     }
 
@@ -185,7 +230,9 @@ def choices(model: Any, routed: dict[str, Tensor]) -> dict[str, Tensor]:
 def largest(coefficients: Tensor, k: int) -> Tensor:
     """What the softmax over the k largest scores is, from the softmax over all."""
     values, experts = coefficients.topk(k, dim=-1)
-    return torch.zeros_like(coefficients).scatter(-1, experts, values / values.sum(dim=-1, keepdim=True))
+    return torch.zeros_like(coefficients).scatter(
+        -1, experts, values / values.sum(dim=-1, keepdim=True)
+    )
 
 
 def load(folder: Path) -> Any:
@@ -223,7 +270,9 @@ def without_training(
             model = load(merged)
             measure_heuristics(results, kind, model, held_out, routed)
             bar.update()
-    results.losses["Oracle: own expert"] = [{name: results.losses[f"{name} expert"][0][name] for name in DOMAINS}]
+    results.losses["Oracle: own expert"] = [
+        {name: results.losses[f"{name} expert"][0][name] for name in DOMAINS}
+    ]
     return results
 
 
@@ -261,21 +310,33 @@ def heterogeneous(
                 method = {"merge_method": "hetero_moe", "parameters": HETERO[row]}
                 run_mergekit(method, list(models.values()), base, merged, seed)
             else:
-                run_mergekit({"merge_method": "moe_linear"}, list(others.values()), base, merged, seed)
+                run_mergekit(
+                    {"merge_method": "moe_linear"}, list(others.values()), base, merged, seed
+                )
             model = load(merged)
             if row == "own embeddings" and seed == 0:
                 measure_untrained(results, model, list(models), held_out, routed)
             data = training_data(tokenizer, texts, CONTROLS.get(row, DOMAINS), steps, seed)
-            results.measure(f"{row}, before", model, held_out, choices(model, routed) if row in HETERO else None)
+            results.measure(
+                f"{row}, before", model, held_out, choices(model, routed) if row in HETERO else None
+            )
             fine_tune(model, data, steps)
-            results.measure(f"{row}, after", model, held_out, choices(model, routed) if row in HETERO else None)
+            results.measure(
+                f"{row}, after", model, held_out, choices(model, routed) if row in HETERO else None
+            )
     return results
 
 
 def measure_untrained(
-    results: Results, model: Any, experts: list[str], held_out: dict[str, Tensor], routed: dict[str, Tensor]
+    results: Results,
+    model: Any,
+    experts: list[str],
+    held_out: dict[str, Tensor],
+    routed: dict[str, Tensor],
 ) -> None:
-    """What needs no router: the music expert alone, through the base's tokenizer, and routing by perplexity."""
+    """What needs no router: the music expert alone, through the base's tokenizer, and routing by
+    perplexity.
+    """
     only_music = torch.tensor([float(name == "music") for name in experts])
     alone = {name: only_music.expand(len(sequences), -1) for name, sequences in held_out.items()}
     results.measure("music expert (GPT-2)", model, held_out, alone)
@@ -285,10 +346,15 @@ def measure_untrained(
     model.config.routing, model.config.experts_per_sequence = learned
 
 
-def training_data(tokenizer: Any, texts: dict[str, Domain], names: Sequence[str], steps: int, seed: int) -> Tensor:
-    """Blocks of documents that no expert has read, as many of each kind, in an order of the seed's."""
+def training_data(
+    tokenizer: Any, texts: dict[str, Domain], names: Sequence[str], steps: int, seed: int
+) -> Tensor:
+    """Blocks of documents that no expert has read, as many of each kind, in an order of the
+    seed's."""
     count = steps * BATCH
-    of_names = [blocks(tokenizer, texts[name].train[::-1], -(-count // len(names))) for name in names]
+    of_names = [
+        blocks(tokenizer, texts[name].train[::-1], -(-count // len(names))) for name in names
+    ]
     mixed = torch.stack(of_names, dim=1).flatten(end_dim=1)[:count]
     return mixed[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
 
@@ -297,8 +363,12 @@ def fine_tune(model: Any, data: Tensor, steps: int) -> None:
     """All parameters, as in the paper."""
     groups: dict[float, list[Tensor]] = {rate: [] for rate in LEARNING_RATES.values()}
     for name, parameter in model.named_parameters():
-        groups[next(rate for part, rate in LEARNING_RATES.items() if re.search(part, name))].append(parameter)
-    optimizer = torch.optim.AdamW([{"params": of_group, "lr": rate} for rate, of_group in groups.items()])
+        groups[next(rate for part, rate in LEARNING_RATES.items() if re.search(part, name))].append(
+            parameter
+        )
+    optimizer = torch.optim.AdamW(
+        [{"params": of_group, "lr": rate} for rate, of_group in groups.items()]
+    )
     with tqdm(total=steps, desc="fine-tuning", leave=False) as bar:
         train_dense(model, data, ExpertRecipe(steps, BATCH, max(groups)), bar, optimizer)
 
@@ -320,9 +390,17 @@ def draw(results: Results, experts: Sequence[str], path: Path) -> None:
         axes.set_title(row, fontsize=8)
         axes.set_xticks(range(len(experts)), experts)
         axes.set_yticks(range(len(DOMAINS)), DOMAINS)
-        for (y, x), share in [((y, x), share) for y, line in enumerate(shares) for x, share in enumerate(line)]:
+        for (y, x), share in [
+            ((y, x), share) for y, line in enumerate(shares) for x, share in enumerate(line)
+        ]:
             axes.text(
-                x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color="white" if share > 0.6 else "black"
+                x,
+                y,
+                f"{share:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if share > 0.6 else "black",
             )
     figure.supxlabel("expert", fontsize=9)
     figure.supylabel("text", fontsize=9)
@@ -332,14 +410,31 @@ def draw(results: Results, experts: Sequence[str], path: Path) -> None:
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option(
-    "--hetero", is_flag=True, help="Table 4: a music expert of another architecture, and a short fine-tuning."
+    "--hetero",
+    is_flag=True,
+    help="Table 4: a music expert of another architecture, and a short fine-tuning.",
 )
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Keep the numbers: *.json.")
 @click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the routing: *.png, *.pdf or *.svg."
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep the numbers: *.json.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Of what is drawn or trained.")
-@click.option("--steps", type=click.IntRange(min=1), default=9, show_default=True, help="Of the fine-tuning.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the routing: *.png, *.pdf or *.svg.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Of what is drawn or trained.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=9, show_default=True, help="Of the fine-tuning."
+)
 @click.option(
     "--held-out",
     "count",
@@ -348,7 +443,9 @@ def draw(results: Results, experts: Sequence[str], path: Path) -> None:
     show_default=True,
     help=f"Sequences of {BLOCK} tokens to measure on, per domain.",
 )
-def main(hetero: bool, output: Path | None, plot: Path | None, seeds: int, steps: int, count: int) -> None:
+def main(
+    hetero: bool, output: Path | None, plot: Path | None, seeds: int, steps: int, count: int
+) -> None:
     if output:
         check_new_file(output)
     if plot:

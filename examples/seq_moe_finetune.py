@@ -1,11 +1,13 @@
-"""Fine-tune a sequence MoE with the Trainer, as MergeME's section 3.2: all parameters, or projectors and router only.
+"""Fine-tune a sequence MoE with the Trainer, as MergeME's section 3.2: all parameters, or
+projectors and router only.
 
     mergekit-yaml hetero.yml out/
-    python examples/seq_moe_finetune.py out/ --data math=math.jsonl --data code=code.jsonl --output out-trained/
+    python examples/seq_moe_finetune.py out/ --data math=math.jsonl --data code=code.jsonl --output
+    out-trained/
 
-Every line of a file is a JSON object with a `text`. The model computes its own loss, which leaves out the tokens by
-which a sequence chose its experts; texts of no more than `routing_tokens` tokens teach it nothing. Runs on many
-processes under `accelerate launch`.
+Every line of a file is a JSON object with a `text`. The model computes its own loss, which leaves
+out the tokens by which a sequence chose its experts; texts of no more than `routing_tokens` tokens
+teach it nothing. Runs on many processes under `accelerate launch`.
 """
 
 from pathlib import Path
@@ -43,20 +45,44 @@ def read(sources: dict[str, str], tokenizer: Any, max_length: int) -> Any:
         return tokenizer(rows["text"], truncation=True, max_length=max_length)
 
     texts = [
-        load_dataset("json", data_files=path, split="train").select_columns(["text"]) for path in sources.values()
+        load_dataset("json", data_files=path, split="train").select_columns(["text"])
+        for path in sources.values()
     ]
     return concatenate_datasets(texts).map(tokenise, batched=True, remove_columns=["text"])
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.argument("model_path", metavar="MODEL")
-@click.option("--data", "data", multiple=True, required=True, metavar="NAME=FILE", help="Texts: jsonl with `text`.")
+@click.option(
+    "--data",
+    "data",
+    multiple=True,
+    required=True,
+    metavar="NAME=FILE",
+    help="Texts: jsonl with `text`.",
+)
 @click.option("--output", type=click.Path(path_type=Path), required=True)
-@click.option("--train", "part", type=click.Choice(list(LEARNING_RATES)), default="projectors", show_default=True)
-@click.option("--learning-rate", type=float, help="Default: 1e-5 for all (MergeME), 1e-3 for projectors.")
+@click.option(
+    "--train",
+    "part",
+    type=click.Choice(list(LEARNING_RATES)),
+    default="projectors",
+    show_default=True,
+)
+@click.option(
+    "--learning-rate", type=float, help="Default: 1e-5 for all (MergeME), 1e-3 for projectors."
+)
 @click.option("--max-steps", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Per process.")
-@click.option("--max-length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a text.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Per process."
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    help="Tokens of a text.",
+)
 @click.option("--seed", type=int, default=42, show_default=True)
 def main(
     model_path: str,
@@ -78,7 +104,9 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(model_path)
-    click.echo(f"training {choose_parameters(model, part):,} of {model.num_parameters():,} parameters")
+    click.echo(
+        f"training {choose_parameters(model, part):,} of {model.num_parameters():,} parameters"
+    )
     arguments = TrainingArguments(
         output_dir=str(output.with_name(f"{output.name}.checkpoints")),
         learning_rate=learning_rate or LEARNING_RATES[part],

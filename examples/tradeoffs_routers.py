@@ -1,20 +1,25 @@
-"""Figure 2 of the Trade-offs paper in small: merging and routing LoRA experts of a real model, three seeds.
+"""Figure 2 of the Trade-offs paper in small: merging and routing LoRA experts of a real model,
+three seeds.
 
     python examples/tradeoffs_routers.py --output tradeoffs/
 
-1. Train LoRA experts of SmolLM2-135M-Instruct, one per domain of text, all from the same initialisation, and the
-   shared expert of the paper: one LoRA on all domains, with as many steps as one expert (with `--long` also one with
-   as many as all of them). They are trained once and kept.
-2. Compose the experts with each router of `peft_routing` (`ROUTED_LORA`), and train the routers that learn on a
+1. Train LoRA experts of SmolLM2-135M-Instruct, one per domain of text, all from the same
+initialisation, and the
+   shared expert of the paper: one LoRA on all domains, with as many steps as one expert (with
+   `--long` also one with as many as all of them). They are trained once and kept.
+2. Compose the experts with each router of `peft_routing` (`ROUTED_LORA`), and train the routers
+that learn on a
    mixture of all domains, without saying which is which.
-3. Write the losses on held-out text (`results.json`, `table.md`), their means (`figure2.png`), and which of the
+3. Write the losses on held-out text (`results.json`, `table.md`), their means (`figure2.png`), and
+which of the
    paper's orderings hold.
 
-A second run with the same settings goes on where the first ended. What differs from the paper: the model (135 M
-parameters, dequantised from 4 bits; the paper's is Phi-2), the tasks (6 domains of running text, not 256 tasks of
-Flan), private experts instead of MBC's, minutes of training at one learning rate per kind of router, and no ensembles.
-`mlp` is not in the paper (it is WEMoE's router); it mixes whole updates, not factors. The range is over seeds, which
-set the order of the router's training data and the start of `mlp`; experts and texts stay the same.
+A second run with the same settings goes on where the first ended. What differs from the paper: the
+model (135 M parameters, dequantised from 4 bits; the paper's is Phi-2), the tasks (6 domains of
+running text, not 256 tasks of Flan), private experts instead of MBC's, minutes of training at one
+learning rate per kind of router, and no ensembles. `mlp` is not in the paper (it is WEMoE's
+router); it mixes whole updates, not factors. The range is over seeds, which set the order of the
+router's training data and the start of `mlp`; experts and texts stay the same.
 
 Takes an estimated 40 minutes on two idle cores, `--domains 4 --steps 10` about half of that;
 `--domains 2 --steps 1 --seeds 1 --expert-steps 2` shows that it runs.
@@ -42,7 +47,16 @@ from demo import Recipe as ExpertRecipe
 from demo import train as train_lora
 from drawing import pyplot
 from peft import LoraConfig, PeftModel, get_peft_model
-from real_data import SMOLLM2, Domain, Unavailable, cache_dir, debian_version, domains, smollm2, written_at_once
+from real_data import (
+    SMOLLM2,
+    Domain,
+    Unavailable,
+    cache_dir,
+    debian_version,
+    domains,
+    smollm2,
+    written_at_once,
+)
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,9 +82,10 @@ class Method:
     learning_rate: float | None = None  # None: nothing is learned
 
 
-# Rates were tried by hand, once, with two experts, 10 steps and other held-out blocks than those that are measured:
-# linear 1e-3 gave 2.821, 1e-2 2.700; layer 1e-2 2.861, 1e-1 2.793; mlp 1e-4 7.237, 1e-3 3.499, 1e-2 2.815 (8.731
-# untrained, where uniform merging has 2.870). The others have the rates of their kind.
+# Rates were tried by hand, once, with two experts, 10 steps and other held-out blocks than those
+# that are measured: linear 1e-3 gave 2.821, 1e-2 2.700; layer 1e-2 2.861, 1e-1 2.793; mlp 1e-4
+# 7.237, 1e-3 3.499, 1e-2 2.815 (8.731 untrained, where uniform merging has 2.870). The others have
+# the rates of their kind.
 METHODS = {
     "uniform": Method("merging", {"router": "uniform", "mixing": "low_rank"}),
     "uniform, full": Method("merging", {"router": "uniform", "mixing": "full"}),
@@ -105,7 +120,11 @@ CLAIMS = [
     ("uniform", SHARED, "4.1: … except for the shared expert"),
     ("linear", SHARED, "4.4: routing beats the shared expert"),
     ("linear", SHARED_LONG, "4.4: … also one that was trained on as much as all experts"),
-    ("uniform, full", "uniform", "B.2: merging whole updates is a little better than merging factors"),
+    (
+        "uniform, full",
+        "uniform",
+        "B.2: merging whole updates is a little better than merging factors",
+    ),
     ("Arrow, top 4", "Arrow, top 1", "B.4: Arrow needs more than one expert"),
 ]
 COLOURS = {"merging": "#4c78a8", "Arrow": "#b8701c", "routing": "#3f8f5f"}
@@ -127,10 +146,14 @@ class Lora:
         return cache_dir() / "tradeoffs" / f"{self.name.replace(', ', '-').replace(' ', '-')}-{key}"
 
 
-def loras(tokenizer: Any, texts: dict[str, Domain], steps: int, long: bool) -> tuple[list[Lora], list[Lora]]:
+def loras(
+    tokenizer: Any, texts: dict[str, Domain], steps: int, long: bool
+) -> tuple[list[Lora], list[Lora]]:
     """The experts, each of its own domain, and the shared ones, of all domains."""
     own = {name: blocks(tokenizer, text.train, steps * BATCH) for name, text in texts.items()}
-    together = torch.stack(list(own.values()), dim=1).flatten(0, 1)  # a block of each domain after another
+    together = torch.stack(list(own.values()), dim=1).flatten(
+        0, 1
+    )  # a block of each domain after another
     shared = [Lora(SHARED, steps, together[: steps * BATCH])]
     if long:
         shared.insert(0, Lora(SHARED_LONG, steps * len(texts), together))
@@ -157,7 +180,9 @@ def held_out_losses(base: Path, adapter: Path | None, held_out: dict[str, torch.
         model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
     return {
-        name: statistics.mean(model(input_ids=row[None], labels=row[None]).loss.item() for row in rows)
+        name: statistics.mean(
+            model(input_ids=row[None], labels=row[None]).loss.item() for row in rows
+        )
         for name, rows in held_out.items()
     }
 
@@ -218,7 +243,9 @@ def measure_routed(
 
 
 def write_texts(folder: Path, tokenizer: Any, texts: dict[str, Domain], steps: int) -> list[str]:
-    """Files for the routers to train on, of documents that no expert has read: the `data` of `train`."""
+    """Files for the routers to train on, of documents that no expert has read: the `data` of
+    `train`.
+    """
     named = []
     for name, text in texts.items():
         rows = blocks(tokenizer, text.train[::-1], -(-steps * BATCH // len(texts)))
@@ -229,13 +256,17 @@ def write_texts(folder: Path, tokenizer: Any, texts: dict[str, Domain], steps: i
 
 
 def cluster(experts: dict[str, Path]) -> dict[str, int]:
-    """Pairs of experts, the most similar ones first, by the cosine of all their LoRA parameters (the paper's 5.3)."""
+    """Pairs of experts, the most similar ones first, by the cosine of all their LoRA parameters
+    (the paper's 5.3).
+    """
     vectors = {}
     for name, path in experts.items():
         tensors = load_file(path / "adapter_model.safetensors")
         vectors[name] = torch.cat([tensors[key].flatten() for key in sorted(tensors)])
     pairs = [(a, b) for a in vectors for b in vectors if a < b]
-    pairs.sort(key=lambda pair: -torch.cosine_similarity(vectors[pair[0]], vectors[pair[1]], dim=0).item())
+    pairs.sort(
+        key=lambda pair: -torch.cosine_similarity(vectors[pair[0]], vectors[pair[1]], dim=0).item()
+    )
     of_expert: dict[str, int] = {}
     for pair in pairs:
         if not of_expert.keys() & set(pair):
@@ -249,11 +280,18 @@ class Results:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         methods = {name: asdict(method) for name, method in METHODS.items()}
-        self.content: dict[str, Any] = {"settings": settings, "methods": methods, "losses": {}, "training_seconds": {}}
+        self.content: dict[str, Any] = {
+            "settings": settings,
+            "methods": methods,
+            "losses": {},
+            "training_seconds": {},
+        }
         if path.exists():
             self.content = json.loads(path.read_text())
             if self.content["settings"] != settings:
-                raise UserError(f"{path} is of other settings. Remove it, or name another --output.")
+                raise UserError(
+                    f"{path} is of other settings. Remove it, or name another --output."
+                )
             for name, before in self.content["methods"].items():
                 if before != methods.get(name):
                     self.content["losses"].pop(name, None)
@@ -270,10 +308,13 @@ class Results:
         partial.replace(self.path)
 
     def rows(self, names: Sequence[str], seeds: int) -> dict[str, list[Losses]]:
-        """Per method in that order the losses of each seed, or of the one measurement; with the oracle in front."""
+        """Per method in that order the losses of each seed, or of the one measurement; with the
+        oracle in front.
+        """
         losses: dict[str, dict[str, Losses]] = self.content["losses"]
         rows = {
-            name: [losses[name][str(seed)] for seed in range(seeds) if str(seed) in losses[name]] for name in names
+            name: [losses[name][str(seed)] for seed in range(seeds) if str(seed) in losses[name]]
+            for name in names
         }
         own = {domain: losses[f"{domain} expert"]["0"][domain] for domain in losses["base"]["0"]}
         return {"oracle": [own], **rows}
@@ -298,20 +339,29 @@ def orderings(rows: dict[str, list[Losses]], seeds: int) -> list[str]:
 
 
 def table(rows: dict[str, list[Losses]]) -> str:
-    """Markdown: means over seeds, with the range where there are several; the best of a column is bold."""
+    """Markdown: means over seeds, with the range where there are several; the best of a column is
+    bold.
+    """
     columns = [*next(iter(rows.values()))[0], "mean"]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     values = {
-        name: {column: [mean(one) if column == "mean" else one[column] for one in losses] for column in columns}
+        name: {
+            column: [mean(one) if column == "mean" else one[column] for one in losses]
+            for column in columns
+        }
         for name, losses in rows.items()
     }
-    best = {column: min(statistics.mean(row[column]) for row in values.values()) for column in columns}
+    best = {
+        column: min(statistics.mean(row[column]) for row in values.values()) for column in columns
+    }
     for name, row in values.items():
         cells = []
         for column, numbers in row.items():
             middle = statistics.mean(numbers)
             cell = f"**{middle:.3f}**" if middle == best[column] else f"{middle:.3f}"
-            cells.append(cell + (f" ({min(numbers):.3f}..{max(numbers):.3f})" if len(numbers) > 1 else ""))
+            cells.append(
+                cell + (f" ({min(numbers):.3f}..{max(numbers):.3f})" if len(numbers) > 1 else "")
+            )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -320,17 +370,36 @@ def draw(rows: dict[str, list[Losses]], path: Path) -> None:
     """Figure 2: mean held-out losses, with a dot per seed; baselines are lines."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(11, 5))
-    lines = {name: mean(rows[name][0]) for name in ("base", SHARED, SHARED_LONG, "oracle") if name in rows}
+    lines = {
+        name: mean(rows[name][0])
+        for name in ("base", SHARED, SHARED_LONG, "oracle")
+        if name in rows
+    }
     bars = {name: [mean(losses) for losses in rows[name]] for name in METHODS}
     heights = {name: statistics.mean(values) for name, values in bars.items()}
     low, high = min(*heights.values(), *lines.values()), max(lines.values())
     bottom, top = low - 0.2 * (high - low), high + 0.08 * (high - low)
     for position, (name, height) in enumerate(heights.items()):
-        shown = min(height, top)  # a bar that is far above all baselines would leave no room for the others
-        axes.bar(position, shown - bottom, 0.72, bottom=bottom, color=COLOURS[METHODS[name].family], zorder=2)
+        shown = min(
+            height, top
+        )  # a bar that is far above all baselines would leave no room for the others
+        axes.bar(
+            position,
+            shown - bottom,
+            0.72,
+            bottom=bottom,
+            color=COLOURS[METHODS[name].family],
+            zorder=2,
+        )
         if METHODS[name].learning_rate is not None:
             axes.scatter([position] * len(bars[name]), bars[name], s=12, color="black", zorder=4)
-        inside = {"textcoords": "offset points", "ha": "center", "color": "white", "fontsize": 9, "zorder": 5}
+        inside = {
+            "textcoords": "offset points",
+            "ha": "center",
+            "color": "white",
+            "fontsize": 9,
+            "zorder": 5,
+        }
         axes.annotate(f"{height:.3f}", (position, bottom), (0, 3), **inside)
         if height > top:
             axes.annotate("↑", (position, top), (0, -12), **inside)
@@ -338,7 +407,14 @@ def draw(rows: dict[str, list[Losses]], path: Path) -> None:
     for name, height in sorted(lines.items(), key=lambda line: line[1]):
         axes.axhline(height, color="#555555", linewidth=1, linestyle="--", zorder=3)
         label = max(height, label + 0.045 * (high - bottom))  # so that no two lie on each other
-        axes.text(1.005, label, f"{name} {height:.3f}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+        axes.text(
+            1.005,
+            label,
+            f"{name} {height:.3f}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+        )
     axes.set_xticks(range(len(bars)), list(bars), rotation=35, ha="right", rotation_mode="anchor")
     axes.set_ylim(bottom, top)
     axes.set_ylabel("mean held-out loss per token (axis cut)")
@@ -359,7 +435,9 @@ def draw(rows: dict[str, list[Losses]], path: Path) -> None:
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True, help="Of each router.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=30, show_default=True, help="Of each router."
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
     "--domains",
@@ -369,10 +447,28 @@ def draw(rows: dict[str, list[Losses]], path: Path) -> None:
     show_default=True,
     help=f"How many of {', '.join(DOMAINS)}.",
 )
-@click.option("--expert-steps", type=click.IntRange(min=1), default=40, show_default=True, help="Of each expert.")
-@click.option("--long", is_flag=True, help="Also a shared expert with as many steps as all experts have together.")
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Processes at a time.")
-def main(output: Path, steps: int, seeds: int, number: int, expert_steps: int, long: bool, workers: int) -> None:
+@click.option(
+    "--expert-steps",
+    type=click.IntRange(min=1),
+    default=40,
+    show_default=True,
+    help="Of each expert.",
+)
+@click.option(
+    "--long",
+    is_flag=True,
+    help="Also a shared expert with as many steps as all experts have together.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Processes at a time.",
+)
+def main(
+    output: Path, steps: int, seeds: int, number: int, expert_steps: int, long: bool, workers: int
+) -> None:
     names = DOMAINS[:number]
     try:
         base, texts = smollm2(), domains(names=names)
@@ -381,14 +477,18 @@ def main(output: Path, steps: int, seeds: int, number: int, expert_steps: int, l
     tokenizer = AutoTokenizer.from_pretrained(base)
     own, shared = loras(tokenizer, texts, expert_steps, long)
     experts = {lora.name: lora.folder for lora in own}
-    held_out = {name: blocks(tokenizer, text.held_out, HELD_OUT_BLOCKS) for name, text in texts.items()}
+    held_out = {
+        name: blocks(tokenizer, text.held_out, HELD_OUT_BLOCKS) for name, text in texts.items()
+    }
     settings: dict[str, Any] = {
         "steps": steps,
         "batch": BATCH,
         "block": BLOCK,
         "experts": [folder.name for folder in experts.values()],
         "shared": shared[-1].folder.name,
-        "held_out": hashlib.sha256(json.dumps([rows.tolist() for rows in held_out.values()]).encode()).hexdigest(),
+        "held_out": hashlib.sha256(
+            json.dumps([rows.tolist() for rows in held_out.values()]).encode()
+        ).hexdigest(),
         "debian": {name: version for name in names if (version := debian_version(name))},
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -418,8 +518,16 @@ def main(output: Path, steps: int, seeds: int, number: int, expert_steps: int, l
             results.add(*jobs[done], *done.result())
     rows = results.rows(["base", *dense, *METHODS], seeds)
     claims = orderings(rows, seeds)
-    pairs = [[name for name in names if clusters[name] == index] for index in sorted(set(clusters.values()))]
-    text = "Clusters: " + "; ".join(", ".join(pair) for pair in pairs) + "\n\n" + "\n".join(f"- {c}" for c in claims)
+    pairs = [
+        [name for name in names if clusters[name] == index]
+        for index in sorted(set(clusters.values()))
+    ]
+    text = (
+        "Clusters: "
+        + "; ".join(", ".join(pair) for pair in pairs)
+        + "\n\n"
+        + "\n".join(f"- {c}" for c in claims)
+    )
     text = f"{table(rows)}\n\n{text}\n"
     (output / "table.md").write_text(text)
     draw(rows, output / "figure2.png")

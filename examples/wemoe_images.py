@@ -1,18 +1,24 @@
-"""WEMoE's and E-WEMoE's experiments in small: a vision transformer, four tasks of pictures, three seeds.
+"""WEMoE's and E-WEMoE's experiments in small: a vision transformer, four tasks of pictures, three
+seeds.
 
     python examples/wemoe_images.py -o images/ --plot images/
 
-1. Pretrain a ViT of 0.8 million parameters on emoji and letters K to Z. It is trained once and kept.
-2. Fit a linear head per task on its features. From here on the heads stay as they are, as those that CLIP makes of
-   the names of classes do in the paper. Per seed and task, fine-tune the trunk: these four models are kept, too.
-3. Merge them by mergekit, with its methods and with `wemoe` and `ewemoe`, and adapt what has routers to the test
+1. Pretrain a ViT of 0.8 million parameters on emoji and letters K to Z. It is trained once and
+kept.
+2. Fit a linear head per task on its features. From here on the heads stay as they are, as those
+that CLIP makes of
+   the names of classes do in the paper. Per seed and task, fine-tune the trunk: these four models
+   are kept, too.
+3. Merge them by mergekit, with its methods and with `wemoe` and `ewemoe`, and adapt what has
+routers to the test
    inputs without their labels, as `mergekit-moe-ext adapt` does.
-4. Write the accuracies (`*.json` in OUTPUT), print the papers' tables and which of their orderings hold, and draw.
+4. Write the accuracies (`*.json` in OUTPUT), print the papers' tables and which of their orderings
+hold, and draw.
 
-Every accuracy is kept as soon as it is there: the same command goes on after an interruption. `--only` picks a part.
-What differs from the papers, besides the size: 100 steps of adaptation on 8 pictures per task, not 1000 on 16;
-learning rates of 3e-4 for routers and 1e-2 for constants, not 1e-3; four tasks, not eight; for unseen tasks, two more
-that none of the models was fine-tuned on.
+Every accuracy is kept as soon as it is there: the same command goes on after an interruption.
+`--only` picks a part. What differs from the papers, besides the size: 100 steps of adaptation on 8
+pictures per task, not 1000 on 16; learning rates of 3e-4 for routers and 1e-2 for constants, not
+1e-3; four tasks, not eight; for unseen tasks, two more that none of the models was fine-tuned on.
 """
 
 import hashlib
@@ -48,7 +54,12 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
-from mergekit_moe_ext import Adaptation, Reading, UserError, adapt  # importing it registers the methods
+from mergekit_moe_ext import (
+    Adaptation,
+    Reading,
+    UserError,
+    adapt,
+)  # importing it registers the methods
 from mergekit_moe_ext.analysis import load_ensemble, read_ensemble
 
 TASKS = ["mnist", "animals", "digits8", "letters"]
@@ -81,14 +92,18 @@ TOGETHER = Recipe(steps=1500, batch=32, learning_rate=1e-3)  # traditional multi
 MEASURED = 300  # test pictures per task, which routers are adapted to, too
 ROUTED_LOOKED_AT = 100  # of these, for what routers choose
 ADAPTATION = {"steps": 100, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 64}
-# The papers' is 1e-3. Adam moves a number by its learning rate per step at most: where the coefficients themselves are
-# what is learned, that would take them nowhere in a tenth of the papers' steps. For routers it is too fast here: see
-# figure 4, by which, with one seed, this one was chosen.
+# The papers' is 1e-3. Adam moves a number by its learning rate per step at most: where the
+# coefficients themselves are what is learned, that would take them nowhere in a tenth of the
+# papers' steps. For routers it is too fast here: see figure 4, by which, with one seed, this one
+# was chosen.
 LEARNING_RATE = {"routers": 3e-4, "constants": 1e-2}
 
 STATIC: dict[str, dict[str, Any]] = {
     "Weight averaging": {"merge_method": "linear", "parameters": {"weight": 1.0}},
-    "Task arithmetic": {"merge_method": "task_arithmetic", "parameters": {"weight": 1.0, "lambda": 0.3}},
+    "Task arithmetic": {
+        "merge_method": "task_arithmetic",
+        "parameters": {"weight": 1.0, "lambda": 0.3},
+    },
     "Ties-Merging": {
         "merge_method": "ties",
         "parameters": {"weight": 1.0, "density": 0.2, "normalize": False, "lambda": 0.3},
@@ -116,9 +131,18 @@ STRATEGIES = {
 SPARSE = {
     "WEMoE, sparse 0.9": routed(sparsity=0.9),
     "WEMoE, shared router": routed(shared_router=True),
-    **{f"E-WEMoE {sparsity}": routed("ewemoe", sparsity=sparsity) for sparsity in (0.7, 0.8, 0.95, 0.99)},
+    **{
+        f"E-WEMoE {sparsity}": routed("ewemoe", sparsity=sparsity)
+        for sparsity in (0.7, 0.8, 0.95, 0.99)
+    },
 }
-COMPARED = ["Task arithmetic", "Ties-Merging", "AdaMerging (layer)", "WEMoE (0-layer)", "WEMoE (2-layer)"]
+COMPARED = [
+    "Task arithmetic",
+    "Ties-Merging",
+    "AdaMerging (layer)",
+    "WEMoE (0-layer)",
+    "WEMoE (2-layer)",
+]
 RATES = (1e-2, 1e-3, 3e-4, 1e-4)
 LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LAMBDAS_ROUTED = (0.1, 0.3, 0.6, 1.0)  # each takes an adaptation
@@ -136,22 +160,33 @@ Accuracies = dict[str, float]  # by task
 
 
 def shortened(pictures: Pictures) -> Pictures:
-    return replace(pictures, test=pictures.test[:MEASURED], test_labels=pictures.test_labels[:MEASURED])
+    return replace(
+        pictures, test=pictures.test[:MEASURED], test_labels=pictures.test_labels[:MEASURED]
+    )
 
 
 def pixels(pictures: np.ndarray | Tensor) -> Tensor:
-    """Bytes (n, 28, 28) as the model sees them: (n, 3, 28, 28) in [-1, 1]. So does the processor that is saved."""
+    """Bytes (n, 28, 28) as the model sees them: (n, 3, 28, 28) in [-1, 1]. So does the processor
+    that is saved.
+    """
     return (torch.as_tensor(pictures).float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
-def train(model: Any, parts: Sequence[tuple[Pictures, Tensor | None]], how: Recipe, seed: int, desc: str) -> None:
+def train(
+    model: Any, parts: Sequence[tuple[Pictures, Tensor | None]], how: Recipe, seed: int, desc: str
+) -> None:
     """Trains what of the model requires gradients, on one part after the other.
 
-    Each part has its pictures and a head (classes, hidden + 1) that stays as it is, or None for the model's own.
+    Each part has its pictures and a head (classes, hidden + 1) that stays as it is, or None for the
+    model's own.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=how.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.learning_rate, how.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=how.learning_rate
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, how.learning_rate, how.steps, pct_start=0.1
+    )
     model.train()
     for step in tqdm(range(how.steps), desc=desc, mininterval=5):
         data, head = parts[step % len(parts)]
@@ -176,14 +211,18 @@ def with_head(features: Tensor, head: Tensor) -> Tensor:
 @torch.inference_mode()
 def features_of(trunk: Callable[[Tensor], Tensor], pictures: np.ndarray) -> Tensor:
     """What a head reads, (n, hidden), of a trunk that gives it for a batch."""
-    return torch.cat([trunk(pixels(some)) for some in np.array_split(pictures, -(-len(pictures) // 250))])
+    return torch.cat(
+        [trunk(pixels(some)) for some in np.array_split(pictures, -(-len(pictures) // 250))]
+    )
 
 
 def trunk_of(model: ViTModel) -> Callable[[Tensor], Tensor]:
     return lambda x: model.eval()(x).last_hidden_state[:, 0]
 
 
-def accuracies(trunk: Callable[[Tensor], Tensor], heads: dict[str, Tensor], data: dict[str, Pictures]) -> Accuracies:
+def accuracies(
+    trunk: Callable[[Tensor], Tensor], heads: dict[str, Tensor], data: dict[str, Pictures]
+) -> Accuracies:
     """On the test part of every task that there is a head of."""
     found = {}
     for task, head in heads.items():
@@ -193,7 +232,9 @@ def accuracies(trunk: Callable[[Tensor], Tensor], heads: dict[str, Tensor], data
 
 
 def fit_head(trunk: Callable[[Tensor], Tensor], data: Pictures, seed: int) -> Tensor:
-    """A linear probe, (classes, hidden + 1), the bias last: logistic regression with a little weight decay."""
+    """A linear probe, (classes, hidden + 1), the bias last: logistic regression with a little
+    weight decay.
+    """
     features, labels = features_of(trunk, data.train).clone(), torch.as_tensor(data.train_labels)
     torch.manual_seed(seed)
     head = torch.nn.Linear(features.shape[1], len(data.classes))
@@ -210,19 +251,24 @@ def fit_head(trunk: Callable[[Tensor], Tensor], data: Pictures, seed: int) -> Te
 
 
 def save(model: Any, classes: list[str], folder: Path) -> None:
-    """As anybody's fine-tune is on the Hub: weights, names of classes, and how pictures are prepared."""
+    """As anybody's fine-tune is on the Hub: weights, names of classes, and how pictures are
+    prepared.
+    """
     model.config.id2label = dict(enumerate(classes))
     model.config.label2id = {name: number for number, name in enumerate(classes)}
     model.save_pretrained(folder)
-    ViTImageProcessor(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
-        folder
-    )
+    ViTImageProcessor(
+        size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
 
 
 def folder_of(*parts: Any) -> Path:
     """Where what depends on these settings, and on the pictures, is kept."""
     settings = [recipe(), SHAPE, *(asdict(part) for part in parts)]
-    return cache_dir() / f"wemoe-images-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+    return (
+        cache_dir()
+        / f"wemoe-images-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+    )
 
 
 def make_base() -> Path:
@@ -269,7 +315,8 @@ def make_sources(base: Path, data: dict[str, Pictures], seed: int) -> Sources:
                     model.classifier.bias.copy_(heads[task][:, -1])
                 model.config.num_labels = len(data[task].classes)
                 save(model, data[task].classes, unfinished)
-    # Stock mergekit looks for the names that transformers has in memory, and passes over others without a word.
+    # Stock mergekit looks for the names that transformers has in memory, and passes over others
+    # without a word.
     trunks = {"base": root / "trunks" / "base", **{task: root / "trunks" / task for task in TASKS}}
     for name, folder in trunks.items():
         if not folder.is_dir():
@@ -292,25 +339,39 @@ def make_together(sources: Sources, data: dict[str, Pictures]) -> Path:
     return folder
 
 
-def merge(method: dict[str, Any], base: Path, models: Iterable[Path], output: Path, seed: int) -> Path:
+def merge(
+    method: dict[str, Any], base: Path, models: Iterable[Path], output: Path, seed: int
+) -> Path:
     """`mergekit-yaml` on a configuration: `method` is its merge method and parameters."""
     from mergekit.merge import run_merge
 
-    config = {**method, "base_model": str(base), "models": [{"model": str(model)} for model in models]}
+    config = {
+        **method,
+        "base_model": str(base),
+        "models": [{"model": str(model)} for model in models],
+    }
     written = yaml.safe_dump({**config, "dtype": "float32"})
-    # There is no tokenizer, but the file of the image processor is copied along with it, by our methods alone.
+    # There is no tokenizer, but the file of the image processor is copied along with it, by our
+    # methods alone.
     beside = "wemoe" in method["merge_method"]
     options = MergeOptions(quiet=True, random_seed=seed, copy_tokenizer=beside)
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(written)), str(output), options, written)
+    run_merge(
+        MergeConfiguration.model_validate(yaml.safe_load(written)), str(output), options, written
+    )
     return output
 
 
 def write_tests(data: dict[str, Pictures], folder: Path) -> list[str]:
-    """The test pictures as files that `adapt` reads: its `--data` of each task. Labels are there for measuring."""
+    """The test pictures as files that `adapt` reads: its `--data` of each task. Labels are there
+    for measuring.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         columns = {"image": ImageFeature(), "label": ClassLabel(names=data[task].classes)}
-        rows = {"image": [Image.fromarray(one) for one in data[task].test], "label": data[task].test_labels.tolist()}
+        rows = {
+            "image": [Image.fromarray(one) for one in data[task].test],
+            "label": data[task].test_labels.tolist(),
+        }
         Dataset.from_dict(rows, features=Features(columns)).to_parquet(folder / f"{task}.parquet")
     return [f"{task}={folder / task}.parquet" for task in TASKS]
 
@@ -330,7 +391,9 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             trunks = self.sources.trunks
             models = [trunks[task] for task in TASKS]
-            merged = merge(method, trunks["base"], models, Path(folder) / "merged", self.sources.seed)
+            merged = merge(
+                method, trunks["base"], models, Path(folder) / "merged", self.sources.seed
+            )
             return ViTModel.from_pretrained(merged, add_pooling_layer=False)
 
     def measure(self, trunk: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -350,19 +413,33 @@ class Bench:
             found |= accuracies(trunk, {task: self.sources.heads[task]}, self.data)
         return found
 
-    def adapted(self, method: dict[str, Any], eval_steps: int | None = None, **settings: Any) -> dict[str, Any]:
-        """Merge, adapt to the tests, measure; with the mean entropy before and after, and what the routers choose.
+    def adapted(
+        self, method: dict[str, Any], eval_steps: int | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        """Merge, adapt to the tests, measure; with the mean entropy before and after, and what the
+        routers choose.
 
-        With `eval_steps` the accuracies in between, as `adapt` has measured them, are there as `curve`.
+        With `eval_steps` the accuracies in between, as `adapt` has measured them, are there as
+        `curve`.
         """
         sources = self.sources
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            merged = merge(method, sources.base, sources.models.values(), Path(folder) / "merged", sources.seed)
-            rate = LEARNING_RATE["routers" if method["parameters"].get("router_layers", 2) else "constants"]
+            merged = merge(
+                method, sources.base, sources.models.values(), Path(folder) / "merged", sources.seed
+            )
+            rate = LEARNING_RATE[
+                "routers" if method["parameters"].get("router_layers", 2) else "constants"
+            ]
             chosen = {"learning_rate": rate, **self.adaptation, **settings}
             how = Adaptation(**chosen, seed=sources.seed, eval_steps=eval_steps)
             output = Path(folder) / "adapted"
-            results = adapt(str(merged), self.tests, output=str(output), adaptation=how, reading=Reading(quiet=True))
+            results = adapt(
+                str(merged),
+                self.tests,
+                output=str(output),
+                adaptation=how,
+                reading=Reading(quiet=True),
+            )
             assert results is not None  # this is the only process
             history = json.loads((output / "trainer_state.json").read_text())["log_history"]
             model: Any = load_ensemble(str(output), *read_ensemble(str(output))).eval()
@@ -370,7 +447,9 @@ class Bench:
         found: dict[str, Any] = {task: results[task]["accuracy"][1] for task in TASKS}
         model.classifier = torch.nn.Identity()  # the heads of unseen tasks are not in it
         unseen = {task: self.sources.heads[task] for task in UNSEEN}
-        found |= accuracies(lambda x: model(pixel_values=x, task=TASKS[0]).logits, unseen, self.data)
+        found |= accuracies(
+            lambda x: model(pixel_values=x, task=TASKS[0]).logits, unseen, self.data
+        )
         entropies = [results[task]["entropy"] for task in TASKS]
         found["entropy"] = list(map(statistics.mean, zip(*entropies, strict=True)))
         if choice is not None:
@@ -380,10 +459,14 @@ class Bench:
         return found
 
     def oracle(self, method: dict[str, Any]) -> dict[str, Any]:
-        """Nothing is adapted: wherever there is a router, the coefficient of the pictures' own task is 1, others 0."""
+        """Nothing is adapted: wherever there is a router, the coefficient of the pictures' own task
+        is 1, others 0.
+        """
         sources = self.sources
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            merged = merge(method, sources.base, sources.models.values(), Path(folder) / "merged", sources.seed)
+            merged = merge(
+                method, sources.base, sources.models.values(), Path(folder) / "merged", sources.seed
+            )
             model: Any = load_ensemble(str(merged), *read_ensemble(str(merged))).eval()
         model.classifier = torch.nn.Identity()
         found: Accuracies = {}
@@ -392,7 +475,9 @@ class Bench:
             chosen[..., index] = 1
 
             def trunk(x: Tensor, chosen: Tensor = chosen) -> Tensor:
-                return model(pixel_values=x, task=TASKS[0], coefficients=chosen.expand(len(x), -1, -1)).logits
+                return model(
+                    pixel_values=x, task=TASKS[0], coefficients=chosen.expand(len(x), -1, -1)
+                ).logits
 
             found |= accuracies(trunk, {task: sources.heads[task]}, self.data)
         return found
@@ -403,7 +488,9 @@ def coefficients_of(model: Any, data: dict[str, Pictures]) -> dict[str, Any]:
     """By task and block, how the coefficients are on average, and how often each is the largest."""
     found = {}
     for task in TASKS:
-        given = model.coefficients(pixel_values=pixels(data[task].test[:ROUTED_LOOKED_AT]), task=task)
+        given = model.coefficients(
+            pixel_values=pixels(data[task].test[:ROUTED_LOOKED_AT]), task=task
+        )
         first = functional.one_hot(given.argmax(-1), given.shape[-1]).float()
         found[task] = {"mean": given.mean(0).tolist(), "first": first.mean(0).tolist()}
     return found
@@ -415,11 +502,15 @@ def curve_of(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     for entry in history:
         measured = [value for key, value in entry.items() if key.endswith("_accuracy")]
         by_step.setdefault(entry["step"], []).extend(measured)
-    return {str(step): statistics.mean(values) for step, values in sorted(by_step.items()) if values}
+    return {
+        str(step): statistics.mean(values) for step, values in sorted(by_step.items()) if values
+    }
 
 
 class Kept:
-    """What was measured for one part, by row and seed. Each seed has a file, which is written anew with each row."""
+    """What was measured for one part, by row and seed. Each seed has a file, which is written anew
+    with each row.
+    """
 
     def __init__(self, folder: Path, part: str, settings: Any):
         self.folder, self.part, self.settings = folder, part, json.loads(json.dumps(settings))
@@ -438,7 +529,9 @@ class Kept:
         of_row[seed] = made = make()
         rows = {row: found[seed] for row, found in self.cells.items() if seed in found}
         unfinished = self.folder / f"{self.part}-{seed}.partial"
-        unfinished.write_text(json.dumps({"settings": self.settings, "rows": rows}, indent=1) + "\n")
+        unfinished.write_text(
+            json.dumps({"settings": self.settings, "rows": rows}, indent=1) + "\n"
+        )
         unfinished.replace(unfinished.with_suffix(".json"))
         tqdm.write(f"{self.part}, seed {seed}, {row}: {average(made):.3f}", file=sys.stderr)
 
@@ -503,29 +596,41 @@ def table5(bench: Bench, kept: Kept) -> None:
         tests = write_tests(data, bench.scratch / corruption)
         there = replace(bench, data=data, tests=tests)
         for row in COMPARED:
-            made = partial(there.static, STATIC[row]) if row in STATIC else partial(there.adapted, ROUTED[row])
+            made = (
+                partial(there.static, STATIC[row])
+                if row in STATIC
+                else partial(there.adapted, ROUTED[row])
+            )
             kept.once(f"{row}, {corruption}", bench.sources.seed, made)
 
 
 def corrupted(data: dict[str, Pictures], corruption: str) -> dict[str, Pictures]:
-    """The test pictures of the four tasks, corrupted as Hendrycks and Dietterich have it, at one severity.
+    """The test pictures of the four tasks, corrupted as Hendrycks and Dietterich have it, at one
+    severity.
 
     That is done at twice the size and more, since the library takes no pictures below 32 pixels.
     """
     try:
         from imagecorruptions import corrupt
     except ImportError as error:
-        raise UserError("corruptions need imagecorruptions: pip install 'mergekit-moe-ext[corruptions]'") from error
+        raise UserError(
+            "corruptions need imagecorruptions: pip install 'mergekit-moe-ext[corruptions]'"
+        ) from error
     np.random.seed(0)  # which that library draws from
     found: dict[str, Any] = {}
     for task in TASKS:
         large = [
-            Image.fromarray(one).resize((ENLARGED, ENLARGED), Image.Resampling.BICUBIC) for one in data[task].test
+            Image.fromarray(one).resize((ENLARGED, ENLARGED), Image.Resampling.BICUBIC)
+            for one in data[task].test
         ]
         worse = [
-            corrupt(np.asarray(one.convert("RGB")), severity=SEVERITY, corruption_name=corruption) for one in large
+            corrupt(np.asarray(one.convert("RGB")), severity=SEVERITY, corruption_name=corruption)
+            for one in large
         ]
-        small = [Image.fromarray(one).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX) for one in worse]
+        small = [
+            Image.fromarray(one).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+            for one in worse
+        ]
         found[task] = replace(data[task], test=np.stack([np.asarray(one) for one in small]))
     return {**data, **found}
 
@@ -542,12 +647,17 @@ def markdown(kept: Kept, rows: Iterable[str], columns: Mapping[str, Sequence[str
     for row in rows:
         seeds = kept.cells.get(row, {})
         if seeds:
-            cells = [percent([average(found, names) for found in seeds.values()]) for names in columns.values()]
+            cells = [
+                percent([average(found, names) for found in seeds.values()])
+                for names in columns.values()
+            ]
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def claim(kept: Kept, better: str, worse: str, names: Sequence[str] = TASKS, where: str = "") -> list[str]:
+def claim(
+    kept: Kept, better: str, worse: str, names: Sequence[str] = TASKS, where: str = ""
+) -> list[str]:
     """Whether one row is above another on average, and in how many seeds."""
     one, other = (kept.cells.get(row, {}) for row in (better, worse))
     both = [seed for seed in one if seed in other]
@@ -560,7 +670,14 @@ def claim(kept: Kept, better: str, worse: str, names: Sequence[str] = TASKS, whe
 
 def text_of_table2(kept: Kept) -> str:
     single = {task: [task] for task in TASKS}
-    everything = ["Pre-trained", "Individual", "Traditional MTL", *STATIC, *ROUTED, "WEMoE (2-layer), with labels"]
+    everything = [
+        "Pre-trained",
+        "Individual",
+        "Traditional MTL",
+        *STATIC,
+        *ROUTED,
+        "WEMoE (2-layer), with labels",
+    ]
     claims = [
         ("Individual", "Pre-trained"),
         ("Individual", "Traditional MTL"),
@@ -591,8 +708,16 @@ def text_of_table2(kept: Kept) -> str:
         markdown(kept, everything, {**single, "average": TASKS}),
         "\n".join(line for pair in claims for line in claim(kept, *pair)),
         "Table 4",
-        markdown(kept, ["Pre-trained", *COMPARED], {"seen": TASKS, **{t: [t] for t in UNSEEN}, "unseen": UNSEEN}),
-        "\n".join(line for pair in unseen for line in claim(kept, *pair, names=UNSEEN, where=" on unseen tasks")),
+        markdown(
+            kept,
+            ["Pre-trained", *COMPARED],
+            {"seen": TASKS, **{t: [t] for t in UNSEEN}, "unseen": UNSEEN},
+        ),
+        "\n".join(
+            line
+            for pair in unseen
+            for line in claim(kept, *pair, names=UNSEEN, where=" on unseen tasks")
+        ),
     ]
     return "\n\n".join(parts)
 
@@ -605,7 +730,9 @@ def text_of_table6(kept: Kept) -> str:
 
 
 def text_of_sparsity(kept: Kept) -> str:
-    return "E-WEMoE\n\n" + markdown(kept, SPARSE, {**{task: [task] for task in TASKS}, "average": TASKS})
+    return "E-WEMoE\n\n" + markdown(
+        kept, SPARSE, {**{task: [task] for task in TASKS}, "average": TASKS}
+    )
 
 
 def text_of_figure4(kept: Kept) -> str:
@@ -664,7 +791,10 @@ def draw_lambdas(kept: Kept, path: Path) -> None:
         seeds = sorted({seed for scale in there for seed in kept.cells[f"{row}, {scale}"]})
         complete = [scale for scale in there if len(kept.cells[f"{row}, {scale}"]) == len(seeds)]
         if complete:
-            curves = [[average(kept.cells[f"{row}, {scale}"][seed]) for scale in complete] for seed in seeds]
+            curves = [
+                [average(kept.cells[f"{row}, {scale}"][seed]) for scale in complete]
+                for seed in seeds
+            ]
             _band(axes, complete, curves, row)
     axes.set_xlabel("λ")
     _finish(axes, figure, path, None)
@@ -672,7 +802,9 @@ def draw_lambdas(kept: Kept, path: Path) -> None:
 
 def _band(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], label: str) -> None:
     columns = [[100 * value for value in column] for column in zip(*curves, strict=True)]
-    (line,) = axes.plot(x, [statistics.mean(column) for column in columns], marker="o", ms=3, label=label)
+    (line,) = axes.plot(
+        x, [statistics.mean(column) for column in columns], marker="o", ms=3, label=label
+    )
     lowest, highest = ([pick(column) for column in columns] for pick in (min, max))
     axes.fill_between(x, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
 
@@ -686,11 +818,17 @@ def _finish(axes: Any, figure: Any, path: Path, title: str | None) -> None:
 
 
 def draw_routing(kept: Kept, path: Path) -> None:
-    """Figures 11 and 12: mean coefficients, and how often each is the largest; by task, a line per block."""
+    """Figures 11 and 12: mean coefficients, and how often each is the largest; by task, a line per
+    block.
+    """
     plt = pyplot()
     seeds = [found["coefficients"] for found in kept.cells["WEMoE (2-layer)"].values()]
-    figure, panels = plt.subplots(2, len(TASKS), figsize=(2.5 * len(TASKS), 4.4), sharex=True, layout="constrained")
-    for line, (kind, said) in zip(panels, (("mean", "coefficients"), ("first", "largest")), strict=True):
+    figure, panels = plt.subplots(
+        2, len(TASKS), figsize=(2.5 * len(TASKS), 4.4), sharex=True, layout="constrained"
+    )
+    for line, (kind, said) in zip(
+        panels, (("mean", "coefficients"), ("first", "largest")), strict=True
+    ):
         for axes, task in zip(line, TASKS, strict=True):
             means = np.mean([found[task][kind] for found in seeds], axis=0)
             heat_map(axes, means.tolist(), 1)
@@ -730,21 +868,41 @@ DRAWN = {
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option(
-    "--only", type=click.Choice(list(PARTS)), multiple=True, help="A part; several may be given. [default: all]"
+    "--only",
+    type=click.Choice(list(PARTS)),
+    multiple=True,
+    help="A part; several may be given. [default: all]",
 )
 @click.option(
-    "--seed", "seeds", type=int, multiple=True, default=(0, 1, 2), show_default=True, help="Several may be given."
+    "--seed",
+    "seeds",
+    type=int,
+    multiple=True,
+    default=(0, 1, 2),
+    show_default=True,
+    help="Several may be given.",
 )
 @click.option(
-    "--steps", type=click.IntRange(min=1), default=ADAPTATION["steps"], show_default=True, help="Of an adaptation."
+    "--steps",
+    type=click.IntRange(min=1),
+    default=ADAPTATION["steps"],
+    show_default=True,
+    help="Of an adaptation.",
 )
-@click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Draw the figures into this directory.")
-def main(output: Path, only: tuple[str, ...], seeds: tuple[int, ...], steps: int, plot: Path | None) -> None:
+@click.option(
+    "--plot",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Draw the figures into this directory.",
+)
+def main(
+    output: Path, only: tuple[str, ...], seeds: tuple[int, ...], steps: int, plot: Path | None
+) -> None:
     if plot:
         pyplot()  # if it is not there, say so before the work
         plot.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    transformers.utils.logging.set_verbosity_error()  # or it lists the head, left out, at every trunk
+    # or it lists the head, left out, at every trunk
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     adaptation = {**ADAPTATION, "steps": steps}
     settings = {**adaptation, **LEARNING_RATE, "sources": folder_of(PRETRAINING, FINE_TUNING).name}

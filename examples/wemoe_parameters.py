@@ -1,10 +1,11 @@
-"""WEMoE's tables 1 and 8: how many parameters weight-ensembling models have, and how many of them are trained.
+"""WEMoE's tables 1 and 8: how many parameters weight-ensembling models have, and how many of them
+are trained.
 
     python examples/wemoe_parameters.py out out-adapted
     python examples/wemoe_parameters.py --base base --tasks 2-8 --router-layers 2
 
-The first form counts models that `wemoe` and `ewemoe` wrote, the second what they would write. Only configurations are
-read. `mergekit_moe_ext.analysis.parameter_counts` says what exactly is counted.
+The first form counts models that `wemoe` and `ewemoe` wrote, the second what they would write. Only
+configurations are read. `mergekit_moe_ext.analysis.parameter_counts` says what exactly is counted.
 """
 
 import json
@@ -18,11 +19,18 @@ import pydantic
 from drawing import check_new_file
 
 from mergekit_moe_ext import Reading, UserError
-from mergekit_moe_ext.analysis import ParameterCounts, count_parameters, load_config, planned_parameters
+from mergekit_moe_ext.analysis import (
+    ParameterCounts,
+    count_parameters,
+    load_config,
+    planned_parameters,
+)
 
 
 def table(counts: Mapping[str, ParameterCounts]) -> str:
-    """A line per model, in millions; `reduced` is by how much it is smaller than its fine-tunes together."""
+    """A line per model, in millions; `reduced` is by how much it is smaller than its fine-tunes
+    together.
+    """
     width = max(len("model"), *map(len, counts))
     lines = [f"{'model':{width}}  tasks  trainable      total   ratio    reduced"]
     for name, each in counts.items():
@@ -47,7 +55,10 @@ def planned(base: str, tasks: str, parameters: dict[str, Any]) -> dict[str, Para
     except ValueError as error:
         raise UserError(f"--tasks {tasks}: write a number, or two as 2-8") from error
     try:
-        return {f"{number} tasks": planned_parameters(config, number, **parameters) for number in numbers}
+        return {
+            f"{number} tasks": planned_parameters(config, number, **parameters)
+            for number in numbers
+        }
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
@@ -58,19 +69,40 @@ def planned(base: str, tasks: str, parameters: dict[str, Any]) -> dict[str, Para
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.argument("models", nargs=-1)
 @click.option("--base", metavar="DIR", help="Plan for this base in place of MODELS.")
-@click.option("--tasks", default="2-8", show_default=True, help="With --base: how many fine-tunes, as 8 or 2-8.")
-@click.option("--upscale", default="mlp", show_default=True, help="With --base, as the rest: the merge's own options.")
+@click.option(
+    "--tasks",
+    default="2-8",
+    show_default=True,
+    help="With --base: how many fine-tunes, as 8 or 2-8.",
+)
+@click.option(
+    "--upscale",
+    default="mlp",
+    show_default=True,
+    help="With --base, as the rest: the merge's own options.",
+)
 @click.option("--upscale-layers", default="all", show_default=True)
 @click.option("--router-layers", type=int, default=2, show_default=True)
 @click.option("--sparsity", type=float, default=0.0, show_default=True)
 @click.option("--shared-router", is_flag=True)
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Keep the numbers: *.json.")
-def main(models: tuple[str, ...], base: str | None, tasks: str, output: Path | None, **parameters: Any) -> None:
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep the numbers: *.json.",
+)
+def main(
+    models: tuple[str, ...], base: str | None, tasks: str, output: Path | None, **parameters: Any
+) -> None:
     if bool(models) == bool(base):
         raise UserError("name MODELS to count, or with --base what to plan for")
     if output:
         check_new_file(output)
-    counts = planned(base, tasks, parameters) if base else {model: count_parameters(model) for model in models}
+    counts = (
+        planned(base, tasks, parameters)
+        if base
+        else {model: count_parameters(model) for model in models}
+    )
     click.echo(table(counts))
     if output:
         written = {name: {**asdict(each), "reduced": each.reduced} for name, each in counts.items()}

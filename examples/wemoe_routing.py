@@ -1,10 +1,12 @@
 """WEMoE's figures 11 and 12: which task vectors routers favour for which task's inputs.
 
-    python examples/wemoe_routing.py out-adapted --data sun=images/sun --data cars=images/cars --plot routing.png
+    python examples/wemoe_routing.py out-adapted --data sun=images/sun --data cars=images/cars
+    --plot routing.png
 
-Data are read as by `mergekit-moe-ext adapt`; classes are not needed. Figure 12 compares a task with the expert of its
-name, so call the data as the sources' directories are called. `mergekit_moe_ext.analysis.coefficients` says what
-exactly is measured. Two figures are drawn: `routing.png` (figure 12) and `routing-coefficients.png` (figure 11).
+Data are read as by `mergekit-moe-ext adapt`; classes are not needed. Figure 12 compares a task with
+the expert of its name, so call the data as the sources' directories are called.
+`mergekit_moe_ext.analysis.coefficients` says what exactly is measured. Two figures are drawn:
+`routing.png` (figure 12) and `routing-coefficients.png` (figure 11).
 """
 
 import json
@@ -37,13 +39,20 @@ def tables(routing: EnsembleRouting) -> str:
     width = max(len("group"), *map(len, routing.groups))
     column = max(8, *(len(name) + 2 for name in (*routing.experts, *routing.tasks)))
     lines = []
-    for task, samples, means in zip(routing.tasks, routing.samples, routing.mean.tolist(), strict=True):
+    for task, samples, means in zip(
+        routing.tasks, routing.samples, routing.mean.tolist(), strict=True
+    ):
         lines.append(f"mean coefficients of {samples} inputs of {task}")
-        lines.append(f"{'group':{width}}" + "".join(f"{name:>{column}}" for name in routing.experts))
+        lines.append(
+            f"{'group':{width}}" + "".join(f"{name:>{column}}" for name in routing.experts)
+        )
         for group, row in zip(routing.groups, means, strict=True):
             lines.append(f"{group:{width}}" + "".join(f"{value:>{column}.3f}" for value in row))
         lines.append("")
-    lines.append("first choice: the percentage of a task's inputs that give its own expert the highest coefficient")
+    lines.append(
+        "first choice: the percentage of a task's inputs that give its own expert the highest "
+        "coefficient"
+    )
     lines.append(f"{'group':{width}}" + "".join(f"{name:>{column}}" for name in routing.tasks))
     for group, row in zip(routing.groups, routing.own_expert().T.tolist(), strict=True):
         shown = ("-" if math.isnan(value) else f"{100 * value:.1f}" for value in row)
@@ -54,8 +63,15 @@ def tables(routing: EnsembleRouting) -> str:
 def as_json(model: str, data: Sequence[str], routing: EnsembleRouting) -> str:
     names = ("tasks", "groups", "experts", "samples")
     tensors = ("mean", "spread", "first_choice")
-    listed: dict[str, Any] = {"model": model, "data": data, **{name: getattr(routing, name) for name in names}}
-    return json.dumps(listed | {name: getattr(routing, name).tolist() for name in tensors}, indent=1) + "\n"
+    listed: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        **{name: getattr(routing, name) for name in names},
+    }
+    return (
+        json.dumps(listed | {name: getattr(routing, name).tolist() for name in tensors}, indent=1)
+        + "\n"
+    )
 
 
 def draw_first_choice(routing: EnsembleRouting, path: Path) -> None:
@@ -71,7 +87,9 @@ def draw_first_choice(routing: EnsembleRouting, path: Path) -> None:
         for row, values in enumerate(own):
             for column, value in enumerate(values):
                 text = "-" if math.isnan(value) else f"{value:.0f}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=_readable(value))
+                axes.text(
+                    column, row, text, ha="center", va="center", fontsize=7, color=_readable(value)
+                )
     figure.colorbar(image, label="% of inputs", fraction=0.05, pad=0.02)
     axes.set_title("first choice is the task's own expert", fontsize=10)
     figure.tight_layout()
@@ -84,19 +102,32 @@ def _readable(percentage: float) -> str:
 
 
 def draw_coefficients(routing: EnsembleRouting, path: Path) -> None:
-    """Figure 11: a panel per group and task, a bar per expert, with the standard deviation over the inputs."""
+    """Figure 11: a panel per group and task, a bar per expert, with the standard deviation over the
+    inputs.
+    """
     plt = pyplot()
     tasks, experts = routing.tasks, routing.experts
     chosen = _spread_out(len(routing.groups), PANELS_DOWN)
     size = (max(4.5, 1.0 + len(tasks) * max(1.2, 0.28 * len(experts))), 0.9 + 1.5 * len(chosen))
     figure, panels = plt.subplots(
-        len(chosen), len(tasks), figsize=size, sharex=True, sharey="row", squeeze=False, layout="constrained"
+        len(chosen),
+        len(tasks),
+        figsize=size,
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
-    colours = [plt.get_cmap("tab10" if len(experts) <= 10 else "tab20")(index) for index in range(len(experts))]
+    colours = [
+        plt.get_cmap("tab10" if len(experts) <= 10 else "tab20")(index)
+        for index in range(len(experts))
+    ]
     for row, group in zip(panels, chosen, strict=True):
         for task, axes in enumerate(row):
             means, spread = routing.mean[task, group].tolist(), routing.spread[task, group].tolist()
-            axes.bar(range(len(experts)), means, yerr=spread, color=colours, error_kw={"linewidth": 0.8})
+            axes.bar(
+                range(len(experts)), means, yerr=spread, color=colours, error_kw={"linewidth": 0.8}
+            )
             axes.axhline(0, color="#bbbbbb", linewidth=0.8)
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_xticks([])
@@ -105,7 +136,14 @@ def draw_coefficients(routing: EnsembleRouting, path: Path) -> None:
     for axes, task_name in zip(panels[0], tasks, strict=True):
         axes.set_title(f"inputs of {task_name}", fontsize=9)
     bars = panels[0][0].containers[-1].patches
-    figure.legend(bars, experts, loc="outside lower center", ncols=min(8, len(experts)), frameon=False, fontsize=8)
+    figure.legend(
+        bars,
+        experts,
+        loc="outside lower center",
+        ncols=min(8, len(experts)),
+        frameon=False,
+        fontsize=8,
+    )
     figure.align_ylabels()
     figure.supylabel("coefficient", fontsize=9)
     figure.savefig(path, dpi=150)
@@ -121,13 +159,28 @@ def _spread_out(number: int, at_most: int) -> list[int]:
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.argument("model_path", metavar="MODEL")
-@click.option("--data", multiple=True, required=True, metavar="TASK=SOURCE", help="Inputs of each task.")
+@click.option(
+    "--data", multiple=True, required=True, metavar="TASK=SOURCE", help="Inputs of each task."
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--max-samples", type=click.IntRange(min=1), help="The first so many of each task. [default: all]")
+@click.option(
+    "--max-samples",
+    type=click.IntRange(min=1),
+    help="The first so many of each task. [default: all]",
+)
 @click.option("--image-column", default="image", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="As torch names it.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Keep the numbers: *.json.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw them: *.png, *.pdf or *.svg.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep the numbers: *.json.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw them: *.png, *.pdf or *.svg.",
+)
 @options_of(Reading, "reading")
 def main(
     model_path: str,
@@ -149,8 +202,12 @@ def main(
     silence(reading)
     architecture, config = read_ensemble(model_path)
     model = load_ensemble(model_path, architecture, config).to(device)
-    if model.can_generate() and model.ensembling.mode == "frozen":  # what follows the prefix has no part
-        reading = replace(reading, max_length=min(reading.max_length, model.ensembling.routing_tokens))
+    if (
+        model.can_generate() and model.ensembling.mode == "frozen"
+    ):  # what follows the prefix has no part
+        reading = replace(
+            reading, max_length=min(reading.max_length, model.ensembling.routing_tokens)
+        )
     batches = {
         source.name: read_batches(
             model_path,
@@ -163,7 +220,10 @@ def main(
         )
         for source in parse_sources(data)
     }
-    shown = {task: tqdm(each, desc=task, unit="batch", disable=reading.quiet) for task, each in batches.items()}
+    shown = {
+        task: tqdm(each, desc=task, unit="batch", disable=reading.quiet)
+        for task, each in batches.items()
+    }
     try:
         routing = ensemble_routing(model, shown)
     except ValueError as error:

@@ -1,15 +1,18 @@
-"""WEMoE's Table 2 in small, on texts: three fine-tunes of a real decoder, adapted to texts without labels.
+"""WEMoE's Table 2 in small, on texts: three fine-tunes of a real decoder, adapted to texts without
+labels.
 
     python examples/wemoe_texts.py -o wemoe_texts.json
 
-The base and the three experts (bible, music, code) are those of `mergeme_homogeneous.py`, trained once and kept. They
-are merged by stock methods and by `wemoe` and `ewemoe`. The latter are adapted to the held-out texts themselves, as
-in the paper: routers lower the entropy of the predicted next token. One row, for comparison, is given the next tokens
-of other texts (`supervised`). Every row is measured by its loss on the held-out texts, behind the first 32 tokens,
-which choose the coefficients.
+The base and the three experts (bible, music, code) are those of `mergeme_homogeneous.py`, trained
+once and kept. They are merged by stock methods and by `wemoe` and `ewemoe`. The latter are adapted
+to the held-out texts themselves, as in the paper: routers lower the entropy of the predicted next
+token. One row, for comparison, is given the next tokens of other texts (`supervised`). Every row is
+measured by its loss on the held-out texts, behind the first 32 tokens, which choose the
+coefficients.
 
-The paper's predictions are classes. Low entropy of a next token need not mean that the guess is right: this shows how
-far the idea carries. What is done is kept in the output file, and a second run goes on from there.
+The paper's predictions are classes. Low entropy of a next token need not mean that the guess is
+right: this shows how far the idea carries. What is done is kept in the output file, and a second
+run goes on from there.
 """
 
 import json
@@ -37,7 +40,10 @@ from mergekit_moe_ext import Adaptation, Reading, UserError, adapt
 PREFIX = 32  # tokens; as `routing_tokens` has it
 BATCH = 1  # blocks of each task per step
 LAMBDA = 0.3  # the paper's, for all methods
-ROUTERS, CONSTANTS = 1e-4, 1e-2  # learning rates; few steps ask more of constants, and decoders less of routers
+ROUTERS, CONSTANTS = (
+    1e-4,
+    1e-2,
+)  # learning rates; few steps ask more of constants, and decoders less of routers
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,23 @@ class Row:
 
 
 def _wemoe(
-    method: str = "wemoe", objective: str = "entropy", learning_rate: float = ROUTERS, **parameters: Any
+    method: str = "wemoe",
+    objective: str = "entropy",
+    learning_rate: float = ROUTERS,
+    **parameters: Any,
 ) -> Row:
-    return Row(method, {"lambda": LAMBDA, "init_lambda": LAMBDA, **parameters}, objective, learning_rate)
+    return Row(
+        method, {"lambda": LAMBDA, "init_lambda": LAMBDA, **parameters}, objective, learning_rate
+    )
 
 
 ROWS = {
     "weight averaging": Row("linear", {"weight": 1.0}),
     "task arithmetic": Row("task_arithmetic", {"weight": 1.0, "lambda": LAMBDA}),
     "TIES": Row("ties", {"weight": 1.0, "lambda": LAMBDA, "density": 0.2, "normalize": False}),
-    "AdaMerging, task-wise": _wemoe(upscale="all", router_layers=0, shared_router=True, learning_rate=CONSTANTS),
+    "AdaMerging, task-wise": _wemoe(
+        upscale="all", router_layers=0, shared_router=True, learning_rate=CONSTANTS
+    ),
     "AdaMerging, layer-wise": _wemoe(upscale="all", router_layers=0, learning_rate=CONSTANTS),
     "WEMoE, 0 layers": _wemoe(router_layers=0, learning_rate=CONSTANTS),
     "WEMoE, 1 layer": _wemoe(router_layers=1),
@@ -81,7 +94,9 @@ class Results:
         if path and path.is_file():
             kept = json.loads(path.read_text())
             if kept["settings"] != settings:
-                raise UserError(f"{path} is of other settings ({kept['settings']}): name another file")
+                raise UserError(
+                    f"{path} is of other settings ({kept['settings']}): name another file"
+                )
             self.losses = kept["losses"]
 
     def has(self, row: str, seed: int = 0) -> bool:
@@ -90,7 +105,9 @@ class Results:
     def add(self, row: str, losses: Losses, seed: int = 0) -> None:
         self.losses.setdefault(row, {})[str(seed)] = losses
         if self._path:
-            self._path.write_text(json.dumps({"settings": self._settings, "losses": self.losses}, indent=1) + "\n")
+            self._path.write_text(
+                json.dumps({"settings": self._settings, "losses": self.losses}, indent=1) + "\n"
+            )
 
     def text(self) -> str:
         """The mean over seeds, with the standard deviation of the mean over domains."""
@@ -100,7 +117,9 @@ class Results:
             of_seeds = list(by_seed.values())
             values = [statistics.mean(losses[name] for losses in of_seeds) for name in DOMAINS]
             means = [statistics.mean(losses.values()) for losses in of_seeds]
-            line = f"{row:{width}}" + "".join(f"{value:9.3f}" for value in [*values, statistics.mean(means)])
+            line = f"{row:{width}}" + "".join(
+                f"{value:9.3f}" for value in [*values, statistics.mean(means)]
+            )
             lines.append(line + (f"  {statistics.stdev(means):5.3f}" if len(means) > 1 else ""))
         return "\n".join(lines)
 
@@ -125,7 +144,9 @@ def write_texts(folder: Path, tokenizer: Any, sequences: dict[str, Tensor]) -> l
     named = []
     for name, ids in sequences.items():
         path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"text": tokenizer.decode(block)}) + "\n" for block in ids))
+        path.write_text(
+            "".join(json.dumps({"text": tokenizer.decode(block)}) + "\n" for block in ids)
+        )
         named.append(f"{name}={path}")
     return named
 
@@ -165,10 +186,25 @@ def run(
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Keep the numbers: *.json.")
-@click.option("--only", multiple=True, type=click.Choice(list(ROWS)), help="Some rows. [default: all]")
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Of the routers and the data.")
-@click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True, help="Of the adaptation.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep the numbers: *.json.",
+)
+@click.option(
+    "--only", multiple=True, type=click.Choice(list(ROWS)), help="Some rows. [default: all]"
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Of the routers and the data.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=30, show_default=True, help="Of the adaptation."
+)
 @click.option(
     "--held-out",
     "count",
@@ -195,7 +231,9 @@ def main(output: Path | None, only: tuple[str, ...], seeds: int, steps: int, cou
     ]
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        others = {name: blocks(tokenizer, texts[name].train[::-1], steps * BATCH) for name in DOMAINS}
+        others = {
+            name: blocks(tokenizer, texts[name].train[::-1], steps * BATCH) for name in DOMAINS
+        }
         data = {
             "entropy": write_texts(scratch / "entropy", tokenizer, held_out),
             "supervised": write_texts(scratch / "supervised", tokenizer, others),

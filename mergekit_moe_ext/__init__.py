@@ -1,15 +1,16 @@
 """Merge methods for mergekit that build and merge mixtures of experts.
 
-Importing this package makes the methods known to mergekit (they are already where torch's autoload is on, which is the
-default): `mergekit.merge.run_merge` then takes them. It also makes the architectures of `modeling/` known to
-transformers, so that its Auto classes load them without `trust_remote_code`. Neither host is imported for it: each is
-extended the moment that the program imports it.
+Importing this package makes the methods known to mergekit (they are already where torch's autoload
+is on, which is the default): `mergekit.merge.run_merge` then takes them. It also makes the
+architectures of `modeling/` known to transformers, so that its Auto classes load them without
+`trust_remote_code`. Neither host is imported for it: each is extended the moment that the program
+imports it.
 
 >>> import mergekit_moe_ext
 >>> from mergekit.merge import run_merge
 
-What the command `mergekit-moe-ext` does is here as functions: `plan`, `count_usage`, `train`, `adapt`, `unload`. What
-the papers measure of models is in `mergekit_moe_ext.analysis`.
+What the command `mergekit-moe-ext` does is here as functions: `plan`, `count_usage`, `train`,
+`adapt`, `unload`. What the papers measure of models is in `mergekit_moe_ext.analysis`.
 """
 
 import importlib

@@ -74,9 +74,19 @@ main.add_command(_merge_command("plan", plan, _PLOT))
 
 @main.command()
 @click.argument("model")
-@click.option("--data", "data", multiple=True, required=True, metavar="[TASK=]SOURCE", help="Texts to count on.")
 @click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to keep the counts in: *.usage.json."
+    "--data",
+    "data",
+    multiple=True,
+    required=True,
+    metavar="[TASK=]SOURCE",
+    help="Texts to count on.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to keep the counts in: *.usage.json.",
 )
 @click.option(
     "--plot",
@@ -89,13 +99,18 @@ main.add_command(_merge_command("plan", plan, _PLOT))
     help="Number of rows of each source that are read, from the first. [default: all]",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Number of rows at a time."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of rows at a time.",
 )
 @click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="Device: cpu, cuda, cuda:1 …; auto spreads the model over all GPUs and, where they are too small, the CPU.",
+    help="Device: cpu, cuda, cuda:1 …; auto spreads the model over all GPUs and, where they are "
+    "too small, the CPU.",
 )
 @options_of(Reading, "reading")
 def usage(
@@ -110,10 +125,11 @@ def usage(
 ) -> None:
     """Count how often each expert of the mixture MODEL is chosen on texts, per source.
 
-    SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a split if you like:
-    news=news.jsonl, owner/name:test[:100]. Prints, per source, the routing probability of each expert, averaged over
-    layers and tokens; of a sequence MoE over texts, each of which chooses by its first tokens. Runs on many processes
-    under `accelerate launch -m mergekit_moe_ext`, with the same counts.
+    SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a
+    split if you like: news=news.jsonl, owner/name:test[:100]. Prints, per source, the routing
+    probability of each expert, averaged over layers and tokens; of a sequence MoE over texts, each
+    of which chooses by its first tokens. Runs on many processes under
+    `accelerate launch -m mergekit_moe_ext`, with the same counts.
     """
     if plot:
         check_new_figure(plot)
@@ -142,16 +158,22 @@ def usage(
 @main.command()
 @click.argument("model")
 @click.option(
-    "--train", "part", type=click.Choice(["gates", "all"]), required=True, help="Parameters that are trained."
+    "--train",
+    "part",
+    type=click.Choice(["gates", "all"]),
+    required=True,
+    help="Parameters that are trained.",
 )
-@click.option("--data", multiple=True, required=True, metavar="[NAME=]SOURCE", help="Texts to train on.")
+@click.option(
+    "--data", multiple=True, required=True, metavar="[NAME=]SOURCE", help="Texts to train on."
+)
 @click.option(
     "--weight",
     "weights",
     multiple=True,
     metavar="NAME=NUMBER",
-    help="Likelihood that a source is drawn, next to 1 for the others, whatever their sizes; an epoch then ends when "
-    "each was read once. [default: all rows of all sources are read]",
+    help="Likelihood that a source is drawn, next to 1 for the others, whatever their sizes; an "
+    "epoch then ends when each was read once. [default: all rows of all sources are read]",
 )
 @click.option(
     "--eval-data",
@@ -159,8 +181,15 @@ def usage(
     metavar="[NAME=]SOURCE",
     help="Texts to measure on, in place of the held-out rows of the source of that name.",
 )
-@click.option("-o", "--output-dir", type=click.Path(), help="Directory of the trained model. [default: MODEL-trained]")
-@click.option("--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted training.")
+@click.option(
+    "-o",
+    "--output-dir",
+    type=click.Path(),
+    help="Directory of the trained model. [default: MODEL-trained]",
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted training."
+)
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
 def train(
@@ -176,9 +205,9 @@ def train(
 ) -> None:
     """Train the gates of the mixture MODEL, or all of it, on texts.
 
-    SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a split if you like:
-    math=math.jsonl, owner/name:train[:1%]. The result is written whole, and MODEL is left as it is. Runs on many
-    processes under `accelerate launch -m mergekit_moe_ext`.
+    SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a
+    split if you like: math=math.jsonl, owner/name:train[:1%]. The result is written whole, and
+    MODEL is left as it is. Runs on many processes under `accelerate launch -m mergekit_moe_ext`.
     """
     from _mergekit_moe_ext_common.runs import before_and_after
 
@@ -207,15 +236,28 @@ def _weight(text: str) -> tuple[str, float]:
 
 @main.command()
 @click.argument("model")
-@click.option("--data", multiple=True, required=True, metavar="TASK=SOURCE", help="Inputs to adapt to, per task.")
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    metavar="TASK=SOURCE",
+    help="Inputs to adapt to, per task.",
+)
 @click.option(
     "--eval-data",
     multiple=True,
     metavar="TASK=SOURCE",
     help="Inputs to measure on, in place of the held-out rows of the task.",
 )
-@click.option("-o", "--output-dir", type=click.Path(), help="Directory of the adapted model. [default: MODEL-adapted]")
-@click.option("--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted adaptation.")
+@click.option(
+    "-o",
+    "--output-dir",
+    type=click.Path(),
+    help="Directory of the adapted model. [default: MODEL-adapted]",
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted adaptation."
+)
 @options_of(Adaptation, "adaptation")
 @options_of(Reading, "reading")
 def adapt(
@@ -227,11 +269,13 @@ def adapt(
     adaptation: Adaptation,
     reading: Reading,
 ) -> None:
-    """Adapt the routers of MODEL, a weight-ensembling one (wemoe, ewemoe), to inputs without labels.
+    """Adapt the routers of MODEL, a weight-ensembling one (wemoe, ewemoe), to inputs without
+    labels.
 
-    SOURCE is a file of texts (jsonl, csv, parquet, txt …), a directory (of images: with or without a directory per
-    class), or a dataset on the Hub, with a split if you like: sun=sun/test, owner/name:train[:1%]. TASK names a head
-    where the model has several. The result is written whole, and MODEL is left as it is. Runs on many processes under
+    SOURCE is a file of texts (jsonl, csv, parquet, txt …), a directory (of images: with or without
+    a directory per class), or a dataset on the Hub, with a split if you like: sun=sun/test,
+    owner/name:train[:1%]. TASK names a head where the model has several. The result is written
+    whole, and MODEL is left as it is. Runs on many processes under
     `accelerate launch -m mergekit_moe_ext`.
     """
     from _mergekit_moe_ext_common.runs import before_and_after
@@ -254,10 +298,14 @@ def adapt(
 
 @main.command()
 @click.argument("model")
-@click.option("-o", "--output-dir", type=click.Path(), required=True, help="Directory of the stock model.")
+@click.option(
+    "-o", "--output-dir", type=click.Path(), required=True, help="Directory of the stock model."
+)
 @click.option("--task", help="Task whose head it gets, where MODEL has several.")
 def unload(model: str, output_dir: str, task: str | None) -> None:
-    """Write MODEL, a weight-ensembling one whose coefficients are constants (router_layers: 0), as a stock model."""
+    """Write MODEL, a weight-ensembling one whose coefficients are constants (router_layers: 0), as
+    a stock model.
+    """
     architecture = commands.unload(model, output_dir, task=task)
     click.echo(f"{output_dir} is a {architecture.__name__}")
 
@@ -278,7 +326,9 @@ def methods(names: tuple[str, ...]) -> None:
 
 @main.command()
 def doctor() -> None:
-    """Say whether the versions fit, `mergekit-yaml` finds this package, and generation is right here."""
+    """Say whether the versions fit, `mergekit-yaml` finds this package, and generation is right
+    here.
+    """
     from _mergekit_moe_ext_autoload import mergekit_is_known
     from _mergekit_moe_ext_common.versions import (
         TESTED,
@@ -294,12 +344,17 @@ def doctor() -> None:
         click.echo(f"{host:<18}{found or '-':<12}{verdict(host, found)} ({oldest} to {newest})")
     if remark := remark_on_native_adapters(versions):
         click.echo(f"note  {remark}")
-    # In processes of their own: as mergekit-yaml starts, in which nothing imports this package, and as a user does.
+    # In processes of their own: as mergekit-yaml starts, in which nothing imports this package, and
+    # as a user does.
     fresh = _started("-c", "import mergekit.merge, mergekit.merge_methods as m; m.get('moe')")
-    selftests = [_started("-m", f"{package}.selftest") for package in ("mergekit_moe_ext", "peft_routing")]
+    selftests = [
+        _started("-m", f"{package}.selftest") for package in ("mergekit_moe_ext", "peft_routing")
+    ]
     _, why_not_found = fresh.communicate()
     checks = {
-        "this mergekit is one that we know (>=0.1.5,<0.2)": (versions["mergekit"] is not None and mergekit_is_known()),
+        "this mergekit is one that we know (>=0.1.5,<0.2)": (
+            versions["mergekit"] is not None and mergekit_is_known()
+        ),
         "torch's autoload is on (TORCH_DEVICE_BACKEND_AUTOLOAD is not 0)": (
             os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
         ),
@@ -313,17 +368,22 @@ def doctor() -> None:
     for selftest in selftests:
         lines, errors = selftest.communicate()
         click.echo(lines.rstrip() or f"FAIL  the self-test did not run\n{errors.strip()}")
-    is_found, is_right = all(checks.values()), not any(selftest.returncode for selftest in selftests)
+    is_found, is_right = (
+        all(checks.values()),
+        not any(selftest.returncode for selftest in selftests),
+    )
     if not is_found:
         click.echo(why_not_found.strip())
         click.echo(
-            "mergekit-yaml will say `Unimplemented merge method`. `mergekit-moe-ext yaml` works as long as "
-            "the versions fit; else reinstall with `pip install --force-reinstall --no-deps mergekit-moe-ext`."
+            "mergekit-yaml will say `Unimplemented merge method`. `mergekit-moe-ext yaml` works as "
+            "long as the versions fit; else reinstall with "
+            "`pip install --force-reinstall --no-deps mergekit-moe-ext`."
         )
     if not is_right:
         click.echo(
-            "Generation with what failed is not to be trusted here. Install versions that were tested; these are "
-            f"known to work: pip install 'transformers=={TESTED['transformers'][1]}' 'peft=={TESTED['peft'][1]}'"
+            "Generation with what failed is not to be trusted here. Install versions that were "
+            "tested; these are known to work: pip install "
+            f"'transformers=={TESTED['transformers'][1]}' 'peft=={TESTED['peft'][1]}'"
         )
     if not (is_found and is_right):
         sys.exit(1)

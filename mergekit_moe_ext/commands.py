@@ -1,4 +1,5 @@
-"""What the commands of `mergekit-moe-ext` do, as functions: a command parses, calls one of these, and prints.
+"""What the commands of `mergekit-moe-ext` do, as functions: a command parses, calls one of these,
+and prints.
 
 Hosts are imported inside the functions, so that importing this file costs nothing.
 """
@@ -29,8 +30,9 @@ Losses = dict[str, tuple[float, float]]
 class PlannedMerge:
     """What a structural merge would make. As a string: what `mergekit-moe-ext plan` prints.
 
-    bytes: the size of the weights. mixture: how many experts there are and how many are chosen, in words. shared,
-    copied, computed: how many tensors come from where; `shared_models` and `base` are what the shared method merges.
+    bytes: the size of the weights. mixture: how many experts there are and how many are chosen, in
+    words. shared, copied, computed: how many tensors come from where; `shared_models` and `base`
+    are what the shared method merges.
     donor: where config and tokenizer come from. notes: Markdown, what the method decided from data.
     """
 
@@ -53,7 +55,9 @@ class PlannedMerge:
     figure: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
 
     def draw(self, path: str | Path) -> None:
-        """Draw what the method decided (caem: the allocation). `UserError` where there is nothing to draw."""
+        """Draw what the method decided (caem: the allocation). `UserError` where there is nothing
+        to draw.
+        """
         if self.figure is None:
             raise UserError(f"{self.method} has nothing to draw")
         self.figure(Path(path))
@@ -67,7 +71,9 @@ class PlannedMerge:
         if self.shared:
             base = f" (base: {self.base})" if self.base else ""
             models = ", ".join(self.shared_models)
-            lines.append(f"shared    {self.shared} tensors by {self.shared_method} from {models}{base}")
+            lines.append(
+                f"shared    {self.shared} tensors by {self.shared_method} from {models}{base}"
+            )
         lines.append(f"copied    {self.copied} tensors")
         lines.append(f"computed  {self.computed} tensors, seed {self.seed}")
         lines.append(f"config and tokenizer from {self.donor}")
@@ -76,7 +82,9 @@ class PlannedMerge:
         return "\n".join(lines)
 
 
-def plan(config: str | Path | Mapping[str, Any], options: "MergeOptions | None" = None) -> PlannedMerge:
+def plan(
+    config: str | Path | Mapping[str, Any], options: "MergeOptions | None" = None
+) -> PlannedMerge:
     """Check a configuration and its models, and say what the merge would make, without merging.
 
     Args:
@@ -85,8 +93,8 @@ def plan(config: str | Path | Mapping[str, Any], options: "MergeOptions | None" 
 
     Returns what `mergekit-moe-ext plan` prints.
 
-    Raises `UserError` for a configuration or a model that cannot be merged, and for a method that is not one of this
-    package's structural ones.
+    Raises `UserError` for a configuration or a model that cannot be merged, and for a method that
+    is not one of this package's structural ones.
 
     >>> planned = plan({
     ...     "merge_method": "moe",
@@ -110,7 +118,9 @@ def plan(config: str | Path | Mapping[str, Any], options: "MergeOptions | None" 
     method = structural_method(merge_config.merge_method)
     if method is None:
         names = ", ".join(each.spec.name for each in METHODS)
-        raise UserError(f"{merge_config.merge_method} is not one of this package's structural methods: {names}")
+        raise UserError(
+            f"{merge_config.merge_method} is not one of this package's structural methods: {names}"
+        )
     job = read_job(merge_config, options or MergeOptions(), method)
     planned = prepare(job).plan
     models, base = merged_models(job)
@@ -136,7 +146,8 @@ def plan(config: str | Path | Mapping[str, Any], options: "MergeOptions | None" 
 
 
 def read_configuration(path: str | Path) -> "tuple[MergeConfiguration, str]":
-    """The configuration in a YAML file, and its text. `UserError` for what mergekit would not take."""
+    """The configuration in a YAML file, and its text. `UserError` for what mergekit would not
+    take."""
     try:
         source = Path(path).read_text(encoding="utf-8")
         document = yaml.safe_load(source)
@@ -176,8 +187,8 @@ def count_usage(
         batch_size: rows at a time.
         device: `cpu`, `cuda`, `cuda:1` …; `auto` spreads the model over all GPUs.
 
-    Returns the usage, whose `write` makes the file that `caem` reads; None in all but the main process. Where there
-    are several processes, their group is gone afterwards.
+    Returns the usage, whose `write` makes the file that `caem` reads; None in all but the main
+    process. Where there are several processes, their group is gone afterwards.
 
     Raises `UserError` for a model that is not a mixture, and for data that cannot be read.
 
@@ -212,7 +223,8 @@ def train(
         part: what is trained.
         output: the directory of the trained model; `<model>-trained` if None.
         recipe, reading: how it is trained and how texts are read; the defaults if None.
-        weights: how likely a source is drawn, next to 1 for the others; without any, all rows are read.
+        weights: how likely a source is drawn, next to 1 for the others; without any, all rows are
+        read.
         eval_data: what is measured in place of the held-out rows of the source of that name.
         resume: go on after the last checkpoint of an interrupted training.
 
@@ -221,7 +233,8 @@ def train(
     Raises `UserError` for what cannot be trained or read, and for an output that exists.
 
     >>> recipe = Recipe(max_steps=1, held_out=4)
-    >>> losses = train("mixture", ["news=news.jsonl"], "gates", recipe=recipe, reading=Reading(quiet=True))
+    >>> losses = train("mixture", ["news=news.jsonl"], "gates", recipe=recipe,
+    reading=Reading(quiet=True))
     >>> list(losses)
     ['news']
     """
@@ -260,13 +273,14 @@ def adapt(
         eval_data: what is measured in place of the held-out rows of the task.
         resume: go on after the last checkpoint of an interrupted adaptation.
 
-    Returns, per task and measure (entropy; accuracy, or the loss of tokens), the value before and after; None in all
-    but the main process.
+    Returns, per task and measure (entropy; accuracy, or the loss of tokens), the value before and
+    after; None in all but the main process.
 
     Raises `UserError` for what cannot be adapted or read, and for an output that exists.
 
     >>> quick = Adaptation(steps=1, per_device_train_batch_size=2)
-    >>> measures = adapt("ensemble", ["math=math.jsonl"], adaptation=quick, reading=Reading(quiet=True))
+    >>> measures = adapt("ensemble", ["math=math.jsonl"], adaptation=quick,
+    reading=Reading(quiet=True))
     >>> list(measures)
     ['math']
     """
@@ -284,7 +298,8 @@ def adapt(
 
 
 def unload(model: str, output: str, *, task: str | None = None) -> "type[PreTrainedModel]":
-    """Write a weight-ensembling model whose coefficients are constants (router_layers: 0) as a stock model.
+    """Write a weight-ensembling model whose coefficients are constants (router_layers: 0) as a
+    stock model.
 
     Args:
         model: a directory. It is left as it is.
@@ -293,8 +308,8 @@ def unload(model: str, output: str, *, task: str | None = None) -> "type[PreTrai
 
     Returns the class of the stock model.
 
-    Raises `UserError` where the coefficients depend on the input, where a head must be chosen, and for an output that
-    exists.
+    Raises `UserError` where the coefficients depend on the input, where a head must be chosen, and
+    for an output that exists.
 
     >>> unload("constant", "stock").__name__
     'LlamaForCausalLM'

@@ -1,7 +1,9 @@
-"""The seam to mergekit: the names in `mergekit.merge` that are replaced, and what stands there instead.
+"""The seam to mergekit: the names in `mergekit.merge` that are replaced, and what stands there
+instead.
 
-Each replacement changes nothing for a stock method. For ours, `run_merge` checks everything first, runs the
-stock `run_merge` into a staging directory, adds card, tokenizer and processor files, and renames once.
+Each replacement changes nothing for a stock method. For ours, `run_merge` checks everything first,
+runs the stock `run_merge` into a staging directory, adds card, tokenizer and processor files, and
+renames once.
 """
 
 import functools
@@ -67,7 +69,9 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
     from mergekit_moe_ext.modeling import modeling_files
 
     @functools.wraps(stock)
-    def run_merge(merge_config: Any, out_path: str, options: Any, config_source: str | None = None) -> None:
+    def run_merge(
+        merge_config: Any, out_path: str, options: Any, config_source: str | None = None
+    ) -> None:
         method = structural_method(merge_config.merge_method)
         if method is None:
             stock(merge_config, out_path, options, config_source)
@@ -81,15 +85,18 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
         if any(model.lora for model in job.sources):
             merge_loras(job)
             prepared = prepare(job)  # a LoRA may bring tensors of its own
-        # We write the card and copy the tokenizer ourselves: stock asks the Hub about paths for the one and
-        # takes the other from a model that it picks by chance where there is no base.
+        # We write the card and copy the tokenizer ourselves: stock asks the Hub about paths for the
+        # one and takes the other from a model that it picks by chance where there is no base.
         # And it seeds nothing where no seed is given, while what we write names one.
         stock_options = options.model_copy(
             update={"write_model_card": False, "copy_tokenizer": False, "random_seed": job.seed}
         )
         makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
-        stock_config = merge_config.model_copy(update={} if makes_tokenizer else {"chat_template": None})
-        # mergekit keeps loaders for the life of the process, so a second merge would read stale weights.
+        stock_config = merge_config.model_copy(
+            update={} if makes_tokenizer else {"chat_template": None}
+        )
+        # mergekit keeps loaders for the life of the process, so a second merge would read stale
+        # weights.
         LoaderCache.loaders.clear()
         token = PREPARED.set(prepared)
         try:
@@ -100,7 +107,9 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
                 for code in modeling_files(prepared.plan.config.architectures[0]):
                     shutil.copy(code, directory / code.name)
                 if options.write_model_card:
-                    write_card(job, prepared.plan, directory, config_source or merge_config.to_yaml())
+                    write_card(
+                        job, prepared.plan, directory, config_source or merge_config.to_yaml()
+                    )
         finally:
             PREPARED.reset(token)
             LoaderCache.loaders.clear()
@@ -108,9 +117,15 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
     return run_merge
 
 
-def _copy_tokenizer_files(merge: Any, job: Any, directory: Path, *, tokenizer_is_there: bool) -> None:
-    donor = Path(ModelReference(model=job.donor.model).local_path(job.merge_options.transformers_cache))
-    reads_images_alone = (donor / "preprocessor_config.json").exists() and not any(donor.glob("*token*"))
+def _copy_tokenizer_files(
+    merge: Any, job: Any, directory: Path, *, tokenizer_is_there: bool
+) -> None:
+    donor = Path(
+        ModelReference(model=job.donor.model).local_path(job.merge_options.transformers_cache)
+    )
+    reads_images_alone = (donor / "preprocessor_config.json").exists() and not any(
+        donor.glob("*token*")
+    )
     if not tokenizer_is_there and not reads_images_alone:
         from_donor = job.config.model_copy(update={"base_model": job.donor})
         try:

@@ -12,7 +12,9 @@ class Recipe(options.Recipe):
     """How a mixture of experts is trained. Defaults are MergeME's or, mostly, transformers'."""
 
     learning_rate: float | None = option(
-        None, "Initial learning rate of AdamW. [default: 1e-5 for all (MergeME), 1e-3 for gates]", at_least=0
+        None,
+        "Initial learning rate of AdamW. [default: 1e-5 for all (MergeME), 1e-3 for gates]",
+        at_least=0,
     )
     weight_decay: float = option(0.01, "AdamW's weight decay (MergeME's).", at_least=0)
     router_aux_loss: float = option(
@@ -20,8 +22,8 @@ class Recipe(options.Recipe):
     )
     bf16: bool = option(
         False,
-        "Compute in bfloat16, as autocast does; what is trained is kept in float32. Always on for the gates of a "
-        "model that is stored in bfloat16.",
+        "Compute in bfloat16, as autocast does; what is trained is kept in float32. Always on for "
+        "the gates of a model that is stored in bfloat16.",
     )
 
 
@@ -35,26 +37,34 @@ class Adaptation:
     steps: int = option(1000, "Number of steps, each with one batch of every task.", at_least=1)
     learning_rate: float | None = option(
         None,
-        "Learning rate of Adam. [default: 1e-3 (WEMoE); 1e-4 for models of next tokens, with 1 or 2 router layers]",
+        "Learning rate of Adam. [default: 1e-3 (WEMoE); 1e-4 for models of next tokens, with 1 or "
+        "2 router layers]",
         at_least=0,
     )
-    per_device_train_batch_size: int = option(16, "Number of rows of each task per process and step.", at_least=1)
+    per_device_train_batch_size: int = option(
+        16, "Number of rows of each task per process and step.", at_least=1
+    )
     per_device_eval_batch_size: int = option(
         16, "Number of rows per process and forward pass when measuring.", at_least=1
     )
     patience: int | None = option(
         None,
-        "Stop once the running mean of the objective has not fallen by 0.1 percent in so many steps. [default: never]",
+        "Stop once the running mean of the objective has not fallen by 0.1 percent in so many "
+        "steps. [default: never]",
         at_least=1,
     )
-    no_guard: bool = option(False, "Minimise the entropy alone, as in the paper, even where predictions collapse.")
+    no_guard: bool = option(
+        False, "Minimise the entropy alone, as in the paper, even where predictions collapse."
+    )
     held_out: int = option(
         0,
         "Number of rows of each task that are measured, not adapted to; see --eval-data. With 0, "
         "the rows adapted to are measured: the test inputs themselves, as in the paper.",
         at_least=0,
     )
-    eval_steps: int | None = option(None, "Measure every so many steps, too. [default: before and after]", at_least=1)
+    eval_steps: int | None = option(
+        None, "Measure every so many steps, too. [default: before and after]", at_least=1
+    )
     save_steps: int = option(100, "Checkpoint every so many steps.", at_least=1)
     image_column: str = option("image", "Column of images.")
     label_column: str = option("label", "Column of classes, where there are any.")

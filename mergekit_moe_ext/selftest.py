@@ -1,4 +1,6 @@
-"""The self-test of the architectures that this package adds to transformers; `mergekit-moe-ext doctor` runs it."""
+"""The self-test of the architectures that this package adds to transformers;
+`mergekit-moe-ext doctor` runs it.
+"""
 
 from typing import Any
 
@@ -61,4 +63,9 @@ def _at_random(model: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main({"a sequence mixture": sequence_mixture, "a weight-ensembling model": weight_ensembling_model})
+    main(
+        {
+            "a sequence mixture": sequence_mixture,
+            "a weight-ensembling model": weight_ensembling_model,
+        }
+    )

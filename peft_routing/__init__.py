@@ -1,7 +1,7 @@
 """Routed adapters for PEFT: many LoRA experts on one base model, mixed per input by a router.
 
-Importing this package is what makes PEFT know the adapter type `ROUTED_LORA`. PEFT itself is not imported for it: it
-is extended the moment that the program imports it.
+Importing this package is what makes PEFT know the adapter type `ROUTED_LORA`. PEFT itself is not
+imported for it: it is extended the moment that the program imports it.
 
 What the command `peft-route` does is here as functions: `compose`, `train`, `inspect`, `export`.
 """
@@ -62,9 +62,11 @@ _MODULES = {
 
 
 class _Package(ModuleType):
-    """This package, in which `train` and `export` are the functions, also once the files of these names are loaded.
+    """This package, in which `train` and `export` are the functions, also once the files of these
+    names are loaded.
 
-    Python puts a submodule into its package when it is loaded; `from peft_routing.train import …` does not need that.
+    Python puts a submodule into its package when it is loaded; `from peft_routing.train import …`
+    does not need that.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -8,7 +8,9 @@ _HEADING = "## Routed LoRA"
 
 
 def extend(directory: str, experts: Sequence[str], general: Sequence[str], router: str) -> None:
-    """Put our section into the card that PEFT has written: beside the adapter, or above one that has a name."""
+    """Put our section into the card that PEFT has written: beside the adapter, or above one that
+    has a name.
+    """
     own, above = Path(directory) / "README.md", Path(directory).parent / "README.md"
     path = own if own.exists() else above
     text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -19,9 +21,9 @@ def extend(directory: str, experts: Sequence[str], general: Sequence[str], route
     lines = [
         _HEADING,
         "",
-        f"{len(experts)} LoRA experts ({', '.join(experts)}){less} and the router `{router}` in one "
-        "adapter. `pip install mergekit-moe-ext`, and import `peft_routing` before loading; without it PEFT says "
-        "`KeyError: 'ROUTED_LORA'`.",
+        f"{len(experts)} LoRA experts ({', '.join(experts)}){less} and the router `{router}` in "
+        "one adapter. `pip install mergekit-moe-ext`, and import `peft_routing` before loading; "
+        "without it PEFT says `KeyError: 'ROUTED_LORA'`.",
         "",
         "```python",
         "import peft_routing",

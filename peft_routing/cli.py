@@ -43,12 +43,15 @@ def compose(
     trust_remote_code: bool,
     **routing: Any,
 ) -> None:
-    """Put LoRA adapters and a router into one adapter for the model BASE, of which only the configuration is read.
+    """Put LoRA adapters and a router into one adapter for the model BASE, of which only the
+    configuration is read.
 
-    DIR is a directory or a repository on the Hub. The result loads with PeftModel.from_pretrained after
-    `import peft_routing`.
+    DIR is a directory or a repository on the Hub. The result loads with PeftModel.from_pretrained
+    after `import peft_routing`.
     """
-    by_expert = {name: _number("--weight", name, number) for name, number in _pairs("--weight", weights)}
+    by_expert = {
+        name: _number("--weight", name, number) for name, number in _pairs("--weight", weights)
+    }
     composed = commands.compose(
         base,
         _experts("--expert", experts),
@@ -63,8 +66,8 @@ def compose(
     )
     less = f" less the mean of {', '.join(composed.general_experts)}" if general else ""
     click.echo(
-        f"{output}: {len(composed.experts)} experts ({', '.join(composed.names)}){less} on {len(composed.sites)} "
-        f"modules, router {router}, mixing {composed.mixing}"
+        f"{output}: {len(composed.experts)} experts ({', '.join(composed.names)}){less} on "
+        f"{len(composed.sites)} modules, router {router}, mixing {composed.mixing}"
     )
 
 
@@ -88,7 +91,8 @@ def _compose_command() -> click.Command:
             "general",
             multiple=True,
             metavar="[NAME=]DIR",
-            help="LoRA adapter of general knowledge; the mean of these is subtracted from each expert (GenKnowSub).",
+            help="LoRA adapter of general knowledge; the mean of these is subtracted from each "
+            "expert (GenKnowSub).",
         ),
         click.option(
             "--router",
@@ -97,7 +101,13 @@ def _compose_command() -> click.Command:
             show_default=True,
             help="Router that the coefficients come from.",
         ),
-        click.option("-o", "--output", type=click.Path(), required=True, help="Directory of the routed adapter."),
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(),
+            required=True,
+            help="Directory of the routed adapter.",
+        ),
         fields_as_options(RoutedLoraConfig, _ROUTING),
         click.option(
             "--weight",
@@ -113,8 +123,14 @@ def _compose_command() -> click.Command:
             metavar="NAME=ID",
             help="Cluster of an expert, for the router hierarchical.",
         ),
-        click.option("--seed", type=int, default=42, show_default=True, help="Seed of mlp's random start."),
-        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the base model (danger)."),
+        click.option(
+            "--seed", type=int, default=42, show_default=True, help="Seed of mlp's random start."
+        ),
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Run code that comes with the base model (danger).",
+        ),
     )
     command: Any = compose
     for parameter in reversed(parameters):
@@ -127,7 +143,9 @@ main.add_command(DeferredCommand("compose", compose, _compose_command))
 
 @main.command()
 @click.argument("adapter")
-@click.option("--data", multiple=True, required=True, metavar="[NAME=]SOURCE", help="Texts to train on.")
+@click.option(
+    "--data", multiple=True, required=True, metavar="[NAME=]SOURCE", help="Texts to train on."
+)
 @click.option(
     "--learning-rate",
     "learning_rates",
@@ -135,14 +153,16 @@ main.add_command(DeferredCommand("compose", compose, _compose_command))
     multiple=True,
     default=LEARNING_RATES,
     show_default=True,
-    help="Learning rate of AdamW. Of several, the one with the lowest held-out loss is kept (the paper's three).",
+    help="Learning rate of AdamW. Of several, the one with the lowest held-out loss is kept (the "
+    "paper's three).",
 )
 @click.option(
     "--weight",
     "weights",
     multiple=True,
     metavar="NAME=NUMBER",
-    help="Likelihood that a source is drawn, next to 1 for the others. [default: all rows of all sources are read]",
+    help="Likelihood that a source is drawn, next to 1 for the others. [default: all rows of all "
+    "sources are read]",
 )
 @click.option(
     "--eval-data",
@@ -151,10 +171,15 @@ main.add_command(DeferredCommand("compose", compose, _compose_command))
     help="Texts to measure on, in place of the held-out rows of the source of that name.",
 )
 @click.option(
-    "-o", "--output-dir", type=click.Path(), help="Directory of the trained adapter. [default: ADAPTER-trained]"
+    "-o",
+    "--output-dir",
+    type=click.Path(),
+    help="Directory of the trained adapter. [default: ADAPTER-trained]",
 )
 @click.option("--base", help="Base model, where it is not the one that the adapter names.")
-@click.option("--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted training.")
+@click.option(
+    "--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted training."
+)
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
 def train(
@@ -169,11 +194,13 @@ def train(
     recipe: Recipe,
     reading: Reading,
 ) -> None:
-    """Train the router of the routed adapter in the directory ADAPTER; its experts stay as they are.
+    """Train the router of the routed adapter in the directory ADAPTER; its experts stay as they
+    are.
 
-    SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a split if you like:
-    math=math.jsonl, owner/name:train[:1%]. The result is written whole, and ADAPTER is left as it is. Runs on many
-    processes under `accelerate launch -m peft_routing train`.
+    SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a
+    split if you like: math=math.jsonl, owner/name:train[:1%]. The result is written whole, and
+    ADAPTER is left as it is. Runs on many processes under
+    `accelerate launch -m peft_routing train`.
     """
     from _mergekit_moe_ext_common.runs import before_and_after
 
@@ -185,7 +212,9 @@ def train(
         reading=reading,
         learning_rates=learning_rates,
         base=base,
-        weights={name: _number("--weight", name, number) for name, number in _pairs("--weight", weights)},
+        weights={
+            name: _number("--weight", name, number) for name, number in _pairs("--weight", weights)
+        },
         eval_data=eval_data,
         resume=resume,
     )
@@ -200,7 +229,10 @@ def train(
 @click.option("--data", multiple=True, required=True, metavar="[TASK=]SOURCE", help="Texts to run.")
 @click.option("--base", help="Base model, where it is not the one that the adapter names.")
 @click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to keep the means in: *.json."
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to keep the means in: *.json.",
 )
 @click.option(
     "--plot",
@@ -213,7 +245,11 @@ def train(
     help="Number of rows of each source that are read, from the first. [default: all]",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Number of rows at a time."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of rows at a time.",
 )
 @options_of(Reading, "reading")
 def inspect(
@@ -226,7 +262,9 @@ def inspect(
     batch_size: int,
     reading: Reading,
 ) -> None:
-    """Show who is chosen where: each expert's mean coefficient per source, and per module with --plot or -o."""
+    """Show who is chosen where: each expert's mean coefficient per source, and per module with
+    --plot or -o.
+    """
     if plot:
         check_new_figure(plot)
     if output:
@@ -251,18 +289,30 @@ def inspect(
 @main.command()
 @click.argument("adapter")
 @click.option("-o", "--output", type=click.Path(), required=True, help="Directory to write.")
-@click.option("--merged", is_flag=True, help="Write one LoRA adapter, where the router does not depend on the input.")
+@click.option(
+    "--merged",
+    is_flag=True,
+    help="Write one LoRA adapter, where the router does not depend on the input.",
+)
 @click.option(
     "--rank",
     type=click.IntRange(min=1),
     help="Rank of the adapter, with --merged: the closest update. [default: exact]",
 )
 @click.option("--base", help="Base model, where it is not the one that the adapter names.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the base model (danger).")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that comes with the base model (danger)."
+)
 def export(
-    adapter: str, output: str, merged: bool, rank: int | None, base: str | None, trust_remote_code: bool
+    adapter: str,
+    output: str,
+    merged: bool,
+    rank: int | None,
+    base: str | None,
+    trust_remote_code: bool,
 ) -> None:
-    """Write the experts of the routed adapter in ADAPTER back as LoRA directories, or their mixture as one.
+    """Write the experts of the routed adapter in ADAPTER back as LoRA directories, or their mixture
+    as one.
 
     PEFT reads those without this package. Of the base model only the configuration is read.
     """

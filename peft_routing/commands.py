@@ -1,4 +1,5 @@
-"""What the commands of `peft-route` do, as functions: a command parses, calls one of these, and prints.
+"""What the commands of `peft-route` do, as functions: a command parses, calls one of these, and
+prints.
 
 Hosts are imported inside the functions, so that importing this file costs nothing.
 """
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class Exported:
     """What was written to `directory`: an adapter per name, or one for all.
 
-    error: the relative error of the updates, where one adapter was written; 0 without a limit on its rank.
+    error: the relative error of the updates, where one adapter was written; 0 without a limit on
+    its rank.
     """
 
     directory: Path
@@ -41,7 +43,8 @@ def compose(
     trust_remote_code: bool = False,
     **routing: Any,
 ) -> "RoutedLoraConfig":
-    """Put LoRA adapters and a router into one adapter for a base model, of which only the configuration is read.
+    """Put LoRA adapters and a router into one adapter for a base model, of which only the
+    configuration is read.
 
     Args:
         base: the model, a directory or a name on the Hub.
@@ -53,11 +56,13 @@ def compose(
         trust_remote_code: run code that comes with the base model (danger).
         routing: any other field of `RoutedLoraConfig`: `top_k`, `granularity`, `mixing` …
 
-    Returns the configuration of the routed adapter: its experts, the modules that they lie at, its mixing.
+    Returns the configuration of the routed adapter: its experts, the modules that they lie at, its
+    mixing.
 
     Raises `UserError` for what cannot be composed, and for an output that exists.
 
-    >>> config = compose("base", {"math": "math-lora", "code": "code-lora"}, "routed", router="linear")
+    >>> config = compose("base", {"math": "math-lora", "code": "code-lora"}, "routed",
+    router="linear")
     >>> config.names
     ['math', 'code']
     """
@@ -72,7 +77,9 @@ def compose(
     reading = Reading(trust_remote_code=trust_remote_code)
     out = check_output(output)
     try:
-        config = RoutedLoraConfig(experts=experts, general_experts=general_experts, router=router, **routing)
+        config = RoutedLoraConfig(
+            experts=experts, general_experts=general_experts, router=router, **routing
+        )
         model = empty_model(load_config(base, reading), reading)
         set_seed(seed)
         model = get_peft_model(model, config)
@@ -105,17 +112,20 @@ def train(
         recipe, reading: how it is trained and how texts are read; the defaults if None.
         learning_rates: AdamW's; of several, the one with the lowest held-out loss is kept.
         base: the base model, where it is not the one that the adapter names.
-        weights: how likely a source is drawn, next to 1 for the others; without any, all rows are read.
+        weights: how likely a source is drawn, next to 1 for the others; without any, all rows are
+        read.
         eval_data: what is measured in place of the held-out rows of the source of that name.
         resume: go on after the last checkpoint of an interrupted training.
 
-    Returns what each learning rate gave, the best first: its `losses` are each source's before and after.
+    Returns what each learning rate gave, the best first: its `losses` are each source's before and
+    after.
 
     Raises `UserError` for what cannot be trained or read, and for an output that exists.
 
     >>> recipe = Recipe(max_steps=1, held_out=4)
     >>> results = train(
-    ...     "routed", ["math=math.jsonl"], recipe=recipe, learning_rates=[1e-3], reading=Reading(quiet=True)
+    ...     "routed", ["math=math.jsonl"], recipe=recipe, learning_rates=[1e-3],
+    reading=Reading(quiet=True)
     ... )
     >>> list(results[0].losses)
     ['math']
@@ -167,7 +177,12 @@ def inspect(
     from peft_routing.inspection import inspect_adapter
 
     return inspect_adapter(
-        adapter, data, reading or Reading(), base=base, max_samples=max_samples, batch_size=batch_size
+        adapter,
+        data,
+        reading or Reading(),
+        base=base,
+        max_samples=max_samples,
+        batch_size=batch_size,
     )
 
 
@@ -180,7 +195,8 @@ def export(
     base: str | None = None,
     trust_remote_code: bool = False,
 ) -> Exported:
-    """Write the experts of a routed adapter back as LoRA directories, or their mixture as one adapter.
+    """Write the experts of a routed adapter back as LoRA directories, or their mixture as one
+    adapter.
 
     PEFT reads those without this package. Of the base model only the configuration is read.
 

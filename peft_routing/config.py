@@ -80,7 +80,9 @@ class RoutedLoraConfig(PeftConfig):
     )
     top_k: int | None = field(
         default=None,
-        metadata={"help": "Number of experts per token, or of clusters. Default: all; 3 for arrow."},
+        metadata={
+            "help": "Number of experts per token, or of clusters. Default: all; 3 for arrow."
+        },
     )
     granularity: Granularity = field(
         default="token",
@@ -88,7 +90,9 @@ class RoutedLoraConfig(PeftConfig):
     )
     routing_tokens: int = field(
         default=32,
-        metadata={"help": "Length of a prefix in a plain forward pass; `generate` uses the prompt."},
+        metadata={
+            "help": "Length of a prefix in a plain forward pass; `generate` uses the prompt."
+        },
     )
     mixing: Mixing | None = field(
         default=None,
@@ -108,7 +112,9 @@ class RoutedLoraConfig(PeftConfig):
         default=None,
         metadata={"help": "Product with the hidden state, or its absolute value (Arrow's)."},
     )
-    weights: Any = field(default=None, metadata={"help": "Coefficients of `fixed`: by expert, or a list."})
+    weights: Any = field(
+        default=None, metadata={"help": "Coefficients of `fixed`: by expert, or a list."}
+    )
     clusters: dict[str, Any] | None = field(
         default=None, metadata={"help": "Cluster of each expert, for `hierarchical`."}
     )
@@ -132,7 +138,9 @@ class RoutedLoraConfig(PeftConfig):
         default=None,
         metadata={"help": "Modules with each expert's rank and scaling; written by composing."},
     )
-    expert_dtype: str | None = field(default=None, metadata={"help": "Dtype of the experts; written by composing."})
+    expert_dtype: str | None = field(
+        default=None, metadata={"help": "Dtype of the experts; written by composing."}
+    )
 
     target_modules: ClassVar[None] = None  # PEFT asks; `layout` says it exactly
 
@@ -165,14 +173,18 @@ class RoutedLoraConfig(PeftConfig):
 
     def _check_experts(self) -> None:
         if not self.experts:
-            raise UserError("a routed adapter needs experts: experts={'math': 'math/', 'code': 'code/'}")
+            raise UserError(
+                "a routed adapter needs experts: experts={'math': 'math/', 'code': 'code/'}"
+            )
         if both := self.experts.keys() & self.general_experts.keys():
             raise UserError(
-                f"{min(both)!r} names an expert and a general one: give names, general_experts={{'wiki': …}}"
+                f"{min(both)!r} names an expert and a general one: give names, "
+                f"general_experts={{'wiki': …}}"
             )
         if self.general_experts and self.mixing == "low_rank":
             raise UserError(
-                "general experts are subtracted from updates, which mixing='low_rank' never forms: use full"
+                "general experts are subtracted from updates, which mixing='low_rank' never "
+                "forms: use full"
             )
 
     def _read_router_options(self) -> None:
@@ -182,14 +194,19 @@ class RoutedLoraConfig(PeftConfig):
         the fields stay None where nothing was stated.
         """
         if not isinstance(self.router_options, dict):
-            raise UserError(f"router_options={self.router_options!r} is no dictionary: write {{'sharpness': 2.0}}")
+            raise UserError(
+                f"router_options={self.router_options!r} is no dictionary: write {{'sharpness': "
+                "2.0}"
+            )
         own = dict(self.router_options)
         for option in _FIELDS_OF_ROUTERS:
             if option not in own:
                 continue
             value, stated = own.pop(option), getattr(self, option)
             if stated is not None and stated != value:
-                raise UserError(f"{option}={stated!r}, and {value!r} in router_options: give it once")
+                raise UserError(
+                    f"{option}={stated!r}, and {value!r} in router_options: give it once"
+                )
             setattr(self, option, value)
         self.router_options = own
         for option in ("weights", "clusters"):  # by expert, whose names are strings
@@ -200,7 +217,9 @@ class RoutedLoraConfig(PeftConfig):
         for option in self.stated_options.keys() & set(_FIELDS_OF_ROUTERS):
             setattr(self, option, getattr(options, option))
         self.router_options = {
-            option: value for option, value in saved_options(options).items() if option not in _FIELDS_OF_ROUTERS
+            option: value
+            for option, value in saved_options(options).items()
+            if option not in _FIELDS_OF_ROUTERS
         }
 
     @property
@@ -250,9 +269,15 @@ class RoutedLoraConfig(PeftConfig):
 def _by_name(option: str, experts: Any) -> dict[str, Any]:
     """Each expert's directory or configuration by its name. `UserError` for anything else."""
     if isinstance(experts, dict):
-        return {str(name): value if isinstance(value, dict) else str(value) for name, value in experts.items()}
+        return {
+            str(name): value if isinstance(value, dict) else str(value)
+            for name, value in experts.items()
+        }
     if isinstance(experts, str) or not isinstance(experts, Sequence):
-        raise UserError(f"{option}={experts!r} is neither a dict of names and directories nor a list of directories")
+        raise UserError(
+            f"{option}={experts!r} is neither a dict of names and directories nor a list of "
+            "directories"
+        )
     if all(isinstance(expert, dict) for expert in experts):
         return dict(map(_as_saved, experts))
     paths = [str(path) for path in experts]

@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -74,7 +79,9 @@ def read_expert(name: str, path: str) -> Expert:
     except SafetensorError as error:
         raise UserError(f"{where}: {weights} is damaged: {error}") from error
     factors = _pairs(tensors, where)
-    scalings = {module: _scaling(config, module, a.shape[0], where) for module, (a, _) in factors.items()}
+    scalings = {
+        module: _scaling(config, module, a.shape[0], where) for module, (a, _) in factors.items()
+    }
     stated = {key: value for key, value in config.items() if value not in (None, {}, [])}
     return Expert(name, stated, factors, scalings)
 
@@ -85,7 +92,10 @@ def _file(path: str, name: str, where: str) -> Path:
         if not (directory / name).is_file():
             hint = ""
             if name == SAFETENSORS_WEIGHTS_NAME and (directory / "adapter_model.bin").exists():
-                hint = "; adapter_model.bin is a pickle: load it with PEFT once and save it as safetensors"
+                hint = (
+                    "; adapter_model.bin is a pickle: load it with PEFT once and save it as "
+                    "safetensors"
+                )
             raise FileNotFoundError(f"{where}: {directory} has no {name}{hint}")
         return directory / name
     owner, _, rest = path.partition("/")
@@ -94,7 +104,13 @@ def _file(path: str, name: str, where: str) -> Path:
         raise FileNotFoundError(f"{where}: there is no such directory")
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", name, subfolder=subfolder or None))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OSError,
+    ) as error:
         raise FileNotFoundError(
             f"{where}: no such directory, and no {name} on the Hub: {str(error).splitlines()[0]}"
         ) from error
@@ -102,12 +118,16 @@ def _file(path: str, name: str, where: str) -> Path:
 
 def _check_config(config: dict[str, Any], where: str) -> None:
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{where}: its peft_type is {config.get('peft_type')}; only LORA adapters are routed")
+        raise UserError(
+            f"{where}: its peft_type is {config.get('peft_type')}; only LORA adapters are routed"
+        )
     for key, reason in _CANNOT_BE_ROUTED.items():
         if config.get(key):
             raise UserError(f"{where} cannot be routed: {key} is {config[key]}; {reason}")
     if config.get("bias", "none") != "none":
-        raise UserError(f"{where} cannot be routed: bias is {config['bias']!r}; biases are not routed")
+        raise UserError(
+            f"{where} cannot be routed: bias is {config['bias']!r}; biases are not routed"
+        )
     if str(config.get("init_lora_weights", "")).startswith(_CHANGES_THE_BASE):
         raise UserError(
             f"{where} cannot be routed: init_lora_weights is {config['init_lora_weights']!r}, "
@@ -119,15 +139,22 @@ def _check_config(config: dict[str, Any], where: str) -> None:
 def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
     halves: dict[str, dict[str, Tensor]] = {}
     if embedding := next((key for key in tensors if "lora_embedding" in key), None):
-        raise UserError(f"{where} cannot be routed: {embedding}: embeddings have no hidden state to route by")
+        raise UserError(
+            f"{where} cannot be routed: {embedding}: embeddings have no hidden state to route by"
+        )
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
         if match is None:
-            of_base = "it is the base model's own; save the adapter with save_embedding_layers=False"
+            of_base = (
+                "it is the base model's own; save the adapter with save_embedding_layers=False"
+            )
             reason = of_base if ".base_layer." in key else "it is no LoRA factor"
             raise UserError(f"{where} cannot be routed: {key}: {reason}")
         if tensor.ndim != 2:
-            raise UserError(f"{where} cannot be routed: {key} has {tensor.ndim} dimensions; only linear modules are")
+            raise UserError(
+                f"{where} cannot be routed: {key} has {tensor.ndim} dimensions; only linear "
+                "modules are"
+            )
         halves.setdefault(match[1], {})[match[2]] = tensor
     if not halves:
         raise UserError(f"{where}: {SAFETENSORS_WEIGHTS_NAME} is empty")
@@ -135,7 +162,10 @@ def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Te
         if len(pair) == 1:
             raise UserError(f"{where}: {module} has lora_{min(pair)} and not the other factor")
         if pair["A"].shape[0] != pair["B"].shape[1]:
-            raise UserError(f"{where}: {module}: A is {tuple(pair['A'].shape)} and B is {tuple(pair['B'].shape)}")
+            raise UserError(
+                f"{where}: {module}: A is {tuple(pair['A'].shape)} and B is "
+                f"{tuple(pair['B'].shape)}"
+            )
     return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
 
 
@@ -148,7 +178,10 @@ def _scaling(config: dict[str, Any], module: str, rank: int, where: str) -> floa
         return patterns.get(get_pattern_key(patterns.keys(), module), default)
 
     if rank != value("r", "rank_pattern"):
-        raise UserError(f"{where}: {module} has rank {rank}, and {CONFIG_NAME} says {value('r', 'rank_pattern')}")
+        raise UserError(
+            f"{where}: {module} has rank {rank}, and {CONFIG_NAME} says "
+            f"{value('r', 'rank_pattern')}"
+        )
     alpha = value("lora_alpha", "alpha_pattern")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -165,20 +198,29 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
             if name not in modules:
                 last = name.rpartition(".")[2]
                 alike = next((other for other in modules if other.endswith(last)), None)
-                raise UserError(f"{where} is not in the base model" + (f", which has {alike}" if alike else ""))
+                raise UserError(
+                    f"{where} is not in the base model" + (f", which has {alike}" if alike else "")
+                )
             base = modules[name]
             if isinstance(base, BaseTunerLayer):
                 base = base.get_base_layer()
             if not _is_linear(base):
-                raise UserError(f"{where} is a {type(base).__name__}; only linear modules are routed")
+                raise UserError(
+                    f"{where} is a {type(base).__name__}; only linear modules are routed"
+                )
             in_features, out_features = _get_in_out_features(base)
             if (a.shape[1], b.shape[0]) != (in_features, out_features):
                 raise UserError(
-                    f"{where} maps {a.shape[1]} to {b.shape[0]}, and {in_features} to {out_features} in the base model"
+                    f"{where} maps {a.shape[1]} to {b.shape[0]}, and {in_features} to "
+                    f"{out_features} in the base model"
                 )
     base_name = model.__dict__.get("name_or_path")
     others = {e.name: e.config.get("base_model_name_or_path") for e in experts}
-    different = {expert: other for expert, other in others.items() if base_name and other and other != base_name}
+    different = {
+        expert: other
+        for expert, other in others.items()
+        if base_name and other and other != base_name
+    }
     if different:
         first, other = next(iter(different.items()))
         warnings.warn(

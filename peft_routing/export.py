@@ -26,9 +26,13 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 def write_experts(experts: Sequence[Expert], directory: str) -> None:
     """A directory per expert, with the tensors and the configuration that it was composed from."""
-    folders = {re.sub(r"[^\w.-]|^\.+", "-", expert.name): expert for expert in experts}  # a name is no path
+    folders = {
+        re.sub(r"[^\w.-]|^\.+", "-", expert.name): expert for expert in experts
+    }  # a name is no path
     if len(folders) < len(experts):
-        raise UserError(f"two experts would be written to one directory: {', '.join(e.name for e in experts)}")
+        raise UserError(
+            f"two experts would be written to one directory: {', '.join(e.name for e in experts)}"
+        )
     with staged(check_output(directory)) as out:
         for folder, expert in folders.items():
             config = {key: value for key, value in expert.config.items() if key != "dtype"}
@@ -55,14 +59,19 @@ def write_lora(factors: Factors, base: str | None, task_type: Any, directory: st
         task_type=task_type,
         inference_mode=True,
     )
-    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    values = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
     with staged(check_output(directory)) as out:
         _write_lora(factors, values, out)
 
 
 def _write_lora(factors: Factors, config: Mapping[str, Any], out: Path) -> None:
     out.mkdir(exist_ok=True)
-    (out / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (out / CONFIG_NAME).write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     tensors = {
         f"{PREFIX}{module}.lora_{name}.weight": tensor.contiguous().cpu()
         for module, pair in factors.items()
@@ -75,8 +84,8 @@ def truncated(factors: Factors, rank: int) -> tuple[dict[str, tuple[Tensor, Tens
     """The closest update of a rank for each, and the relative error of all (Frobenius norm)."""
     closest = {}
     dropped = whole = 0.0  # squared norms
-    # B A = Q_b (R_b R_aᵀ) Q_aᵀ: the singular values are those of the small matrix between, so that no
-    # update is ever built. The root of each goes to either factor, so that both are of one size.
+    # B A = Q_b (R_b R_aᵀ) Q_aᵀ: the singular values are those of the small matrix between, so that
+    # no update is ever built. The root of each goes to either factor, so that both are of one size.
     for module, (a, b) in factors.items():
         left, core_left = torch.linalg.qr(b.double())
         right, core_right = torch.linalg.qr(a.double().T)

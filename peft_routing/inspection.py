@@ -71,7 +71,9 @@ def inspect_adapter(
     tasks = {}
     for name, rows in texts.items():
         with _recorded(model) as means:
-            batches = DataLoader(rows, batch_size, collate_fn=lambda rows: collate(rows, padding_token(tokenizer)))
+            batches = DataLoader(
+                rows, batch_size, collate_fn=lambda rows: collate(rows, padding_token(tokenizer))
+            )
             for batch in tqdm(batches, desc=name, disable=reading.quiet):
                 inputs = {key: value.to(device) for key, value in batch.items()}
                 means.real = dict.fromkeys((True, False), inputs["attention_mask"].bool())
@@ -103,7 +105,9 @@ class _Means:
         self._counts[module] = self._counts.get(module, 0) + len(coefficients)
 
     def result(self) -> dict[str, list[float]]:
-        return {module: (total / self._counts[module]).tolist() for module, total in self._sums.items()}
+        return {
+            module: (total / self._counts[module]).tolist() for module, total in self._sums.items()
+        }
 
 
 @contextmanager
@@ -149,7 +153,9 @@ def plot(inspection: Inspection, path: Path) -> None:
     modules = list(next(iter(tasks.values())))
     highest = max(max(row) for task in tasks.values() for row in task.values())
     height = min(12.0, 1.6 + 0.1 * len(modules))  # inches
-    figure, panels = plt.subplots(1, len(tasks), figsize=(2.4 * len(tasks) + 1.2, height), squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=(2.4 * len(tasks) + 1.2, height), squeeze=False
+    )
     for axes, (name, task) in zip(panels[0], tasks.items(), strict=True):
         image = heat_map(axes, [task[module] for module in modules], highest)
         axes.set_title(name, fontsize=9)

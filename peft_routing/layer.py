@@ -28,7 +28,9 @@ class Experts(nn.Module):
 
     owners: Tensor
 
-    def __init__(self, site: Site, in_features: int, out_features: int, mixed: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, site: Site, in_features: int, out_features: int, mixed: str, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.site, self.mixing = site, mixed
         self.scalings = Constant(site.scalings)
@@ -110,7 +112,10 @@ def updates(
     """A, B and the scaling of each expert's update, less the mean of the general experts'."""
     if not site.general:
         return factors, site.scalings
-    scaled = [(a.double(), b.double() * scaling) for (a, b), scaling in zip(factors, site.scalings, strict=True)]
+    scaled = [
+        (a.double(), b.double() * scaling)
+        for (a, b), scaling in zip(factors, site.scalings, strict=True)
+    ]
     routed, general = scaled[: -site.general], scaled[-site.general :]
     less_a = [a for a, _ in general]
     less_b = [-b / site.general for _, b in general]
@@ -139,7 +144,11 @@ class RoutedLoraLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: RoutedLoraConfig, router: nn.Module) -> None:
         dtype = getattr(torch, config.expert_dtype or "float32")
         self.routed_lora_experts[adapter_name] = Experts(
-            config.sites[self.key], self.in_features, self.out_features, config.mixing or "full", dtype
+            config.sites[self.key],
+            self.in_features,
+            self.out_features,
+            config.mixing or "full",
+            dtype,
         )
         self.routed_lora_router[adapter_name] = router
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -151,7 +160,9 @@ class RoutedLoraLayer(BaseTunerLayer):
     def experts_of(self, adapter: str) -> Any:
         return self.routed_lora_experts[adapter]
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         """A move to the device alone: experts keep their dtype, and routers are float32."""
         base = self.get_base_layer()
         device = device or next((t.device for t in (*base.parameters(), *base.buffers())), None)
@@ -181,7 +192,9 @@ class RoutedLoraLayer(BaseTunerLayer):
         """`UserError` if there is no one update, or no plain weight to add it to."""
         self.check_constant(adapter)
         base = self.get_base_layer()
-        weight = getattr(base, "weight", None)  # GPTQ and AWQ have none; torchao's says that it is floating-point
+        weight = getattr(
+            base, "weight", None
+        )  # GPTQ and AWQ have none; torchao's says that it is floating-point
         if type(weight) is not nn.Parameter or weight.dtype not in _CAN_BE_ADDED_TO:
             raise UserError(
                 f"adapter {adapter!r} cannot be merged: {self.key} is a {type(base).__name__} "
@@ -199,7 +212,12 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     """`nn.Linear`, `Conv1D`, or what a quantised model has in their place."""
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: RoutedLoraConfig, key: str, router: nn.Module
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RoutedLoraConfig,
+        key: str,
+        router: nn.Module,
     ) -> None:
         super().__init__()
         RoutedLoraLayer.__init__(self, base_layer, key)
@@ -211,7 +229,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
 
         `UserError` if it depends on the input, before anything is changed.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.routed_lora_experts]
+        names = [
+            n for n in check_adapters_to_merge(self, adapter_names) if n in self.routed_lora_experts
+        ]
         for name in names:
             self.check_mergeable(name)
         deltas = {name: self.get_delta_weight(name) for name in names}
@@ -253,7 +273,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             weights, kept = instead.over(x, name, router.experts), None
         general = experts.site.general
         kept = None if kept is None else kept + general
-        return experts(self._cast_input_dtype(x, experts.A.dtype), with_general(weights, general), kept)
+        return experts(
+            self._cast_input_dtype(x, experts.A.dtype), with_general(weights, general), kept
+        )
 
     def __repr__(self) -> str:
         return "routed_lora." + super().__repr__()

@@ -48,21 +48,29 @@ def load_routed(
     is_trainable: bool = False,
 ) -> Any:
     """The base model with the adapter on it. `UserError` where they do not fit."""
-    return _put_on(load_model(base, base_config, reading, dtype="auto"), adapter, config, base, is_trainable)
+    return _put_on(
+        load_model(base, base_config, reading, dtype="auto"), adapter, config, base, is_trainable
+    )
 
 
-def load_on_empty(adapter: str, config: RoutedLoraConfig, base: str, base_config: Any, reading: Reading) -> Any:
+def load_on_empty(
+    adapter: str, config: RoutedLoraConfig, base: str, base_config: Any, reading: Reading
+) -> Any:
     """The adapter on its base model's architecture, without its weights. `UserError` as above."""
     return _put_on(empty_model(base_config, reading), adapter, config, base, is_trainable=False)
 
 
-def _put_on(model: nn.Module, adapter: str, config: RoutedLoraConfig, base: str, is_trainable: bool) -> Any:
+def _put_on(
+    model: nn.Module, adapter: str, config: RoutedLoraConfig, base: str, is_trainable: bool
+) -> Any:
     try:
         return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=is_trainable)
     except (ValueError, RuntimeError, SafetensorError) as error:
         first, *more = str(error).splitlines()
         reason = " ".join([first, *more[:1]])
-        raise UserError(f"{adapter} does not fit {base}, a {type(model).__name__}: {reason}") from error
+        raise UserError(
+            f"{adapter} does not fit {base}, a {type(model).__name__}: {reason}"
+        ) from error
 
 
 def empty_model(config: Any, reading: Reading) -> nn.Module:

@@ -34,7 +34,9 @@ class RoutedLoraModel(BaseTuner):
     tuner_layer_cls = RoutedLoraLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any
+    ) -> None:
         self._owners: dict[str, Router] = {}
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self._handles = watch(self.model)
@@ -73,7 +75,9 @@ class RoutedLoraModel(BaseTuner):
         clusters = None if config.clusters is None else {**config.clusters, name: cluster}
         weights = None if config.weights is None else {**_weights(config), name: weight}
         if (clusters is None) != (cluster is None) or (weights is None) != (weight is None):
-            raise UserError(f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical")
+            raise UserError(
+                f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical"
+            )
         experts.insert(len(config.experts), read_expert(name, path))
         self._replace(adapter_name, config, experts, clusters=clusters, weights=weights)
 
@@ -82,9 +86,19 @@ class RoutedLoraModel(BaseTuner):
         adapter_name, config, experts = self._taken_out(adapter_name)
         if name not in config.experts:
             raise UserError(f"there is no expert {name!r}; there are {', '.join(config.names)}")
-        clusters = config.clusters and {other: id_ for other, id_ in config.clusters.items() if other != name}
-        weights = config.weights and {other: w for other, w in _weights(config).items() if other != name}
-        self._replace(adapter_name, config, [e for e in experts if e.name != name], clusters=clusters, weights=weights)
+        clusters = config.clusters and {
+            other: id_ for other, id_ in config.clusters.items() if other != name
+        }
+        weights = config.weights and {
+            other: w for other, w in _weights(config).items() if other != name
+        }
+        self._replace(
+            adapter_name,
+            config,
+            [e for e in experts if e.name != name],
+            clusters=clusters,
+            weights=weights,
+        )
 
     def export_experts(self, directory: str, adapter_name: str | None = None) -> None:
         """Write each expert as an ordinary LoRA directory, its tensors as they came in.
@@ -95,7 +109,9 @@ class RoutedLoraModel(BaseTuner):
         """
         write_experts(self._taken_out(adapter_name)[2], directory)
 
-    def to_lora(self, directory: str, adapter_name: str | None = None, *, rank: int | None = None) -> float:
+    def to_lora(
+        self, directory: str, adapter_name: str | None = None, *, rank: int | None = None
+    ) -> float:
         """Write the mixture as one ordinary LoRA adapter, where it does not depend on the input.
 
         Without `rank` it is exact: of the rank of the experts together, or of each for `low_rank`.
@@ -118,7 +134,9 @@ class RoutedLoraModel(BaseTuner):
     def _taken_out(self, adapter_name: str | None) -> tuple[str, RoutedLoraConfig, list[Expert]]:
         adapter_name = adapter_name or self.active_adapters[0]
         if adapter_name not in self.peft_config:
-            raise UserError(f"there is no adapter {adapter_name!r}; there are {', '.join(self.peft_config)}")
+            raise UserError(
+                f"there is no adapter {adapter_name!r}; there are {', '.join(self.peft_config)}"
+            )
         config = self.peft_config[adapter_name]
         if any(adapter_name in layer.merged_adapters for layer in self._layers(adapter_name)):
             raise UserError(f"adapter {adapter_name!r} is merged: unmerge it first")
@@ -127,14 +145,24 @@ class RoutedLoraModel(BaseTuner):
         for layer in self._layers(adapter_name):
             site = config.sites[layer.key]
             pairs = layer.experts_of(adapter_name).factors()
-            for expert, pair, rank, scaling in zip(experts, pairs, site.ranks, site.scalings, strict=True):
+            for expert, pair, rank, scaling in zip(
+                experts, pairs, site.ranks, site.scalings, strict=True
+            ):
                 if rank:
                     expert.factors[layer.key], expert.scalings[layer.key] = pair, scaling
         return adapter_name, config, experts
 
-    def _replace(self, adapter_name: str, config: RoutedLoraConfig, experts: Sequence[Expert], **changes: Any) -> None:
-        names = {expert.name: expert.config for expert in experts if expert.name not in config.general_experts}
-        changed = dataclasses.replace(config, experts=names, layout=None, expert_dtype=None, **changes)
+    def _replace(
+        self, adapter_name: str, config: RoutedLoraConfig, experts: Sequence[Expert], **changes: Any
+    ) -> None:
+        names = {
+            expert.name: expert.config
+            for expert in experts
+            if expert.name not in config.general_experts
+        }
+        changed = dataclasses.replace(
+            config, experts=names, layout=None, expert_dtype=None, **changes
+        )
         changed = composed(changed, experts, self.model)
         layers = self._layers(adapter_name)
         owner = self._owners[adapter_name]
@@ -149,7 +177,12 @@ class RoutedLoraModel(BaseTuner):
                 router.take(owner if router.is_shared else before[layer.key])
 
     def _put_in(
-        self, model: nn.Module, adapter_name: str, config: RoutedLoraConfig, experts: Sequence[Expert], **kwargs: Any
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        config: RoutedLoraConfig,
+        experts: Sequence[Expert],
+        **kwargs: Any,
     ) -> None:
         self._make_room(model, adapter_name, config, **kwargs)
         for layer in self._layers(adapter_name):
@@ -163,7 +196,9 @@ class RoutedLoraModel(BaseTuner):
                 router.start(*updates(inside.factors(), site), config.mixing or "full")
             layer._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def _make_room(self, model: nn.Module, adapter_name: str, config: RoutedLoraConfig, **kwargs: Any) -> None:
+    def _make_room(
+        self, model: nn.Module, adapter_name: str, config: RoutedLoraConfig, **kwargs: Any
+    ) -> None:
         """Layers for a composed configuration, with empty experts."""
         _check_model(config, model)
         self.peft_config[adapter_name] = config
@@ -177,7 +212,9 @@ class RoutedLoraModel(BaseTuner):
             if isinstance(module, RoutedLoraLinear) and adapter_name in module.routed_lora_experts
         ]
 
-    def _prepare_adapter_config(self, peft_config: RoutedLoraConfig, model_config: dict) -> RoutedLoraConfig:
+    def _prepare_adapter_config(
+        self, peft_config: RoutedLoraConfig, model_config: dict
+    ) -> RoutedLoraConfig:
         return peft_config
 
     @staticmethod
@@ -211,7 +248,9 @@ class RoutedLoraModel(BaseTuner):
         self._owners[adapter_name] = kind(config, config.names, in_features)
         return self._owners[adapter_name]
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
         """As PEFT's, but for layers of ours, which are where they belong already.
 
         PEFT would send them after a base model on the meta device.
@@ -228,7 +267,9 @@ class RoutedLoraModel(BaseTuner):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
         self._check_mergeable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -237,7 +278,9 @@ class RoutedLoraModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_mergeable(adapter_names)
-        model = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+        model = super()._unload_and_optionally_merge(
+            merge, *args, adapter_names=adapter_names, **kwargs
+        )
         unwatch(model, self._handles)
         return model
 
@@ -254,7 +297,9 @@ class RoutedLoraModel(BaseTuner):
         yield
 
 
-def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Module) -> RoutedLoraConfig:
+def composed(
+    config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Module
+) -> RoutedLoraConfig:
     """The configuration with all that the experts decide, the general ones last among them.
 
     `UserError` if they do not fit.
@@ -262,7 +307,9 @@ def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Modu
     check_experts(experts, model)
     dtype = functools.reduce(torch.promote_types, map(_dtype, experts))
     tasks = {expert.config.get("task_type") for expert in experts}
-    described = {expert.name: {"dtype": _name(_dtype(expert)), **expert.config} for expert in experts}
+    described = {
+        expert.name: {"dtype": _name(_dtype(expert)), **expert.config} for expert in experts
+    }
     return dataclasses.replace(  # type: ignore[call-arg]
         config,
         experts={name: described[name] for name in config.experts},
@@ -275,7 +322,9 @@ def composed(config: RoutedLoraConfig, experts: Sequence[Expert], model: nn.Modu
 
 
 def _dtype(expert: Expert) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (t.dtype for pair in expert.factors.values() for t in pair))
+    return functools.reduce(
+        torch.promote_types, (t.dtype for pair in expert.factors.values() for t in pair)
+    )
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -292,7 +341,8 @@ def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
     ranks = ", ".join(f"{expert.name} {expert.rank(differing)}" for expert in experts)
     if config.mixing == "low_rank":
         raise UserError(
-            f"mixing='low_rank' needs one rank per module; {differing} has {ranks}. Compose with mixing='full'"
+            f"mixing='low_rank' needs one rank per module; {differing} has {ranks}. Compose with "
+            "mixing='full'"
         )
     LOG.info("mixing is full: low_rank needs one rank per module, and %s has %s", differing, ranks)
     return "full"
@@ -315,7 +365,9 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
             f"this adapter is for another model: {len(absent)} of its {len(config.sites)} modules "
             f"are not in the base model, {absent[0]} among them"
         )
-    if config.granularity == "sequence" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if config.granularity == "sequence" and getattr(
+        getattr(model, "config", None), "is_encoder_decoder", False
+    ):
         raise UserError(
             "granularity='sequence' is for models with one stack: the decoder of an "
             "encoder-decoder starts from a single token, which has nothing to choose by. Use "

@@ -29,14 +29,28 @@ TINY = {
     "vocab_size": 96,
     "max_position_embeddings": 128,
 }
-SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}  # some families' defaults are beyond 96
+SPECIAL_TOKENS = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}  # some families' defaults are beyond 96
 # `accelerate launch` starts one process only where there is no GPU
-TWO_PROCESSES = ("torchrun", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+TWO_PROCESSES = (
+    "torchrun",
+    "--nproc-per-node",
+    "2",
+    "--rdzv-backend",
+    "c10d",
+    "--rdzv-endpoint",
+    "localhost:0",
+)
 ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}
 NAMES = ("base", "math", "code", "law")
 
 
-def make_model(path: Path, seed: int, *, family: str = "llama", dtype: Any = torch.float32, **config: Any) -> Path:
+def make_model(
+    path: Path, seed: int, *, family: str = "llama", dtype: Any = torch.float32, **config: Any
+) -> Path:
     """A random dense model; fine-tunes are the base (seed 0) plus noise of their own."""
     auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
     torch.manual_seed(0)
@@ -52,7 +66,9 @@ def make_model(path: Path, seed: int, *, family: str = "llama", dtype: Any = tor
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with base, math, code and law: tiny Llamas, the last three fine-tunes of the first."""
+    """A directory with base, math, code and law: tiny Llamas, the last three fine-tunes of the
+    first.
+    """
     root = tmp_path_factory.mktemp("sources")
     for seed, name in enumerate(NAMES):
         make_model(root / name, seed)
@@ -61,17 +77,26 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory from which the sources are `./base`, `./math`, `./code` and `./law`."""
+    """An empty working directory from which the sources are `./base`, `./math`, `./code` and
+    `./law`.
+    """
     for name in NAMES:
         (tmp_path / name).symlink_to(sources / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def document(method: str = "moe_linear", models: Any = NAMES, base: str | None = "./base", **keys: Any) -> dict:
+def document(
+    method: str = "moe_linear", models: Any = NAMES, base: str | None = "./base", **keys: Any
+) -> dict:
     """A merge configuration; `parameters` and further keys as given."""
     listed = [{"model": f"./{name}"} if isinstance(name, str) else name for name in models]
-    return {"merge_method": method, **({"base_model": base} if base else {}), "models": listed, **keys}
+    return {
+        "merge_method": method,
+        **({"base_model": base} if base else {}),
+        "models": listed,
+        **keys,
+    }
 
 
 def merge(config: dict, out: str = "out", **options: Any) -> Path:
@@ -105,11 +130,17 @@ def run(*command: str | Path, **keywords: Any) -> subprocess.CompletedProcess:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return {name: t for shard in sorted(path.glob("*.safetensors")) for name, t in load_file(shard).items()}
+    return {
+        name: t
+        for shard in sorted(path.glob("*.safetensors"))
+        for name, t in load_file(shard).items()
+    }
 
 
 def same_files(first: Path, second: Path) -> bool:
     names = sorted(path.name for path in first.iterdir())
     return names == sorted(path.name for path in second.iterdir()) and all(
-        (first / name).read_bytes() == (second / name).read_bytes() for name in names if name != "README.md"
+        (first / name).read_bytes() == (second / name).read_bytes()
+        for name in names
+        if name != "README.md"
     )

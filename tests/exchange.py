@@ -1,7 +1,9 @@
-"""Outputs written where one version of transformers is installed, read where another is: the same words and logits.
+"""Outputs written where one version of transformers is installed, read where another is: the same
+words and logits.
 
     python -m tests.exchange write DIR    # with one set of versions
-    python -m tests.exchange read DIR     # with another; exits with 1 where an output computes something else
+    python -m tests.exchange read DIR     # with another; exits with 1 where an output computes
+    something else
 
 Custom architectures are read by transformers alone, from the files beside their weights.
 """
@@ -58,7 +60,10 @@ def read(directory: Path) -> None:
             if not torch.allclose(results[key].float(), tensor.float(), atol=1e-5):
                 wrong.append(f"{name}: {key}")
     if wrong:
-        sys.exit(f"transformers {__version__} computes something else than what was written: {', '.join(wrong)}")
+        sys.exit(
+            f"transformers {__version__} computes something else than what was written: "
+            f"{', '.join(wrong)}"
+        )
     print(f"read with transformers {__version__}: the same words and logits")
 
 

@@ -1,4 +1,5 @@
-"""How mergekit finds us, in real processes: every order of imports, and every way it can go wrong."""
+"""How mergekit finds us, in real processes: every order of imports, and every way it can go
+wrong."""
 
 import os
 import subprocess
@@ -20,7 +21,8 @@ assert mergekit.merge.MergePlanner.__module__ == "mergekit_moe_ext.merging.plann
 assert type(mergekit.merge) is type(sys)
 """
 IMPORTED_FIRST = [
-    "from mergekit.merge import run_merge as first; from mergekit.merge import run_merge; assert first is run_merge",
+    "from mergekit.merge import run_merge as first; from mergekit.merge import run_merge; assert "
+    "first is run_merge",
     "import mergekit.merge",
     "import mergekit.merge as m; m.run_merge",
     "import torch",
@@ -53,33 +55,47 @@ def test_every_order_of_imports(first):
     assert "Warning" not in result.stderr
 
 
-@pytest.mark.parametrize("first", ["import mergekit_moe_ext", "import mergekit.merge, mergekit_moe_ext"])
+@pytest.mark.parametrize(
+    "first", ["import mergekit_moe_ext", "import mergekit.merge, mergekit_moe_ext"]
+)
 def test_without_autoload_importing_the_package_is_enough(first):
     result = python(first + LIVE, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert result.returncode == 0, result.stderr
 
 
 def test_only_importing_torch_loads_nothing_of_ours_but_the_hook():
-    code = "import sys, torch; print(sorted(m for m in sys.modules if 'mergekit' in m or m.startswith('peft')))"
+    code = (
+        "import sys, torch; print(sorted(m for m in sys.modules if 'mergekit' in m or "
+        "m.startswith('peft')))"
+    )
     assert python(code).stdout.strip() == "['_mergekit_moe_ext_autoload']"
     assert python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").stdout.strip() == "[]"
 
 
 def test_a_stubbed_mergekit_does_not_break_torch():
-    stub = "import sys, types; sys.modules['mergekit.merge'] = types.SimpleNamespace()\nimport torch"
+    stub = (
+        "import sys, types; sys.modules['mergekit.merge'] = types.SimpleNamespace()\nimport torch"
+    )
     assert python(stub).returncode == 0
 
 
 def test_the_hook_imports_only_the_standard_library():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import _mergekit_moe_ext_autoload as a; a.activate()"
-    result = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(ROOT)], capture_output=True, text=True)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import _mergekit_moe_ext_autoload as a; "
+        "a.activate()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(ROOT)], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture
 def configured(here):
     (here / "linear.yml").write_text(yaml.safe_dump(document("linear", parameters={"weight": 1.0})))
-    (here / "ties.yml").write_text(yaml.safe_dump(document("moe_ties", parameters={"density": 0.8})))
+    (here / "ties.yml").write_text(
+        yaml.safe_dump(document("moe_ties", parameters={"density": 0.8}))
+    )
     return here
 
 
@@ -91,7 +107,9 @@ def test_stock_methods_write_the_same_files_as_without_us(configured):
         assert result.returncode == 0, result.stderr
     assert same_files(configured / "with" / "merged", configured / "without" / "merged")
     # mergekit's card lists the models in the order of a set
-    cards = [Path(out, "merged", "README.md").read_text().splitlines() for out in ("with", "without")]
+    cards = [
+        Path(out, "merged", "README.md").read_text().splitlines() for out in ("with", "without")
+    ]
     assert sorted(cards[0]) == sorted(cards[1])
 
 
@@ -99,7 +117,8 @@ def test_the_ways_to_run_a_merge_agree(configured):
     off = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     bound_before = (
         "from mergekit.merge import run_merge; import mergekit_moe_ext, yaml\n"
-        "from mergekit.config import MergeConfiguration; from mergekit.options import MergeOptions\n"
+        "from mergekit.config import MergeConfiguration; from mergekit.options import "
+        "MergeOptions\n"
         "config = MergeConfiguration.model_validate(yaml.safe_load(open('ties.yml')))\n"
         "run_merge(config, 'bound', MergeOptions())"
     )
@@ -107,15 +126,20 @@ def test_the_ways_to_run_a_merge_agree(configured):
     ours = run("mergekit-moe-ext", "yaml", "ties.yml", "ours", env=off)
     bound = run("python", "-c", bound_before, env=off)
     refused = run("mergekit-yaml", "ties.yml", "refused", env=off)
-    assert stock.returncode == ours.returncode == bound.returncode == 0, stock.stderr + ours.stderr + bound.stderr
+    assert stock.returncode == ours.returncode == bound.returncode == 0, (
+        stock.stderr + ours.stderr + bound.stderr
+    )
     assert same_files(configured / "stock", configured / "ours")
     assert "run_merge was imported before mergekit_moe_ext" in bound.stderr
     expected, got = read_tensors(configured / "stock"), read_tensors(configured / "bound")
-    assert expected.keys() == got.keys() and all(tensor.equal(got[name]) for name, tensor in expected.items())
+    assert expected.keys() == got.keys() and all(
+        tensor.equal(got[name]) for name, tensor in expected.items()
+    )
     assert refused.returncode != 0 and "Unimplemented merge method moe_ties" in refused.stderr
 
 
-# The tests below install into an environment of their own, which borrows everything but this package.
+# The tests below install into an environment of their own, which borrows everything but this
+# package.
 
 
 @pytest.fixture(scope="module", params=[[], ["-e"]], ids=["wheel", "editable"])
@@ -127,14 +151,29 @@ def fresh(request, tmp_path_factory):
     source = home / "source"
     files = run("git", "-C", ROOT, "ls-files", "-co", "--exclude-standard").stdout.split()
     for name in files:
-        if name.startswith(("mergekit_moe_ext/", "peft_routing/", "_mergekit", "pyproject", "README", "LICENSE")):
+        if name.startswith(
+            ("mergekit_moe_ext/", "peft_routing/", "_mergekit", "pyproject", "README", "LICENSE")
+        ):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     venv.create(home / "env", with_pip=False)
     python = home / "env" / "bin" / "python"
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").stdout.strip())
+    site = Path(
+        run(
+            python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+        ).stdout.strip()
+    )
     (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     installed = run(*pip, "-q", *request.param, source, env={**os.environ, "PIP_NO_INDEX": "1"})
     assert installed.returncode == 0, installed.stderr
     return python, site, source
@@ -162,7 +201,9 @@ def test_an_unknown_mergekit_turns_us_off_with_one_warning(fresh):
     unknown.mkdir()
     (unknown / "METADATA").write_text("Metadata-Version: 2.1\nName: mergekit\nVersion: 0.2.0\n")
     try:
-        result = in_fresh(python, "import mergekit.merge as m; assert not hasattr(m.run_merge, '__wrapped__')")
+        result = in_fresh(
+            python, "import mergekit.merge as m; assert not hasattr(m.run_merge, '__wrapped__')"
+        )
         doctor = run(python.parent / "mergekit-moe-ext", "doctor", cwd=site)
     finally:
         (unknown / "METADATA").unlink()
@@ -174,7 +215,9 @@ def test_an_unknown_mergekit_turns_us_off_with_one_warning(fresh):
 
 def test_a_broken_install_leaves_torch_and_mergekit_alone(fresh):
     python, site, source = fresh
-    package = next(p for p in (site / "mergekit_moe_ext", source / "mergekit_moe_ext") if p.exists())
+    package = next(
+        p for p in (site / "mergekit_moe_ext", source / "mergekit_moe_ext") if p.exists()
+    )
     init = package / "__init__.py"
     whole = init.read_text()
     init.write_text("this is not Python")
@@ -188,4 +231,6 @@ def test_a_broken_install_leaves_torch_and_mergekit_alone(fresh):
     finally:
         init.write_text(whole)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("RuntimeWarning") == 1 and "mergekit-moe-ext stays off" in result.stderr
+    assert (
+        result.stderr.count("RuntimeWarning") == 1 and "mergekit-moe-ext stays off" in result.stderr
+    )

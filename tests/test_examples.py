@@ -41,7 +41,9 @@ SCRIPTS = (
 
 
 def configurations():
-    found = {f"examples/{path.name}": path.read_text() for path in (ROOT / "examples").glob("*.yml")}
+    found = {
+        f"examples/{path.name}": path.read_text() for path in (ROOT / "examples").glob("*.yml")
+    }
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         blocks = re.findall(r"```yaml\n(.*?)```", path.read_text(), flags=re.DOTALL)
         found |= {f"{path.name}-{index}": text for index, text in enumerate(blocks)}
@@ -50,7 +52,8 @@ def configurations():
 
 @pytest.fixture
 def everything(here, sources, monkeypatch):
-    """All that a configuration names: dense models with tokenizers, mixtures of experts, and texts."""
+    """All that a configuration names: dense models with tokenizers, mixtures of experts, and
+    texts."""
     for name in ("base", "math", "code"):
         (here / name).unlink()
         shutil.copytree(sources / name, here / name)
@@ -82,14 +85,18 @@ def test_every_configuration_runs(everything):
 def test_the_readme_s_commands_run(everything):
     """Those that train and count, on the mixture that its first configuration makes."""
     readme = (ROOT / "README.md").read_text()
-    (everything / "config.yml").write_text(re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)[0])
+    (everything / "config.yml").write_text(
+        re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)[0]
+    )
     assert CliRunner().invoke(main, ["yaml", "config.yml", "out"]).exit_code == 0
     commands = re.findall(r"^mergekit-moe-ext ((?:train|usage) .*)$", readme, flags=re.MULTILINE)
     assert len(commands) == 2
     for command in commands:
         result = CliRunner().invoke(main, [*command.split(), "--quiet"])
         assert result.exit_code == 0, (command, result.output)
-    assert (everything / "out-trained" / "model.safetensors").exists() and (everything / "usage.png").exists()
+    assert (everything / "out-trained" / "model.safetensors").exists() and (
+        everything / "usage.png"
+    ).exists()
 
 
 def test_the_readme_s_routed_adapters_run(here):
@@ -101,7 +108,11 @@ def test_the_readme_s_routed_adapters_run(here):
         save_lora(here / f"{task}-lora", seed)
         write(here / f"{task}.jsonl", words(seed, 40))
     readme = (ROOT / "README.md").read_text()
-    blocks = [text for text in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "peft_routing" in text]
+    blocks = [
+        text
+        for text in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+        if "peft_routing" in text
+    ]
     assert len(blocks) == 2
     whole: dict = {}
     exec(blocks[0].rpartition("\n\nbase =")[0], whole)
@@ -122,7 +133,9 @@ def test_the_readme_s_routed_adapters_run(here):
         more = ["--held-out", "4", "--num-train-epochs", "1"] if command.startswith("train") else []
         result = CliRunner().invoke(route, [*command.split(), *quiet, *more])
         assert result.exit_code == 0, (command, result.output)
-    assert (here / "learned-trained" / "adapter_model.safetensors").exists() and (here / "who.png").exists()
+    assert (here / "learned-trained" / "adapter_model.safetensors").exists() and (
+        here / "who.png"
+    ).exists()
 
 
 START = """
@@ -139,7 +152,9 @@ for sys.argv[0] in paths:
 
 def test_scripts_start():
     """All in one process, since importing takes most of the time."""
-    done = run("python", "-c", START, *(str(ROOT / "examples" / f"{script}.py") for script in SCRIPTS))
+    done = run(
+        "python", "-c", START, *(str(ROOT / "examples" / f"{script}.py") for script in SCRIPTS)
+    )
     helps = done.stdout.split("exit 0\n")
     assert done.returncode == 0 and len(helps) == len(SCRIPTS) + 1, done.stderr
     assert all("--output" in text for text in helps[:-1])
@@ -150,10 +165,14 @@ def test_the_docs_command_for_a_head_of_clip_runs(everything, monkeypatch):
     import clip_heads
 
     (everything / "cars.txt").write_text("\n".join(CLASSES["cars"]))
-    (command,) = re.findall(r"python examples/clip_heads.py (.*)", (ROOT / "docs" / "wemoe.md").read_text())
+    (command,) = re.findall(
+        r"python examples/clip_heads.py (.*)", (ROOT / "docs" / "wemoe.md").read_text()
+    )
     result = CliRunner().invoke(clip_heads.main, [*command.split(), "--quiet"])
     assert result.exit_code == 0, result.output
-    assert (everything / "cars.safetensors").read_bytes() == (everything / "heads" / "cars.safetensors").read_bytes()
+    assert (everything / "cars.safetensors").read_bytes() == (
+        everything / "heads" / "cars.safetensors"
+    ).read_bytes()
 
 
 def test_a_sequence_moe_is_fine_tuned(everything, monkeypatch):
@@ -161,14 +180,22 @@ def test_a_sequence_moe_is_fine_tuned(everything, monkeypatch):
     import seq_moe_finetune
 
     docs = (ROOT / "docs" / "sequence_moe.md").read_text()
-    text = next(block for block in re.findall(r"```yaml\n(.*?)```", docs, flags=re.DOTALL) if "hetero_moe" in block)
+    text = next(
+        block
+        for block in re.findall(r"```yaml\n(.*?)```", docs, flags=re.DOTALL)
+        if "hetero_moe" in block
+    )
     (everything / "config.yml").write_text(text)
     assert CliRunner().invoke(main, ["yaml", "config.yml", "out"]).exit_code == 0
-    command = re.search(r"^python examples/seq_moe_finetune.py (.*)$", docs, flags=re.MULTILINE)[1].split()
+    command = re.search(r"^python examples/seq_moe_finetune.py (.*)$", docs, flags=re.MULTILINE)[
+        1
+    ].split()
     few = ["--max-steps", "2", "--batch-size", "2"]
     result = CliRunner().invoke(seq_moe_finetune.main, [*command, *few])
     assert result.exit_code == 0, result.output
-    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in ("out", "out-trained"))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in ("out", "out-trained")
+    )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".proj_" in name or name == "router.weight" for name in changed)
     again = CliRunner().invoke(seq_moe_finetune.main, [*command, *few])
@@ -189,7 +216,9 @@ def test_the_orderings_of_the_paper_are_judged_by_the_means(mergeme):
     torch.manual_seed(0)
     dense = {"base": dict.fromkeys(mergeme.DOMAINS, 3.0)}
     for name in mergeme.DOMAINS:
-        dense[f"{name} expert"] = {other: 2.0 if other == name else 3.5 for other in mergeme.DOMAINS}
+        dense[f"{name} expert"] = {
+            other: 2.0 if other == name else 3.5 for other in mergeme.DOMAINS
+        }
     levels = {
         "Random routing": 3.0,
         "Router fine-tuning": 2.9,
@@ -204,7 +233,9 @@ def test_the_orderings_of_the_paper_are_judged_by_the_means(mergeme):
     assert sum(line.startswith("holds") for line in lines[:6]) == 6
     verdicts = {line[7:]: line[:5] for line in lines[6:]}
     assert verdicts["Ties merging is better than BTX merging on average (0 of 3 seeds)"] == "FAILS"
-    assert verdicts["BTX merging is better than Random routing on average (3 of 3 seeds)"] == "holds"
+    assert (
+        verdicts["BTX merging is better than Random routing on average (3 of 3 seeds)"] == "holds"
+    )
     assert verdicts["Dare merging is better than BTX merging on average (2 of 3 seeds)"] == "mixed"
 
 
@@ -212,13 +243,17 @@ def test_the_figures_of_the_experiment_are_drawn(mergeme, tmp_path):
     def made_up():
         losses = {name: torch.rand(4).tolist() for name in mergeme.DOMAINS}
         return mergeme.Run(
-            [0, 4, 8, 12], losses, {name: torch.rand(4).softmax(0).tolist() for name in mergeme.DOMAINS}
+            [0, 4, 8, 12],
+            losses,
+            {name: torch.rand(4).softmax(0).tolist() for name in mergeme.DOMAINS},
         )
 
     runs = {row: [made_up(), made_up()] for row in ("Router fine-tuning", *mergeme.SHARED)}
     mergeme.draw_curves(runs, tmp_path / "10.png")
     mergeme.draw_routing(runs, tmp_path / "5.png")
-    assert all(Path(tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("10.png", "5.png"))
+    assert all(
+        Path(tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("10.png", "5.png")
+    )
     assert mergeme.means([[1.0, 2.0], [3.0, 6.0]]) == [statistics.mean([1, 3]), 4.0]
 
 
@@ -271,14 +306,20 @@ def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path):
             with torch.no_grad():
                 scores = model(ids).logits[0].log_softmax(-1)
             by_hand = -statistics.mean(scores[t - 1, ids[0, t]].item() for t in range(32, 40))
-            assert losses[name if name == "base" else f"{name} expert"][domain] == pytest.approx(by_hand, abs=1e-5)
+            assert losses[name if name == "base" else f"{name} expert"][domain] == pytest.approx(
+                by_hand, abs=1e-5
+            )
     assert losses["Oracle: own expert"]["music"] == losses["music expert"]["music"]
     assert len(results.losses["Random routing"]) == len(results.losses["Dare dense"]) == 2
     for domain in sequence.DOMAINS:  # an expert alone is its source
-        dense = [losses[row][domain] for row in ("base", "bible expert", "music expert", "code expert")]
+        dense = [
+            losses[row][domain] for row in ("base", "bible expert", "music expert", "code expert")
+        ]
         chosen = results.routing["all separate, perplexity, K=1"][0][domain]
         assert sorted(chosen) == [0, 0, 0, 1]
-        assert losses["all separate, perplexity, K=1"][domain] == pytest.approx(dense[chosen.index(1)], abs=1e-5)
+        assert losses["all separate, perplexity, K=1"][domain] == pytest.approx(
+            dense[chosen.index(1)], abs=1e-5
+        )
     for (routing,) in results.routing.values():
         assert all(sum(of_domain) == pytest.approx(1) for of_domain in routing.values())
     assert "separate attention, task vector, K=2" in results.text(list(tiny_experts))
@@ -288,14 +329,25 @@ def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path):
 
 def test_k_of_the_largest_coefficients(sequence):
     scores = torch.tensor([[0.1, 0.7, 0.3, 0.2]])
-    assert torch.allclose(sequence.largest(scores.softmax(-1), 2)[0, 1:3], torch.tensor([0.7, 0.3]).softmax(-1))
+    assert torch.allclose(
+        sequence.largest(scores.softmax(-1), 2)[0, 1:3], torch.tensor([0.7, 0.3]).softmax(-1)
+    )
     assert sequence.largest(scores.softmax(-1), 1).tolist() == [[0, 1, 0, 0]]
 
 
 def test_the_heterogeneous_experiment_runs(sequence, tiny_experts, here):
     from real_data import Domain
 
-    make_model(here / "gpt", 5, family="gpt2", n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=60)
+    make_model(
+        here / "gpt",
+        5,
+        family="gpt2",
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        vocab_size=60,
+    )
     save_tokenizer(here / "gpt", 60)  # knows two thirds of the words
     models = {**tiny_experts, "music": here / "gpt"}
     documents = [row["text"] for row in words(1, 100)]
@@ -311,10 +363,18 @@ def test_the_heterogeneous_experiment_runs(sequence, tiny_experts, here):
 
 
 def test_a_cut_tokenizer_splits_as_before(sequence, tmp_path):
-    documents = ["X:1\nK: G\nGABc d2 ef|", "in the beginning was the word", "for line in lines:\n    print(line)"]
+    documents = [
+        "X:1\nK: G\nGABc d2 ef|",
+        "in the beginning was the word",
+        "for line in lines:\n    print(line)",
+    ]
     whole = ByteLevelBPETokenizer()
-    whole.train_from_iterator(documents * 4, vocab_size=330, min_frequency=1, special_tokens=["<end>"])
-    PreTrainedTokenizerFast(tokenizer_object=whole._tokenizer, eos_token="<end>").save_pretrained(tmp_path)
+    whole.train_from_iterator(
+        documents * 4, vocab_size=330, min_frequency=1, special_tokens=["<end>"]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=whole._tokenizer, eos_token="<end>").save_pretrained(
+        tmp_path
+    )
     cut = sequence.cut_tokenizer(tmp_path, documents[:1])
     assert len(cut) < whole.get_vocab_size() and cut.eos_token == "<end>"
     for text in (documents[0], "ABc d2"):
@@ -341,7 +401,15 @@ def on_texts(sequence, tiny_experts, monkeypatch):
 
 def test_wemoe_s_experiment_on_texts_runs_and_goes_on(on_texts, tiny_experts, monkeypatch):
     rows = ["task arithmetic", "WEMoE, 2 layers", "WEMoE, 2 layers, supervised"]
-    command = ["-o", "texts.json", "--steps", "1", "--held-out", "2", *(f"--only={row}" for row in rows)]
+    command = [
+        "-o",
+        "texts.json",
+        "--steps",
+        "1",
+        "--held-out",
+        "2",
+        *(f"--only={row}" for row in rows),
+    ]
     result = CliRunner().invoke(on_texts.main, [*command, "--seeds", "1"])
     assert result.exit_code == 0, result.output
     first = json.loads(Path("texts.json").read_text())["losses"]
@@ -358,9 +426,16 @@ def test_wemoe_s_experiment_on_texts_runs_and_goes_on(on_texts, tiny_experts, mo
     result = CliRunner().invoke(on_texts.main, [*command, "--seeds", "2"])
     assert result.exit_code == 0, result.output
     second = json.loads(Path("texts.json").read_text())["losses"]
-    assert {row: of_seeds["0"] for row, of_seeds in second.items()} == {row: s["0"] for row, s in first.items()}
-    assert {row for row, of_seeds in second.items() if "1" in of_seeds} == set(rows[1:])  # arithmetic has no seeds
-    assert result.stdout.rstrip().splitlines()[-1].startswith(rows[2]) and "code expert" in result.stdout
+    assert {row: of_seeds["0"] for row, of_seeds in second.items()} == {
+        row: s["0"] for row, s in first.items()
+    }
+    assert {row for row, of_seeds in second.items() if "1" in of_seeds} == set(
+        rows[1:]
+    )  # arithmetic has no seeds
+    assert (
+        result.stdout.rstrip().splitlines()[-1].startswith(rows[2])
+        and "code expert" in result.stdout
+    )
     other = CliRunner().invoke(on_texts.main, [*command, "--steps", "2"])
     assert other.exit_code == 1 and "name another file" in other.output
 
@@ -384,7 +459,9 @@ def test_the_docs_command_for_task_vectors_runs(similarity, here):
     rows = [line.split() for line in result.output.splitlines()[2:]]
     columns = [column for pair in pairs for column in (pair.attention, pair.ffn)]
     assert [row[0] for row in rows] == ["0", "1", "2", "mean"]
-    assert [row[1:] for row in rows[:3]] == [[f"{c:.3f}" for c in row] for row in zip(*columns, strict=True)]
+    assert [row[1:] for row in rows[:3]] == [
+        [f"{c:.3f}" for c in row] for row in zip(*columns, strict=True)
+    ]
     assert rows[3][1:] == [f"{statistics.mean(column):.3f}" for column in columns]
     written = json.loads((here / "similarity.json").read_text())
     assert written["pairs"][1] == {
@@ -400,8 +477,14 @@ def test_the_docs_command_for_task_vectors_runs(similarity, here):
 
 def test_untrained_layers_and_mistakes_in_the_script_for_task_vectors(similarity, here):
     untrained = ["--base", "base", "--model", "a=base", "--model", "b=math", "--quiet"]
-    result = CliRunner().invoke(similarity.main, [*untrained, "-o", "nan.json", "--plot", "nan.png"])
-    assert result.exit_code == 0 and result.output.splitlines()[-1].split() == ["mean", "nan", "nan"], result.output
+    result = CliRunner().invoke(
+        similarity.main, [*untrained, "-o", "nan.json", "--plot", "nan.png"]
+    )
+    assert result.exit_code == 0 and result.output.splitlines()[-1].split() == [
+        "mean",
+        "nan",
+        "nan",
+    ], result.output
     assert json.loads((here / "nan.json").read_text())["pairs"][0]["ffn"] == [None] * 3
     for arguments, message in (
         (["--model", "math"], "write NAME=DIR"),
@@ -432,13 +515,22 @@ def test_the_docs_command_for_the_variation_of_parameters_runs(task_vector_varia
     parts = found["attention"], found["mlp"]
     rows = [line.split() for line in result.output.splitlines()]
     for layer in range(3):
-        values = [f"{statistics.mean(each[layer] for each in part.change.values()):.4g}" for part in parts]
-        values += [f"{statistics.mean(1 - each[layer] for each in part.cosine.values()):.4g}" for part in parts]
+        values = [
+            f"{statistics.mean(each[layer] for each in part.change.values()):.4g}" for part in parts
+        ]
+        values += [
+            f"{statistics.mean(1 - each[layer] for each in part.cosine.values()):.4g}"
+            for part in parts
+        ]
         assert rows[1 + layer] == [str(layer), *values]
     assert rows[4][:3] == ["mean", *(f"{part.mean_change:.4g}" for part in parts)]
     for row, name in zip(rows[7:9], ("math", "code"), strict=True):
         shares = [f"{part.share_below(name)[THRESHOLDS.index(0.0005)]:.1%}" for part in parts]
-        assert row == [name, *(f"{statistics.mean(part.change[name]):.4g}" for part in parts), *shares]
+        assert row == [
+            name,
+            *(f"{statistics.mean(part.change[name]):.4g}" for part in parts),
+            *shares,
+        ]
     assert rows[-1] == ["upscale:", "auto", "takes", "mlp"]
     written = json.loads((here / "variation.json").read_text())["parts"]
     assert written["mlp"]["change"]["code"] == list(found["mlp"].change["code"])

@@ -43,7 +43,9 @@ def test_the_page_names_the_files_that_run_here() -> None:
 
 @pytest.fixture
 def experts(tmp_path: Path) -> dict[str, str]:
-    return {name: str(save_lora(tmp_path / name, seed)) for seed, name in enumerate(("math", "code"))}
+    return {
+        name: str(save_lora(tmp_path / name, seed)) for seed, name in enumerate(("math", "code"))
+    }
 
 
 def route(experts: dict[str, str], **config: Any) -> Any:
@@ -57,12 +59,16 @@ def test_the_router_computes_cosines(experts: dict[str, str]) -> None:
     layer = next(module for module in model.modules() if hasattr(module, "routed_lora_router"))
     router = layer.routed_lora_router["default"]
     hidden = torch.randn(3, 5, router.in_features)
-    expected = torch.stack([functional.cosine_similarity(hidden, row, dim=-1) for row in router.weight], dim=-1)
+    expected = torch.stack(
+        [functional.cosine_similarity(hidden, row, dim=-1) for row in router.weight], dim=-1
+    )
     assert router.weight.abs().sum() > 0
     torch.testing.assert_close(router(hidden), torch.softmax(4 * expected, dim=-1))
 
 
-def test_the_router_s_option_is_saved_and_read_back(experts: dict[str, str], tmp_path: Path) -> None:
+def test_the_router_s_option_is_saved_and_read_back(
+    experts: dict[str, str], tmp_path: Path
+) -> None:
     model = route(experts, router_options={"sharpness": 4.0})
     assert not torch.allclose(logits(model), logits(route(experts)), atol=1e-4)
     model.save_pretrained(tmp_path / "routed")
@@ -74,12 +80,17 @@ def test_the_router_s_option_is_saved_and_read_back(experts: dict[str, str], tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sharpnes": 2.0}, "sharpnes is not an option of router='cosine'; did you mean 'sharpness'"),
+        (
+            {"sharpnes": 2.0},
+            "sharpnes is not an option of router='cosine'; did you mean 'sharpness'",
+        ),
         ({"sharpness": "high"}, "sharpness='high': input should be a valid number"),
         ({"sharpness": -1}, "sharpness=-1.0 is not above 0"),
     ],
 )
-def test_a_wrong_option_of_the_router_is_named(experts: dict[str, str], options: dict, message: str) -> None:
+def test_a_wrong_option_of_the_router_is_named(
+    experts: dict[str, str], options: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         route(experts, router_options=options)
 
@@ -92,7 +103,9 @@ def make_lfm2(path: Path, **config: Any) -> None:
     make_model(path, 1, family="lfm2", block_multiple_of=8, **layers, **config)
 
 
-@pytest.mark.parametrize("config", [{}, {"block_auto_adjust_ff_dim": False}, {"tie_word_embeddings": False}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"block_auto_adjust_ff_dim": False}, {"tie_word_embeddings": False}], ids=str
+)
 def test_equal_sources_of_the_family_give_the_dense_model(here: Path, config: dict) -> None:
     importlib.import_module("extending_family")
     make_lfm2(here / "lfm2", **config)
@@ -145,7 +158,9 @@ def test_pooled_experts_are_those_of_the_sources(here: Path) -> None:
         (["one"], {"experts_per_token": 0}, "greater than or equal to 1"),
     ],
 )
-def test_mistakes_in_pooling_are_named(here: Path, models: list, parameters: dict, message: str) -> None:
+def test_mistakes_in_pooling_are_named(
+    here: Path, models: list, parameters: dict, message: str
+) -> None:
     importlib.import_module("extending_method")
     make_mixtrals(here)
     with pytest.raises(click.ClickException, match=message):
@@ -155,7 +170,9 @@ def test_mistakes_in_pooling_are_named(here: Path, models: list, parameters: dic
 
 def test_the_file_of_the_method_is_a_command(here: Path) -> None:
     make_mixtrals(here)
-    (here / "config.yml").write_text("merge_method: pool\nmodels:\n- model: ./one\n- model: ./two\n")
+    (here / "config.yml").write_text(
+        "merge_method: pool\nmodels:\n- model: ./one\n- model: ./two\n"
+    )
     done = run("python", ROOT / "examples" / "extending_method.py", "config.yml", "out", cwd=here)
     assert done.returncode == 0, done.stderr
     assert (here / "out" / "model.safetensors").exists()

@@ -1,6 +1,8 @@
-"""Key-value caches by all their names, and generation by all strategies against plain passes without a cache.
+"""Key-value caches by all their names, and generation by all strategies against plain passes
+without a cache.
 
-This is what a new version of transformers breaks first: whatever keeps a choice per sequence is here.
+This is what a new version of transformers breaks first: whatever keeps a choice per sequence is
+here.
 """
 
 import dataclasses
@@ -56,7 +58,9 @@ def _ensemble(family, mode, experts):
 
 def _routed(router, experts):
     torch.manual_seed(1)
-    config = RoutedLoraConfig(experts=experts, router=router, granularity="sequence", **ROUTERS[router])
+    config = RoutedLoraConfig(
+        experts=experts, router=router, granularity="sequence", **ROUTERS[router]
+    )
     model = get_peft_model(make_base(), config).eval()
     with torch.no_grad():  # so that choices differ visibly between sequences
         for name, parameter in model.named_parameters():
@@ -66,7 +70,10 @@ def _routed(router, experts):
 
 
 MODELS = {
-    **{f"seq_moe-{r}": partial(_sequence_moe, r) for r in ("perplexity", "task_vector", "learned", "uniform")},
+    **{
+        f"seq_moe-{r}": partial(_sequence_moe, r)
+        for r in ("perplexity", "task_vector", "learned", "uniform")
+    },
     **{f"wemoe-{f}-frozen": partial(_ensemble, f, "frozen") for f in ("llama", "gpt2", "opt")},
     "wemoe-llama-running": partial(_ensemble, "llama", "running"),
     **{f"routed-{router}": partial(_routed, router) for router in ROUTERS},
@@ -84,7 +91,9 @@ def choose_by(model, tokens):
 
 
 def plain_logits(model, sequence, prompt_length):
-    """One pass without a cache over prompt and answer, chosen for by the prompt: the answer's logits."""
+    """One pass without a cache over prompt and answer, chosen for by the prompt: the answer's
+    logits.
+    """
     choose_by(model, prompt_length)
     with torch.no_grad():
         return model(input_ids=sequence[None], use_cache=False).logits[0, prompt_length - 1 : -1]
@@ -165,9 +174,15 @@ def test_a_cache_is_taken_by_every_name(name, given, experts):
         first = step(ids[:, :7], 7, cache)
         then = step(ids[:, 7:], 10, cache)
         whole = model(ids, attention_mask=mask, use_cache=False).logits
-    torch.testing.assert_close(torch.cat([first.logits, then.logits], dim=1), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([first.logits, then.logits], dim=1), whole, atol=1e-4, rtol=1e-4
+    )
     assert cache.get_seq_length() == 10
-    assert cache_in(first) is cache and getattr(first, OUTPUT_NAME) is cache and first.past_key_values is cache
+    assert (
+        cache_in(first) is cache
+        and getattr(first, OUTPUT_NAME) is cache
+        and first.past_key_values is cache
+    )
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -176,7 +191,9 @@ def test_a_cache_by_two_names_or_by_one_that_nobody_knows_is_an_error(name, expe
     ids, _ = prompts(model)
     with pytest.raises(ValueError, match="two names of one cache"):
         model(ids, cache=empty_cache(model), past_key_values=empty_cache(model))
-    with pytest.raises(ValueError, match=r"memory= is a key-value cache, which this model takes as \w+="):
+    with pytest.raises(
+        ValueError, match=r"memory= is a key-value cache, which this model takes as \w+="
+    ):
         model(ids, memory=empty_cache(model))
 
 
@@ -193,13 +210,17 @@ def _renaming(stock, model, outputs, model_kwargs, *args, **kwargs):
 
 
 @pytest.mark.parametrize("name", [*CHOOSING, "wemoe-llama-running"])
-@pytest.mark.parametrize(("host", "message"), [(_losing, "did not come back"), (_renaming, "memory= is a key-value")])
+@pytest.mark.parametrize(
+    ("host", "message"), [(_losing, "did not come back"), (_renaming, "memory= is a key-value")]
+)
 def test_a_cache_that_never_comes_back_is_an_error(name, host, message, experts, monkeypatch):
     model = MODELS[name](experts)
     ids, mask = prompts(model)
     stock = GenerationMixin._update_model_kwargs_for_generation
     monkeypatch.setattr(
-        GenerationMixin, "_update_model_kwargs_for_generation", lambda *args, **more: host(stock, *args, **more)
+        GenerationMixin,
+        "_update_model_kwargs_for_generation",
+        lambda *args, **more: host(stock, *args, **more),
     )
     with pytest.raises((RuntimeError, ValueError), match=message):
         generate(model, ids, mask)
@@ -222,11 +243,15 @@ def _users_of(seam):
     import mergekit_moe_ext.modeling.wemoe_calls
     import peft_routing.calls
 
-    return {common_seam: [peft_routing.calls], modeling_seam: [mergekit_moe_ext.modeling.wemoe_calls]}[seam]
+    return {
+        common_seam: [peft_routing.calls],
+        modeling_seam: [mergekit_moe_ext.modeling.wemoe_calls],
+    }[seam]
 
 
 def test_generations_do_not_disturb_each_other(experts):
-    """Two in a row, one inside another's step, and one that fails: each begins its sequences once."""
+    """Two in a row, one inside another's step, and one that fails: each begins its sequences
+    once."""
     model, other = (MODELS["wemoe-llama-frozen"](experts) for _ in range(2))
     ids, mask = prompts(model)
     expected = generate(model, ids, mask).sequences
@@ -243,7 +268,9 @@ def test_generations_do_not_disturb_each_other(experts):
 
 @pytest.mark.parametrize("name", ["seq_moe-perplexity", "wemoe-llama-frozen", "routed-arrow"])
 def test_passes_of_ones_own_inside_a_generation_are_let_be(name, experts):
-    """A logits processor that scores without a cache, and classifier-free guidance, which has one of its own."""
+    """A logits processor that scores without a cache, and classifier-free guidance, which has one
+    of its own.
+    """
     model = MODELS[name](experts)
     ids, mask = prompts(model)
 
@@ -254,7 +281,9 @@ def test_passes_of_ones_own_inside_a_generation_are_let_be(name, experts):
 
     expected = generate(model, ids, mask).sequences
     assert torch.equal(generate(model, ids, mask, logits_processor=[score]).sequences, expected)
-    if name == "routed-arrow":  # whose choice is kept with a cache that is handed in, and guidance hands none in
+    if (
+        name == "routed-arrow"
+    ):  # whose choice is kept with a cache that is handed in, and guidance hands none in
         with pytest.raises(ValueError, match="start with an empty one of your own"):
             generate(model, ids[:1], mask[:1], guidance_scale=1.5)
         return

@@ -1,6 +1,7 @@
 """One merge per method and one step of every training, on whatever hosts are installed.
 
-Every training and some of the merges are the installed commands; the others run in this process, which is faster.
+Every training and some of the merges are the installed commands; the others run in this process,
+which is faster.
 """
 
 import shutil
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.hosts
 IDS = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 COPIES = ("base", "first", "second")
 TIES = {"density": 0.5, "normalize": False, "lambda": 1.0}
-# All of them make the base again of copies of the base: experts are equal, and task vectors are zero.
+# All of them make the base again of copies of the base: experts are equal, and task vectors are
+# zero.
 METHODS = {
     "moe": {"shared": "linear", "experts_per_token": 2},
     "moe_linear": {"experts_per_token": 2},
@@ -50,7 +52,9 @@ def copies(tmp_path_factory):
     save_tokenizer(root / "other", 96)
     for seed, name in enumerate(("news", "law"), start=1):
         ids = torch.randint(90, (12, 40), generator=torch.Generator().manual_seed(seed)).tolist()
-        write(root / f"{name}.jsonl", [{"text": " ".join(f"w{word}" for word in row)} for row in ids])
+        write(
+            root / f"{name}.jsonl", [{"text": " ".join(f"w{word}" for word in row)} for row in ids]
+        )
     return root
 
 
@@ -76,8 +80,12 @@ def logits_of(path):
 def test_copies_of_a_model_merge_into_the_model(copies, tmp_path, monkeypatch, method):
     monkeypatch.chdir(copies)
     models = COPIES if method == "hetero_moe" else COPIES[1:]  # whose base is one of them
-    merge(document(method, models, parameters=METHODS[method], dtype="float32"), str(tmp_path / "out"))
-    torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(copies / "base"), atol=1e-5, rtol=1e-5)
+    merge(
+        document(method, models, parameters=METHODS[method], dtype="float32"), str(tmp_path / "out")
+    )
+    torch.testing.assert_close(
+        logits_of(tmp_path / "out"), logits_of(copies / "base"), atol=1e-5, rtol=1e-5
+    )
     again = tmp_path / "again"
     load(tmp_path / "out").save_pretrained(again)
     assert torch.equal(logits_of(again), logits_of(tmp_path / "out"))
@@ -87,13 +95,21 @@ def test_mixtures_become_one_whose_experts_are_theirs(tmp_path):
     for seed in (1, 2):
         make_moe(tmp_path / f"moe-{seed}", "mixtral", seed, **FAMILIES["mixtral"])
         write(tmp_path / f"{seed}.jsonl", words(seed, 8))
-    models = [{"model": f"./moe-{seed}", "parameters": {"calibration": f"{seed}.jsonl"}} for seed in (1, 2)]
+    models = [
+        {"model": f"./moe-{seed}", "parameters": {"calibration": f"{seed}.jsonl"}}
+        for seed in (1, 2)
+    ]
     config = document("caem", models, None, parameters={"num_experts": 4}, dtype="float32")
     (tmp_path / "caem.yml").write_text(yaml.safe_dump(config))
     succeed("mergekit-yaml", "caem.yml", "out", cwd=tmp_path)
     assert logits_of(tmp_path / "out").isfinite().all()
     sources = [read_tensors(tmp_path / f"moe-{seed}") for seed in (1, 2)]
-    experts = {tuple(t.flatten()[:9].tolist()) for s in sources for name, t in s.items() if ".experts." in name}
+    experts = {
+        tuple(t.flatten()[:9].tolist())
+        for s in sources
+        for name, t in s.items()
+        if ".experts." in name
+    }
     merged = [t for name, t in read_tensors(tmp_path / "out").items() if ".experts." in name]
     assert merged and all(tuple(t.flatten()[:9].tolist()) in experts for t in merged)
 
@@ -105,7 +121,9 @@ def changed(before, after):
 
 
 def test_a_step_of_training_gates(copies, tmp_path):
-    config = document("moe_linear", ["base", "other"], parameters={"gate_mode": "random"}, dtype="float32")
+    config = document(
+        "moe_linear", ["base", "other"], parameters={"gate_mode": "random"}, dtype="float32"
+    )
     (copies / "gates.yml").write_text(yaml.safe_dump(config))
     succeed("mergekit-yaml", "gates.yml", tmp_path / "moe", cwd=copies)
     options = ["--max-steps", "1", "--held-out", "2", "--max-length", "24", "--quiet"]
@@ -134,8 +152,28 @@ def test_a_step_of_training_an_adapters_router(copies, tmp_path):
     save_tokenizer(tmp_path / "base", 96)
     paths = save_experts(tmp_path / "loras")
     experts = [part for name, path in paths.items() for part in ("--expert", f"{name}={path}")]
-    succeed("peft-route", "compose", "base", *experts, "--router", "linear", "-o", "routed", cwd=tmp_path)
-    options = ["--max-steps", "1", "--held-out", "2", "--max-length", "24", "--learning-rate", "0.01", "--quiet"]
+    succeed(
+        "peft-route",
+        "compose",
+        "base",
+        *experts,
+        "--router",
+        "linear",
+        "-o",
+        "routed",
+        cwd=tmp_path,
+    )
+    options = [
+        "--max-steps",
+        "1",
+        "--held-out",
+        "2",
+        "--max-length",
+        "24",
+        "--learning-rate",
+        "0.01",
+        "--quiet",
+    ]
     data = ["--data", copies / "news.jsonl", "--data", copies / "law.jsonl"]
     succeed("peft-route", "train", "routed", *data, *options, cwd=tmp_path)
     names = changed(tmp_path / "routed", tmp_path / "routed-trained")

@@ -1,4 +1,6 @@
-"""The packages as Python sees them: what an import loads, what is public, and the examples in the docstrings."""
+"""The packages as Python sees them: what an import loads, what is public, and the examples in the
+docstrings.
+"""
 
 import ast
 import doctest
@@ -30,9 +32,11 @@ for name in ("", *main.commands):
         result = CliRunner().invoke(main, [*name.split(), "--help"])
         assert result.exit_code == 0 and "Usage" in result.output, result.output
 """
-# Importing the package first, last, and with torch's autoload on and off, PEFT and transformers know what we made.
+# Importing the package first, last, and with torch's autoload on and off, PEFT and transformers
+# know what we made.
 KNOWN = {
-    "peft_routing": "from peft import PEFT_TYPE_TO_CONFIG_MAPPING as table; assert 'ROUTED_LORA' in table",
+    "peft_routing": "from peft import PEFT_TYPE_TO_CONFIG_MAPPING as table; assert 'ROUTED_LORA' "
+    "in table",
     "mergekit_moe_ext": (
         "from transformers import CONFIG_MAPPING, AutoModelForCausalLM\n"
         "config = CONFIG_MAPPING['sequence_moe']\n"
@@ -41,7 +45,13 @@ KNOWN = {
     ),
 }
 FIRST = {
-    "peft_routing": ["", "import torch", "import peft", "import peft_routing.config", "import peft_routing.model"],
+    "peft_routing": [
+        "",
+        "import torch",
+        "import peft",
+        "import peft_routing.config",
+        "import peft_routing.model",
+    ],
     "mergekit_moe_ext": [
         "",
         "import torch",
@@ -55,7 +65,9 @@ FIRST = {
 
 def python(code, autoload="1"):
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
 
 
 @pytest.mark.parametrize("package", ["mergekit_moe_ext", "peft_routing"])
@@ -65,7 +77,8 @@ def test_importing_a_package_and_its_commands_loads_no_host(package):
 
 
 @pytest.mark.parametrize(
-    ("package", "of_hosts"), [("mergekit_moe_ext", ("yaml", "plan")), ("peft_routing", ("compose",))]
+    ("package", "of_hosts"),
+    [("mergekit_moe_ext", ("yaml", "plan")), ("peft_routing", ("compose",))],
 )
 def test_help_loads_no_host_where_no_option_comes_from_one(package, of_hosts):
     result = python(HELP.format(package=package, hosts=of_hosts) + PRINT_HOSTS)
@@ -75,7 +88,8 @@ def test_help_loads_no_host_where_no_option_comes_from_one(package, of_hosts):
 def test_loading_adapters_needs_neither_a_trainer_nor_mergekit():
     heavy = ("transformers.trainer", "datasets", "mergekit", "mergekit_moe_ext")
     code = (
-        "import sys\nfrom peft_routing import RoutedLoraConfig, RoutedLoraModel, given_coefficients\n"
+        "import sys\nfrom peft_routing import RoutedLoraConfig, RoutedLoraModel, "
+        "given_coefficients\n"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     result = python(code)
@@ -83,7 +97,9 @@ def test_loading_adapters_needs_neither_a_trainer_nor_mergekit():
 
 
 @pytest.mark.parametrize("autoload", ["0", "1"])
-@pytest.mark.parametrize(("package", "first"), [(package, first) for package in FIRST for first in FIRST[package]])
+@pytest.mark.parametrize(
+    ("package", "first"), [(package, first) for package in FIRST for first in FIRST[package]]
+)
 def test_hosts_know_us_in_every_order_of_imports(package, first, autoload):
     result = python(f"{first}\nimport {package}\n{KNOWN[package]}", autoload)
     assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
@@ -121,7 +137,10 @@ def everything(here):
         save_tokenizer(here / name, 96)
     for seed, name in enumerate(("math", "news")):
         # long enough that a prefix of 32 tokens leaves something to predict
-        write(here / f"{name}.jsonl", [{"text": f"{row['text']} w1 w2" * 12} for row in words(seed, 12)])
+        write(
+            here / f"{name}.jsonl",
+            [{"text": f"{row['text']} w1 w2" * 12} for row in words(seed, 12)],
+        )
     make_moe(here / "mixture", "mixtral")
     save_tokenizer(here / "mixture", 96)
     merge(document("wemoe", models=("math", "code")), "ensemble")
@@ -186,7 +205,9 @@ def test_a_plan_says_what_the_command_prints(everything):
 
 def test_the_scripts_use_public_names_alone():
     root = Path(__file__).parents[1]
-    scripts = [path for path in (root / "examples").glob("*.py") if not path.name.startswith("extending_")]
+    scripts = [
+        path for path in (root / "examples").glob("*.py") if not path.name.startswith("extending_")
+    ]
     assert len(scripts) > 10
     for path in scripts:
         text = path.read_text(encoding="utf-8")
@@ -197,7 +218,15 @@ def test_the_scripts_use_public_names_alone():
                 modules = [node.module]
             for module in modules:
                 if module.startswith(("_mergekit", "mergekit_moe_ext", "peft_routing")):
-                    assert module in ("mergekit_moe_ext", "mergekit_moe_ext.analysis", "peft_routing"), path.name
+                    assert module in (
+                        "mergekit_moe_ext",
+                        "mergekit_moe_ext.analysis",
+                        "peft_routing",
+                    ), path.name
                     public = importlib.import_module(module).__all__
-                    names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+                    names = (
+                        [alias.name for alias in node.names]
+                        if isinstance(node, ast.ImportFrom)
+                        else []
+                    )
                     assert set(names) <= set(public), path.name

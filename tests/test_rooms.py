@@ -1,4 +1,6 @@
-"""Which file may import which: arrows between rooms go one way, by the table below. Nothing is imported here."""
+"""Which file may import which: arrows between rooms go one way, by the table below. Nothing is
+imported here.
+"""
 
 import ast
 from collections.abc import Mapping
@@ -9,8 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("_mergekit_moe_ext_autoload", "_mergekit_moe_ext_common", "mergekit_moe_ext", "peft_routing")
-# A room is a folder of a package, or a file beside these folders. It may import itself, and what stands behind it.
+PACKAGES = (
+    "_mergekit_moe_ext_autoload",
+    "_mergekit_moe_ext_common",
+    "mergekit_moe_ext",
+    "peft_routing",
+)
+# A room is a folder of a package, or a file beside these folders. It may import itself, and what
+# stands behind it.
 MAY_IMPORT = {
     "common": "",
     "autoload": "",
@@ -41,7 +49,11 @@ MAY_IMPORT = {
 
 def sources() -> dict[str, str]:
     """The text of every file of the packages, by its module's name."""
-    paths = [path for package in PACKAGES for path in [ROOT / f"{package}.py", *(ROOT / package).rglob("*.py")]]
+    paths = [
+        path
+        for package in PACKAGES
+        for path in [ROOT / f"{package}.py", *(ROOT / package).rglob("*.py")]
+    ]
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
         for path in paths
@@ -51,7 +63,8 @@ def sources() -> dict[str, str]:
 
 @cache
 def imported_names(module: str, text: str) -> list[tuple[str, str]]:
-    """(module, name in it) of every import: at the top, inside functions, and for type hints alone."""
+    """(module, name in it) of every import: at the top, inside functions, and for type hints
+    alone."""
     names = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -67,11 +80,15 @@ def imports(files: Mapping[str, str]) -> dict[str, set[str]]:
     """Per file the files of ours that it imports."""
 
     def file_of(start: str, name: str) -> str:
-        # what is imported from a package is a file of it, or else something that its __init__.py has
+        # what is imported from a package is a file of it, or else something that its __init__.py
+        # has
         candidates = (f"{start}.{name}", f"{start}.{name}.__init__", start, f"{start}.__init__")
         return next((file for file in candidates if file in files), "")
 
-    return {module: {file_of(*each) for each in imported_names(module, files[module])} - {""} for module in files}
+    return {
+        module: {file_of(*each) for each in imported_names(module, files[module])} - {""}
+        for module in files
+    }
 
 
 def room(module: str) -> str:
@@ -115,13 +132,29 @@ def test_every_import_goes_down():
 @pytest.mark.parametrize(
     ("module", "line", "expected"),
     [
-        ("merging.card", "from mergekit_moe_ext.wemoe.method import WEMOE_METHODS", "the table does not allow"),
-        ("merging.card", "def f():\n    from mergekit_moe_ext import host", "mergekit_moe_ext.host, which the table"),
+        (
+            "merging.card",
+            "from mergekit_moe_ext.wemoe.method import WEMOE_METHODS",
+            "the table does not allow",
+        ),
+        (
+            "merging.card",
+            "def f():\n    from mergekit_moe_ext import host",
+            "mergekit_moe_ext.host, which the table",
+        ),
         ("merging.card", "import mergekit_moe_ext", "mergekit_moe_ext.__init__, which the table"),
-        ("merging.method", "if True:\n    import mergekit_moe_ext.merging.planner as planner", "in a circle"),
+        (
+            "merging.method",
+            "if True:\n    import mergekit_moe_ext.merging.planner as planner",
+            "in a circle",
+        ),
         ("wemoe.groups", "import peft_routing", "of the other package"),
         ("modeling.on_demand", "from ..merging import card", "does not lie beside the weights"),
-        ("modeling.on_demand", "from _mergekit_moe_ext_common import data", "does not lie beside the weights"),
+        (
+            "modeling.on_demand",
+            "from _mergekit_moe_ext_common import data",
+            "does not lie beside the weights",
+        ),
         ("host", "from .cli import main", "the commands"),
         ("new.file", "", "in no room"),
     ],

@@ -1,4 +1,6 @@
-"""What is said of the hosts' versions, and that the doctor's self-test notices a host that treats caches oddly."""
+"""What is said of the hosts' versions, and that the doctor's self-test notices a host that treats
+caches oddly.
+"""
 
 import os
 import re
@@ -16,7 +18,11 @@ from peft_routing.selftest import routed_adapter
 from tests.conftest import run
 
 ROOT = Path(__file__).parents[1]
-MODELS = {"a sequence mixture": sequence_mixture, "an ensemble": weight_ensembling_model, "an adapter": routed_adapter}
+MODELS = {
+    "a sequence mixture": sequence_mixture,
+    "an ensemble": weight_ensembling_model,
+    "an adapter": routed_adapter,
+}
 
 
 @pytest.mark.parametrize(
@@ -44,12 +50,16 @@ def pinned(file):
 
 
 def test_what_is_claimed_is_what_is_tested():
-    """pyproject.toml, both constraint files, the table in the docs and the file beside the weights say the same."""
+    """pyproject.toml, both constraint files, the table in the docs and the file beside the weights
+    say the same.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     claims = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
     table = (ROOT / "docs" / "versions.md").read_text()
     newest, oldest = pinned("constraints.txt"), pinned("constraints-oldest.txt")
-    oldest["torch"] = re.search(r"^OLDEST_TORCH \?= torch==(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    oldest["torch"] = re.search(
+        r"^OLDEST_TORCH \?= torch==(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )[1]
     for host, (first, last) in TESTED.items():
         lower = [part.version for part in claims[host] if part.operator == ">="]
         assert lower == [first], host
@@ -64,16 +74,25 @@ def test_what_is_claimed_is_what_is_tested():
 def test_a_newer_host_gives_one_warning_and_no_more():
     """In a process where the newest of transformers that was tested is an old one."""
     code = (
-        "import _mergekit_moe_ext_common.versions as v; v.TESTED['transformers'] = ('4.0.0', '4.1.0'); "
-        "import mergekit_moe_ext, peft_routing"
+        "import _mergekit_moe_ext_common.versions as v; v.TESTED['transformers'] = ('4.0.0', "
+        "'4.1.0'); import mergekit_moe_ext, peft_routing"
     )
     said = run("python", "-W", "always", "-c", code).stderr
     assert said.count("was not tested with transformers") == 1
     assert "(tested up to 4.1.0)" in said and "mergekit-moe-ext doctor" in said
     result = run("python", "-W", "error::UserWarning", "-c", code)
     assert result.returncode == 0, result.stderr
-    quiet = run("python", "-W", "always", "-c", "import mergekit_moe_ext, peft_routing", env=dict(os.environ))
-    assert "was not tested with" not in quiet.stderr or versions.installed() != pinned("constraints.txt")
+    quiet = run(
+        "python",
+        "-W",
+        "always",
+        "-c",
+        "import mergekit_moe_ext, peft_routing",
+        env=dict(os.environ),
+    )
+    assert "was not tested with" not in quiet.stderr or versions.installed() != pinned(
+        "constraints.txt"
+    )
 
 
 @pytest.mark.hosts
@@ -98,7 +117,11 @@ def test_the_doctor_says_what_is_installed_and_tries_it():
     result = run("mergekit-moe-ext", "doctor")
     assert result.returncode == 0, result.stdout
     for host, found in versions.installed().items():
-        assert re.search(rf"^{host} +{re.escape(found)} +{verdict(host, found)} ", result.stdout, flags=re.MULTILINE)
+        assert re.search(
+            rf"^{host} +{re.escape(found)} +{verdict(host, found)} ",
+            result.stdout,
+            flags=re.MULTILINE,
+        )
     assert result.stdout.count("generates with a cache as without one") == 3
 
 

@@ -1,4 +1,6 @@
-"""The scripts of WEMoE's analyses in `examples/`, by the commands that docs/wemoe_analysis.md shows."""
+"""The scripts of WEMoE's analyses in `examples/`, by the commands that docs/wemoe_analysis.md
+shows.
+"""
 
 import json
 import re
@@ -60,7 +62,10 @@ def test_the_docs_command_for_parameters_runs(wemoe_scripts, with_texts):
     assert written.output.splitlines()[1].split()[1:] == result.output.splitlines()[1].split()[2:]
     for arguments, message in (
         ([], "name MODELS to count"),
-        (["--base", "base", "--router-layers", "3"], "router_layers: Input should be less than or equal to 2"),
+        (
+            ["--base", "base", "--router-layers", "3"],
+            "router_layers: Input should be less than or equal to 2",
+        ),
         (["--base", "base", "--upscale-layers", "7"], "there is no layer 7"),
         (["--base", "base", "--tasks", "many"], "--tasks many: write a number"),
     ):
@@ -70,21 +75,32 @@ def test_the_docs_command_for_parameters_runs(wemoe_scripts, with_texts):
 
 def test_the_docs_command_for_routing_weights_runs(wemoe_scripts, with_texts):
     invoke, _ = wemoe_scripts
-    merge(document("wemoe", models=("math", "code"), parameters={"router_init_std": 0.3}), "out-adapted")
+    merge(
+        document("wemoe", models=("math", "code"), parameters={"router_init_std": 0.3}),
+        "out-adapted",
+    )
     result = invoke("wemoe_routing", "--quiet", "--max-length", "20")
     assert result.exit_code == 0, result.output
     found = json.loads((with_texts / "routing.json").read_text())
     assert found["tasks"] == found["experts"] == ["math", "code"] and found["samples"] == [40, 40]
     model, tokenizer = (
-        auto.from_pretrained("out-adapted", trust_remote_code=True) for auto in (AutoModelForCausalLM, AutoTokenizer)
+        auto.from_pretrained("out-adapted", trust_remote_code=True)
+        for auto in (AutoModelForCausalLM, AutoTokenizer)
     )
     for task, means in zip(found["tasks"], found["mean"], strict=True):
-        texts = [json.loads(line)["text"] for line in (with_texts / f"{task}.jsonl").read_text().splitlines()]
+        texts = [
+            json.loads(line)["text"]
+            for line in (with_texts / f"{task}.jsonl").read_text().splitlines()
+        ]
         rows = [tokenizer(text, return_tensors="pt")["input_ids"][:, :20] for text in texts]
         by_hand = sum(model.coefficients(input_ids=ids)[0] for ids in rows) / 40
         assert torch.allclose(by_hand, torch.tensor(means), atol=1e-5)
-    own = [[100 * found["first_choice"][task][group][task] for task in (0, 1)] for group in range(3)]
-    assert [line.split()[1:] for line in result.output.splitlines()[-3:]] == [[f"{v:.1f}" for v in row] for row in own]
+    own = [
+        [100 * found["first_choice"][task][group][task] for task in (0, 1)] for group in range(3)
+    ]
+    assert [line.split()[1:] for line in result.output.splitlines()[-3:]] == [
+        [f"{v:.1f}" for v in row] for row in own
+    ]
     for name in ("routing.png", "routing-coefficients.png"):
         assert (with_texts / name).read_bytes().startswith(b"\x89PNG")
     again = invoke("wemoe_routing", "--quiet")
@@ -97,12 +113,17 @@ def test_the_docs_command_for_the_landscape_runs(wemoe_scripts, with_texts):
     result = invoke("loss_landscape", *few)
     assert result.exit_code == 0, result.output
     found = json.loads((with_texts / "landscape.json").read_text())
-    assert found["scales"] == [-1, 0, 1] and (with_texts / "landscape.png").read_bytes().startswith(b"\x89PNG")
+    assert found["scales"] == [-1, 0, 1] and (with_texts / "landscape.png").read_bytes().startswith(
+        b"\x89PNG"
+    )
     tokenizer = AutoTokenizer.from_pretrained("math")
     for name, place in (("base", (1, 1)), ("math", (2, 1)), ("code", (1, 2))):
         model = AutoModelForCausalLM.from_pretrained(name)
         for task, losses in found["losses"].items():
-            texts = [json.loads(line)["text"] for line in (with_texts / f"{task}.jsonl").read_text().splitlines()]
+            texts = [
+                json.loads(line)["text"]
+                for line in (with_texts / f"{task}.jsonl").read_text().splitlines()
+            ]
             rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts[:6]]
             with torch.no_grad():
                 total = sum(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) for ids in rows)
@@ -120,7 +141,9 @@ def test_routing_and_landscape_of_images(wemoe_scripts, tmp_path, monkeypatch):
             draw(tmp_path / "images" / name / f"c{number}", [seed, number], 2)
     merge(document("wemoe", models=("sun", "cars")))
     data = ["--data", "sun=images/sun", "--data", "cars=images/cars", "--quiet"]
-    routed = CliRunner().invoke(scripts["wemoe_routing"].main, ["out", *data, "--data", "new=images/base"])
+    routed = CliRunner().invoke(
+        scripts["wemoe_routing"].main, ["out", *data, "--data", "new=images/base"]
+    )
     assert routed.exit_code == 0, routed.output
     assert all(line.split()[3] == "-" for line in routed.output.splitlines()[-2:])
     models = ["--base", "base", "--model", "sun=sun", "--model", "cars=cars"]
@@ -145,8 +168,16 @@ def test_mistakes_in_the_script_for_the_landscape(wemoe_scripts, with_texts):
     for arguments, message in (
         (["--model", "math=math", *data], "give two --model TASK=DIR"),
         (["--model", "math=math", "--model", "law=code", *data], "and --data TASK=SOURCE for both"),
-        (["--model", "math=math", "--model", "code=gpt2", *data], "gpt2 is GPT2LMHeadModel; both must be one"),
-        (["--model", "math=math", "--model", "code=code", *data, "--range", "1", "0"], "the first must be below"),
+        (
+            ["--model", "math=math", "--model", "code=gpt2", *data],
+            "gpt2 is GPT2LMHeadModel; both must be one",
+        ),
+        (
+            ["--model", "math=math", "--model", "code=code", *data, "--range", "1", "0"],
+            "the first must be below",
+        ),
     ):
-        result = CliRunner().invoke(scripts["loss_landscape"].main, ["--base", "base", *arguments, "--quiet"])
+        result = CliRunner().invoke(
+            scripts["loss_landscape"].main, ["--base", "base", *arguments, "--quiet"]
+        )
         assert result.exit_code == 1 and message in result.output, result.output

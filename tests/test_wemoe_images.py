@@ -1,4 +1,6 @@
-"""The experiment on pictures (`examples/wemoe_images.py`) and what fetches them, on made-up pictures."""
+"""The experiment on pictures (`examples/wemoe_images.py`) and what fetches them, on made-up
+pictures.
+"""
 
 import io
 import json
@@ -24,13 +26,22 @@ def images(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import wemoe_images
 
-    few = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    few = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     monkeypatch.setattr(wemoe_images, "SHAPE", {**wemoe_images.SHAPE, **few})
     monkeypatch.setattr(wemoe_images, "HIDDEN", 16)
     for name in ("PRETRAINING", "FINE_TUNING", "TOGETHER"):
-        monkeypatch.setattr(wemoe_images, name, wemoe_images.Recipe(steps=12, batch=8, learning_rate=3e-3))
+        monkeypatch.setattr(
+            wemoe_images, name, wemoe_images.Recipe(steps=12, batch=8, learning_rate=3e-3)
+        )
     monkeypatch.setattr(
-        wemoe_images, "tasks", lambda names: {n: made_up(wemoe_images, i) for i, n in enumerate(names)}
+        wemoe_images,
+        "tasks",
+        lambda names: {n: made_up(wemoe_images, i) for i, n in enumerate(names)},
     )
     monkeypatch.setattr(wemoe_images, "pretraining", lambda: made_up(wemoe_images, 9))
     yield wemoe_images
@@ -46,7 +57,11 @@ def made_up(images, seed):
     for picture, label in zip(pictures, labels, strict=True):
         picture[8:20, 16 * label : 16 * label + 12] += 180
     return images.Pictures(
-        [f"{name} {seed}" for name in CLASSES], pictures[:16], labels[:16], pictures[16:], labels[16:]
+        [f"{name} {seed}" for name in CLASSES],
+        pictures[:16],
+        labels[:16],
+        pictures[16:],
+        labels[16:],
     )
 
 
@@ -60,7 +75,16 @@ def test_the_whole_experiment_runs_and_goes_on(images, tmp_path, monkeypatch):
     kept = {row: images.ROUTED[row] for row in ("AdaMerging (layer)", "WEMoE (2-layer)")}
     for name, rows in (("ROUTED", kept), ("STRATEGIES", {}), ("SPARSE", {})):
         monkeypatch.setattr(images, name, rows)
-    command = ["-o", str(tmp_path / "out"), "--seed", "0", "--steps", "2", "--plot", str(tmp_path / "figures")]
+    command = [
+        "-o",
+        str(tmp_path / "out"),
+        "--seed",
+        "0",
+        "--steps",
+        "2",
+        "--plot",
+        str(tmp_path / "figures"),
+    ]
     result = CliRunner().invoke(images.main, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "Table 2" in result.stdout and "Individual above Pre-trained" in result.stdout
@@ -72,7 +96,9 @@ def test_the_whole_experiment_runs_and_goes_on(images, tmp_path, monkeypatch):
     assert lambdas["Task arithmetic, 0.3"] == rows["Task arithmetic"]  # the same merge, made again
     curve = json.loads((tmp_path / "out" / "figure4-0.json").read_text())["rows"]["0.0003"]["curve"]
     adapted = rows["WEMoE (2-layer)"]
-    assert list(curve) == ["0", "2"] and curve["2"] == statistics.mean(adapted[task] for task in images.TASKS)
+    assert list(curve) == ["0", "2"] and curve["2"] == statistics.mean(
+        adapted[task] for task in images.TASKS
+    )
 
     monkeypatch.setattr(images.Bench, "measure", None)  # nothing is measured again
     again = CliRunner().invoke(images.main, command[:6], catch_exceptions=False)
@@ -82,7 +108,9 @@ def test_the_whole_experiment_runs_and_goes_on(images, tmp_path, monkeypatch):
 
 
 def test_unadapted_routers_are_task_arithmetic(images, tmp_path):
-    """Up to the spread of the routers' first weights: what `adapt` measures before, and a stock merge."""
+    """Up to the spread of the routers' first weights: what `adapt` measures before, and a stock
+    merge.
+    """
     data = images.tasks([*images.TASKS, *images.UNSEEN])
     sources = images.make_sources(images.make_base(), data, 0)
     tests = images.write_tests(data, tmp_path / "tests")
@@ -93,7 +121,9 @@ def test_unadapted_routers_are_task_arithmetic(images, tmp_path):
     for task, found in bench.own().items():  # whole, as a user loads it
         model = AutoModelForImageClassification.from_pretrained(sources.models[task])
         processor = AutoImageProcessor.from_pretrained(sources.models[task])
-        seen = processor([Image.fromarray(one).convert("RGB") for one in data[task].test], return_tensors="pt")
+        seen = processor(
+            [Image.fromarray(one).convert("RGB") for one in data[task].test], return_tensors="pt"
+        )
         right = model(**seen).logits.argmax(-1) == torch.as_tensor(data[task].test_labels)
         assert right.float().mean().item() == found
         assert model.config.id2label == dict(enumerate(data[task].classes))

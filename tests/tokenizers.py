@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerFast
 def save_tokenizer(path: Path, size: int, extra: tuple[str, ...] = (), **keywords: str) -> None:
     """Words `w0`, `w1` … after `<unk>` and `</s>`, then `extra`; `size` in all."""
     words = ["<unk>", "</s>", *(f"w{i}" for i in range(size - 2 - len(extra))), *extra]
-    save_words(path, words, **{"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>", **keywords})
+    save_words(
+        path, words, **{"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>", **keywords}
+    )
 
 
 def save_words(path: Path, words: Sequence[str], **special: str) -> None:

@@ -1,4 +1,5 @@
-"""What the papers measure of models: similarity, variation, coefficients, usage, counts, loss landscapes.
+"""What the papers measure of models: similarity, variation, coefficients, usage, counts, loss
+landscapes.
 
 Beside them what scripts need to read models and inputs. Each name is imported when it is asked for.
 """

@@ -1,4 +1,6 @@
-"""Inputs for the analyses of weight-ensembling models and of their sources, read as `mergekit-moe-ext adapt` does."""
+"""Inputs for the analyses of weight-ensembling models and of their sources, read as
+`mergekit-moe-ext adapt` does.
+"""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -26,13 +28,19 @@ def read_batches(
     image_column: str = "image",
     label_column: str = "label",
 ) -> Iterator[dict[str, Tensor]]:
-    """The first `max_samples` rows of a source as the model takes them; images are decoded as they are asked for.
+    """The first `max_samples` rows of a source as the model takes them; images are decoded as they
+    are asked for.
 
-    With `with_labels`, a batch of a classifier has the right classes as `labels`, by the numbers of the model's one
-    head. `UserError`, before the first batch, for what cannot be read and for classes that are not the model's.
+    With `with_labels`, a batch of a classifier has the right classes as `labels`, by the numbers of
+    the model's one head. `UserError`, before the first batch, for what cannot be read and for
+    classes that are not the model's.
     """
     kind = _kind(model)
-    prepare = load_image_processor(model_path, reading) if kind == "image" else load_tokenizer(model_path, reading)
+    prepare = (
+        load_image_processor(model_path, reading)
+        if kind == "image"
+        else load_tokenizer(model_path, reading)
+    )
     rows = load(source, max_samples)
     if kind in ("image", "text") and not with_labels and label_column in rows.column_names:
         rows = rows.remove_columns(label_column)
@@ -45,7 +53,10 @@ def read_batches(
     rows = model_inputs(rows, source, kind, prepare, head, reading, wanted)
     reader = Predictions(model, kind, prepare, prefix=0, image_column=image_column)
     starts = range(0, len(rows), batch_size)
-    named = ([{source.name: row} for row in rows.select(range(s, min(s + batch_size, len(rows))))] for s in starts)
+    named = (
+        [{source.name: row} for row in rows.select(range(s, min(s + batch_size, len(rows))))]
+        for s in starts
+    )
     return (reader.batch(each)[source.name] for each in named)
 
 

@@ -1,4 +1,5 @@
-"""Which task vectors the routers of a weight-ensembling model give weight to (WEMoE, 4.4, figures 11 and 12).
+"""Which task vectors the routers of a weight-ensembling model give weight to (WEMoE, 4.4, figures
+11 and 12).
 
 `examples/wemoe_routing.py` prints and draws what is measured here.
 """
@@ -17,12 +18,13 @@ from _mergekit_moe_ext_common.errors import UserError
 class EnsembleRouting:
     """Coefficients of the inputs of each task, in float64.
 
-    tasks: whose inputs were given. groups: names of the modules whose input a router reads, from first to last layer.
+    tasks: whose inputs were given. groups: names of the modules whose input a router reads, from
+    first to last layer.
     experts: what the task vectors are called. samples: per task the number of inputs.
-    mean, spread: (tasks, groups, experts), over the inputs of a task; the spread is the standard deviation of these
-    inputs (not an estimate for others), 0 for a single one.
-    first_choice: (tasks, groups, experts), the share of a task's inputs to which the router gives this expert the
-    highest coefficient. Where k experts have the same, each gets 1/k of the input.
+    mean, spread: (tasks, groups, experts), over the inputs of a task; the spread is the standard
+    deviation of these inputs (not an estimate for others), 0 for a single one.
+    first_choice: (tasks, groups, experts), the share of a task's inputs to which the router gives
+    this expert the highest coefficient. Where k experts have the same, each gets 1/k of the input.
     """
 
     tasks: tuple[str, ...]
@@ -34,7 +36,8 @@ class EnsembleRouting:
     first_choice: Tensor
 
     def own_expert(self) -> Tensor:
-        """Figure 12's matrix (tasks, groups): how often the task's own expert, by name, is the first choice.
+        """Figure 12's matrix (tasks, groups): how often the task's own expert, by name, is the
+        first choice.
 
         NaN in the row of a task that no expert is called by.
         """
@@ -46,12 +49,15 @@ class EnsembleRouting:
 
 
 @torch.no_grad()
-def ensemble_routing(model: Any, batches: Mapping[str, Iterable[Mapping[str, Tensor]]]) -> EnsembleRouting:
+def ensemble_routing(
+    model: Any, batches: Mapping[str, Iterable[Mapping[str, Tensor]]]
+) -> EnsembleRouting:
     """What the routers of a loaded model, in evaluation mode, give to batches of inputs, per task.
 
-    A batch is what the model's `forward` takes, without labels. `UserError` for a task without inputs, for
-    coefficients that are not finite, and for models that have no one set of coefficients per input: decoders in mode
-    `running` and encoder-decoders, unless `router_layers` is 0.
+    A batch is what the model's `forward` takes, without labels. `UserError` for a task without
+    inputs, for coefficients that are not finite, and for models that have no one set of
+    coefficients per input: decoders in mode `running` and encoder-decoders, unless `router_layers`
+    is 0.
     """
     found = {task: _coefficients(model, task, of_task) for task, of_task in batches.items()}
     return EnsembleRouting(

@@ -17,7 +17,9 @@ from mergekit_moe_ext.merging.manifest import hub_state
 from mergekit_moe_ext.merging.sources import DTYPES, Headers, stored_headers
 
 
-def network_of(base: str | Path, fine_tunes: Iterable[str | Path]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+def network_of(
+    base: str | Path, fine_tunes: Iterable[str | Path]
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """The base without memory, and its state dict in hub layout.
 
     `UserError` for a fine-tune that is of another architecture.
@@ -30,19 +32,27 @@ def network_of(base: str | Path, fine_tunes: Iterable[str | Path]) -> tuple[PreT
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model's tensors as they are stored, by the names that its architecture has for them on the Hub."""
+    """A model's tensors as they are stored, by the names that its architecture has for them on the
+    Hub.
+    """
 
     name: str  # for errors
     headers: Headers
     loader: LazyTensorLoader
-    prefix: str  # of hub names; checkpoints of a model without its head lack it, and transformers reads them too
+    # of hub names; checkpoints of a model without its head lack it, and transformers reads them too
+    prefix: str
 
     @classmethod
     def open(cls, path: str | Path, network: PreTrainedModel) -> "StoredModel":
         """`UserError` where there are no safetensors to read."""
-        if not any(Path(path, name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        if not any(
+            Path(path, name).exists()
+            for name in ("model.safetensors", "model.safetensors.index.json")
+        ):
             hint = (
-                ": a LoRA has to be merged into its base first" if Path(path, "adapter_config.json").exists() else ""
+                ": a LoRA has to be merged into its base first"
+                if Path(path, "adapter_config.json").exists()
+                else ""
             )
             raise UserError(f"{path} holds no model.safetensors, in shards or not{hint}")
         headers = stored_headers(ModelReference(model=ModelPath(path=str(path))), MergeOptions())
@@ -53,20 +63,23 @@ class StoredModel:
         return name if name in self.headers.shapes else name.removeprefix(self.prefix)
 
     def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        """`UserError` if a tensor is missing, or of another shape, or of a dtype that has no plain value."""
+        """`UserError` if a tensor is missing, or of another shape, or of a dtype that has no plain
+        value.
+        """
         for name, shape in wanted.items():
             stored = self.stored_name(name)
             if stored not in self.headers.shapes:
                 raise UserError(f"{self.name} lacks the tensor {name}")
             if self.headers.shapes[stored] != shape:
                 raise UserError(
-                    f"{name} of {self.name} has the shape {self.headers.shapes[stored]}; the base's architecture "
-                    f"wants {shape}"
+                    f"{name} of {self.name} has the shape {self.headers.shapes[stored]}; the "
+                    f"base's architecture wants {shape}"
                 )
             if self.headers.dtypes[stored] not in DTYPES.values():
                 comparable = ", ".join(DTYPES.values())
                 raise UserError(
-                    f"{name} of {self.name} is {self.headers.dtypes[stored]}; only {comparable} can be compared"
+                    f"{name} of {self.name} is {self.headers.dtypes[stored]}; only {comparable} "
+                    "can be compared"
                 )
 
     def read(self, name: str) -> torch.Tensor:
@@ -85,8 +98,16 @@ def _config_of(path: str | Path) -> PretrainedConfig:
 def _check_same_architecture(
     path: str | Path, config: PretrainedConfig, base: str | Path, of_base: PretrainedConfig
 ) -> None:
-    """Layers in particular: a model with more than the base's would seem to fit. Sizes show in the shapes."""
-    for key in ("model_type", "num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
+    """Layers in particular: a model with more than the base's would seem to fit. Sizes show in the
+    shapes.
+    """
+    for key in (
+        "model_type",
+        "num_hidden_layers",
+        "num_decoder_layers",
+        "encoder_layers",
+        "decoder_layers",
+    ):
         here, there = (getattr(each.get_text_config(), key, None) for each in (config, of_base))
         if here != there:
             raise UserError(f"{path} is no fine-tune of {base}: `{key}` is {here!r}, not {there!r}")

@@ -1,6 +1,8 @@
-"""How many parameters a weight-ensembling model has, and how many of them are trained (WEMoE, tables 1 and 8).
+"""How many parameters a weight-ensembling model has, and how many of them are trained (WEMoE,
+tables 1 and 8).
 
-Nothing here reads weights: models are built without memory. `examples/wemoe_parameters.py` prints the tables.
+Nothing here reads weights: models are built without memory. `examples/wemoe_parameters.py` prints
+the tables.
 """
 
 import re
@@ -25,10 +27,11 @@ _TASK_VECTORS = re.compile(r"vectors[^.]*$|\.values$")  # what modules hold besi
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Of a weight-ensembling model of `tasks` fine-tunes, and of these kept apart, each with its own head.
+    """Of a weight-ensembling model of `tasks` fine-tunes, and of these kept apart, each with its
+    own head.
 
-    trainable: the routers. total: them, the base, the task vectors and all heads. Of a sparse task vector the values
-    count, and where they lie does not. Tied parameters count once.
+    trainable: the routers. total: them, the base, the task vectors and all heads. Of a sparse task
+    vector the values count, and where they lie does not. Tied parameters count once.
     """
 
     tasks: int
@@ -43,29 +46,36 @@ class ParameterCounts:
 
     @property
     def reduced(self) -> int:
-        """By how much the model is smaller than its fine-tunes together; negative where it is larger (table 8)."""
+        """By how much the model is smaller than its fine-tunes together; negative where it is
+        larger (table 8).
+        """
         return self.apart - self.total
 
 
 def count_parameters(model_path: str) -> ParameterCounts:
-    """Of a weight-ensembling model, by its configuration. `UserError` if the directory holds no such model."""
+    """Of a weight-ensembling model, by its configuration. `UserError` if the directory holds no
+    such model.
+    """
     architecture, config = read_ensemble(model_path)
     with torch.device("meta"):
         return _counts(architecture(config))
 
 
 def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) -> ParameterCounts:
-    """Of what `wemoe` would make of that many fine-tunes of the base, all with one head that is merged.
+    """Of what `wemoe` would make of that many fine-tunes of the base, all with one head that is
+    merged.
 
-    `base` names its class in `architectures`; `parameters` are those of `wemoe` (`router_layers`, `sparsity` …).
-    `UserError` for wrong ones, and where the base cannot be upscaled in that way.
+    `base` names its class in `architectures`; `parameters` are those of `wemoe` (`router_layers`,
+    `sparsity` …). `UserError` for wrong ones, and where the base cannot be upscaled in that way.
     """
     if tasks < 1:
         raise UserError(f"tasks: {tasks}; there must be at least one")
     options = WemoeOptions.model_validate(parameters)
     network, _ = hub_state(base)
     if options.upscale == "auto":
-        raise UserError("upscale: auto reads the weights of the fine-tunes: say what it takes, attention or mlp")
+        raise UserError(
+            "upscale: auto reads the weights of the fine-tunes: say what it takes, attention or mlp"
+        )
     if options.upscale == "all":
         check_all(options)
     ensembling = Ensembling(
@@ -78,9 +88,15 @@ def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) ->
         shared_router=options.shared_router,
     )
     if options.sparsity:
-        sizes = {linear: network.get_submodule(linear).weight.numel() for linear in ensembling.linears}
-        ensembling = replace(ensembling, kept={name: options.kept_elements(size) for name, size in sizes.items()})
-    values = {name: value for name, value in base.to_dict().items() if name not in ("model_type", "dtype")}
+        sizes = {
+            linear: network.get_submodule(linear).weight.numel() for linear in ensembling.linears
+        }
+        ensembling = replace(
+            ensembling, kept={name: options.kept_elements(size) for name, size in sizes.items()}
+        )
+    values = {
+        name: value for name, value in base.to_dict().items() if name not in ("model_type", "dtype")
+    }
     base_config: Any = type(base)
     architecture: Any = type(network)
     config = config_class(base_config)(**values, ensembling=ensembling.as_dict())
@@ -94,7 +110,9 @@ def _counts(model: Any) -> ParameterCounts:
     everything = _size(model.parameters())
     without_heads = everything - routers - heads
     # each head is that of one fine-tune; a single one, that of all, is not apart from the rest
-    return ParameterCounts(tasks, routers, everything + _size(_task_vectors(model)), tasks * without_heads + heads)
+    return ParameterCounts(
+        tasks, routers, everything + _size(_task_vectors(model)), tasks * without_heads + heads
+    )
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

@@ -1,7 +1,8 @@
-"""How alike the task vectors of fine-tunes are in attention and in the FFNs, layer by layer (MergeME, 4.4, figure 4).
+"""How alike the task vectors of fine-tunes are in attention and in the FFNs, layer by layer
+(MergeME, 4.4, figure 4).
 
-Task vectors that point in different directions interfere when they are averaged. `examples/task_vector_similarity.py`
-prints and draws what is measured here.
+Task vectors that point in different directions interfere when they are averaged.
+`examples/task_vector_similarity.py` prints and draws what is measured here.
 """
 
 import itertools
@@ -25,7 +26,9 @@ _CHUNK = 2**20  # elements of each model that are in float64 at a time
 
 @dataclass(frozen=True)
 class PairSimilarity:
-    """Cosines of the task vectors of two fine-tunes: one number per decoder layer, NaN where there is none."""
+    """Cosines of the task vectors of two fine-tunes: one number per decoder layer, NaN where there
+    is none.
+    """
 
     first: str
     second: str
@@ -42,23 +45,31 @@ class _Layer:
 
 
 def task_vector_similarity(
-    base: str | Path, models: Mapping[str, str | Path], reading: Reading = "concatenated", *, quiet: bool = True
+    base: str | Path,
+    models: Mapping[str, str | Path],
+    reading: Reading = "concatenated",
+    *,
+    quiet: bool = True,
 ) -> list[PairSimilarity]:
-    """Per pair of fine-tunes and decoder layer, the cosine of their task vectors in attention and in the FFN.
+    """Per pair of fine-tunes and decoder layer, the cosine of their task vectors in attention and
+    in the FFN.
 
-    `base` is the directory of the model that all of `models` (name -> directory) were fine-tuned from: safetensors, in
-    shards or not, in any floating dtype. Pairs come in the order of `models`. MergeME has two readings:
+    `base` is the directory of the model that all of `models` (name -> directory) were fine-tuned
+    from: safetensors, in shards or not, in any floating dtype. Pairs come in the order of `models`.
+    MergeME has two readings:
 
-    - "concatenated", its text: all tensors of a kind in a layer are one long vector, of which the cosine is taken.
-    - "mean", its figure's caption: the mean over these tensors of the cosine of each, small biases counting as much as
-      large matrices. Tensors that one of the two left as they were have no cosine, and are left out of the mean.
+    - "concatenated", its text: all tensors of a kind in a layer are one long vector, of which the
+      cosine is taken.
+    - "mean", its figure's caption: the mean over these tensors of the cosine of each, small biases
+      counting as much as large matrices. Tensors that one of the two left as they were have no
+      cosine, and are left out of the mean.
 
-    Weights and biases count, norms do not, those inside attention included. A cosine with a task vector that is zero
-    is 0/0, and NaN here. Sums are in float64. Files are mapped and one tensor of each is read at a time, so that
-    memory does not grow with the number of layers.
+    Weights and biases count, norms do not, those inside attention included. A cosine with a task
+    vector that is zero is 0/0, and NaN here. Sums are in float64. Files are mapped and one tensor
+    of each is read at a time, so that memory does not grow with the number of layers.
 
-    `UserError` for other architectures and shapes, missing tensors, and decoder layers of which it cannot be told
-    what is attention and what is the FFN, as in most mixtures of experts.
+    `UserError` for other architectures and shapes, missing tensors, and decoder layers of which it
+    cannot be told what is attention and what is the FFN, as in most mixtures of experts.
     """
     if len(models) < 2:
         raise UserError(f"similarity takes two fine-tunes or more, not {len(models)}")
@@ -85,9 +96,13 @@ def task_vector_similarity(
     ]
 
 
-def _cosines(checkpoints: list[StoredModel], names: Mapping[str, tuple[int, ...]], reading: Reading) -> torch.Tensor:
+def _cosines(
+    checkpoints: list[StoredModel], names: Mapping[str, tuple[int, ...]], reading: Reading
+) -> torch.Tensor:
     """Of every fine-tune with every other, (models, models)."""
-    products = torch.stack([_inner_products(*(model.read(name) for model in checkpoints)) for name in names])
+    products = torch.stack(
+        [_inner_products(*(model.read(name) for model in checkpoints)) for name in names]
+    )
     if reading == "concatenated":
         return _normalised(products.sum(dim=0))
     return _normalised(products).nanmean(dim=0)
@@ -105,7 +120,9 @@ def _inner_products(base: torch.Tensor, *models: torch.Tensor) -> torch.Tensor:
 def _normalised(products: torch.Tensor) -> torch.Tensor:
     """Inner products (..., models, models) to cosines."""
     norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
-    return (products / norms[..., None, :] / norms[..., :, None]).clamp(-1, 1)  # rounding may lead beyond
+    return (products / norms[..., None, :] / norms[..., :, None]).clamp(
+        -1, 1
+    )  # rounding may lead beyond
 
 
 def _layers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> list[_Layer]:
@@ -113,14 +130,18 @@ def _layers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> list[_
     layers = []
     for name, module in decoder_layers(model).items():
         try:
-            attention, ffn = (_tensors(part.values(), hub_names) for part in attention_and_ffn(module))
+            attention, ffn = (
+                _tensors(part.values(), hub_names) for part in attention_and_ffn(module)
+            )
         except ValueError as error:
             raise UserError(f"layer {name} of {type(model).__name__}: {error}") from error
         layers.append(_Layer(attention, ffn))
     return layers
 
 
-def _tensors(modules: Iterable[nn.Module], hub_names: Mapping[int, str]) -> dict[str, tuple[int, ...]]:
+def _tensors(
+    modules: Iterable[nn.Module], hub_names: Mapping[int, str]
+) -> dict[str, tuple[int, ...]]:
     """Hub names and shapes of their parameters, norms left out."""
     tensors = {}
     for module in modules:
@@ -129,6 +150,8 @@ def _tensors(modules: Iterable[nn.Module], hub_names: Mapping[int, str]) -> dict
                 continue
             for name, parameter in part.named_parameters(recurse=False):
                 if id(parameter) not in hub_names:
-                    raise UserError(f"{name} of {type(part).__name__} is stored in another form than it is used")
+                    raise UserError(
+                        f"{name} of {type(part).__name__} is stored in another form than it is used"
+                    )
                 tensors[hub_names[id(parameter)]] = tuple(parameter.shape)
     return tensors

@@ -1,1 +1,3 @@
-"""One mixture of experts out of several of one family (CAEM-MoE): how experts are allotted, and the method."""
+"""One mixture of experts out of several of one family (CAEM-MoE): how experts are allotted, and the
+method.
+"""

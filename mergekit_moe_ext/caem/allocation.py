@@ -1,7 +1,8 @@
-"""How CAEM shares the experts of a merged layer among its sources: the paper's equation 1 and appendix A.2.
+"""How CAEM shares the experts of a merged layer among its sources: the paper's equation 1 and
+appendix A.2.
 
-Pure functions on numbers, to be read beside the paper. Where A.2 leaves something open (more than three tasks, a
-second round, ties), the docstrings say what we do.
+Pure functions on numbers, to be read beside the paper. Where A.2 leaves something open (more than
+three tasks, a second round, ties), the docstrings say what we do.
 """
 
 import math
@@ -37,20 +38,28 @@ def allocate(entropies: Sequence[float], num_experts: int, capacities: Sequence[
     >>> allocate([0.2, 0.7, 0.9], 8, [8, 8, 8])
     [1, 3, 4]
 
-    Each gives at least one and at most its capacity, and the sum is `num_experts`. Ties go to the source that is
-    named first. Entropies that are all zero share evenly. `ValueError` where no allocation exists.
+    Each gives at least one and at most its capacity, and the sum is `num_experts`. Ties go to the
+    source that is named first. Entropies that are all zero share evenly. `ValueError` where no
+    allocation exists.
     """
     if num_experts < len(entropies):
-        raise ValueError(f"{len(entropies)} sources give at least one expert each; {num_experts} are too few")
+        raise ValueError(
+            f"{len(entropies)} sources give at least one expert each; {num_experts} are too few"
+        )
     if num_experts > sum(capacities):
-        raise ValueError(f"the sources have {sum(capacities)} experts together; {num_experts} are too many")
+        raise ValueError(
+            f"the sources have {sum(capacities)} experts together; {num_experts} are too many"
+        )
     # exact, so that thirds of a number that three divides are whole
     weights = [Fraction(entropy) for entropy in entropies]
     if not any(weights):
         weights = [Fraction(1)] * len(entropies)
     ideal = [num_experts * weight / sum(weights) for weight in weights]
     remainders = [share - math.floor(share) for share in ideal]
-    allocation = [min(max(math.floor(share), 1), capacity) for share, capacity in zip(ideal, capacities, strict=True)]
+    allocation = [
+        min(max(math.floor(share), 1), capacity)
+        for share, capacity in zip(ideal, capacities, strict=True)
+    ]
     excess = sum(allocation) - num_experts
     if excess > 0:
         _take(allocation, remainders, excess)
@@ -60,15 +69,20 @@ def allocate(entropies: Sequence[float], num_experts: int, capacities: Sequence[
 
 
 def _take(allocation: list[int], remainders: Sequence[Fraction], excess: int) -> None:
-    """Case 1: one after the other from the largest allocation, of those from the one with the smallest remainder."""
+    """Case 1: one after the other from the largest allocation, of those from the one with the
+    smallest remainder.
+    """
     for _ in range(excess):
         largest = max(allocation)
         candidates = [i for i, number in enumerate(allocation) if number == largest]
         allocation[min(candidates, key=lambda i: remainders[i])] -= 1
 
 
-def _give(allocation: list[int], remainders: Sequence[Fraction], capacities: Sequence[int], deficit: int) -> None:
-    """Case 2. The paper has three tasks; we do with more as it does with three, round after round."""
+def _give(
+    allocation: list[int], remainders: Sequence[Fraction], capacities: Sequence[int], deficit: int
+) -> None:
+    """Case 2. The paper has three tasks; we do with more as it does with three, round after
+    round."""
     by_remainder = sorted(range(len(allocation)), key=lambda i: -remainders[i])
     open_tasks = [i for i in by_remainder if allocation[i] < capacities[i]]
     if len(open_tasks) == 2:

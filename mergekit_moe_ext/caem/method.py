@@ -1,8 +1,10 @@
-"""`caem`: several mixtures of experts of one family become one (CAEM-MoE, section 3, Algorithm 1, appendix A.2).
+"""`caem`: several mixtures of experts of one family become one (CAEM-MoE, section 3, Algorithm 1,
+appendix A.2).
 
-Per layer each source gives as many experts as the entropy of its usage asks for, its most used ones, with their rows
-of the router. Everything else is averaged, weighted by how many experts a source gave, encoder and decoder apart;
-what both share (the embedding) by how many it gave in all layers.
+Per layer each source gives as many experts as the entropy of its usage asks for, its most used
+ones, with their rows of the router. Everything else is averaged, weighted by how many experts a
+source gave, encoder and decoder apart; what both share (the embedding) by how many it gave in all
+layers.
 """
 
 import logging
@@ -29,7 +31,13 @@ from mergekit_moe_ext.caem.checks import (
 from mergekit_moe_ext.caem.options import CaemModelOptions, CaemOptions
 from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
-from mergekit_moe_ext.merging.sources import Headers, check_same_size, output_dtype, read_configs, read_headers
+from mergekit_moe_ext.merging.sources import (
+    Headers,
+    check_same_size,
+    output_dtype,
+    read_configs,
+    read_headers,
+)
 from mergekit_moe_ext.merging.tasks import ExpertRows
 from mergekit_moe_ext.mixtures.experts import (
     MoeLayer,
@@ -69,7 +77,10 @@ class CaemMethod(StructuralMethod):
             "caem",
             "CAEM-MoE (complexity-aware expert merging)",
             None,
-            "mixtures of experts of one family become one; experts are allotted by the entropy of their usage",
+            (
+                "mixtures of experts of one family become one; experts are allotted by the entropy "
+                "of their usage"
+            ),
         )
 
     def shared_method_name(self, options: Any) -> str:
@@ -102,9 +113,14 @@ class CaemMethod(StructuralMethod):
         weights = _weights(job, allocations)
         size = num_experts(configs[job.donor])
         of_experts = axes.keys() | {
-            template.format(expert=e) for layer in layers[job.donor] for template in layer.experts for e in range(size)
+            template.format(expert=e)
+            for layer in layers[job.donor]
+            for template in layer.experts
+            for e in range(size)
         }
-        shared = {name: of_donor.shared_tensor(name) for name in of_donor.shapes if name not in of_experts}
+        shared = {
+            name: of_donor.shared_tensor(name) for name in of_donor.shapes if name not in of_experts
+        }
         return Plan(
             config=config,
             num_experts=number,
@@ -132,13 +148,17 @@ def _allocate(
         counts = [_counts(usage, layer.router) for usage in usages]
         for model, of_model in zip(job.experts, counts, strict=True):
             if not any(of_model):
-                raise UserError(f"the usage of {model} has no expert that was ever chosen in {layer.router}")
+                raise UserError(
+                    f"the usage of {model} has no expert that was ever chosen in {layer.router}"
+                )
         entropies = [normalised_entropy(of_model) for of_model in counts]
         if job.options.allocation == "fixed":
             numbers = [options.experts for options in job.model_options]
         else:
             numbers = allocate(entropies, number, sizes)
-        chosen = [most_used(of_model, taken) for of_model, taken in zip(counts, numbers, strict=True)]
+        chosen = [
+            most_used(of_model, taken) for of_model, taken in zip(counts, numbers, strict=True)
+        ]
         allocations.append(LayerAllocation(layer, counts, entropies, chosen))
     return allocations
 
@@ -148,7 +168,9 @@ def _usages(
     configs: Mapping[ModelReference, PretrainedConfig],
     layers: Mapping[ModelReference, Sequence[MoeLayer]],
 ) -> "list[Usage]":
-    """Per entry of `models:`, read or counted. All files and texts are read before anything is counted."""
+    """Per entry of `models:`, read or counted. All files and texts are read before anything is
+    counted.
+    """
     # only here: `datasets` takes seconds to import, and every command of mergekit imports this file
     from mergekit_moe_ext.mixtures.usage import count_usage, read_texts, read_usage
 
@@ -170,7 +192,9 @@ def _usages(
     )
     paths = {model: model.local_path(merge_options.transformers_cache) for model in job.experts}
     texts = {
-        index: read_texts(paths[model], [f"calibration={options.calibration}"], reading, settings.max_samples)
+        index: read_texts(
+            paths[model], [f"calibration={options.calibration}"], reading, settings.max_samples
+        )
         for index, (model, options) in enumerate(entries)
         if options.calibration
     }
@@ -196,23 +220,32 @@ def _counts(usage: "Usage", router: str) -> list[int]:
 def _copied_experts(
     job: Job, allocation: LayerAllocation, headers: Mapping[ModelReference, Headers]
 ) -> dict[str, CopiedTensor]:
-    """Where the family keeps every expert's tensors apart: those that are taken, by their names in the output."""
+    """Where the family keeps every expert's tensors apart: those that are taken, by their names in
+    the output.
+    """
     copies = {}
     for template in allocation.layer.experts:
         for target, (model, source) in enumerate(_taken(job, allocation)):
             name = template.format(expert=source)
-            copies[template.format(expert=target)] = CopiedTensor(model, name, headers[model].shapes[name])
+            copies[template.format(expert=target)] = CopiedTensor(
+                model, name, headers[model].shapes[name]
+            )
     return copies
 
 
-def _expert_rows(job: Job, allocation: LayerAllocation, of_donor: Manifest) -> dict[str, ExpertRows]:
-    """The tensors in which all experts of a layer lie side by side, those of its router among them."""
+def _expert_rows(
+    job: Job, allocation: LayerAllocation, of_donor: Manifest
+) -> dict[str, ExpertRows]:
+    """The tensors in which all experts of a layer lie side by side, those of its router among
+    them."""
     tasks = {}
     for name, axis in allocation.layer.rows.items():
         shape = list(of_donor.shapes[name])
         shape[axis] = sum(allocation.numbers)
         matrix = _scale(job, allocation.layer, name)
-        matrices = [job.load(model, matrix, job.config.dtype) for model in job.experts] if matrix else []
+        matrices = (
+            [job.load(model, matrix, job.config.dtype) for model in job.experts] if matrix else []
+        )
         tasks[name] = ExpertRows(
             name=name,
             shape=tuple(shape),
@@ -235,12 +268,18 @@ def _taken(job: Job, allocation: LayerAllocation) -> list[tuple[ModelReference, 
 def _scale(job: Job, layer: MoeLayer, name: str) -> str | None:
     """The router's matrix, if `name` is of that router and is to be brought to one scale by it."""
     matrix = next(tensor for tensor in layer.router_tensors if tensor.endswith("weight"))
-    bias = matrix.removesuffix("weight") + "bias"  # added to the logits; other biases stand in the scores' own scale
+    bias = (
+        matrix.removesuffix("weight") + "bias"
+    )  # added to the logits; other biases stand in the scores' own scale
     return matrix if job.options.router_scale and name in (matrix, bias) else None
 
 
-def _weights(job: Job, allocations: Sequence[LayerAllocation]) -> dict[str, dict[ModelReference, float]]:
-    """Algorithm 1, line 17: per stack, and over all layers, the share of experts that each source gave."""
+def _weights(
+    job: Job, allocations: Sequence[LayerAllocation]
+) -> dict[str, dict[ModelReference, float]]:
+    """Algorithm 1, line 17: per stack, and over all layers, the share of experts that each source
+    gave.
+    """
     totals: dict[str, dict[ModelReference, int]] = {}
     for allocation in allocations:
         for stack in {allocation.layer.stack or "all", "all"}:
@@ -254,9 +293,13 @@ def _weights(job: Job, allocations: Sequence[LayerAllocation]) -> dict[str, dict
 
 
 def _notes(
-    job: Job, allocations: Sequence[LayerAllocation], weights: Mapping[str, Mapping[ModelReference, float]]
+    job: Job,
+    allocations: Sequence[LayerAllocation],
+    weights: Mapping[str, Mapping[ModelReference, float]],
 ) -> str:
-    """Two tables in Markdown: entropy and experts taken per layer and source, and the weights of the average."""
+    """Two tables in Markdown: entropy and experts taken per layer and source, and the weights of
+    the average.
+    """
     models = [str(model) for model in job.experts]
     lines = [
         "Normalised entropy of expert usage, and the experts taken:",

@@ -9,15 +9,22 @@ from mergekit_moe_ext.merging.method import MethodOptions, ModelOptions
 
 class CaemOptions(MethodOptions):
     num_experts: int | None = Field(
-        None, ge=1, description="experts per layer of the output: what the sources have, if not given"
+        None,
+        ge=1,
+        description="experts per layer of the output: what the sources have, if not given",
     )
     allocation: Literal["entropy", "fixed"] = Field(
         "entropy", description="by the entropy of expert usage, or fixed: `experts` per model"
     )
-    shared: str = Field("linear", description="the tensor method that merges all but experts and routers")
+    shared: str = Field(
+        "linear", description="the tensor method that merges all but experts and routers"
+    )
     router_scale: bool = Field(
         False,
-        description="bring the routers of the sources to one scale: the mean norm of a row, averaged over the sources",
+        description=(
+            "bring the routers of the sources to one scale: the mean norm of a row, "
+            "averaged over the sources"
+        ),
     )
     max_samples: int | None = Field(None, ge=1, description="calibrate on the first so many rows")
     max_length: int = Field(1024, ge=2, description="cut calibration texts to so many tokens")
@@ -29,6 +36,10 @@ class CaemOptions(MethodOptions):
 
 
 class CaemModelOptions(ModelOptions):
-    calibration: str | None = Field(None, description="data to count expert usage on: a file, a directory, a Hub id")
+    calibration: str | None = Field(
+        None, description="data to count expert usage on: a file, a directory, a Hub id"
+    )
     usage: str | None = Field(None, description="a usage file, written by `mergekit-moe-ext usage`")
-    experts: int | None = Field(None, ge=1, description="how many experts to take per layer, with `allocation: fixed`")
+    experts: int | None = Field(
+        None, ge=1, description="how many experts to take per layer, with `allocation: fixed`"
+    )

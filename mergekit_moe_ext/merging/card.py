@@ -43,7 +43,9 @@ Seed {seed}; {versions}.
 
 def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
     """`README.md` and `mergekit_config.yml`, the names that mergekit uses."""
-    hub_ids = [path.path for model in job.sources for path in (model.model, model.lora) if _on_hub(path)]
+    hub_ids = [
+        path.path for model in job.sources for path in (model.model, model.lora) if _on_hub(path)
+    ]
     spec = job.method.spec
     card = _TEMPLATE.format(
         metadata=yaml.safe_dump(
@@ -90,12 +92,17 @@ def experts_in_words(plan: Plan) -> str:
     return f"{experts}{per_layer}, {plan.experts_per_token} of them per {plan.routed_per}"
 
 
-def renew_loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[str] = ()) -> None:
-    """A copy of a card says how to load what it was a copy for; make that the model in `directory`."""
+def renew_loading(
+    directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[str] = ()
+) -> None:
+    """A copy of a card says how to load what it was a copy for; make that the model in
+    `directory`."""
     card = directory / "README.md"
     if card.exists():
         code = _loading(directory, auto, remote_code=remote_code, tasks=tasks)
-        text = re.sub(_LOADING, lambda found: found[1] + code + found[2], card.read_text("utf-8"), count=1)
+        text = re.sub(
+            _LOADING, lambda found: found[1] + code + found[2], card.read_text("utf-8"), count=1
+        )
         card.write_text(text, encoding="utf-8")
 
 
@@ -110,19 +117,28 @@ def _loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[s
         lines.append(f"{beside[0]} = {beside[1]}.from_pretrained({arguments})")
     if len(tasks) > 1:
         lines.append(f'# a head per task: model(..., task="{tasks[0]}"), or {", ".join(tasks[1:])}')
-    return "\n".join([f"from transformers import {auto}{f', {beside[1]}' if beside else ''}", "", *lines])
+    return "\n".join(
+        [f"from transformers import {auto}{f', {beside[1]}' if beside else ''}", "", *lines]
+    )
 
 
 def _auto_class(config: PretrainedConfig) -> str:
     """Which of transformers' Auto classes loads it."""
     ours = [name for name in getattr(config, "auto_map", {}) if name != "AutoConfig"]
-    return ours[0] if ours else "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+    return (
+        ours[0]
+        if ours
+        else "AutoModelForSeq2SeqLM"
+        if config.is_encoder_decoder
+        else "AutoModelForCausalLM"
+    )
 
 
 def _merging(job: Job) -> str:
     base = f" with {_linked(job.base)} as base" if job.base else ""
     return (
-        f", shared parameters merged by {_with_reference(job.shared.spec.name, job.shared.spec.reference_url)}{base}"
+        ", shared parameters merged by "
+        f"{_with_reference(job.shared.spec.name, job.shared.spec.reference_url)}{base}"
     )
 
 

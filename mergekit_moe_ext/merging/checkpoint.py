@@ -12,13 +12,18 @@ from safetensors import safe_open
 
 
 def checkpoint_fingerprint(model: ModelReference, options: MergeOptions) -> str:
-    """The sha256 of every tensor's name, shape and first row: the same for a copy, another for a fine-tune."""
+    """The sha256 of every tensor's name, shape and first row: the same for a copy, another for a
+    fine-tune.
+    """
     index = model.tensor_index(cache_dir=options.transformers_cache)
     rows = {}
     for shard in index.shards:
         path = Path(index.base_path, shard.filename)
         for name, first in _first_rows(index, path):
-            rows[name] = (tuple(first.shape[1:]), first.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            rows[name] = (
+                tuple(first.shape[1:]),
+                first.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+            )
     digest = hashlib.sha256()
     for name in sorted(rows):
         shape, content = rows[name]

@@ -20,7 +20,8 @@ _CROSS_ATTENTION = re.compile("encdec|encoder_attn|cross", re.IGNORECASE)
 
 
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Its layers by name: what transformers can checkpoint. `UserError` if that is not one stack."""
+    """Its layers by name: what transformers can checkpoint. `UserError` if that is not one
+    stack."""
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
     found = {
@@ -30,7 +31,9 @@ def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
     stacks = {name.rpartition(".")[0] for name in found}
     if len(stacks) != 1:
-        raise UserError(f"{type(model).__name__} has {len(stacks)} stacks of decoder layers, not one")
+        raise UserError(
+            f"{type(model).__name__} has {len(stacks)} stacks of decoder layers, not one"
+        )
     return found
 
 
@@ -47,7 +50,8 @@ class LayerParts:
 
 
 def parts_of(layer: nn.Module) -> LayerParts:
-    """The one rule of what is attention and what is an FFN. Lists are empty where a layer has none."""
+    """The one rule of what is attention and what is an FFN. Lists are empty where a layer has
+    none."""
     every_attention = _outermost(layer, _ATTENTION)
     across = [name for name in every_attention if _CROSS_ATTENTION.search(name)]
     own = [name for name in every_attention if name not in across]
@@ -78,7 +82,9 @@ def attention_and_ffn(layer: nn.Module) -> tuple[dict[str, nn.Module], dict[str,
         elif name in ffn_names:
             ffn[name] = module
         elif not is_norm(module):
-            raise UserError(f"{name} ({type(module).__name__}) is neither attention nor FFN nor norm")
+            raise UserError(
+                f"{name} ({type(module).__name__}) is neither attention nor FFN nor norm"
+            )
     if not attention:
         raise UserError("it has no attention")
     if not ffn:
@@ -112,11 +118,19 @@ def _lies_in(name: str, modules: Sequence[str]) -> bool:
 
 
 def chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> Mapping[str, nn.Module]:
-    """By name those of every stack of layers with these numbers; all if None. `UserError` where there is none."""
-    marked = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    """By name those of every stack of layers with these numbers; all if None. `UserError` where
+    there is none.
+    """
+    marked = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    }
     # Swin marks its stages, too, which hold layers
     found = {
-        name: module for name, module in marked.items() if not any(inner.startswith(f"{name}.") for inner in marked)
+        name: module
+        for name, module in marked.items()
+        if not any(inner.startswith(f"{name}.") for inner in marked)
     }
     if not found:
         raise UserError(f"{type(model).__name__} has no layers that transformers knows of")
@@ -125,7 +139,9 @@ def chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> Mappi
     numbers = {name: int(name.rpartition(".")[2]) for name in found}
     beyond = sorted(set(layers) - set(numbers.values()))
     if beyond:
-        raise UserError(f"upscale_layers: there is no layer {beyond[0]}; the last is {max(numbers.values())}")
+        raise UserError(
+            f"upscale_layers: there is no layer {beyond[0]}; the last is {max(numbers.values())}"
+        )
     return {name: module for name, module in found.items() if numbers[name] in layers}
 
 
@@ -133,5 +149,7 @@ def linears_in(layer: nn.Module, part: str) -> list[str]:
     """Names within the layer of the linear modules of one of its parts."""
     module = layer.get_submodule(part)
     return [
-        f"{part}.{name}".rstrip(".") for name, each in module.named_modules() if isinstance(each, nn.Linear | Conv1D)
+        f"{part}.{name}".rstrip(".")
+        for name, each in module.named_modules()
+        if isinstance(each, nn.Linear | Conv1D)
     ]

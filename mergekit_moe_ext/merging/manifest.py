@@ -1,7 +1,7 @@
 """What transformers says a checkpoint of a config must hold: every tensor's name and shape.
 
-The model is built without memory (on torch's meta device) and its state dict is brought into the layout
-that `save_pretrained` writes, which is what other readers of a checkpoint know.
+The model is built without memory (on torch's meta device) and its state dict is brought into the
+layout that `save_pretrained` writes, which is what other readers of a checkpoint know.
 """
 
 from collections.abc import Mapping
@@ -32,10 +32,14 @@ class SharedTensor:
 class Manifest:
     shapes: Mapping[str, tuple[int, ...]]  # without the names that are tied to another
     tied: frozenset[str]  # names that the model has but its checkpoint need not hold
-    ignored: tuple[str, ...]  # patterns of names that a checkpoint may hold and transformers leaves out
+    ignored: tuple[
+        str, ...
+    ]  # patterns of names that a checkpoint may hold and transformers leaves out
     embedding: str  # the name of the input embedding; empty where there are no tokens
     vocabulary: frozenset[str]  # names, in `shapes`, of tensors whose first axis is the vocabulary
-    prefix: str  # what a checkpoint may have before every name (CLIP's towers, cut out of the whole)
+    prefix: (
+        str  # what a checkpoint may have before every name (CLIP's towers, cut out of the whole)
+    )
 
     def aliases(self, name: str) -> tuple[str, ...] | None:
         """What else the tensor may be called in a checkpoint."""
@@ -59,8 +63,12 @@ class Manifest:
 
 
 def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """A model of the one class in `config.architectures`, without memory, and its state dict in hub layout."""
-    model_class = find_architecture(config.architectures[0]) or getattr(transformers, config.architectures[0], None)
+    """A model of the one class in `config.architectures`, without memory, and its state dict in hub
+    layout.
+    """
+    model_class = find_architecture(config.architectures[0]) or getattr(
+        transformers, config.architectures[0], None
+    )
     if model_class is None:
         raise UserError(f"{config.architectures[0]} is no architecture of transformers")
     with torch.device("meta"):
@@ -69,8 +77,14 @@ def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torc
 
 
 def hub_names(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """The name in a checkpoint of every tensor that is stored as it is used, by its name in the model."""
-    stored = {id(tensor): name for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+    """The name in a checkpoint of every tensor that is stored as it is used, by its name in the
+    model.
+    """
+    stored = {
+        id(tensor): name
+        for name, tensor in state.items()
+        if name not in model.all_tied_weights_keys
+    }
     used = model.state_dict(keep_vars=True).items()
     return {name: stored[id(tensor)] for name, tensor in used if id(tensor) in stored}
 
@@ -95,7 +109,9 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
         tied=tied,
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         embedding=next((name for name, t in state.items() if t is first and name not in tied), ""),
-        vocabulary=frozenset(name for name, tensor in state.items() if id(tensor) in vocabulary and name not in tied),
+        vocabulary=frozenset(
+            name for name, tensor in state.items() if id(tensor) in vocabulary and name not in tied
+        ),
         prefix=_optional_prefix(model),
     )
 
@@ -122,5 +138,7 @@ def check_against(manifest: Manifest, planned: Mapping[str, tuple[int, ...]]) ->
         *differing,
     ]
     if complaints:
-        shown = "; ".join(complaints[:5]) + (f"; and {len(complaints) - 5} more" if complaints[5:] else "")
+        shown = "; ".join(complaints[:5]) + (
+            f"; and {len(complaints) - 5} more" if complaints[5:] else ""
+        )
         raise ValueError(f"the planned tensors are not those of the output's architecture: {shown}")

@@ -36,7 +36,9 @@ class MethodOptions(BaseModel):
 
 
 class ModelOptions(BaseModel):
-    """Options of one entry of `models:`; they stand under its `parameters:`. A structural method may have some."""
+    """Options of one entry of `models:`; they stand under its `parameters:`. A structural method
+    may have some.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -111,11 +113,14 @@ class Plan:
     config: PretrainedConfig  # of the output; its class is what transformers will load
     num_experts: int
     experts_per_token: int
-    shared: Mapping[str, SharedTensor]  # merged by the shared method from its namesakes in all sources
+    shared: Mapping[
+        str, SharedTensor
+    ]  # merged by the shared method from its namesakes in all sources
     copies: Mapping[str, CopiedTensor]
     computed: Mapping[str, Any]  # made by a mergekit Task that has a `shape`, that of what it makes
     dtype: torch.dtype  # of what is computed and in general of all
-    # Where the method decides how much each model counts in a shared parameter: its `weight`, by name. Else 1.
+    # Where the method decides how much each model counts in a shared parameter: its `weight`, by
+    # name. Else 1.
     weights: Mapping[str, Mapping[ModelReference, float]] = field(default_factory=dict)
     integers: frozenset[str] = frozenset()  # of `computed`, what no dtype of the output is for
     routed_per: Literal["token", "sequence", "sample"] = "token"
@@ -149,7 +154,9 @@ class StructuralMethod(MergeMethod):
 
     @abstractmethod
     def plan(self, job: Job) -> Plan:
-        """Check the sources and say where every tensor comes from. Reads tensors only where they decide it."""
+        """Check the sources and say where every tensor comes from. Reads tensors only where they
+        decide it.
+        """
 
     def _execute(self, *_args: Any, **_kwargs: Any) -> Any:
         raise UserError(

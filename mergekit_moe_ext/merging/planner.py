@@ -32,15 +32,18 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 class PlannedArchitecture(ModelArchitecture):
-    """Carries a plan to the planner through `run_merge`, in place of the architecture of one model."""
+    """Carries a plan to the planner through `run_merge`, in place of the architecture of one
+    model."""
 
     job: Any
     plan: Any
 
 
-# The architecture that run_merge of ours has prepared. None where mergekit's run_merge was bound to a name
-# before this package was imported, so that ours does not run.
-PREPARED: contextvars.ContextVar[PlannedArchitecture | None] = contextvars.ContextVar("PREPARED", default=None)
+# The architecture that run_merge of ours has prepared. None where mergekit's run_merge was bound to
+# a name before this package was imported, so that ours does not run.
+PREPARED: contextvars.ContextVar[PlannedArchitecture | None] = contextvars.ContextVar(
+    "PREPARED", default=None
+)
 
 
 def prepare(job: Job) -> PlannedArchitecture:
@@ -51,7 +54,9 @@ def prepare(job: Job) -> PlannedArchitecture:
 
 
 class SharedConfigReader(ConfigReader):
-    """Reads the shared method's parameters; one that it requires and nobody gave gets its neutral value."""
+    """Reads the shared method's parameters; one that it requires and nobody gave gets its neutral
+    value.
+    """
 
     merged_base: ModelReference | None
     weights: Mapping[ModelReference, float]  # 1 where none is given
@@ -62,14 +67,17 @@ class SharedConfigReader(ConfigReader):
 
     def parameter_sources(self, model: ModelReference | None = None) -> Iterable[Any]:
         yield from super().parameter_sources(model)
-        yield {**NEUTRAL_PARAMETERS, **({"weight": self.weights[model]} if model in self.weights else {})}
+        yield {
+            **NEUTRAL_PARAMETERS,
+            **({"weight": self.weights[model]} if model in self.weights else {}),
+        }
 
 
 def merged_models(job: Job) -> tuple[list[ModelReference], ModelReference | None]:
     """The models that the shared method merges, each once, and the base that it is told of.
 
-    A base that is not in `models:` takes part only where the method makes something of a base; else it
-    gives config and tokenizer and nothing more.
+    A base that is not in `models:` takes part only where the method makes something of a base; else
+    it gives config and tokenizer and nothing more.
     """
     listed = list(dict.fromkeys(job.experts))
     uses_base = job.shared.spec.contract.base in (BasePolicy.OPTIONAL, BasePolicy.REQUIRED)
@@ -79,7 +87,9 @@ def merged_models(job: Job) -> tuple[list[ModelReference], ModelReference | None
 
 
 class MergePlanner(StockMergePlanner):
-    def __init__(self, config: Any, arch_info: ModelArchitecture, options: Any, out_model_config: Any):
+    def __init__(
+        self, config: Any, arch_info: ModelArchitecture, options: Any, out_model_config: Any
+    ):
         super().__init__(config, arch_info, options, out_model_config)
         if not isinstance(arch_info, PlannedArchitecture):
             return
@@ -88,7 +98,8 @@ class MergePlanner(StockMergePlanner):
         self._method = self._job.shared
         if PREPARED.get() is None:
             LOG.warning(
-                "run_merge was imported before mergekit_moe_ext, so the output is written in place, without "
+                "run_merge was imported before mergekit_moe_ext, so the output is written in "
+                "place, without "
                 "staging; import mergekit_moe_ext first, or leave torch's autoload on"
             )
         # mergekit saves the object that it made before planning, so that object has to become ours.
@@ -97,7 +108,10 @@ class MergePlanner(StockMergePlanner):
         tokenizer_task: Any = self._tokenizer_task
         if tokenizer_task:  # in the order of the YAML, which referenced_models() does not keep
             self._tokenizer_task: Any = tokenizer_task.model_copy(
-                update={"base_model": self._job.donor, "referenced_models": tuple(self._job.sources)}
+                update={
+                    "base_model": self._job.donor,
+                    "referenced_models": tuple(self._job.sources),
+                }
             )
 
     def _plan(self) -> None:
@@ -116,7 +130,8 @@ class MergePlanner(StockMergePlanner):
         models, base = merged_models(self._job)
         parameters = {entry.model: entry.parameters for entry in reversed(self._job.config.models)}
         sources = [
-            InputSliceDefinition(model=m, layer_range=(0, num_layers), parameters=parameters.get(m)) for m in models
+            InputSliceDefinition(model=m, layer_range=(0, num_layers), parameters=parameters.get(m))
+            for m in models
         ]
         reader = SharedConfigReader(
             config=self.config,
@@ -130,13 +145,18 @@ class MergePlanner(StockMergePlanner):
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             raise UserError(
-                f"{self._method.spec.name} cannot merge {weight.name}: {first['input']!r}: {first['msg']}"
+                f"{self._method.spec.name} cannot merge {weight.name}: {first['input']!r}: "
+                f"{first['msg']}"
             ) from error
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{self._method.spec.name} cannot merge {weight.name}: {error}") from error
+            raise UserError(
+                f"{self._method.spec.name} cannot merge {weight.name}: {error}"
+            ) from error
         weight, task = self._tensors.pop()
         if not self._job.options.allow_nonfinite:
-            task = RefuseNonfinite(tensor_task=_loading_finite(task), name=name, out_dtype=self.config.out_dtype)
+            task = RefuseNonfinite(
+                tensor_task=_loading_finite(task), name=name, out_dtype=self.config.out_dtype
+            )
         self._tensors.append((weight.model_copy(update={"name": name}), task))
 
     def plan_to_disk(self, out_path: str) -> list[Task]:
@@ -146,8 +166,14 @@ class MergePlanner(StockMergePlanner):
         finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
         copies = self._copy_tasks(finalize)
         saves = tuple(map(self._keeping_integers, finalize.tensor_save_tasks))
-        rest = [task for task in tasks if task is not finalize and task not in finalize.tensor_save_tasks]
-        finalize_all = FinalizeModel(tensor_save_tasks=(*saves, *copies), writer_task=finalize.writer_task)
+        rest = [
+            task
+            for task in tasks
+            if task is not finalize and task not in finalize.tensor_save_tasks
+        ]
+        finalize_all = FinalizeModel(
+            tensor_save_tasks=(*saves, *copies), writer_task=finalize.writer_task
+        )
         return [*copies, *saves, finalize_all, *rest]
 
     def _keeping_integers(self, task: Any) -> Any:

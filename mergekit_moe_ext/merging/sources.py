@@ -1,7 +1,7 @@
 """The models that a merge reads: their configs, and the names, shapes and dtypes of their tensors.
 
-Everything here reads headers only, and everything that can be wrong with a source is found here, before
-any tensor is read.
+Everything here reads headers only, and everything that can be wrong with a source is found here,
+before any tensor is read.
 """
 
 import functools
@@ -27,8 +27,8 @@ from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
 
 LOG = logging.getLogger(__name__)
-# Config keys that must agree for tensors of the sources to be merged with each other. The vocabulary
-# is not among them: mergekit's `tokenizer:` aligns it.
+# Config keys that must agree for tensors of the sources to be merged with each other. The
+# vocabulary is not among them: mergekit's `tokenizer:` aligns it.
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -38,7 +38,8 @@ _SIZES = (
     "head_dim",
     "hidden_act",
 )
-# Config keys that say how the tensors are used; where they differ, the output does as the donor does.
+# Config keys that say how the tensors are used; where they differ, the output does as the donor
+# does.
 _BEHAVIOUR = (
     "rms_norm_eps",
     "rope_parameters",
@@ -91,14 +92,20 @@ def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
 
 def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
     for path in (model.model, model.lora):
-        looks_local = path is not None and (path.path.startswith((".", "/", "~")) or path.path.count("/") > 1)
+        looks_local = path is not None and (
+            path.path.startswith((".", "/", "~")) or path.path.count("/") > 1
+        )
         if path is not None and looks_local and not Path(path.path).exists():
             raise UserError(f"{path.path} does not exist (named as {model} in the configuration)")
     if model.lora and not options.lora_merge_cache:
         raise UserError(
-            f"{model} is a LoRA on a base model; name a directory for the merged model with --lora-merge-cache"
+            f"{model} is a LoRA on a base model; name a directory for the merged model with "
+            "--lora-merge-cache"
         )
-    if Path(model.model.path, "adapter_config.json").exists() and not Path(model.model.path, "config.json").exists():
+    if (
+        Path(model.model.path, "adapter_config.json").exists()
+        and not Path(model.model.path, "config.json").exists()
+    ):
         raise UserError(f"{model} is a LoRA; write its base model before it: BASE+{model}")
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
@@ -122,7 +129,9 @@ def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
 
 
 def lacks_tokenizer(model: ModelReference) -> bool:
-    """Whether a local model has none. transformers would make up an empty one for many architectures."""
+    """Whether a local model has none. transformers would make up an empty one for many
+    architectures.
+    """
     directory = Path(model.model.path)
     return directory.is_dir() and not any((directory / name).exists() for name in _TOKENIZER_FILES)
 
@@ -144,21 +153,37 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
         for key in keys:
             here, there = getattr(config, key, None), getattr(wanted, key, None)
             if here != there:
-                hint = "; `tokenizer: {source: union}` aligns vocabularies" if key == "vocab_size" else ""
-                raise UserError(f"{model} has another size than {job.donor}: `{key}` is {here!r}, not {there!r}{hint}")
+                hint = (
+                    "; `tokenizer: {source: union}` aligns vocabularies"
+                    if key == "vocab_size"
+                    else ""
+                )
+                raise UserError(
+                    f"{model} has another size than {job.donor}: `{key}` is {here!r}, not "
+                    f"{there!r}{hint}"
+                )
         for key in _BEHAVIOUR:
             here, there = getattr(config, key, None), getattr(wanted, key, None)
             if here != there:
-                LOG.warning("`%s` of %s is %s; the output has that of %s: %s", key, model, here, job.donor, there)
+                LOG.warning(
+                    "`%s` of %s is %s; the output has that of %s: %s",
+                    key,
+                    model,
+                    here,
+                    job.donor,
+                    there,
+                )
 
 
 def read_headers(
-    job: Job, configs: Mapping[ModelReference, PretrainedConfig], manifests: Mapping[ModelReference, Manifest]
+    job: Job,
+    configs: Mapping[ModelReference, PretrainedConfig],
+    manifests: Mapping[ModelReference, Manifest],
 ) -> dict[ModelReference, Headers]:
     """The headers of every source, checked against what it must hold.
 
-    Of a LoRA source the headers are those of the merged model once `merge_loras` has made it, and those of the
-    model beneath it before.
+    Of a LoRA source the headers are those of the merged model once `merge_loras` has made it, and
+    those of the model beneath it before.
     """
     vocabulary_may_differ = _vocabulary_may_differ(job)
     headers = {}
@@ -183,26 +208,41 @@ def output_dtype(job: Job, headers: Mapping[ModelReference, Headers]) -> torch.d
 
 
 def _vocabulary_may_differ(job: Job) -> bool:
-    options = (job.config.tokenizer, job.config.tokenizer_source, job.merge_options.unsafe_truncate_embeddings)
+    options = (
+        job.config.tokenizer,
+        job.config.tokenizer_source,
+        job.merge_options.unsafe_truncate_embeddings,
+    )
     return any(options)
 
 
 def _check_really_tied(
-    model: ModelReference, stored: ModelReference, name: str, wanted: Manifest, options: MergeOptions
+    model: ModelReference,
+    stored: ModelReference,
+    name: str,
+    wanted: Manifest,
+    options: MergeOptions,
 ) -> None:
-    """A stored copy of a tied tensor is dropped only if it is one: transformers unties those that differ."""
-    loader = stored.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle)
+    """A stored copy of a tied tensor is dropped only if it is one: transformers unties those that
+    differ.
+    """
+    loader = stored.lazy_loader(
+        cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle
+    )
     stored_names = loader.index.tensor_paths
     if wanted.embedding in stored_names and not torch.equal(
         loader.get_tensor(name), loader.get_tensor(wanted.embedding)
     ):
         raise UserError(
-            f"{name} of {model} has no place in the output, which ties it to the embedding: the two differ"
+            f"{name} of {model} has no place in the output, which ties it to the embedding: the "
+            "two differ"
         )
 
 
 def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
-    """What is in the files of a checkpoint. `UserError` for one that is missing, damaged or incomplete."""
+    """What is in the files of a checkpoint. `UserError` for one that is missing, damaged or
+    incomplete.
+    """
     try:
         index = model.tensor_index(cache_dir=options.transformers_cache)
     except _UNREADABLE as error:
@@ -227,10 +267,14 @@ def _without_prefix(headers: Headers, prefix: str) -> Headers:
     if not prefix or not any(name.startswith(prefix) for name in headers.shapes):
         return headers
     shapes = {name.removeprefix(prefix): shape for name, shape in headers.shapes.items()}
-    return Headers(shapes, {name.removeprefix(prefix): dtype for name, dtype in headers.dtypes.items()}, prefix)
+    return Headers(
+        shapes, {name.removeprefix(prefix): dtype for name, dtype in headers.dtypes.items()}, prefix
+    )
 
 
-def _shard_headers(index: ShardedTensorIndex, path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _shard_headers(
+    index: ShardedTensorIndex, path: Path
+) -> Iterator[tuple[str, tuple[int, ...], str]]:
     if index.is_safetensors:
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dictionary)
@@ -249,7 +293,11 @@ def _check_headers(
     wanted: Manifest,
     vocabulary_may_differ: bool,
 ) -> None:
-    tied_here = wanted.vocabulary | wanted.tied if getattr(config, "tie_word_embeddings", False) else frozenset()
+    tied_here = (
+        wanted.vocabulary | wanted.tied
+        if getattr(config, "tie_word_embeddings", False)
+        else frozenset()
+    )
     for name, shape in wanted.shapes.items():
         if name not in headers.shapes:
             if name in tied_here and any(other in headers.shapes for other in tied_here):
@@ -258,16 +306,20 @@ def _check_headers(
         skip = 1 if name in wanted.vocabulary and vocabulary_may_differ else 0
         if headers.shapes[name][skip:] != shape[skip:]:
             raise UserError(
-                f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture wants {shape}"
+                f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture "
+                f"wants {shape}"
             )
         if headers.dtypes[name] not in DTYPES.values():
             raise UserError(
-                f"{name} of {model} is {headers.dtypes[name]}; only {', '.join(DTYPES.values())} can be merged"
+                f"{name} of {model} is {headers.dtypes[name]}; only {', '.join(DTYPES.values())} "
+                "can be merged"
             )
     for name in headers.shapes:
         if name in wanted.shapes or name in tied_here or name.endswith(_NOT_PARAMETERS):
             continue
-        if any(re.search(pattern, name) for pattern in wanted.ignored):  # prediction of further tokens, mostly
+        if any(
+            re.search(pattern, name) for pattern in wanted.ignored
+        ):  # prediction of further tokens, mostly
             LOG.warning("%s of %s is left out, as transformers does", name, model)
             continue
         hint = ": its embeddings are not tied, the output's are" if name in wanted.tied else ""
@@ -304,7 +356,9 @@ def merge_loras(job: Job) -> None:
             )
             (partial / merged.name).rename(merged)
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"cannot merge the LoRA {model.lora} into {model.model}: {_first_line(error)}") from error
+            raise UserError(
+                f"cannot merge the LoRA {model.lora} into {model.model}: {_first_line(error)}"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

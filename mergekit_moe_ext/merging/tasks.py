@@ -1,4 +1,6 @@
-"""Graph tasks that mergekit lacks: loading with a check for NaN and Inf, copying, constants and random tensors."""
+"""Graph tasks that mergekit lacks: loading with a check for NaN and Inf, copying, constants and
+random tensors.
+"""
 
 import hashlib
 import math
@@ -105,7 +107,9 @@ class CopyTensors(Task[None]):
 
 
 class StackedExperts(Task[torch.Tensor]):
-    """All experts of a layer in one tensor: (experts, rows, columns). Of each, its tensors joined along the rows."""
+    """All experts of a layer in one tensor: (experts, rows, columns). Of each, its tensors joined
+    along the rows.
+    """
 
     experts: tuple[tuple[LoadTensor, ...], ...]
     shape: tuple[int, ...]
@@ -124,10 +128,11 @@ class StackedExperts(Task[torch.Tensor]):
 
 
 class ExpertRows(Task[torch.Tensor]):
-    """A tensor in which experts lie side by side: those of the sources that are taken, source after source.
+    """A tensor in which experts lie side by side: those of the sources that are taken, source after
+    source.
 
-    With `scaled_by`, the router's matrix of every source, the part of each source is multiplied by a number that
-    brings the mean norm of that matrix's rows to its average over the sources.
+    With `scaled_by`, the router's matrix of every source, the part of each source is multiplied by
+    a number that brings the mean norm of that matrix's rows to its average over the sources.
     """
 
     name: str
@@ -143,12 +148,18 @@ class ExpertRows(Task[torch.Tensor]):
         parts = []
         for load, indices in self.sources:
             tensor = load.execute()
-            parts.append(tensor.index_select(self.axis, torch.tensor(indices, device=tensor.device)))
+            parts.append(
+                tensor.index_select(self.axis, torch.tensor(indices, device=tensor.device))
+            )
         if self.scaled_by:
             norms = [_mean_norm_of_rows(load.execute()) for load in self.scaled_by]
             target = sum(norms) / len(norms)
-            # one that has this norm already is left alone, so that a single source stays bit for bit; and so are zeros
-            parts = [part if n in (target, 0) else part * (target / n) for part, n in zip(parts, norms, strict=True)]
+            # one that has this norm already is left alone, so that a single source stays bit for
+            # bit; and so are zeros
+            parts = [
+                part if n in (target, 0) else part * (target / n)
+                for part, n in zip(parts, norms, strict=True)
+            ]
         joined = torch.cat(parts, dim=self.axis)
         assert joined.shape == self.shape, f"{self.name} is {tuple(joined.shape)}, not {self.shape}"
         return joined
@@ -186,14 +197,18 @@ def _zeros(shape: tuple[int, ...], std: float, generator: torch.Generator) -> to
     return torch.zeros(shape, device="cpu")
 
 
-DISTRIBUTIONS: dict[str, Distribution] = {"random": _normal, "uniform_random": _uniform, "zeros": _zeros}
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "random": _normal,
+    "uniform_random": _uniform,
+    "zeros": _zeros,
+}
 
 
 class RandomTensor(Task[torch.Tensor]):
     """A gate, or another tensor that starts at random.
 
-    It depends on the seed and its own name, not on when or where it is made. Drawn in float32 on the
-    CPU, then cast.
+    It depends on the seed and its own name, not on when or where it is made. Drawn in float32 on
+    the CPU, then cast.
     """
 
     name: str
@@ -211,5 +226,9 @@ class RandomTensor(Task[torch.Tensor]):
 
     def execute(self, **_kwargs: object) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return DISTRIBUTIONS[self.mode](self.shape, self.std, generator).to(dtype_from_name(self.dtype))
+        generator = torch.Generator("cpu").manual_seed(
+            int.from_bytes(digest[:8], "little", signed=True)
+        )
+        return DISTRIBUTIONS[self.mode](self.shape, self.std, generator).to(
+            dtype_from_name(self.dtype)
+        )

@@ -1,7 +1,9 @@
-"""Where the experts and routers of an existing mixture of experts lie, for any family that transformers has.
+"""Where the experts and routers of an existing mixture of experts lie, for any family that
+transformers has.
 
-Nothing is written down per family. transformers names the router's class; and what belongs to single experts is
-what changes when the config asks for twice as many: names that are new, and axes that are twice as long.
+Nothing is written down per family. transformers names the router's class; and what belongs to
+single experts is what changes when the config asks for twice as many: names that are new, and axes
+that are twice as long.
 """
 
 import copy
@@ -27,7 +29,9 @@ class MoeLayer:
     router: str  # the module, by its name in the model, as usage files have it
     router_tensors: tuple[str, ...]  # the router's own parameters
     experts: tuple[str, ...]  # templates with {expert}: a tensor of one expert
-    rows: Mapping[str, int]  # tensor of all experts -> the axis along which they lie; the router's among them
+    rows: Mapping[
+        str, int
+    ]  # tensor of all experts -> the axis along which they lie; the router's among them
 
     @property
     def stack(self) -> str:
@@ -41,7 +45,9 @@ def experts_per_token(config: PretrainedConfig) -> int:
             return getattr(config, key)
     if config.model_type == "switch_transformers":  # always one, and no key
         return 1
-    raise UserError(f"the config of {config.architectures[0]} does not say how many experts a token passes")
+    raise UserError(
+        f"the config of {config.architectures[0]} does not say how many experts a token passes"
+    )
 
 
 def num_experts(config: PretrainedConfig) -> int:
@@ -62,7 +68,9 @@ def _key(config: PretrainedConfig) -> str:
 
 
 def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
-    """The MoE layers of a model, in order. `UserError` for what is no mixture of experts that is known."""
+    """The MoE layers of a model, in order. `UserError` for what is no mixture of experts that is
+    known.
+    """
     model, state = hub_state(config)
     routers = routers_of(model)
     number = num_experts(config)
@@ -91,12 +99,15 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
     for router_name, router in routers.items():
         key = _layer_of(router_name)
         if key in layers or key not in rows:
-            raise UserError(f"the experts of {config.architectures[0]} do not lie as they do elsewhere")
+            raise UserError(
+                f"the experts of {config.architectures[0]} do not lie as they do elsewhere"
+            )
         own = [tensor for _name, tensor in sorted(router.state_dict(keep_vars=True).items())]
         router_tensors = tuple(hub_names[id(tensor)] for tensor in own if id(tensor) in hub_names)
         if not set(router_tensors) <= rows[key].keys():
             raise UserError(
-                f"{router_name} of {config.architectures[0]} is more than a row per expert, so it cannot be merged"
+                f"{router_name} of {config.architectures[0]} is more than a row per expert, so it "
+                "cannot be merged"
             )
         layers[key] = MoeLayer(
             router=router_name,

@@ -1,8 +1,9 @@
 """What the routers of a mixture of experts choose, as they choose it.
 
-transformers names the router classes of every architecture itself (`_can_record_outputs["router_logits"]`). We hook
-those modules and take what they return; choosing again from the logits would be wrong where a router adds a bias to
-them or drops tokens beyond a capacity.
+transformers names the router classes of every architecture itself
+(`_can_record_outputs["router_logits"]`). We hook those modules and take what they return; choosing
+again from the logits would be wrong where a router adds a bias to them or drops tokens beyond a
+capacity.
 
 A sequence MoE has no such modules: it says itself what each text chose.
 """
@@ -24,11 +25,15 @@ PER_SEQUENCE = "sequence"  # instead of a router's name, where whole texts are r
 
 @dataclass(frozen=True)
 class Choice:
-    """What one router chose in one forward pass. A row is a token; the tokens of a batch stand one after the other."""
+    """What one router chose in one forward pass. A row is a token; the tokens of a batch stand one
+    after the other.
+    """
 
     logits: torch.Tensor  # (tokens, experts)
     weights: torch.Tensor  # (tokens, k), of the chosen experts
-    experts: torch.Tensor  # (tokens, k), indices; -1 where a capacity was full and the token went nowhere
+    experts: (
+        torch.Tensor
+    )  # (tokens, k), indices; -1 where a capacity was full and the token went nowhere
 
 
 def routes_sequences(model: Any) -> bool:
@@ -37,7 +42,8 @@ def routes_sequences(model: Any) -> bool:
 
 
 def coefficients_of_sequences(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(batch, experts): what each text chooses in a plain forward pass, by its first `routing_tokens` tokens.
+    """(batch, experts): what each text chooses in a plain forward pass, by its first
+    `routing_tokens` tokens.
 
     `batch` is padded on the right. Nothing behind the tokens that choose is run.
     """
@@ -66,16 +72,21 @@ def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     positions: dict[type, int] = {}
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+            recorders = (getattr(module, "_can_record_outputs", None) or {}).get(
+                "router_logits", []
+            )
             for recorder in recorders if isinstance(recorders, list) else [recorders]:
                 positions[recorder.target_class] = recorder.index
     routers = {
-        name: (module, positions[type(module)]) for name, module in model.named_modules() if type(module) in positions
+        name: (module, positions[type(module)])
+        for name, module in model.named_modules()
+        if type(module) in positions
     }
     if not routers:
         if hasattr(getattr(model, "config", None), "ensembling"):
             raise UserError(
-                f"{type(model).__name__} weighs task vectors and has no router that chooses experts: "
+                f"{type(model).__name__} weighs task vectors and has no router that chooses "
+                "experts: "
                 "`mergekit-moe-ext adapt` trains it, and examples/wemoe_routing.py looks into it"
             )
         raise UserError(f"{type(model).__name__} has no router that transformers knows of")
@@ -84,7 +95,9 @@ def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[dict[str, Choice]]:
-    """Inside, a dictionary that holds every router's choice in the last forward pass, by the router's name."""
+    """Inside, a dictionary that holds every router's choice in the last forward pass, by the
+    router's name.
+    """
     choices: dict[str, Choice] = {}
 
     def record(name: str, logits_at: int) -> Any:
@@ -94,7 +107,8 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Choice]]:
         return hook
 
     hooks = [
-        router.register_forward_hook(record(name, logits_at)) for name, (router, logits_at) in _routers(model).items()
+        router.register_forward_hook(record(name, logits_at))
+        for name, (router, logits_at) in _routers(model).items()
     ]
     try:
         yield choices
@@ -104,12 +118,16 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Choice]]:
 
 
 def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
-    """Two forms are known: (logits, weights, experts), and Switch's (dispatch mask, weights, logits)."""
+    """Two forms are known: (logits, weights, experts), and Switch's (dispatch mask, weights,
+    logits).
+    """
     if isinstance(output, tuple) and len(output) >= 3:
         if logits_at == 0 and not output[2].is_floating_point():
             return Choice(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in output[:3]))
         if logits_at == 2 and not output[0].is_floating_point():
-            dispatch, weights, logits = (tensor.reshape(-1, tensor.shape[-1]) for tensor in output[:3])
+            dispatch, weights, logits = (
+                tensor.reshape(-1, tensor.shape[-1]) for tensor in output[:3]
+            )
             sent, expert = dispatch.max(dim=-1, keepdim=True)
             if weights.shape == expert.shape:  # NLLB's second choice is not in what it returns
                 return Choice(logits, weights, torch.where(sent > 0, expert, -1))
@@ -119,12 +137,15 @@ def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
     )
 
 
-def load_balancing_loss(choices: Mapping[str, Choice], real: Mapping[bool, torch.Tensor]) -> torch.Tensor:
+def load_balancing_loss(
+    choices: Mapping[str, Choice], real: Mapping[bool, torch.Tensor]
+) -> torch.Tensor:
     """Switch Transformers' equations 4 to 6, per layer and then averaged over the layers; a scalar.
 
-    N * sum_i f_i P_i, with f_i the number of times that expert i was chosen per token and P_i the mean probability
-    that the gate gives it. k if balanced. `real` says which tokens are no padding, as `data.real_tokens`
-    does. transformers' own sums f and P over all layers first, which lets one layer make up for another.
+    N * sum_i f_i P_i, with f_i the number of times that expert i was chosen per token and P_i the
+    mean probability that the gate gives it. k if balanced. `real` says which tokens are no padding,
+    as `data.real_tokens` does. transformers' own sums f and P over all layers first, which lets one
+    layer make up for another.
     """
     losses = []
     for name, choice in choices.items():

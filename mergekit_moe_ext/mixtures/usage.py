@@ -1,8 +1,10 @@
-"""Expert usage: how often each expert of each layer was chosen on some data, counted once and kept in a file.
+"""Expert usage: how often each expert of each layer was chosen on some data, counted once and kept
+in a file.
 
-Every token counts that is no padding, in every MoE layer, encoder and decoder apart. What is counted is what the
-router dispatched: a token that Switch Transformers drops because its expert is full counts for no expert. In a
-sequence MoE every text counts, once, with the coefficients that its first `routing_tokens` tokens lead to.
+Every token counts that is no padding, in every MoE layer, encoder and decoder apart. What is
+counted is what the router dispatched: a token that Switch Transformers drops because its expert is
+full counts for no expert. In a sequence MoE every text counts, once, with the coefficients that its
+first `routing_tokens` tokens lead to.
 """
 
 import json
@@ -32,7 +34,13 @@ from _mergekit_moe_ext_common.data import (
     tokenise,
 )
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.loading import load_config, load_model, load_tokenizer, padding_token, silence
+from _mergekit_moe_ext_common.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    padding_token,
+    silence,
+)
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.mixtures.experts import experts_per_token
@@ -62,7 +70,9 @@ class TaskUsage(BaseModel):
     data: str
     fingerprint: str  # sha256 of the token ids
     samples: int
-    layers: dict[str, LayerUsage]  # by the router's name in the model, in order; a sequence MoE has one, `sequence`
+    layers: dict[
+        str, LayerUsage
+    ]  # by the router's name in the model, in order; a sequence MoE has one, `sequence`
 
 
 class Usage(BaseModel):
@@ -110,14 +120,19 @@ def count(
     accelerator: Accelerator,
     quiet: bool,
 ) -> TaskUsage:
-    """Run the model over tokenised `data` and count. Under `accelerate launch` each process takes its part."""
+    """Run the model over tokenised `data` and count. Under `accelerate launch` each process takes
+    its part.
+    """
     model.eval()
     with accelerator.split_between_processes(list(range(len(data)))) as mine:
         rows = data.select(mine)
     starts = range(0, len(rows), batch_size)
-    bar = tqdm(starts, desc=source.name, unit="batch", disable=quiet or not accelerator.is_main_process)
+    bar = tqdm(
+        starts, desc=source.name, unit="batch", disable=quiet or not accelerator.is_main_process
+    )
     batches = (
-        collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))], pad_token_id) for start in bar
+        collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))], pad_token_id)
+        for start in bar
     )
     of_batches = _sums_of_sequences if routes_sequences(model) else _sums_of_tokens
     sums: dict[str, torch.Tensor] = {}
@@ -131,7 +146,9 @@ def count(
     )
 
 
-def _sums_of_tokens(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _sums_of_tokens(
+    model: Any, batches: Iterable[dict[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Of every batch and router."""
     with recorded(model) as choices:
         for batch in batches:
@@ -141,16 +158,25 @@ def _sums_of_tokens(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> I
                 batch["decoder_input_ids"] = decoder_inputs(model, batch.pop("labels"))
                 model(**batch, use_cache=False)
             else:
-                model.base_model(**batch, use_cache=False)  # without the head, whose logits nobody looks at
+                model.base_model(
+                    **batch, use_cache=False
+                )  # without the head, whose logits nobody looks at
             for name, choice in choices.items():
                 mask = real[stack_of(name) == "decoder"].to(choice.experts.device)
-                yield name, _sums(choice.experts[mask], choice.weights[mask], choice.logits.shape[-1])
+                yield (
+                    name,
+                    _sums(choice.experts[mask], choice.weights[mask], choice.logits.shape[-1]),
+                )
 
 
-def _sums_of_sequences(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _sums_of_sequences(
+    model: Any, batches: Iterable[dict[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Of every batch. A row is a text."""
     for batch in batches:
-        weights = coefficients_of_sequences(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        weights = coefficients_of_sequences(
+            model, {name: tensor.to(model.device) for name, tensor in batch.items()}
+        )
         number = weights.shape[-1]
         experts = torch.arange(number, device=weights.device).expand_as(weights)
         yield PER_SEQUENCE, _sums(experts.masked_fill(weights == 0, -1), weights, number)
@@ -169,7 +195,9 @@ def _sums(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> tor
     )
 
 
-def _reduced(sums: Mapping[str, torch.Tensor], model: Any, accelerator: Accelerator) -> dict[str, LayerUsage]:
+def _reduced(
+    sums: Mapping[str, torch.Tensor], model: Any, accelerator: Accelerator
+) -> dict[str, LayerUsage]:
     """The sums of all processes. A process without rows has none of its own."""
     of_processes = gather_object([{name: tensor.tolist() for name, tensor in sums.items()}])
     layers = {}
@@ -186,15 +214,18 @@ def _reduced(sums: Mapping[str, torch.Tensor], model: Any, accelerator: Accelera
 
 
 def routing_probability(task: TaskUsage) -> list[float]:
-    """Per expert the weight that a token gives it, averaged over layers and tokens: MergeME's figure 5.
+    """Per expert the weight that a token gives it, averaged over layers and tokens: MergeME's
+    figure 5.
 
     Of a sequence MoE the mean coefficient over texts: its table 2 and figures 6, 8 and 9.
 
     The paper says "routing probability averaged from each layer and token". We take the weights
-    with which experts are combined, softmax after top-k, which sum to one per token in most families. Layers must
-    have equally many experts.
+    with which experts are combined, softmax after top-k, which sum to one per token in most
+    families. Layers must have equally many experts.
     """
-    per_layer = [[weight / layer.tokens for weight in layer.weights] for layer in task.layers.values()]
+    per_layer = [
+        [weight / layer.tokens for weight in layer.weights] for layer in task.layers.values()
+    ]
     return [sum(values) / len(per_layer) for values in zip(*per_layer, strict=True)]
 
 
@@ -227,7 +258,9 @@ class Texts:
     by_source: Mapping[Source, Dataset]
 
 
-def read_texts(model_path: str, data: Sequence[str], reading: Reading, max_samples: int | None = None) -> Texts:
+def read_texts(
+    model_path: str, data: Sequence[str], reading: Reading, max_samples: int | None = None
+) -> Texts:
     """`data` as `--data` names it. `UserError` for what cannot be read."""
     silence(reading)
     config, tokenizer = load_config(model_path, reading), load_tokenizer(model_path, reading)
@@ -256,8 +289,12 @@ def count_usage(
     config = load_config(model_path, reading)
     checkpoint = checkpoint_fingerprint(ModelReference.model_validate(model_path), MergeOptions())
     accelerator = Accelerator(cpu=device == "cpu")
-    spread = device == "auto" and accelerator.num_processes == 1 and accelerator.device.type != "cpu"
-    model = load_model(model_path, config, reading, dtype="auto", device_map="auto" if spread else None)
+    spread = (
+        device == "auto" and accelerator.num_processes == 1 and accelerator.device.type != "cpu"
+    )
+    model = load_model(
+        model_path, config, reading, dtype="auto", device_map="auto" if spread else None
+    )
     router_names(model)  # is it a mixture of experts?
     if not spread:
         model.to(accelerator.device if device == "auto" else device)

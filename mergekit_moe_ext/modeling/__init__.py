@@ -1,6 +1,8 @@
-"""Architectures that transformers does not have; each a few files that a merge copies into its output.
+"""Architectures that transformers does not have; each a few files that a merge copies into its
+output.
 
-They are imported when they are asked for: importing this package alone imports nothing of transformers.
+They are imported when they are asked for: importing this package alone imports nothing of
+transformers.
 """
 
 import importlib
@@ -51,7 +53,9 @@ def find_architecture(name: str) -> "type[PreTrainedModel] | None":
 
 
 def modeling_files(name: str) -> list[Path]:
-    """The files that transformers needs beside the weights; none where the architecture is not one of ours."""
+    """The files that transformers needs beside the weights; none where the architecture is not one
+    of ours.
+    """
     from transformers.dynamic_module_utils import get_relative_import_files
 
     architecture = find_architecture(name)

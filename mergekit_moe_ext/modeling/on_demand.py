@@ -1,8 +1,10 @@
-"""transformers' Auto classes load our architectures without `trust_remote_code`, once this has extended them.
+"""transformers' Auto classes load our architectures without `trust_remote_code`, once this has
+extended them.
 
-There is a `WEMoE<X>` for every class X of transformers, so they are not registered one by one: where an Auto class
-looks for what others have registered, it finds a mapping that makes them when asked. What makes them is imported only
-then, so that extending costs nothing. Iterating over such a mapping gives what was made, and the sequence mixture.
+There is a `WEMoE<X>` for every class X of transformers, so they are not registered one by one:
+where an Auto class looks for what others have registered, it finds a mapping that makes them when
+asked. What makes them is imported only then, so that extending costs nothing. Iterating over such a
+mapping gives what was made, and the sequence mixture.
 """
 
 import importlib
@@ -19,7 +21,10 @@ _HERE = __name__.rpartition(".")[0]
 _OF_ENSEMBLES, _OF_SEQUENCES = f"{_HERE}.configuration_wemoe", f"{_HERE}.configuration_sequence_moe"
 # Models that are made of no class of transformers: by Auto class and configuration.
 _WRITTEN_OUT = {
-    ("AutoModelForCausalLM", "SequenceMoEConfig"): ("modeling_sequence_moe", "SequenceMoEForCausalLM"),
+    ("AutoModelForCausalLM", "SequenceMoEConfig"): (
+        "modeling_sequence_moe",
+        "SequenceMoEForCausalLM",
+    ),
     ("AutoModelForImageClassification", "WEMoECLIPVisionConfig"): (
         "modeling_clip_heads",
         "WEMoECLIPVisionForImageClassification",
@@ -28,17 +33,24 @@ _WRITTEN_OUT = {
 
 
 def extend_configurations(auto: Any) -> None:
-    """Have `transformers.models.auto.configuration_auto` know our model types; what others registered stays."""
+    """Have `transformers.models.auto.configuration_auto` know our model types; what others
+    registered stays.
+    """
     mapping = auto.CONFIG_MAPPING
     if not isinstance(mapping._extra_content, _Configs):
         mapping._extra_content = _Configs(mapping)
 
 
 def extend_models(auto: ModuleType) -> None:
-    """Have the Auto classes of `transformers.models.auto.modeling_auto` know our models, as above."""
+    """Have the Auto classes of `transformers.models.auto.modeling_auto` know our models, as
+    above."""
     for name, auto_class in list(vars(auto).items()):
         mapping = getattr(auto_class, "_model_mapping", None)
-        if isinstance(auto_class, type) and mapping is not None and not isinstance(mapping._extra_content, _Models):
+        if (
+            isinstance(auto_class, type)
+            and mapping is not None
+            and not isinstance(mapping._extra_content, _Models)
+        ):
             mapping._extra_content = _Models(name, mapping)
 
 
@@ -47,7 +59,9 @@ def _ours(module: str) -> Any:
 
 
 class _Configs(dict[str, "type[PretrainedConfig]"]):
-    """Configurations by model type. `stock` is transformers' mapping, which looks here for what it does not have."""
+    """Configurations by model type. `stock` is transformers' mapping, which looks here for what it
+    does not have.
+    """
 
     def __init__(self, stock: Any) -> None:
         super().__init__(stock._extra_content)
@@ -88,7 +102,9 @@ class _Configs(dict[str, "type[PretrainedConfig]"]):
 
 
 class _Models(dict["type[PretrainedConfig]", Any]):
-    """Models of one Auto class by the classes of their configurations. `stock` is transformers' mapping of it."""
+    """Models of one Auto class by the classes of their configurations. `stock` is transformers'
+    mapping of it.
+    """
 
     def __init__(self, auto: str, stock: Any) -> None:
         super().__init__(stock._extra_content)
@@ -97,7 +113,10 @@ class _Models(dict["type[PretrainedConfig]", Any]):
     def __contains__(self, config_type: object) -> bool:
         if super().__contains__(config_type):
             return True
-        module, name = getattr(config_type, "__module__", None), getattr(config_type, "__name__", "")
+        module, name = (
+            getattr(config_type, "__module__", None),
+            getattr(config_type, "__name__", ""),
+        )
         if module == _OF_ENSEMBLES:
             return self._auto in _ours("modeling_wemoe").AUTO_CLASSES
         return module == _OF_SEQUENCES and (self._auto, name) in _WRITTEN_OUT

@@ -1,1 +1,3 @@
-"""Mixtures of whole decoders, routed per sequence (MergeME): the methods, and what they ask of decoders."""
+"""Mixtures of whole decoders, routed per sequence (MergeME): the methods, and what they ask of
+decoders.
+"""

@@ -1,7 +1,7 @@
 """Which decoders can be the experts of a sequence MoE, and what of each goes where.
 
-An expert is the source's own class with its embedding and its head taken out. What is left must take embeddings and
-keep an ordinary key-value cache.
+An expert is the source's own class with its embedding and its head taken out. What is left must
+take embeddings and keep an ordinary key-value cache.
 """
 
 import copy
@@ -34,7 +34,9 @@ class Decoder:
 
     config: PretrainedConfig  # the source's own
     manifest: Manifest
-    embedding: Mapping[str, str]  # hub names of the embedding's tensors, by what they are called in an embedding
+    embedding: Mapping[
+        str, str
+    ]  # hub names of the embedding's tensors, by what they are called in an embedding
     head: Mapping[str, str]  # the same of the head; without a weight where that is the embedding's
     widths: tuple[int, int]  # of the embedding, and of what the head reads
     softcap: float | None
@@ -68,15 +70,21 @@ class Decoder:
         return {**values, "model_type": config.model_type, "architectures": config.architectures}
 
 
-def read_decoders(configs: Mapping[ModelReference, PretrainedConfig]) -> dict[ModelReference, Decoder]:
+def read_decoders(
+    configs: Mapping[ModelReference, PretrainedConfig],
+) -> dict[ModelReference, Decoder]:
     """Every source as a decoder. `UserError` names the one that cannot be an expert."""
     return {model: _read_decoder(model, config) for model, config in configs.items()}
 
 
 def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
-    name = (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")])[0]
+    name = (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")])[
+        0
+    ]
     if reason := _refusal(name, config):
-        raise UserError(f"{model} cannot be an expert of a sequence MoE: {name or config.model_type} {reason}")
+        raise UserError(
+            f"{model} cannot be an expert of a sequence MoE: {name or config.model_type} {reason}"
+        )
     config.architectures = [name]
     network, state = hub_state(config)
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
@@ -91,7 +99,11 @@ def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
         config=config,
         manifest=manifest,
         embedding={key: names[id(parameter)] for key, parameter in embedding.named_parameters()},
-        head={key: hub_name for key, hub_name in own.items() if head.get_parameter(key) is not embedding.weight},
+        head={
+            key: hub_name
+            for key, hub_name in own.items()
+            if head.get_parameter(key) is not embedding.weight
+        },
         widths=(embedding.embedding_dim, head.in_features),
         softcap=getattr(config, "final_logit_softcapping", None),
         layers=next(iter(layers)).rpartition(".")[0],
@@ -127,7 +139,9 @@ def _causal_architectures() -> set[str]:
 
 
 def special_token_ids(job: Job, donor: PretrainedConfig) -> list[int]:
-    """What the donor's tokenizer calls special, and its configuration; perplexity does not count these."""
+    """What the donor's tokenizer calls special, and its configuration; perplexity does not count
+    these.
+    """
     ids = set()
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(donor, key, None)
@@ -135,6 +149,9 @@ def special_token_ids(job: Job, donor: PretrainedConfig) -> list[int]:
     try:
         tokenizer = tokenizer_of(job.donor, job.merge_options)
     except (OSError, ValueError, KeyError):
-        LOG.warning("%s has no tokenizer, so only its configuration says which tokens are special", job.donor)
+        LOG.warning(
+            "%s has no tokenizer, so only its configuration says which tokens are special",
+            job.donor,
+        )
         return sorted(ids)
     return sorted(ids | set(tokenizer.all_special_ids))

@@ -1,7 +1,8 @@
-"""`hetero_moe`: dense models of different architectures become one mixture of whole decoders (MergeME 3.2).
+"""`hetero_moe`: dense models of different architectures become one mixture of whole decoders
+(MergeME 3.2).
 
-An embedding and a head are shared; projectors lead from the one to every expert and from there to the other. The
-output speaks the base model's tokenizer.
+An embedding and a head are shared; projectors lead from the one to every expert and from there to
+the other. The output speaks the base model's tokenizer.
 """
 
 import math
@@ -20,7 +21,12 @@ from mergekit_moe_ext.merging.sources import output_dtype, read_configs, read_he
 from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
 from mergekit_moe_ext.sequence.options import SequenceOptions, learned_router, sequence_config
-from mergekit_moe_ext.sequence.vocabulary import AlignedRows, AveragedRows, TokenRows, align_vocabularies
+from mergekit_moe_ext.sequence.vocabulary import (
+    AlignedRows,
+    AveragedRows,
+    TokenRows,
+    align_vocabularies,
+)
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
 
@@ -31,15 +37,17 @@ class HeteroMoeOptions(SequenceOptions):
     )
     embedding: Literal["average", "donor", "separate"] = Field(
         "average",
-        description="the shared embedding and head are the average of all sources' (the paper), or the base model's; "
-        "or each expert keeps its own, and there are no projectors",
+        description="the shared embedding and head are the average of all sources' (the paper), or "
+        "the base model's; or each expert keeps its own, and there are no projectors",
     )
     projector: Literal["linear", "mlp"] | None = Field(
-        None, description="between the shared embedding, an expert and the shared head: mlp if not given"
+        None,
+        description="between the shared embedding, an expert and the shared head: mlp if not given",
     )
     projector_init: Literal["random", "identity"] | None = Field(
         None,
-        description="how projectors start: random if not given (the paper), or identity, which passes on what fits",
+        description="how projectors start: random if not given (the paper), or identity, which "
+        "passes on what fits",
     )
 
 
@@ -54,10 +62,16 @@ class HeteroMoe(StructuralMethod):
         _check(job)
         configs = read_configs(job)
         decoders = read_decoders(configs)
-        headers = read_headers(job, configs, {model: decoder.manifest for model, decoder in decoders.items()})
+        headers = read_headers(
+            job, configs, {model: decoder.manifest for model, decoder in decoders.items()}
+        )
         experts, donor = [decoders[model] for model in job.experts], decoders[job.donor]
         is_separate = options.embedding == "separate"
-        width = donor.widths[0] if is_separate else max(width for expert in experts for width in expert.widths)
+        width = (
+            donor.widths[0]
+            if is_separate
+            else max(width for expert in experts for width in expert.widths)
+        )
         embedded = [job.donor] if options.embedding == "donor" else job.experts
         kind = None if is_separate else options.projector or "mlp"
         config = sequence_config(
@@ -67,7 +81,8 @@ class HeteroMoe(StructuralMethod):
             embedding="separate" if is_separate else "shared",
             base_expert=job.experts.index(job.donor),
             hidden_size=width,
-            tie_word_embeddings=not is_separate and all(decoders[model].is_tied for model in embedded),
+            tie_word_embeddings=not is_separate
+            and all(decoders[model].is_tied for model in embedded),
             projector=kind,
             projector_residual=kind == "mlp" and options.projector_init == "identity",
         )
@@ -84,7 +99,9 @@ class HeteroMoe(StructuralMethod):
                 sources = []
                 for model in embedded:
                     sources.append((job.load(model, names[model], str(dtype)), rows[model]))
-                return AveragedRows(sources=tuple(sources), shape=(config.vocab_size, width), dtype=str(dtype))
+                return AveragedRows(
+                    sources=tuple(sources), shape=(config.vocab_size, width), dtype=str(dtype)
+                )
 
             embeddings = {model: decoders[model].embedding["weight"] for model in embedded}
             computed = {"embed_tokens.weight": averaged(embeddings)}
@@ -117,12 +134,19 @@ class HeteroMoe(StructuralMethod):
 def _check(job: Job) -> None:
     """What cannot be, whatever the models."""
     options = job.options
-    entries = [job.config.parameters or {}, *(entry.parameters or {} for entry in job.config.models or [])]
+    entries = [
+        job.config.parameters or {},
+        *(entry.parameters or {} for entry in job.config.models or []),
+    ]
     for key in {key: None for given in entries for key in given}:
         if key not in HeteroMoeOptions.model_fields:
-            raise UserError(f"hetero_moe merges nothing by a tensor method, so it has no use for `{key}`")
+            raise UserError(
+                f"hetero_moe merges nothing by a tensor method, so it has no use for `{key}`"
+            )
     if job.donor not in job.experts:
-        raise UserError(f"base_model: {job.donor}, whose tokenizer the output speaks, must be among `models:`")
+        raise UserError(
+            f"base_model: {job.donor}, whose tokenizer the output speaks, must be among `models:`"
+        )
     if job.config.tokenizer or job.config.tokenizer_source:
         raise UserError("hetero_moe speaks the tokenizer of `base_model`: leave `tokenizer` out")
     if options.embedding == "separate":
@@ -135,7 +159,8 @@ def _check_heads(job: Job, decoders: Mapping[ModelReference, Decoder]) -> None:
     for model in job.experts:
         if "bias" in decoders[model].head:
             raise UserError(
-                f"the head of {model} has a bias, which a shared head has no place for; take embedding: separate"
+                f"the head of {model} has a bias, which a shared head has no place for; take "
+                "embedding: separate"
             )
 
 
@@ -185,14 +210,23 @@ def _projector(
         std = 1 / math.sqrt(columns)
         return {
             layer: RandomTensor(
-                name=layer, shape=(rows, columns), mode="random", std=std, seed=job.seed, dtype=str(dtype)
+                name=layer,
+                shape=(rows, columns),
+                mode="random",
+                std=std,
+                seed=job.seed,
+                dtype=str(dtype),
             )
         }
 
     first, last = f"{name}.layers.0.weight", f"{name}.layers.2.weight"
     if kind == "linear":
         if is_identity:
-            return {first: RectangularIdentity(name=first, shape=(out_features, in_features), dtype=str(dtype))}
+            return {
+                first: RectangularIdentity(
+                    name=first, shape=(out_features, in_features), dtype=str(dtype)
+                )
+            }
         return drawn(first, out_features, in_features)
     between = max(in_features, out_features)
     if is_identity:
@@ -203,7 +237,9 @@ def _projector(
 
 def _notes(job: Job, rows: Mapping[ModelReference, TokenRows], vocab_size: int) -> str:
     known = "\n".join(
-        f"- {model}: {int((rows[model].own >= 0).sum())} of {vocab_size}" for model in job.sources if model in rows
+        f"- {model}: {int((rows[model].own >= 0).sum())} of {vocab_size}"
+        for model in job.sources
+        if model in rows
     )
     return f"Tokens of {job.donor} that each source has:\n\n{known}"
 
@@ -212,5 +248,6 @@ HETERO_MOE = HeteroMoe(
     "hetero_moe",
     "MergeME (mixture of decoders of different architectures)",
     _MERGEME,
-    "dense models of different architectures become experts behind projectors; each sequence chooses some",
+    "dense models of different architectures become experts behind projectors; each sequence "
+    "chooses some",
 )

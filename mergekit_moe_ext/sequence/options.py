@@ -23,49 +23,65 @@ class SequenceOptions(MethodOptions):
     """What both sequence MoEs have."""
 
     experts_per_sequence: int | None = Field(
-        None, ge=1, description="how many experts a sequence chooses: 2 if not given (MergeME), all if uniform"
+        None,
+        ge=1,
+        description="how many experts a sequence chooses: 2 if not given (MergeME), all if uniform",
     )
     routing_tokens: int = Field(
-        32, ge=1, description="how many tokens of a sequence choose, outside generate, which takes the prompt"
+        32,
+        ge=1,
+        description="how many tokens of a sequence choose, outside generate, which takes the "
+        "prompt",
     )
     routing_prefix: Literal["prefix", "sequence"] = Field(
         "prefix",
-        description="prefix, or sequence: the whole sequence chooses, as in the paper, which leaks later tokens into "
-        "the prediction of earlier ones",
+        description="prefix, or sequence: the whole sequence chooses, as in the paper, which leaks "
+        "later tokens into the prediction of earlier ones",
     )
     router_aux_loss_coef: float = Field(
         0.0, ge=0, description="weight of the load-balancing loss in training; for routing: learned"
     )
 
 
-def sequence_config(job: Job, donor: PretrainedConfig, experts: Sequence[Decoder], **more: Any) -> SequenceMoEConfig:
+def sequence_config(
+    job: Job, donor: PretrainedConfig, experts: Sequence[Decoder], **more: Any
+) -> SequenceMoEConfig:
     """The output's configuration. `UserError` for numbers and routings that do not go together."""
     options, number = job.options, len(experts)
     if options.routing == "uniform":
         if options.experts_per_sequence not in (None, number):
-            raise UserError(f"routing: uniform takes all {number} experts: leave experts_per_sequence out")
+            raise UserError(
+                f"routing: uniform takes all {number} experts: leave experts_per_sequence out"
+            )
         chosen = number
     else:
         chosen = options.experts_per_sequence or min(2, number)
     if chosen > number:
         raise UserError(
-            f"experts_per_sequence is {chosen}, but `models:` lists {number} expert(s); it can be at most {number}"
+            f"experts_per_sequence is {chosen}, but `models:` lists {number} expert(s); it can be "
+            f"at most {number}"
         )
     if options.routing == "learned" and chosen == 1 and number > 1:
         raise UserError(
-            "routing: learned with experts_per_sequence: 1 cannot be trained: the softmax over one expert is always "
-            "1, so that the router gets no gradient; take 2 or more"
+            "routing: learned with experts_per_sequence: 1 cannot be trained: the softmax over one "
+            "expert is always 1, so that the router gets no gradient; take 2 or more"
         )
     if options.router_aux_loss_coef and options.routing != "learned":
-        raise UserError("router_aux_loss_coef is for routing: learned; nothing else is trained to route")
+        raise UserError(
+            "router_aux_loss_coef is for routing: learned; nothing else is trained to route"
+        )
     softcaps = [expert.softcap for expert in experts]
     if len(set(softcaps)) > 1 and chosen > 1:
         raise UserError(
-            f"the experts cap their logits differently ({', '.join(map(str, softcaps))}), so that no two of them can "
-            "be mixed: take experts_per_sequence: 1"
+            f"the experts cap their logits differently ({', '.join(map(str, softcaps))}), so that "
+            "no two of them can be mixed: take experts_per_sequence: 1"
         )
-    of_donor = {key: getattr(donor, key) for key in _KEPT_OF_DONOR if getattr(donor, key, None) is not None}
-    lengths = [expert.config.max_position_embeddings for expert in experts if _has_length(expert.config)]
+    of_donor = {
+        key: getattr(donor, key) for key in _KEPT_OF_DONOR if getattr(donor, key, None) is not None
+    }
+    lengths = [
+        expert.config.max_position_embeddings for expert in experts if _has_length(expert.config)
+    ]
     if lengths:
         of_donor["max_position_embeddings"] = min(lengths)
     return SequenceMoEConfig(

@@ -1,7 +1,9 @@
-"""`seq_moe`: dense models of one architecture become a mixture of whole decoders, routed per sequence (MergeME 3.1.3).
+"""`seq_moe`: dense models of one architecture become a mixture of whole decoders, routed per
+sequence (MergeME 3.1.3).
 
-Every source is an expert with its own stack of decoder layers (`attention: separate`), or with its own FFNs alone
-(`attention: merged`). What experts share is merged by the tensor method that `shared:` names and stored once.
+Every source is an expert with its own stack of decoder layers (`attention: separate`), or with its
+own FFNs alone (`attention: merged`). What experts share is merged by the tensor method that
+`shared:` names and stored once.
 """
 
 import re
@@ -14,7 +16,12 @@ from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.layers import attention_and_ffn
 from mergekit_moe_ext.merging.manifest import SharedTensor
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
-from mergekit_moe_ext.merging.sources import check_same_size, output_dtype, read_configs, read_headers
+from mergekit_moe_ext.merging.sources import (
+    check_same_size,
+    output_dtype,
+    read_configs,
+    read_headers,
+)
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
 from mergekit_moe_ext.sequence.options import SequenceOptions, learned_router, sequence_config
 
@@ -29,11 +36,14 @@ class SeqMoeOptions(SequenceOptions):
         "separate", description="whether experts keep whole decoder layers, or FFNs alone"
     )
     embedding: Literal["merged", "separate"] = Field(
-        "merged", description="whether experts share embedding, last norm and head, or keep their own"
+        "merged",
+        description="whether experts share embedding, last norm and head, or keep their own",
     )
     shared: str = Field("linear", description="the tensor method that merges what experts share")
     task_vector_layers: list[int] | None = Field(
-        None, description="for routing: task_vector, the decoder layers that are compared; all if not given"
+        None,
+        description="for routing: task_vector, the decoder layers that are compared; all if not "
+        "given",
     )
 
 
@@ -50,12 +60,18 @@ class SeqMoe(StructuralMethod):
         _check_one_architecture(job, decoders)
         check_same_size(job, configs)
         donor = decoders[job.donor]
-        headers = read_headers(job, configs, {model: decoder.manifest for model, decoder in decoders.items()})
+        headers = read_headers(
+            job, configs, {model: decoder.manifest for model, decoder in decoders.items()}
+        )
         base = _base_expert(job)
         _check_task_vector_layers(options, donor.config.num_hidden_layers)
         patterns = _shared_patterns(donor, options)
-        if options.embedding == "separate" and (job.config.tokenizer or job.config.tokenizer_source):
-            raise UserError("embedding: separate keeps every expert's vocabulary: leave `tokenizer` out")
+        if options.embedding == "separate" and (
+            job.config.tokenizer or job.config.tokenizer_source
+        ):
+            raise UserError(
+                "embedding: separate keeps every expert's vocabulary: leave `tokenizer` out"
+            )
         config = sequence_config(
             job,
             donor.config,
@@ -105,19 +121,24 @@ def _check_one_architecture(job: Job, decoders: dict[ModelReference, Decoder]) -
     for model, decoder in decoders.items():
         if decoder.config.architectures != wanted:
             raise UserError(
-                f"{model} is a {decoder.config.architectures[0]} and {job.donor} a {wanted[0]}; `merge_method: "
-                "hetero_moe` takes different architectures"
+                f"{model} is a {decoder.config.architectures[0]} and {job.donor} a {wanted[0]}; "
+                "`merge_method: hetero_moe` takes different architectures"
             )
 
 
 def _base_expert(job: Job) -> int:
-    """Where the base is among the experts; the first where it is none of them and does not matter."""
+    """Where the base is among the experts; the first where it is none of them and does not
+    matter."""
     if job.base in job.experts:
         return job.experts.index(job.base)
     if job.options.routing == "task_vector":
         raise UserError(
             "routing: task_vector takes the gradient at the base model, which must be an expert: "
-            + (f"list {job.base} in `models:`" if job.base else "name one of `models:` as `base_model:`")
+            + (
+                f"list {job.base} in `models:`"
+                if job.base
+                else "name one of `models:` as `base_model:`"
+            )
         )
     return 0
 
@@ -127,9 +148,13 @@ def _check_task_vector_layers(options: SeqMoeOptions, number: int) -> None:
     if layers is None:
         return
     if options.routing != "task_vector":
-        raise UserError("task_vector_layers is for routing: task_vector; nothing else compares layers")
+        raise UserError(
+            "task_vector_layers is for routing: task_vector; nothing else compares layers"
+        )
     if not layers or not all(0 <= layer < number for layer in layers):
-        raise UserError(f"task_vector_layers is {layers}, but the models' {number} layers are 0 to {number - 1}")
+        raise UserError(
+            f"task_vector_layers is {layers}, but the models' {number} layers are 0 to {number - 1}"
+        )
 
 
 def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
@@ -140,8 +165,8 @@ def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
             _, ffn = attention_and_ffn(donor.a_layer)
         except ValueError as error:
             raise UserError(
-                f"attention: merged keeps the FFNs apart, which a layer of {donor.config.architectures[0]} does not "
-                f"allow: {error}; take attention: separate"
+                "attention: merged keeps the FFNs apart, which a layer of "
+                f"{donor.config.architectures[0]} does not allow: {error}; take attention: separate"
             ) from error
         patterns.append(rf"^{layers}\.\d+\.(?!(?:{'|'.join(map(re.escape, ffn))})\.)")
     if options.embedding == "merged":
@@ -153,5 +178,6 @@ SEQ_MOE = SeqMoe(
     "seq_moe",
     "MergeME (mixture of whole decoders, routed per sequence)",
     _MERGEME,
-    "dense models of one architecture become experts, of which each sequence chooses some: by perplexity, for example",
+    "dense models of one architecture become experts, of which each sequence chooses some: by "
+    "perplexity, for example",
 )

@@ -1,4 +1,5 @@
-"""One vocabulary for models with different tokenizers: which row of a model's embedding stands for which token.
+"""One vocabulary for models with different tokenizers: which row of a model's embedding stands for
+which token.
 
 Rows are matched by the tokens' strings, with mergekit's own tokenizer machinery.
 """
@@ -25,7 +26,9 @@ _ROLES = ("unk_token", "pad_token", "bos_token", "eos_token")  # of a token with
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Of one model, per token of the donor's vocabulary: its row, or -1; and the rows that stand in for it."""
+    """Of one model, per token of the donor's vocabulary: its row, or -1; and the rows that stand in
+    for it.
+    """
 
     own: Tensor  # (vocabulary,)
     stand_ins: Mapping[int, Sequence[int]]
@@ -36,9 +39,10 @@ def align_vocabularies(
 ) -> dict[ModelReference, TokenRows]:
     """Every source's rows for the donor's tokens.
 
-    A token that a model lacks is stood in for, if `stand_ins`, by the model's token of the same role (end of text …),
-    else by the tokens that its own tokenizer makes of the text. `UserError` for a source without a tokenizer, for
-    one that shares no token with the donor, and for a donor whose tokenizer has more tokens than its embedding.
+    A token that a model lacks is stood in for, if `stand_ins`, by the model's token of the same
+    role (end of text …), else by the tokens that its own tokenizer makes of the text. `UserError`
+    for a source without a tokenizer, for one that shares no token with the donor, and for a donor
+    whose tokenizer has more tokens than its embedding.
     """
     tokenizers = {model: _tokenizer(job, model) for model in configs}
     try:
@@ -62,10 +66,14 @@ def align_vocabularies(
             if token_id < size:
                 own[token_id] = row
         if not (own >= 0).any():
-            raise UserError(f"{model} shares no token with {job.donor}: they cannot speak with one tokenizer")
+            raise UserError(
+                f"{model} shares no token with {job.donor}: they cannot speak with one tokenizer"
+            )
         lacking = (own < 0).nonzero()[:, 0].tolist() if stand_ins else []
         bags = _stand_ins(tokenizers[job.donor], tokenizers[model], lacking)
-        known = {i: [row for row in bag if row < configs[model].vocab_size] for i, bag in bags.items()}
+        known = {
+            i: [row for row in bag if row < configs[model].vocab_size] for i, bag in bags.items()
+        }
         rows[model] = TokenRows(own, {i: bag for i, bag in known.items() if bag})
     return rows
 
@@ -99,8 +107,9 @@ def _stand_ins(
 class AlignedRows(Task[Tensor]):
     """A tensor with a row per token, its rows in the donor's order.
 
-    For a token that it lacks the mean of the stand-ins; where there are none, of all rows, so that what the head makes
-    of it is no more likely than the average token (zeros would win where logits are negative).
+    For a token that it lacks the mean of the stand-ins; where there are none, of all rows, so that
+    what the head makes of it is no more likely than the average token (zeros would win where logits
+    are negative).
     """
 
     source: LoadTensor
@@ -120,18 +129,22 @@ class AlignedRows(Task[Tensor]):
             aligned[own < 0] = tensor.mean(dim=0, dtype=torch.float32).to(tensor)
         tokens, bags = list(self.rows.stand_ins), list(self.rows.stand_ins.values())
         if tokens:
-            flat = torch.tensor([row for bag in bags for row in bag], dtype=torch.long, device=tensor.device)
+            flat = torch.tensor(
+                [row for bag in bags for row in bag], dtype=torch.long, device=tensor.device
+            )
             starts = torch.tensor([0, *map(len, bags)], device=tensor.device).cumsum(dim=0)[:-1]
             table = tensor.float().reshape(len(tensor), -1)
             means = functional.embedding_bag(flat, table, starts, mode="mean")
-            aligned[torch.tensor(tokens, device=tensor.device)] = means.reshape(len(tokens), *tensor.shape[1:]).to(
-                tensor
-            )
+            aligned[torch.tensor(tokens, device=tensor.device)] = means.reshape(
+                len(tokens), *tensor.shape[1:]
+            ).to(tensor)
         return aligned.to(dtype_from_name(self.dtype))
 
 
 class AveragedRows(Task[Tensor]):
-    """(tokens, width): each token's rows in the models that have it, filled with zeros to the width and averaged."""
+    """(tokens, width): each token's rows in the models that have it, filled with zeros to the width
+    and averaged.
+    """
 
     sources: tuple[tuple[LoadTensor, Any], ...]  # TokenRows again
     shape: tuple[int, int]

@@ -1,1 +1,2 @@
-"""Tensor methods, which make one tensor out of its namesakes, and their arithmetic in `kernels/`."""
+"""Tensor methods, which make one tensor out of its namesakes, and their arithmetic in
+`kernels/`."""

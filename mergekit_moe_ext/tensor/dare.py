@@ -1,8 +1,9 @@
-"""`dare`: DARE as MergeME 3.1.2 and its own paper write it; mergekit's rescales by L1 norms instead.
+"""`dare`: DARE as MergeME 3.1.2 and its own paper write it; mergekit's rescales by L1 norms
+instead.
 
-A mask depends on torch's seed (that is `--random-seed`), the source's position among the models that are not the
-base, and the tensor's name. It does not depend on the order of execution, so reruns,
-threads, shards and GPUs agree.
+A mask depends on torch's seed (that is `--random-seed`), the source's position among the models
+that are not the base, and the tensor's name. It does not depend on the order of execution, so
+reruns, threads, shards and GPUs agree.
 """
 
 from typing import Any
@@ -26,7 +27,8 @@ def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
     base, entries = group.base, group.non_base
     if not entries:
         return base.tensor
-    # mergekit seeds torch's generator with --random-seed, and that is all a tensor method can see of it.
+    # mergekit seeds torch's generator with --random-seed, and that is all a tensor method can see
+    # of it.
     seed, name = torch.initial_seed(), group.metadata.name or ""
     return merge_dare(
         base.tensor,
@@ -48,9 +50,17 @@ DARE = FunctionalGroupMergeMethod(
         contract=InputContract(base=BasePolicy.REQUIRED),
         parameters=(
             ParameterSpec("weight", float, _NON_BASE, 1.0, "of a task vector"),
-            ParameterSpec("density", Fraction, _NON_BASE, 1.0, "the probability that a value is kept"),
+            ParameterSpec(
+                "density", Fraction, _NON_BASE, 1.0, "the probability that a value is kept"
+            ),
             ParameterSpec("lambda", float, _SHARED, 1.0, "scales the merged task vector"),
-            ParameterSpec("elect_sign", bool, _SHARED, False, "sum only what agrees with the sign that TIES elects"),
+            ParameterSpec(
+                "elect_sign",
+                bool,
+                _SHARED,
+                False,
+                "sum only what agrees with the sign that TIES elects",
+            ),
         ),
     ),
     _merge,

@@ -1,4 +1,6 @@
-"""`fast_ties`: mergekit's `ties` with the same parameters and results, in linear time and constant extra memory."""
+"""`fast_ties`: mergekit's `ties` with the same parameters and results, in linear time and constant
+extra memory.
+"""
 
 from typing import Any
 
@@ -40,10 +42,20 @@ FAST_TIES = FunctionalGroupMergeMethod(
         contract=InputContract(base=BasePolicy.REQUIRED),
         parameters=(
             ParameterSpec("weight", float, _NON_BASE, description="of a task vector"),
-            ParameterSpec("density", Fraction, _NON_BASE, 1.0, "the fraction of a task vector that is kept"),
-            ParameterSpec("normalize", bool, _SHARED, True, "divide by the weights of the values that agree"),
+            ParameterSpec(
+                "density", Fraction, _NON_BASE, 1.0, "the fraction of a task vector that is kept"
+            ),
+            ParameterSpec(
+                "normalize", bool, _SHARED, True, "divide by the weights of the values that agree"
+            ),
             ParameterSpec("lambda", float, _SHARED, 1.0, "scales the merged task vector"),
-            ParameterSpec("int8_mask", bool, _SHARED, False, "accepted as mergekit's ties does; changes nothing"),
+            ParameterSpec(
+                "int8_mask",
+                bool,
+                _SHARED,
+                False,
+                "accepted as mergekit's ties does; changes nothing",
+            ),
         ),
     ),
     _merge,

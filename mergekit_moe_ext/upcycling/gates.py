@@ -18,7 +18,9 @@ from mergekit_moe_ext.upcycling.families.declaration import Stack
 from mergekit_moe_ext.upcycling.prompts import PromptStates, Tokens
 
 LOG = logging.getLogger(__name__)
-GateMode = Literal["random", "uniform_random", "zeros", "hidden", "hidden_last", "hidden_avg", "cheap_embed"]
+GateMode = Literal[
+    "random", "uniform_random", "zeros", "hidden", "hidden_last", "hidden_avg", "cheap_embed"
+]
 
 
 def initial_gates(
@@ -32,17 +34,23 @@ def initial_gates(
     mode, shape = job.options.gate_mode, (len(job.experts), config.hidden_size)
     names = [stack.gate.format(layer=layer) for stack, layer in layers]
     if mode in DISTRIBUTIONS:
-        if any(options.positive_prompts or options.negative_prompts for options in job.model_options):
-            LOG.warning("gate_mode is %s, so the prompts are not used; `gate_mode: hidden` uses them", mode)
+        if any(
+            options.positive_prompts or options.negative_prompts for options in job.model_options
+        ):
+            LOG.warning(
+                "gate_mode is %s, so the prompts are not used; `gate_mode: hidden` uses them", mode
+            )
         std = getattr(config, "initializer_range", 0.02)  # as transformers initialises
         return {
-            name: RandomTensor(name=name, shape=shape, mode=mode, std=std, seed=job.seed, dtype=str(dtype))
+            name: RandomTensor(
+                name=name, shape=shape, mode=mode, std=std, seed=job.seed, dtype=str(dtype)
+            )
             for name in names
         }
     if config.is_encoder_decoder and mode != "cheap_embed":
         raise UserError(
-            f"gate_mode: {mode} reads the states of one stack of layers, and {config.architectures[0]} has two; "
-            "use cheap_embed or random"
+            f"gate_mode: {mode} reads the states of one stack of layers, and "
+            f"{config.architectures[0]} has two; use cheap_embed or random"
         )
     options = job.merge_options
     states = PromptStates(
@@ -58,7 +66,8 @@ def initial_gates(
         quiet=options.quiet,
     )
     return {
-        name: PromptGate(states=states, index=index, shape=shape, dtype=str(dtype)) for index, name in enumerate(names)
+        name: PromptGate(states=states, index=index, shape=shape, dtype=str(dtype))
+        for index, name in enumerate(names)
     }
 
 
@@ -73,25 +82,31 @@ def _tokenised_prompts(job: Job) -> tuple[tuple[Tokens, Tokens], ...]:
     for index, (positive, _negative) in enumerate(texts):
         if not positive:
             raise UserError(
-                f"gate_mode: {job.options.gate_mode} needs `positive_prompts` under models[{index}].parameters "
+                f"gate_mode: {job.options.gate_mode} needs `positive_prompts` under "
+                f"models[{index}].parameters "
                 f"({job.experts[index]}): texts that should be sent to this expert"
             )
     if len(texts) > 1 and all(pair == texts[0] for pair in texts):
         raise UserError(
-            "the prompts are the same for all experts, so that a gate could not tell them apart; give each model "
-            "`positive_prompts` of its own"
+            "the prompts are the same for all experts, so that a gate could not tell them apart; "
+            "give each model `positive_prompts` of its own"
         )
     try:
         tokenizer = tokenizer_of(job.donor, job.merge_options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"gate_mode: {job.options.gate_mode} needs the tokenizer of {job.donor}, which cannot be read: "
-            f"{str(error).splitlines()[0]}"
+            f"gate_mode: {job.options.gate_mode} needs the tokenizer of {job.donor}, which cannot "
+            f"be read: {str(error).splitlines()[0]}"
         ) from error
 
     def tokens(prompts: list[str]) -> Tokens:
-        start = tokenizer.bos_token or ""  # by hand, as mergekit-moe does: not every tokenizer adds it
-        return tuple(tuple(tokenizer(start + prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts)
+        start = (
+            tokenizer.bos_token or ""
+        )  # by hand, as mergekit-moe does: not every tokenizer adds it
+        return tuple(
+            tuple(tokenizer(start + prompt, add_special_tokens=False)["input_ids"])
+            for prompt in prompts
+        )
 
     return tuple((tokens(positive), tokens(negative)) for positive, negative in texts)
 
@@ -101,7 +116,9 @@ def _texts(prompts: list[str] | str | None, where: str) -> list[str]:
     if isinstance(prompts, str):
         path = Path(prompts)
         if not path.is_file():
-            raise UserError(f"{where}: there is no text file {prompts!r}; a single prompt is a list of one")
+            raise UserError(
+                f"{where}: there is no text file {prompts!r}; a single prompt is a list of one"
+            )
         prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if any(not prompt.strip() for prompt in prompts or ()):
         raise UserError(f"{where}: one of the prompts is empty")
@@ -109,7 +126,8 @@ def _texts(prompts: list[str] | str | None, where: str) -> list[str]:
 
 
 class PromptGate(Task[torch.Tensor]):
-    """One layer's gate, of shape (experts, hidden): the directions of the experts' prompts there."""
+    """One layer's gate, of shape (experts, hidden): the directions of the experts' prompts
+    there."""
 
     states: PromptStates
     index: int

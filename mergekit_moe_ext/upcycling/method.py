@@ -1,8 +1,8 @@
 """`moe`: dense models of one architecture become one mixture of experts (MergeME 3.1.1 and 3.1.2).
 
-Each model in `models:` gives the FFN of one expert per layer, unchanged. Everything else (embedding,
-attention, norms, head) is merged by the tensor method that `shared:` names. A gate per layer starts as
-`gate_mode` says; MergeME, like BTX before it, trains it afterwards.
+Each model in `models:` gives the FFN of one expert per layer, unchanged. Everything else
+(embedding, attention, norms, head) is merged by the tensor method that `shared:` names. A gate per
+layer starts as `gate_mode` says; MergeME, like BTX before it, trains it afterwards.
 """
 
 import itertools
@@ -15,8 +15,21 @@ from pydantic import Field
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
-from mergekit_moe_ext.merging.method import CopiedTensor, Job, MethodOptions, ModelOptions, Plan, StructuralMethod
-from mergekit_moe_ext.merging.sources import Headers, check_same_size, output_dtype, read_configs, read_headers
+from mergekit_moe_ext.merging.method import (
+    CopiedTensor,
+    Job,
+    MethodOptions,
+    ModelOptions,
+    Plan,
+    StructuralMethod,
+)
+from mergekit_moe_ext.merging.sources import (
+    Headers,
+    check_same_size,
+    output_dtype,
+    read_configs,
+    read_headers,
+)
 from mergekit_moe_ext.merging.tasks import Filled, StackedExperts
 from mergekit_moe_ext.upcycling.families import upcycling_for
 from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
@@ -30,24 +43,29 @@ class MoeOptions(MethodOptions):
     experts_per_token: int | None = Field(
         None,
         ge=1,
-        description="how many experts the gate chooses per token: 2 if not given, 1 in Switch Transformers, which has "
+        description="how many experts the gate chooses per token: 2 if not given, 1 in Switch "
+        "Transformers, which has "
         "no other; with 1 the gate of any other architecture gets no gradient",
     )
     gate_mode: GateMode = Field(
         "random",
-        description="how gates start: random (normal) and uniform_random have the architecture's initializer_range as "
-        "standard deviation; zeros chooses arbitrarily and weighs equally; hidden (or hidden_last), hidden_avg and "
-        "cheap_embed are made of the models' positive_prompts and negative_prompts",
+        description="how gates start: random (normal) and uniform_random have the architecture's "
+        "initializer_range as standard deviation; zeros chooses arbitrarily and weighs equally; "
+        "hidden (or hidden_last), hidden_avg and cheap_embed are made of the models' "
+        "positive_prompts and negative_prompts",
     )
     expert_capacity: int | None = Field(
         None,
         ge=1,
-        description="Switch Transformers only: how many tokens of a sequence an expert takes; 64 if not given",
+        description="Switch Transformers only: how many tokens of a sequence an expert takes; 64 "
+        "if not given",
     )
 
 
 class MoeOptionsWithShared(MoeOptions):
-    shared: str = Field("linear", description="the tensor method that merges everything but the FFNs")
+    shared: str = Field(
+        "linear", description="the tensor method that merges everything but the FFNs"
+    )
 
 
 class MoeModelOptions(ModelOptions):
@@ -55,7 +73,8 @@ class MoeModelOptions(ModelOptions):
         None, description="texts that this expert is for: a list, or a text file with one per line"
     )
     negative_prompts: list[str] | str | None = Field(
-        None, description="texts that this expert is not for: a list, or a text file with one per line"
+        None,
+        description="texts that this expert is not for: a list, or a text file with one per line",
     )
 
 
@@ -70,7 +89,8 @@ class MoeMethod(StructuralMethod):
             name,
             pretty_name,
             reference_url,
-            f"dense models become the experts of one MoE; all but their FFNs is merged by {merged_by}",
+            "dense models become the experts of one MoE; all but their FFNs is merged by "
+            f"{merged_by}",
         )
         self.options_type = MoeOptions if shared else MoeOptionsWithShared
         self._shared = shared
@@ -94,19 +114,31 @@ class MoeMethod(StructuralMethod):
             config.vocab_size = _smallest_vocabulary(headers.values(), dense)
             dense = dense.with_vocabulary(config.vocab_size)
 
-        layers = [(stack, layer) for stack in family.stacks for layer in range(getattr(config, stack.layers))]
+        layers = [
+            (stack, layer)
+            for stack in family.stacks
+            for layer in range(getattr(config, stack.layers))
+        ]
         copies = _copied_experts(job, layers, headers)
         stacks = _stacked_experts(job, layers, dense, dtype)
         of_experts = _names_of_experts(layers)
-        shared = {name: dense.shared_tensor(name) for name in dense.shapes if name not in of_experts}
+        shared = {
+            name: dense.shared_tensor(name) for name in dense.shapes if name not in of_experts
+        }
         for stack, layer in layers:
             for output, name in stack.merged.items():
                 shared[output.format(layer=layer)] = dense.shared_tensor(name.format(layer=layer))
-        computed: dict[str, Any] = stacks | initial_gates(job, config, layers, dense.embedding, dtype)
-        zeros = [template.format(layer=layer) for stack, layer in layers for template in stack.zeros]
+        computed: dict[str, Any] = stacks | initial_gates(
+            job, config, layers, dense.embedding, dtype
+        )
+        zeros = [
+            template.format(layer=layer) for stack, layer in layers for template in stack.zeros
+        ]
         if zeros:
             shapes = manifest_of(config).shapes
-            computed |= {name: Filled(name=name, shape=shapes[name], dtype=str(dtype)) for name in zeros}
+            computed |= {
+                name: Filled(name=name, shape=shapes[name], dtype=str(dtype)) for name in zeros
+            }
         return Plan(
             config=config,
             num_experts=len(experts),
@@ -122,19 +154,27 @@ def _experts_per_token(job: Job, family: Upcycling) -> int:
     given, number = job.options.experts_per_token, len(job.experts)
     if family.experts_per_token is not None:
         if given not in (None, family.experts_per_token):
-            raise UserError(f"experts_per_token is {given}, but {family.moe} has always {family.experts_per_token}")
+            raise UserError(
+                f"experts_per_token is {given}, but {family.moe} has always "
+                f"{family.experts_per_token}"
+            )
         return family.experts_per_token
     wanted = 2 if given is None else given
     if wanted > number:
         raise UserError(
-            f"experts_per_token is {wanted}, but `models:` lists {number} expert(s); it can be at most {number}"
+            f"experts_per_token is {wanted}, but `models:` lists {number} expert(s); it can be at "
+            f"most {number}"
         )
     return wanted
 
 
 def _options_of_family(job: Job, family: Upcycling) -> dict[str, Any]:
     """The options that only some architectures have, which must be this one."""
-    given = {key: getattr(job.options, key) for key in ("expert_capacity",) if getattr(job.options, key) is not None}
+    given = {
+        key: getattr(job.options, key)
+        for key in ("expert_capacity",)
+        if getattr(job.options, key) is not None
+    }
     for key in given:
         if key not in family.options:
             raise UserError(f"{family.moe} has no `{key}`")
@@ -175,7 +215,9 @@ def _copied_experts(
 def _stacked_experts(
     job: Job, layers: Sequence[tuple[Stack, int]], dense: Manifest, dtype: torch.dtype
 ) -> dict[str, StackedExperts]:
-    """Where a family keeps all experts of a layer in one tensor: that tensor, by its name in the output."""
+    """Where a family keeps all experts of a layer in one tensor: that tensor, by its name in the
+    output.
+    """
     tasks = {}
     for stack, layer in layers:
         for output, templates in stack.stacked.items():
@@ -195,6 +237,8 @@ def _stacked_experts(
 MOE_METHODS = (
     MoeMethod("moe", "Mixture of experts", _MERGEME),
     MoeMethod("moe_linear", "BTX (mixture of experts, averaged shared parameters)", _BTX, "linear"),
-    MoeMethod("moe_ties", "MergeME (mixture of experts, TIES shared parameters)", _MERGEME, "fast_ties"),
+    MoeMethod(
+        "moe_ties", "MergeME (mixture of experts, TIES shared parameters)", _MERGEME, "fast_ties"
+    ),
     MoeMethod("moe_dare", "MergeME (mixture of experts, DARE shared parameters)", _MERGEME, "dare"),
 )

@@ -1,7 +1,9 @@
-"""What a dense model makes of prompts at the places where the gates of its mixture of experts will read.
+"""What a dense model makes of prompts at the places where the gates of its mixture of experts will
+read.
 
-The modes are those of mergekit-moe, with two faults mended: states are taken as the FFN receives them, after the
-norm that stands before it, since that is what the gate will receive; and padding does not count.
+The modes are those of mergekit-moe, with two faults mended: states are taken as the FFN receives
+them, after the norm that stands before it, since that is what the gate will receive; and padding
+does not count.
 """
 
 import logging
@@ -20,8 +22,11 @@ _BATCH = 8  # prompts per forward pass
 _DEGENERATE = 5.0  # the condition number of a gate from which on mergekit-moe warns
 
 
-def hidden_states(model: Any, ffns: Sequence[str], prompts: Tokens, *, average: bool) -> torch.Tensor:
-    """What each of the modules `ffns` receives, meaned over the prompts: (len(ffns), hidden), float32, on the CPU.
+def hidden_states(
+    model: Any, ffns: Sequence[str], prompts: Tokens, *, average: bool
+) -> torch.Tensor:
+    """What each of the modules `ffns` receives, meaned over the prompts: (len(ffns), hidden),
+    float32, on the CPU.
 
     Of a prompt the mean over its tokens counts if `average`, else its last token.
     """
@@ -40,11 +45,21 @@ def hidden_states(model: Any, ffns: Sequence[str], prompts: Tokens, *, average: 
             ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
             real = torch.arange(ids.shape[1]) < lengths[:, None]
             with torch.no_grad():
-                model(input_ids=ids.to(model.device), attention_mask=real.long().to(model.device), use_cache=False)
+                model(
+                    input_ids=ids.to(model.device),
+                    attention_mask=real.long().to(model.device),
+                    use_cache=False,
+                )
             # weights over (prompt, token) that sum to one per prompt
-            counts = real / lengths[:, None] if average else (torch.arange(ids.shape[1]) == lengths[:, None] - 1)
+            counts = (
+                real / lengths[:, None]
+                if average
+                else (torch.arange(ids.shape[1]) == lengths[:, None] - 1)
+            )
             for layer, name in enumerate(ffns):
-                total[layer] += torch.einsum("pt,pth->h", counts.float(), received.pop(name).float().cpu())
+                total[layer] += torch.einsum(
+                    "pt,pth->h", counts.float(), received.pop(name).float().cpu()
+                )
     finally:
         for hook in hooks:
             hook.remove()
@@ -52,8 +67,11 @@ def hidden_states(model: Any, ffns: Sequence[str], prompts: Tokens, *, average: 
 
 
 def embedding_states(embedding: torch.Tensor, prompts: Tokens) -> torch.Tensor:
-    """The direction of the sum of the prompts' token embeddings: (hidden,), float32, of length one."""
-    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=embedding.device)
+    """The direction of the sum of the prompts' token embeddings: (hidden,), float32, of length
+    one."""
+    tokens = torch.tensor(
+        [token for prompt in prompts for token in prompt], device=embedding.device
+    )
     return _direction(embedding[tokens].float().sum(dim=0))
 
 
@@ -62,21 +80,26 @@ def _direction(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def warn_of_degenerate(gates: torch.Tensor) -> None:
-    """`gates`: (layers, experts, hidden). Warns of layers that can hardly tell the experts apart."""
+    """`gates`: (layers, experts, hidden). Warns of layers that can hardly tell the experts
+    apart."""
     degenerate = [
-        str(layer) for layer, gate in enumerate(gates) if torch.linalg.cond(gate.float()).item() > _DEGENERATE
+        str(layer)
+        for layer, gate in enumerate(gates)
+        if torch.linalg.cond(gate.float()).item() > _DEGENERATE
     ]
     if degenerate:
         where = "all layers" if len(degenerate) == len(gates) else f"layers {', '.join(degenerate)}"
         LOG.warning(
-            "the gates of %s are degenerate: your prompts may be too similar, and one or more experts will be "
-            "chosen too seldom",
+            "the gates of %s are degenerate: your prompts may be too similar, and one or more "
+            "experts will be chosen too seldom",
             where,
         )
 
 
 class PromptStates(Task[torch.Tensor]):
-    """Per gate and expert, positive minus negative prompts' states, of length one: (gates, experts, hidden)."""
+    """Per gate and expert, positive minus negative prompts' states, of length one: (gates, experts,
+    hidden).
+    """
 
     model: ModelReference
     prompts: tuple[tuple[Tokens, Tokens], ...]  # positive and negative, per expert

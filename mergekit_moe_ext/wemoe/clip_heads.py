@@ -1,9 +1,9 @@
 """Files with the head of a CLIP classifier: embeddings of its classes' names (WEMoE 4.1).
 
 A head file is a safetensors file with `text_embeds` (classes, projection_dim), of any norm;
-`visual_projection.weight` (projection_dim, hidden_size), which is not read where the tower has one; and
-`logit_scale`, a scalar as CLIP stores it, the logarithm of what cosines are multiplied by (ln 100 where there is
-none). `classes` in its metadata is a JSON list of their names.
+`visual_projection.weight` (projection_dim, hidden_size), which is not read where the tower has one;
+and `logit_scale`, a scalar as CLIP stores it, the logarithm of what cosines are multiplied by (ln
+100 where there is none). `classes` in its metadata is a JSON list of their names.
 """
 
 import copy
@@ -47,18 +47,26 @@ class ClipHead:
 
 
 def read_heads(
-    paths: Sequence[str | None], models: Sequence[ModelReference], configs: Mapping[ModelReference, PretrainedConfig]
+    paths: Sequence[str | None],
+    models: Sequence[ModelReference],
+    configs: Mapping[ModelReference, PretrainedConfig],
 ) -> list[ClipHead]:
-    """The heads of the models, in order; none where none is named. `UserError` for what does not fit."""
+    """The heads of the models, in order; none where none is named. `UserError` for what does not
+    fit.
+    """
     named = [path for path in paths if path is not None]
     if not named:
         return []
     for path, model in zip(paths, models, strict=True):
         architecture = (configs[model].architectures or ["no class"])[0]
         if architecture not in _TOWERS:
-            raise UserError(f"`head:` is for {' and '.join(_TOWERS)}, and {model} is {architecture}")
+            raise UserError(
+                f"`head:` is for {' and '.join(_TOWERS)}, and {model} is {architecture}"
+            )
         if path is None:
-            raise UserError(f"{model} has no `head:`, though others have: name one for each or for none")
+            raise UserError(
+                f"{model} has no `head:`, though others have: name one for each or for none"
+            )
     heads = [_read_head(path) for path in named]
     for head, model in zip(heads, models, strict=True):
         _check_width(head, heads[0], model, configs[model])
@@ -85,7 +93,10 @@ def with_projection(manifest: Manifest, config: Any) -> Manifest:
 def classifier_config(tower: Any, heads: Sequence[ClipHead]) -> PretrainedConfig:
     """Of the tower with heads."""
     config = copy.deepcopy(tower)
-    config.architectures, config.projection_dim = [CLIPVisionForImageClassification.__name__], heads[0].projection_dim
+    config.architectures, config.projection_dim = (
+        [CLIPVisionForImageClassification.__name__],
+        heads[0].projection_dim,
+    )
     return config
 
 
@@ -102,15 +113,23 @@ def _read_head(path: str) -> ClipHead:
     if len(shapes.get("text_embeds", ())) != 2:
         raise UserError(f"head: {path} has no `text_embeds` of shape (classes, projection_dim)")
     if math.prod(shapes.get("logit_scale", ())) != 1:
-        raise UserError(f"head: `logit_scale` of {path} must be a scalar, not {shapes['logit_scale']}")
+        raise UserError(
+            f"head: `logit_scale` of {path} must be a scalar, not {shapes['logit_scale']}"
+        )
     try:
         classes = json.loads(metadata.get("classes", "null"))
     except ValueError:
         classes = None
-    if not classes or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    if (
+        not classes
+        or not isinstance(classes, list)
+        or not all(isinstance(name, str) for name in classes)
+    ):
         raise UserError(f"head: the metadata of {path} has no `classes`, a JSON list of names")
     if len(classes) != shapes["text_embeds"][0]:
-        raise UserError(f"head: {path} names {len(classes)} classes and embeds {shapes['text_embeds'][0]}")
+        raise UserError(
+            f"head: {path} names {len(classes)} classes and embeds {shapes['text_embeds'][0]}"
+        )
     if repeated := next((name for name in classes if classes.count(name) > 1), None):
         raise UserError(f"head: {path} names the class {repeated!r} more than once")
     return ClipHead(path, tuple(classes), shapes)
@@ -119,20 +138,21 @@ def _read_head(path: str) -> ClipHead:
 def _check_width(head: ClipHead, first: ClipHead, model: ModelReference, config: Any) -> None:
     if head.projection_dim != first.projection_dim:
         raise UserError(
-            f"head: text_embeds of {head.path} are {head.projection_dim} wide and those of {first.path} "
-            f"{first.projection_dim}"
+            f"head: text_embeds of {head.path} are {head.projection_dim} wide and those of "
+            f"{first.path} {first.projection_dim}"
         )
     if has_projection(config):
         if head.projection_dim != config.projection_dim:
             raise UserError(
-                f"head: text_embeds of {head.path} are {head.projection_dim} wide, and {model} projects to "
-                f"{config.projection_dim}"
+                f"head: text_embeds of {head.path} are {head.projection_dim} wide, and {model} "
+                f"projects to {config.projection_dim}"
             )
     elif PROJECTION not in head.shapes:
         raise UserError(f"head: {head.path} has no `{PROJECTION}`, which {model} has not either")
     elif head.shapes[PROJECTION] != (wanted := (head.projection_dim, config.hidden_size)):
         raise UserError(
-            f"head: {PROJECTION} of {head.path} has the shape {head.shapes[PROJECTION]}; {model} wants {wanted}"
+            f"head: {PROJECTION} of {head.path} has the shape {head.shapes[PROJECTION]}; {model} "
+            f"wants {wanted}"
         )
 
 
@@ -152,7 +172,9 @@ class FromHeadFile(Task[Tensor]):
         if self.part == "projection":
             return tensors[PROJECTION].to(dtype_from_name(self.dtype))
         scale = tensors.get("logit_scale", torch.tensor(math.log(100))).float().exp()
-        return (scale * functional.normalize(tensors["text_embeds"].float(), dim=-1)).to(dtype_from_name(self.dtype))
+        return (scale * functional.normalize(tensors["text_embeds"].float(), dim=-1)).to(
+            dtype_from_name(self.dtype)
+        )
 
 
 @torch.no_grad()
@@ -163,26 +185,40 @@ def write_clip_head(
     templates: Sequence[str] = TEMPLATES,
     quiet: bool = False,
 ) -> None:
-    """Write the head file for these names of classes by the text tower of a whole CLIP, `model_path`.
+    """Write the head file for these names of classes by the text tower of a whole CLIP,
+    `model_path`.
 
-    Each class is embedded as the mean over the templates (`{}` is its name) of normalised text features, itself
-    normalised, as CLIP classifies without training. `UserError` for a template without `{}`, no name, one twice, or
-    what is no whole CLIP.
+    Each class is embedded as the mean over the templates (`{}` is its name) of normalised text
+    features, itself normalised, as CLIP classifies without training. `UserError` for a template
+    without `{}`, no name, one twice, or what is no whole CLIP.
     """
     if lacking := next((template for template in templates if "{}" not in template), None):
         raise UserError(f"the template {lacking!r} has no {{}} for the name of the class")
     if not templates or not classes or len(set(classes)) < len(classes):
         raise UserError("a head needs a template and names of classes, each of them once")
-    if (found := AutoConfig.from_pretrained(model_path).model_type) != "clip":  # loaded as one, it would be random
-        raise UserError(f"{model_path} is a model of type {found}, and no whole CLIP with its text tower")
-    model, tokenizer = CLIPModel.from_pretrained(model_path).eval(), AutoTokenizer.from_pretrained(model_path)
+    if (
+        found := AutoConfig.from_pretrained(model_path).model_type
+    ) != "clip":  # loaded as one, it would be random
+        raise UserError(
+            f"{model_path} is a model of type {found}, and no whole CLIP with its text tower"
+        )
+    model, tokenizer = (
+        CLIPModel.from_pretrained(model_path).eval(),
+        AutoTokenizer.from_pretrained(model_path),
+    )
     longest = model.config.text_config.max_position_embeddings
     embeds = []
     for name in tqdm(classes, desc="classes", disable=quiet):
         texts = [template.replace("{}", name) for template in templates]
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        features = model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output.float()
-        embeds.append(functional.normalize(functional.normalize(features, dim=-1).mean(dim=0), dim=-1))
+        tokens = tokenizer(
+            texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
+        features = model.get_text_features(
+            tokens["input_ids"], tokens["attention_mask"]
+        ).pooler_output.float()
+        embeds.append(
+            functional.normalize(functional.normalize(features, dim=-1).mean(dim=0), dim=-1)
+        )
     tensors = {
         "text_embeds": torch.stack(embeds),
         PROJECTION: model.visual_projection.weight.contiguous(),

@@ -1,4 +1,6 @@
-"""Which linear modules of a model are ensembled together, and what their router reads (WEMoE 3.2 and table 6)."""
+"""Which linear modules of a model are ensembled together, and what their router reads (WEMoE 3.2
+and table 6).
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,23 +16,30 @@ Grouping = Literal["mlp", "attention", "attention+mlp", "block"]
 Upscale = Literal[Grouping, "all", "auto"]
 
 
-def ensembled_groups(model: PreTrainedModel, upscale: Grouping, layers: Sequence[int] | None) -> dict[str, list[str]]:
-    """Per router the module whose input it reads, and the linear modules that it weighs, by their names.
+def ensembled_groups(
+    model: PreTrainedModel, upscale: Grouping, layers: Sequence[int] | None
+) -> dict[str, list[str]]:
+    """Per router the module whose input it reads, and the linear modules that it weighs, by their
+    names.
 
-    `layers`: of every stack of layers those with these numbers; all if None. `UserError` where a layer lacks what is
-    asked for, or it cannot be told, and for a number beyond the last layer.
+    `layers`: of every stack of layers those with these numbers; all if None. `UserError` where a
+    layer lacks what is asked for, or it cannot be told, and for a number beyond the last layer.
     """
     groups: dict[str, list[str]] = {}
     for name, layer in chosen_layers(model, layers).items():
         layer_parts = parts_of(layer)
-        # Cross attention is left out: it reads another stack's states, which no coefficients of this one are for.
+        # Cross attention is left out: it reads another stack's states, which no coefficients of
+        # this one are for.
         attention = layer_parts.attention
         # A router reads the input of one MLP, so that of several the first is weighed.
         ffn = layer_parts.ffns[0] if layer_parts.ffns else []
         lacking = not attention if upscale == "attention" else not ffn
         if lacking:
             what = "attention" if upscale == "attention" else "MLP"
-            raise UserError(f"layer {name} of {type(model).__name__} has no {what} that can be told by its class")
+            raise UserError(
+                f"layer {name} of {type(model).__name__} has no {what} that can be told by its "
+                "class"
+            )
         each_attention = [[part] for part in attention]
         parts = {
             "mlp": [ffn],
@@ -45,24 +54,37 @@ def ensembled_groups(model: PreTrainedModel, upscale: Grouping, layers: Sequence
     return groups
 
 
-def linears_by_layer(model: PreTrainedModel, part: Part, layers: Sequence[int] | None) -> dict[str, list[str]]:
-    """Per layer the linear modules that `upscale` with this part weighs, by their names; `layers` as there."""
+def linears_by_layer(
+    model: PreTrainedModel, part: Part, layers: Sequence[int] | None
+) -> dict[str, list[str]]:
+    """Per layer the linear modules that `upscale` with this part weighs, by their names; `layers`
+    as there.
+    """
     groups = ensembled_groups(model, part, layers)
     return {
-        layer: [linear for reader, own in groups.items() if reader.startswith(f"{layer}.") for linear in own]
+        layer: [
+            linear
+            for reader, own in groups.items()
+            if reader.startswith(f"{layer}.")
+            for linear in own
+        ]
         for layer in chosen_layers(model, layers)
     }
 
 
 def weighed_tensors(model: PreTrainedModel, head: str | None = None) -> dict[str, list[str]]:
-    """Every parameter by its name as a group of its own, but for those of a head that is kept (AdaMerging).
+    """Every parameter by its name as a group of its own, but for those of a head that is kept
+    (AdaMerging).
 
-    Of parameters that are tied the one that is stored. `UserError` for recurrent layers, which keep their parameters
-    elsewhere, too.
+    Of parameters that are tied the one that is stored. `UserError` for recurrent layers, which keep
+    their parameters elsewhere, too.
     """
     recurrent = [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)]
     if recurrent:
-        raise UserError(f"{recurrent[0]} of {type(model).__name__} is recurrent, which upscale: all cannot weigh")
+        raise UserError(
+            f"{recurrent[0]} of {type(model).__name__} is recurrent, which upscale: all cannot "
+            "weigh"
+        )
     # with all names of what is tied, since the first one need not be the one that is stored
     named = model.named_parameters(remove_duplicate=False)
     names = [name for name, parameter in named if parameter.is_floating_point()]

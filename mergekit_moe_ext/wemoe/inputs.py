@@ -1,4 +1,6 @@
-"""The inputs that a weight-ensembling model adapts to: images or texts, their classes, and the order they come in."""
+"""The inputs that a weight-ensembling model adapts to: images or texts, their classes, and the
+order they come in.
+"""
 
 import hashlib
 import importlib.util
@@ -32,7 +34,8 @@ def load_image_processor(model_path: str, reading: Reading) -> Any:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{model_path} has no image processor: put the preprocessor_config.json of its base there"
+            f"{model_path} has no image processor: put the preprocessor_config.json of its base "
+            "there"
         ) from error
 
 
@@ -50,7 +53,9 @@ def model_inputs(
         return classified(rows, source, kind, prepare, config, reading, adaptation)
     pairs = kind == "encoder-decoder"
     columns, length = reading.columns, reading.max_length
-    return tokenise(rows, source, prepare, columns=columns, max_length=length, encoder_decoder=pairs)
+    return tokenise(
+        rows, source, prepare, columns=columns, max_length=length, encoder_decoder=pairs
+    )
 
 
 def classified(
@@ -74,14 +79,22 @@ def classified(
         rows = rows.select_columns([name])
     else:
         texts = len(rows)
-        rows = tokenise(rows, source, prepare, columns=reading.columns, max_length=reading.max_length)
+        rows = tokenise(
+            rows, source, prepare, columns=reading.columns, max_length=reading.max_length
+        )
         if len(rows) < texts:
-            raise UserError(f"{source} (data {source.name!r}) has {texts - len(rows)} rows without text")
+            raise UserError(
+                f"{source} (data {source.name!r}) has {texts - len(rows)} rows without text"
+            )
     return rows if labels is None else rows.add_column("label", labels)
 
 
-def labels_of(rows: Dataset, source: Source, config: Any, adaptation: Adaptation) -> list[int] | None:
-    """The classes of the rows by the numbers of the head. Without any that fit: None, or an error if needed."""
+def labels_of(
+    rows: Dataset, source: Source, config: Any, adaptation: Adaptation
+) -> list[int] | None:
+    """The classes of the rows by the numbers of the head. Without any that fit: None, or an error
+    if needed.
+    """
     heads, column = config.ensembling["heads"], adaptation.label_column
     names = heads[source.name] if heads else class_names(config)
     size, numbers = len(names), {name: number for number, name in enumerate(names)}
@@ -89,14 +102,19 @@ def labels_of(rows: Dataset, source: Source, config: Any, adaptation: Adaptation
     if feature is None:
         complaint = f"has no column {column!r} of classes (--label-column names another)"
     elif isinstance(feature, ClassLabel):
-        complaint = f"has {feature.num_classes} classes, which are not the {size} of the model's head"
+        complaint = (
+            f"has {feature.num_classes} classes, which are not the {size} of the model's head"
+        )
         if set(feature.names) <= numbers.keys():
             found = [numbers[feature.names[value]] for value in rows[column]]
         elif feature.num_classes == size:
             found = list(rows[column])
             if not names[0].startswith("LABEL_"):  # else the head names none
                 LOG.warning(
-                    "%s (data %r) names other classes than the head: they are taken in order, %r for %r and so on",
+                    (
+                        "%s (data %r) names other classes than the head: they are taken in order, "
+                        "%r for %r and so on"
+                    ),
                     source,
                     source.name,
                     feature.names[0],
@@ -111,7 +129,9 @@ def labels_of(rows: Dataset, source: Source, config: Any, adaptation: Adaptation
     if found is not None and all(value is not None and 0 <= value < size for value in found):
         return found
     if adaptation.objective == "supervised":
-        raise UserError(f"{source} (data {source.name!r}) {complaint}, and --objective supervised needs it")
+        raise UserError(
+            f"{source} (data {source.name!r}) {complaint}, and --objective supervised needs it"
+        )
     if feature is not None:
         LOG.warning("%s (data %r) %s: its accuracy is not measured", source, source.name, complaint)
     return None
@@ -120,7 +140,9 @@ def labels_of(rows: Dataset, source: Source, config: Any, adaptation: Adaptation
 def data_fingerprint(rows: Dataset, image_column: str) -> str:
     """Tells other data: of texts all token ids, of images file names and sizes; and the classes."""
     if "input_ids" in rows.column_names:
-        content = fingerprint(rows.select_columns([name for name in rows.column_names if name != "label"]))
+        content = fingerprint(
+            rows.select_columns([name for name in rows.column_names if name != "label"])
+        )
     else:
         files = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
         content = str([_name_and_size(file[image_column]) for file in files])
@@ -134,7 +156,8 @@ def _name_and_size(file: dict[str, Any]) -> tuple[str, int]:
 
 
 class Rounds(torch.utils.data.Dataset):
-    """Rows `{task: row}`: `batch` of one task, then as many of the next, for `steps` rounds of all tasks.
+    """Rows `{task: row}`: `batch` of one task, then as many of the next, for `steps` rounds of all
+    tasks.
 
     Every task's rows come in an order of their own, and again, in another, when all were seen.
     """
@@ -142,7 +165,9 @@ class Rounds(torch.utils.data.Dataset):
     def __init__(self, tasks: Mapping[str, Dataset], *, batch: int, steps: int, seed: int):
         self._tasks, self._batch, self._steps = list(tasks.items()), batch, steps
         self._order = lru_cache(2 * len(tasks))(
-            lambda task, epoch: np.random.default_rng([seed, task, epoch]).permutation(len(self._tasks[task][1]))
+            lambda task, epoch: np.random.default_rng([seed, task, epoch]).permutation(
+                len(self._tasks[task][1])
+            )
         )
 
     def __len__(self) -> int:

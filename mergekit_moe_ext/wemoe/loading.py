@@ -1,4 +1,6 @@
-"""Reading a weight-ensembling model from its directory, by this package's classes: no code in it is run."""
+"""Reading a weight-ensembling model from its directory, by this package's classes: no code in it is
+run.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from mergekit_moe_ext.modeling.modeling_wemoe import Ensemble
 
 
 def read_ensemble(path: str) -> tuple[type[PreTrainedModel], Any]:
-    """The class and the configuration of the model. `UserError` if it is not a weight-ensembling one."""
+    """The class and the configuration of the model. `UserError` if it is not a weight-ensembling
+    one.
+    """
     local = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not local.is_dir():
         raise UserError(f"{path} does not exist")
@@ -24,15 +28,21 @@ def read_ensemble(path: str) -> tuple[type[PreTrainedModel], Any]:
         is_ensemble = architecture is not None and issubclass(architecture, Ensemble)
         config = architecture.config_class.from_pretrained(str(local)) if is_ensemble else None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"cannot read the config of {path}: {str(error).splitlines()[0]}"
+        ) from error
     if not is_ensemble:
-        raise UserError(f"{path} is {name}, which has no routed task vectors: wemoe and ewemoe make such models")
+        raise UserError(
+            f"{path} is {name}, which has no routed task vectors: wemoe and ewemoe make such models"
+        )
     return architecture, config
 
 
 def load_ensemble(path: str, architecture: type[PreTrainedModel], config: Any) -> Any:
     """The model, in the dtype in which it is stored."""
     try:
-        return architecture.from_pretrained(str(Path(path).expanduser()), config=config, dtype="auto")
+        return architecture.from_pretrained(
+            str(Path(path).expanduser()), config=config, dtype="auto"
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {path}: {str(error).splitlines()[0]}") from error

@@ -1,8 +1,9 @@
-"""`wemoe` and `ewemoe`: fine-tunes of one base become one model whose MLPs weigh their task vectors per input.
+"""`wemoe` and `ewemoe`: fine-tunes of one base become one model whose MLPs weigh their task vectors
+per input.
 
-Everything but the upscaled modules is merged by the method that `shared:` names, task arithmetic in the papers. An
-upscaled linear module keeps the base's weight and every source's task vector, whole or, in E-WEMoE, pruned to its
-largest elements and stored as such (WEMoE 3.1 and 3.2).
+Everything but the upscaled modules is merged by the method that `shared:` names, task arithmetic in
+the papers. An upscaled linear module keeps the base's weight and every source's task vector, whole
+or, in E-WEMoE, pruned to its largest elements and stored as such (WEMoE 3.1 and 3.2).
 """
 
 import inspect
@@ -26,7 +27,12 @@ from mergekit_moe_ext.merging.sources import (
 )
 from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
 from mergekit_moe_ext.modeling import find_architecture
-from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, class_names, config_class, vectors_of
+from mergekit_moe_ext.modeling.configuration_wemoe import (
+    Ensembling,
+    class_names,
+    config_class,
+    vectors_of,
+)
 from mergekit_moe_ext.wemoe.clip_heads import (
     PROJECTION,
     FromHeadFile,
@@ -55,7 +61,11 @@ class Wemoe(StructuralMethod):
     def plan(self, job: Job) -> Plan:
         sources = read_sources(job, self.spec.name)
         ensembling, notes = _ensembling(job, sources)
-        like = classifier_config(sources.config, sources.clip_heads) if sources.clip_heads else sources.config
+        like = (
+            classifier_config(sources.config, sources.clip_heads)
+            if sources.clip_heads
+            else sources.config
+        )
         config = _output_config(like, ensembling)
         config.dtype = dtype = output_dtype(job, sources.headers)
         output = _Output(job, sources, config)
@@ -71,7 +81,11 @@ class Wemoe(StructuralMethod):
             output.add_clip_heads(ensembling.head)
         elif ensembling.head:
             output.copy_heads(ensembling.head)
-        rest = [name for name in output.wanted if name not in output.copies and name not in output.computed]
+        rest = [
+            name
+            for name in output.wanted
+            if name not in output.copies and name not in output.computed
+        ]
         return Plan(
             config=config,
             num_experts=len(ensembling.experts),
@@ -80,7 +94,9 @@ class Wemoe(StructuralMethod):
             shared={name: sources.manifest.shared_tensor(name) for name in rest},
             copies=output.copies,
             computed=output.computed,
-            integers=frozenset(name for name in output.computed if name.endswith((".columns", ".row_ends"))),
+            integers=frozenset(
+                name for name in output.computed if name.endswith((".columns", ".row_ends"))
+            ),
             dtype=dtype,
             notes=notes,
         )
@@ -111,7 +127,10 @@ def _ensembling(job: Job, sources: Sources) -> tuple[Ensembling, str]:
         head=head or "",
     )
     if options.sparsity:
-        shapes = {name: sources.manifest.shapes[sources.stored_name(f"{name}.weight")] for name in ensembling.linears}
+        shapes = {
+            name: sources.manifest.shapes[sources.stored_name(f"{name}.weight")]
+            for name in ensembling.linears
+        }
         kept = {name: options.kept_elements(math.prod(shape)) for name, shape in shapes.items()}
         ensembling = replace(ensembling, kept=kept)
     return ensembling, notes
@@ -137,7 +156,9 @@ class _Output:
         in_files = stored if stored == PROJECTION else headers.prefix + stored
         self.copies[self._names[name]] = CopiedTensor(model, in_files, headers.shapes[stored])
 
-    def _compute(self, name: str, task: type[Task], shape: tuple[int, ...], /, **fields: Any) -> None:
+    def _compute(
+        self, name: str, task: type[Task], shape: tuple[int, ...], /, **fields: Any
+    ) -> None:
         self.computed[self._names[name]] = task(shape=shape, dtype=str(self._dtype), **fields)
 
     def ensemble(self, parameter: str, vectors_name: str, kept: int | None = None) -> None:
@@ -159,7 +180,9 @@ class _Output:
         module = parameter.rpartition(".")[0]
         for part, length in {"values": kept, "columns": kept, "row_ends": rows}.items():
             size = (len(experts), length)
-            self._compute(f"{module}.{part}", PartOfPruned, size, pruned=pruned, part=part, width=width)
+            self._compute(
+                f"{module}.{part}", PartOfPruned, size, pruned=pruned, part=part, width=width
+            )
 
     def add_routers(self) -> None:
         options = self._job.options
@@ -172,19 +195,30 @@ class _Output:
                 value = 0.0 if name.endswith("hidden.bias") else options.init_lambda
                 self._compute(name, Filled, shape, name=stored, value=value)
             else:
-                random: dict[str, Any] = {"mode": "random", "std": options.router_init_std, "seed": self._job.seed}
+                random: dict[str, Any] = {
+                    "mode": "random",
+                    "std": options.router_init_std,
+                    "seed": self._job.seed,
+                }
                 self._compute(name, RandomTensor, shape, name=stored, **random)
 
     def copy_heads(self, head: str) -> None:
         for part in ("weight", "bias"):
             for index, model in enumerate(self._job.experts):
                 if f"{head}.{part}" in self._sources.stored:
-                    self._copy(f"{head}.{index}.{part}", model, self._sources.stored[f"{head}.{part}"])
+                    self._copy(
+                        f"{head}.{index}.{part}", model, self._sources.stored[f"{head}.{part}"]
+                    )
 
     def add_clip_heads(self, head: str) -> None:
         sources = self._sources
-        for index, (model, of_clip) in enumerate(zip(self._job.experts, sources.clip_heads, strict=True)):
-            classes, projection = f"{head}.{index}.classes.weight", f"{head}.{index}.projection.weight"
+        for index, (model, of_clip) in enumerate(
+            zip(self._job.experts, sources.clip_heads, strict=True)
+        ):
+            classes, projection = (
+                f"{head}.{index}.classes.weight",
+                f"{head}.{index}.projection.weight",
+            )
             shape = of_clip.shapes["text_embeds"]
             self._compute(classes, FromHeadFile, shape, path=of_clip.path, part="classes")
             if model in sources.projecting:
@@ -206,16 +240,19 @@ def _groups(
 
 
 def _choose_part(job: Job, sources: Sources) -> tuple[Part, str]:
-    """What `upscale: auto` takes, and what of that the card says. Reads the weights of all sources."""
+    """What `upscale: auto` takes, and what of that the card says. Reads the weights of all
+    sources."""
     if any(model.lora for model in job.sources):
         raise UserError(
-            "upscale: auto reads the weights of all sources before the merge: merge each LoRA into its base first, or "
-            "choose upscale: mlp or attention"
+            "upscale: auto reads the weights of all sources before the merge: merge each LoRA into "
+            "its base first, or choose upscale: mlp or attention"
         )
 
     def reader(model: ModelReference) -> Callable[[str], Tensor]:
         options = job.merge_options
-        loader = model.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle)
+        loader = model.lazy_loader(
+            cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle
+        )
         return lambda name: loader.get_tensor(sources.headers[model].prefix + name)
 
     try:
@@ -235,9 +272,10 @@ def _notes(chosen: Part, variation: Mapping[Part, Variation]) -> str:
     ]
     return "\n".join(
         [
-            f"`upscale: auto` chose `{chosen}`: fine-tuning changed it more (E-WEMoE, figure 3a). What counts is the "
-            "squared L2 norm of a module's task vector, in the mean over sources and blocks. It is a total, so that "
-            "a module of more parameters counts for more.",
+            f"`upscale: auto` chose `{chosen}`: fine-tuning changed it more (E-WEMoE, figure 3a). "
+            "What counts is the squared L2 norm of a module's task vector, in the mean over "
+            "sources and blocks. It is a total, so that a module of more parameters counts for "
+            "more.",
             "",
             "| module | squared L2 change | per parameter |",
             "|---|---:|---:|",
@@ -250,8 +288,8 @@ def _check_all_of(job: Job) -> None:
     check_all(job.options)
     if job.config.tokenizer or job.config.tokenizer_source:
         raise UserError(
-            "upscale: all does not go with tokenizer: the embeddings' task vectors are not aligned; give the sources "
-            "the base's vocabulary and leave it out"
+            "upscale: all does not go with tokenizer: the embeddings' task vectors are not "
+            "aligned; give the sources the base's vocabulary and leave it out"
         )
 
 
@@ -259,7 +297,10 @@ def _check_stored_itself(parameter: str, sources: Sources) -> None:
     name = sources.stored_name(parameter)
     for model, headers in sources.headers.items():
         if name not in headers.shapes:
-            raise UserError(f"{model} has {name} only under the name of a tensor that is tied to it: save it again")
+            raise UserError(
+                f"{model} has {name} only under the name of a tensor that is tied to it: save it "
+                "again"
+            )
 
 
 def _output_config(base: PretrainedConfig, ensembling: Ensembling) -> PretrainedConfig:
@@ -270,7 +311,10 @@ def _output_config(base: PretrainedConfig, ensembling: Ensembling) -> Pretrained
     values = {key: value for key, value in base.to_dict().items() if key not in ours}
     if len(ensembling.heads) == 1:
         (names,) = ensembling.heads.values()
-        values |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        values |= {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
     return config_type(
         **values,
         ensembling=ensembling.as_dict(),

@@ -1,4 +1,6 @@
-"""What adaptation lowers, the entropy of predictions, and what watches it: a guard against collapse, and patience."""
+"""What adaptation lowers, the entropy of predictions, and what watches it: a guard against
+collapse, and patience.
+"""
 
 from typing import Any
 
@@ -26,11 +28,12 @@ def _entropy(p: Tensor, logs: Tensor) -> Tensor:
 class Guard:
     """Adds to the loss of a task whose predictions go to a few classes, whatever the input.
 
-    That is seen by the entropy of their running mean: where it falls below a floor, the penalty is the difference. The
-    mean runs over about four predictions per class, so that it shows all classes and yet no step too late; the floor
-    is a share of the most that its entropy was while it filled, since a small first batch has few of the classes. Its
-    gradient is taken as if all of it had moved as the last batch did.
-    Together, entropy and penalty are the information-maximisation loss of SHOT (Liang et al. 2020), below the floor.
+    That is seen by the entropy of their running mean: where it falls below a floor, the penalty is
+    the difference. The mean runs over about four predictions per class, so that it shows all
+    classes and yet no step too late; the floor is a share of the most that its entropy was while it
+    filled, since a small first batch has few of the classes. Its gradient is taken as if all of it
+    had moved as the last batch did. Together, entropy and penalty are the information-maximisation
+    loss of SHOT (Liang et al. 2020), below the floor.
     """
 
     def __init__(self) -> None:
@@ -40,7 +43,9 @@ class Guard:
         self.steps: dict[str, Tensor] = {}
 
     def penalty(self, task: str, mean: Tensor, number: float) -> Tensor:
-        """A scalar, of the mean (classes,) of the predictions in a batch of the task, and their number."""
+        """A scalar, of the mean (classes,) of the predictions in a batch of the task, and their
+        number.
+        """
         now, weight = mean.detach(), min(1.0, max(_LEAST_WEIGHT, number / (_PER_CLASS * len(mean))))
         if task not in self.mean:
             self.mean[task], self.floor[task] = now.clone(), now.new_zeros(())
@@ -49,7 +54,9 @@ class Guard:
             self.mean[task] = (1 - weight) * self.mean[task].to(now.device) + weight * now
         self.steps[task] = self.steps[task] + 1
         if self.steps[task] == 1 or self.steps[task] * weight <= 1:
-            self.floor[task] = self.floor[task].to(now.device).maximum(_FLOOR * _entropy_of(self.mean[task]))
+            self.floor[task] = (
+                self.floor[task].to(now.device).maximum(_FLOOR * _entropy_of(self.mean[task]))
+            )
         missing = self.floor[task].to(now.device) - _entropy_of(self.mean[task] + mean - now)
         if missing > 0:
             self.acted[task] = self.acted[task] + 1
@@ -76,10 +83,16 @@ class Patience(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = torch.tensor(self._of_this_step, dtype=torch.float64)
         self._of_this_step = 0.0
-        self.running = now if self.running.isnan() else _MOMENTUM * self.running + (1 - _MOMENTUM) * now
+        self.running = (
+            now if self.running.isnan() else _MOMENTUM * self.running + (1 - _MOMENTUM) * now
+        )
         if self.best.isnan() or self.running < (1 - _LEAST_GAIN) * self.best:
             self.best, self.waited = self.running, torch.zeros_like(self.waited)
         else:
             self.waited = self.waited + 1
-        if self.steps is not None and self.waited >= self.steps and not control.should_training_stop:
+        if (
+            self.steps is not None
+            and self.waited >= self.steps
+            and not control.should_training_stop
+        ):
             control.should_training_stop = control.should_evaluate = True

@@ -51,7 +51,9 @@ class Stacked(Task[Tensor]):
 
 
 class Pruned(Task[tuple[Tensor, Tensor]]):
-    """The largest elements of each task vector by magnitude, and where they lie in it: (sources, kept) each."""
+    """The largest elements of each task vector by magnitude, and where they lie in it: (sources,
+    kept) each.
+    """
 
     vectors: TaskVectors
     kept: int

@@ -1,4 +1,6 @@
-"""A weight-ensembling model whose coefficients do not depend on the input becomes the stock model of its base."""
+"""A weight-ensembling model whose coefficients do not depend on the input becomes the stock model
+of its base.
+"""
 
 import logging
 from pathlib import Path
@@ -9,7 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.staging import check_output, check_room, copy_files, extend_card, staged
+from _mergekit_moe_ext_common.staging import (
+    check_output,
+    check_room,
+    copy_files,
+    extend_card,
+    staged,
+)
 from mergekit_moe_ext.merging.card import renew_loading
 from mergekit_moe_ext.modeling import modeling_files
 from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
@@ -25,14 +33,16 @@ _REPLACED = ("config.json", "generation_config.json")  # besides the architectur
 def unload(model_path: str, output: str, task: str | None = None) -> type[PreTrainedModel]:
     """Merge the task vectors into the weights and write the result to `output`; returns its class.
 
-    `task` picks one of several heads. `UserError` where routers read the input, or a head must be picked.
+    `task` picks one of several heads. `UserError` where routers read the input, or a head must be
+    picked.
     """
     out = check_output(output)
     architecture, config = read_ensemble(model_path)
     ensembling = config.ensembling
     if ensembling["router_layers"]:
         raise UserError(
-            f"the coefficients of {model_path} depend on the input (router_layers: {ensembling['router_layers']}), so "
+            f"the coefficients of {model_path} depend on the input (router_layers: "
+            f"{ensembling['router_layers']}), so "
             "that no single set of weights stands for it; merge with router_layers: 0"
         )
     is_tower = issubclass(architecture, CLIPVisionForImageClassification)
@@ -54,7 +64,8 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
         renew_loading(directory, auto_class_of(type(stock).__name__), remote_code=False)
         head = f" with the head of {task}" if task else ""
         what = (
-            f"Its coefficients were constants and are merged into the weights: a stock {type(stock).__name__}{head}."
+            "Its coefficients were constants and are merged into the weights: a stock "
+            f"{type(stock).__name__}{head}."
         )
         extend_card(directory, ["## Unloaded", "", what, *([_WITHOUT_HEADS] if is_tower else [])])
     if is_tower:
@@ -69,8 +80,12 @@ _WITHOUT_HEADS = "It is the vision tower alone: its heads stay in the files that
 def _stock(model: Any, task: str | None) -> PreTrainedModel:
     base = _base_of(type(model))
     state: dict[str, Tensor] = {}
-    ensembled = {name: each for name, each in model.named_modules() if isinstance(each, EnsembledLinear)}
-    vectors = set(map(vectors_of, model.ensembling.groups)) if model.ensembling.per_tensor else set()
+    ensembled = {
+        name: each for name, each in model.named_modules() if isinstance(each, EnsembledLinear)
+    }
+    vectors = (
+        set(map(vectors_of, model.ensembling.groups)) if model.ensembling.per_tensor else set()
+    )
     for name, tensor in model.state_dict().items():
         module, _, part = name.rpartition(".")
         is_ours = name in vectors or (module in ensembled and part not in ("weight", "bias"))
@@ -100,7 +115,10 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
             if (name := f"{head}.{number}.{part}") in chosen:
                 state[f"{head}.{part}"] = chosen[name]
         names = model.ensembling.heads[task]
-        config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
+        config.id2label, config.label2id = (
+            dict(enumerate(names)),
+            {name: number for number, name in enumerate(names)},
+        )
     with torch.device("meta"):
         stock = base._from_config(config, dtype=model.dtype)
     stock.load_state_dict(state, assign=True)
@@ -120,9 +138,13 @@ def _merged_parameter(model: Any, name: str, c: Tensor) -> Tensor:
 
 
 def _base_of(architecture: type[PreTrainedModel]) -> Any:
-    return next(each for each in architecture.__mro__ if each.__module__.startswith("transformers."))
+    return next(
+        each for each in architecture.__mro__ if each.__module__.startswith("transformers.")
+    )
 
 
 def _stock_config(config: Any, base: Any) -> Any:
     ours = ("model_type", "architectures", "auto_map", "ensembling", "transformers_version")
-    return base.config_class(**{name: value for name, value in config.to_dict().items() if name not in ours})
+    return base.config_class(
+        **{name: value for name, value in config.to_dict().items() if name not in ours}
+    )

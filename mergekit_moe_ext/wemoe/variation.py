@@ -1,4 +1,5 @@
-"""How far fine-tuning moved attention and the MLPs, layer by layer, which `upscale: auto` goes by (E-WEMoE, figure 3).
+"""How far fine-tuning moved attention and the MLPs, layer by layer, which `upscale: auto` goes by
+(E-WEMoE, figure 3).
 
 `analysis/variation.py` measures models on disk by it.
 """
@@ -23,13 +24,21 @@ Names = Mapping[str, Sequence[str]]  # of tensors, by layer
 
 @dataclass(frozen=True)
 class Variation:
-    """How one type of module differs between the base and its fine-tunes. Layers are in the order of `layers`."""
+    """How one type of module differs between the base and its fine-tunes. Layers are in the order
+    of `layers`.
+    """
 
     layers: tuple[str, ...]
     parameters: tuple[int, ...]  # how many there are, per layer
-    change: Mapping[str, tuple[float, ...]]  # by fine-tune: the squared L2 norm of the task vector, per layer
-    cosine: Mapping[str, tuple[float, ...]]  # by fine-tune: of its parameters and the base's, per layer
-    below: Mapping[str, tuple[int, ...]]  # by fine-tune: how many elements of the task vector are below each threshold
+    change: Mapping[
+        str, tuple[float, ...]
+    ]  # by fine-tune: the squared L2 norm of the task vector, per layer
+    cosine: Mapping[
+        str, tuple[float, ...]
+    ]  # by fine-tune: of its parameters and the base's, per layer
+    below: Mapping[
+        str, tuple[int, ...]
+    ]  # by fine-tune: how many elements of the task vector are below each threshold
 
     @property
     def mean_change(self) -> float:
@@ -49,11 +58,17 @@ class Variation:
 def names_by_layer(
     network: PreTrainedModel, hub_names: Mapping[str, str], layers: Sequence[int] | None
 ) -> dict[Part, Names]:
-    """The tensors of attention and of the MLP of every layer. `UserError` where these cannot be told."""
+    """The tensors of attention and of the MLP of every layer. `UserError` where these cannot be
+    told.
+    """
     found: dict[Part, Names] = {}
     for part in get_args(Part):
         found[part] = {
-            layer: [_stored(hub_names, name) for linear in linears for name in _parameters(network, linear)]
+            layer: [
+                _stored(hub_names, name)
+                for linear in linears
+                for name in _parameters(network, linear)
+            ]
             for layer, linears in linears_by_layer(network, part, layers).items()
         }
     return found
@@ -77,11 +92,16 @@ def measure(
     thresholds: Sequence[float] = (),
     quiet: bool = True,
 ) -> dict[Part, Variation]:
-    """What `parameter_variation` measures, of these tensors, which `base` and `models` read by their names."""
+    """What `parameter_variation` measures, of these tensors, which `base` and `models` read by
+    their names.
+    """
     if list(thresholds) != sorted(thresholds):
         raise UserError(f"thresholds go up, and {list(thresholds)} do not")
     edges = torch.tensor(thresholds, dtype=torch.float64)
-    return {part: _variation(part, of_part, base, models, edges, quiet) for part, of_part in names.items()}
+    return {
+        part: _variation(part, of_part, base, models, edges, quiet)
+        for part, of_part in names.items()
+    }
 
 
 def _variation(
@@ -92,7 +112,9 @@ def _variation(
     edges: Tensor,
     quiet: bool,
 ) -> Variation:
-    products = torch.zeros(len(models), len(names), 2, 2, dtype=torch.float64)  # of base and fine-tune
+    products = torch.zeros(
+        len(models), len(names), 2, 2, dtype=torch.float64
+    )  # of base and fine-tune
     changes = torch.zeros(len(models), len(names), dtype=torch.float64)
     below = torch.zeros(len(models), len(edges), dtype=torch.int64)
     parameters = [0] * len(names)
@@ -101,14 +123,18 @@ def _variation(
             start = base(name).flatten()
             parameters[layer] += start.numel()
             for index, read in enumerate(models.values()):
-                for before, after in zip(start.split(_CHUNK), read(name).flatten().split(_CHUNK), strict=True):
+                for before, after in zip(
+                    start.split(_CHUNK), read(name).flatten().split(_CHUNK), strict=True
+                ):
                     both = torch.stack([before.double(), after.double()])
                     change = both[1] - both[0]
                     products[index, layer] += both @ both.T
                     changes[index, layer] += change @ change
                     below[index] += _below(change.abs(), edges)
     norms = products.diagonal(dim1=-2, dim2=-1).prod(-1).sqrt()
-    cosines = (products[..., 0, 1] / norms).clamp(-1, 1)  # rounding may lead beyond; NaN where all are zero
+    cosines = (products[..., 0, 1] / norms).clamp(
+        -1, 1
+    )  # rounding may lead beyond; NaN where all are zero
     return Variation(
         layers=tuple(names),
         parameters=tuple(parameters),
@@ -120,16 +146,23 @@ def _variation(
 
 def _below(magnitudes: Tensor, edges: Tensor) -> Tensor:
     """How many are smaller than each of the edges, which go up."""
-    counts = torch.bincount(torch.bucketize(magnitudes, edges, right=True), minlength=len(edges) + 1)
+    counts = torch.bincount(
+        torch.bucketize(magnitudes, edges, right=True), minlength=len(edges) + 1
+    )
     return counts[: len(edges)].cumsum(0)
 
 
 def decide(variation: Mapping[Part, Variation]) -> Part:
-    """The type of module that changes more, in the mean over fine-tunes and layers of the total per module.
+    """The type of module that changes more, in the mean over fine-tunes and layers of the total per
+    module.
 
     `UserError` where a change is not finite.
     """
     for part, found in variation.items():
         if not math.isfinite(found.mean_change):
-            raise UserError(f"the change of the {part} is not finite, so that nothing can be chosen by it")
-    return "attention" if variation["attention"].mean_change > variation["mlp"].mean_change else "mlp"
+            raise UserError(
+                f"the change of the {part} is not finite, so that nothing can be chosen by it"
+            )
+    return (
+        "attention" if variation["attention"].mean_change > variation["mlp"].mean_change else "mlp"
+    )

@@ -15,12 +15,19 @@ from peft_routing.routers import largest
 def active_adapter(model: Any) -> tuple[str, list[RoutedLoraLayer]]:
     """The one active routed adapter, and its modules. `UserError` where there is not one."""
     layers = [module for module in model.modules() if isinstance(module, RoutedLoraLayer)]
-    names = {name for layer in layers for name in layer.active_adapters if name in layer.routed_lora_experts}
+    names = {
+        name
+        for layer in layers
+        for name in layer.active_adapters
+        if name in layer.routed_lora_experts
+    }
     if len(names) != 1:
         active = ", ".join(sorted(names)) or "none"
         raise UserError(f"choosing needs one active routed adapter, and there is {active}")
     if any(layer.disable_adapters for layer in layers):
-        raise UserError("choosing needs the adapters enabled: with disable_adapter() all experts are alike")
+        raise UserError(
+            "choosing needs the adapters enabled: with disable_adapter() all experts are alike"
+        )
     name = names.pop()
     return name, [layer for layer in layers if name in layer.routed_lora_experts]
 

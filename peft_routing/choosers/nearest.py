@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from _mergekit_moe_ext_common.errors import UserError
-from peft_routing.choosers.experts import check_known, check_top_k, expert_names, softmax_over_largest
+from peft_routing.choosers.experts import (
+    check_known,
+    check_top_k,
+    expert_names,
+    softmax_over_largest,
+)
 
 
 class Encoder(Protocol):
@@ -29,13 +34,18 @@ class Nearest:
     """
 
     def __init__(
-        self, encoder: Encoder, examples: Mapping[str, Sequence[str]], experts: Sequence[str] | nn.Module
+        self,
+        encoder: Encoder,
+        examples: Mapping[str, Sequence[str]],
+        experts: Sequence[str] | nn.Module,
     ) -> None:
         self.encoder, self.experts = encoder, expert_names(experts)
         check_known(examples, self.experts, "examples")
         if missing := [name for name in self.experts if not examples.get(name)]:
             raise UserError(f"examples: there is none of expert {missing[0]!r}")
-        self.centroids = torch.stack([self._embed(examples[name]).mean(dim=0) for name in self.experts])
+        self.centroids = torch.stack(
+            [self._embed(examples[name]).mean(dim=0) for name in self.experts]
+        )
 
     def __call__(self, texts: Sequence[str], top_k: int = 1) -> Tensor:
         """Coefficients (texts, experts): softmax over the `top_k` largest cosines, the others 0."""

@@ -11,7 +11,9 @@ from peft_routing.choosers.experts import check_known, expert_names
 
 
 def oracle(
-    names: Sequence[str], experts: Sequence[str] | nn.Module, clusters: Mapping[str, Any] | None = None
+    names: Sequence[str],
+    experts: Sequence[str] | nn.Module,
+    clusters: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Coefficients (examples, experts): of each example the expert that `names` says.
 

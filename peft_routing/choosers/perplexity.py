@@ -48,7 +48,9 @@ def perplexity(
     losses = []
     with evaluating(model):
         for rows, experts in zip(
-            scored.repeat_interleave(count).split(rows_at_a_time), each.split(rows_at_a_time), strict=True
+            scored.repeat_interleave(count).split(rows_at_a_time),
+            each.split(rows_at_a_time),
+            strict=True,
         ):
             alone = functional.one_hot(experts, count).to(coefficients.dtype)
             losses.append(prefixes.of(rows).losses(model, alone))

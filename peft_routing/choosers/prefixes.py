@@ -26,9 +26,15 @@ class Prefixes:
     labels: Tensor  # -100 for padding and special tokens
 
     @classmethod
-    def read(cls, input_ids: Tensor, attention_mask: Tensor | None, special_ids: Sequence[int]) -> "Prefixes":
+    def read(
+        cls, input_ids: Tensor, attention_mask: Tensor | None, special_ids: Sequence[int]
+    ) -> "Prefixes":
         """`ValueError` if the mask is not the input's."""
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        real = (
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
         if input_ids.ndim != 2 or real.shape != input_ids.shape:
             raise ValueError(
                 "input_ids and attention_mask are (batch, length), not "
@@ -36,7 +42,9 @@ class Prefixes:
             )
         order = real.long().argsort(dim=1, descending=True, stable=True)
         ids, mask = input_ids.gather(1, order), real.gather(1, order)
-        special = torch.isin(ids, torch.tensor(list(special_ids), dtype=ids.dtype, device=ids.device))
+        special = torch.isin(
+            ids, torch.tensor(list(special_ids), dtype=ids.dtype, device=ids.device)
+        )
         return cls(ids, mask.long(), ids.masked_fill(~mask | special, -100))
 
     def of(self, rows: Tensor) -> "Prefixes":
@@ -54,7 +62,9 @@ class Prefixes:
 
     def losses(self, model: Any, coefficients: Tensor) -> Tensor:
         """(batch,): the mean negative log-likelihood of the scored tokens, in nats."""
-        output = model(input_ids=self.ids, attention_mask=self.mask, coefficients=coefficients, use_cache=False)
+        output = model(
+            input_ids=self.ids, attention_mask=self.mask, coefficients=coefficients, use_cache=False
+        )
         return torch.stack(  # one by one: in float32 the logits are large
             [
                 functional.cross_entropy(wide(logits[:-1]), labels[1:])
@@ -64,9 +74,15 @@ class Prefixes:
 
 
 def check_language_model(model: Any) -> None:
-    config, can_generate = getattr(model, "config", None), getattr(model, "can_generate", lambda: False)
+    config, can_generate = (
+        getattr(model, "config", None),
+        getattr(model, "can_generate", lambda: False),
+    )
     if getattr(config, "is_encoder_decoder", False) or not can_generate():
-        raise UserError("this chooser needs a causal language model, which predicts the tokens of its own prompt")
+        raise UserError(
+            "this chooser needs a causal language model, which predicts the tokens of its own "
+            "prompt"
+        )
 
 
 @contextmanager

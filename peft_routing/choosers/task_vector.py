@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from peft_routing.choosers.experts import active_adapter, check_top_k, expert_names, softmax_over_largest
+from peft_routing.choosers.experts import (
+    active_adapter,
+    check_top_k,
+    expert_names,
+    softmax_over_largest,
+)
 from peft_routing.choosers.prefixes import Prefixes, check_language_model, evaluating
 from peft_routing.layer import updates
 from peft_routing.routers import wide
@@ -68,7 +73,9 @@ def _update_lengths(model: Any, device: torch.device) -> Tensor:
         pairs, scalings = updates(experts.factors(), experts.site)
         a = pad_sequence([wide(a) for a, _ in pairs], batch_first=True)  # (experts, rank, in)
         b = pad_sequence([wide(b).T for _, b in pairs], batch_first=True)
-        square = ((a @ a.mT) * (b @ b.mT)).sum(dim=(1, 2)) * torch.tensor(scalings, device=a.device) ** 2
+        square = ((a @ a.mT) * (b @ b.mT)).sum(dim=(1, 2)) * torch.tensor(
+            scalings, device=a.device
+        ) ** 2
         squares = squares + square.to(device)
     return squares.clamp(min=0).sqrt()
 
@@ -84,7 +91,9 @@ def _cosines(model: Any, prefixes: Prefixes, update_lengths: Tensor) -> Tensor:
         return embedded[-1]
 
     handles = [model.get_input_embeddings().register_forward_hook(embed)]
-    handles += [layer.get_base_layer().register_forward_hook(products.watch(layer)) for layer in layers]
+    handles += [
+        layer.get_base_layer().register_forward_hook(products.watch(layer)) for layer in layers
+    ]
     try:
         base = torch.zeros(len(update_lengths), device=prefixes.ids.device)
         losses = prefixes.losses(model, base)
@@ -144,16 +153,21 @@ class _Products:
         experts = runs.layer.experts_of(self.adapter)
         a, b = wide(experts.A), wide(experts.B)
         of_ranks = ((x.to(a.dtype) @ a.T) * (delta.to(b.dtype) @ b.mT)).sum(dim=1)
-        of_experts = torch.zeros(self.batch, len(experts.site.ranks), dtype=of_ranks.dtype, device=of_ranks.device)
+        of_experts = torch.zeros(
+            self.batch, len(experts.site.ranks), dtype=of_ranks.dtype, device=of_ranks.device
+        )
         of_experts = of_experts.index_add(1, experts.owners, of_ranks)
         of_experts = of_experts * experts.scalings(of_experts.dtype, of_experts.device)
         if general := experts.site.general:
-            of_experts = of_experts[:, :-general] - of_experts[:, -general:].mean(dim=1, keepdim=True)
+            of_experts = of_experts[:, :-general] - of_experts[:, -general:].mean(
+                dim=1, keepdim=True
+            )
         self.between = self.between + of_experts.to(self.between.device)
         self.gradients = self.gradients + squared_norms(x, delta).to(self.gradients.device)
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """(batch, tokens, features) of all runs of a module, one after the other along the tokens."""
+        """(batch, tokens, features) of all runs of a module, one after the other along the
+        tokens."""
         return wide(torch.cat([self._by_sequence(part) for part in parts], dim=1))
 
     def _by_sequence(self, values: Tensor) -> Tensor:
@@ -179,4 +193,6 @@ def squared_norms(x: Tensor, delta: Tensor) -> Tensor:
     tokens, size_in, size_out = x.shape[1], x.shape[2], delta.shape[2]
     if tokens * (size_in + size_out) <= size_in * size_out:
         return ((x @ x.mT) * (delta @ delta.mT)).sum(dim=(1, 2))
-    return torch.stack([(one.T @ other).square().sum() for one, other in zip(delta, x, strict=True)])
+    return torch.stack(
+        [(one.T @ other).square().sum() for one, other in zip(delta, x, strict=True)]
+    )

@@ -49,9 +49,13 @@ class Router(nn.Module):
     options: ClassVar[Any] = RouterOptions
     is_shared: ClassVar[bool] = False  # one for the whole model, not one per adapted module
     is_simplex: ClassVar[bool] = True  # coefficients are a softmax; the load can be balanced
-    mixing: ClassVar[Literal["full", "low_rank"]] = "low_rank"  # by default, where ranks and targets agree
+    mixing: ClassVar[Literal["full", "low_rank"]] = (
+        "low_rank"  # by default, where ranks and targets agree
+    )
     top_k: ClassVar[int | None] = None  # by default
-    rows: ClassVar[dict[str, str]] = {"weight": "expert"}  # parameters with a row per "expert" or "cluster"
+    rows: ClassVar[dict[str, str]] = {
+        "weight": "expert"
+    }  # parameters with a row per "expert" or "cluster"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -92,7 +96,9 @@ class Router(nn.Module):
         """`UserError` for options that this router does not take or cannot work with."""
         cls.options_of(config)
         if config.router_aux_loss_coef and not (cls.uses_input(config) and cls.is_simplex):
-            raise UserError(f"router={cls.name!r} has no load to balance: leave router_aux_loss_coef at 0")
+            raise UserError(
+                f"router={cls.name!r} has no load to balance: leave router_aux_loss_coef at 0"
+            )
 
     @property
     def kept(self) -> int | None:
@@ -122,7 +128,9 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return self.coefficients(self.scores(hidden))
 
-    def start(self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str) -> None:
+    def start(
+        self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str
+    ) -> None:
         """Set what depends on the experts, when they are composed.
 
         `factors` are A (rank, in) and B (out, rank) of each, `scalings` what B A is multiplied by.
@@ -185,11 +193,16 @@ def find_router(name: str) -> type[Router]:
     """The router of that name. `UserError` if there is none."""
     if name not in _ROUTERS and name not in all_routers():
         known = ", ".join(sorted(_ROUTERS))
-        raise UserError(f"there is no router {name!r}; there are {known}. One of your own must be imported first")
+        raise UserError(
+            f"there is no router {name!r}; there are {known}. One of your own must be imported "
+            "first"
+        )
     return _ROUTERS[name]
 
 
 def _hint_at_takers(option: str) -> str:
     """The routers that have an option of this name, in words; empty if none has."""
-    takers = [name for name, router in all_routers().items() if option in option_names(router.options)]
+    takers = [
+        name for name, router in all_routers().items() if option in option_names(router.options)
+    ]
     return f"it is one of {', '.join(takers)}" if takers else ""

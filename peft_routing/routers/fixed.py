@@ -49,7 +49,9 @@ class FixedRouter(Router):
             raise UserError("router='fixed' needs weights={'math': 0.7, 'code': 0.3}")
         if isinstance(weights, dict):
             if unknown := weights.keys() - set(experts):
-                raise UserError(f"weights: there is no expert {min(unknown)!r}; there are {', '.join(experts)}")
+                raise UserError(
+                    f"weights: there is no expert {min(unknown)!r}; there are {', '.join(experts)}"
+                )
             weights = [weights.get(name, math.nan) for name in experts]
         try:
             return [float(weight) for weight in weights]

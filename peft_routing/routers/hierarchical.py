@@ -71,7 +71,9 @@ class HierarchicalRouter(LinearRouter):
         return torch.exp(logits - of_others.logsumexp(dim=-1))
 
     @torch.no_grad()
-    def start(self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str) -> None:
+    def start(
+        self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str
+    ) -> None:
         if not self.from_arrow:
             return
         merged = []
@@ -84,4 +86,6 @@ class HierarchicalRouter(LinearRouter):
             else:  # the sum of the updates, as one update of the summed rank
                 merged.append((torch.cat(down), torch.cat(up, dim=1)))
         vectors = top_right_singular_vectors(merged)
-        self.weight = nn.Parameter(vectors.to(torch.float32), requires_grad=self.weight.requires_grad)
+        self.weight = nn.Parameter(
+            vectors.to(torch.float32), requires_grad=self.weight.requires_grad
+        )

@@ -42,7 +42,9 @@ class LinearRouter(Router):
         if from_arrow and not absolute:
             raise UserError("init='arrow' is score='abs': singular vectors have no sign")
         if absolute and not from_arrow:
-            raise UserError("score='abs' has no gradient where all rows are 0: use it with init='arrow'")
+            raise UserError(
+                "score='abs' has no gradient where all rows are 0: use it with init='arrow'"
+            )
 
     @classmethod
     def start_and_score(cls, config: RouterSettings) -> tuple[bool, bool]:
@@ -60,10 +62,14 @@ class LinearRouter(Router):
         return products.abs() if self.absolute else products
 
     @torch.no_grad()
-    def start(self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str) -> None:
+    def start(
+        self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str
+    ) -> None:
         if self.from_arrow:
             vectors = top_right_singular_vectors(factors)
-            self.weight = nn.Parameter(vectors.to(torch.float32), requires_grad=self.weight.requires_grad)
+            self.weight = nn.Parameter(
+                vectors.to(torch.float32), requires_grad=self.weight.requires_grad
+            )
 
 
 class ArrowRouter(LinearRouter):

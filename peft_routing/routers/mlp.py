@@ -43,10 +43,14 @@ class MlpRouter(Router):
         self.layers = 2 if options.mlp_layers is None else options.mlp_layers
         start = 0.3 if options.init_lambda is None else options.init_lambda
         if self.layers == 2:
-            self.weight_in = nn.Parameter(torch.randn(in_features, in_features) * _STANDARD_DEVIATION)
+            self.weight_in = nn.Parameter(
+                torch.randn(in_features, in_features) * _STANDARD_DEVIATION
+            )
             self.bias_in = nn.Parameter(torch.zeros(in_features))
         if self.layers:
-            self.weight_out = nn.Parameter(torch.randn(len(experts), in_features) * _STANDARD_DEVIATION)
+            self.weight_out = nn.Parameter(
+                torch.randn(len(experts), in_features) * _STANDARD_DEVIATION
+            )
         self.bias_out = nn.Parameter(torch.full((len(experts),), start))
 
     @classmethod

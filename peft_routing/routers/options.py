@@ -41,7 +41,9 @@ def options_of_names(class_name: str, names: Sequence[str]) -> type:
     return make_dataclass(class_name, fields, frozen=True)
 
 
-def read_options(options: type, values: Mapping[str, Any], where: str, hint: Callable[[str], str]) -> Any:
+def read_options(
+    options: type, values: Mapping[str, Any], where: str, hint: Callable[[str], str]
+) -> Any:
     """An instance of the dataclass `options`, each value in the type that its field declares.
 
     A value that says what is meant is converted: "2" and 2.0 to the integer 2. `UserError` names
@@ -51,7 +53,9 @@ def read_options(options: type, values: Mapping[str, Any], where: str, hint: Cal
     known = option_names(options)
     for name in values:
         if name not in known:
-            raise UserError(f"{name} is not an option of {where}; {hint(name) or nearest(name, known)}")
+            raise UserError(
+                f"{name} is not an option of {where}; {hint(name) or nearest(name, known)}"
+            )
     try:
         return _adapter(options).validate_python(dict(values))
     except pydantic.ValidationError as error:

@@ -18,7 +18,9 @@ def top_right_singular_vectors(factors: Sequence[tuple[Tensor, Tensor]]) -> Tens
     to 1e5, which no trained adapter comes near, nothing is lost.
     """
     in_features = factors[0][0].shape[1]
-    vectors = torch.zeros(len(factors), in_features, dtype=torch.float64, device=factors[0][0].device)
+    vectors = torch.zeros(
+        len(factors), in_features, dtype=torch.float64, device=factors[0][0].device
+    )
     # Updates of one rank go through one batched decomposition: most of its cost is the start.
     by_shape: dict[tuple[int, int], list[int]] = {}
     for index, (a, b) in enumerate(factors):

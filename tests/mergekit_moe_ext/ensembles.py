@@ -1,4 +1,6 @@
-"""Tiny weight-ensembling models, and what they compute written as loops over samples, tokens and experts."""
+"""Tiny weight-ensembling models, and what they compute written as loops over samples, tokens and
+experts.
+"""
 
 from typing import Any
 
@@ -37,21 +39,48 @@ from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 from mergekit_moe_ext.wemoe.groups import ensembled_groups, weighed_tensors
 
 EXPERTS = ("sun", "cars", "dtd")
-_SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 _TEXT = {**_SIZES, "vocab_size": 64, "max_position_embeddings": 96, "pad_token_id": 0}
 _IMAGE = {**_SIZES, "image_size": 12, "patch_size": 4}
 FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**_TEXT, bos_token_id=1, eos_token_id=1, num_key_value_heads=1)),
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig(**_TEXT, bos_token_id=1, eos_token_id=1, num_key_value_heads=1),
+    ),
     "gpt2": (
         GPT2LMHeadModel,
-        GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=96, bos_token_id=1, eos_token_id=1),
+        GPT2Config(
+            vocab_size=64,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=96,
+            bos_token_id=1,
+            eos_token_id=1,
+        ),
     ),
-    "opt": (OPTForCausalLM, OPTConfig(**_TEXT, word_embed_proj_dim=16, ffn_dim=24, bos_token_id=1, eos_token_id=1)),
+    "opt": (
+        OPTForCausalLM,
+        OPTConfig(**_TEXT, word_embed_proj_dim=16, ffn_dim=24, bos_token_id=1, eos_token_id=1),
+    ),
     "bert": (BertForSequenceClassification, BertConfig(**_TEXT, num_labels=4)),
     "bert-masked": (BertForMaskedLM, BertConfig(**_TEXT)),
     "t5": (
         T5ForConditionalGeneration,
-        T5Config(d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=64, decoder_start_token_id=0),
+        T5Config(
+            d_model=16,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            d_kv=8,
+            vocab_size=64,
+            decoder_start_token_id=0,
+        ),
     ),
     "bart": (
         BartForConditionalGeneration,
@@ -78,12 +107,20 @@ FAMILIES = {
     ),
     "llama-tied": (
         LlamaForCausalLM,
-        LlamaConfig(**_TEXT, bos_token_id=1, eos_token_id=1, num_key_value_heads=1, tie_word_embeddings=True),
+        LlamaConfig(
+            **_TEXT, bos_token_id=1, eos_token_id=1, num_key_value_heads=1, tie_word_embeddings=True
+        ),
     ),
     "swin": (
         SwinForImageClassification,
         SwinConfig(
-            image_size=12, patch_size=3, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=2, num_labels=4
+            image_size=12,
+            patch_size=3,
+            embed_dim=8,
+            depths=[1, 1],
+            num_heads=[1, 1],
+            window_size=2,
+            num_labels=4,
         ),
     ),
     "vit": (ViTForImageClassification, ViTConfig(**_IMAGE, num_labels=4)),
@@ -95,7 +132,13 @@ PAIRS = ("t5", "bart")
 
 
 def build(
-    family: str, *, upscale: Any = "mlp", sparsity: float = 0.0, dtype: Any = None, base: Any = None, **ensembling: Any
+    family: str,
+    *,
+    upscale: Any = "mlp",
+    sparsity: float = 0.0,
+    dtype: Any = None,
+    base: Any = None,
+    **ensembling: Any,
 ) -> Any:
     """A model with task vectors and routers drawn at random, in evaluation mode."""
     stock_class, config = FAMILIES[family]
@@ -108,10 +151,15 @@ def build(
         groups = ensembled_groups(stock, upscale, None)
     linears = [] if upscale == "all" else [linear for group in groups.values() for linear in group]
     sizes = {linear: stock.get_submodule(linear).weight.numel() for linear in linears}
-    kept = {linear: round((1 - sparsity) * size) for linear, size in sizes.items()} if sparsity else {}
-    values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "dtype")}
+    kept = (
+        {linear: round((1 - sparsity) * size) for linear, size in sizes.items()} if sparsity else {}
+    )
+    values = {
+        key: value for key, value in config.to_dict().items() if key not in ("model_type", "dtype")
+    }
     ours = config_class(type(config))(
-        **values, ensembling={"experts": list(EXPERTS), "groups": groups, "kept": kept, **ensembling}
+        **values,
+        ensembling={"experts": list(EXPERTS), "groups": groups, "kept": kept, **ensembling},
     )
     ours._attn_implementation = config._attn_implementation
     model = model_class(stock_class)(ours)
@@ -139,7 +187,9 @@ def _draw_vectors(module: Any) -> None:
     for expert in range(len(EXPERTS)):
         places = torch.randperm(rows * width)[: module.kept].sort().values
         module.columns[expert] = (places % width).to(module.columns.dtype)
-        module.row_ends[expert] = torch.tensor([int((places < (row + 1) * width).sum()) for row in range(rows)])
+        module.row_ends[expert] = torch.tensor(
+            [int((places < (row + 1) * width).sum()) for row in range(rows)]
+        )
 
 
 def inputs_of(family: str, samples: int = 3, tokens: int = 9, seed: int = 0) -> dict[str, Tensor]:
@@ -168,7 +218,9 @@ def task_vectors(model: Any, linear: str) -> list[Tensor]:
     if module.kept is None:
         return list(module.vectors)
     found = []
-    for values, columns, ends in zip(module.values, module.columns.long(), module.row_ends, strict=True):
+    for values, columns, ends in zip(
+        module.values, module.columns.long(), module.row_ends, strict=True
+    ):
         dense, start = torch.zeros_like(module.weight), 0
         for row, end in enumerate(ends.tolist()):
             for place in range(start, end):
@@ -180,7 +232,9 @@ def task_vectors(model: Any, linear: str) -> list[Tensor]:
 
 def route(model: Any, group: str, h: Tensor) -> Tensor:
     """Equations 3 and 4 for one token."""
-    index = "0" if model.ensembling.shared_router else str(list(model.ensembling.groups).index(group))
+    index = (
+        "0" if model.ensembling.shared_router else str(list(model.ensembling.groups).index(group))
+    )
     router = model.routers[index]
     if model.ensembling.router_layers == 2:
         h = torch.relu(router.hidden.weight @ h + router.hidden.bias)
@@ -196,10 +250,13 @@ def stock_of(model: Any, family: str) -> Any:
     return stock
 
 
-def weights_of_sample(model: Any, family: str, sample: dict[str, Tensor], prefix: Tensor) -> dict[str, Tensor]:
+def weights_of_sample(
+    model: Any, family: str, sample: dict[str, Tensor], prefix: Tensor
+) -> dict[str, Tensor]:
     """Equations 1 and 2 for one sample: every ensembled weight, materialised.
 
-    A group's input depends on the groups before it only, so each pass through the stock model finds one more group's.
+    A group's input depends on the groups before it only, so each pass through the stock model finds
+    one more group's.
     `prefix`: which tokens have a part in the mean.
     """
     stock, found, ready = stock_of(model, family), {}, []
@@ -220,7 +277,11 @@ def weights_of_sample(model: Any, family: str, sample: dict[str, Tensor], prefix
         group, h = list(seen.items())[len(ready)]
         tokens = h.reshape(-1, h.shape[-1])
         chosen = prefix if prefix is not None else torch.ones(len(tokens), dtype=torch.bool)
-        outputs = [route(model, group, token) for token, counts in zip(tokens, chosen, strict=True) if counts]
+        outputs = [
+            route(model, group, token)
+            for token, counts in zip(tokens, chosen, strict=True)
+            if counts
+        ]
         w = sum(outputs) / len(outputs)
         for linear in model.ensembling.groups[group]:
             module = stock.get_submodule(linear)
@@ -237,28 +298,40 @@ def weights_of_sample(model: Any, family: str, sample: dict[str, Tensor], prefix
 
 
 def with_constants(model: Any, family: str) -> tuple[Any, dict[str, Tensor]]:
-    """The stock model, and each parameter of it as the base's plus coefficients times task vectors (B.1)."""
+    """The stock model, and each parameter of it as the base's plus coefficients times task vectors
+    (B.1).
+    """
     stock, state, found = stock_of(model, family), model.state_dict(), {}
     for name in dict(stock.named_parameters()):
         if name in model.ensembling.groups:
             c = route(model, name, torch.empty(0))
-            found[name] = state[name] + sum(w * vector for w, vector in zip(c, state[vectors_of(name)], strict=True))
+            found[name] = state[name] + sum(
+                w * vector for w, vector in zip(c, state[vectors_of(name)], strict=True)
+            )
     for tied, name in stock.all_tied_weights_keys.items():
         found[tied] = found[name]
     return stock, found
 
 
-def by_samples(model: Any, family: str, inputs: dict[str, Tensor], routing_tokens: int | None = None) -> Tensor:
+def by_samples(
+    model: Any, family: str, inputs: dict[str, Tensor], routing_tokens: int | None = None
+) -> Tensor:
     """The model's first output, sample by sample."""
     stock, outputs = stock_of(model, family), []
     for row in range(len(next(iter(inputs.values())))):
         sample = {name: value[row : row + 1] for name, value in inputs.items()}
         prefix = None
         if "input_ids" in sample:
-            real = sample.get("attention_mask", torch.ones_like(sample["input_ids"]))[0].bool().tolist()
+            real = (
+                sample.get("attention_mask", torch.ones_like(sample["input_ids"]))[0]
+                .bool()
+                .tolist()
+            )
             before = [sum(real[: index + 1]) for index in range(len(real))]
             limit = routing_tokens or len(real)
-            prefix = torch.tensor([is_real and n <= limit for is_real, n in zip(real, before, strict=True)])
+            prefix = torch.tensor(
+                [is_real and n <= limit for is_real, n in zip(real, before, strict=True)]
+            )
         weights = weights_of_sample(model, family, sample, prefix)
         outputs.append(functional_call(stock, weights, kwargs=sample)[0])
     return torch.cat(outputs)
@@ -267,27 +340,42 @@ def by_samples(model: Any, family: str, inputs: dict[str, Tensor], routing_token
 class ByTokens(nn.Module):
     """A linear module that materialises its weights for every token of every sample."""
 
-    def __init__(self, base: Any, model: Any, linear: str, chosen: dict[str, Any], group: str) -> None:
+    def __init__(
+        self, base: Any, model: Any, linear: str, chosen: dict[str, Any], group: str
+    ) -> None:
         super().__init__()
-        self.weight, self.bias, self.is_transposed = base.weight, base.bias, isinstance(base, Conv1D)
+        self.weight, self.bias, self.is_transposed = (
+            base.weight,
+            base.bias,
+            isinstance(base, Conv1D),
+        )
         self.vectors = task_vectors(model, linear)
-        self.bias_vectors = [] if base.bias is None else list(model.get_submodule(linear).bias_vectors)
+        self.bias_vectors = (
+            [] if base.bias is None else list(model.get_submodule(linear).bias_vectors)
+        )
         self.chosen, self.group = chosen, group
 
     def forward(self, x: Tensor) -> Tensor:
         rows = []
         for sample, coefficients in zip(x, self.chosen[self.group], strict=True):
             for token, c in zip(sample, coefficients, strict=True):
-                weight = self.weight + sum(w * vector for w, vector in zip(c, self.vectors, strict=True))
+                weight = self.weight + sum(
+                    w * vector for w, vector in zip(c, self.vectors, strict=True)
+                )
                 y = token @ weight if self.is_transposed else weight @ token
                 if self.bias is not None:
-                    y = y + self.bias + sum(w * vector for w, vector in zip(c, self.bias_vectors, strict=True))
+                    y = (
+                        y
+                        + self.bias
+                        + sum(w * vector for w, vector in zip(c, self.bias_vectors, strict=True))
+                    )
                 rows.append(y)
         return torch.stack(rows).view(*x.shape[:-1], -1)
 
 
 def by_tokens(model: Any, family: str, inputs: dict[str, Tensor]) -> Tensor:
-    """The model's first output where every position of a decoder has the mean over those up to it."""
+    """The model's first output where every position of a decoder has the mean over those up to
+    it."""
     stock, chosen = stock_of(model, family), {}
 
     def choose(group: str, h: Tensor) -> None:
@@ -302,7 +390,9 @@ def by_tokens(model: Any, family: str, inputs: dict[str, Tensor]) -> Tensor:
             for position in range(len(sample)):
                 ends = len(sample) if in_encoder else position + 1
                 counted = [outputs[i] for i in range(ends) if is_real[i]]
-                per_token.append(sum(counted) / len(counted) if counted else torch.zeros(len(EXPERTS)))
+                per_token.append(
+                    sum(counted) / len(counted) if counted else torch.zeros(len(EXPERTS))
+                )
             chosen[group].append(per_token)
 
     for group, linears in model.ensembling.groups.items():
@@ -311,6 +401,7 @@ def by_tokens(model: Any, family: str, inputs: dict[str, Tensor]) -> Tensor:
             replaced = ByTokens(stock.get_submodule(linear), model, linear, chosen, group)
             setattr(stock.get_submodule(parent), last, replaced)
         stock.get_submodule(group).register_forward_pre_hook(
-            lambda _module, args, kwargs, group=group: choose(group, (*args, *kwargs.values())[0]), with_kwargs=True
+            lambda _module, args, kwargs, group=group: choose(group, (*args, *kwargs.values())[0]),
+            with_kwargs=True,
         )
     return stock(**inputs)[0]

@@ -14,8 +14,11 @@ VOCAB = TINY["vocab_size"]
 
 
 def dense(seed=0, family="llama", **config):
-    """A decoder with weights so large, and norms and biases so uneven, that no two predict alike."""
-    config = AutoConfig.for_model(family, **{**TINY, **SPECIAL_TOKENS, "num_hidden_layers": 2, **config})
+    """A decoder with weights so large, and norms and biases so uneven, that no two predict
+    alike."""
+    config = AutoConfig.for_model(
+        family, **{**TINY, **SPECIAL_TOKENS, "num_hidden_layers": 2, **config}
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -44,11 +47,17 @@ def _config_of(source):
         values.pop(key, None)
     if "final_logit_softcapping" in source.config.to_dict():
         values["final_logit_softcapping"] = None
-    return {**values, "model_type": source.config.model_type, "architectures": [type(source).__name__]}
+    return {
+        **values,
+        "model_type": source.config.model_type,
+        "architectures": [type(source).__name__],
+    }
 
 
 def mixture(sources, embed=None, head=None, **config):
-    """A sequence MoE of copies of these decoders; with `embed` and `head`, which all experts then share."""
+    """A sequence MoE of copies of these decoders; with `embed` and `head`, which all experts then
+    share.
+    """
     config = SequenceMoEConfig(
         **{
             "experts": [_config_of(source) for source in sources],
@@ -56,7 +65,9 @@ def mixture(sources, embed=None, head=None, **config):
             "vocab_size": VOCAB,
             "experts_per_sequence": len(sources) if config.get("routing") == "uniform" else 2,
             "embedding": "separate" if embed is None else "shared",
-            "logit_softcaps": [getattr(source.config, "final_logit_softcapping", None) for source in sources],
+            "logit_softcaps": [
+                getattr(source.config, "final_logit_softcapping", None) for source in sources
+            ],
             "special_token_ids": [PAD, EOS],
             "tie_word_embeddings": False,
             **SPECIAL_TOKENS,
@@ -83,7 +94,9 @@ def words(rows=4, length=12, seed=0):
 
 
 def padded(ids, padding, side):
-    """Each row's first or last tokens, as many as `padding` says, overwritten by padding; and the mask."""
+    """Each row's first or last tokens, as many as `padding` says, overwritten by padding; and the
+    mask.
+    """
     ids, mask = ids.clone(), torch.ones_like(ids)
     for row, number in enumerate(padding):
         where = slice(0, number) if side == "left" else slice(ids.shape[1] - number, None)
@@ -92,7 +105,8 @@ def padded(ids, padding, side):
 
 
 def logits_of(source, ids, mask=None):
-    """What a decoder alone predicts; positions are counted from the first token that is no padding."""
+    """What a decoder alone predicts; positions are counted from the first token that is no
+    padding."""
     more = {}
     if mask is not None and "position_ids" in inspect.signature(source.forward).parameters:
         more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}

@@ -18,7 +18,9 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def has_native_adapters() -> bool:
-    """Whether transformers loads adapters itself (`model.load_adapter`), for which it may want a newer PEFT."""
+    """Whether transformers loads adapters itself (`model.load_adapter`), for which it may want a
+    newer PEFT.
+    """
     return Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
 
 
@@ -36,7 +38,13 @@ def make_base(family: str = "llama", dtype: Any = torch.float32, **config: Any) 
 
 def save_lora(path: Path, seed: int, base: Any = None, **config: Any) -> Path:
     """A LoRA adapter with random factors, both of them."""
-    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **config}
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": TARGETS,
+        "task_type": "CAUSAL_LM",
+        **config,
+    }
     model = get_peft_model(make_base() if base is None else base, LoraConfig(**config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Choosers against plain loops: each expert as a PEFT model of its own, gradients and updates written out."""
+"""Choosers against plain loops: each expert as a PEFT model of its own, gradients and updates
+written out.
+"""
 
 import copy
 import functools
@@ -9,12 +11,22 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from peft_routing import RoutedLoraConfig, given_coefficients
 from peft_routing.choosers import Nearest, oracle, perplexity, task_vector
 from peft_routing.choosers.task_vector import squared_norms
-from tests.peft_routing.adapters import make_base, save_experts, save_lora, skip_without_native_adapters
+from tests.peft_routing.adapters import (
+    make_base,
+    save_experts,
+    save_lora,
+    skip_without_native_adapters,
+)
 from tests.tokenizers import save_tokenizer
 
 LENGTHS = (7, 4, 2, 1)
@@ -26,7 +38,10 @@ NAMES = ["math", "code", "law", "art"]
 
 def padded(side="right", prompts=PROMPTS, fill=0):
     length = max(map(len, prompts))
-    ids, mask = torch.full((len(prompts), length), fill), torch.zeros(len(prompts), length, dtype=torch.long)
+    ids, mask = (
+        torch.full((len(prompts), length), fill),
+        torch.zeros(len(prompts), length, dtype=torch.long),
+    )
     for row, prompt in enumerate(prompts):
         place = slice(0, len(prompt)) if side == "right" else slice(length - len(prompt), length)
         ids[row, place], mask[row, place] = prompt, 1
@@ -39,21 +54,33 @@ def experts(tmp_path_factory):
     root = tmp_path_factory.mktemp("experts")
     kinds: dict[str, dict[str, Any]] = {
         "math": {},
-        "code": {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["o_proj", "q_proj"]},
+        "code": {
+            "r": 2,
+            "lora_alpha": 3,
+            "use_rslora": True,
+            "target_modules": ["o_proj", "q_proj"],
+        },
         "law": {"target_modules": ["down_proj"]},
         "art": {"rank_pattern": {"v_proj": 3}},
     }
-    return {name: str(save_lora(root / name, seed, **kind)) for seed, (name, kind) in enumerate(kinds.items(), 1)}
+    return {
+        name: str(save_lora(root / name, seed, **kind))
+        for seed, (name, kind) in enumerate(kinds.items(), 1)
+    }
 
 
 def routed(experts, base=None, **options):
     options = {"router": "arrow", "top_k": 1, **options}
-    return get_peft_model(make_base() if base is None else base, RoutedLoraConfig(experts=experts, **options)).eval()
+    return get_peft_model(
+        make_base() if base is None else base, RoutedLoraConfig(experts=experts, **options)
+    ).eval()
 
 
 def softmax_of_the_best(values, top_k):
     order = sorted(range(len(values)), key=lambda i: -values[i])[:top_k]
-    weights = functional.softmax(torch.tensor([values[i] for i in order], dtype=torch.float64), dim=0)
+    weights = functional.softmax(
+        torch.tensor([values[i] for i in order], dtype=torch.float64), dim=0
+    )
     result = torch.zeros(len(values), dtype=torch.float64)
     for i, weight in zip(order, weights, strict=True):
         result[i] = weight
@@ -93,20 +120,25 @@ def cosines(experts, prompt, special):
     gradients = torch.autograd.grad(base(input_ids=ids, labels=labels).loss, list(weights.values()))
     found = []
     for name in experts:
-        update = [of.get(name, torch.zeros_like(weights[key])).flatten() for key, of in touched.items()]
+        update = [
+            of.get(name, torch.zeros_like(weights[key])).flatten() for key, of in touched.items()
+        ]
         gradient = torch.cat([-g.flatten() for g in gradients])
         found.append(functional.cosine_similarity(gradient, torch.cat(update), dim=0).item())
     return found
 
 
-@pytest.mark.parametrize("special", [(), (int(PROMPTS[0][3]), int(PROMPTS[1][0]), int(PROMPTS[2][1]))], ids=bool)
+@pytest.mark.parametrize(
+    "special", [(), (int(PROMPTS[0][3]), int(PROMPTS[1][0]), int(PROMPTS[2][1]))], ids=bool
+)
 @pytest.mark.parametrize(("choose", "by_hand"), [(perplexity, reciprocals), (task_vector, cosines)])
 def test_they_are_the_plain_loops(experts, choose, by_hand, special):
     values = [by_hand(experts, prompt, special) for prompt in PROMPTS]
     assert values[-1] is None
     for top_k in (None, 1, 2):
         expected = [
-            torch.full((4,), 0.25) if value is None else softmax_of_the_best(value, top_k or 4) for value in values
+            torch.full((4,), 0.25) if value is None else softmax_of_the_best(value, top_k or 4)
+            for value in values
         ]
         given = choose(routed(experts), **padded(), special_ids=special, top_k=top_k)
         torch.testing.assert_close(given, torch.stack(expected), atol=1e-5, rtol=1e-5)
@@ -119,7 +151,10 @@ def test_padding_and_company_change_nothing(tmp_path, choose, family):
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
     base = make_base("gpt2", **sizes) if family == "gpt2" else make_base()
     targets = ["c_attn", "mlp.c_proj"] if family == "gpt2" else ["q_proj", "down_proj"]
-    paths = {str(i): str(save_lora(tmp_path / str(i), i, copy.deepcopy(base), target_modules=targets)) for i in (1, 2)}
+    paths = {
+        str(i): str(save_lora(tmp_path / str(i), i, copy.deepcopy(base), target_modules=targets))
+        for i in (1, 2)
+    }
     model = routed(paths, base)
     one_by_one = torch.cat([choose(model, prompt[None]) for prompt in PROMPTS])
     holes = torch.tensor([[1, 0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 1]])
@@ -136,7 +171,9 @@ def test_padding_and_company_change_nothing(tmp_path, choose, family):
 def test_what_a_tokenizer_returns_goes_straight_in(experts, choose, tmp_path):
     save_tokenizer(tmp_path, 96)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
-    batch = tokenizer(["w5 w6 w7 w8", "w9 w10"], return_tensors="pt", padding=True, return_token_type_ids=True)
+    batch = tokenizer(
+        ["w5 w6 w7 w8", "w9 w10"], return_tensors="pt", padding=True, return_token_type_ids=True
+    )
     model = routed(experts)
     coefficients = choose(model, **batch, top_k=1, special_ids=tokenizer.all_special_ids)
     batch.pop("token_type_ids")
@@ -145,7 +182,9 @@ def test_what_a_tokenizer_returns_goes_straight_in(experts, choose, tmp_path):
         one = PeftModel.from_pretrained(make_base(), experts[NAMES[int(weights.argmax())]]).eval()
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
         expected = one.generate(input_ids=ids, do_sample=False, max_new_tokens=4)[:, ids.shape[1] :]
-        assert torch.equal(together[row : row + 1, batch["input_ids"].shape[1] :][:, : expected.shape[1]], expected)
+        assert torch.equal(
+            together[row : row + 1, batch["input_ids"].shape[1] :][:, : expected.shape[1]], expected
+        )
 
 
 @pytest.mark.parametrize("choose", CHOOSERS)
@@ -171,7 +210,9 @@ def test_one_expert_is_it(experts, choose):
 def test_an_expert_without_an_update_has_the_cosine_0(experts, tmp_path):
     base = make_base()
     empty = save_lora(tmp_path, 9)
-    model = get_peft_model(base, RoutedLoraConfig(experts={**experts, "none": str(empty)}, router="uniform")).eval()
+    model = get_peft_model(
+        base, RoutedLoraConfig(experts={**experts, "none": str(empty)}, router="uniform")
+    ).eval()
     for module in model.modules():
         if hasattr(module, "routed_lora_experts"):
             with torch.no_grad():
@@ -180,7 +221,9 @@ def test_an_expert_without_an_update_has_the_cosine_0(experts, tmp_path):
     shares = given[:, :4] / given[:, :4].sum(dim=1, keepdim=True)
     torch.testing.assert_close(shares[:3], without[:3], atol=1e-5, rtol=1e-4)
     values = cosines(experts, PROMPTS[0], ())
-    torch.testing.assert_close(given[0], softmax_of_the_best([*values, 0.0], 5), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        given[0], softmax_of_the_best([*values, 0.0], 5), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("choose", CHOOSERS)
@@ -199,10 +242,16 @@ def test_nothing_of_the_model_is_changed(experts, choose, around):
     model.train()
     model.get_base_model().model.layers[0].eval()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    before = {name: (module.training, len(module._forward_hooks)) for name, module in model.named_modules()}
+    before = {
+        name: (module.training, len(module._forward_hooks))
+        for name, module in model.named_modules()
+    }
     with around():
         torch.testing.assert_close(choose(model, **padded()), expected)
-    after = {name: (module.training, len(module._forward_hooks)) for name, module in model.named_modules()}
+    after = {
+        name: (module.training, len(module._forward_hooks))
+        for name, module in model.named_modules()
+    }
     assert after == before
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(model.eval()(input_ids=PROMPTS[0][None]).logits, logits)
@@ -238,7 +287,10 @@ def test_a_module_that_runs_twice_has_one_gradient(tmp_path):
         return base
 
     paths = {
-        str(i): str(save_lora(tmp_path / str(i), i, make(), target_modules=["layers.0.mlp.down_proj"])) for i in (1, 2)
+        str(i): str(
+            save_lora(tmp_path / str(i), i, make(), target_modules=["layers.0.mlp.down_proj"])
+        )
+        for i in (1, 2)
     }
     model = routed(paths, make())
     layers = model.get_base_model().model.layers
@@ -249,8 +301,13 @@ def test_a_module_that_runs_twice_has_one_gradient(tmp_path):
     (gradient,) = torch.autograd.grad(base(input_ids=ids, labels=ids).loss, [weight])
     experts = layers[0].mlp.down_proj.experts_of("default")
     updates = [b.double() @ a.double() for a, b in experts.factors()]
-    values = [functional.cosine_similarity(-gradient.flatten(), u.flatten(), dim=0).item() for u in updates]
-    torch.testing.assert_close(task_vector(model, ids)[0], softmax_of_the_best(values, 2), atol=1e-6, rtol=0)
+    values = [
+        functional.cosine_similarity(-gradient.flatten(), u.flatten(), dim=0).item()
+        for u in updates
+    ]
+    torch.testing.assert_close(
+        task_vector(model, ids)[0], softmax_of_the_best(values, 2), atol=1e-6, rtol=0
+    )
 
 
 def test_tokens_without_a_batch_are_taken_one_sequence_at_a_time(tmp_path):
@@ -273,7 +330,8 @@ def test_tokens_without_a_batch_are_taken_one_sequence_at_a_time(tmp_path):
     for flat in (False, True):
         targets = ["inner"] if flat else ["down_proj"]
         paths = {
-            str(i): str(save_lora(tmp_path / f"{flat}{i}", i, make(flat), target_modules=targets)) for i in (1, 2)
+            str(i): str(save_lora(tmp_path / f"{flat}{i}", i, make(flat), target_modules=targets))
+            for i in (1, 2)
         }
         chosen.append(routed(paths, make(flat)))
     expected = task_vector(chosen[0], **padded())
@@ -284,18 +342,35 @@ def test_tokens_without_a_batch_are_taken_one_sequence_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_both_ways_to_a_gradient_s_norm(tokens):
-    x, delta = torch.randn(2, tokens, 6, dtype=torch.float64), torch.randn(2, tokens, 5, dtype=torch.float64)
+    x, delta = (
+        torch.randn(2, tokens, 6, dtype=torch.float64),
+        torch.randn(2, tokens, 5, dtype=torch.float64),
+    )
     expected = torch.einsum("bti,bto->boi", x, delta).flatten(1).norm(dim=1) ** 2
     torch.testing.assert_close(squared_norms(x, delta), expected)
 
 
 def classifier():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", vocab_size=96, **sizes))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    return AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("bert", vocab_size=96, **sizes)
+    )
 
 
 def encoder_decoder():
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 96}
+    sizes = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 1,
+        "num_heads": 4,
+        "vocab_size": 96,
+    }
     return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
 
 
@@ -303,7 +378,9 @@ def encoder_decoder():
 def test_what_cannot_choose_is_refused(experts, choose, tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     for make, targets in ((classifier, ["query"]), (encoder_decoder, ["q"])):
-        path = save_lora(tmp_path / make.__name__, 1, make(), target_modules=targets, task_type=None)
+        path = save_lora(
+            tmp_path / make.__name__, 1, make(), target_modules=targets, task_type=None
+        )
         with pytest.raises(ValueError, match="needs a causal language model"):
             choose(routed([str(path)], make()), ids)
     model = routed(experts)
@@ -337,8 +414,16 @@ def test_the_oracle_knows(experts):
     [
         (["maths"], None, "names: there is no expert 'maths'; did you mean 'math'"),
         (["xyz"], None, "there is no expert 'xyz'; there are math, code, law, art"),
-        (["law"], {"math": 0, "code": 0, "law": 1}, "clusters: every expert has one, and 'art' has none"),
-        (["law"], dict.fromkeys([*NAMES, "arts"], 0), "clusters: there is no expert 'arts'; did you mean 'art'"),
+        (
+            ["law"],
+            {"math": 0, "code": 0, "law": 1},
+            "clusters: every expert has one, and 'art' has none",
+        ),
+        (
+            ["law"],
+            dict.fromkeys([*NAMES, "arts"], 0),
+            "clusters: there is no expert 'arts'; did you mean 'art'",
+        ),
     ],
 )
 def test_the_oracle_is_asked_for_what_there_is(names, clusters, message):
@@ -353,7 +438,9 @@ class Letters:
         self.as_array = as_array
 
     def encode(self, sentences):
-        counts = torch.tensor([[float(text.count(letter)) for letter in "abcd"] for text in sentences])
+        counts = torch.tensor(
+            [[float(text.count(letter)) for letter in "abcd"] for text in sentences]
+        )
         return counts.numpy() if self.as_array else counts.bfloat16()
 
 
@@ -382,5 +469,13 @@ def test_every_expert_has_examples(examples, message):
 
 @pytest.mark.parametrize("choose", CHOOSERS)
 def test_they_take_the_same(choose):
-    expected = ["model", "input_ids", "attention_mask", "token_type_ids", "top_k", "special_ids", "rows_at_a_time"]
+    expected = [
+        "model",
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "top_k",
+        "special_ids",
+        "rows_at_a_time",
+    ]
     assert list(inspect.signature(choose).parameters) == expected

@@ -19,7 +19,16 @@ from tests.tokenizers import save_tokenizer
 IDS = torch.tensor([[5, 17, 40, 9, 66, 31]])
 OPTIONS = {
     "fixed": ["--weight", "math=0.5", "--weight", "code=0.25", "--weight", "law=1"],
-    "hierarchical": ["--cluster", "math=a", "--cluster", "code=a", "--cluster", "law=b", "--init", "arrow"],
+    "hierarchical": [
+        "--cluster",
+        "math=a",
+        "--cluster",
+        "code=a",
+        "--cluster",
+        "law=b",
+        "--init",
+        "arrow",
+    ],
     "arrow": ["--top-k", "2", "--router-temperature", "0.5"],
     "linear": ["--init", "arrow", "--mixing", "full"],
     "mlp": ["--mlp-layers", "0", "--init-lambda", "0.2"],
@@ -33,7 +42,9 @@ def prepared(tmp_path_factory):
     save_tokenizer(path / "base", 96)
     save_experts(path)
     for name, words in (("news", "w1 w2 w3 w4 w5 w6"), ("law", "w40 w41 w42 w43")):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{words} w{i}"}) + "\n" for i in range(6)))
+        (path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{words} w{i}"}) + "\n" for i in range(6))
+        )
     return path
 
 
@@ -75,8 +86,12 @@ def test_composing_without_the_base_models_weights_equals_composing_with_them(he
         )
     }
     experts = {name: name for name in ("math", "code", "law")}
-    expected = get_peft_model(make_base(), RoutedLoraConfig(experts=experts, router=router, **settings)).eval()
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "routed").eval()
+    expected = get_peft_model(
+        make_base(), RoutedLoraConfig(experts=experts, router=router, **settings)
+    ).eval()
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained("base"), "routed"
+    ).eval()
     assert loaded.peft_config["default"].names == ["math", "code", "law"]
     assert loaded.peft_config["default"].base_model_name_or_path == "base"
     assert torch.equal(loaded(input_ids=IDS).logits, expected(input_ids=IDS).logits)
@@ -97,8 +112,8 @@ def test_a_directory_may_have_an_equals_sign_in_its_name(here):
 def test_inspect_tells_coefficients_per_task_and_module(here):
     compose("--router", "arrow", "--top-k", 2)
     result = route(
-        "inspect", "routed", "--data", "news.jsonl", "--data", "law.jsonl", "-o", "means.json", "--plot", "map.png",
-        "--batch-size", 4, "--quiet",
+        "inspect", "routed", "--data", "news.jsonl", "--data", "law.jsonl", "-o", "means.json",
+        "--plot", "map.png", "--batch-size", 4, "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert Path("map.png").read_bytes().startswith(b"\x89PNG")
@@ -115,12 +130,15 @@ def test_inspect_tells_coefficients_per_task_and_module(here):
     scores = (torch.cat(seen) @ layer.routed_lora_router["default"].weight.T).abs()
     kept = scores.softmax(-1) * (scores >= scores.topk(2).values[:, 1:])
     expected = (kept / kept.sum(-1, keepdim=True)).mean(dim=0)
-    assert torch.tensor(found["tasks"]["law"][name]).float() == pytest.approx(expected.detach(), abs=1e-5)
+    assert torch.tensor(found["tasks"]["law"][name]).float() == pytest.approx(
+        expected.detach(), abs=1e-5
+    )
     rows = [line.split() for line in result.output.splitlines()]
     means = torch.tensor(list(found["tasks"]["law"].values())).mean(dim=0)
     assert ["law", *(f"{mean:.3f}" for mean in means)] in rows
     assert (
-        "exists and is not overwritten" in route("inspect", "routed", "--data", "law.jsonl", "-o", "means.json").output
+        "exists and is not overwritten"
+        in route("inspect", "routed", "--data", "law.jsonl", "-o", "means.json").output
     )
 
 
@@ -149,7 +167,9 @@ def test_mistakes_leave_nothing_behind(here, arguments, complaint):
 def test_a_random_start_is_that_of_its_seed(here):
     for output, seed in (("one", 1), ("same", 1), ("other", 2)):
         assert compose("--router", "mlp", "--seed", seed, output=output).exit_code == 0
-    one, same, other = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("one", "same", "other"))
+    one, same, other = (
+        Path(name, "adapter_model.safetensors").read_bytes() for name in ("one", "same", "other")
+    )
     assert one == same != other
 
 
@@ -163,7 +183,16 @@ def test_an_output_that_exists_is_left_alone(here):
 
 def test_the_installed_command(here):
     assert compose("--router", "linear").exit_code == 0
-    options = ["--data", "news.jsonl", "--num-train-epochs", "1", "--held-out", "2", "--learning-rate", "0.01"]
+    options = [
+        "--data",
+        "news.jsonl",
+        "--num-train-epochs",
+        "1",
+        "--held-out",
+        "2",
+        "--learning-rate",
+        "0.01",
+    ]
     trained = run("peft-route", "train", "routed", *options)
     assert trained.returncode == 0, trained.stderr
     assert "news" in trained.stdout and Path("routed-trained/adapter_model.safetensors").exists()

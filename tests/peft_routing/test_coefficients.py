@@ -1,4 +1,6 @@
-"""Coefficients from outside: the same logits as `router="fixed"` with those weights, sequence by sequence."""
+"""Coefficients from outside: the same logits as `router="fixed"` with those weights, sequence by
+sequence.
+"""
 
 import contextlib
 import copy
@@ -39,7 +41,12 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "global": {"router": "global", "mixing": "full"},
     "balanced": {"router": "linear", "mixing": "full", "router_aux_loss_coef": 0.5},
 }
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +90,15 @@ def test_one_set_is_the_fixed_router(experts, router):
     model = routed(experts, **ROUTERS[router])
     reference = fixed(experts, ONE, mixing_of(model))
     before = model(input_ids=IDS).logits
-    assert torch.equal(model(input_ids=IDS, coefficients=ONE).logits, reference(input_ids=IDS).logits)
+    assert torch.equal(
+        model(input_ids=IDS, coefficients=ONE).logits, reference(input_ids=IDS).logits
+    )
     with given_coefficients(ONE):
         assert torch.equal(model(input_ids=IDS).logits, reference(input_ids=IDS).logits)
     output, expected = generate(model, coefficients=ONE), generate(reference)
-    assert torch.equal(logits(output), logits(expected)) and torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(logits(output), logits(expected)) and torch.equal(
+        output.sequences, expected.sequences
+    )
     assert torch.equal(model(input_ids=IDS).logits, before)
     assert not torch.allclose(before, reference(input_ids=IDS).logits, atol=1e-2)
 
@@ -109,10 +120,14 @@ def test_each_sequence_has_its_own(experts, router, cached):
     output = generate(model, coefficients=EACH, use_cache=cached)
     for row, reference in enumerate(apart):
         ids = IDS[row : row + 1]
-        torch.testing.assert_close(together[row : row + 1], reference(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together[row : row + 1], reference(input_ids=ids).logits, atol=1e-5, rtol=1e-5
+        )
         expected = generate(reference, ids)
         assert torch.equal(output.sequences[row : row + 1], expected.sequences)
-        torch.testing.assert_close(logits(output)[row : row + 1], logits(expected), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            logits(output)[row : row + 1], logits(expected), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_all_the_ways_to_call_agree(experts, tmp_path):
@@ -123,7 +138,10 @@ def test_all_the_ways_to_call_agree(experts, tmp_path):
     if has_native_adapters():
         models.append(make_base())
         models[-1].load_adapter(str(tmp_path))
-    expected, sequences = typed(IDS, coefficients=EACH).logits, generate(typed, coefficients=EACH).sequences
+    expected, sequences = (
+        typed(IDS, coefficients=EACH).logits,
+        generate(typed, coefficients=EACH).sequences,
+    )
     for model in models:
         assert torch.equal(model(IDS, coefficients=EACH).logits, expected)
         assert torch.equal(generate(model, coefficients=EACH).sequences, sequences)
@@ -132,7 +150,9 @@ def test_all_the_ways_to_call_agree(experts, tmp_path):
             assert torch.equal(generate(model).sequences, sequences)
             with given_coefficients(EACH.flip(0)):
                 assert torch.equal(model(IDS.flip(0)).logits, expected.flip(0))
-            assert torch.equal(model(IDS.flip(0), coefficients=EACH.flip(0)).logits, expected.flip(0))
+            assert torch.equal(
+                model(IDS.flip(0), coefficients=EACH.flip(0)).logits, expected.flip(0)
+            )
             assert torch.equal(model(IDS).logits, expected)
 
 
@@ -155,7 +175,9 @@ def pickled(model):
     return file
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str
+)
 def test_beams_keep_the_coefficients_of_their_sequence(experts, options):
     model = routed(experts, router="arrow")
     options = {**options, "pad_token_id": 0, "output_scores": True}
@@ -165,7 +187,9 @@ def test_beams_keep_the_coefficients_of_their_sequence(experts, options):
         expected = generate(fixed(experts, weights), IDS[row : row + 1], **options)
         rows = slice(row * per_row, (row + 1) * per_row)
         assert torch.equal(output.sequences[rows], expected.sequences)
-        torch.testing.assert_close(output.sequences_scores[rows], expected.sequences_scores, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            output.sequences_scores[rows], expected.sequences_scores, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_returned_sequences_keep_the_coefficients_of_theirs(experts):
@@ -181,7 +205,9 @@ def test_returned_sequences_keep_the_coefficients_of_theirs(experts):
         output_logits=True,
     )
     for row, weights in enumerate(EACH.repeat_interleave(3, dim=0)):
-        expected = fixed(experts, weights)(input_ids=output.sequences[row : row + 1]).logits[:, IDS.shape[1] - 1 : -1]
+        expected = fixed(experts, weights)(input_ids=output.sequences[row : row + 1]).logits[
+            :, IDS.shape[1] - 1 : -1
+        ]
         torch.testing.assert_close(logits(output)[row : row + 1], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -196,7 +222,9 @@ def test_no_label_is_left_out_and_no_choice_is_kept(experts):
             model(input_ids=IDS, past_key_values=each)
         model(input_ids=IDS, past_key_values=DynamicCache(config=model.config), coefficients=ONE)
         model(input_ids=IDS, coefficients=ONE)
-        after = [model(input_ids=IDS[:, :1], past_key_values=each).logits for each in (cache, untouched)]
+        after = [
+            model(input_ids=IDS[:, :1], past_key_values=each).logits for each in (cache, untouched)
+        ]
         assert torch.equal(*after)
         given = DynamicCache(config=model.config)
         model(input_ids=IDS, past_key_values=given, coefficients=ONE)
@@ -205,7 +233,9 @@ def test_no_label_is_left_out_and_no_choice_is_kept(experts):
         torch.testing.assert_close(step, whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}], ids=str
+)
 def test_what_a_prompt_s_choice_cannot_have_is_possible(experts, options):
     output = routed(experts, **ROUTERS["sequence"]).generate(
         input_ids=IDS[:1], coefficients=ONE, max_new_tokens=6, do_sample=False, **options
@@ -216,7 +246,10 @@ def test_what_a_prompt_s_choice_cannot_have_is_possible(experts, options):
 
 def test_an_overridden_router_has_no_load_to_balance(experts):
     model = routed(experts, **ROUTERS["balanced"]).train()
-    balanced, given = model(input_ids=IDS, labels=IDS), model(input_ids=IDS, labels=IDS, coefficients=ONE)
+    balanced, given = (
+        model(input_ids=IDS, labels=IDS),
+        model(input_ids=IDS, labels=IDS, coefficients=ONE),
+    )
     assert torch.equal(given.loss, fixed(experts, ONE)(input_ids=IDS, labels=IDS).loss)
     unbalanced = routed(experts, **{**ROUTERS["balanced"], "router_aux_loss_coef": 0.0}).train()
     assert not torch.allclose(balanced.loss, unbalanced(input_ids=IDS, labels=IDS).loss)
@@ -239,18 +272,25 @@ def test_they_get_a_gradient_through_checkpoints_too(experts, router, reentrant)
     step[0, 1] = 1e-2
     double = copy.deepcopy(model).double().eval()
     with torch.no_grad():
-        up, down = (double(input_ids=IDS[:1], labels=IDS[:1], coefficients=EACH[:1] + s).loss for s in (step, -step))
+        up, down = (
+            double(input_ids=IDS[:1], labels=IDS[:1], coefficients=EACH[:1] + s).loss
+            for s in (step, -step)
+        )
     assert gradients[1][0, 1].item() == pytest.approx(((up - down) / 2e-2).item(), rel=2e-2)
     assert gradients[0].abs().min() > 0
 
 
 def test_a_compiled_model_takes_them(tmp_path):
-    paths = save_experts(tmp_path, base=make_base(num_hidden_layers=1), target_modules=["down_proj"])
+    paths = save_experts(
+        tmp_path, base=make_base(num_hidden_layers=1), target_modules=["down_proj"]
+    )
     model = routed(paths, make_base(num_hidden_layers=1), router="arrow")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for given in (contextlib.nullcontext(), given_coefficients(EACH), contextlib.nullcontext()):
         with given:
-            assert torch.allclose(compiled(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-6)
+            assert torch.allclose(
+                compiled(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-6
+            )
 
 
 def test_halves_take_them(experts):
@@ -262,7 +302,9 @@ def test_halves_take_them(experts):
 
 def classifier():
     torch.manual_seed(0)
-    config = AutoConfig.for_model("bert", vocab_size=96, max_position_embeddings=32, num_labels=3, **SMALL)
+    config = AutoConfig.for_model(
+        "bert", vocab_size=96, max_position_embeddings=32, num_labels=3, **SMALL
+    )
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
@@ -294,12 +336,22 @@ def test_encoders_take_them(tmp_path, make, task, targets, output, granularity):
 def t5(tmp_path_factory):
     def make():
         torch.manual_seed(0)
-        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
+        sizes = {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "vocab_size": 96,
+        }
         config = AutoConfig.for_model("t5", **sizes, decoder_start_token_id=0)
         return AutoModelForSeq2SeqLM.from_config(config).eval()
 
     paths = save_experts(
-        tmp_path_factory.mktemp("t5"), base=make(), target_modules=["q", "v", "wo"], task_type="SEQ_2_SEQ_LM"
+        tmp_path_factory.mktemp("t5"),
+        base=make(),
+        target_modules=["q", "v", "wo"],
+        task_type="SEQ_2_SEQ_LM",
     )
     return make, paths
 
@@ -309,13 +361,17 @@ def test_encoder_decoders_take_them(t5, options):
     make, paths = t5
     model = routed(paths, make(), router="arrow", task_type="SEQ_2_SEQ_LM")
     batch = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)[:, :3]}
-    together, output = model(**batch, coefficients=EACH).logits, generate(model, coefficients=EACH, **options)
+    together, output = (
+        model(**batch, coefficients=EACH).logits,
+        generate(model, coefficients=EACH, **options),
+    )
     for row, weights in enumerate(EACH):
         reference = fixed(paths, weights, base=make())
         expected = reference(**{name: ids[row : row + 1] for name, ids in batch.items()}).logits
         torch.testing.assert_close(together[row : row + 1], expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(
-            output.sequences[row : row + 1], generate(reference, IDS[row : row + 1], **options).sequences
+            output.sequences[row : row + 1],
+            generate(reference, IDS[row : row + 1], **options).sequences,
         )
 
 
@@ -371,15 +427,24 @@ def test_what_does_not_fit_is_refused_and_forgotten(experts, coefficients, messa
 
 def test_two_adapters_need_as_many_experts(experts, tmp_path):
     skip_without_native_adapters()
-    one, two = routed(experts, router="arrow"), routed(dict(list(experts.items())[:2]), router="uniform")
-    for name, model in (("three", one), ("two", two), ("same", routed(experts, router="uniform", mixing="full"))):
+    one, two = (
+        routed(experts, router="arrow"),
+        routed(dict(list(experts.items())[:2]), router="uniform"),
+    )
+    for name, model in (
+        ("three", one),
+        ("two", two),
+        ("same", routed(experts, router="uniform", mixing="full")),
+    ):
         model.save_pretrained(tmp_path / name)
     model = make_base()
     for name in ("three", "two", "same"):
         model.load_adapter(str(tmp_path / name), name)
     model.set_adapter(["three", "same"])
     given = model(input_ids=IDS, coefficients=ONE).logits
-    torch.testing.assert_close(given, fixed(experts, 2 * ONE)(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        given, fixed(experts, 2 * ONE)(input_ids=IDS).logits, atol=1e-4, rtol=1e-4
+    )
     model.set_adapter(["three", "two"])
     with pytest.raises(ValueError, match="for 3 experts, and adapter 'two' has 2: math, code"):
         model(input_ids=IDS, coefficients=ONE)
@@ -390,7 +455,9 @@ def test_merged_weights_are_refused_and_the_base_model_is_left_alone(experts):
     base = make_base()(input_ids=IDS).logits
     with model.disable_adapter():
         assert torch.equal(model(input_ids=IDS, coefficients=ONE).logits, base)
-        assert torch.equal(generate(model, coefficients=ONE).sequences, generate(make_base()).sequences)
+        assert torch.equal(
+            generate(model, coefficients=ONE).sequences, generate(make_base()).sequences
+        )
     model.merge_adapter()
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="'default' is merged"):

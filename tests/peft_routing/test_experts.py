@@ -47,7 +47,9 @@ def state(model: Any) -> dict[str, Any]:
     return {
         "modules": [(name, type(module)) for name, module in model.named_modules()],
         "hooks": [
-            hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+            hook
+            for m in model.modules()
+            for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
         ],
         "trained": [parameter.requires_grad for parameter in model.parameters()],
         "configs": dict(getattr(model, "peft_config", {})),
@@ -60,7 +62,9 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
     for part in ("modules", "hooks", "trained", "configs"):
         assert first[part] == second[part], part
     assert first["tensors"].keys() == second["tensors"].keys()
-    assert all(torch.equal(first["tensors"][name], second["tensors"][name]) for name in first["tensors"])
+    assert all(
+        torch.equal(first["tensors"][name], second["tensors"][name]) for name in first["tensors"]
+    )
     assert torch.equal(first["logits"], second["logits"])
 
 
@@ -83,7 +87,9 @@ def edited(path: Path, **values: Any) -> Path:
 def reweighted(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
     """An adapter whose weights were changed."""
     save_lora(path, 5)
-    save_file(change(load_file(path / "adapter_model.safetensors")), path / "adapter_model.safetensors")
+    save_file(
+        change(load_file(path / "adapter_model.safetensors")), path / "adapter_model.safetensors"
+    )
     return path
 
 
@@ -113,7 +119,9 @@ def ia3(path: Path) -> Path:
 
 
 def routed(path: Path) -> Path:
-    config = RoutedLoraConfig(experts=save_experts(path / "experts", ("math", "code")), router="layer")
+    config = RoutedLoraConfig(
+        experts=save_experts(path / "experts", ("math", "code")), router="layer"
+    )
     get_peft_model(make_base(), config).save_pretrained(path / "routed")
     return path / "routed"
 
@@ -123,11 +131,18 @@ def narrower(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("0.self_attn.q_proj.lora_B.weight")}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("0.self_attn.q_proj.lora_B.weight")
+    }
 
 
 def on_the_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace("layers.0.self_attn.q_proj", "embed_tokens"): tensor for name, tensor in tensors.items()}
+    return {
+        name.replace("layers.0.self_attn.q_proj", "embed_tokens"): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def convolutional(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,9 +151,21 @@ def convolutional(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
-    "DoRA": (lambda path: save_lora(path, 5, use_dora=True), ValueError, "use_dora.*norm of the merged weight"),
-    "bias": (lambda path: save_lora(path, 5, bias="all"), ValueError, "bias is 'all'; biases are not routed"),
-    "bias of LoRA": (lambda path: save_lora(path, 5, lora_bias=True), ValueError, "lora_bias.*biases are not routed"),
+    "DoRA": (
+        lambda path: save_lora(path, 5, use_dora=True),
+        ValueError,
+        "use_dora.*norm of the merged weight",
+    ),
+    "bias": (
+        lambda path: save_lora(path, 5, bias="all"),
+        ValueError,
+        "bias is 'all'; biases are not routed",
+    ),
+    "bias of LoRA": (
+        lambda path: save_lora(path, 5, lora_bias=True),
+        ValueError,
+        "lora_bias.*biases are not routed",
+    ),
     "modules_to_save": (
         lambda path: save_lora(path, 5, modules_to_save=["lm_head"]),
         ValueError,
@@ -164,7 +191,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ValueError,
         "layer_replication is .*not those of the base model",
     ),
-    "pissa": (lambda path: edited(path, init_lora_weights="pissa"), ValueError, "'pissa', which changes the base"),
+    "pissa": (
+        lambda path: edited(path, init_lora_weights="pissa"),
+        ValueError,
+        "'pissa', which changes the base",
+    ),
     "pissa by iterations": (
         lambda path: edited(path, init_lora_weights="pissa_niter_4"),
         ValueError,
@@ -172,14 +203,42 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "IA3": (ia3, ValueError, "peft_type is IA3; only LORA"),
     "a routed adapter": (routed, ValueError, "peft_type is ROUTED_LORA; only LORA"),
-    "only a pickle": (pickled, FileNotFoundError, "no adapter_model.safetensors; adapter_model.bin is a pickle"),
-    "no config": (lambda path: without(path, "adapter_config.json"), FileNotFoundError, "has no adapter_config.json"),
-    "no weights": (lambda path: without(path, WEIGHTS_FILE), FileNotFoundError, "has no adapter_model.safetensors$"),
+    "only a pickle": (
+        pickled,
+        FileNotFoundError,
+        "no adapter_model.safetensors; adapter_model.bin is a pickle",
+    ),
+    "no config": (
+        lambda path: without(path, "adapter_config.json"),
+        FileNotFoundError,
+        "has no adapter_config.json",
+    ),
+    "no weights": (
+        lambda path: without(path, WEIGHTS_FILE),
+        FileNotFoundError,
+        "has no adapter_model.safetensors$",
+    ),
     "no directory": (lambda path: path, FileNotFoundError, "no such directory"),
-    "no repository": (lambda path: "someone/odd-lora", FileNotFoundError, "no such directory.*on the Hub"),
-    "cut short": (lambda path: overwritten(path, WEIGHTS_FILE, lambda old: old[:-100]), ValueError, "damaged"),
-    "garbage": (lambda path: overwritten(path, WEIGHTS_FILE, lambda old: b"\xff" * 100), ValueError, "damaged"),
-    "an empty file": (lambda path: overwritten(path, WEIGHTS_FILE, lambda old: b""), ValueError, "damaged"),
+    "no repository": (
+        lambda path: "someone/odd-lora",
+        FileNotFoundError,
+        "no such directory.*on the Hub",
+    ),
+    "cut short": (
+        lambda path: overwritten(path, WEIGHTS_FILE, lambda old: old[:-100]),
+        ValueError,
+        "damaged",
+    ),
+    "garbage": (
+        lambda path: overwritten(path, WEIGHTS_FILE, lambda old: b"\xff" * 100),
+        ValueError,
+        "damaged",
+    ),
+    "an empty file": (
+        lambda path: overwritten(path, WEIGHTS_FILE, lambda old: b""),
+        ValueError,
+        "damaged",
+    ),
     "a damaged config": (
         lambda path: overwritten(path, "adapter_config.json", lambda old: old[:-30]),
         ValueError,
@@ -191,14 +250,26 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ValueError,
         "layers.0.self_attn.q_proj has lora_A and not the other",
     ),
-    "A and B differ": (lambda path: reweighted(path, narrower), ValueError, r"A is \(4, .*B is \(.*, 3\)"),
-    "a convolution": (lambda path: reweighted(path, convolutional), ValueError, "4 dimensions; only linear"),
+    "A and B differ": (
+        lambda path: reweighted(path, narrower),
+        ValueError,
+        r"A is \(4, .*B is \(.*, 3\)",
+    ),
+    "a convolution": (
+        lambda path: reweighted(path, convolutional),
+        ValueError,
+        "4 dimensions; only linear",
+    ),
     "on the embedding": (
         lambda path: reweighted(path, on_the_embedding),
         ValueError,
         "embed_tokens is an? Embedding; only linear",
     ),
-    "another rank": (lambda path: edited(path, r=8), ValueError, "has rank 4, and adapter_config.json says 8"),
+    "another rank": (
+        lambda path: edited(path, r=8),
+        ValueError,
+        "has rank 4, and adapter_config.json says 8",
+    ),
     "another rank by pattern": (
         lambda path: edited(path, rank_pattern={"v_proj": 2}),
         ValueError,
@@ -255,10 +326,14 @@ def test_what_cannot_be_routed(good: dict[str, str], case: str, tmp_path: Path) 
 
 
 def test_an_adapter_for_another_model_is_refused(good: dict[str, str], tmp_path: Path) -> None:
-    get_peft_model(make_base(), RoutedLoraConfig(experts=good, router="layer")).save_pretrained(tmp_path)
+    get_peft_model(make_base(), RoutedLoraConfig(experts=good, router="layer")).save_pretrained(
+        tmp_path
+    )
     base = make_base(num_hidden_layers=2)
     before = state(base)
-    with pytest.raises(ValueError, match=r"another model: 3 of its 9 modules .* model\.layers\.2\."):
+    with pytest.raises(
+        ValueError, match=r"another model: 3 of its 9 modules .* model\.layers\.2\."
+    ):
         PeftModel.from_pretrained(base, tmp_path)
     assert_same(state(base), before)
 
@@ -275,7 +350,9 @@ def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
         for seed, (name, base) in enumerate({"math": here, "code": there}.items())
     }
     config = RoutedLoraConfig(experts=experts, router="uniform")
-    with pytest.warns(UserWarning, match=f"{re.escape(here)}, and 1 of 2 {NAMED}: 'code' on {re.escape(there)}"):
+    with pytest.warns(
+        UserWarning, match=f"{re.escape(here)}, and 1 of 2 {NAMED}: 'code' on {re.escape(there)}"
+    ):
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(here), config)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=f".*{NAMED}")
@@ -295,9 +372,13 @@ def test_an_expert_on_the_hub(good: dict[str, str], monkeypatch: pytest.MonkeyPa
         return str(Path(stored[repository, subfolder]) / name)
 
     monkeypatch.setattr("peft_routing.expert.hf_hub_download", download)
-    there = RoutedLoraConfig(experts={"math": "someone/math", "code": "someone/loras/v2/code"}, router="arrow")
+    there = RoutedLoraConfig(
+        experts={"math": "someone/math", "code": "someone/loras/v2/code"}, router="arrow"
+    )
     here = RoutedLoraConfig(experts=good, router="arrow")
-    assert torch.equal(logits(get_peft_model(make_base(), there)), logits(get_peft_model(make_base(), here)))
+    assert torch.equal(
+        logits(get_peft_model(make_base(), there)), logits(get_peft_model(make_base(), here))
+    )
 
 
 def test_an_expert_at_home_or_here(good: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +387,9 @@ def test_an_expert_at_home_or_here(good: dict[str, str], monkeypatch: pytest.Mon
     monkeypatch.chdir(root)
     there = RoutedLoraConfig(experts={"math": "~/math", "code": "code"}, router="arrow")
     here = RoutedLoraConfig(experts=good, router="arrow")
-    assert torch.equal(logits(get_peft_model(make_base(), there)), logits(get_peft_model(make_base(), here)))
+    assert torch.equal(
+        logits(get_peft_model(make_base(), there)), logits(get_peft_model(make_base(), here))
+    )
 
 
 def test_an_expert_that_transformers_saved(tmp_path: Path) -> None:
@@ -318,7 +401,9 @@ def test_an_expert_that_transformers_saved(tmp_path: Path) -> None:
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape))
     native.save_pretrained(tmp_path)
-    model = get_peft_model(make_base(), RoutedLoraConfig(experts={"native": str(tmp_path)}, router="layer"))
+    model = get_peft_model(
+        make_base(), RoutedLoraConfig(experts={"native": str(tmp_path)}, router="layer")
+    )
     torch.testing.assert_close(logits(model), logits(native.eval()), atol=1e-5, rtol=0)
     assert (logits(model) - logits(make_base())).abs().max() > 1e-2
 
@@ -326,26 +411,61 @@ def test_an_expert_that_transformers_saved(tmp_path: Path) -> None:
 # Options
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no such router": ({"router": "arow"}, "'arow'; there are arrow.*fixed.*global.*hierarchical.*layer.*linear.*mlp"),
+    "no such router": (
+        {"router": "arow"},
+        "'arow'; there are arrow.*fixed.*global.*hierarchical.*layer.*linear.*mlp",
+    ),
     "top_k above": ({"router": "arrow", "top_k": 3}, "top_k=3, but there are 2"),
     "top_k 0": ({"router": "arrow", "top_k": 0}, "top_k=0 is below 1"),
     "top_k below 0": ({"router": "linear", "top_k": -1}, "top_k=-1 is below 1"),
-    "top_k of uniform": ({"router": "uniform", "top_k": 1}, "top_k is not an option of router='uniform'.*arrow.*mlp"),
-    "weights of linear": ({"router": "linear", "weights": [0.5, 0.5]}, "weights is not .*'linear'.* fixed"),
-    "clusters of arrow": ({"clusters": {"math": 0, "code": 1}}, "clusters is not .*'arrow'.* hierarchical"),
+    "top_k of uniform": (
+        {"router": "uniform", "top_k": 1},
+        "top_k is not an option of router='uniform'.*arrow.*mlp",
+    ),
+    "weights of linear": (
+        {"router": "linear", "weights": [0.5, 0.5]},
+        "weights is not .*'linear'.* fixed",
+    ),
+    "clusters of arrow": (
+        {"clusters": {"math": 0, "code": 1}},
+        "clusters is not .*'arrow'.* hierarchical",
+    ),
     "init of arrow": ({"init": "uniform"}, "init is not .*'arrow'.*hierarchical, linear"),
-    "score of mlp": ({"router": "mlp", "score": "abs"}, "score is not .*'mlp'.*hierarchical, linear"),
+    "score of mlp": (
+        {"router": "mlp", "score": "abs"},
+        "score is not .*'mlp'.*hierarchical, linear",
+    ),
     "layers of arrow": ({"mlp_layers": 1}, "mlp_layers is not .*'arrow'.* mlp"),
-    "lambda of layer": ({"router": "layer", "init_lambda": 0.3}, "init_lambda is not .*'layer'.* mlp"),
-    "temperature of mlp": ({"router": "mlp", "router_temperature": 2.0}, "router_temperature is not .*'mlp'.*arrow"),
-    "arrow's rows and signs": ({"router": "linear", "init": "arrow", "score": "dot"}, "init='arrow' is score='abs'"),
-    "no rows and no signs": ({"router": "linear", "score": "abs", "init": "uniform"}, "score='abs' has no gradient"),
+    "lambda of layer": (
+        {"router": "layer", "init_lambda": 0.3},
+        "init_lambda is not .*'layer'.* mlp",
+    ),
+    "temperature of mlp": (
+        {"router": "mlp", "router_temperature": 2.0},
+        "router_temperature is not .*'mlp'.*arrow",
+    ),
+    "arrow's rows and signs": (
+        {"router": "linear", "init": "arrow", "score": "dot"},
+        "init='arrow' is score='abs'",
+    ),
+    "no rows and no signs": (
+        {"router": "linear", "score": "abs", "init": "uniform"},
+        "score='abs' has no gradient",
+    ),
     "the same in clusters": (
-        {"router": "hierarchical", "clusters": {"math": 0, "code": 1}, "init": "arrow", "score": "dot"},
+        {
+            "router": "hierarchical",
+            "clusters": {"math": 0, "code": 1},
+            "init": "arrow",
+            "score": "dot",
+        },
         "init='arrow' is score='abs'",
     ),
     "no weights": ({"router": "fixed"}, "needs weights"),
-    "a weight is missing": ({"router": "fixed", "weights": {"math": 1.0}}, "for each of math, code"),
+    "a weight is missing": (
+        {"router": "fixed", "weights": {"math": 1.0}},
+        "for each of math, code",
+    ),
     "too many weights": ({"router": "fixed", "weights": [1.0, 2.0, 3.0]}, "for each of math, code"),
     "a weight of no expert": (
         {"router": "fixed", "weights": {"math": 1.0, "code": 1.0, "law": 1.0}},
@@ -353,7 +473,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an infinite weight": ({"router": "fixed", "weights": [1.0, float("inf")]}, "finite"),
     "no clusters": ({"router": "hierarchical"}, "needs clusters"),
-    "a cluster is missing": ({"router": "hierarchical", "clusters": {"math": 0}}, "clusters: .*'code'"),
+    "a cluster is missing": (
+        {"router": "hierarchical", "clusters": {"math": 0}},
+        "clusters: .*'code'",
+    ),
     "a cluster of no expert": (
         {"router": "hierarchical", "clusters": {"math": 0, "code": 1, "law": 1}},
         "clusters: .*'law'",
@@ -365,14 +488,23 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "temperature 0": ({"router_temperature": 0.0}, "router_temperature=0.0 is not above 0"),
     "temperature below 0": ({"router_temperature": -1.0}, "router_temperature=-1.0 is not above 0"),
     "temperature NaN": ({"router_temperature": float("nan")}, "router_temperature=nan"),
-    "granularity": ({"granularity": "tokens"}, "granularity='tokens' is none of 'token', 'sequence'"),
+    "granularity": (
+        {"granularity": "tokens"},
+        "granularity='tokens' is none of 'token', 'sequence'",
+    ),
     "mixing": ({"mixing": "lowrank"}, "mixing='lowrank' is none of 'full', 'low_rank'"),
     "init": ({"router": "linear", "init": "zero"}, "init='zero' is none of 'uniform', 'arrow'"),
     "score": ({"router": "linear", "score": "cosine"}, "score='cosine' is none of 'dot', 'abs'"),
     "no prefix": ({"granularity": "sequence", "routing_tokens": 0}, "routing_tokens=0 is below 1"),
     "too many layers": ({"router": "mlp", "mlp_layers": 3}, "mlp_layers=3 is none of 0, 1 and 2"),
-    "balance of what is fixed": ({"router": "uniform", "router_aux_loss_coef": 0.1}, "'uniform' has no load"),
-    "balance of what is free": ({"router": "mlp", "router_aux_loss_coef": 0.1}, "'mlp' has no load"),
+    "balance of what is fixed": (
+        {"router": "uniform", "router_aux_loss_coef": 0.1},
+        "'uniform' has no load",
+    ),
+    "balance of what is free": (
+        {"router": "mlp", "router_aux_loss_coef": 0.1},
+        "'mlp' has no load",
+    ),
     "balance below 0": ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1"),
     "no experts": ({"experts": {}}, "needs experts"),
     "an empty list": ({"experts": []}, "needs experts"),
@@ -426,30 +558,43 @@ def test_a_list_is_named_by_its_directories(paths: tuple[str, ...]) -> None:
     assert list(config.experts.values()) == list(paths)
 
 
-@given(st.lists(st.lists(st.sampled_from(["a", "b", "a-b", ".", "..", "a-0"]), min_size=1).map("/".join), min_size=1))
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["a", "b", "a-b", ".", "..", "a-0"]), min_size=1).map("/".join),
+        min_size=1,
+    )
+)
 def test_no_expert_of_a_list_is_lost(paths: list[str]) -> None:
     assert list(RoutedLoraConfig(experts=paths, router="uniform").experts.values()) == paths
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"router": "fixed", "weights": {1: 0.2, 2: 0.8}}, {"router": "hierarchical", "clusters": {1: 0, 2: 1}}],
+    [
+        {"router": "fixed", "weights": {1: 0.2, 2: 0.8}},
+        {"router": "hierarchical", "clusters": {1: 0, 2: 1}},
+    ],
     ids=["fixed", "hierarchical"],
 )
 def test_experts_can_be_numbered(good: dict[str, str], options: dict[str, Any]) -> None:
     numbered = RoutedLoraConfig(experts={1: good["math"], 2: good["code"]}, **options)
     named: dict[str, Any] = {
-        name: {"math": of[1], "code": of[2]} if isinstance(of, dict) else of for name, of in options.items()
+        name: {"math": of[1], "code": of[2]} if isinstance(of, dict) else of
+        for name, of in options.items()
     }
     model = get_peft_model(make_base(), numbered)
-    assert torch.equal(logits(model), logits(get_peft_model(make_base(), RoutedLoraConfig(experts=good, **named))))
+    assert torch.equal(
+        logits(model), logits(get_peft_model(make_base(), RoutedLoraConfig(experts=good, **named)))
+    )
 
 
 def test_a_list_of_directories_is_composed(good: dict[str, str]) -> None:
     as_list = RoutedLoraConfig(experts=[Path(path) for path in good.values()], router="arrow")
     as_dict = RoutedLoraConfig(experts=good, router="arrow")
     assert as_list.experts == as_dict.experts == good
-    assert torch.equal(logits(get_peft_model(make_base(), as_list)), logits(get_peft_model(make_base(), as_dict)))
+    assert torch.equal(
+        logits(get_peft_model(make_base(), as_list)), logits(get_peft_model(make_base(), as_dict))
+    )
 
 
 def test_a_list_keeps_its_order(good: dict[str, str]) -> None:
@@ -515,7 +660,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         AutoModelForCausalLM,
-        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 32},
+        {
+            "model_type": "gpt2",
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "vocab_size": 96,
+            "n_positions": 32,
+        },
         ["c_attn", "mlp.c_proj"],
         {"input_ids": IDS},
         4,
@@ -597,19 +749,29 @@ def of_family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, s
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_uniform_adds_the_mean_of_the_updates(of_family: dict[str, dict[str, str]], name: str) -> None:
+def test_uniform_adds_the_mean_of_the_updates(
+    of_family: dict[str, dict[str, str]], name: str
+) -> None:
     family, experts = FAMILIES[name], of_family[name]
     expected = family.base()
     with torch.no_grad():
         for path in experts.values():
-            for key, layer in PeftModel.from_pretrained(family.base(), path).get_base_model().named_modules():
+            for key, layer in (
+                PeftModel.from_pretrained(family.base(), path).get_base_model().named_modules()
+            ):
                 if isinstance(layer, LoraLayer):
-                    expected.get_submodule(key).weight += layer.get_delta_weight("default") / len(experts)
-    model = get_peft_model(family.base(), RoutedLoraConfig(experts=experts, router="uniform", mixing="full"))
+                    expected.get_submodule(key).weight += layer.get_delta_weight("default") / len(
+                        experts
+                    )
+    model = get_peft_model(
+        family.base(), RoutedLoraConfig(experts=experts, router="uniform", mixing="full")
+    )
     assert model.get_model_status().num_adapter_layers == family.adapted
     torch.testing.assert_close(family.output(model), family.output(expected), atol=1e-5, rtol=1e-5)
     assert (family.output(expected) - family.output(family.base())).abs().max() > 1e-2
-    torch.testing.assert_close(family.output(model.merge_and_unload()), family.output(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        family.output(model.merge_and_unload()), family.output(expected), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -647,8 +809,12 @@ def test_encoders_are_routed_by_the_whole_input(
     )
     model = get_peft_model(family.base(), config).eval()
     model.save_pretrained(tmp_path)
-    assert torch.equal(family.output(PeftModel.from_pretrained(family.base(), tmp_path)), family.output(model))
-    per_token = get_peft_model(family.base(), RoutedLoraConfig(experts=of_family[name], router="arrow", top_k=1))
+    assert torch.equal(
+        family.output(PeftModel.from_pretrained(family.base(), tmp_path)), family.output(model)
+    )
+    per_token = get_peft_model(
+        family.base(), RoutedLoraConfig(experts=of_family[name], router="arrow", top_k=1)
+    )
     assert (family.output(model) - family.output(per_token.eval())).abs().max() > 1e-3
 
 
@@ -656,10 +822,14 @@ def test_a_classifier_head_is_not_routed(tmp_path: Path) -> None:
     family = FAMILIES["bert classifier"]
     path = save_lora(tmp_path, 5, base=family.base(), target_modules=["query"], task_type="SEQ_CLS")
     with pytest.raises(ValueError, match=r"'odd'.*modules_to_save is .*classifier"):
-        get_peft_model(family.base(), RoutedLoraConfig(experts={"odd": str(path)}, router="uniform"))
+        get_peft_model(
+            family.base(), RoutedLoraConfig(experts={"odd": str(path)}, router="uniform")
+        )
 
 
-def test_an_encoder_decoder_has_no_prefix(of_family: dict[str, dict[str, str]], tmp_path: Path) -> None:
+def test_an_encoder_decoder_has_no_prefix(
+    of_family: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
     family = FAMILIES["t5"]
     options: dict[str, Any] = {"experts": of_family["t5"], "router": "arrow"}
     base = family.base()

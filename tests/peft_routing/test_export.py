@@ -1,4 +1,6 @@
-"""The ways out: ordinary LoRA directories that PEFT loads, equal to what came in and to the mixture."""
+"""The ways out: ordinary LoRA directories that PEFT loads, equal to what came in and to the
+mixture.
+"""
 
 import json
 
@@ -29,7 +31,9 @@ def experts(tmp_path_factory):
 
 
 def routed(experts, router, **options):
-    model = get_peft_model(make_base(), RoutedLoraConfig(experts=experts, router=router, **options)).eval()
+    model = get_peft_model(
+        make_base(), RoutedLoraConfig(experts=experts, router=router, **options)
+    ).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -51,7 +55,9 @@ def test_a_mixture_is_an_ordinary_lora(experts, tmp_path, router, mixing):
 
 def test_experts_of_several_ranks_and_targets_merge_into_one_lora(tmp_path):
     experts = [
-        save_lora(tmp_path / "a", 1, r=2, rank_pattern={"layers.0.self_attn.q_proj": 5}, use_rslora=True),
+        save_lora(
+            tmp_path / "a", 1, r=2, rank_pattern={"layers.0.self_attn.q_proj": 5}, use_rslora=True
+        ),
         save_lora(tmp_path / "b", 2, r=3, target_modules=["q_proj", "up_proj"]),
     ]
     model = routed(experts, "layer")
@@ -72,7 +78,10 @@ def test_a_smaller_rank_is_the_closest_and_says_how_close(experts, tmp_path):
             closest = (u[:, :3] * s[:3]) @ vt[:3]
             found = one.get_base_model().get_submodule(name).get_delta_weight("default")
             assert torch.allclose(found.double(), closest, atol=1e-5)
-            dropped, whole = dropped + (update - closest).square().sum(), whole + update.square().sum()
+            dropped, whole = (
+                dropped + (update - closest).square().sum(),
+                whole + update.square().sum(),
+            )
     assert error == pytest.approx((dropped / whole).sqrt().item(), rel=1e-6)
     assert 0.1 < error < 1
 
@@ -85,9 +94,13 @@ def test_a_mixture_that_depends_on_the_input_is_refused(experts, tmp_path, route
 
 
 def test_experts_come_out_as_they_came_in(tmp_path):
-    experts = save_experts(tmp_path / "in", lora_alpha=6, use_rslora=True, rank_pattern={"v_proj": 2})
+    experts = save_experts(
+        tmp_path / "in", lora_alpha=6, use_rslora=True, rank_pattern={"v_proj": 2}
+    )
     bf16 = make_base(dtype=torch.bfloat16)
-    experts["half"] = str(save_lora(tmp_path / "in" / "half", 9, bf16, target_modules=["k_proj", "v_proj"]))
+    experts["half"] = str(
+        save_lora(tmp_path / "in" / "half", 9, bf16, target_modules=["k_proj", "v_proj"])
+    )
     for file in (tmp_path / "in" / "half").glob("*.safetensors"):
         save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
     model = get_peft_model(make_base(), RoutedLoraConfig(experts=experts))
@@ -96,18 +109,30 @@ def test_experts_come_out_as_they_came_in(tmp_path):
     loaded.remove_expert("law")
     loaded.add_expert("law", experts["law"])
     loaded.export_experts(str(tmp_path / "out"))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["code", "half", "law", "math"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "code",
+        "half",
+        "law",
+        "math",
+    ]
     for name, path in experts.items():
         before, after = read_tensors(tmp_path / "in" / name), read_tensors(tmp_path / "out" / name)
         assert before.keys() == after.keys()
-        assert all(before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]) for key in before)
-        one, other = (PeftModel.from_pretrained(make_base(), root) for root in (path, tmp_path / "out" / name))
+        assert all(
+            before[key].dtype == after[key].dtype and torch.equal(before[key], after[key])
+            for key in before
+        )
+        one, other = (
+            PeftModel.from_pretrained(make_base(), root) for root in (path, tmp_path / "out" / name)
+        )
         assert torch.equal(one(input_ids=IDS).logits, other(input_ids=IDS).logits)
 
 
 def test_a_name_is_no_path(experts, tmp_path):
     hostile = {"../../out": experts["math"], ".hidden/x": experts["code"]}
-    get_peft_model(make_base(), RoutedLoraConfig(experts=hostile)).export_experts(str(tmp_path / "a" / "b"))
+    get_peft_model(make_base(), RoutedLoraConfig(experts=hostile)).export_experts(
+        str(tmp_path / "a" / "b")
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert len(list((tmp_path / "a" / "b").glob("*/adapter_model.safetensors"))) == 2
 
@@ -126,7 +151,10 @@ def test_from_the_shell(experts, tmp_path, monkeypatch):
     assert export("-o", "one", "--merged").exit_code == 0
     one = PeftModel.from_pretrained(make_base(), "one").eval()
     assert torch.allclose(one(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-5)
-    assert "relative error of the updates 0." in export("-o", "small", "--merged", "--rank", "2").output
+    assert (
+        "relative error of the updates 0."
+        in export("-o", "small", "--merged", "--rank", "2").output
+    )
     assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["r"] == 2
     assert "--rank goes with --merged" in export("-o", "no", "--rank", "2").output
     assert "is not empty" in export("-o", "one", "--merged").output

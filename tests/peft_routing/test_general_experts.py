@@ -1,4 +1,6 @@
-"""General experts (GenKnowSub): their mean update is subtracted from each expert's, update by update."""
+"""General experts (GenKnowSub): their mean update is subtracted from each expert's, update by
+update.
+"""
 
 import copy
 
@@ -29,7 +31,9 @@ def general(tmp_path_factory):
     """Of other ranks, scalings and modules than the experts and one another."""
     root = tmp_path_factory.mktemp("general")
     return {
-        "wiki": str(save_lora(root / "wiki", 7, r=3, use_rslora=True, target_modules=["q_proj", "k_proj"])),
+        "wiki": str(
+            save_lora(root / "wiki", 7, r=3, use_rslora=True, target_modules=["q_proj", "k_proj"])
+        ),
         "news": str(save_lora(root / "news", 8, r=2, lora_alpha=3)),
     }
 
@@ -48,7 +52,11 @@ def routed(experts, general, router="arrow", seed=None, **options):
 
 def layers(model):
     base = model.get_base_model()
-    return {name: module for name, module in base.named_modules() if isinstance(module, RoutedLoraLinear)}
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, RoutedLoraLinear)
+    }
 
 
 def logits(model):
@@ -57,9 +65,18 @@ def logits(model):
 
 
 def updates(paths):
-    """Per module each adapter's update, as PEFT's LoRA has it, in float64; zeros where an adapter has none."""
-    shapes = {name: m.weight.shape for name, m in make_base().named_modules() if isinstance(m, torch.nn.Linear)}
-    found = {name: [torch.zeros(shape, dtype=torch.float64) for _ in paths] for name, shape in shapes.items()}
+    """Per module each adapter's update, as PEFT's LoRA has it, in float64; zeros where an adapter
+    has none.
+    """
+    shapes = {
+        name: m.weight.shape
+        for name, m in make_base().named_modules()
+        if isinstance(m, torch.nn.Linear)
+    }
+    found = {
+        name: [torch.zeros(shape, dtype=torch.float64) for _ in paths]
+        for name, shape in shapes.items()
+    }
     for index, path in enumerate(paths.values()):
         model = PeftModel.from_pretrained(make_base(), path).double().get_base_model()
         for name in shapes:
@@ -73,7 +90,8 @@ def subtracted(experts, general):
     """Per module each expert's update less the general mean."""
     of_experts, of_general = updates(experts), updates(general)
     return {
-        name: [update - sum(of_general[name]) / len(general) for update in of_experts[name]] for name in of_experts
+        name: [update - sum(of_general[name]) / len(general) for update in of_experts[name]]
+        for name in of_experts
     }
 
 
@@ -98,10 +116,17 @@ def test_the_update_is_the_loop(experts, general, router, options):
         scores = layer.router_of("default").scores(x)
         if options.get("granularity") == "sequence":
             scores = scores[:, :3].mean(dim=1, keepdim=True)
-        coefficients = layer.router_of("default").coefficients(scores).detach().expand(*x.shape[:-1], 3)
+        coefficients = (
+            layer.router_of("default").coefficients(scores).detach().expand(*x.shape[:-1], 3)
+        )
         base = functional.linear(x, layer.base_layer.weight)
-        for row, token in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1])).tolist():
-            mixed = sum(c * u for c, u in zip(coefficients[row, token].double(), expected[layer.key], strict=True))
+        for row, token in torch.cartesian_prod(
+            torch.arange(x.shape[0]), torch.arange(x.shape[1])
+        ).tolist():
+            mixed = sum(
+                c * u
+                for c, u in zip(coefficients[row, token].double(), expected[layer.key], strict=True)
+            )
             update = (output - base)[row, token].double()
             assert torch.allclose(update, mixed @ x[row, token].double(), rtol=1e-4, atol=1e-5)
         seen.append(layer.key)
@@ -116,7 +141,12 @@ def test_the_update_is_the_loop(experts, general, router, options):
 def test_few_tokens_read_the_chosen_and_the_general_alone(monkeypatch):
     site = Site((2,) * 102, tuple(0.5 + i for i in range(102)), 2)
     made, generator = Experts(site, 5, 7, "full", torch.float64), torch.Generator().manual_seed(0)
-    made.fill([(torch.randn(2, 5, generator=generator), torch.randn(7, 2, generator=generator)) for _ in range(102)])
+    made.fill(
+        [
+            (torch.randn(2, 5, generator=generator), torch.randn(7, 2, generator=generator))
+            for _ in range(102)
+        ]
+    )
     x = torch.randn(1, 5, generator=generator).double()
     coefficients = torch.zeros(1, 100, dtype=torch.float64)
     coefficients[0, [3, 50]] = torch.tensor([0.7, -1.5], dtype=torch.float64)
@@ -152,7 +182,9 @@ def test_merging_gives_the_subtracted_mixture(experts, general, tmp_path, router
 def test_arrow_s_prototypes_are_of_the_subtracted_updates(experts, general):
     expected = subtracted(experts, general)
     for name, layer in layers(routed(experts, general)).items():
-        for row, update in zip(layer.router_of("default").weight.double(), expected[name], strict=True):
+        for row, update in zip(
+            layer.router_of("default").weight.double(), expected[name], strict=True
+        ):
             top = torch.linalg.svd(update).Vh[0]
             assert abs(row @ top).item() == pytest.approx(1, abs=1e-6)
 
@@ -160,9 +192,13 @@ def test_arrow_s_prototypes_are_of_the_subtracted_updates(experts, general):
 def test_a_cluster_s_prototype_is_of_its_subtracted_merge(experts, general):
     clusters = {"math": "a", "code": "a", "law": "b"}
     expected = subtracted(experts, general)
-    for name, layer in layers(routed(experts, general, "hierarchical", clusters=clusters, init="arrow")).items():
+    for name, layer in layers(
+        routed(experts, general, "hierarchical", clusters=clusters, init="arrow")
+    ).items():
         math, code, law = expected[name]
-        for row, update in zip(layer.router_of("default").weight.double(), (math + code, law), strict=True):
+        for row, update in zip(
+            layer.router_of("default").weight.double(), (math + code, law), strict=True
+        ):
             assert abs(row @ torch.linalg.svd(update).Vh[0]).item() == pytest.approx(1, abs=1e-6)
 
 
@@ -183,7 +219,10 @@ def test_loading_gives_the_same_logits(experts, general, tmp_path, low_cpu_mem_u
     assert torch.equal(logits(loaded), logits(model))
     assert list(loaded.peft_config["default"].general_experts) == ["wiki", "news"]
     assert loaded.peft_config["default"].general_experts["wiki"]["use_rslora"]
-    assert "(math, code, law), less the mean of wiki, news, and" in (tmp_path / "README.md").read_text()
+    assert (
+        "(math, code, law), less the mean of wiki, news, and"
+        in (tmp_path / "README.md").read_text()
+    )
 
 
 def test_all_come_out_as_they_came_in(experts, general, tmp_path):
@@ -192,11 +231,20 @@ def test_all_come_out_as_they_came_in(experts, general, tmp_path):
     model.remove_expert("code")
     model.add_expert("code", experts["code"])
     model.export_experts(str(tmp_path / "out"))
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["code", "law", "math", "news", "wiki"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "code",
+        "law",
+        "math",
+        "news",
+        "wiki",
+    ]
     for name, path in {**experts, **general}.items():
         before, after = read_tensors(tmp_path / path), read_tensors(tmp_path / "out" / name)
         assert before.keys() == after.keys()
-        assert all(before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]) for key in before)
+        assert all(
+            before[key].dtype == after[key].dtype and torch.equal(before[key], after[key])
+            for key in before
+        )
 
 
 def test_experts_come_and_go_and_the_general_ones_stay(experts, general):
@@ -216,7 +264,9 @@ def test_experts_come_and_go_and_the_general_ones_stay(experts, general):
 
 
 def test_what_cannot_be_is_refused(experts, general):
-    with pytest.raises(ValueError, match="subtracted from updates, which mixing='low_rank' never forms"):
+    with pytest.raises(
+        ValueError, match="subtracted from updates, which mixing='low_rank' never forms"
+    ):
         RoutedLoraConfig(experts=experts, general_experts=general, mixing="low_rank")
     with pytest.raises(ValueError, match="'math' names an expert and a general one"):
         RoutedLoraConfig(experts=experts, general_experts=["elsewhere/math"])
@@ -235,15 +285,16 @@ def test_from_the_shell(experts, general, tmp_path, monkeypatch):
     subtract = [f"--general-expert={name}={path}" for name, path in general.items()]
     done = CliRunner().invoke(main, ["compose", "base", *named, *subtract, "-o", "routed"])
     assert (
-        "3 experts (math, code, law) less the mean of wiki, news on 12 modules, router arrow, mixing full"
-        in done.output
-    )
+        "3 experts (math, code, law) less the mean of wiki, news on 12 modules, router arrow, "
+        "mixing full"
+    ) in done.output
     loaded = PeftModel.from_pretrained(make_base(), "routed").eval()
     assert torch.equal(logits(loaded), logits(routed(experts, general)))
     done = CliRunner().invoke(main, ["export", "routed", "--base", "base", "-o", "out"])
     assert "out: math, code, law, wiki, news" in done.output
     done = CliRunner().invoke(
-        main, ["compose", "base", *named, *subtract, f"--general-expert={experts['law']}", "-o", "x"]
+        main,
+        ["compose", "base", *named, *subtract, f"--general-expert={experts['law']}", "-o", "x"],
     )
     assert "--general-expert: name all experts, or none" in done.output
 
@@ -252,11 +303,17 @@ def test_from_the_shell(experts, general, tmp_path, monkeypatch):
 def test_choosers_see_what_is_left_of_an_expert(experts, general, choose):
     ids = torch.tensor([[5, 17, 40, 8, 8, 61, 2, 33, 90]])
     model, base = routed(experts, general), make_base().double()
-    expected = {name: updates for name, updates in subtracted(experts, general).items() if name in layers(model)}
+    expected = {
+        name: updates
+        for name, updates in subtracted(experts, general).items()
+        if name in layers(model)
+    }
     weights = {name: base.get_submodule(name).weight for name in expected}
     values = []
     if choose is task_vector:
-        gradients = torch.autograd.grad(base(input_ids=ids, labels=ids).loss, list(weights.values()))
+        gradients = torch.autograd.grad(
+            base(input_ids=ids, labels=ids).loss, list(weights.values())
+        )
         gradient = torch.cat([part.flatten() for part in gradients])
         for i in range(len(experts)):
             update = torch.cat([updates[i].double().flatten() for updates in expected.values()])
@@ -268,5 +325,7 @@ def test_choosers_see_what_is_left_of_an_expert(experts, general, choose):
                 one.get_submodule(name).weight += updates[i].double()
             values.append(torch.exp(-one(input_ids=ids, labels=ids).loss))
     chosen = choose(model, ids)
-    assert torch.allclose(chosen[0].double(), torch.softmax(torch.stack(values).detach().double(), dim=0), atol=1e-6)
+    assert torch.allclose(
+        chosen[0].double(), torch.softmax(torch.stack(values).detach().double(), dim=0), atol=1e-6
+    )
     assert chosen[0].max() - chosen[0].min() > 1e-4

@@ -1,4 +1,6 @@
-"""Generating: with a cache as without, and one choice per sequence, which comes from its prompt alone."""
+"""Generating: with a cache as without, and one choice per sequence, which comes from its prompt
+alone.
+"""
 
 import copy
 
@@ -37,7 +39,12 @@ def routed(experts, router="arrow", **changes):
 
 def generate(model, ids=PROMPT, **options):
     return model.generate(
-        input_ids=ids, do_sample=False, max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True, **options
+        input_ids=ids,
+        do_sample=False,
+        max_new_tokens=8,
+        min_new_tokens=8,
+        return_dict_in_generate=True,
+        **options,
     )
 
 
@@ -49,7 +56,9 @@ def scores(output):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_per_token_a_cache_changes_nothing(experts, router):
     model = routed(experts, router)
-    cached, uncached = (generate(model, output_logits=True, use_cache=cache) for cache in (True, False))
+    cached, uncached = (
+        generate(model, output_logits=True, use_cache=cache) for cache in (True, False)
+    )
     assert torch.equal(cached.sequences, uncached.sequences)
     assert torch.allclose(scores(cached), scores(uncached), atol=1e-5)
 
@@ -61,7 +70,9 @@ def test_per_sequence_the_prompt_decides_once(experts, router):
     frozen = routed(experts, router, granularity="sequence", routing_tokens=PROMPT.shape[1])
     expected = frozen(input_ids=output.sequences).logits[:, PROMPT.shape[1] - 1 : -1]
     assert torch.allclose(scores(output), expected, atol=1e-5)
-    shorter = routed(experts, router, granularity="sequence", routing_tokens=2)(input_ids=output.sequences).logits
+    shorter = routed(experts, router, granularity="sequence", routing_tokens=2)(
+        input_ids=output.sequences
+    ).logits
     assert not torch.allclose(scores(output), shorter[:, PROMPT.shape[1] - 1 : -1], atol=1e-3)
 
 
@@ -82,7 +93,9 @@ def test_beam_search_scores_what_it_returns(experts, granularity):
     model = routed(experts, granularity=granularity)
     output = generate(model, num_beams=3, length_penalty=0.0, output_scores=True, pad_token_id=0)
     reference = routed(experts, granularity=granularity, routing_tokens=PROMPT.shape[1])
-    logits = reference(input_ids=output.sequences).logits[:, PROMPT.shape[1] - 1 : -1].log_softmax(-1)
+    logits = (
+        reference(input_ids=output.sequences).logits[:, PROMPT.shape[1] - 1 : -1].log_softmax(-1)
+    )
     chosen = logits.gather(-1, output.sequences[:, PROMPT.shape[1] :, None]).sum(dim=(1, 2))
     assert torch.allclose(output.sequences_scores, chosen, atol=1e-4)
 
@@ -152,7 +165,9 @@ def test_nothing_after_the_prefix_is_seen_before_it(experts):
 def test_labels_inside_the_prefix_are_left_out_of_the_loss(experts):
     model = routed(experts, granularity="sequence", routing_tokens=3)
     output = model(input_ids=PROMPT, labels=PROMPT)
-    expected = torch.nn.functional.cross_entropy(output.logits[:, 2:-1].flatten(0, 1), PROMPT[:, 3:].flatten())
+    expected = torch.nn.functional.cross_entropy(
+        output.logits[:, 2:-1].flatten(0, 1), PROMPT[:, 3:].flatten()
+    )
     assert torch.allclose(output.loss, expected)
 
 
@@ -161,12 +176,16 @@ def test_padding_has_no_part_in_the_choice(experts):
     padded = torch.cat([PROMPT, torch.full((2, 5), 77)], dim=1)
     mask = (torch.arange(padded.shape[1]) < PROMPT.shape[1]).long().expand(2, -1)
     short = model(input_ids=PROMPT[:, :3]).logits
-    long = model(input_ids=padded[:, :8], attention_mask=mask[:, :8] * (torch.arange(8) < 3)).logits[:, :3]
+    long = model(
+        input_ids=padded[:, :8], attention_mask=mask[:, :8] * (torch.arange(8) < 3)
+    ).logits[:, :3]
     assert torch.allclose(short, long, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "options", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}], ids=lambda o: next(iter(o))
+    "options",
+    [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}],
+    ids=lambda o: next(iter(o)),
 )
 def test_a_first_pass_that_is_not_the_prompt_is_refused_per_sequence(experts, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}: .* must be the prompt"):
@@ -176,7 +195,9 @@ def test_a_first_pass_that_is_not_the_prompt_is_refused_per_sequence(experts, op
 
 
 def test_a_model_without_a_cache_is_refused_per_sequence(tmp_path):
-    config = AutoConfig.for_model("openai-gpt", vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    config = AutoConfig.for_model(
+        "openai-gpt", vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4
+    )
     base = AutoModelForCausalLM.from_config(config)
     path = save_lora(tmp_path / "one", 1, copy.deepcopy(base), target_modules=["c_attn"])
     model = get_peft_model(base, RoutedLoraConfig(experts=[path, path], granularity="sequence"))
@@ -188,4 +209,6 @@ def test_a_model_without_a_cache_is_refused_per_sequence(tmp_path):
 def test_choices_per_token_compile_without_a_break(experts, router):
     model = routed(experts, router)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(input_ids=PROMPT).logits, model(input_ids=PROMPT).logits, atol=1e-6)
+    assert torch.allclose(
+        compiled(input_ids=PROMPT).logits, model(input_ids=PROMPT).logits, atol=1e-6
+    )

@@ -1,4 +1,6 @@
-"""One module's experts: there are three ways to compute their update, to the same result and the same gradients."""
+"""One module's experts: there are three ways to compute their update, to the same result and the
+same gradients.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,10 @@ def experts(count, rank, mixing, dtype=torch.float64, scalings=None, sizes=(IN, 
     made = Experts(Site((rank,) * count, scalings), *sizes, mixing, dtype)
     made.fill(
         [
-            (torch.randn(rank, sizes[0], generator=generator), torch.randn(sizes[1], rank, generator=generator))
+            (
+                torch.randn(rank, sizes[0], generator=generator),
+                torch.randn(sizes[1], rank, generator=generator),
+            )
             for _ in range(count)
         ]
     )
@@ -57,7 +62,9 @@ def by_hand(made, x, coefficients):
             a = sum(w * a for w, (a, _) in zip(weight, pairs, strict=True))
             rows.append(sum(w * b for w, (_, b) in zip(weight, pairs, strict=True)) @ (a @ token))
     out = made.B.shape[1]
-    return torch.stack(rows).reshape(*x.shape[:-1], out) if rows else x.new_zeros(*x.shape[:-1], out)
+    return (
+        torch.stack(rows).reshape(*x.shape[:-1], out) if rows else x.new_zeros(*x.shape[:-1], out)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,7 +122,9 @@ def test_one_choice_for_all_tokens_is_broadcast(mixing, way):
     x = torch.randn(2, 3, GROUPABLE)
     for shape in ((), (2, 1)):
         coefficients = sparse(shape, 9, 2, dtype=torch.float32)
-        assert torch.allclose(by(way, made, x, coefficients, 2), by_hand(made, x, coefficients), rtol=1e-4, atol=1e-3)
+        assert torch.allclose(
+            by(way, made, x, coefficients, 2), by_hand(made, x, coefficients), rtol=1e-4, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("way", ["gathered", pytest.param("grouped", marks=needs_grouped_mm)])
@@ -126,11 +135,16 @@ def test_gradients_are_those_of_dense(mixing, way):
     for kept in (2, None):
         x = torch.linspace(-1, 1, 20 * GROUPABLE).view(20, GROUPABLE).requires_grad_()
         logits = torch.linspace(0, 9, 20 * 32).sin().view(20, 32).requires_grad_()
-        largest = torch.full_like(logits, -torch.inf).scatter(-1, logits.topk(2).indices, logits.topk(2).values)
+        largest = torch.full_like(logits, -torch.inf).scatter(
+            -1, logits.topk(2).indices, logits.topk(2).values
+        )
         by(way if kept else "dense", made, x, largest.softmax(-1), kept).square().sum().backward()
         gradients.append((x.grad, logits.grad))
     for one, other in zip(*gradients, strict=True):
-        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max())) and one.abs().max() > 0
+        assert (
+            torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+            and one.abs().max() > 0
+        )
     assert made.A.grad is None and made.B.grad is None
 
 
@@ -144,15 +158,21 @@ def test_what_is_kept_for_backward_grows_with_ranks_alone(tokens, count, mixing)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         made(x, coefficients, 2)
     factors = {made.A.data_ptr(), made.B.data_ptr()}
-    assert max(t.numel() for t in kept if t.data_ptr() not in factors) <= tokens * count * 4  # the rank
+    assert (
+        max(t.numel() for t in kept if t.data_ptr() not in factors) <= tokens * count * 4
+    )  # the rank
 
 
 def test_ties_are_each_counted_once():
     made, x = experts(8, 3, "full"), torch.randn(5, IN, dtype=torch.float64)
     coefficients = torch.zeros(5, 8, dtype=torch.float64)
     coefficients[:, 2:4] = 0.5
-    assert torch.allclose(by("gathered", made, x, coefficients, 2), by_hand(made, x, coefficients), atol=1e-10)
-    assert torch.allclose(by("gathered", made, x, coefficients, 5), by_hand(made, x, coefficients), atol=1e-10)
+    assert torch.allclose(
+        by("gathered", made, x, coefficients, 2), by_hand(made, x, coefficients), atol=1e-10
+    )
+    assert torch.allclose(
+        by("gathered", made, x, coefficients, 5), by_hand(made, x, coefficients), atol=1e-10
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,11 +188,14 @@ def test_the_cheapest_way_depends_on_tokens_experts_and_ranks(tokens, count, ran
     a, b = torch.empty(count * rank, 1024), torch.empty(count * rank, 2048)
     x = torch.empty(tokens, 1024)
     assert ways.cheapest(x, a, b, count, 2, gradients=False) == expected
-    assert ways.cheapest(x, a, b, count, 2, gradients=True) in {expected, "dense", "grouped"} - {"gathered"}
+    assert ways.cheapest(x, a, b, count, 2, gradients=True) in {expected, "dense", "grouped"} - {
+        "gathered"
+    }
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rank", "size"), [(torch.float64, 16, 64), (torch.float32, 3, 64), (torch.float32, 16, 63)]
+    ("dtype", "rank", "size"),
+    [(torch.float64, 16, 64), (torch.float32, 3, 64), (torch.float32, 16, 63)],
 )
 def test_what_torch_cannot_group_goes_another_way(dtype, rank, size):
     made = experts(256, rank, "full", dtype, sizes=(size, size))
@@ -185,7 +208,10 @@ def test_what_torch_cannot_group_goes_another_way(dtype, rank, size):
 @pytest.mark.parametrize("tokens", [1, 200])
 def test_no_way_breaks_a_compiled_graph(tokens, dtype):
     made = experts(64, 16, "low_rank", dtype, (0.1,) * 64, (256, 256))
-    x, coefficients = torch.randn(tokens, 256, dtype=dtype), sparse((tokens,), 64, 2, dtype=torch.float32)
+    x, coefficients = (
+        torch.randn(tokens, 256, dtype=dtype),
+        sparse((tokens,), 64, 2, dtype=torch.float32),
+    )
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")(x, coefficients, 2)
     expected = made(x, coefficients)
     assert torch.allclose(compiled, expected, rtol=3e-2, atol=3e-2 * float(expected.abs().max()))
@@ -195,10 +221,18 @@ def test_no_way_breaks_a_compiled_graph(tokens, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_halves_are_close(dtype, way):
     made = experts(16, 8, "full", dtype, (0.5,) * 16, (GROUPABLE, GROUPABLE))
-    x, coefficients = torch.ones(6, GROUPABLE, dtype=dtype), sparse((6,), 16, 2, dtype=torch.float32).abs()
-    few, expected = by(way, made, x, coefficients, 2), by_hand(made.double(), x.double(), coefficients.double())
+    x, coefficients = (
+        torch.ones(6, GROUPABLE, dtype=dtype),
+        sparse((6,), 16, 2, dtype=torch.float32).abs(),
+    )
+    few, expected = (
+        by(way, made, x, coefficients, 2),
+        by_hand(made.double(), x.double(), coefficients.double()),
+    )
     assert few.dtype == dtype
-    assert torch.allclose(few.double(), expected, rtol=3e-2, atol=3e-2 * float(expected.abs().max()))
+    assert torch.allclose(
+        few.double(), expected, rtol=3e-2, atol=3e-2 * float(expected.abs().max())
+    )
 
 
 def test_nan_in_one_token_stays_there():

@@ -1,4 +1,5 @@
-"""Options of routers: those that have a field of their own, and those that a router alone declares."""
+"""Options of routers: those that have a field of their own, and those that a router alone
+declares."""
 
 import json
 import math
@@ -66,7 +67,9 @@ def routers() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("experts")
-    return {name: str(save_lora(root / name, seed)) for seed, name in enumerate(("math", "code", "law"))}
+    return {
+        name: str(save_lora(root / name, seed)) for seed, name in enumerate(("math", "code", "law"))
+    }
 
 
 def config_of(**options: Any) -> RoutedLoraConfig:
@@ -90,7 +93,10 @@ BOTH_WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("router", BOTH_WAYS)
 def test_a_field_and_router_options_say_the_same(router: str) -> None:
     options = BOTH_WAYS[router]
-    field, other = config_of(router=router, **options), config_of(router=router, router_options=options)
+    field, other = (
+        config_of(router=router, **options),
+        config_of(router=router, router_options=options),
+    )
     assert field == other == config_of(router=router, router_options=options, **options)
     assert {name: getattr(other, name) for name in options} == options
     assert other.router_options == {}
@@ -102,11 +108,16 @@ def test_a_field_and_router_options_say_the_same(router: str) -> None:
         ({"top_k": 2.0}, {"top_k": 2}),
         ({"top_k": "1", "router_temperature": "0.5"}, {"top_k": 1, "router_temperature": 0.5}),
         ({"routing_tokens": 8.0}, {"routing_tokens": 8}),
-        ({"router": "mlp", "mlp_layers": "1", "init_lambda": 1}, {"mlp_layers": 1, "init_lambda": 1.0}),
+        (
+            {"router": "mlp", "mlp_layers": "1", "init_lambda": 1},
+            {"mlp_layers": 1, "init_lambda": 1.0},
+        ),
         ({"router": "tilted", "router_options": {"tilt": "2"}}, {"tilt": 2.0}),
     ],
 )
-def test_a_value_is_taken_for_what_it_says(options: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_a_value_is_taken_for_what_it_says(
+    options: dict[str, Any], expected: dict[str, Any]
+) -> None:
     config = config_of(**options)
     for name, value in expected.items():
         held = config.router_options.get(name, getattr(config, name, None))
@@ -114,9 +125,18 @@ def test_a_value_is_taken_for_what_it_says(options: dict[str, Any], expected: di
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a misspelt option": ({"tlit": 1.0}, r"tlit is not an option of router='tilted'; did you mean 'tilt'\?"),
-    "an option of others": ({"mlp_layers": 1}, "mlp_layers is not an option of router='tilted'; it is one of mlp"),
-    "nothing like it": ({"colour": 1}, "its options are top_k, router_temperature, tilt, sides, way"),
+    "a misspelt option": (
+        {"tlit": 1.0},
+        r"tlit is not an option of router='tilted'; did you mean 'tilt'\?",
+    ),
+    "an option of others": (
+        {"mlp_layers": 1},
+        "mlp_layers is not an option of router='tilted'; it is one of mlp",
+    ),
+    "nothing like it": (
+        {"colour": 1},
+        "its options are top_k, router_temperature, tilt, sides, way",
+    ),
     "a word for a number": ({"tilt": "steep"}, "tilt='steep': input should be a valid number"),
     "a part of an expert": ({"top_k": 1.5}, "top_k=1.5: input should be a valid integer"),
     "none of the words": ({"way": "left"}, "way='left' is none of 'up', 'down'"),
@@ -134,13 +154,22 @@ def test_a_wrong_option_is_named(case: str) -> None:
 def test_other_mistakes_are_named() -> None:
     for options, message in (
         ({"router": "strict"}, "router='strict' needs depth"),
-        ({"router": "strict", "router_options": {"depth": 4}}, "router='strict': depth=4 is above 3"),
+        (
+            {"router": "strict", "router_options": {"depth": 4}},
+            "router='strict': depth=4 is above 3",
+        ),
         (
             {"router": "uniform", "router_options": {"tilt": 1}},
             "tilt is not an option of .*; it is one of loose, tilted",
         ),
-        ({"router": "uniform", "router_options": {"colour": 1}}, "colour is not an option of .*; it has none"),
-        ({"top_k": 1, "router_options": {"top_k": 2}}, "top_k=1, and 2 in router_options: give it once"),
+        (
+            {"router": "uniform", "router_options": {"colour": 1}},
+            "colour is not an option of .*; it has none",
+        ),
+        (
+            {"top_k": 1, "router_options": {"top_k": 2}},
+            "top_k=1, and 2 in router_options: give it once",
+        ),
         ({"router_options": ["top_k"]}, r"router_options=\['top_k'\] is no dictionary"),
         ({"router": "fixed", "weights": ["a", "b"]}, "give a finite number for each of math, code"),
         ({"routing_tokens": "few"}, "routing_tokens='few': input should be a valid integer"),
@@ -199,7 +228,9 @@ def test_options_stay_when_experts_come_and_go(experts: dict[str, str]) -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_a_file_from_before_there_were_router_options_loads(experts: dict[str, str], tmp_path: Path) -> None:
+def test_a_file_from_before_there_were_router_options_loads(
+    experts: dict[str, str], tmp_path: Path
+) -> None:
     config = RoutedLoraConfig(experts=experts, router="arrow", top_k=2, router_temperature=0.5)
     model = get_peft_model(make_base(), config)
     model.save_pretrained(tmp_path)

@@ -1,8 +1,10 @@
-"""Every router and both ways of mixing, against loops over tokens and experts written from the papers, and PEFT.
+"""Every router and both ways of mixing, against loops over tokens and experts written from the
+papers, and PEFT.
 
-The loops take nothing from the package but the values that a router's parameters have. They run in float64 on the
-base model, whose linear modules get their updates from hooks, and the logits are compared. Formulas are numbered as
-in "Trade-offs in Ensembling, Merging and Routing Among Parameter-Efficient Experts", and in "WEMoE" where it says so.
+The loops take nothing from the package but the values that a router's parameters have. They run in
+float64 on the base model, whose linear modules get their updates from hooks, and the logits are
+compared. Formulas are numbered as in "Trade-offs in Ensembling, Merging and Routing Among
+Parameter-Efficient Experts", and in "WEMoE" where it says so.
 """
 
 import functools
@@ -17,7 +19,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from peft import ArrowConfig, PeftModel, create_arrow_model, get_peft_model, get_peft_model_state_dict
+from peft import (
+    ArrowConfig,
+    PeftModel,
+    create_arrow_model,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,10 +34,17 @@ from peft_routing import RoutedLoraConfig
 from peft_routing.routers.prototypes import top_right_singular_vectors
 from tests.peft_routing.adapters import TARGETS, make_base, save_lora
 
-Updates = Callable[[str, Tensor], Tensor]  # a module's name and its input, to what is added to its output
+Updates = Callable[
+    [str, Tensor], Tensor
+]  # a module's name and its input, to what is added to its output
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "initializer_range": 0.1}
-ALPHAS = {"math": 8, "code": 16, "law": 4, "art": 2}  # over rank 4: scalings that float32 holds exactly
+ALPHAS = {
+    "math": 8,
+    "code": 16,
+    "law": 4,
+    "art": 2,
+}  # over rank 4: scalings that float32 holds exactly
 WEIGHTS = [0.5, -0.25, 1.5, 0.75]
 CLUSTERS = {"math": "x", "code": "y", "law": "x", "art": "z"}
 CONSTANT: dict[str, dict[str, Any]] = {
@@ -57,7 +72,8 @@ PREFIX = 3
 
 @dataclass(frozen=True)
 class Part:
-    """One of the things that are mixed at a module: an expert, or the merged expert of a cluster."""
+    """One of the things that are mixed at a module: an expert, or the merged expert of a
+    cluster."""
 
     update: Tensor  # s B A
     down: Tensor | None = None  # A
@@ -84,7 +100,11 @@ class Naive:
     at_start: bool = False
 
     def __call__(self, module: str, x: Tensor) -> Tensor:
-        parts = self.clusters_of(module) if self.config["router"] == "hierarchical" else self.parts[module]
+        parts = (
+            self.clusters_of(module)
+            if self.config["router"] == "hierarchical"
+            else self.parts[module]
+        )
         prototypes = self.prototypes(module, parts)
         update = torch.zeros(*x.shape[:2], len(parts[0].update), dtype=x.dtype)
         for row, tokens in enumerate(x):
@@ -114,7 +134,11 @@ class Naive:
         if kind == "fixed":
             return torch.tensor(self.config["weights"], dtype=h.dtype)
         if kind == "global":
-            (logits,) = (value for key, value in self.state.items() if key.endswith("routed_lora_router.logits"))
+            (logits,) = (
+                value
+                for key, value in self.state.items()
+                if key.endswith("routed_lora_router.logits")
+            )
             return logits
         if kind == "layer":
             return self.parameter(module, "logits")
@@ -130,10 +154,16 @@ class Naive:
             h = self.parameter(module, "weight_in") @ h + self.parameter(module, "bias_in")
             h = torch.where(h > 0, h, torch.zeros_like(h))
         bias = self.parameter(module, "bias_out")
-        return bias if self.config["mlp_layers"] == 0 else self.parameter(module, "weight_out") @ h + bias
+        return (
+            bias
+            if self.config["mlp_layers"] == 0
+            else self.parameter(module, "weight_out") @ h + bias
+        )
 
     def coefficients(self, scores: Tensor) -> Tensor:
-        """B.4: softmax, a mask of the top k, and division by what is left; mlp's are not normalised."""
+        """B.4: softmax, a mask of the top k, and division by what is left; mlp's are not
+        normalised.
+        """
         kind = self.config["router"]
         if kind in ("uniform", "fixed"):
             return scores
@@ -147,7 +177,9 @@ class Naive:
     def masked(self, values: Tensor) -> Tensor:
         k = len(values) if self.top_k is None else self.top_k
         best = sorted(range(len(values)), key=lambda i: -values[i].item())[:k]
-        return torch.tensor([1.0 if i in best else 0.0 for i in range(len(values))], dtype=values.dtype)
+        return torch.tensor(
+            [1.0 if i in best else 0.0 for i in range(len(values))], dtype=values.dtype
+        )
 
     def mix(self, coefficients: Tensor, parts: list[Part], h: Tensor) -> Tensor:
         """B.2: W* h with W* the mixture of the updates, or B* A* h."""
@@ -158,7 +190,9 @@ class Naive:
         return up @ (down @ h)
 
     def clusters_of(self, module: str) -> list[Part]:
-        """5.3: the merged expert of each cluster, by the clusters' names; uniform merges at the start."""
+        """5.3: the merged expert of each cluster, by the clusters' names; uniform merges at the
+        start.
+        """
         clusters = [self.config["clusters"][name] for name in self.names]
         logits = None if self.at_start else self.parameter(module, "logits")
         merged = []
@@ -166,7 +200,9 @@ class Naive:
             members = [i for i, of in enumerate(clusters) if of == cluster]
             weights = [1.0 if logits is None else logits[i].exp().item() for i in members]
             shares = [w / sum(weights) for w in weights]
-            merged.append(merge_parts([self.parts[module][i] for i in members], shares, self.mixing))
+            merged.append(
+                merge_parts([self.parts[module][i] for i in members], shares, self.mixing)
+            )
         return merged
 
 
@@ -190,7 +226,9 @@ def hooked_logits(modules: Sequence[str], update: Updates, **inputs: Tensor) -> 
     def added(name: str) -> Callable:
         return lambda linear, args, output: output + update(name, args[0])
 
-    handles = [plain_base().get_submodule(name).register_forward_hook(added(name)) for name in modules]
+    handles = [
+        plain_base().get_submodule(name).register_forward_hook(added(name)) for name in modules
+    ]
     try:
         return logits_of(plain_base(), **inputs)
     finally:
@@ -205,18 +243,24 @@ def logits_of(model: Any, **inputs: Tensor) -> Tensor:
 
 def route(experts: dict[str, str], base: Any, seed: int | None = None, **config: Any) -> Any:
     """A routed model; with a seed, what its router learns is random."""
-    model = get_peft_model(base, RoutedLoraConfig(experts=experts, **{"routing_tokens": PREFIX, **config})).eval()
+    model = get_peft_model(
+        base, RoutedLoraConfig(experts=experts, **{"routing_tokens": PREFIX, **config})
+    ).eval()
     generator = torch.Generator().manual_seed(seed or 0)
     for name, parameter in model.named_parameters():
         if seed is not None and ".routed_lora_router." in name and config["router"] != "arrow":
-            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.5
+            parameter.data = (
+                torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.5
+            )
     return model
 
 
 def read_factors(path: str) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of each module."""
     tensors = load_file(Path(path) / "adapter_model.safetensors")
-    modules = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    modules = [
+        key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")
+    ]
     return {
         module.removeprefix("base_model.model."): (
             tensors[f"{module}.lora_A.weight"],
@@ -252,7 +296,9 @@ def batch(side: str) -> dict[str, Tensor]:
 def assert_as_by_hand(routed: Any, naive: Naive, side: str) -> None:
     """At all real tokens; and the update can be seen."""
     inputs = batch(side)
-    naive.state = {k: v for k, v in get_peft_model_state_dict(routed).items() if ".routed_lora_router." in k}
+    naive.state = {
+        k: v for k, v in get_peft_model_state_dict(routed).items() if ".routed_lora_router." in k
+    }
     naive.mask = inputs.get("attention_mask")
     real = torch.ones_like(inputs["input_ids"]).bool() if naive.mask is None else naive.mask.bool()
     expected = hooked_logits(list(naive.parts), naive, **inputs)[real]
@@ -275,7 +321,15 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Four, in float64, each with its own scaling."""
     root = tmp_path_factory.mktemp("experts")
     return {
-        name: str(save_lora(root / name, seed, fresh_base(), lora_alpha=alpha, target_modules=["v_proj", "down_proj"]))
+        name: str(
+            save_lora(
+                root / name,
+                seed,
+                fresh_base(),
+                lora_alpha=alpha,
+                target_modules=["v_proj", "down_proj"],
+            )
+        )
         for seed, (name, alpha) in enumerate(ALPHAS.items(), 1)
     }
 
@@ -300,7 +354,12 @@ def every_top_k() -> list[Any]:
 @pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize(("name", "top_k"), every_top_k())
 def test_logits_are_those_of_the_loops(
-    experts: dict[str, str], parts: Parts, name: str, top_k: int | None, mixing: str, granularity: str
+    experts: dict[str, str],
+    parts: Parts,
+    name: str,
+    top_k: int | None,
+    mixing: str,
+    granularity: str,
 ) -> None:
     options = {"mixing": mixing, "granularity": granularity}
     routed = route(experts, fresh_base(), 3, top_k=top_k, **options, **ALL[name]).double()
@@ -312,16 +371,22 @@ def test_logits_are_those_of_the_loops(
 
 @pytest.mark.parametrize("temperature", [0.25, 4.0])
 @pytest.mark.parametrize("name", ["global", "layer", "linear", "arrow", "hierarchical-abs"])
-def test_temperature_divides_the_scores(experts: dict[str, str], parts: Parts, name: str, temperature: float) -> None:
+def test_temperature_divides_the_scores(
+    experts: dict[str, str], parts: Parts, name: str, temperature: float
+) -> None:
     options = {"mixing": "full", "top_k": 2}
-    routed = route(experts, fresh_base(), 3, router_temperature=temperature, **options, **ALL[name]).double()
+    routed = route(
+        experts, fresh_base(), 3, router_temperature=temperature, **options, **ALL[name]
+    ).double()
     naive = Naive(ALL[name], parts, list(experts), temperature=temperature, **options)
     assert_as_by_hand(routed, naive, "none")
 
 
 @pytest.mark.parametrize("tokens", [1, 50])
 @pytest.mark.parametrize("name", [*ROUTED])
-def test_a_sequence_chooses_by_its_prefix(experts: dict[str, str], parts: Parts, name: str, tokens: int) -> None:
+def test_a_sequence_chooses_by_its_prefix(
+    experts: dict[str, str], parts: Parts, name: str, tokens: int
+) -> None:
     options = {"mixing": "full", "granularity": "sequence", "top_k": 2}
     routed = route(experts, fresh_base(), 3, routing_tokens=tokens, **options, **ALL[name]).double()
     naive = Naive(ALL[name], parts, list(experts), prefix=tokens, **options)
@@ -343,7 +408,9 @@ def test_prototypes_start_a_learned_router(
 
 @pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize("name", ["global", "layer", "linear", "mlp-0"])
-def test_learned_routers_start_as_a_merge(experts: dict[str, str], parts: Parts, name: str, mixing: str) -> None:
+def test_learned_routers_start_as_a_merge(
+    experts: dict[str, str], parts: Parts, name: str, mixing: str
+) -> None:
     start = {"init_lambda": 0.25} if name == "mlp-0" else {}
     routed = route(experts, fresh_base(), mixing=mixing, **start, **ALL[name]).double()
     naive = Naive(ALL["uniform"], parts, list(experts), mixing=mixing)
@@ -381,16 +448,25 @@ def test_weights_that_float32_lacks_are_exact_in_float64(
     """As 1/3, of which float32 is some 1e-8 off."""
     three = {name: path for name, path in experts.items() if name != "art"}
     config = {"router": "uniform"} if weights is None else {"router": "fixed", "weights": weights}
-    naive = Naive(config, {module: of_experts[:3] for module, of_experts in parts.items()}, list(three))
+    naive = Naive(
+        config, {module: of_experts[:3] for module, of_experts in parts.items()}, list(three)
+    )
     assert_as_by_hand(route(three, fresh_base(), mixing="full", **config).double(), naive, "none")
 
 
 @pytest.mark.parametrize("changes", [{"r": 3}, {"r": 6, "use_rslora": True}])
-def test_scalings_that_float32_lacks_are_exact_in_float64(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_scalings_that_float32_lacks_are_exact_in_float64(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     """8 / 3 and 8 / sqrt(6)."""
-    experts = {n: str(save_lora(tmp_path / n, seed, base=fresh_base(), **changes)) for seed, n in enumerate("ab")}
+    experts = {
+        n: str(save_lora(tmp_path / n, seed, base=fresh_base(), **changes))
+        for seed, n in enumerate("ab")
+    }
     naive = Naive({"router": "fixed", "weights": [1, 0.5]}, parts_by_peft(experts), list(experts))
-    assert_as_by_hand(route(experts, fresh_base(), mixing="full", **naive.config).double(), naive, "none")
+    assert_as_by_hand(
+        route(experts, fresh_base(), mixing="full", **naive.config).double(), naive, "none"
+    )
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -418,7 +494,9 @@ def angle(first: Tensor, second: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n_out", "n_in"), [(48, 64), (64, 48), (8, 64)])
 @pytest.mark.parametrize("rank", [1, 2, 4, 8, 16])
-def test_prototypes_are_exact_on_flat_spectra(rank: int, n_out: int, n_in: int, dtype: torch.dtype) -> None:
+def test_prototypes_are_exact_on_flat_spectra(
+    rank: int, n_out: int, n_in: int, dtype: torch.dtype
+) -> None:
     pairs = [tuple(t.to(dtype) for t in flat_update(rank, n_out, n_in, seed)) for seed in range(3)]
     found = top_right_singular_vectors(pairs)
     assert found.dtype == torch.float64
@@ -435,7 +513,9 @@ def test_power_steps_are_visibly_off_on_flat_spectra(rank: int) -> None:
     for seed in range(5):
         a, b = flat_update(rank, 48, 64, seed)
         spectrum = torch.linalg.svdvals(b @ a)[:rank]
-        torch.testing.assert_close(spectrum, 0.99 ** torch.arange(rank, dtype=torch.float64), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            spectrum, 0.99 ** torch.arange(rank, dtype=torch.float64), atol=1e-12, rtol=0
+        )
         exact = first_right_singular_vector(b @ a)
         assert angle(peft.top_right_singular_vec_from_BA(a, b), exact) > 0.1
         assert angle(top_right_singular_vectors([(a, b)])[0], exact) < 1e-9
@@ -453,12 +533,16 @@ def test_an_update_of_zero_has_no_prototype() -> None:
         (disjoint_a, disjoint_b),
     ]
     lengths = top_right_singular_vectors(pairs).norm(dim=1)
-    torch.testing.assert_close(lengths, torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        lengths, torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    )
 
 
 def test_updates_of_rank_zero_alone() -> None:
     empty = (torch.zeros(0, 64), torch.zeros(48, 0))
-    assert torch.equal(top_right_singular_vectors([empty] * 2), torch.zeros(2, 64, dtype=torch.float64))
+    assert torch.equal(
+        top_right_singular_vectors([empty] * 2), torch.zeros(2, 64, dtype=torch.float64)
+    )
 
 
 def test_prototypes_of_mixed_ranks_keep_their_places() -> None:
@@ -470,7 +554,11 @@ def test_prototypes_of_mixed_ranks_keep_their_places() -> None:
 def test_a_factor_may_lack_rank() -> None:
     """As where an adapter uses less than its rank, or a cluster holds the same expert twice."""
     a, b = flat_update(4, 48, 64, seed=1)
-    for pair in ((torch.cat([a, a]), torch.cat([b, b], dim=1)), (a[[0, 0, 1, 1]], b), (a, b[:, [0, 0, 1, 1]])):
+    for pair in (
+        (torch.cat([a, a]), torch.cat([b, b], dim=1)),
+        (a[[0, 0, 1, 1]], b),
+        (a, b[:, [0, 0, 1, 1]]),
+    ):
         (vector,) = top_right_singular_vectors([pair])
         assert angle(vector, first_right_singular_vector(pair[1] @ pair[0])) < 1e-9
 
@@ -501,7 +589,9 @@ def test_rotation_and_scale_of_the_rank_space_do_not_matter(
 
 
 def save_steep(path: Path, seed: int) -> str:
-    """An adapter whose updates are of rank 1, but for a little noise: what a power iteration is good at."""
+    """An adapter whose updates are of rank 1, but for a little noise: what a power iteration is
+    good at.
+    """
     save_lora(path, seed, base=make_base(**SMALL))
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(path / "adapter_model.safetensors")
@@ -524,11 +614,15 @@ def load_all(experts: dict[str, str], base: Any) -> Any:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_arrow_is_pefts_where_power_steps_converge(tmp_path: Path, top_k: int, temperature: float) -> None:
+def test_arrow_is_pefts_where_power_steps_converge(
+    tmp_path: Path, top_k: int, temperature: float
+) -> None:
     experts = {name: save_steep(tmp_path / name, seed) for seed, name in enumerate(ALPHAS, 1)}
     config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
     theirs = create_arrow_model(make_base(**SMALL), list(experts.values()), config).eval()
-    ours = route(experts, make_base(**SMALL), router="arrow", top_k=top_k, router_temperature=temperature)
+    ours = route(
+        experts, make_base(**SMALL), router="arrow", top_k=top_k, router_temperature=temperature
+    )
     expected = logits_of(theirs, **batch("left"))
     plain = route(experts, make_base(**SMALL), router="uniform", mixing="full")
     assert (expected - logits_of(plain, **batch("left"))).abs().max() > 1e-2
@@ -536,7 +630,9 @@ def test_arrow_is_pefts_where_power_steps_converge(tmp_path: Path, top_k: int, t
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
-def test_a_fixed_merge_is_pefts_concatenation(experts: dict[str, str], weights: list[float] | None) -> None:
+def test_a_fixed_merge_is_pefts_concatenation(
+    experts: dict[str, str], weights: list[float] | None
+) -> None:
     theirs = load_all(experts, fresh_base()).double()
     given = weights or [0.25] * 4
     theirs.add_weighted_adapter(list(experts), given, adapter_name="merged", combination_type="cat")
@@ -549,7 +645,9 @@ def test_a_fixed_merge_is_pefts_concatenation(experts: dict[str, str], weights: 
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
-@pytest.mark.parametrize("name", ["uniform", "global", "layer", "linear", "linear-abs", "arrow", "hierarchical"])
+@pytest.mark.parametrize(
+    "name", ["uniform", "global", "layer", "linear", "linear-abs", "arrow", "hierarchical"]
+)
 def test_one_expert_is_its_lora(experts: dict[str, str], name: str, mixing: str) -> None:
     """Its coefficient is 1, whatever the router has learned."""
     config = {**ALL[name], **({"clusters": {"code": 0}} if name == "hierarchical" else {})}
@@ -563,17 +661,25 @@ def test_one_expert_is_its_lora(experts: dict[str, str], name: str, mixing: str)
 
 def test_a_weight_of_one_is_that_expert(experts: dict[str, str]) -> None:
     ours = route(
-        experts, fresh_base(), mixing="full", router="fixed", weights={"law": 1, "math": 0, "art": 0, "code": 0}
+        experts,
+        fresh_base(),
+        mixing="full",
+        router="fixed",
+        weights={"law": 1, "math": 0, "art": 0, "code": 0},
     )
     theirs = PeftModel.from_pretrained(fresh_base(), experts["law"]).double()
     inputs = batch("none")
-    torch.testing.assert_close(logits_of(ours.double(), **inputs), logits_of(theirs, **inputs), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        logits_of(ours.double(), **inputs), logits_of(theirs, **inputs), atol=1e-9, rtol=0
+    )
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize("top_k", [1, 3, 4])
-def test_linear_from_arrow_is_arrow(experts: dict[str, str], mixing: str, granularity: str, top_k: int) -> None:
+def test_linear_from_arrow_is_arrow(
+    experts: dict[str, str], mixing: str, granularity: str, top_k: int
+) -> None:
     options = {"mixing": mixing, "granularity": granularity, "top_k": top_k}
     learned = route(experts, fresh_base(), router="linear", init="arrow", **options)
     arrow = route(experts, fresh_base(), router="arrow", **options)
@@ -589,20 +695,26 @@ def test_rows_of_a_hierarchy_are_prototypes_of_uniform_merges(
     experts: dict[str, str], parts: Parts, mixing: str, clusters: tuple[Any, ...]
 ) -> None:
     of = dict(zip(experts, clusters, strict=True))
-    routed = route(experts, fresh_base(), mixing=mixing, router="hierarchical", clusters=of, init="arrow")
+    routed = route(
+        experts, fresh_base(), mixing=mixing, router="hierarchical", clusters=of, init="arrow"
+    )
     state = get_peft_model_state_dict(routed)
     for module, of_experts in parts.items():
         rows = state[f"base_model.model.{module}.routed_lora_router.weight"]
         assert len(rows) == len(set(clusters))
         for row, cluster in zip(rows, sorted(set(clusters)), strict=True):
-            members = [part for part, own in zip(of_experts, clusters, strict=True) if own == cluster]
+            members = [
+                part for part, own in zip(of_experts, clusters, strict=True) if own == cluster
+            ]
             merged = merge_parts(members, [1 / len(members)] * len(members), mixing)
             assert angle(row, first_right_singular_vector(merged.update)) < 1e-6
 
 
 def test_the_two_mixings_have_different_hierarchies(experts: dict[str, str]) -> None:
     full, low_rank = (
-        get_peft_model_state_dict(route(experts, fresh_base(), mixing=mixing, **ALL["hierarchical-abs"]))
+        get_peft_model_state_dict(
+            route(experts, fresh_base(), mixing=mixing, **ALL["hierarchical-abs"])
+        )
         for mixing in MIXINGS
     )
     key = "base_model.model.model.layers.0.self_attn.v_proj.routed_lora_router.weight"
@@ -616,7 +728,11 @@ def gpt2_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         name: str(
             save_lora(
-                root / name, seed, fresh_base(family="gpt2"), target_modules=["c_attn", "c_fc"], lora_alpha=alpha
+                root / name,
+                seed,
+                fresh_base(family="gpt2"),
+                target_modules=["c_attn", "c_fc"],
+                lora_alpha=alpha,
             )
         )
         for seed, (name, alpha) in enumerate(ALPHAS.items(), 1)
@@ -625,7 +741,9 @@ def gpt2_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     """Copies, by the names that they have in a plain model."""
-    return {name.replace(".base_layer", ""): p.detach().clone() for name, p in model.named_parameters()}
+    return {
+        name.replace(".base_layer", ""): p.detach().clone() for name, p in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -654,7 +772,9 @@ def test_a_merged_model_is_a_plain_one_with_the_same_logits(
             continue
         of_module = naive.parts[module]
         hidden = torch.zeros(of_module[0].update.shape[1], dtype=torch.float64)
-        update = merge_by_hand(naive, naive.coefficients(naive.scores(module, hidden, of_module, [])), of_module)
+        update = merge_by_hand(
+            naive, naive.coefficients(naive.scores(module, hidden, of_module, [])), of_module
+        )
         update = update.T if family == "gpt2" else update
         torch.testing.assert_close(after[key], weight + update, atol=1e-9, rtol=0)
 
@@ -681,7 +801,9 @@ def test_merging_and_back(
 ) -> None:
     base = fresh_base(family=family)
     before = weights_of(base)
-    routed = route(gpt2_experts if family == "gpt2" else experts, base, 3, mixing=mixing, **ALL[name]).double()
+    routed = route(
+        gpt2_experts if family == "gpt2" else experts, base, 3, mixing=mixing, **ALL[name]
+    ).double()
     expected = logits_of(routed, **batch("none"))
     routed.merge_adapter()
     merged = weights_of(routed.get_base_model())
@@ -698,12 +820,18 @@ def test_merging_and_back(
 def test_a_safe_merge_refuses_nan(experts: dict[str, str], mixing: str) -> None:
     for unload in (True, False):
         routed = route(experts, fresh_base(), router="uniform", mixing=mixing)
-        broken = routed.get_parameter("base_model.model.model.layers.0.mlp.down_proj.routed_lora_experts.default.B")
+        broken = routed.get_parameter(
+            "base_model.model.model.layers.0.mlp.down_proj.routed_lora_experts.default.B"
+        )
         broken.data[0, 0] = torch.nan
         with pytest.raises(ValueError, match="NaN"):
-            routed.merge_and_unload(safe_merge=True) if unload else routed.merge_adapter(safe_merge=True)
+            routed.merge_and_unload(safe_merge=True) if unload else routed.merge_adapter(
+                safe_merge=True
+            )
         layer = routed.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
-        assert torch.equal(layer.get_base_layer().weight, plain_base().model.layers[0].mlp.down_proj.weight)
+        assert torch.equal(
+            layer.get_base_layer().weight, plain_base().model.layers[0].mlp.down_proj.weight
+        )
 
 
 def test_a_merge_of_bfloat16_is_rounded_once(low_experts: dict[str, str]) -> None:
@@ -726,7 +854,12 @@ def merge_by_hand(naive: Naive, coefficients: Tensor, parts: list[Part]) -> Tens
 
 MIXED: dict[str, dict[str, Any]] = {  # with scalings that float32 holds exactly
     "plain": {"r": 4, "lora_alpha": 8},
-    "rslora": {"r": 16, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]},
+    "rslora": {
+        "r": 16,
+        "lora_alpha": 5,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "up_proj"],
+    },
     "patterns": {
         "r": 8,
         "lora_alpha": 16,
@@ -759,18 +892,29 @@ def parts_by_peft(experts: dict[str, str]) -> Parts:
     updates: list[dict[str, Tensor]] = []
     for path in experts.values():
         model = PeftModel.from_pretrained(fresh_base(), path).double().get_base_model()
-        layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-        updates.append({name: layer.get_delta_weight("default").detach() for name, layer in layers.items()})
-    modules = [name for name, _ in plain_base().named_modules() if any(name in of for of in updates)]
+        layers = {
+            name: module for name, module in model.named_modules() if hasattr(module, "lora_A")
+        }
+        updates.append(
+            {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
+        )
+    modules = [
+        name for name, _ in plain_base().named_modules() if any(name in of for of in updates)
+    ]
     return {
-        module: [Part(of.get(module, torch.zeros_like(weights[f"{module}.weight"]))) for of in updates]
+        module: [
+            Part(of.get(module, torch.zeros_like(weights[f"{module}.weight"]))) for of in updates
+        ]
         for module in modules
     }
 
 
 def test_mixed_experts_differ(mixed: dict[str, str]) -> None:
     """Guards the tests below: in ranks, and in modules that only some of them have."""
-    ranks = {name: {m: len(a) for m, (a, _) in read_factors(path).items()} for name, path in mixed.items()}
+    ranks = {
+        name: {m: len(a) for m, (a, _) in read_factors(path).items()}
+        for name, path in mixed.items()
+    }
     assert ranks["patterns"]["model.layers.0.self_attn.q_proj"] == 2
     assert ranks["rs-patterns"]["model.layers.0.self_attn.q_proj"] == 1
     assert len({tuple(sorted(of)) for of in ranks.values()}) == 3
@@ -778,10 +922,14 @@ def test_mixed_experts_differ(mixed: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", [*ALL])
-def test_full_mixing_is_that_of_pefts_updates(mixed: dict[str, str], name: str, granularity: str) -> None:
+def test_full_mixing_is_that_of_pefts_updates(
+    mixed: dict[str, str], name: str, granularity: str
+) -> None:
     clusters = dict(zip(mixed, "xyxz", strict=True))
     config = {**ALL[name], **({"clusters": clusters} if "clusters" in ALL[name] else {})}
-    routed = route(mixed, fresh_base(), 3, mixing="full", granularity=granularity, **config).double()
+    routed = route(
+        mixed, fresh_base(), 3, mixing="full", granularity=granularity, **config
+    ).double()
     top_k = 3 if name == "arrow" else None
     naive = Naive(config, parts_by_peft(mixed), list(mixed), top_k=top_k, granularity=granularity)
     assert_as_by_hand(routed, naive, "left")
@@ -853,7 +1001,9 @@ def test_ties_still_choose_k(experts: dict[str, str], name: str) -> None:
     routed = route(experts, fresh_base(), top_k=2, **ALL[name])
     coefficients = v_proj(routed).router_of("default")(hidden(5, 32))
     if name == "hierarchical":
-        of_clusters = [coefficients[..., [i for i, n in enumerate(experts) if CLUSTERS[n] == c]] for c in "xyz"]
+        of_clusters = [
+            coefficients[..., [i for i, n in enumerate(experts) if CLUSTERS[n] == c]] for c in "xyz"
+        ]
         coefficients = torch.stack([part.sum(dim=-1) for part in of_clusters], dim=-1)
     n = coefficients.shape[-1]
     expected = torch.tensor([0.0] * (n - 2) + [0.5, 0.5]).expand(*coefficients.shape)
@@ -872,15 +1022,23 @@ def test_an_mlp_keeps_by_magnitude_and_breaks_ties(experts: dict[str, str]) -> N
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", [*ALL])
-def test_hidden_states_of_zero_get_no_update(experts: dict[str, str], name: str, granularity: str) -> None:
+def test_hidden_states_of_zero_get_no_update(
+    experts: dict[str, str], name: str, granularity: str
+) -> None:
     routed = route(experts, fresh_base(), 3, granularity=granularity, **ALL[name])
     zeros = torch.zeros(2, 5, 32, dtype=torch.float64)
-    assert torch.equal(logits_of(routed, inputs_embeds=zeros), logits_of(plain_base(), inputs_embeds=zeros))
+    assert torch.equal(
+        logits_of(routed, inputs_embeds=zeros), logits_of(plain_base(), inputs_embeds=zeros)
+    )
     with_states = logits_of(routed, inputs_embeds=hidden(2, 5, 32))
-    assert not torch.allclose(with_states, logits_of(plain_base(), inputs_embeds=hidden(2, 5, 32)), atol=1e-2)
+    assert not torch.allclose(
+        with_states, logits_of(plain_base(), inputs_embeds=hidden(2, 5, 32)), atol=1e-2
+    )
 
 
-@pytest.fixture(scope="module", params=[(name, mixing) for name in ALL for mixing in MIXINGS], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(name, mixing) for name in ALL for mixing in MIXINGS], ids="-".join
+)
 def layer(request: pytest.FixtureRequest, experts: dict[str, str]) -> Any:
     """Of every router and mixing, with the top 2 where it takes one."""
     name, mixing = request.param
@@ -908,7 +1066,8 @@ def test_no_rows_give_no_rows(layer: Any) -> None:
 def test_a_sequence_does_not_choose_by_what_follows_its_prefix(
     experts: dict[str, str], name: str, late: float
 ) -> None:
-    """The last hidden state that the last module sees, of a sequence twice as long as the prefix."""
+    """The last hidden state that the last module sees, of a sequence twice as long as the
+    prefix."""
     routed = route(experts, fresh_base(), 3, granularity="sequence", **ALL[name])
     embeddings = hidden(2, 2 * PREFIX, 32)
     expected = logits_of(routed, inputs_embeds=embeddings)
@@ -918,7 +1077,9 @@ def test_a_sequence_does_not_choose_by_what_follows_its_prefix(
         x[0, -1] = late
         return (x,)
 
-    routed.get_submodule("base_model.model.model.layers.1.mlp.down_proj").register_forward_pre_hook(changed)
+    routed.get_submodule("base_model.model.model.layers.1.mlp.down_proj").register_forward_pre_hook(
+        changed
+    )
     found = logits_of(routed, inputs_embeds=embeddings)
     assert not torch.allclose(found[0, -1], expected[0, -1], atol=1e-2)
     found[0, -1] = expected[0, -1]
@@ -927,8 +1088,12 @@ def test_a_sequence_does_not_choose_by_what_follows_its_prefix(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mixing", MIXINGS)
-@pytest.mark.parametrize("name", ["linear", "linear-abs", "arrow", "hierarchical", "hierarchical-abs"])
-def test_very_large_scores_choose_one(experts: dict[str, str], name: str, mixing: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "name", ["linear", "linear-abs", "arrow", "hierarchical", "hierarchical-abs"]
+)
+def test_very_large_scores_choose_one(
+    experts: dict[str, str], name: str, mixing: str, dtype: torch.dtype
+) -> None:
     everything = {} if name.startswith("hierarchical") else {"top_k": 4}
     layers = [
         v_proj(route(experts, fresh_base(), 3, mixing=mixing, **config).to(dtype))
@@ -959,7 +1124,13 @@ def low_experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("name", [*ALL])
 def test_bfloat16_is_near_float32(low_experts: dict[str, str], name: str, mixing: str) -> None:
     low, high = (
-        route(low_experts, make_base(dtype=torch.bfloat16, **SMALL).to(dtype), 3, mixing=mixing, **ALL[name])
+        route(
+            low_experts,
+            make_base(dtype=torch.bfloat16, **SMALL).to(dtype),
+            3,
+            mixing=mixing,
+            **ALL[name],
+        )
         for dtype in (torch.bfloat16, torch.float32)
     )
     for key, value in get_peft_model_state_dict(low).items():
@@ -974,9 +1145,13 @@ def test_bfloat16_is_near_float32(low_experts: dict[str, str], name: str, mixing
 
 @pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize("name", ["uniform", "arrow", "mlp-2"])
-def test_wider_experts_leave_the_dtype_of_the_base(experts: dict[str, str], name: str, mixing: str) -> None:
+def test_wider_experts_leave_the_dtype_of_the_base(
+    experts: dict[str, str], name: str, mixing: str
+) -> None:
     low = route(experts, make_base(dtype=torch.bfloat16, **SMALL), 3, mixing=mixing, **ALL[name])
-    high = route(experts, make_base(dtype=torch.bfloat16, **SMALL).double(), 3, mixing=mixing, **ALL[name])
+    high = route(
+        experts, make_base(dtype=torch.bfloat16, **SMALL).double(), 3, mixing=mixing, **ALL[name]
+    )
     x = hidden(2, 5, 32).bfloat16()
     found, expected = v_proj(low)(x), v_proj(high)(x.double())
     assert found.dtype == logits_of(low, **batch("none")).dtype == torch.bfloat16

@@ -1,4 +1,6 @@
-"""A routed adapter that is saved, moved, loaded, copied, changed or pushed stays the same adapter: by its logits."""
+"""A routed adapter that is saved, moved, loaded, copied, changed or pushed stays the same adapter:
+by its logits.
+"""
 
 import copy
 import json
@@ -31,7 +33,13 @@ from peft_routing import RoutedLoraConfig
 from peft_routing.layer import RoutedLoraLinear
 from peft_routing.routers import all_routers
 from tests.conftest import read_tensors, run, same_files
-from tests.peft_routing.adapters import NAMES, make_base, save_experts, save_lora, skip_without_native_adapters
+from tests.peft_routing.adapters import (
+    NAMES,
+    make_base,
+    save_experts,
+    save_lora,
+    skip_without_native_adapters,
+)
 
 pytestmark = pytest.mark.hosts
 
@@ -53,7 +61,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "mlp": {"router": "mlp"},
     "mlp-0": {"router": "mlp", "mlp_layers": 0},
 }
-LEARNED = [label for label, options in ROUTERS.items() if options["router"] not in ("uniform", "fixed")]
+LEARNED = [
+    label for label, options in ROUTERS.items() if options["router"] not in ("uniform", "fixed")
+]
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(7))
 MASK = torch.ones_like(IDS).index_put((torch.tensor(1), torch.arange(9, 12)), torch.tensor(0))
 
@@ -99,13 +109,20 @@ def rows(model: Any, adapter: str = "default") -> dict[tuple[str, str, str], Ten
     learned = {}
     for layer in layers(model):
         for name, parameter in layer.router_of(adapter).named_parameters():
-            labels = clusters if config.router == "hierarchical" and name == "weight" else list(config.experts)
+            labels = (
+                clusters
+                if config.router == "hierarchical" and name == "weight"
+                else list(config.experts)
+            )
             if name in ("weight_in", "bias_in"):
                 learned[layer.key, name, ""] = parameter.detach().clone()
             else:
                 assert len(labels) == len(parameter)
                 learned.update(
-                    {(layer.key, name, of): row.detach().clone() for of, row in zip(labels, parameter, strict=True)}
+                    {
+                        (layer.key, name, of): row.detach().clone()
+                        for of, row in zip(labels, parameter, strict=True)
+                    }
                 )
     return learned
 
@@ -115,14 +132,19 @@ def snapshot(model: Any) -> dict[str, Tensor]:
 
 
 def same(first: dict[Any, Any], second: dict[Any, Any]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
 
 
 def as_dtype(adapter: str, out: Path, dtype: torch.dtype) -> str:
     """The same LoRA adapter, saved in another dtype."""
     shutil.copytree(adapter, out)
     tensors = load_file(out / "adapter_model.safetensors")
-    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, out / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in tensors.items()},
+        out / "adapter_model.safetensors",
+    )
     return str(out)
 
 
@@ -136,13 +158,17 @@ class Place:
         """A copy: loading it each time would take longer."""
         return copy.deepcopy(self.first)
 
-    def compose(self, label: str, names: tuple[str, ...] = NAMES, *, learned: bool = False, **changes: Any) -> Any:
+    def compose(
+        self, label: str, names: tuple[str, ...] = NAMES, *, learned: bool = False, **changes: Any
+    ) -> Any:
         options = {**ROUTERS[label], **changes}
         for option in ("weights", "clusters"):
             if isinstance(options.get(option), dict):
                 options[option] = {name: options[option][name] for name in names}
         experts = {name: self.experts[name] for name in names}
-        model = get_peft_model(self.base(), RoutedLoraConfig(**{"experts": experts, **options})).eval()
+        model = get_peft_model(
+            self.base(), RoutedLoraConfig(**{"experts": experts, **options})
+        ).eval()
         return learn(model) if learned else model
 
     def load(self, path: Path, **kwargs: Any) -> Any:
@@ -182,14 +208,22 @@ def saved(place: Place) -> dict[str, Saved]:
 @pytest.fixture(scope="module")
 def narrow(place: Place) -> Saved:
     """Another adapter, with other experts, targets and ranks; its router is `global`."""
-    experts = save_experts(place.root / "narrow", ("bio", "art"), target_modules=["k_proj", "v_proj"], r=2)
-    model = learn(get_peft_model(place.base(), RoutedLoraConfig(experts=experts, router="global")), seed=2)
+    experts = save_experts(
+        place.root / "narrow", ("bio", "art"), target_modules=["k_proj", "v_proj"], r=2
+    )
+    model = learn(
+        get_peft_model(place.base(), RoutedLoraConfig(experts=experts, router="global")), seed=2
+    )
     model.save_pretrained(place.root / "narrow" / "routed")
     return Saved(place.root / "narrow" / "routed", logits(model))
 
 
 def test_every_router_is_here() -> None:
-    ours = {name for name, router in all_routers().items() if router.__module__.startswith("peft_routing.")}
+    ours = {
+        name
+        for name, router in all_routers().items()
+        if router.__module__.startswith("peft_routing.")
+    }
     assert {options["router"] for options in ROUTERS.values()} == ours
 
 
@@ -296,7 +330,9 @@ WAYS: dict[str, Callable[[Place, Path], Any]] = {
     "state_dict": by_state_dict,
     "beside_another": beside_another,
     "auto": lambda place, path: AutoPeftModelForCausalLM.from_pretrained(path),
-    "auto_low_cpu": lambda place, path: AutoPeftModelForCausalLM.from_pretrained(path, low_cpu_mem_usage=True),
+    "auto_low_cpu": lambda place, path: AutoPeftModelForCausalLM.from_pretrained(
+        path, low_cpu_mem_usage=True
+    ),
     "native": by_auto_class,
     "load_adapter": native,
     "load_adapter_low_cpu": lambda place, path: native(place, path, low_cpu_mem_usage=True),
@@ -307,7 +343,9 @@ WAYS: dict[str, Callable[[Place, Path], Any]] = {
 
 @pytest.mark.parametrize("label", ROUTERS)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_loading_gives_equal_logits(place: Place, saved: dict[str, Saved], way: str, label: str) -> None:
+def test_every_way_of_loading_gives_equal_logits(
+    place: Place, saved: dict[str, Saved], way: str, label: str
+) -> None:
     assert torch.equal(logits(WAYS[way](place, saved[label].path).eval()), saved[label].logits)
 
 
@@ -337,7 +375,9 @@ def test_a_loaded_adapter_is_saved_bit_equal(
 
 def test_tensors_are_named_after_the_modules(saved: dict[str, Saved]) -> None:
     modules = [
-        f"base_model.model.model.layers.{i}.{m}" for i in range(3) for m in ("self_attn.q_proj", "mlp.down_proj")
+        f"base_model.model.model.layers.{i}.{m}"
+        for i in range(3)
+        for m in ("self_attn.q_proj", "mlp.down_proj")
     ]
     modules += [f"base_model.model.model.layers.{i}.self_attn.v_proj" for i in range(3)]
     of_experts = {f"{module}.routed_lora_experts.{factor}" for module in modules for factor in "AB"}
@@ -439,7 +479,11 @@ def test_several_adapters_are_saved_each_on_its_own(
 ) -> None:
     model = several(place, saved, narrow)
     model.save_pretrained(tmp_path)
-    for name, path in {"default": tmp_path, "shared": tmp_path / "shared", "narrow": tmp_path / "narrow"}.items():
+    for name, path in {
+        "default": tmp_path,
+        "shared": tmp_path / "shared",
+        "narrow": tmp_path / "narrow",
+    }.items():
         assert torch.equal(logits(place.load(path)), expected(saved, narrow)[name])
 
 
@@ -463,7 +507,11 @@ def several_native(place: Place, saved: dict[str, Saved], narrow: Saved) -> Any:
 
 
 def expected(saved: dict[str, Saved], narrow: Saved) -> dict[str, Tensor]:
-    return {"default": saved["linear"].logits, "shared": saved["global"].logits, "narrow": narrow.logits}
+    return {
+        "default": saved["linear"].logits,
+        "shared": saved["global"].logits,
+        "narrow": narrow.logits,
+    }
 
 
 @pytest.mark.parametrize("make", [several, several_native])
@@ -476,7 +524,9 @@ def test_each_adapter_is_what_it_is_alone(
         assert torch.equal(logits(model), expected(saved, narrow)[name])
 
 
-def test_a_loaded_adapter_is_not_yet_active(place: Place, saved: dict[str, Saved], narrow: Saved) -> None:
+def test_a_loaded_adapter_is_not_yet_active(
+    place: Place, saved: dict[str, Saved], narrow: Saved
+) -> None:
     assert torch.equal(logits(several(place, saved, narrow)), saved["linear"].logits)
 
 
@@ -489,7 +539,9 @@ def test_disabled_is_the_base(place: Place, saved: dict[str, Saved], label: str)
     assert torch.equal(logits(model), saved[label].logits)
 
 
-def test_disabled_is_the_base_natively(place: Place, saved: dict[str, Saved], narrow: Saved) -> None:
+def test_disabled_is_the_base_natively(
+    place: Place, saved: dict[str, Saved], narrow: Saved
+) -> None:
     model = several_native(place, saved, narrow)
     model.disable_adapters()
     assert torch.equal(logits(model), logits(place.base()))
@@ -533,14 +585,18 @@ def test_deleting_the_active_adapter_activates_another(
     assert torch.equal(logits(model), saved["global"].logits)
 
 
-def test_without_adapters_it_is_the_base(place: Place, saved: dict[str, Saved], narrow: Saved) -> None:
+def test_without_adapters_it_is_the_base(
+    place: Place, saved: dict[str, Saved], narrow: Saved
+) -> None:
     model = several(place, saved, narrow)
     for name in ("default", "shared", "narrow"):
         model.delete_adapter(name)
     assert torch.equal(logits(model.base_model.model), logits(place.base()))
 
 
-def test_without_adapters_it_is_the_base_natively(place: Place, saved: dict[str, Saved], narrow: Saved) -> None:
+def test_without_adapters_it_is_the_base_natively(
+    place: Place, saved: dict[str, Saved], narrow: Saved
+) -> None:
     model = several_native(place, saved, narrow)
     model.delete_adapter(["default", "shared", "narrow"])
     assert torch.equal(logits(model), logits(place.base()))
@@ -571,7 +627,9 @@ def test_an_adapter_composed_beside_another(place: Place, saved: dict[str, Saved
     assert torch.equal(logits(model), logits(place.compose("arrow")))
 
 
-def test_an_adapter_named_0_beside_another(place: Place, saved: dict[str, Saved], narrow: Saved) -> None:
+def test_an_adapter_named_0_beside_another(
+    place: Place, saved: dict[str, Saved], narrow: Saved
+) -> None:
     model = place.load(saved["linear"].path)
     model.load_adapter(narrow.path, "0")
     for name, alone in {"0": narrow.logits, "default": saved["linear"].logits}.items():
@@ -611,14 +669,18 @@ def test_native_adapters_are_composed_and_saved(place: Place, tmp_path: Path) ->
 @pytest.fixture(scope="module")
 def in_dtype(place: Place) -> dict[torch.dtype, dict[str, str]]:
     root = place.root / "bfloat16"
-    halves = {name: as_dtype(path, root / name, torch.bfloat16) for name, path in place.experts.items()}
+    halves = {
+        name: as_dtype(path, root / name, torch.bfloat16) for name, path in place.experts.items()
+    }
     return {torch.float32: place.experts, torch.bfloat16: halves}
 
 
 def dtypes(model: Any) -> dict[str, set[torch.dtype]]:
     found: dict[str, set[torch.dtype]] = {"experts": set(), "router": set(), "base": set()}
     for name, parameter in model.named_parameters():
-        part = next((part for part in ("experts", "router") if f"routed_lora_{part}" in name), "base")
+        part = next(
+            (part for part in ("experts", "router") if f"routed_lora_{part}" in name), "base"
+        )
         found[part].add(parameter.dtype)
     return found
 
@@ -644,7 +706,10 @@ def test_dtypes_stay_as_they_are(
     model.save_pretrained(tmp_path / "routed")
     for name, tensor in read_tensors(tmp_path / "routed").items():
         assert tensor.dtype == (torch.float32 if "routed_lora_router" in name else of_experts)
-    loaded = [PeftModel.from_pretrained(base(), tmp_path / "routed", low_cpu_mem_usage=low) for low in (False, True)]
+    loaded = [
+        PeftModel.from_pretrained(base(), tmp_path / "routed", low_cpu_mem_usage=low)
+        for low in (False, True)
+    ]
     loaded.append(AutoModelForCausalLM.from_pretrained(tmp_path / "routed", dtype=of_base))
     loaded.append(base())
     loaded[-1].load_adapter(str(tmp_path / "routed"))
@@ -654,10 +719,16 @@ def test_dtypes_stay_as_they_are(
         assert torch.equal(logits(other), logits(model))
 
 
-def test_experts_of_two_dtypes_become_the_wider(place: Place, in_dtype: dict[torch.dtype, dict[str, str]]) -> None:
+def test_experts_of_two_dtypes_become_the_wider(
+    place: Place, in_dtype: dict[torch.dtype, dict[str, str]]
+) -> None:
     experts = {"math": in_dtype[torch.bfloat16]["math"], "code": place.experts["code"]}
     model = get_peft_model(place.base(), RoutedLoraConfig(experts=experts, router="layer"))
-    assert dtypes(model) == {"experts": {torch.float32}, "router": {torch.float32}, "base": {torch.float32}}
+    assert dtypes(model) == {
+        "experts": {torch.float32},
+        "router": {torch.float32},
+        "base": {torch.float32},
+    }
 
 
 # Copies
@@ -690,7 +761,9 @@ def test_a_copy_is_unloaded_alone(place: Place, saved: dict[str, Saved], label: 
     assert torch.equal(logits(model), saved[label].logits)
 
 
-def test_a_copy_is_saved_with_its_own_router(place: Place, saved: dict[str, Saved], tmp_path: Path) -> None:
+def test_a_copy_is_saved_with_its_own_router(
+    place: Place, saved: dict[str, Saved], tmp_path: Path
+) -> None:
     other = learn(copy.deepcopy(place.load(saved["global"].path)), seed=3)
     other.save_pretrained(tmp_path)
     assert torch.equal(logits(place.load(tmp_path)), logits(other))
@@ -720,7 +793,9 @@ def pair(place: Place, label: str, **options: Any) -> Any:
     return place.compose(label, ("math", "code"), **changes, **options)
 
 
-DETERMINED = [label for label in ROUTERS if label != "mlp"]  # with hidden layers it starts at random
+DETERMINED = [
+    label for label in ROUTERS if label != "mlp"
+]  # with hidden layers it starts at random
 
 
 @pytest.mark.parametrize("label", DETERMINED)
@@ -751,7 +826,11 @@ def test_adding_leaves_the_others_bit_equal(place: Place, label: str, tmp_path: 
     model.add_expert("law", place.experts["law"], **joining(label))
     after, learned_after = factors(model), rows(model)
     assert after.keys() - of_experts.keys() == {(layer.key, "law") for layer in layers(model)}
-    assert all(torch.equal(after[key][part], of_experts[key][part]) for key in of_experts for part in (0, 1))
+    assert all(
+        torch.equal(after[key][part], of_experts[key][part])
+        for key in of_experts
+        for part in (0, 1)
+    )
     assert same({key: learned_after[key] for key in learned}, learned)
     for name, tensor in load_file(Path(place.experts["law"]) / "adapter_model.safetensors").items():
         module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
@@ -768,7 +847,9 @@ def test_removing_leaves_the_others_bit_equal(
     model.remove_expert(gone)
     after, learned_after = factors(model), rows(model)
     assert after.keys() == {key for key in of_experts if key[1] != gone}
-    assert all(torch.equal(after[key][part], of_experts[key][part]) for key in after for part in (0, 1))
+    assert all(
+        torch.equal(after[key][part], of_experts[key][part]) for key in after for part in (0, 1)
+    )
     assert learned_after.keys() <= learned.keys()
     assert same(learned_after, {key: learned[key] for key in learned_after})
     assert {name for _, _, name in learned_after} <= {*NAMES, "a", "b", ""} - {gone}
@@ -795,7 +876,9 @@ def test_experts_of_other_ranks_and_targets_join(place: Place, odd: str, tmp_pat
     model = reloaded(place, place.compose("linear-full"), tmp_path / "three")
     model.add_expert("odd", odd)
     experts = {**place.experts, "odd": odd}
-    at_once = get_peft_model(place.base(), RoutedLoraConfig(experts=experts, router="linear", mixing="full"))
+    at_once = get_peft_model(
+        place.base(), RoutedLoraConfig(experts=experts, router="linear", mixing="full")
+    )
     torch.testing.assert_close(logits(model), logits(at_once), atol=1e-6, rtol=0)
     learn(model)
     assert torch.equal(logits(reloaded(place, model, tmp_path / "four")), logits(model))
@@ -825,7 +908,9 @@ def unchanged(model: Any, change: Callable[[], Any], error: Any, match: str) -> 
     assert torch.equal(logits(model), before)
 
 
-def test_low_rank_mixing_refuses_another_rank(place: Place, saved: dict[str, Saved], odd: str) -> None:
+def test_low_rank_mixing_refuses_another_rank(
+    place: Place, saved: dict[str, Saved], odd: str
+) -> None:
     model = place.load(saved["linear"].path)
     assert model.peft_config["default"].mixing == "low_rank"
     unchanged(model, lambda: model.add_expert("odd", odd), ValueError, "low_rank.*law 4, odd 0")
@@ -839,20 +924,60 @@ def test_the_last_expert_stays(place: Place, saved: dict[str, Saved]) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[Any, Place], Any], Any, str]] = {
-    "no weight": ("fixed", lambda m, p: m.add_expert("new", p.experts["law"]), ValueError, "weight="),
-    "no cluster": ("hierarchical", lambda m, p: m.add_expert("new", p.experts["law"]), ValueError, "cluster="),
-    "a weight": ("linear", lambda m, p: m.add_expert("new", p.experts["law"], weight=0.5), ValueError, "weight"),
-    "a cluster": ("linear", lambda m, p: m.add_expert("new", p.experts["law"], cluster="a"), ValueError, "cluster"),
+    "no weight": (
+        "fixed",
+        lambda m, p: m.add_expert("new", p.experts["law"]),
+        ValueError,
+        "weight=",
+    ),
+    "no cluster": (
+        "hierarchical",
+        lambda m, p: m.add_expert("new", p.experts["law"]),
+        ValueError,
+        "cluster=",
+    ),
+    "a weight": (
+        "linear",
+        lambda m, p: m.add_expert("new", p.experts["law"], weight=0.5),
+        ValueError,
+        "weight",
+    ),
+    "a cluster": (
+        "linear",
+        lambda m, p: m.add_expert("new", p.experts["law"], cluster="a"),
+        ValueError,
+        "cluster",
+    ),
     "no number": (
         "fixed",
         lambda m, p: m.add_expert("new", p.experts["law"], weight=float("nan")),
         ValueError,
         "finite",
     ),
-    "a name twice": ("linear", lambda m, p: m.add_expert("law", p.experts["law"]), ValueError, "'law' already"),
-    "nothing there": ("linear", lambda m, p: m.add_expert("new", "/nowhere"), FileNotFoundError, "'new'.*/nowhere"),
-    "no such expert": ("linear", lambda m, p: m.remove_expert("new"), ValueError, "'new'.*math, code, law"),
-    "no such adapter": ("linear", lambda m, p: m.remove_expert("law", "second"), (KeyError, ValueError), "second"),
+    "a name twice": (
+        "linear",
+        lambda m, p: m.add_expert("law", p.experts["law"]),
+        ValueError,
+        "'law' already",
+    ),
+    "nothing there": (
+        "linear",
+        lambda m, p: m.add_expert("new", "/nowhere"),
+        FileNotFoundError,
+        "'new'.*/nowhere",
+    ),
+    "no such expert": (
+        "linear",
+        lambda m, p: m.remove_expert("new"),
+        ValueError,
+        "'new'.*math, code, law",
+    ),
+    "no such adapter": (
+        "linear",
+        lambda m, p: m.remove_expert("law", "second"),
+        (KeyError, ValueError),
+        "second",
+    ),
 }
 
 
@@ -869,7 +994,9 @@ def test_too_few_experts_for_top_k_are_refused(place: Place, saved: dict[str, Sa
     unchanged(model, lambda: model.remove_expert("law"), ValueError, "top_k=2")
 
 
-def test_experts_join_the_adapter_that_is_named(place: Place, saved: dict[str, Saved], narrow: Saved) -> None:
+def test_experts_join_the_adapter_that_is_named(
+    place: Place, saved: dict[str, Saved], narrow: Saved
+) -> None:
     model = several(place, saved, narrow)
     model.remove_expert("math", "shared")
     model.add_expert("bio", place.experts["math"], adapter_name="shared")
@@ -926,7 +1053,9 @@ def trained(model: Any) -> set[str]:
 
 
 def of_router(model: Any, adapter: str = "default") -> set[str]:
-    return {name for name, _ in model.named_parameters() if f"routed_lora_router.{adapter}." in name}
+    return {
+        name for name, _ in model.named_parameters() if f"routed_lora_router.{adapter}." in name
+    }
 
 
 @pytest.mark.parametrize("label", LEARNED)
@@ -942,7 +1071,9 @@ def test_only_the_router_is_trained(place: Place, saved: dict[str, Saved], label
 
 
 @pytest.mark.parametrize("label", LEARNED)
-def test_the_active_router_alone_is_trained(place: Place, saved: dict[str, Saved], label: str) -> None:
+def test_the_active_router_alone_is_trained(
+    place: Place, saved: dict[str, Saved], label: str
+) -> None:
     model = place.load(saved["layer"].path, is_trainable=True)
     model.load_adapter(saved[label].path, "second", is_trainable=True)
     model.set_adapter("second")
@@ -989,7 +1120,9 @@ def hooks(model: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("label", ROUTERS)
-def test_unloading_leaves_nothing_of_ours(place: Place, saved: dict[str, Saved], label: str) -> None:
+def test_unloading_leaves_nothing_of_ours(
+    place: Place, saved: dict[str, Saved], label: str
+) -> None:
     model = place.load(saved[label].path)
     model.load_adapter(saved["global"].path, "second")
     bare = model.unload()

@@ -1,4 +1,6 @@
-"""Training routers: with the Trainer as it is, and with `peft-route train`, one way of running against another."""
+"""Training routers: with the Trainer as it is, and with `peft-route train`, one way of running
+against another.
+"""
 
 import json
 import math
@@ -64,7 +66,13 @@ def state(model):
 
 
 def with_trainer(model, path, rows=ROWS, **arguments):
-    defaults = {"max_steps": 2, "learning_rate": 0.1, "report_to": "none", "save_strategy": "no", "use_cpu": True}
+    defaults = {
+        "max_steps": 2,
+        "learning_rate": 0.1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
     arguments = TrainingArguments(str(path), disable_tqdm=True, **{**defaults, **arguments})
     Trainer(model, arguments, train_dataset=rows).train()
     return model
@@ -86,9 +94,15 @@ def test_only_the_router_learns(experts, tmp_path, router, granularity, reentran
         gradient_checkpointing_kwargs={"use_reentrant": reentrant},
     )
     for model in (plain, saving_memory):
-        changed = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
+        changed = {
+            name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])
+        }
         assert changed and all("routed_lora_router" in name for name in changed)
-        assert all(p.grad is None for name, p in model.named_parameters() if "routed_lora_router" not in name)
+        assert all(
+            p.grad is None
+            for name, p in model.named_parameters()
+            if "routed_lora_router" not in name
+        )
     for name, tensor in state(saving_memory).items():
         assert torch.allclose(tensor, state(plain)[name], atol=1e-5), name
 
@@ -106,7 +120,10 @@ def test_gradients_are_those_of_finite_differences(mixing):
     inside = Experts(Site((2, 2, 2), (1.0, 0.5, 2.0)), 5, 4, mixing, torch.float64)
     inside.fill(
         [
-            (torch.randn(2, 5, generator=generator).double(), torch.randn(4, 2, generator=generator).double())
+            (
+                torch.randn(2, 5, generator=generator).double(),
+                torch.randn(4, 2, generator=generator).double(),
+            )
             for _ in range(3)
         ]
     )
@@ -117,7 +134,8 @@ def test_gradients_are_those_of_finite_differences(mixing):
 
 def test_the_load_balancing_loss_by_hand(experts):
     plain, balanced = (
-        routed(experts, top_k=2, init="arrow", score="abs", router_aux_loss_coef=c).train() for c in (0.0, 0.7)
+        routed(experts, top_k=2, init="arrow", score="abs", router_aux_loss_coef=c).train()
+        for c in (0.0, 0.7)
     )
     for model in (plain, balanced):
         with torch.no_grad():
@@ -128,7 +146,9 @@ def test_the_load_balancing_loss_by_hand(experts):
     seen = {}
     for name, module in balanced.named_modules():
         if name.endswith(("q_proj", "v_proj", "down_proj")):
-            module.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0].detach()}))
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: seen.update({name: args[0].detach()})
+            )
     mask = torch.ones_like(IDS)
     mask[:3, 9:] = 0
     labels = IDS.masked_fill(mask == 0, -100)
@@ -144,7 +164,9 @@ def test_the_load_balancing_loss_by_hand(experts):
         by_hand.append(3 * sum(chosen[:, i].mean() * probabilities[:, i].mean() for i in range(3)))
     assert torch.allclose(with_loss - without, 0.7 * torch.stack(by_hand).mean(), atol=1e-5)
     balanced.eval()
-    assert torch.allclose(balanced(input_ids=IDS, attention_mask=mask, labels=labels).loss, without, atol=1e-6)
+    assert torch.allclose(
+        balanced(input_ids=IDS, attention_mask=mask, labels=labels).loss, without, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("granularity", ["token", "sequence"])
@@ -152,7 +174,9 @@ def test_the_load_balancing_loss_balances(experts, tmp_path, granularity):
     def imbalance(model):
         found = []
         handles = [
-            module.register_forward_pre_hook(lambda _, args: found.append(args[1].detach().flatten(0, -2).mean(0)))
+            module.register_forward_pre_hook(
+                lambda _, args: found.append(args[1].detach().flatten(0, -2).mean(0))
+            )
             for module in model.modules()
             if isinstance(module, Experts)
         ]
@@ -161,9 +185,16 @@ def test_the_load_balancing_loss_balances(experts, tmp_path, granularity):
             handle.remove()
         return sum(float((mean - 1 / 3).square().sum()) for mean in found)
 
-    changes = {"init": "arrow", "granularity": granularity, "routing_tokens": 4, "router_temperature": 0.2}
+    changes = {
+        "init": "arrow",
+        "granularity": granularity,
+        "routing_tokens": 4,
+        "router_temperature": 0.2,
+    }
     after = [
-        imbalance(with_trainer(routed(experts, router_aux_loss_coef=c, **changes), tmp_path, max_steps=10))
+        imbalance(
+            with_trainer(routed(experts, router_aux_loss_coef=c, **changes), tmp_path, max_steps=10)
+        )
         for c in (0.0, 30.0)
     ]
     assert after[1] < after[0] / 2
@@ -172,7 +203,9 @@ def test_the_load_balancing_loss_balances(experts, tmp_path, granularity):
 def test_accumulated_steps_weigh_the_load_balancing_loss_by_tokens(experts, tmp_path):
     def trained(**arguments):
         model = routed(experts, init="arrow", router_aux_loss_coef=0.5)
-        return state(with_trainer(model, tmp_path, [ROWS[0]] * 8, max_steps=1, optim="sgd", **arguments))
+        return state(
+            with_trainer(model, tmp_path, [ROWS[0]] * 8, max_steps=1, optim="sgd", **arguments)
+        )
 
     whole = trained(per_device_train_batch_size=8)
     parts = trained(per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -185,13 +218,20 @@ def prepared(tmp_path_factory, experts):
     path = tmp_path_factory.mktemp("prepared")
     make_base().save_pretrained(path / "base")
     save_tokenizer(path / "base", 96)
-    model = get_peft_model(make_base(), RoutedLoraConfig(experts=experts, router="linear", init="arrow"))
+    model = get_peft_model(
+        make_base(), RoutedLoraConfig(experts=experts, router="linear", init="arrow")
+    )
     model.peft_config["default"].base_model_name_or_path = "base"
     model.save_pretrained(path / "routed")
     words = random.Random(0)
     for name, size in (("news", 10), ("law", 60)):
-        texts = [" ".join(f"w{words.randrange(size)}" for _ in range(words.randrange(5, 20))) for _ in range(12)]
-        (path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        texts = [
+            " ".join(f"w{words.randrange(size)}" for _ in range(words.randrange(5, 20)))
+            for _ in range(12)
+        ]
+        (path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
     return path
 
 
@@ -204,14 +244,20 @@ def here(tmp_path, monkeypatch, prepared):
 
 
 def recipe(**changes):
-    return Recipe(**{"num_train_epochs": 1, "held_out": 2, "per_device_train_batch_size": 4, **changes})
+    return Recipe(
+        **{"num_train_epochs": 1, "held_out": 2, "per_device_train_batch_size": 4, **changes}
+    )
 
 
 def test_the_best_learning_rate_is_kept(here):
-    results = train("routed", "out", ["news.jsonl", "law.jsonl"], READING, recipe(), learning_rates=(1e-7, 3e-2))
+    results = train(
+        "routed", "out", ["news.jsonl", "law.jsonl"], READING, recipe(), learning_rates=(1e-7, 3e-2)
+    )
     assert [result.learning_rate for result in results] == [3e-2, 1e-7]
     assert results[0].mean < results[1].mean
-    alone = train("routed", "alone", ["news.jsonl", "law.jsonl"], READING, recipe(), learning_rates=(3e-2,))
+    alone = train(
+        "routed", "alone", ["news.jsonl", "law.jsonl"], READING, recipe(), learning_rates=(3e-2,)
+    )
     assert alone[0].losses == results[0].losses
     best, same, before = (read_tensors(here / name) for name in ("out", "alone", "routed"))
     for name, tensor in best.items():
@@ -222,7 +268,9 @@ def test_the_best_learning_rate_is_kept(here):
 
 
 def test_held_out_losses_are_means_over_tokens(here):
-    (result,) = train("routed", "out", ["law.jsonl"], READING, recipe(held_out=5), learning_rates=(3e-2,))
+    (result,) = train(
+        "routed", "out", ["law.jsonl"], READING, recipe(held_out=5), learning_rates=(3e-2,)
+    )
     source = parse_sources(["law.jsonl"])[0]
     tokenizer = AutoTokenizer.from_pretrained("base")
     rows = load(source).train_test_split(test_size=5, seed=42)["test"]
@@ -230,7 +278,9 @@ def test_held_out_losses_are_means_over_tokens(here):
     total = count = 0
     for row in tokenise(rows, source, tokenizer, max_length=24):
         ids = torch.tensor([row["input_ids"]])
-        losses = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+        losses = torch.nn.functional.cross_entropy(
+            model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"
+        )
         total, count = total + losses.item(), count + ids.shape[1] - 1
     assert result.losses["law"][1] == pytest.approx(total / count, abs=1e-5)
 
@@ -244,7 +294,18 @@ def test_two_processes_train_as_one(here, granularity):
     options += ["--num-train-epochs", "1", "--held-out", "2", "--per-device-train-batch-size"]
     one = run("peft-route", "train", "routed", *options, "4", "-o", "one", env=ON_CPU)
     assert one.returncode == 0, one.stderr
-    two = run(*TWO_PROCESSES, "-m", "peft_routing", "train", "routed", *options, "2", "-o", "two", env=ON_CPU)
+    two = run(
+        *TWO_PROCESSES,
+        "-m",
+        "peft_routing",
+        "train",
+        "routed",
+        *options,
+        "2",
+        "-o",
+        "two",
+        env=ON_CPU,
+    )
     assert two.returncode == 0, two.stderr
     assert "2 processes" in (here / "two" / "README.md").read_text()
     expected, got, before = (read_tensors(here / name) for name in ("one", "two", "routed"))
@@ -255,14 +316,18 @@ def test_two_processes_train_as_one(here, granularity):
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(here):
-    settings = recipe(max_steps=6, save_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    settings = recipe(
+        max_steps=6, save_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2
+    )
     data, rates = ["news.jsonl", "law.jsonl"], (0.01, 0.001)
     train("routed", "whole", data, READING, settings, learning_rates=rates)
     calls = []
 
     def interrupted(self, *args, **kwargs):
         calls.append(args)
-        if len(calls) == 12 + 10:  # in step 5 of the second learning rate, after the checkpoint of step 4
+        if (
+            len(calls) == 12 + 10
+        ):  # in step 5 of the second learning rate, after the checkpoint of step 4
             raise KeyboardInterrupt
         return stock(self, *args, **kwargs)
 
@@ -278,7 +343,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
     before = len(calls)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            shared_training.TokenTrainer, "training_step", lambda *a, **k: (calls.append(a), stock(*a, **k))[1]
+            shared_training.TokenTrainer,
+            "training_step",
+            lambda *a, **k: (calls.append(a), stock(*a, **k))[1],
         )
         train("routed", "out", data, READING, settings, learning_rates=rates, resume=True)
     assert len(calls) - before == 4  # two steps of two passes
@@ -288,10 +355,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
     assert not (here / "out.checkpoints").exists()
 
 
-@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"bf16": True}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize(
+    "changes", [{"gradient_checkpointing": True}, {"bf16": True}], ids=lambda c: next(iter(c))
+)
 def test_ways_to_save_memory_train_the_same(here, changes):
     for name, more in (("plain", {}), ("saving", changes)):
-        train("routed", name, ["news.jsonl"], READING, recipe(router_aux_loss=0.1, **more), learning_rates=(0.001,))
+        train(
+            "routed",
+            name,
+            ["news.jsonl"],
+            READING,
+            recipe(router_aux_loss=0.1, **more),
+            learning_rates=(0.001,),
+        )
     before, expected, got = (read_tensors(here / name) for name in ("routed", "plain", "saving"))
     moved, same = (
         torch.cat([(after[n] - before[n]).flatten() for n in sorted(before) if "router" in n])
@@ -308,7 +384,8 @@ def test_completions_only(here):
     assert tokenizer.decode(row["input_ids"]) == "w1 w2 w3 w4 w5 </s>"
     assert row["labels"] == [-100] * 3 + row["input_ids"][3:]
     tokenizer.chat_template = (
-        "{% for m in messages %}w9 {{ m['content'] }} w8 {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
+        "{% for m in messages %}w9 {{ m['content'] }} w8 {% endfor %}{% if "
+        "add_generation_prompt %}w9 {% endif %}"
     )
     chat = [
         {"role": r, "content": c}
@@ -321,9 +398,23 @@ def test_completions_only(here):
     assert tokenizer.decode(learned) == "w4 w5 w8"
     assert tokenizer.decode(row["input_ids"]) == "w9 w1 w8 w9 w2 w8 w9 w3 w8 w9 w4 w5 w8"
     (here / "many.jsonl").write_text((here / "pairs.jsonl").read_text() * 4)
-    train("routed", "out", ["many.jsonl"], READING, recipe(completions_only=True, held_out=0), learning_rates=(0.01,))
+    train(
+        "routed",
+        "out",
+        ["many.jsonl"],
+        READING,
+        recipe(completions_only=True, held_out=0),
+        learning_rates=(0.01,),
+    )
     with pytest.raises(click.ClickException, match="completions need input and target"):
-        train("routed", "no", ["news.jsonl"], READING, recipe(completions_only=True), learning_rates=(0.01,))
+        train(
+            "routed",
+            "no",
+            ["news.jsonl"],
+            READING,
+            recipe(completions_only=True),
+            learning_rates=(0.01,),
+        )
 
 
 @pytest.mark.parametrize(
@@ -342,7 +433,12 @@ def test_mistakes_are_found_before_work_starts(here, arguments, complaint):
     result = CliRunner().invoke(main, ["train", *arguments])
     assert result.exit_code == 1
     assert complaint in result.output
-    assert sorted(path.name for path in here.iterdir()) == ["base", "law.jsonl", "news.jsonl", "routed"]
+    assert sorted(path.name for path in here.iterdir()) == [
+        "base",
+        "law.jsonl",
+        "news.jsonl",
+        "routed",
+    ]
 
 
 def test_a_router_without_parameters_is_not_trained(here, experts):
@@ -354,10 +450,14 @@ def test_a_router_without_parameters_is_not_trained(here, experts):
 
 def test_the_trainer_s_loss_per_sequence_is_that_of_the_tokens_after_the_prefix(experts, tmp_path):
     model = routed(experts, granularity="sequence", routing_tokens=8)
-    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=8)
+    arguments = TrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=8
+    )
     measured = Trainer(model, arguments, eval_dataset=ROWS).evaluate()["eval_loss"]
     logits = model.eval()(input_ids=IDS).logits
-    expected = torch.nn.functional.cross_entropy(logits[:, 7:-1].flatten(0, 1), IDS[:, 8:].flatten())
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, 7:-1].flatten(0, 1), IDS[:, 8:].flatten()
+    )
     assert measured == pytest.approx(expected.item(), abs=1e-4)
 
 
@@ -365,26 +465,32 @@ def test_an_encoder_decoder_is_trained_and_inspected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     t5 = AutoConfig.for_model(
-        "t5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=96, decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=1,
+        "t5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=96,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     AutoModelForSeq2SeqLM.from_config(t5).save_pretrained("base")
     save_tokenizer(tmp_path / "base", 96)
     for seed in (1, 2):
         base = AutoModelForSeq2SeqLM.from_pretrained("base")
-        save_lora(tmp_path / f"e{seed}", seed, base, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+        save_lora(
+            tmp_path / f"e{seed}", seed, base, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"
+        )
     config = RoutedLoraConfig(experts=["e1", "e2"], router="linear", init="arrow")
     get_peft_model(AutoModelForSeq2SeqLM.from_pretrained("base"), config).save_pretrained("routed")
     rows = [{"input": f"w1 w2 w{i}", "target": f"w{i} w{i} w4 w5"[: 3 + i]} for i in range(10)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (result,) = train("routed", "out", ["pairs.jsonl"], READING, recipe(), base="base", learning_rates=(0.003,))
+    (result,) = train(
+        "routed", "out", ["pairs.jsonl"], READING, recipe(), base="base", learning_rates=(0.003,)
+    )
     assert result.losses["pairs"][1] < result.losses["pairs"][0]
     before, after = read_tensors(tmp_path / "routed"), read_tensors(tmp_path / "out")
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         name for name in before if "routed_lora_router" in name
     }
     one, many = (
-        inspect_adapter("out", ["pairs.jsonl"], READING, base="base", batch_size=size).tasks["pairs"]
+        inspect_adapter("out", ["pairs.jsonl"], READING, base="base", batch_size=size).tasks[
+            "pairs"
+        ]
         for size in (1, 10)
     )
     for module, means in one.items():
@@ -406,7 +512,9 @@ def test_four_bits_on_a_cpu_are_refused(here, monkeypatch):
 
 def test_a_diverged_learning_rate_is_not_kept(here):
     results = train("routed", "out", ["news.jsonl"], READING, recipe(), learning_rates=(1e38, 1e-3))
-    assert [result.learning_rate for result in results] == [1e-3, 1e38] and math.isnan(results[1].mean)
+    assert [result.learning_rate for result in results] == [1e-3, 1e38] and math.isnan(
+        results[1].mean
+    )
     with pytest.raises(click.ClickException, match="diverged at every learning rate"):
         train("routed", "no", ["news.jsonl"], READING, recipe(), learning_rates=(1e38,))
     assert not (here / "no").exists()
@@ -430,4 +538,12 @@ def test_a_base_that_does_not_fit_is_explained(here):
     save_tokenizer(here / "narrow", 96)
     for base in ("short", "narrow"):
         with pytest.raises(click.ClickException, match=f"routed does not fit {base}"):
-            train("routed", "out", ["news.jsonl"], READING, recipe(), base=base, learning_rates=(0.01,))
+            train(
+                "routed",
+                "out",
+                ["news.jsonl"],
+                READING,
+                recipe(),
+                base=base,
+                learning_rates=(0.01,),
+            )

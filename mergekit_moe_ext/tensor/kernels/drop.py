@@ -1,7 +1,8 @@
-"""Drop random elements of task vectors and rescale the rest (DARE), by a mask that is computed, not stored.
+"""Drop random elements of task vectors and rescale the rest (DARE), by a mask that is computed, not
+stored.
 
-Whether an element is kept is a hash of its flat index and a key, so the same elements are kept whatever the
-device, the chunks and the order of execution.
+Whether an element is kept is a hash of its flat index and a key, so the same elements are kept
+whatever the device, the chunks and the order of execution.
 """
 
 import functools
@@ -16,11 +17,15 @@ from mergekit_moe_ext.tensor.kernels.ties import elected_sum
 
 def mask_key(seed: int, position: int, name: str) -> int:
     """A 64-bit key for one source's mask of one tensor."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{position}:{name}".encode()).digest()[:8], "little")
+    return int.from_bytes(
+        hashlib.sha256(f"{seed}:{position}:{name}".encode()).digest()[:8], "little"
+    )
 
 
 def random_mask(key: int, piece: slice, density: float, device: torch.device) -> torch.Tensor:
-    """Which of the elements `piece` of a flat tensor are kept, each with probability `density`: booleans."""
+    """Which of the elements `piece` of a flat tensor are kept, each with probability `density`:
+    booleans.
+    """
     if not 0 < density < 1:
         return torch.full((piece.stop - piece.start,), density >= 1, device=device)
     if piece.start >> 32 != (piece.stop - 1) >> 32:
@@ -45,10 +50,11 @@ def merge_dare(
     scale: float,
     elect_sign: bool,
 ) -> torch.Tensor:
-    """base + scale · (the sum of the weighted task vectors, randomly thinned and rescaled by 1 / density).
+    """base + scale · (the sum of the weighted task vectors, randomly thinned and rescaled by 1 /
+    density).
 
-    MergeME 3.1.2 and DARE (arXiv 2311.03099); `keys` seed the masks. With `elect_sign` only the values that agree
-    with TIES' elected sign are summed. Sums are made in float32 for 16-bit types.
+    MergeME 3.1.2 and DARE (arXiv 2311.03099); `keys` seed the masks. With `elect_sign` only the
+    values that agree with TIES' elected sign are summed. Sums are made in float32 for 16-bit types.
     """
     flat_base = base.reshape(-1)
     flat = [tensor.reshape(-1) for tensor in tensors]
@@ -58,7 +64,9 @@ def merge_dare(
     for piece in chunks(flat_base):
         base_piece = flat_base[piece].to(wide)
         kept = [
-            (tensor[piece] - base_piece) * random_mask(key, piece, density, base.device).to(wide) * factor
+            (tensor[piece] - base_piece)
+            * random_mask(key, piece, density, base.device).to(wide)
+            * factor
             for tensor, density, key, factor in zip(flat, densities, keys, factors, strict=True)
         ]
         mixed = elected_sum(kept) if elect_sign else functools.reduce(torch.add, kept)
@@ -67,7 +75,8 @@ def merge_dare(
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """In place, a bijection of int32 whose every output bit depends on every input bit (lowbias32)."""
+    """In place, a bijection of int32 whose every output bit depends on every input bit
+    (lowbias32)."""
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= 0x7FEB352D
     x ^= (x >> 15).bitwise_and_(0x1FFFF)

@@ -17,16 +17,18 @@ def merge_ties(
     normalize: bool,
     scale: float,
 ) -> torch.Tensor:
-    """base + scale · (the agreeing part of the trimmed, weighted task vectors), of the shape of `base`.
+    """base + scale · (the agreeing part of the trimmed, weighted task vectors), of the shape of
+    `base`.
 
-    MergeME 3.1.2 (whose task vectors have the other sign, which cancels out) and TIES (arXiv 2306.01708). The
-    sign of a parameter is that of the sum of all its trimmed values. `normalize` divides by the summed weights of
-    those that agree, as TIES does; MergeME adds them up.
+    MergeME 3.1.2 (whose task vectors have the other sign, which cancels out) and TIES (arXiv
+    2306.01708). The sign of a parameter is that of the sum of all its trimmed values. `normalize`
+    divides by the summed weights of those that agree, as TIES does; MergeME adds them up.
     """
     flat_base = base.reshape(-1)
     flat = [tensor.reshape(-1) for tensor in tensors]
     thresholds = [
-        magnitude_threshold(tensor, density, flat_base) for tensor, density in zip(flat, densities, strict=True)
+        magnitude_threshold(tensor, density, flat_base)
+        for tensor, density in zip(flat, densities, strict=True)
     ]
     result = torch.empty_like(flat_base)
     for piece in chunks(flat_base):
@@ -40,8 +42,11 @@ def merge_ties(
     return result.view(base.shape)
 
 
-def elected_sum(values: Sequence[torch.Tensor], weights: Sequence[float] | None = None) -> torch.Tensor:
-    """The sum, element by element, of the values whose sign is that of the sum of all; zero counts as positive.
+def elected_sum(
+    values: Sequence[torch.Tensor], weights: Sequence[float] | None = None
+) -> torch.Tensor:
+    """The sum, element by element, of the values whose sign is that of the sum of all; zero counts
+    as positive.
 
     With `weights`, divided by the summed weights of those values (of which a zero is never one).
 
@@ -54,7 +59,9 @@ def elected_sum(values: Sequence[torch.Tensor], weights: Sequence[float] | None 
     total = _sum(agreeing) * sign
     if weights is None:
         return total
-    divisor = _sum([torch.sign(value) * weight for value, weight in zip(agreeing, weights, strict=True)])
+    divisor = _sum(
+        [torch.sign(value) * weight for value, weight in zip(agreeing, weights, strict=True)]
+    )
     return total / (divisor + (1 - torch.sign(divisor).abs()))  # 1 where it is zero
 
 

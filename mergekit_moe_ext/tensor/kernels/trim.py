@@ -1,10 +1,10 @@
 """Keep the largest magnitudes of a tensor (the trim of TIES), without sorting it.
 
-A float without its sign bit, read as an integer, orders as its magnitude does, with NaN above everything. The
-threshold is therefore searched for among integers: a sample brackets it, one pass over the tensor counts what lies
-above the bracket and collects the few percent inside, and these are selected from. Where the sample misleads
-(many equal values, say) the bracket is halved until it holds few elements or a single value. The sample decides
-how long this takes, never the result.
+A float without its sign bit, read as an integer, orders as its magnitude does, with NaN above
+everything. The threshold is therefore searched for among integers: a sample brackets it, one pass
+over the tensor counts what lies above the bracket and collects the few percent inside, and these
+are selected from. Where the sample misleads (many equal values, say) the bracket is halved until it
+holds few elements or a single value. The sample decides how long this takes, never the result.
 """
 
 import math
@@ -31,7 +31,8 @@ _MOST_COLLECTED = 16  # at most 1/16 of a tensor is collected at once
 
 @dataclass(frozen=True)
 class Threshold:
-    """Which elements of a flat tensor are kept: magnitudes above `magnitude`, and those equal to it before `end`.
+    """Which elements of a flat tensor are kept: magnitudes above `magnitude`, and those equal to it
+    before `end`.
 
     `magnitude` is the integer that a float without its sign bit is.
     """
@@ -48,7 +49,9 @@ class Threshold:
             return torch.zeros_like(values)
         equal_are_kept = self.end >= start + len(values)
         # hardshrink keeps what is strictly larger, and every NaN
-        largest_dropped = torch.tensor(self.magnitude - equal_are_kept, dtype=integer).view(values.dtype).item()
+        largest_dropped = (
+            torch.tensor(self.magnitude - equal_are_kept, dtype=integer).view(values.dtype).item()
+        )
         if math.isnan(largest_dropped):
             return functional.hardshrink(values, math.inf)
         trimmed = functional.hardshrink(values, largest_dropped)
@@ -66,8 +69,9 @@ KEEP_NONE = Threshold(2**63)
 def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """`tensor` with all but its largest magnitudes set to zero.
 
-    Keeps max(1, floor(density * numel)) elements: none for a density of 0 or less, all from 1 on. Of equal
-    magnitudes at the threshold those with the lowest flat index stay. NaN counts as the largest and always stays.
+    Keeps max(1, floor(density * numel)) elements: none for a density of 0 or less, all from 1 on.
+    Of equal magnitudes at the threshold those with the lowest flat index stay. NaN counts as the
+    largest and always stays.
 
     >>> trim(torch.tensor([3.0, -1.0, -4.0, 1.0]), 0.75)
     tensor([ 3., -1., -4.,  0.])
@@ -80,7 +84,9 @@ def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
     return result.view(tensor.shape)
 
 
-def magnitude_threshold(tensor: torch.Tensor, density: float, base: torch.Tensor | None = None) -> Threshold:
+def magnitude_threshold(
+    tensor: torch.Tensor, density: float, base: torch.Tensor | None = None
+) -> Threshold:
     """The threshold by which `trim` keeps elements of `tensor`, or of `tensor - base`.
 
     The difference is made chunk by chunk and never held whole.
@@ -90,7 +96,10 @@ def magnitude_threshold(tensor: torch.Tensor, density: float, base: torch.Tensor
         return KEEP_ALL
     if density <= 0 or numel == 0:
         return KEEP_NONE
-    flat, flat_base = tensor.detach().reshape(-1), None if base is None else base.detach().reshape(-1)
+    flat, flat_base = (
+        tensor.detach().reshape(-1),
+        None if base is None else base.detach().reshape(-1),
+    )
 
     def magnitudes(piece: slice) -> torch.Tensor:
         return _magnitudes(flat[piece] if flat_base is None else flat[piece] - flat_base[piece])
@@ -106,7 +115,10 @@ def _magnitudes(values: torch.Tensor) -> torch.Tensor:
 
 def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold:
     """The threshold that keeps `count` elements; 1 <= count < numel."""
-    least, most = 0, torch.iinfo(magnitudes(slice(0, 1)).dtype).max  # the threshold lies in here, ends included
+    least, most = (
+        0,
+        torch.iinfo(magnitudes(slice(0, 1)).dtype).max,
+    )  # the threshold lies in here, ends included
     low, high = _bracket(magnitudes, flat.numel(), count, most)
     while True:
         above, inside, collected = _count(magnitudes, flat, low, high)
@@ -123,12 +135,16 @@ def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold
                 magnitude = int(collected.kthvalue(inside - ties + 1).values)
                 ties -= int((collected > magnitude).count_nonzero())
                 equal = int((collected == magnitude).count_nonzero())
-            return Threshold(magnitude, _end(magnitudes, flat, magnitude, ties) if ties < equal else flat.numel())
+            return Threshold(
+                magnitude, _end(magnitudes, flat, magnitude, ties) if ties < equal else flat.numel()
+            )
         low, high = (least + most) // 2 + (least < most), most  # the upper half
 
 
 def _bracket(magnitudes: Magnitudes, numel: int, count: int, most: int) -> tuple[int, int]:
-    """Two magnitudes that the threshold is very probably between, by the order statistics of a sample."""
+    """Two magnitudes that the threshold is very probably between, by the order statistics of a
+    sample.
+    """
     sample = magnitudes(slice(0, numel, numel // _SAMPLE | 1)).sort(descending=True).values
     size = len(sample)
     expected = count / numel * size
@@ -137,8 +153,12 @@ def _bracket(magnitudes: Magnitudes, numel: int, count: int, most: int) -> tuple
     return int(sample[last]) if last < size else 0, int(sample[first]) if first >= 0 else most
 
 
-def _count(magnitudes: Magnitudes, flat: torch.Tensor, low: int, high: int) -> tuple[int, int, torch.Tensor | None]:
-    """How many lie above `high`, how many in [low, high], and those themselves unless they are many."""
+def _count(
+    magnitudes: Magnitudes, flat: torch.Tensor, low: int, high: int
+) -> tuple[int, int, torch.Tensor | None]:
+    """How many lie above `high`, how many in [low, high], and those themselves unless they are
+    many.
+    """
     room = max(1 << 16, flat.numel() // _MOST_COLLECTED)
 
     # numpy compares, counts and selects several times faster than torch does on a CPU

@@ -31,7 +31,9 @@ def register_family(family: Upcycling) -> None:
     _register(family)
 
 
-def upcycling_for(configs: Mapping[ModelReference, PretrainedConfig], *, mix_architectures: bool = False) -> Upcycling:
+def upcycling_for(
+    configs: Mapping[ModelReference, PretrainedConfig], *, mix_architectures: bool = False
+) -> Upcycling:
     """The family of all these dense models. `UserError` names the model that does not fit."""
     _register_ours()
     for model, config in configs.items():
@@ -87,5 +89,7 @@ def _register_ours() -> None:
 
 
 def _supported() -> str:
-    names = [f"{family.dense[model_type]} (to {family.moe})" for model_type, family in _FAMILIES.items()]
+    names = [
+        f"{family.dense[model_type]} (to {family.moe})" for model_type, family in _FAMILIES.items()
+    ]
     return ", ".join(names)

@@ -6,11 +6,15 @@ from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, mo
 from mergekit_moe_ext.upcycling.families.qwen import EXPERTS, GATE
 
 
-def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+def _output_config(
+    dense: PretrainedConfig, num_experts: int, experts_per_token: int
+) -> PretrainedConfig:
     return moe_config(
         Cohere2MoeConfig,
         dense,
-        drop=("rms_norm_eps",),  # no key of Cohere2, but one of Cohere2-MoE that would change its norms
+        drop=(
+            "rms_norm_eps",
+        ),  # no key of Cohere2, but one of Cohere2-MoE that would change its norms
         architectures=["Cohere2MoeForCausalLM"],
         # Cohere2 may leave it out, and Cohere2-MoE has another default
         head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,

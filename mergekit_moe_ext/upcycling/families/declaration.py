@@ -7,7 +7,14 @@ from transformers import PretrainedConfig
 
 # Of the dense model only. `model_type` in particular: passed on it stays the dense one in memory,
 # and transformers then silently skips the weight conversion.
-_DENSE_ONLY = {"_name_or_path", "architectures", "auto_map", "model_type", "pretraining_tp", "transformers_version"}
+_DENSE_ONLY = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "model_type",
+    "pretraining_tp",
+    "transformers_version",
+}
 
 
 @dataclass(frozen=True)
@@ -16,12 +23,16 @@ class Stack:
 
     ffn: str  # the dense FFN, a module; the gate reads what it reads
     gate: str  # hub name
-    experts: Mapping[str, str] = field(default_factory=dict)  # dense tensor -> the expert's, by its hub name
+    experts: Mapping[str, str] = field(
+        default_factory=dict
+    )  # dense tensor -> the expert's, by its hub name
     # hub name -> dense tensors that are joined along their first axis; those of all experts lie on
     # one another in it
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     layers: str = "num_hidden_layers"  # the config key that counts them
-    merged: Mapping[str, str] = field(default_factory=dict)  # hub name -> the dense tensors that are merged into it
+    merged: Mapping[str, str] = field(
+        default_factory=dict
+    )  # hub name -> the dense tensors that are merged into it
     zeros: tuple[str, ...] = ()  # hub names
 
 
@@ -32,14 +43,21 @@ class Upcycling:
     dense: Mapping[str, str]  # model type -> architecture
     moe: str  # architecture
     stacks: tuple[Stack, ...]
-    output_config: Callable[..., PretrainedConfig]  # (dense, number of experts, experts per token, **options)
-    refuse: Callable[[PretrainedConfig], str | None]  # what in this dense config has no place in the MoE
+    output_config: Callable[
+        ..., PretrainedConfig
+    ]  # (dense, number of experts, experts per token, **options)
+    refuse: Callable[
+        [PretrainedConfig], str | None
+    ]  # what in this dense config has no place in the MoE
     experts_per_token: int | None = None  # if the architecture leaves no choice
     options: frozenset[str] = frozenset()  # of the merge, that only this architecture has
 
 
 def moe_config(
-    config_class: type[PretrainedConfig], dense: PretrainedConfig, drop: Iterable[str] = (), **changes: object
+    config_class: type[PretrainedConfig],
+    dense: PretrainedConfig,
+    drop: Iterable[str] = (),
+    **changes: object,
 ) -> PretrainedConfig:
     """The dense config's values in a config of another class, where they mean the same."""
     left_out = {*_DENSE_ONLY, *drop, *changes}

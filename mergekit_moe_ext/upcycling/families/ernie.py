@@ -6,7 +6,9 @@ from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, mo
 from mergekit_moe_ext.upcycling.families.qwen import EXPERTS, GATE
 
 
-def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+def _output_config(
+    dense: PretrainedConfig, num_experts: int, experts_per_token: int
+) -> PretrainedConfig:
     return moe_config(
         Ernie4_5_MoeConfig,
         dense,
@@ -20,7 +22,11 @@ def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token:
 
 
 def _refuse(dense: PretrainedConfig) -> str | None:
-    return "`use_bias: true` has no place in Ernie 4.5 MoE, whose experts have no biases" if dense.use_bias else None
+    return (
+        "`use_bias: true` has no place in Ernie 4.5 MoE, whose experts have no biases"
+        if dense.use_bias
+        else None
+    )
 
 
 ERNIE_MOE = Upcycling(

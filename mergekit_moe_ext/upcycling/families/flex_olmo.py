@@ -9,10 +9,14 @@ from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, mo
 from mergekit_moe_ext.upcycling.families.qwen import EXPERTS, GATE
 
 
-def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+def _output_config(
+    dense: PretrainedConfig, num_experts: int, experts_per_token: int
+) -> PretrainedConfig:
     changes = {}
     if dense.model_type == "olmo3":  # one set per kind of layer there
-        changes["rope_parameters"] = dense.rope_parameters.get("full_attention", dense.rope_parameters)
+        changes["rope_parameters"] = dense.rope_parameters.get(
+            "full_attention", dense.rope_parameters
+        )
     return moe_config(
         FlexOlmoConfig,
         dense,

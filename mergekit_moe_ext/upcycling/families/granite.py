@@ -8,7 +8,9 @@ _FFN = "model.layers.{layer}.mlp"
 _MOE = "model.layers.{layer}.block_sparse_moe"
 
 
-def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+def _output_config(
+    dense: PretrainedConfig, num_experts: int, experts_per_token: int
+) -> PretrainedConfig:
     return moe_config(
         GraniteMoeConfig,
         dense,
@@ -20,7 +22,11 @@ def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token:
 
 
 def _refuse(dense: PretrainedConfig) -> str | None:
-    return "`mlp_bias: true` has no place in GraniteMoe, whose experts have no biases" if dense.mlp_bias else None
+    return (
+        "`mlp_bias: true` has no place in GraniteMoe, whose experts have no biases"
+        if dense.mlp_bias
+        else None
+    )
 
 
 GRANITE_MOE = Upcycling(
@@ -31,7 +37,10 @@ GRANITE_MOE = Upcycling(
             ffn=_FFN,
             gate=f"{_MOE}.router.layer.weight",
             stacked={
-                f"{_MOE}.input_linear.weight": (f"{_FFN}.gate_proj.weight", f"{_FFN}.up_proj.weight"),
+                f"{_MOE}.input_linear.weight": (
+                    f"{_FFN}.gate_proj.weight",
+                    f"{_FFN}.up_proj.weight",
+                ),
                 f"{_MOE}.output_linear.weight": (f"{_FFN}.down_proj.weight",),
             },
         ),

@@ -8,7 +8,9 @@ from mergekit_moe_ext.upcycling.families.qwen import EXPERTS
 _FFN = "model.layers.{layer}.mlp"
 
 
-def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+def _output_config(
+    dense: PretrainedConfig, num_experts: int, experts_per_token: int
+) -> PretrainedConfig:
     return moe_config(
         HunYuanMoEV1Config,
         dense,
@@ -26,7 +28,10 @@ HUNYUAN_MOE = Upcycling(
             ffn=_FFN,
             experts=EXPERTS,
             gate=f"{_FFN}.gate.wg.weight",
-            merged={f"{_FFN}.shared_mlp.{name}.weight": f"{_FFN}.{name}.weight" for name in ("gate_proj", "up_proj")},
+            merged={
+                f"{_FFN}.shared_mlp.{name}.weight": f"{_FFN}.{name}.weight"
+                for name in ("gate_proj", "up_proj")
+            },
             zeros=(f"{_FFN}.shared_mlp.down_proj.weight",),
         ),
     ),

@@ -7,7 +7,9 @@ from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, mo
 _NO_BIASES = ("attention_bias", "mlp_bias")
 
 
-def _output_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+def _output_config(
+    dense: PretrainedConfig, num_experts: int, experts_per_token: int
+) -> PretrainedConfig:
     return moe_config(
         MixtralConfig,
         dense,

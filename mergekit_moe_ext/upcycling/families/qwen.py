@@ -10,12 +10,18 @@ from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, mo
 
 _FFN = "model.layers.{layer}.mlp"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-EXPERTS = {f"{_FFN}.{name}.weight": f"{_FFN}.experts.{{expert}}.{name}.weight" for name in PROJECTIONS}
+EXPERTS = {
+    f"{_FFN}.{name}.weight": f"{_FFN}.experts.{{expert}}.{name}.weight" for name in PROJECTIONS
+}
 GATE = f"{_FFN}.gate.weight"
 
 
-def _qwen2_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
-    layer_types = getattr(dense, "layer_types", None) or ["full_attention"] * dense.num_hidden_layers
+def _qwen2_config(
+    dense: PretrainedConfig, num_experts: int, experts_per_token: int
+) -> PretrainedConfig:
+    layer_types = (
+        getattr(dense, "layer_types", None) or ["full_attention"] * dense.num_hidden_layers
+    )
     return moe_config(
         Qwen2MoeConfig,
         dense,
@@ -38,13 +44,21 @@ def _qwen2_config(dense: PretrainedConfig, num_experts: int, experts_per_token: 
 def _refuse_other_biases(dense: PretrainedConfig) -> str | None:
     for key in ("attention_out_bias", "mlp_bias"):
         if getattr(dense, key, False):
-            return f"`{key}: true` has no place in Qwen2-MoE, which has biases on queries, keys and values only"
+            return (
+                f"`{key}: true` has no place in Qwen2-MoE, which has biases on queries, keys "
+                "and values only"
+            )
     if dense.model_type in ("cwm", "ministral") and getattr(dense, "attention_bias", False):
-        return "`attention_bias: true` puts a bias on the attention's output, which has no place in Qwen2-MoE"
+        return (
+            "`attention_bias: true` puts a bias on the attention's output, which has no place "
+            "in Qwen2-MoE"
+        )
     return None
 
 
-def _qwen3_config(dense: PretrainedConfig, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+def _qwen3_config(
+    dense: PretrainedConfig, num_experts: int, experts_per_token: int
+) -> PretrainedConfig:
     return moe_config(
         Qwen3MoeConfig,
         dense,
@@ -85,7 +99,8 @@ QWEN2_MOE = Upcycling(
             # bias, so it cannot be shut; a zero `down_proj` keeps it silent, and still gets a
             # gradient as soon as it is trained.
             merged={
-                f"{_FFN}.shared_expert.{name}.weight": f"{_FFN}.{name}.weight" for name in ("gate_proj", "up_proj")
+                f"{_FFN}.shared_expert.{name}.weight": f"{_FFN}.{name}.weight"
+                for name in ("gate_proj", "up_proj")
             },
             zeros=(f"{_FFN}.shared_expert.down_proj.weight", f"{_FFN}.shared_expert_gate.weight"),
         ),

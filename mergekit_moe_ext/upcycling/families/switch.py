@@ -36,18 +36,20 @@ def _refuse(dense: PretrainedConfig) -> str | None:
             "which has no place in Switch Transformers; T5 v1.0 fits"
         )
     if not dense.scale_decoder_outputs:
-        return "its head is not tied to its embedding (T5 v1.1); Switch Transformers scales and ties it, as T5 v1.0"
+        return (
+            "its head is not tied to its embedding (T5 v1.1); Switch Transformers scales and "
+            "ties it, as T5 v1.0"
+        )
     return None
 
 
 def _stack(name: str, layers: str, position: int) -> Stack:
     ffn = f"{name}.block.{{layer}}.layer.{position}"
+    dense = f"{ffn}.DenseReluDense"
+    expert = f"{ffn}.mlp.experts.expert_{{expert}}"
     return Stack(
-        ffn=f"{ffn}.DenseReluDense",
-        experts={
-            f"{ffn}.DenseReluDense.{part}.weight": f"{ffn}.mlp.experts.expert_{{expert}}.{part}.weight"
-            for part in ("wi", "wo")
-        },
+        ffn=dense,
+        experts={f"{dense}.{part}.weight": f"{expert}.{part}.weight" for part in ("wi", "wo")},
         gate=f"{ffn}.mlp.router.classifier.weight",
         layers=layers,
     )

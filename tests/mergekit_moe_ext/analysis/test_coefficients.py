@@ -19,7 +19,9 @@ def batches_of(family, seed):
 def one_by_one(model, batches):
     """Coefficients of each input, alone in its batch: as lists, by group and expert."""
     return [
-        model.coefficients(**{name: value[row : row + 1] for name, value in batch.items()})[0].double().tolist()
+        model.coefficients(**{name: value[row : row + 1] for name, value in batch.items()})[0]
+        .double()
+        .tolist()
         for batch in batches
         for row in range(len(next(iter(batch.values()))))
     ]
@@ -35,11 +37,17 @@ def test_against_a_loop_over_inputs(family):
     for task, name in enumerate(found.tasks):
         coefficients = one_by_one(model, batches[name])
         for group in range(len(found.groups)):
-            firsts = [max(range(3), key=lambda expert, c=c, g=group: c[g][expert]) for c in coefficients]
+            firsts = [
+                max(range(3), key=lambda expert, c=c, g=group: c[g][expert]) for c in coefficients
+            ]
             for expert, called in enumerate(EXPERTS):
                 values = [c[group][expert] for c in coefficients]
-                assert found.mean[task, group, expert].item() == pytest.approx(statistics.mean(values), abs=1e-5)
-                assert found.spread[task, group, expert].item() == pytest.approx(statistics.pstdev(values), abs=1e-5)
+                assert found.mean[task, group, expert].item() == pytest.approx(
+                    statistics.mean(values), abs=1e-5
+                )
+                assert found.spread[task, group, expert].item() == pytest.approx(
+                    statistics.pstdev(values), abs=1e-5
+                )
                 share = found.first_choice[task, group, expert].item()
                 assert share == pytest.approx(firsts.count(expert) / 5)
                 if called == name:
@@ -47,12 +55,16 @@ def test_against_a_loop_over_inputs(family):
 
 
 def test_constants_and_ties():
-    """Of 0 layers coefficients are the same for all inputs; where two are highest, each is half a first choice."""
+    """Of 0 layers coefficients are the same for all inputs; where two are highest, each is half a
+    first choice.
+    """
     model = build("vit", router_layers=0)
     with torch.no_grad():
         for router in model.routers.values():
             router.bias.copy_(torch.tensor([0.25, 0.5, 0.5]))
-    found = ensemble_routing(model, {"dtd": [inputs_of("vit", 4)], "elsewhere": [inputs_of("vit", 1)]})
+    found = ensemble_routing(
+        model, {"dtd": [inputs_of("vit", 4)], "elsewhere": [inputs_of("vit", 1)]}
+    )
     assert found.samples == (4, 1) and (found.spread == 0).all()
     assert found.mean[0].tolist() == found.mean[1].tolist() == [[0.25, 0.5, 0.5]] * 2
     assert (found.first_choice == torch.tensor([0.0, 0.5, 0.5])).all()
@@ -61,12 +73,20 @@ def test_constants_and_ties():
 
 
 def test_a_head_per_task_has_no_part_in_it():
-    with_heads = build("vit", heads={"sun": list("abc"), "cars": list("abcd"), "dtd": list("ab")}, head="classifier")
+    with_heads = build(
+        "vit",
+        heads={"sun": list("abc"), "cars": list("abcd"), "dtd": list("ab")},
+        head="classifier",
+    )
     without = build("vit")
-    without.load_state_dict({k: v for k, v in with_heads.state_dict().items() if "classifier" not in k}, strict=False)
+    without.load_state_dict(
+        {k: v for k, v in with_heads.state_dict().items() if "classifier" not in k}, strict=False
+    )
     batches = {"cars": [inputs_of("vit")], "unseen": [inputs_of("vit", seed=1)]}
     found, wanted = (ensemble_routing(model, batches) for model in (with_heads, without))
-    assert torch.equal(found.mean, wanted.mean) and torch.equal(found.first_choice, wanted.first_choice)
+    assert torch.equal(found.mean, wanted.mean) and torch.equal(
+        found.first_choice, wanted.first_choice
+    )
 
 
 def test_what_has_no_coefficients_per_input():

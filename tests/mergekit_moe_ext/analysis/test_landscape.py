@@ -44,7 +44,9 @@ def batches_of(family):
                 batch["labels"] = batch.pop("decoder_input_ids")
                 batch["labels"][0, -2:] = -100
             elif family not in ("llama", "gpt2"):
-                batch["labels"] = torch.arange(len(batch["input_ids" if "input_ids" in batch else "pixel_values"]))
+                batch["labels"] = torch.arange(
+                    len(batch["input_ids" if "input_ids" in batch else "pixel_values"])
+                )
                 batch["labels"] += classes - 3
     return batches
 
@@ -63,7 +65,9 @@ def naive_loss(model, family, batches):
             elif family == "t5":
                 chances = model(**sample).logits[0].double().softmax(-1)
                 labels = sample["labels"][0].tolist()
-                losses += [-math.log(chances[t, label]) for t, label in enumerate(labels) if label != -100]
+                losses += [
+                    -math.log(chances[t, label]) for t, label in enumerate(labels) if label != -100
+                ]
             else:
                 label = sample.pop("labels").item()
                 losses.append(-math.log(model(**sample).logits[0].double().softmax(-1)[label]))
@@ -90,7 +94,10 @@ def test_against_weights_put_together(family):
                         parameter.copy_(before[name] + l_1 * one + l_2 * other)
                 wanted = naive_loss(model, family, batches[task])
                 assert losses[row, column].item() == pytest.approx(wanted, abs=1e-4)
-                assert found.joint[row, column] == found.losses[0][row, column] + found.losses[1][row, column]
+                assert (
+                    found.joint[row, column]
+                    == found.losses[0][row, column] + found.losses[1][row, column]
+                )
 
 
 @torch.no_grad()
@@ -104,7 +111,9 @@ def test_the_corners_are_the_models_themselves():
     for losses, of_task in zip(found.losses, batches.values(), strict=True):
         corners = {(0, 0): base, (1, 0): sources["sun"], (0, 1): sources["cars"]}
         for place, model in corners.items():
-            alone = loss_landscape(model, {"a": model, "b": model}, {"a": of_task, "b": of_task}, (0.0,))
+            alone = loss_landscape(
+                model, {"a": model, "b": model}, {"a": of_task, "b": of_task}, (0.0,)
+            )
             assert losses[place] == alone.losses[0][0, 0]
 
 
@@ -113,14 +122,21 @@ def test_the_lowest_point():
     found = loss_landscape(base, sources, batches_of("vit"), SCALES)
     for losses in (*found.losses, found.joint):
         l_1, l_2, loss = found.lowest(losses)
-        assert loss == losses[SCALES.index(l_1), SCALES.index(l_2)] == min(losses.flatten().tolist())
+        assert (
+            loss == losses[SCALES.index(l_1), SCALES.index(l_2)] == min(losses.flatten().tolist())
+        )
 
 
 def test_what_has_no_landscape():
     base, sources = models_of("vit")
     batches = batches_of("vit")
-    other = FAMILIES["vit"][0](FAMILIES["vit"][1].__class__(**{**FAMILIES["vit"][1].to_dict(), "patch_size": 6}))
-    without = {task: [{"pixel_values": batch["pixel_values"]} for batch in each] for task, each in batches.items()}
+    other = FAMILIES["vit"][0](
+        FAMILIES["vit"][1].__class__(**{**FAMILIES["vit"][1].to_dict(), "patch_size": 6})
+    )
+    without = {
+        task: [{"pixel_values": batch["pixel_values"]} for batch in each]
+        for task, each in batches.items()
+    }
     for given, inputs, message in (
         ({"sun": base}, batches, "two fine-tunes, not of 1"),
         (sources, {"sun": []}, "there are sources sun, cars, and inputs of sun"),

@@ -10,17 +10,30 @@ from tests.conftest import document, merge, read_tensors
 from tests.mergekit_moe_ext.ensembles import FAMILIES
 from tests.mergekit_moe_ext.wemoe.test_adaptation import CLASSES, make_classifier
 
-LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-VISION = {"B/32": {"patch_size": 32}, "B/16": {"patch_size": 16}, "L/14": {**LARGE, "patch_size": 14}}
-TEXT = {"B/32": {}, "B/16": {}, "L/14": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}}
+LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+VISION = {
+    "B/32": {"patch_size": 32},
+    "B/16": {"patch_size": 16},
+    "L/14": {**LARGE, "patch_size": 14},
+}
+TEXT = {
+    "B/32": {},
+    "B/16": {},
+    "L/14": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+}
 PROJECTION = {"B/32": 512, "B/16": 512, "L/14": 768}
 
 
 def clip(size):
     """The vision tower, which is upscaled, and the parameters of the rest that the paper counts.
 
-    That is CLIP without the layers of its text transformer: token and position embeddings of the text, its last norm,
-    both projections and the temperature.
+    That is CLIP without the layers of its text transformer: token and position embeddings of the
+    text, its last norm, both projections and the temperature.
     """
     vision = CLIPVisionConfig(architectures=["CLIPVisionModel"], **VISION[size])
     both = CLIPConfig(
@@ -30,7 +43,9 @@ def clip(size):
     )
     with torch.device("meta"):
         model = CLIPModel(both)
-    count = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_modules()}
+    count = {
+        part: sum(p.numel() for p in module.parameters()) for part, module in model.named_modules()
+    }
     return vision, count[""] - count["text_model.encoder"] - count["vision_model"]
 
 
@@ -55,13 +70,22 @@ def test_table_1(size, layers, trainable, total, ratio):
 
 
 def test_table_8():
-    """Its last column is made of rounded numbers, so that it is met to 0.015M, or exactly if made in this way.
+    """Its last column is made of rounded numbers, so that it is met to 0.015M, or exactly if made
+    in this way.
 
     Four tasks are 2.02 percent in it, which its own 7.12M of 347.25M are not.
     """
     vision, rest = clip("B/32")
-    paper = {2: (7.11, 3.04, 233.89, -6.99), 3: (7.11, 2.45, 290.57, 49.78), 4: (7.12, 2.05, 347.25, 106.55)}
-    paper |= {5: (7.13, 1.77, 403.93, 163.32), 6: (7.14, 1.55, 460.61, 220.09), 7: (7.15, 1.38, 517.28, 276.87)}
+    paper = {
+        2: (7.11, 3.04, 233.89, -6.99),
+        3: (7.11, 2.45, 290.57, 49.78),
+        4: (7.12, 2.05, 347.25, 106.55),
+    }
+    paper |= {
+        5: (7.13, 1.77, 403.93, 163.32),
+        6: (7.14, 1.55, 460.61, 220.09),
+        7: (7.15, 1.38, 517.28, 276.87),
+    }
     paper |= {8: (7.16, 1.25, 573.96, 333.64)}
     single = planned_parameters(vision, 1).apart + rest
     assert f"{single / 1e6:.2f}" == "113.45"
@@ -79,12 +103,20 @@ def test_table_9():
     vision, _ = clip("B/32")
     assert planned_parameters(vision, 8, router_layers=1).trainable == 12 * 8 * (768 + 1) == 73_824
     assert planned_parameters(vision, 8, router_layers=2).trainable == 12 * (768 + 8) * (768 + 1)
-    # layer-wise AdaMerging's 1.3K are of attention whose query, key and value are one tensor; here they are three
+    # layer-wise AdaMerging's 1.3K are of attention whose query, key and value are one tensor; here
+    # they are three
     per_block, around = 2 * (4 + 2 + 2), 2 + 1 + 4
     found = planned_parameters(vision, 8, router_layers=0, upscale="all")
     assert found.trainable == 8 * (12 * per_block + around)
-    assert planned_parameters(vision, 8, router_layers=0, upscale="all", shared_router=True).trainable == 8
-    for refused in ({}, {"router_layers": 0, "sparsity": 0.5}, {"router_layers": 0, "upscale_layers": "0"}):
+    assert (
+        planned_parameters(vision, 8, router_layers=0, upscale="all", shared_router=True).trainable
+        == 8
+    )
+    for refused in (
+        {},
+        {"router_layers": 0, "sparsity": 0.5},
+        {"router_layers": 0, "upscale_layers": "0"},
+    ):
         with pytest.raises(ValueError, match="upscale: all does not go with"):
             planned_parameters(vision, 8, upscale="all", **refused)
     with pytest.raises(ValueError, match="reads the weights"):
@@ -93,7 +125,8 @@ def test_table_9():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "t5", "swin", "vit"])
 def test_a_plan_in_closed_form(family):
-    """Per task the parameters of the MLPs, and nothing else, are added; tied parameters count once."""
+    """Per task the parameters of the MLPs, and nothing else, are added; tied parameters count
+    once."""
     stock_class, config = FAMILIES[family]
     stock = stock_class(config)
     config.architectures = [stock_class.__name__]
@@ -104,7 +137,10 @@ def test_a_plan_in_closed_form(family):
     mlps = sum(
         p.numel()
         for name, p in stock.named_parameters()
-        if any(part in f".{name}" for part in (".mlp.", ".fc", ".intermediate.", ".wi.", ".wo.", ".output.dense."))
+        if any(
+            part in f".{name}"
+            for part in (".mlp.", ".fc", ".intermediate.", ".wi.", ".wo.", ".output.dense.")
+        )
         and "attention" not in name
     )
     assert per_task == mlps
@@ -123,11 +159,18 @@ def test_a_plan_is_what_is_written(here, method, parameters):
     counts = count_parameters("out")
     written = {name: t for name, t in read_tensors(here / "out").items() if t.is_floating_point()}
     assert counts.total == sum(map(torch.numel, written.values()))
-    assert counts.trainable == sum(t.numel() for name, t in written.items() if name.startswith("routers."))
+    assert counts.trainable == sum(
+        t.numel() for name, t in written.items() if name.startswith("routers.")
+    )
     assert counts.apart == 2 * sum(map(torch.numel, read_tensors(here / "math").values()))
-    assert counts.reduced == counts.apart - counts.total and counts.ratio == counts.trainable / counts.total
+    assert (
+        counts.reduced == counts.apart - counts.total
+        and counts.ratio == counts.trainable / counts.total
+    )
     shared = {"shared_router": True} if method == "ewemoe" else {}
-    assert planned_parameters(AutoConfig.from_pretrained("base"), 2, **parameters, **shared) == counts
+    assert (
+        planned_parameters(AutoConfig.from_pretrained("base"), 2, **parameters, **shared) == counts
+    )
 
 
 def test_each_fine_tune_has_its_own_head(tmp_path, monkeypatch):
@@ -136,7 +179,9 @@ def test_each_fine_tune_has_its_own_head(tmp_path, monkeypatch):
         make_classifier(tmp_path / name, seed, classes, "vit")
     merge(document("wemoe", models=["sun", "cars"], base="./base"))
     counts = count_parameters("out")
-    sizes = [sum(map(torch.numel, read_tensors(tmp_path / name).values())) for name in ("sun", "cars")]
+    sizes = [
+        sum(map(torch.numel, read_tensors(tmp_path / name).values())) for name in ("sun", "cars")
+    ]
     assert counts.apart == sum(sizes) and sizes[0] != sizes[1]
     assert counts.total == sum(t.numel() for t in read_tensors(tmp_path / "out").values())
 

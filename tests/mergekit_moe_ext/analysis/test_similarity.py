@@ -1,4 +1,6 @@
-"""Similarity of task vectors, against a loop over the state dicts that transformers loads, and closed forms."""
+"""Similarity of task vectors, against a loop over the state dicts that transformers loads, and
+closed forms.
+"""
 
 import math
 import shutil
@@ -25,7 +27,12 @@ FAMILIES = {
     "gemma2": ({"head_dim": 8}, *LLAMA),
     "phi3": ({}, *LLAMA),  # joined matrices
     "gpt2": ({}, "transformer.h.{}.", "attn.", "mlp."),
-    "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, "model.decoder.layers.{}.", "self_attn.", "fc"),
+    "opt": (
+        {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "model.decoder.layers.{}.",
+        "self_attn.",
+        "fc",
+    ),
 }
 
 
@@ -67,7 +74,10 @@ def check(base, models, reading, layers, attention, ffn):
 def test_as_a_loop_over_whole_state_dicts(tmp_path, family, reading, monkeypatch):
     config, *places = FAMILIES[family]
     names = ("base", "math", "code")
-    models = {name: make_model(tmp_path / name, seed, family=family, **config) for seed, name in enumerate(names)}
+    models = {
+        name: make_model(tmp_path / name, seed, family=family, **config)
+        for seed, name in enumerate(names)
+    }
     base = models.pop("base")
     monkeypatch.setattr(similarity, "_CHUNK", 100)  # several per tensor, and one that is not full
     check(base, models, reading, *places)
@@ -77,12 +87,18 @@ def test_as_a_loop_over_whole_state_dicts(tmp_path, family, reading, monkeypatch
 def test_every_pair_of_shards_and_half_precision(sources, tmp_path, reading):
     half = make_model(tmp_path / "half", 3, dtype=torch.bfloat16)
     shards = tmp_path / "shards"
-    AutoModelForCausalLM.from_pretrained(sources / "code").save_pretrained(shards, max_shard_size="20KB")
+    AutoModelForCausalLM.from_pretrained(sources / "code").save_pretrained(
+        shards, max_shard_size="20KB"
+    )
     assert len(list(shards.glob("*.safetensors"))) > 3
     models = {"math": sources / "math", "half": half, "shards": shards}
     check(sources / "base", models, reading, *LLAMA)
     pairs = task_vector_similarity(sources / "base", models, reading)
-    assert [(pair.first, pair.second) for pair in pairs] == [("math", "half"), ("math", "shards"), ("half", "shards")]
+    assert [(pair.first, pair.second) for pair in pairs] == [
+        ("math", "half"),
+        ("math", "shards"),
+        ("half", "shards"),
+    ]
 
 
 @pytest.fixture
@@ -92,7 +108,9 @@ def fine_tune(sources, tmp_path):
     def make(name, change):
         shutil.copytree(sources / "base", tmp_path / name)
         start = load_file(sources / "base" / "model.safetensors")
-        state = {key: tensor.double() + change(key, tuple(tensor.shape)) for key, tensor in start.items()}
+        state = {
+            key: tensor.double() + change(key, tuple(tensor.shape)) for key, tensor in start.items()
+        }
         save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
         return tmp_path / name
 
@@ -106,7 +124,9 @@ def noise(name, shape):
 
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize(("factor", "wanted"), [(1, 1), (1000, 1), (1e-3, 1), (-1, -1), (-7, -1)])
-def test_the_same_direction_and_the_opposite_one_whatever_the_length(sources, fine_tune, reading, factor, wanted):
+def test_the_same_direction_and_the_opposite_one_whatever_the_length(
+    sources, fine_tune, reading, factor, wanted
+):
     models = {"a": fine_tune("a", noise), "b": fine_tune("b", lambda *key: factor * noise(*key))}
     (pair,) = task_vector_similarity(sources / "base", models, reading)
     assert pair.attention + pair.ffn == pytest.approx([wanted] * 6, abs=1e-9)
@@ -128,7 +148,9 @@ def test_what_changes_other_weights_is_orthogonal(sources, fine_tune, reading):
 
 
 def test_the_readings_differ_where_tensors_do(sources, fine_tune):
-    """q_proj alike and twice as large, k, v and o opposite: (1 - 3) / 4, and (4|q| - |k| - |v| - |o|) / (4|q| + …)."""
+    """q_proj alike and twice as large, k, v and o opposite: (1 - 3) / 4, and (4|q| - |k| - |v| -
+    |o|) / (4|q| + …).
+    """
 
     def plain(name, shape):
         return torch.full(shape, 2.0 if "q_proj" in name else 1.0, dtype=torch.float64)
@@ -172,7 +194,10 @@ def test_checkpoints_of_the_model_without_its_head(tmp_path):
     whole = task_vector_similarity(paths[0], {"a": paths[1], "b": paths[2]})
     for path in paths[:2]:
         state = load_file(path / "model.safetensors")
-        save_file({name.removeprefix("transformer."): t for name, t in state.items()}, path / "model.safetensors")
+        save_file(
+            {name.removeprefix("transformer."): t for name, t in state.items()},
+            path / "model.safetensors",
+        )
     assert task_vector_similarity(paths[0], {"a": paths[1], "b": paths[2]}) == whole
 
 
@@ -190,26 +215,36 @@ def test_what_cannot_be_compared_is_refused_by_name(sources, tmp_path):
             task_vector_similarity(base, {"math": math_model, "other": path})
         assert str(path) in str(caught.value) or path == math_model
 
-    refused("`model_type` is 'qwen2', not 'llama'", make_model(tmp_path / "qwen2", 1, family="qwen2"))
-    refused("`num_hidden_layers` is 4, not 3", make_model(tmp_path / "deep", 1, num_hidden_layers=4))
+    refused(
+        "`model_type` is 'qwen2', not 'llama'", make_model(tmp_path / "qwen2", 1, family="qwen2")
+    )
+    refused(
+        "`num_hidden_layers` is 4, not 3", make_model(tmp_path / "deep", 1, num_hidden_layers=4)
+    )
     wide = make_model(tmp_path / "wide", 1, intermediate_size=64)
     refused(r"model.layers.0.mlp.gate_proj.weight of .* has the shape \(64, 32\)", wide)
     shutil.copytree(math_model, tmp_path / "lacking")
-    rewritten(tmp_path / "lacking", lambda state: state.pop("model.layers.1.self_attn.k_proj.weight"))
+    rewritten(
+        tmp_path / "lacking", lambda state: state.pop("model.layers.1.self_attn.k_proj.weight")
+    )
     refused("lacks the tensor model.layers.1.self_attn.k_proj.weight", tmp_path / "lacking")
     shutil.copytree(math_model, tmp_path / "int8")
     name = "model.layers.2.mlp.up_proj.weight"
     rewritten(tmp_path / "int8", lambda state: state.update({name: state[name].to(torch.int8)}))
     refused(f"{name} of .* is I8; only bfloat16", tmp_path / "int8")
     refused("there is no directory", tmp_path / "nowhere")
-    shutil.copytree(math_model, tmp_path / "no weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        math_model, tmp_path / "no weights", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     refused("holds no model.safetensors", tmp_path / "no weights")
     (tmp_path / "no weights" / "pytorch_model.bin").write_bytes(b"never unpickled")
     refused("holds no model.safetensors", tmp_path / "no weights")
     (tmp_path / "no weights" / "model.safetensors").write_bytes(b"damaged")
     refused("cannot read the weights", tmp_path / "no weights")
     mixture = make_model(tmp_path / "mixture", 0, family="mixtral")
-    with pytest.raises(ValueError, match=r"mlp \(MixtralSparseMoeBlock\) is neither attention nor FFN nor norm"):
+    with pytest.raises(
+        ValueError, match=r"mlp \(MixtralSparseMoeBlock\) is neither attention nor FFN nor norm"
+    ):
         task_vector_similarity(mixture, {"a": mixture, "b": mixture})
     with pytest.raises(ValueError, match="two fine-tunes or more, not 1"):
         task_vector_similarity(base, {"math": math_model})

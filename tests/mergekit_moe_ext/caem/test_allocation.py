@@ -1,4 +1,5 @@
-"""CAEM's allocation: against a brute-force reading of appendix A.2, and properties that must hold."""
+"""CAEM's allocation: against a brute-force reading of appendix A.2, and properties that must
+hold."""
 
 import doctest
 import itertools
@@ -17,7 +18,10 @@ from mergekit_moe_ext.caem.allocation import allocate, most_used, normalised_ent
 def by_the_letter(entropies, n_m, n_s):
     """A.2, one expert at a time, with dictionaries and explicit rounds."""
     total = sum(map(Fraction, entropies))
-    ideal = {i: n_m * Fraction(h) / total if total else Fraction(n_m, len(n_s)) for i, h in enumerate(entropies)}
+    ideal = {
+        i: n_m * Fraction(h) / total if total else Fraction(n_m, len(n_s))
+        for i, h in enumerate(entropies)
+    }
     n, rest = {}, {}
     for i, share in ideal.items():
         n[i] = share.numerator // share.denominator
@@ -60,8 +64,12 @@ ENTROPIES = (0.0, 0.05, 0.3, 0.5, 0.9, 1.0)
 
 @pytest.mark.parametrize("sources", [1, 2, 3, 4, 5])
 def test_every_small_case(sources):
-    """All n_s and n_m to 16, with entropies in every order (of four and five sources a part of the orders)."""
-    profiles = list(itertools.product(ENTROPIES, repeat=sources))[:: (1, 1, 3, 37, 401)[sources - 1]]
+    """All n_s and n_m to 16, with entropies in every order (of four and five sources a part of the
+    orders).
+    """
+    profiles = list(itertools.product(ENTROPIES, repeat=sources))[
+        :: (1, 1, 3, 37, 401)[sources - 1]
+    ]
     for entropies in profiles:
         for n_s in range(1, 17):
             for n_m in range(sources, min(16, sources * n_s) + 1):
@@ -74,7 +82,9 @@ def test_every_small_case(sources):
 @given(st.data())
 def test_properties_with_capacities_that_differ(data):
     capacities = data.draw(st.lists(st.integers(1, 16), min_size=1, max_size=6))
-    entropies = data.draw(st.lists(st.floats(0, 1), min_size=len(capacities), max_size=len(capacities)))
+    entropies = data.draw(
+        st.lists(st.floats(0, 1), min_size=len(capacities), max_size=len(capacities))
+    )
     n_m = data.draw(st.integers(len(capacities), sum(capacities)))
     got = allocate(entropies, n_m, capacities)
     assert got == by_the_letter(entropies, n_m, capacities)
@@ -112,7 +122,9 @@ def test_what_is_impossible(n_m, words):
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=9).filter(any))
 def test_entropy(counts):
-    assert normalised_entropy(counts) == pytest.approx(entropy(counts) / math.log(len(counts)), abs=1e-12)
+    assert normalised_entropy(counts) == pytest.approx(
+        entropy(counts) / math.log(len(counts)), abs=1e-12
+    )
     assert 0 <= normalised_entropy(counts) <= 1 + 1e-12
 
 

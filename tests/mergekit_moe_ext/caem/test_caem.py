@@ -1,4 +1,6 @@
-"""`caem`: every copied expert and router row against its source, and everything else against a float64 average."""
+"""`caem`: every copied expert and router row against its source, and everything else against a
+float64 average.
+"""
 
 import json
 import os
@@ -16,7 +18,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from mergekit_moe_ext.caem.allocation import allocate, normalised_entropy
 from mergekit_moe_ext.mixtures.experts import moe_layers
 from tests.conftest import document, make_model, merge, read_tensors, run
-from tests.mergekit_moe_ext.mixtures.test_usage import FAMILIES, SWITCH, make_moe, usage_of, words, write
+from tests.mergekit_moe_ext.mixtures.test_usage import (
+    FAMILIES,
+    SWITCH,
+    make_moe,
+    usage_of,
+    words,
+    write,
+)
 from tests.tokenizers import save_tokenizer
 
 TASKS = ("news", "squad", "xsum")
@@ -47,15 +56,28 @@ def make_sources(where, family="mixtral", tasks=TASKS, **changes):
 
 
 def entries(tasks=TASKS, **more):
-    return [{"model": f"./{task}", "parameters": {"calibration": f"{task}.jsonl", **more}} for task in tasks]
+    return [
+        {"model": f"./{task}", "parameters": {"calibration": f"{task}.jsonl", **more}}
+        for task in tasks
+    ]
 
 
 def caem(tasks=TASKS, models=None, base=None, **parameters):
-    return document("caem", models or entries(tasks), base=base, parameters={"max_length": 24, **parameters})
+    return document(
+        "caem", models or entries(tasks), base=base, parameters={"max_length": 24, **parameters}
+    )
 
 
 def count(where, task):
-    command = ["mergekit-moe-ext", "usage", task, "--data", f"{task}.jsonl", "-o", f"{task}.usage.json"]
+    command = [
+        "mergekit-moe-ext",
+        "usage",
+        task,
+        "--data",
+        f"{task}.jsonl",
+        "-o",
+        f"{task}.usage.json",
+    ]
     done = run(*command, "--quiet", "--max-length", "24", cwd=where)
     assert done.returncode == 0, done.stderr
 
@@ -64,7 +86,10 @@ def expected_choice(usages, layer, number, sizes):
     """Per source the indices that are taken, by another sort than the package's."""
     counts = [usage.tasks[task].layers[layer].counts for task, usage in usages.items()]
     shares = allocate([normalised_entropy(c) for c in counts], number, sizes)
-    return [sorted(sorted(range(len(c)), key=lambda i: (-c[i], i))[:n]) for c, n in zip(counts, shares, strict=True)]
+    return [
+        sorted(sorted(range(len(c)), key=lambda i: (-c[i], i))[:n])
+        for c, n in zip(counts, shares, strict=True)
+    ]
 
 
 def experts_of(model, router):
@@ -91,7 +116,11 @@ def test_every_family(tmp_path, monkeypatch, family):
     for layer in layers:
         chosen = expected_choice(usages, layer.router, size, [size] * 3)
         taken[layer.router] = [len(indices) for indices in chosen]
-        slots = [(source, index) for source, indices in zip(sources, chosen, strict=True) for index in indices]
+        slots = [
+            (source, index)
+            for source, indices in zip(sources, chosen, strict=True)
+            for index in indices
+        ]
         mine = experts_of(merged, layer.router)
         assert len(mine) == len(slots) == size
         for expert, (source, index) in zip(mine, slots, strict=True):
@@ -107,22 +136,35 @@ def test_every_family(tmp_path, monkeypatch, family):
                 assert torch.allclose(got[:, slot], theirs[:, index], atol=1e-6)
         for name, buffer in merged.get_submodule(layer.router).named_buffers():
             if buffer.numel() == size:
-                expected = [s.get_submodule(layer.router).get_buffer(name).flatten()[i] for s, i in slots]
+                expected = [
+                    s.get_submodule(layer.router).get_buffer(name).flatten()[i] for s, i in slots
+                ]
                 assert torch.equal(buffer.flatten(), torch.stack(expected))
     tensors = [read_tensors(tmp_path / task) for task in TASKS]
     got = read_tensors(out)
     for layer in layers:
         chosen = expected_choice(usages, layer.router, size, [size] * 3)
         for name, axis in layer.rows.items():
-            parts = [t[name].index_select(axis, torch.tensor(c)) for t, c in zip(tensors, chosen, strict=True)]
+            parts = [
+                t[name].index_select(axis, torch.tensor(c))
+                for t, c in zip(tensors, chosen, strict=True)
+            ]
             assert torch.equal(got[name], torch.cat(parts, dim=axis)), name
     for name in got:
-        if ".experts" in name or ".router." in name or ".gate." in name or "moe_statics" in name or "_linear" in name:
+        if (
+            ".experts" in name
+            or ".router." in name
+            or ".gate." in name
+            or "moe_statics" in name
+            or "_linear" in name
+        ):
             continue
         stack = name.split(".")[0] if name.startswith(("encoder", "decoder")) else ""
         numbers = [n for router, n in taken.items() if router.startswith(stack)]
         totals = [sum(column) for column in zip(*numbers, strict=True)]
-        average = sum(n * t[name].double() for n, t in zip(totals, tensors, strict=True)) / sum(totals)
+        average = sum(n * t[name].double() for n, t in zip(totals, tensors, strict=True)) / sum(
+            totals
+        )
         assert torch.allclose(got[name].double(), average, atol=1e-6), name
 
 
@@ -132,13 +174,20 @@ def test_the_output_loads_where_this_package_is_not(tmp_path, monkeypatch):
     merge(caem())
     script = (
         "import sys, torch\n"
-        "for name in ('mergekit_moe_ext', '_mergekit_moe_ext_autoload', 'mergekit'): sys.modules[name] = None\n"
+        "for name in ('mergekit_moe_ext', '_mergekit_moe_ext_autoload', 'mergekit'): "
+        "sys.modules[name] = None\n"
         "from transformers import AutoModelForCausalLM\n"
         "model, info = AutoModelForCausalLM.from_pretrained('out', output_loading_info=True)\n"
         "assert not any(info.values()), info\n"
         "torch.save(model.eval()(torch.arange(20)[None]).logits.detach(), 'logits.pt')\n"
     )
-    done = run("python", "-c", script, env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, cwd=tmp_path)
+    done = run(
+        "python",
+        "-c",
+        script,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         here = load("out", "mixtral").eval()(torch.arange(20)[None]).logits
@@ -150,9 +199,15 @@ def test_the_output_loads_where_this_package_is_not(tmp_path, monkeypatch):
 def test_one_source_is_that_source_bit_for_bit(tmp_path, monkeypatch, family, router_scale):
     monkeypatch.chdir(tmp_path)
     make_sources(tmp_path, family, TASKS[:1])
-    got, source = read_tensors(merge(caem(TASKS[:1], router_scale=router_scale))), read_tensors(tmp_path / "news")
+    got, source = (
+        read_tensors(merge(caem(TASKS[:1], router_scale=router_scale))),
+        read_tensors(tmp_path / "news"),
+    )
     assert got.keys() == source.keys()
-    assert all(torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype for name, tensor in source.items())
+    assert all(
+        torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype
+        for name, tensor in source.items()
+    )
     assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
         (tmp_path / "news/config.json").read_text()
     )
@@ -164,11 +219,17 @@ def test_a_model_and_its_renamed_copy_share_the_experts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_sources(tmp_path, "olmoe", TASKS[:1], num_experts=7)
     shutil.copytree("news", "copy")
-    models = [{"model": f"./{name}", "parameters": {"calibration": "news.jsonl"}} for name in ("news", "copy")]
+    models = [
+        {"model": f"./{name}", "parameters": {"calibration": "news.jsonl"}}
+        for name in ("news", "copy")
+    ]
     got, source = read_tensors(merge(caem(models=models))), read_tensors(tmp_path / "news")
     for layer in range(3):
         rows = got[f"model.layers.{layer}.mlp.gate.weight"]
-        owners = [source[f"model.layers.{layer}.mlp.gate.weight"].eq(row).all(dim=1).nonzero().item() for row in rows]
+        owners = [
+            source[f"model.layers.{layer}.mlp.gate.weight"].eq(row).all(dim=1).nonzero().item()
+            for row in rows
+        ]
         first = next(i for i in range(1, 8) if i == 7 or owners[i] < owners[i - 1])
         assert first in (3, 4)
     assert torch.allclose(got["model.norm.weight"], source["model.norm.weight"])
@@ -183,8 +244,12 @@ def test_sources_of_different_sizes_and_more_experts_than_any_has(tmp_path, monk
         merge(caem(("news", "squad")))
     merged = load(merge(caem(("news", "squad"), num_experts=8)), "qwen3_moe")
     news, squad = load("news", "qwen3_moe"), load("squad", "qwen3_moe")
-    for mine, first, second in zip(merged.model.layers, news.model.layers, squad.model.layers, strict=True):
-        assert torch.equal(mine.mlp.gate.weight, torch.cat([first.mlp.gate.weight, second.mlp.gate.weight]))
+    for mine, first, second in zip(
+        merged.model.layers, news.model.layers, squad.model.layers, strict=True
+    ):
+        assert torch.equal(
+            mine.mlp.gate.weight, torch.cat([first.mlp.gate.weight, second.mlp.gate.weight])
+        )
     with pytest.raises(click.ClickException, match="the sources have 8 together"):
         merge(caem(("news", "squad"), num_experts=9), "more")
 
@@ -202,10 +267,19 @@ def test_fixed_allocation(tmp_path, monkeypatch):
     assert got[name].shape[0] == 8
     assert all(any(torch.equal(row, other) for other in news[name]) for row in got[name][:2])
     assert not any(torch.equal(got[name][2], other) for other in news[name])
-    sums = sum(n * read_tensors(tmp_path / t)["model.norm.weight"] for n, t in zip((2, 3, 3), TASKS, strict=True)) / 8
+    sums = (
+        sum(
+            n * read_tensors(tmp_path / t)["model.norm.weight"]
+            for n, t in zip((2, 3, 3), TASKS, strict=True)
+        )
+        / 8
+    )
     assert torch.allclose(got["model.norm.weight"], sums)
     card = (out / "README.md").read_text()
-    assert "| model.layers.0.block_sparse_moe.router |" in card and "| all | 0.2500 | 0.3750 | 0.3750 |" in card
+    assert (
+        "| model.layers.0.block_sparse_moe.router |" in card
+        and "| all | 0.2500 | 0.3750 | 0.3750 |" in card
+    )
     with pytest.raises(click.ClickException, match="add up to 8"):
         merge(caem(models=models, allocation="fixed", num_experts=7), "other")
 
@@ -216,12 +290,16 @@ def test_shared_by_ties_takes_the_weights_and_the_ancestor(tmp_path, monkeypatch
     make_moe(tmp_path / "base", "mixtral", seed=9, **FAMILIES["mixtral"])
     out = merge(caem(base="./base", shared="task_arithmetic", **{"lambda": 0.5}))
     base, got = read_tensors(tmp_path / "base"), read_tensors(out)
-    row = next(line for line in (out / "README.md").read_text().splitlines() if line.startswith("| all |"))
+    row = next(
+        line for line in (out / "README.md").read_text().splitlines() if line.startswith("| all |")
+    )
     weights = [float(cell) for cell in row.split("|")[2:5]]
     name = "model.layers.1.self_attn.q_proj.weight"
     vectors = [read_tensors(tmp_path / task)[name] - base[name] for task in TASKS]
     assert torch.allclose(
-        got[name], base[name] + 0.5 * sum(w * v for w, v in zip(weights, vectors, strict=True)), atol=1e-4
+        got[name],
+        base[name] + 0.5 * sum(w * v for w, v in zip(weights, vectors, strict=True)),
+        atol=1e-4,
     )
     with pytest.raises(click.ClickException, match="the ancestor of all sources"):
         merge(caem(base="./news", shared="task_arithmetic"), "other")
@@ -243,29 +321,40 @@ def test_router_scale_brings_the_routers_to_one_norm(tmp_path, monkeypatch):
     news, squad = load("news", "gpt_oss"), load("squad", "gpt_oss")
     for index in range(3):
         before, after = (model.model.layers[index].mlp.router for model in (plain, scaled))
-        norms = [model.model.layers[index].mlp.router.weight.norm(dim=1).mean() for model in (news, squad)]
+        norms = [
+            model.model.layers[index].mlp.router.weight.norm(dim=1).mean()
+            for model in (news, squad)
+        ]
         number = sum(
-            bool((news.model.layers[index].mlp.router.weight == row).all(dim=1).any()) for row in before.weight
+            bool((news.model.layers[index].mlp.router.weight == row).all(dim=1).any())
+            for row in before.weight
         )
         for rows, norm in ((slice(0, number), norms[0]), (slice(number, None), norms[1])):
             factor = (sum(norms) / 2 / norm).item()
             assert torch.allclose(after.weight[rows], before.weight[rows] * factor, rtol=1e-5)
             assert torch.allclose(after.bias[rows], before.bias[rows] * factor, rtol=1e-5)
         assert torch.equal(
-            plain.model.layers[index].mlp.experts.down_proj, scaled.model.layers[index].mlp.experts.down_proj
+            plain.model.layers[index].mlp.experts.down_proj,
+            scaled.model.layers[index].mlp.experts.down_proj,
         )
 
 
-def test_usage_files_do_as_calibration_does_and_those_of_other_models_are_refused(tmp_path, monkeypatch):
+def test_usage_files_do_as_calibration_does_and_those_of_other_models_are_refused(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     make_sources(tmp_path)
     for task in TASKS:
         count(tmp_path, task)
     counted = merge(caem(), "counted")
-    models = [{"model": f"./{task}", "parameters": {"usage": f"{task}.usage.json"}} for task in TASKS]
+    models = [
+        {"model": f"./{task}", "parameters": {"usage": f"{task}.usage.json"}} for task in TASKS
+    ]
     read = merge(caem(models=models), "read")
     first, second = read_tensors(counted), read_tensors(read)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
     models[0]["parameters"]["usage"] = "squad.usage.json"
     with pytest.raises(click.ClickException, match="usage of another model"):
         merge(caem(models=models), "other")
@@ -280,11 +369,18 @@ def test_usage_files_do_as_calibration_does_and_those_of_other_models_are_refuse
 def test_plan_prints_and_draws_the_allocation(tmp_path):
     make_sources(tmp_path)
     (tmp_path / "config.yml").write_text(yaml.safe_dump(caem()))
-    done = run("mergekit-moe-ext", "plan", "config.yml", "--plot", "plan.png", "--quiet", cwd=tmp_path)
+    done = run(
+        "mergekit-moe-ext", "plan", "config.yml", "--plot", "plan.png", "--quiet", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    assert "output    MixtralForCausalLM" in done.stdout and "4 experts per layer, 2 of them per token" in done.stdout
+    assert (
+        "output    MixtralForCausalLM" in done.stdout
+        and "4 experts per layer, 2 of them per token" in done.stdout
+    )
     assert done.stdout.count("| model.layers.") == 3 and "| all |" in done.stdout
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "out").exists()
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG") and not (
+        tmp_path / "out"
+    ).exists()
     whole = run("mergekit-yaml", "config.yml", "out", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     again = run("mergekit-moe-ext", "plan", "config.yml", "--plot", "plan.png", cwd=tmp_path)
@@ -306,8 +402,14 @@ def test_plan_prints_and_draws_the_allocation(tmp_path):
         (caem(models=entries(("news", "dense"))), "another family"),
         (caem(models=entries(("dense",))), "no router"),
         (caem(models=entries(("news", "wide"))), "another size"),
-        (caem(models=[{"model": "./news", "parameters": {"calibration": "nowhere.jsonl"}}]), "does not exist"),
-        (caem(models=[{"model": "./news+./lora", "parameters": {"calibration": "news.jsonl"}}]), "no LoRA"),
+        (
+            caem(models=[{"model": "./news", "parameters": {"calibration": "nowhere.jsonl"}}]),
+            "does not exist",
+        ),
+        (
+            caem(models=[{"model": "./news+./lora", "parameters": {"calibration": "news.jsonl"}}]),
+            "no LoRA",
+        ),
         (caem(shared="caem"), "is no tensor method"),
     ],
 )
@@ -335,7 +437,12 @@ def test_deepseek_s_groups(tmp_path, monkeypatch, number, complaint):
         with pytest.raises(click.ClickException, match=complaint):
             merge(config)
     else:
-        assert load(merge(config), "deepseek_v3").eval()(torch.arange(20)[None]).logits.isfinite().all()
+        assert (
+            load(merge(config), "deepseek_v3")
+            .eval()(torch.arange(20)[None])
+            .logits.isfinite()
+            .all()
+        )
 
 
 def test_more_limits_of_routing(tmp_path, monkeypatch):
@@ -343,15 +450,21 @@ def test_more_limits_of_routing(tmp_path, monkeypatch):
     make_sources(tmp_path, "deepseek_v3", TASKS[:2], n_routed_experts=8, num_experts_per_tok=3)
     with pytest.raises(click.ClickException, match="hold only 2 with num_experts 4"):
         merge(caem(TASKS[:2], num_experts=4))
-    make_moe(tmp_path / "deep", "deepseek_v3", **{**FAMILIES["deepseek_v3"], "first_k_dense_replace": 2})
+    make_moe(
+        tmp_path / "deep", "deepseek_v3", **{**FAMILIES["deepseek_v3"], "first_k_dense_replace": 2}
+    )
     write(tmp_path / "deep.jsonl", words(1, 2))
     with pytest.raises(click.ClickException, match="in other layers"):
         merge(caem(("news", "deep"), num_experts=4))
     make_sources(tmp_path, "mixtral", ("squad",))
-    with pytest.raises(click.ClickException, match="choose 2 experts per token; num_experts is only 1"):
+    with pytest.raises(
+        click.ClickException, match="choose 2 experts per token; num_experts is only 1"
+    ):
         merge(caem(("squad",), num_experts=1))
     models = entries(("squad",), experts=5)
-    with pytest.raises(click.ClickException, match=r"5 experts are to be taken of ./squad, which has 4"):
+    with pytest.raises(
+        click.ClickException, match=r"5 experts are to be taken of ./squad, which has 4"
+    ):
         merge(caem(models=models, allocation="fixed"))
     with pytest.raises(click.ClickException, match="does not truncate"):
         merge(caem(("squad",)), unsafe_truncate_embeddings=True)
@@ -370,12 +483,18 @@ def usage_entries(tasks):
 
 
 def test_encoder_and_decoder_have_weights_of_their_own(tmp_path, monkeypatch):
-    """In the encoder `news` uses one expert and `squad` all evenly; in the decoder the other way round."""
+    """In the encoder `news` uses one expert and `squad` all evenly; in the decoder the other way
+    round.
+    """
     monkeypatch.chdir(tmp_path)
     make_sources(tmp_path, "switch_transformers", TASKS[:2])
     for task, narrow in (("news", "encoder"), ("squad", "decoder")):
         count(tmp_path, task)
-        edit_usage(tmp_path, task, lambda router, _counts, n=narrow: [9, 0, 0, 0] if router.startswith(n) else [5] * 4)
+        edit_usage(
+            tmp_path,
+            task,
+            lambda router, _counts, n=narrow: [9, 0, 0, 0] if router.startswith(n) else [5] * 4,
+        )
     got = read_tensors(merge(caem(models=usage_entries(TASKS[:2]))))
     news, squad = (read_tensors(tmp_path / task) for task in TASKS[:2])
     for name, of_news in (
@@ -383,7 +502,9 @@ def test_encoder_and_decoder_have_weights_of_their_own(tmp_path, monkeypatch):
         ("decoder.final_layer_norm.weight", 3 / 4),
         ("shared.weight", (1 + 1 + 3) / 12),  # two layers in the encoder, one in the decoder
     ):
-        assert torch.allclose(got[name], of_news * news[name] + (1 - of_news) * squad[name], atol=1e-6), name
+        assert torch.allclose(
+            got[name], of_news * news[name] + (1 - of_news) * squad[name], atol=1e-6
+        ), name
 
 
 def test_usage_of_another_shape_or_of_nothing_is_refused(tmp_path, monkeypatch):
@@ -418,12 +539,16 @@ def test_fine_tunes_with_the_same_routers_are_told_apart(tmp_path, monkeypatch):
 def test_a_source_listed_twice_with_two_calibrations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_sources(tmp_path)
-    models = [{"model": "./news", "parameters": {"calibration": f"{task}.jsonl"}} for task in TASKS[:2]]
+    models = [
+        {"model": "./news", "parameters": {"calibration": f"{task}.jsonl"}} for task in TASKS[:2]
+    ]
     models.append({"model": "./xsum", "parameters": {"calibration": "xsum.jsonl"}})
     got = read_tensors(merge(caem(models=models, num_experts=6)))
     news, xsum = read_tensors(tmp_path / "news"), read_tensors(tmp_path / "xsum")
     card = (tmp_path / "out" / "README.md").read_text()
-    weight = float(next(line for line in card.splitlines() if line.startswith("| all |")).split("|")[2])
+    weight = float(
+        next(line for line in card.splitlines() if line.startswith("| all |")).split("|")[2]
+    )
     name = "model.norm.weight"
     assert torch.allclose(got[name], weight * news[name] + (1 - weight) * xsum[name], atol=1e-3)
     assert weight > 0.5
@@ -434,7 +559,9 @@ def test_families_whose_routers_are_no_rows_are_refused():
 
     config = AutoConfig.for_model("zaya", num_hidden_layers=2, hidden_size=32, num_experts=4)
     config.architectures = ["ZayaForCausalLM"]
-    with pytest.raises(click.ClickException, match=r"one entry per expert|more than a row|do not lie"):
+    with pytest.raises(
+        click.ClickException, match=r"one entry per expert|more than a row|do not lie"
+    ):
         moe_layers(config)
 
 
@@ -469,7 +596,9 @@ def test_a_killed_merge_leaves_nothing_and_the_next_one_succeeds(tmp_path):
         "from mergekit_moe_ext.cli import main\n"
         "main(['yaml', 'config.yml', 'out'])\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", waits], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", waits], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
     for _ in range(600):
         if (tmp_path / "working").exists():
             break
@@ -486,7 +615,12 @@ def test_dtypes_and_shards(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_sources(tmp_path)
     whole = merge({**caem(), "dtype": "float32", "out_dtype": "bfloat16"}, "whole")
-    shards = merge({**caem(), "dtype": "float32", "out_dtype": "bfloat16"}, "shards", out_shard_size=20_000)
+    shards = merge(
+        {**caem(), "dtype": "float32", "out_dtype": "bfloat16"}, "shards", out_shard_size=20_000
+    )
     assert {tensor.dtype for tensor in read_tensors(whole).values()} == {torch.bfloat16}
     assert len(list(shards.glob("*.safetensors"))) > 3
-    assert all(torch.equal(read_tensors(shards)[name], tensor) for name, tensor in read_tensors(whole).items())
+    assert all(
+        torch.equal(read_tensors(shards)[name], tensor)
+        for name, tensor in read_tensors(whole).items()
+    )

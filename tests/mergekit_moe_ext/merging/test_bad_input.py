@@ -53,13 +53,22 @@ def refused(here, config, *fragments, **options):
         (document("moe", parameters={"shared": "moe_ties"}), ["'moe_ties' is no tensor method"]),
         (document(parameters={"gate_mode": "rand"}), ["`gate_mode`", "'rand'", "uniform_random"]),
         (document(parameters={"experts_per_token": "two"}), ["`experts_per_token`", "'two'"]),
-        (document(parameters={"experts_per_token": 0}), ["`experts_per_token`", "greater than or equal to 1"]),
+        (
+            document(parameters={"experts_per_token": 0}),
+            ["`experts_per_token`", "greater than or equal to 1"],
+        ),
         (document(parameters={"experts_per_token": 5}), ["experts_per_token is 5", "at most 4"]),
         (document(parameters={"experts_per_token": [1, 2]}), ["`experts_per_token`"]),
         (document(dtype="float31"), ["dtype", "float31", "float32"]),
         (document(out_dtype="int64"), ["out_dtype", "int64", "float32"]),
-        (document("moe_dare", parameters={"density": 80}), ["dare cannot merge", "80", "less than or equal to 1"]),
-        (document("moe_ties", parameters={"density": float("nan")}), ["fast_ties cannot merge", "nan"]),
+        (
+            document("moe_dare", parameters={"density": 80}),
+            ["dare cannot merge", "80", "less than or equal to 1"],
+        ),
+        (
+            document("moe_ties", parameters={"density": float("nan")}),
+            ["fast_ties cannot merge", "nan"],
+        ),
         (document("moe_ties", parameters={"density": -0.5}), ["greater than or equal to 0"]),
         (document(parameters={"weight": float("nan")}), ["NaN or Inf", "allow_nonfinite"]),
         (
@@ -71,7 +80,10 @@ def refused(here, config, *fragments, **options):
         (document(tokenizer_source="union"), ["./base has no tokenizer"]),
         (document("moe_ties", base=None), ["fast_ties", "requires a base", "base_model:"]),
         (document("moe", parameters={"shared": "slerp", "t": 0.5}), ["slerp", "got 4"]),
-        (document("moe", models=["base", "math"], parameters={"shared": "slerp"}), ["slerp needs `t`"]),
+        (
+            document("moe", models=["base", "math"], parameters={"shared": "slerp"}),
+            ["slerp needs `t`"],
+        ),
         (document("moe_ties", parameters={"density": "much"}), ["fast_ties cannot merge", "much"]),
         (document(models=["base", "./nowhere"]), ["./nowhere does not exist"]),
         (document(base="./nowhere"), ["./nowhere does not exist"]),
@@ -106,7 +118,10 @@ def test_configuration(here, config, fragments):
         ({"vocab_size": 80}, ["`vocab_size` is 80, not 96", "tokenizer: {source: union}"]),
         ({"attention_bias": True}, ["./odd", "`attention_bias: true` has no place in Mixtral"]),
         ({"mlp_bias": True}, ["./odd", "`mlp_bias: true` has no place in Mixtral"]),
-        ({"family": "mistral"}, ["./odd", "model_type is 'mistral', not 'llama'", "--allow-crimes"]),
+        (
+            {"family": "mistral"},
+            ["./odd", "model_type is 'mistral', not 'llama'", "--allow-crimes"],
+        ),
     ],
 )
 def test_source_of_another_shape(here, config, fragments):
@@ -122,7 +137,9 @@ def test_mistral_and_llama_mix_when_asked_to(here):
 def test_unsupported_family_names_the_supported(here):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)).save_pretrained(here / "gpt")
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)).save_pretrained(
+        here / "gpt"
+    )
     refused(
         here,
         document(models=["gpt"], base=None, parameters={"experts_per_token": 1}),
@@ -141,7 +158,12 @@ def damaged(here):
 
 def test_untied_source_for_a_tied_output(here):
     make_model(here / "tied", 0, tie_word_embeddings=True)
-    refused(here, document(models=["tied", "math"], base="./tied"), "lm_head.weight of ./math", "not tied")
+    refused(
+        here,
+        document(models=["tied", "math"], base="./tied"),
+        "lm_head.weight of ./math",
+        "not tied",
+    )
 
 
 def test_missing_shard(here, damaged):
@@ -192,7 +214,9 @@ def test_tensors_that_do_not_fit(here, damaged, change):
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.down_proj.weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nonfinite(here, damaged, value, name, dtype):
-    tensors = {key: tensor.to(dtype) for key, tensor in load_file(damaged / "model.safetensors").items()}
+    tensors = {
+        key: tensor.to(dtype) for key, tensor in load_file(damaged / "model.safetensors").items()
+    }
     tensors[name].view(-1)[7] = value
     save_file(tensors, damaged / "model.safetensors", PLAIN)
     config = document(models=["base", "damaged"])
@@ -214,7 +238,9 @@ def test_values_that_do_not_fit_the_dtype(here, damaged, keys, name):
     tensors = load_file(damaged / "model.safetensors")
     tensors[name].view(-1)[7] = 4e5
     save_file(tensors, damaged / "model.safetensors", PLAIN)
-    refused(here, document(models=["base", "damaged"], **keys), "values too large for torch.float16")
+    refused(
+        here, document(models=["base", "damaged"], **keys), "values too large for torch.float16"
+    )
 
 
 def test_a_stored_head_that_is_not_the_embedding_it_is_tied_to(here):
@@ -224,15 +250,24 @@ def test_a_stored_head_that_is_not_the_embedding_it_is_tied_to(here):
     copy = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(copy, here / "odd" / "model.safetensors", PLAIN)
     assert merge(document(models=["tied", "odd"], base=None), "fine").exists()
-    save_file({**copy, "lm_head.weight": torch.ones(96, 32)}, here / "odd" / "model.safetensors", PLAIN)
-    refused(here, document(models=["tied", "odd"], base=None), "lm_head.weight of ./odd", "the two differ")
+    save_file(
+        {**copy, "lm_head.weight": torch.ones(96, 32)}, here / "odd" / "model.safetensors", PLAIN
+    )
+    refused(
+        here,
+        document(models=["tied", "odd"], base=None),
+        "lm_head.weight of ./odd",
+        "the two differ",
+    )
 
 
 def test_more_rows_than_the_vocabulary_has(here, damaged):
     tensors = load_file(damaged / "model.safetensors")
     tensors["lm_head.weight"] = torch.zeros(100, 32)
     save_file(tensors, damaged / "model.safetensors", PLAIN)
-    refused(here, document(models=["damaged"] * 2, base=None), "lm_head.weight", "(100, 32)", "(96, 32)")
+    refused(
+        here, document(models=["damaged"] * 2, base=None), "lm_head.weight", "(100, 32)", "(96, 32)"
+    )
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"weight_map": 3}'])

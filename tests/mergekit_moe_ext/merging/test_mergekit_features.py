@@ -1,4 +1,6 @@
-"""What mergekit offers keeps working: LoRA sources, tokenizers, chat templates, mergekit-multi, the card."""
+"""What mergekit offers keeps working: LoRA sources, tokenizers, chat templates, mergekit-multi, the
+card.
+"""
 
 import json
 
@@ -15,7 +17,9 @@ from tests.tokenizers import save_tokenizer
 
 def make_lora(base, path, seed):
     torch.manual_seed(seed)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(path)
 
 
@@ -37,10 +41,16 @@ def test_lora_sources_equal_merged_ones(loras):
         model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), name)
         model.merge_and_unload().save_pretrained(f"{name}-merged")
     parameters = {"density": 0.8, "weight": 1.0}
-    loras_out = merge(document("moe_ties", LORA_MODELS, parameters=parameters), "loras", lora_merge_cache="cache")
-    merged_out = merge(document("moe_ties", ["base", "lora-a-merged", "lora-b-merged"], parameters=parameters))
+    loras_out = merge(
+        document("moe_ties", LORA_MODELS, parameters=parameters), "loras", lora_merge_cache="cache"
+    )
+    merged_out = merge(
+        document("moe_ties", ["base", "lora-a-merged", "lora-b-merged"], parameters=parameters)
+    )
     expected, got = read_tensors(merged_out), read_tensors(loras_out)
-    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    assert expected.keys() == got.keys() and all(
+        torch.equal(expected[name], got[name]) for name in expected
+    )
 
 
 def test_an_interrupted_lora_merge_does_not_spoil_the_cache(loras, monkeypatch):
@@ -61,7 +71,9 @@ def test_an_interrupted_lora_merge_does_not_spoil_the_cache(loras, monkeypatch):
 def test_a_lora_that_unties_the_head_is_not_lost(here):
     make_model(here / "tied", 0, tie_word_embeddings=True)
     model = LlamaForCausalLM.from_pretrained("tied")
-    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
     adapted = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -69,7 +81,9 @@ def test_a_lora_that_unties_the_head_is_not_lost(here):
                 parameter.add_(1.0)
     adapted.save_pretrained("headed")
     merged = {"model": "./tied+./headed"}
-    with pytest.raises(click.ClickException, match=r"lm_head\.weight of \./tied\+\./headed has no place"):
+    with pytest.raises(
+        click.ClickException, match=r"lm_head\.weight of \./tied\+\./headed has no place"
+    ):
         merge(document(models=["tied", merged], base="./tied"), lora_merge_cache="cache")
     assert not (here / "out").exists()
 
@@ -78,7 +92,9 @@ def test_a_lora_of_another_base_is_explained(loras):
     make_model(loras / "wide", 0, hidden_size=64)
     make_lora(loras / "wide", loras / "lora-wide", 0)
     models = ["base", {"model": "./base+./lora-wide"}]
-    with pytest.raises(click.ClickException, match=r"cannot merge the LoRA \./lora-wide .*: .*size mismatch"):
+    with pytest.raises(
+        click.ClickException, match=r"cannot merge the LoRA \./lora-wide .*: .*size mismatch"
+    ):
         merge(document(models=models), lora_merge_cache="cache")
 
 
@@ -86,7 +102,9 @@ def test_a_lora_of_another_base_is_explained(loras):
 def with_tokenizers(tmp_path, monkeypatch):
     """base and math of 96 words, code of 98: the last two its own."""
     monkeypatch.chdir(tmp_path)
-    for seed, (name, extra) in enumerate({"base": (), "math": (), "code": ("for", "while")}.items()):
+    for seed, (name, extra) in enumerate(
+        {"base": (), "math": (), "code": ("for", "while")}.items()
+    ):
         make_model(tmp_path / name, seed, vocab_size=96 + len(extra))
         save_tokenizer(tmp_path / name, 96 + len(extra), extra)
     return tmp_path
@@ -113,7 +131,9 @@ def test_tokenizers_are_aligned_as_mergekit_does_it(with_tokenizers, keys, size)
     ours = merge(document("moe_linear", models, parameters=parameters, **keys))
     stock = merge(document("linear", models, parameters=parameters, **keys), "stock")
     got, expected = read_tensors(ours), read_tensors(stock)
-    vocabulary, stock_vocabulary = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (ours, stock))
+    vocabulary, stock_vocabulary = (
+        AutoTokenizer.from_pretrained(path).get_vocab() for path in (ours, stock)
+    )
     assert vocabulary.keys() == stock_vocabulary.keys()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert got[name].shape == (size, 32)
@@ -155,12 +175,26 @@ def test_the_card_says_how_it_was_made_and_never_asks_the_hub(here, monkeypatch)
 
     monkeypatch.setattr(huggingface_hub, "repo_exists", lambda *_args, **_kwargs: 1 / 0)
     config = document("moe_ties", parameters={"density": 0.8})
-    config["models"][1]["model"] = "math"  # a relative path with no slash, which mergekit's card looks up
+    config["models"][1]["model"] = (
+        "math"  # a relative path with no slash, which mergekit's card looks up
+    )
     out = merge(config, random_seed=11)
     card = (out / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
-    assert metadata == {"base_model": [], "library_name": "transformers", "tags": ["mergekit", "merge", "moe"]}
-    for fact in ("moe_ties", "density: 0.8", "arxiv.org/abs/2502.00997", "Seed 11", "# out", "1. math", "ties"):
+    assert metadata == {
+        "base_model": [],
+        "library_name": "transformers",
+        "tags": ["mergekit", "merge", "moe"],
+    }
+    for fact in (
+        "moe_ties",
+        "density: 0.8",
+        "arxiv.org/abs/2502.00997",
+        "Seed 11",
+        "# out",
+        "1. math",
+        "ties",
+    ):
         assert fact in card
     assert yaml.safe_load((out / "mergekit_config.yml").read_text()) == config
     assert not (merge(config, "bare", write_model_card=False) / "README.md").exists()
@@ -183,7 +217,9 @@ def test_the_plan_command_merges_nothing(here):
 
     from mergekit_moe_ext.cli import main
 
-    (here / "config.yml").write_text(yaml.safe_dump(document("moe_ties", parameters={"density": 0.8})))
+    (here / "config.yml").write_text(
+        yaml.safe_dump(document("moe_ties", parameters={"density": 0.8}))
+    )
     before = {path.name for path in here.iterdir()}
     result = CliRunner().invoke(main, ["plan", "config.yml"])
     assert result.exit_code == 0, result.output
@@ -231,7 +267,9 @@ def test_multi_gpu_writes_the_same_tensors(here, monkeypatch):
     config = document("moe_dare", parameters={"density": 0.8})
     expected = read_tensors(merge(config, "one", random_seed=1))
     got = read_tensors(merge(config, "two", random_seed=1, multi_gpu=True))
-    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    assert expected.keys() == got.keys() and all(
+        torch.equal(expected[name], got[name]) for name in expected
+    )
 
 
 def test_differing_rope_settings_are_warned_about(here, caplog):

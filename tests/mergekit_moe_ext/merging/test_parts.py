@@ -44,7 +44,9 @@ def test_the_manifest_is_what_save_pretrained_writes(tmp_path, tied):
     model = MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=3, tie_word_embeddings=tied))
     model.save_pretrained(tmp_path)
     manifest = manifest_of(model.config)
-    assert dict(manifest.shapes) == {name: tuple(t.shape) for name, t in read_tensors(tmp_path).items()}
+    assert dict(manifest.shapes) == {
+        name: tuple(t.shape) for name, t in read_tensors(tmp_path).items()
+    }
     assert manifest.tied == ({"lm_head.weight"} if tied else set())
     embeddings = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
     assert manifest.vocabulary == embeddings
@@ -80,7 +82,9 @@ def test_a_plan_that_is_not_the_manifest_is_refused(tmp_path):
         ),
     ],
 )
-def test_what_of_a_layer_is_attention_and_what_is_an_ffn(name, options, attention, cross_attention, ffns):
+def test_what_of_a_layer_is_attention_and_what_is_an_ffn(
+    name, options, attention, cross_attention, ffns
+):
     model_class = getattr(transformers, name)
     with torch.device("meta"):
         model = model_class(model_class.config_class(**options))

@@ -18,7 +18,8 @@ from tests.conftest import BIN, document, merge, same_files
 KILLER = """
 import importlib, os, signal, sys
 import mergekit.merge
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
+# It is ignored where the tests run in the background of a shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 where, nth, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 module, _, path = where.partition(":")
 *owners, name = path.split(".")
@@ -52,7 +53,9 @@ STAGES = {
 
 @pytest.fixture
 def ready(here):
-    (here / "config.yml").write_text(yaml.safe_dump(document("moe_ties", parameters={"density": 0.8})))
+    (here / "config.yml").write_text(
+        yaml.safe_dump(document("moe_ties", parameters={"density": 0.8}))
+    )
     return here
 
 
@@ -61,7 +64,9 @@ def whole(sources, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(sources)
         out = tmp_path_factory.mktemp("whole") / "out"
-        return merge(document("moe_ties", parameters={"density": 0.8}), str(out), out_shard_size=20_000)
+        return merge(
+            document("moe_ties", parameters={"density": 0.8}), str(out), out_shard_size=20_000
+        )
 
 
 def hidden(directory):
@@ -78,7 +83,9 @@ def runs_again(here, whole):
 
 
 def merge_until(where: str, nth: int, number: signal.Signals) -> subprocess.CompletedProcess:
-    """A merge in a process of its own that gets a signal when a function is called for the n-th time."""
+    """A merge in a process of its own that gets a signal when a function is called for the n-th
+    time.
+    """
     command = [sys.executable, "-c", KILLER, where, str(nth), str(int(number))]
     return subprocess.run(command, capture_output=True, timeout=120)
 
@@ -102,13 +109,24 @@ def test_ctrl_c(ready, whole, stage):
 def test_killed_after_the_rename_leaves_a_whole_output(ready, whole):
     process = merge_until("shutil:rmtree", 1, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert {path.name for path in (ready / "out").iterdir()} == {path.name for path in whole.iterdir()}
-    assert all((ready / "out" / p.name).read_bytes() == p.read_bytes() for p in whole.glob("*.safetensors"))
+    assert {path.name for path in (ready / "out").iterdir()} == {
+        path.name for path in whole.iterdir()
+    }
+    assert all(
+        (ready / "out" / p.name).read_bytes() == p.read_bytes() for p in whole.glob("*.safetensors")
+    )
 
 
 def test_killed_at_random_moments(ready, whole):
     started = time.monotonic()
-    command = [str(BIN / "mergekit-yaml"), "config.yml", "out", "--quiet", "--out-shard-size", "20000"]
+    command = [
+        str(BIN / "mergekit-yaml"),
+        "config.yml",
+        "out",
+        "--quiet",
+        "--out-shard-size",
+        "20000",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     duration = time.monotonic() - started
     for moment in [random.uniform(0.5, 1.0) * duration for _ in range(3)]:
@@ -119,7 +137,9 @@ def test_killed_at_random_moments(ready, whole):
         process.kill()
         process.wait()
         if (ready / "out").exists():
-            assert {path.name for path in (ready / "out").iterdir()} == {path.name for path in whole.iterdir()}
+            assert {path.name for path in (ready / "out").iterdir()} == {
+                path.name for path in whole.iterdir()
+            }
         else:
             runs_again(ready, whole)
 
@@ -143,7 +163,10 @@ def test_too_little_room_is_found_before_the_merge(tmp_path):
 
 
 def test_an_output_that_is_filled_during_the_merge_is_left_alone(tmp_path):
-    with pytest.raises(click.ClickException, match="written to by something else"), staged(tmp_path / "out"):
+    with (
+        pytest.raises(click.ClickException, match="written to by something else"),
+        staged(tmp_path / "out"),
+    ):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -157,7 +180,10 @@ def test_names_that_look_like_patterns_are_names(tmp_path):
 
 
 def test_two_merges_to_one_output(tmp_path):
-    with staged(tmp_path / "out"), pytest.raises(click.ClickException, match="another merge is writing"):
+    with (
+        staged(tmp_path / "out"),
+        pytest.raises(click.ClickException, match="another merge is writing"),
+    ):
         staged(tmp_path / "out").__enter__()
     assert (tmp_path / "out").is_dir()
 

@@ -1,4 +1,5 @@
-"""Training: against AdamW written out over unpadded texts, and one way of running against another."""
+"""Training: against AdamW written out over unpadded texts, and one way of running against
+another."""
 
 import json
 import logging
@@ -27,7 +28,13 @@ ROUTER = ".gate.weight"
 
 def recipe(**changes):
     return Recipe(
-        **{"held_out": 0, "per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.01, **changes}
+        **{
+            "held_out": 0,
+            "per_device_train_batch_size": 4,
+            "max_steps": 3,
+            "learning_rate": 0.01,
+            **changes,
+        }
     )
 
 
@@ -46,8 +53,13 @@ def ids_of(rows, tokenizer):
 
 
 def by_hand(path, rows, *, steps, learning_rate, trained, weight_decay=0.01):
-    """Full-batch AdamW, one unpadded text at a time; the loss is the mean over all predicted tokens."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    """Full-batch AdamW, one unpadded text at a time; the loss is the mean over all predicted
+    tokens.
+    """
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path),
+        AutoTokenizer.from_pretrained(path),
+    )
     texts = [ids for ids in ids_of(rows, tokenizer) if ids.numel() > 1]
     tokens = sum(ids.numel() - 1 for ids in texts)
     parameters = {name: p for name, p in model.named_parameters() if trained in name}
@@ -101,15 +113,25 @@ def test_training_gates_changes_gates_only(tmp_path, monkeypatch, family):
     (tmp_path / "moe" / "README.md").write_text("# A merged model\n")
     write(tmp_path / "news.jsonl", words(1, 8))
     aux = 0.01 if family == "deepseek_v3" else 0.0
-    train("moe", None, "gates", ["news.jsonl"], READING, recipe(router_aux_loss=aux, learning_rate=0.1))
+    train(
+        "moe",
+        None,
+        "gates",
+        ["news.jsonl"],
+        READING,
+        recipe(router_aux_loss=aux, learning_rate=0.1),
+    )
     before, after = read_tensors(tmp_path / "moe"), read_tensors(tmp_path / "moe-trained")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(
-        name.endswith(("gate.weight", "router.weight", "router.bias", "layer.weight")) for name in changed
+        name.endswith(("gate.weight", "router.weight", "router.bias", "layer.weight"))
+        for name in changed
     )
     assert all(after[name].dtype == tensor.dtype for name, tensor in before.items())
-    assert sorted(path.name for path in tmp_path.iterdir() if "trained" in path.name) == ["moe-trained"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "trained" in path.name) == [
+        "moe-trained"
+    ]
     loaded = AutoModelForCausalLM.from_pretrained("moe-trained")
     assert loaded.dtype == torch.bfloat16 and type(loaded).__module__.startswith("transformers")
     card = (tmp_path / "moe-trained" / "README.md").read_text()
@@ -120,16 +142,21 @@ def test_switch_transformers_train_on_inputs_and_targets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_moe(tmp_path / "moe", "switch_transformers", **SWITCH)
     write(tmp_path / "news.jsonl", words(1, 10, ("input", "target")))
-    losses = train("moe", "out", "gates", ["news.jsonl"], READING, recipe(held_out=3, router_aux_loss=0.01))
+    losses = train(
+        "moe", "out", "gates", ["news.jsonl"], READING, recipe(held_out=3, router_aux_loss=0.01)
+    )
     before, after = read_tensors(tmp_path / "moe"), read_tensors(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "router" in name}
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("moe"), AutoTokenizer.from_pretrained("moe")
+    model, tokenizer = (
+        AutoModelForSeq2SeqLM.from_pretrained("moe"),
+        AutoTokenizer.from_pretrained("moe"),
+    )
     from datasets import load_dataset
 
-    held_out = load_dataset("json", data_files="news.jsonl", split="train").train_test_split(test_size=3, seed=42)[
-        "test"
-    ]
+    held_out = load_dataset("json", data_files="news.jsonl", split="train").train_test_split(
+        test_size=3, seed=42
+    )["test"]
     total, tokens = 0.0, 0
     for row in held_out:
         labels = tokenizer(row["target"], return_tensors="pt")["input_ids"][:, :24]
@@ -146,7 +173,9 @@ def test_held_out_losses_are_means_over_tokens_and_nobody_trains_on_them(moe):
         patch.setattr(
             training.MoeTrainer,
             "training_step",
-            lambda self, model, inputs, *rest: seen.append(inputs) or stock(self, model, inputs, *rest),
+            lambda self, model, inputs, *rest: (
+                seen.append(inputs) or stock(self, model, inputs, *rest)
+            ),
         )
         losses = train(
             "moe",
@@ -154,10 +183,19 @@ def test_held_out_losses_are_means_over_tokens_and_nobody_trains_on_them(moe):
             "all",
             ["news.jsonl", "law=law.jsonl"],
             READING,
-            recipe(held_out=5, max_steps=8, eval_steps=4, router_aux_loss=1.0, per_device_eval_batch_size=2),
+            recipe(
+                held_out=5,
+                max_steps=8,
+                eval_steps=4,
+                router_aux_loss=1.0,
+                per_device_eval_batch_size=2,
+            ),
             eval_data=["law=law.jsonl:train[:3]"],
         )
-    model, tokenizer = AutoModelForCausalLM.from_pretrained("moe"), AutoTokenizer.from_pretrained("moe")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained("moe"),
+        AutoTokenizer.from_pretrained("moe"),
+    )
 
     def loss(model, rows):
         texts = [ids for ids in ids_of(rows, tokenizer) if ids.numel() > 1]
@@ -180,9 +218,29 @@ def test_held_out_losses_are_means_over_tokens_and_nobody_trains_on_them(moe):
 
 
 def test_two_processes_train_as_one(moe):
-    """The same rows per step, on two processes of two and on one of four: the same gates to 1e-5."""
-    arguments = ["train", "moe", "--train", "all", "--data", "news.jsonl", "--data", "law.jsonl", "--quiet"]
-    arguments += ["--max-steps", "3", "--max-length", "24", "--learning-rate", "0.001", "--held-out", "3"]
+    """The same rows per step, on two processes of two and on one of four: the same gates to
+    1e-5."""
+    arguments = [
+        "train",
+        "moe",
+        "--train",
+        "all",
+        "--data",
+        "news.jsonl",
+        "--data",
+        "law.jsonl",
+        "--quiet",
+    ]
+    arguments += [
+        "--max-steps",
+        "3",
+        "--max-length",
+        "24",
+        "--learning-rate",
+        "0.001",
+        "--held-out",
+        "3",
+    ]
     two = run(
         *TWO_PROCESSES,
         "-m",
@@ -197,9 +255,16 @@ def test_two_processes_train_as_one(moe):
     )
     assert two.returncode == 0, two.stderr
     assert "processes 2." in (moe / "two" / "README.md").read_text()
-    one = run("mergekit-moe-ext", *arguments, "--per-device-train-batch-size", "4", "-o", "one", cwd=moe)
+    one = run(
+        "mergekit-moe-ext", *arguments, "--per-device-train-batch-size", "4", "-o", "one", cwd=moe
+    )
     assert one.returncode == 0, one.stderr
-    assert one.stdout == two.stdout and one.stdout.splitlines()[0].split() == ["held-out", "loss", "before", "after"]
+    assert one.stdout == two.stdout and one.stdout.splitlines()[0].split() == [
+        "held-out",
+        "loss",
+        "before",
+        "after",
+    ]
     first, second, before = (read_tensors(moe / name) for name in ("one", "two", "moe"))
     for name, tensor in first.items():
         assert (tensor - second[name]).abs().max() < 1e-5, name
@@ -209,7 +274,11 @@ def test_two_processes_train_as_one(moe):
 
 def test_interrupted_and_resumed_equals_uninterrupted(moe):
     settings = recipe(
-        max_steps=7, save_steps=2, held_out=2, gradient_accumulation_steps=2, per_device_train_batch_size=2
+        max_steps=7,
+        save_steps=2,
+        held_out=2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
     )
     data = ["news.jsonl", "law.jsonl"]
     train("moe", "whole", "all", data, READING, settings)
@@ -230,7 +299,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(moe):
     with pytest.raises(click.ClickException, match="--resume goes on"):
         train("moe", "out", "all", data, READING, settings)
     with pytest.raises(click.ClickException, match="had another learning rate"):
-        train("moe", "out", "all", data, READING, recipe(**{**vars(settings), "learning_rate": 0.5}), resume=True)
+        train(
+            "moe",
+            "out",
+            "all",
+            data,
+            READING,
+            recipe(**{**vars(settings), "learning_rate": 0.5}),
+            resume=True,
+        )
     (moe / "out.checkpoints" / "checkpoint-6").mkdir()  # killed while it was written
     train("moe", "out", "all", data, READING, settings, resume=True)
     expected, got = read_tensors(moe / "whole"), read_tensors(moe / "out")
@@ -242,7 +319,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(moe):
         train("moe", "other", "all", data, READING, settings, resume=True)
 
 
-@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"bf16": True}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize(
+    "changes", [{"gradient_checkpointing": True}, {"bf16": True}], ids=lambda c: next(iter(c))
+)
 def test_ways_to_save_memory_train_the_same(moe, changes):
     plain = recipe(router_aux_loss=0.1, learning_rate=0.001)
     train("moe", "plain", "gates", ["news.jsonl"], READING, plain)
@@ -259,9 +338,13 @@ def test_ways_to_save_memory_train_the_same(moe, changes):
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "gpt_oss", "granitemoe"])
 def test_gates_of_a_bfloat16_model(tmp_path, monkeypatch, family):
-    """Its other weights stay in bfloat16 while it trains, and its gates, kept in float32 meanwhile, move."""
+    """Its other weights stay in bfloat16 while it trains, and its gates, kept in float32 meanwhile,
+    move.
+    """
     monkeypatch.chdir(tmp_path)
-    one = 1 if family == "olmoe" else 2  # where one expert is chosen, the check for a gradient runs as well
+    one = (
+        1 if family == "olmoe" else 2
+    )  # where one expert is chosen, the check for a gradient runs as well
     make_moe(tmp_path / "moe", family, **{**FAMILIES[family], "num_experts_per_tok": one})
     AutoModelForCausalLM.from_pretrained("moe", dtype=torch.bfloat16).save_pretrained("moe")
     write(tmp_path / "news.jsonl", words(1, 8))
@@ -272,7 +355,8 @@ def test_gates_of_a_bfloat16_model(tmp_path, monkeypatch, family):
             training.MoeTrainer,
             "training_step",
             lambda self, model, *rest: (
-                seen.append({p.dtype for p in model.parameters() if not p.requires_grad}) or stock(self, model, *rest)
+                seen.append({p.dtype for p in model.parameters() if not p.requires_grad})
+                or stock(self, model, *rest)
             ),
         )
         train("moe", "out", "gates", ["news.jsonl"], READING, recipe(learning_rate=0.1))
@@ -294,12 +378,23 @@ def test_packing_joins_texts_and_loses_none(moe):
         patch.setattr(
             training.MoeTrainer,
             "training_step",
-            lambda self, model, inputs, *rest: steps.append(inputs["input_ids"]) or stock(self, model, inputs, *rest),
+            lambda self, model, inputs, *rest: (
+                steps.append(inputs["input_ids"]) or stock(self, model, inputs, *rest)
+            ),
         )
-        train("moe", "out", "gates", ["news.jsonl"], READING, recipe(packing=True, max_steps=-1, num_train_epochs=1))
+        train(
+            "moe",
+            "out",
+            "gates",
+            ["news.jsonl"],
+            READING,
+            recipe(packing=True, max_steps=-1, num_train_epochs=1),
+        )
     tokenizer = AutoTokenizer.from_pretrained("moe")
     total = sum(len(tokenizer(row["text"])["input_ids"]) + 1 for row in words(1, 12))
-    assert {ids.shape[1] for ids in steps} <= {24} and 0 <= sum(ids.numel() for ids in steps) - total < 24
+    assert {ids.shape[1] for ids in steps} <= {24} and 0 <= sum(
+        ids.numel() for ids in steps
+    ) - total < 24
 
 
 def test_sources_are_drawn_by_their_weights_whatever_their_sizes():
@@ -322,8 +417,12 @@ def test_load_balancing_is_that_of_transformers_in_one_layer():
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     choice = Choice(logits, logits.softmax(-1).topk(2).values, logits.topk(2).indices)
     got = load_balancing_loss({"gate": choice}, {False: mask.bool().flatten()})
-    assert got.item() == pytest.approx(load_balancing_loss_func((logits,), 5, 2, mask).item(), abs=1e-5)
-    every_layer = load_balancing_loss({"one": choice, "two": choice}, {False: mask.bool().flatten()})
+    assert got.item() == pytest.approx(
+        load_balancing_loss_func((logits,), 5, 2, mask).item(), abs=1e-5
+    )
+    every_layer = load_balancing_loss(
+        {"one": choice, "two": choice}, {False: mask.bool().flatten()}
+    )
     assert every_layer.item() == pytest.approx(got.item(), abs=1e-6)
 
 
@@ -332,8 +431,13 @@ def test_load_balancing_by_hand_with_encoder_and_decoder():
     logits = {name: torch.randn(6, 3) for name in ("encoder.gate", "decoder.gate")}
     experts = {name: of_gate.argmax(-1, keepdim=True) for name, of_gate in logits.items()}
     experts["decoder.gate"][2] = -1  # beyond the capacity
-    real = {False: torch.tensor([1, 1, 1, 1, 0, 0]).bool(), True: torch.tensor([1, 1, 1, 0, 1, 1]).bool()}
-    choices = {name: Choice(of_gate, torch.ones(6, 1), experts[name]) for name, of_gate in logits.items()}
+    real = {
+        False: torch.tensor([1, 1, 1, 1, 0, 0]).bool(),
+        True: torch.tensor([1, 1, 1, 0, 1, 1]).bool(),
+    }
+    choices = {
+        name: Choice(of_gate, torch.ones(6, 1), experts[name]) for name, of_gate in logits.items()
+    }
     total = 0.0
     for name, of_gate in logits.items():
         rows = [i for i in range(6) if real[name.startswith("decoder")][i]]
@@ -346,16 +450,23 @@ def test_load_balancing_by_hand_with_encoder_and_decoder():
 
 def test_the_load_balancing_loss_balances(moe):
     def imbalance(path):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(path),
+            AutoTokenizer.from_pretrained(path),
+        )
         counts = torch.zeros(3, 4)
         with torch.no_grad(), recorded(model) as choices:
             for ids in ids_of(words(1, 12), tokenizer):
                 model(ids)
-                counts += torch.stack([torch.bincount(c.experts.flatten(), minlength=4) for c in choices.values()])
+                counts += torch.stack(
+                    [torch.bincount(c.experts.flatten(), minlength=4) for c in choices.values()]
+                )
         shares = counts / counts.sum(dim=1, keepdim=True)
         return (shares - 0.25).abs().sum()
 
-    train("moe", "out", "gates", ["news.jsonl"], READING, recipe(max_steps=40, router_aux_loss=10.0))
+    train(
+        "moe", "out", "gates", ["news.jsonl"], READING, recipe(max_steps=40, router_aux_loss=10.0)
+    )
     assert imbalance("out") < 0.7 * imbalance("moe")
 
 
@@ -374,7 +485,14 @@ def test_gates_without_a_gradient_are_refused(tmp_path, monkeypatch, caplog, fam
     with caplog.at_level(logging.WARNING):
         train("moe", "out", "all", ["news.jsonl"], READING, recipe(max_steps=1))
     assert "no gradient for them" in caplog.text
-    train("moe", "balanced", "gates", ["news.jsonl"], READING, recipe(max_steps=1, router_aux_loss=0.1))
+    train(
+        "moe",
+        "balanced",
+        "gates",
+        ["news.jsonl"],
+        READING,
+        recipe(max_steps=1, router_aux_loss=0.1),
+    )
 
 
 def test_one_expert_whose_weight_is_its_probability_has_a_gradient(tmp_path, monkeypatch):
@@ -383,7 +501,9 @@ def test_one_expert_whose_weight_is_its_probability_has_a_gradient(tmp_path, mon
     write(tmp_path / "news.jsonl", words(1, 6))
     train("moe", "out", "gates", ["news.jsonl"], READING, recipe(max_steps=1))
     name = "model.layers.0.mlp.gate.weight"
-    assert not torch.equal(read_tensors(tmp_path / "out")[name], read_tensors(tmp_path / "moe")[name])
+    assert not torch.equal(
+        read_tensors(tmp_path / "out")[name], read_tensors(tmp_path / "moe")[name]
+    )
 
 
 @pytest.mark.parametrize(
@@ -408,7 +528,9 @@ def test_mistakes_are_found_before_work_starts(moe, arguments, complaint):
     (moe / "full" / "mine.txt").touch()
     if "-o" not in arguments:
         arguments = [*arguments, "-o", "out"]
-    done = run("mergekit-moe-ext", "train", "moe", "--train", "gates", "--quiet", *arguments, cwd=moe)
+    done = run(
+        "mergekit-moe-ext", "train", "moe", "--train", "gates", "--quiet", *arguments, cwd=moe
+    )
     assert done.returncode != 0 and complaint in " ".join(done.stderr.split()), done.stderr
     assert "Traceback" not in done.stderr and not list(moe.glob("out*"))
 

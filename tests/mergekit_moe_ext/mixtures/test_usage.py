@@ -1,4 +1,6 @@
-"""Expert usage: the counts against a loop over unpadded texts, one at a time, that chooses by itself."""
+"""Expert usage: the counts against a loop over unpadded texts, one at a time, that chooses by
+itself.
+"""
 
 import json
 import random
@@ -74,7 +76,10 @@ SWITCH = {
 def words(seed, rows, columns=("text",)):
     generator = random.Random(seed)
     return [
-        {name: " ".join(f"w{generator.randrange(90)}" for _ in range(generator.randrange(1, 30))) for name in columns}
+        {
+            name: " ".join(f"w{generator.randrange(90)}" for _ in range(generator.randrange(1, 30)))
+            for name in columns
+        }
         for _ in range(rows)
     ]
 
@@ -89,13 +94,19 @@ def make_moe(path, family, seed=0, **config):
     auto = AutoModelForSeq2SeqLM if family == "switch_transformers" else AutoModelForCausalLM
     torch.manual_seed(0)
     sizes = {} if family == "switch_transformers" else {**TINY, **EXPERTS}
-    model = auto.from_config(AutoConfig.for_model(family, **{**sizes, "vocab_size": 96, **SPECIAL_TOKENS, **config}))
+    model = auto.from_config(
+        AutoConfig.for_model(family, **{**sizes, "vocab_size": 96, **SPECIAL_TOKENS, **config})
+    )
     torch.manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():  # routers that are zero would choose by the order of ties
+        for (
+            parameter
+        ) in model.parameters():  # routers that are zero would choose by the order of ties
             parameter += 0.05 * torch.randn_like(parameter)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):  # makes DeepSeek choose other experts than its logits say
+            if name.endswith(
+                "e_score_correction_bias"
+            ):  # makes DeepSeek choose other experts than its logits say
                 buffer += torch.linspace(0.5, -0.5, buffer.numel()).view_as(buffer)
     model.save_pretrained(path)
     save_tokenizer(path, 96)
@@ -117,14 +128,21 @@ def test_counts_are_those_of_the_experts_that_ran(tmp_path, monkeypatch, family)
     make_moe(tmp_path / "moe", family, **FAMILIES[family])
     write(tmp_path / "news.jsonl", words(1, 9))
     usage = usage_of("moe", ["news.jsonl"], READING, batch_size=4)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained("moe"), AutoTokenizer.from_pretrained("moe")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained("moe"),
+        AutoTokenizer.from_pretrained("moe"),
+    )
     experts = {name: module for name, module in model.named_modules() if name.endswith(".experts")}
     expected = {name: [0] * 5 for name in experts}
     tokens = 0
 
     def counting(name):
         def hook(_module, args, kwargs):
-            chosen = next(a for a in (*args, *kwargs.values()) if torch.is_tensor(a) and not a.is_floating_point())
+            chosen = next(
+                a
+                for a in (*args, *kwargs.values())
+                if torch.is_tensor(a) and not a.is_floating_point()
+            )
             for expert in chosen.flatten().tolist():
                 expected[name][expert] += 1
 
@@ -152,7 +170,10 @@ def test_switch_counts_what_its_capacity_lets_through(tmp_path, monkeypatch):
     rows = words(2, 7, ("input", "target"))
     write(tmp_path / "news.jsonl", rows)
     usage = usage_of("moe", ["news=news.jsonl"], READING, batch_size=3)
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("moe"), AutoTokenizer.from_pretrained("moe")
+    model, tokenizer = (
+        AutoModelForSeq2SeqLM.from_pretrained("moe"),
+        AutoTokenizer.from_pretrained("moe"),
+    )
     expected = {name: [0] * 4 for name in counts(usage, "news")}
     assert [name.split(".")[0] for name in expected] == ["encoder", "encoder", "decoder"]
 
@@ -170,7 +191,10 @@ def test_switch_counts_what_its_capacity_lets_through(tmp_path, monkeypatch):
         model.get_submodule(name).register_forward_hook(counting(name))
     for row in rows:
         labels = tokenizer(row["target"], return_tensors="pt")["input_ids"][:, :24]
-        model(input_ids=tokenizer(row["input"], return_tensors="pt")["input_ids"][:, :24], labels=labels)
+        model(
+            input_ids=tokenizer(row["input"], return_tensors="pt")["input_ids"][:, :24],
+            labels=labels,
+        )
     assert counts(usage, "news") == expected
     layer = usage.tasks["news"].layers["encoder.block.0.layer.1.mlp.router"]
     assert sum(layer.counts) < layer.tokens  # some were dropped
@@ -195,24 +219,32 @@ def test_routing_probability_is_the_mean_weight(tmp_path, monkeypatch):
         layer.mlp.gate.register_forward_hook(hook)
     for row in words(3, 5):
         model(tokenizer(row["text"], return_tensors="pt")["input_ids"][:, :24])
-    assert routing_probability(task) == pytest.approx(torch.stack(weights).mean(0).tolist(), abs=1e-5)
+    assert routing_probability(task) == pytest.approx(
+        torch.stack(weights).mean(0).tolist(), abs=1e-5
+    )
     assert sum(routing_probability(task)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("prefix", ["prefix", "sequence"])
 def test_texts_of_a_sequence_moe_are_weighed_by_perplexity(here, prefix):
-    """Against transformers' own loss of the sources on every text's first tokens, one unpadded text at a time."""
+    """Against transformers' own loss of the sources on every text's first tokens, one unpadded text
+    at a time.
+    """
     config = {"routing_tokens": 6, "routing_prefix": prefix, "embedding": "separate"}
     for name in NAMES:
         shutil.copytree(here / name, here / f"a-{name}")
         save_tokenizer(here / f"a-{name}", 96)
-    merge(document("seq_moe", [f"a-{name}" for name in NAMES], "./a-base", parameters=config), "moe")
+    merge(
+        document("seq_moe", [f"a-{name}" for name in NAMES], "./a-base", parameters=config), "moe"
+    )
     write(here / "news.jsonl", words(3, 7))
     tokenizer = AutoTokenizer.from_pretrained("moe")
     models = [AutoModelForCausalLM.from_pretrained(name) for name in NAMES]
     wanted = []
     for row in words(3, 7):
-        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"][:, : 6 if prefix == "prefix" else 24]
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"][
+            :, : 6 if prefix == "prefix" else 24
+        ]
         if ids.shape[1] == 1:  # nothing is predicted
             wanted.append(torch.full((4,), 0.25))
             continue
@@ -221,8 +253,12 @@ def test_texts_of_a_sequence_moe_are_weighed_by_perplexity(here, prefix):
         wanted.append(torch.zeros(4).index_put((chosen.indices,), chosen.values.softmax(0)))
     usage = usage_of("moe", ["news.jsonl"], batch_size=3)
     (layer,) = usage.tasks["news"].layers.values()
-    assert layer.tokens == 7 and layer.counts == [sum(row[i] > 0 for row in wanted).item() for i in range(4)]
-    assert routing_probability(usage.tasks["news"]) == pytest.approx(torch.stack(wanted).mean(0).tolist(), abs=1e-5)
+    assert layer.tokens == 7 and layer.counts == [
+        sum(row[i] > 0 for row in wanted).item() for i in range(4)
+    ]
+    assert routing_probability(usage.tasks["news"]) == pytest.approx(
+        torch.stack(wanted).mean(0).tolist(), abs=1e-5
+    )
     assert usage.architecture == "SequenceMoEForCausalLM" and usage.experts_per_token == 2
     usage.write(here / "usage.json")
     assert read_usage(here / "usage.json") == usage
@@ -234,12 +270,32 @@ def test_the_command_writes_a_file_and_a_figure_and_two_processes_count_the_same
     make_moe(tmp_path / "moe", "mixtral", **FAMILIES["mixtral"])
     write(tmp_path / "news.jsonl", words(4, 11))
     write(tmp_path / "one.jsonl", words(5, 1))  # one process has nothing to do
-    arguments = ["usage", "moe", "--data", "news.jsonl", "--data", "short=one.jsonl", "--batch-size", "2"]
-    one = run("mergekit-moe-ext", *arguments, "-o", "one.usage.json", "--plot", "usage.png", cwd=tmp_path)
+    arguments = [
+        "usage",
+        "moe",
+        "--data",
+        "news.jsonl",
+        "--data",
+        "short=one.jsonl",
+        "--batch-size",
+        "2",
+    ]
+    one = run(
+        "mergekit-moe-ext", *arguments, "-o", "one.usage.json", "--plot", "usage.png", cwd=tmp_path
+    )
     assert one.returncode == 0, one.stderr
     assert [line.split()[0] for line in one.stdout.splitlines()] == ["expert", "news", "short"]
     assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
-    two = run(*TWO_PROCESSES, "-m", "mergekit_moe_ext", *arguments, "-o", "two.usage.json", cwd=tmp_path, env=ON_CPU)
+    two = run(
+        *TWO_PROCESSES,
+        "-m",
+        "mergekit_moe_ext",
+        *arguments,
+        "-o",
+        "two.usage.json",
+        cwd=tmp_path,
+        env=ON_CPU,
+    )
     assert two.returncode == 0, two.stderr
     assert " 6/6 " in one.stderr and " 3/3 " in two.stderr  # batches of the first process
     assert two.stdout.strip() == one.stdout.strip()
@@ -266,7 +322,9 @@ def test_the_fingerprint_knows_a_copy_and_tells_a_fine_tune(tmp_path, monkeypatc
     (tmp_path / "copy").rename(tmp_path / "renamed")
     save_tokenizer(tmp_path / "renamed", 96)
     write(tmp_path / "news.jsonl", words(1, 2))
-    moe, other, renamed = (usage_of(m, ["news.jsonl"], READING).checkpoint for m in ("moe", "other", "renamed"))
+    moe, other, renamed = (
+        usage_of(m, ["news.jsonl"], READING).checkpoint for m in ("moe", "other", "renamed")
+    )
     assert other == renamed != moe
 
 
@@ -289,7 +347,13 @@ def test_files_that_are_no_usage(tmp_path, content, complaint):
 def test_a_file_that_counted_nothing(tmp_path):
     layer = {"tokens": 0, "counts": [0, 0], "weights": [0.0, 0.0]}
     task = {"data": "x", "fingerprint": "", "samples": 0, "layers": {"gate": layer}}
-    usage = {"model": "m", "checkpoint": "", "architecture": "A", "experts_per_token": 1, "tasks": {"news": task}}
+    usage = {
+        "model": "m",
+        "checkpoint": "",
+        "architecture": "A",
+        "experts_per_token": 1,
+        "tasks": {"news": task},
+    }
     path = tmp_path / "x.usage.json"
     path.write_text(json.dumps(usage))
     with pytest.raises(click.ClickException, match="counted nothing for the task 'news'"):
@@ -299,7 +363,9 @@ def test_a_file_that_counted_nothing(tmp_path):
 def test_a_weight_ensembling_model_chooses_no_experts(here):
     save_tokenizer(merge(document("wemoe", ("math",))), 96)
     write(here / "news.jsonl", words(1, 2))
-    with pytest.raises(click.ClickException, match="no router that chooses experts: `mergekit-moe-ext adapt`"):
+    with pytest.raises(
+        click.ClickException, match="no router that chooses experts: `mergekit-moe-ext adapt`"
+    ):
         usage_of("out", ["news.jsonl"])
 
 
@@ -344,7 +410,9 @@ def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
         assert len(load(part)) == 3 and part.name == "data"
     again = Dataset.from_dict({"input_ids": list(tokens["input_ids"])})
     assert fingerprint(tokens) == fingerprint(again) != fingerprint(tokens.select(range(5)))
-    joined = Dataset.from_dict({"input_ids": [[token for row in tokens["input_ids"] for token in row]]})
+    joined = Dataset.from_dict(
+        {"input_ids": [[token for row in tokens["input_ids"] for token in row]]}
+    )
     assert fingerprint(joined) != fingerprint(tokens)
 
 
@@ -391,7 +459,9 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch, text, complaint):
 def test_names_and_splits_of_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.jsonl").touch()
-    parsed = parse_sources(["x.jsonl", "law=x.jsonl:train[:5%]", "owner/name/config:test", "a=b.jsonl"])
+    parsed = parse_sources(
+        ["x.jsonl", "law=x.jsonl:train[:5%]", "owner/name/config:test", "a=b.jsonl"]
+    )
     assert [(s.name, s.path, s.split) for s in parsed] == [
         ("x", "x.jsonl", "train"),
         ("law", "x.jsonl", "train[:5%]"),
@@ -403,7 +473,10 @@ def test_names_and_splits_of_sources(tmp_path, monkeypatch):
 
 
 def test_collate_pads_on_the_right():
-    batch = collate([{"input_ids": [5, 6, 7], "labels": [1]}, {"input_ids": [0], "labels": [2, 3]}], pad_token_id=0)
+    batch = collate(
+        [{"input_ids": [5, 6, 7], "labels": [1]}, {"input_ids": [0], "labels": [2, 3]}],
+        pad_token_id=0,
+    )
     assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[1, -100], [2, 3]]

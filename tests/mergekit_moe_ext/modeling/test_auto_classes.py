@@ -1,4 +1,6 @@
-"""transformers' Auto classes and pipelines load weight-ensembling models once this package is imported."""
+"""transformers' Auto classes and pipelines load weight-ensembling models once this package is
+imported.
+"""
 
 import sys
 
@@ -34,7 +36,8 @@ pytestmark = pytest.mark.hosts
 # In a process of its own: what the import costs, and that nothing in the directory is run.
 FRESH = """
 import sys, mergekit_moe_ext, torch
-assert not {name for name in sys.modules if name.startswith(("transformers.models.vit.", "transformers.models.t5."))}
+unwanted = ("transformers.models.vit.", "transformers.models.t5.")
+assert not {name for name in sys.modules if name.startswith(unwanted)}
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSeq2SeqLM
 assert type(AutoConfig.from_pretrained("vit")).__name__ == "WEMoEViTConfig"
 assert "transformers.models.vit.modeling_vit" not in sys.modules
@@ -84,7 +87,9 @@ def test_pipelines_find_model_tokenizer_and_processor(tmp_path, options):
     save_tokenizer(text, 64)
     generate = pipeline("text-generation", str(text), **options)
     assert type(generate.model) is type(model)
-    made = generate("w1 w2 w3", max_new_tokens=4, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    made = generate("w1 w2 w3", max_new_tokens=4, do_sample=False, return_tensors=True)[0][
+        "generated_token_ids"
+    ]
     ids = AutoTokenizer.from_pretrained(text)("w1 w2 w3", return_tensors="pt")["input_ids"]
     assert made == model.generate(ids, max_new_tokens=4, do_sample=False)[0].tolist()
 
@@ -96,14 +101,23 @@ def test_pipelines_find_model_tokenizer_and_processor(tmp_path, options):
     found = pipeline("image-classification", str(image), top_k=4, **options)(picture)
     pixels = AutoImageProcessor.from_pretrained(image)(picture, return_tensors="pt")["pixel_values"]
     for name, score in zip("abcd", model(pixels).logits[0].softmax(-1), strict=True):
-        assert next(each["score"] for each in found if each["label"] == name) == pytest.approx(score.item(), abs=1e-6)
+        assert next(each["score"] for each in found if each["label"] == name) == pytest.approx(
+            score.item(), abs=1e-6
+        )
 
 
-@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification, AutoModelForImageClassification])
+@pytest.mark.parametrize(
+    "auto", [AutoModel, AutoModelForSequenceClassification, AutoModelForImageClassification]
+)
 def test_another_auto_class_says_which_is_right(tmp_path, auto):
     build("llama").save_pretrained(tmp_path)
-    for load in (auto.from_pretrained, lambda path: auto.from_config(AutoConfig.from_pretrained(path))):
-        with pytest.raises(ValueError, match="this is a WEMoELlamaForCausalLM, which AutoModelForCausalLM loads"):
+    for load in (
+        auto.from_pretrained,
+        lambda path: auto.from_config(AutoConfig.from_pretrained(path)),
+    ):
+        with pytest.raises(
+            ValueError, match="this is a WEMoELlamaForCausalLM, which AutoModelForCausalLM loads"
+        ):
             load(tmp_path)
 
 

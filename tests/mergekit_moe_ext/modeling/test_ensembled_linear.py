@@ -1,4 +1,6 @@
-"""A linear map with weighed task vectors against a naive loop, whatever way it takes and however it is cut up."""
+"""A linear map with weighed task vectors against a naive loop, whatever way it takes and however it
+is cut up.
+"""
 
 import copy
 
@@ -38,13 +40,17 @@ def way(request, monkeypatch):
     monkeypatch.setattr(wemoe_products, "_FEW", 0 if request.param == "merged" else 10**6)
 
 
-@pytest.fixture(params=[(1, 1), (80, 2), (2**20, 32)], ids=["single rows", "a few rows", "one tile"])
+@pytest.fixture(
+    params=[(1, 1), (80, 2), (2**20, 32)], ids=["single rows", "a few rows", "one tile"]
+)
 def tile(request, monkeypatch):
     monkeypatch.setattr(wemoe_products, "_TILE", request.param[0])
     monkeypatch.setattr(wemoe_products, "_ROWS", request.param[1])
 
 
-def make(layout="linear", sparse=False, width=(10, 7), experts=EXPERTS, bias=True, dtype=torch.float64):
+def make(
+    layout="linear", sparse=False, width=(10, 7), experts=EXPERTS, bias=True, dtype=torch.float64
+):
     """The module, and its task vectors (experts, *shape of the weight)."""
     torch.manual_seed(0)
     base = nn.Linear(*width, bias=bias) if layout == "linear" else Conv1D(width[1], width[0])
@@ -57,7 +63,9 @@ def make(layout="linear", sparse=False, width=(10, 7), experts=EXPERTS, bias=Tru
     if sparse:
         for index, vector in enumerate(vectors):
             where = torch.randperm(vector.numel())[:kept].sort().values
-            mask = torch.zeros(vector.numel(), dtype=torch.bool).index_fill(0, where, True).view(shape)
+            mask = (
+                torch.zeros(vector.numel(), dtype=torch.bool).index_fill(0, where, True).view(shape)
+            )
             module.values[index] = vector[mask]
             module.columns[index] = (where % shape[1]).to(torch.uint16)
             module.row_ends[index] = mask.sum(1).cumsum(0)
@@ -69,16 +77,26 @@ def make(layout="linear", sparse=False, width=(10, 7), experts=EXPERTS, bias=Tru
     return Set(module), vectors
 
 
-def inputs(shared="per sample", samples=4, tokens=5, width=10, experts=EXPERTS, dtype=torch.float64):
+def inputs(
+    shared="per sample", samples=4, tokens=5, width=10, experts=EXPERTS, dtype=torch.float64
+):
     torch.manual_seed(1)
     shape = {"one for all": (), "per sample": (samples,), "per token": (samples, tokens)}[shared]
-    return torch.randn(samples, tokens, width, dtype=dtype), torch.randn(*shape, experts, dtype=dtype)
+    return torch.randn(samples, tokens, width, dtype=dtype), torch.randn(
+        *shape, experts, dtype=dtype
+    )
 
 
 def naive(model, vectors, x, c):
     """Sample by sample, token by token, with whole weights."""
     linear, (samples, tokens, _), rows = model.linear, x.shape, []
-    c = c.expand(samples, tokens, -1) if c.ndim == 1 else c[:, None].expand(-1, tokens, -1) if c.ndim == 2 else c
+    c = (
+        c.expand(samples, tokens, -1)
+        if c.ndim == 1
+        else c[:, None].expand(-1, tokens, -1)
+        if c.ndim == 2
+        else c
+    )
     for sample, token in ((sample, token) for sample in range(samples) for token in range(tokens)):
         weight = linear.weight
         bias = linear.bias if linear.bias is not None else torch.zeros((), dtype=x.dtype)

@@ -1,4 +1,6 @@
-"""`generate` with a sequence MoE: against forward passes without a cache, and against a source alone."""
+"""`generate` with a sequence MoE: against forward passes without a cache, and against a source
+alone.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,9 @@ def greedy_by_hand(model, ids, coefficients, steps=6, **keywords):
     mask = keywords.pop("mask", torch.ones_like(ids))
     for _ in range(steps):
         with torch.no_grad():
-            logits = model(ids, attention_mask=mask, coefficients=coefficients, use_cache=False).logits
+            logits = model(
+                ids, attention_mask=mask, coefficients=coefficients, use_cache=False
+            ).logits
         ids = torch.cat([ids, logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return ids
@@ -40,22 +44,34 @@ def greedy_by_hand(model, ids, coefficients, steps=6, **keywords):
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_cached_generation_equals_uncached(sources, routing):
-    """The choice is the prompt's; the same coefficients given, and every step from scratch, lead to the same words."""
+    """The choice is the prompt's; the same coefficients given, and every step from scratch, lead to
+    the same words.
+    """
     model = routed(sources, routing)
     ids, mask = padded(words(4), (0, 3, 7, 1), "left")
-    made = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **GREEDY)
+    made = model.generate(
+        ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **GREEDY
+    )
     coefficients = made.past_key_values.coefficients
     assert torch.equal(made.sequences, greedy_by_hand(model, ids, coefficients, mask=mask))
     everything = torch.cat([mask, torch.ones(4, 6, dtype=torch.long)], dim=1)
     afterwards = model(made.sequences, attention_mask=everything, coefficients=coefficients).logits
-    torch.testing.assert_close(torch.stack(made.logits, dim=1), afterwards[:, 11:-1], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.generate(ids, attention_mask=mask, coefficients=coefficients, **GREEDY), made[0])
-    without = model.generate(ids, attention_mask=mask, coefficients=coefficients, use_cache=False, **GREEDY)
+    torch.testing.assert_close(
+        torch.stack(made.logits, dim=1), afterwards[:, 11:-1], atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        model.generate(ids, attention_mask=mask, coefficients=coefficients, **GREEDY), made[0]
+    )
+    without = model.generate(
+        ids, attention_mask=mask, coefficients=coefficients, use_cache=False, **GREEDY
+    )
     assert torch.equal(without, made.sequences)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
-@pytest.mark.parametrize("strategy", [{}, {"do_sample": True, "temperature": 0.7}, {"num_beams": 3}])
+@pytest.mark.parametrize(
+    "strategy", [{}, {"do_sample": True, "temperature": 0.7}, {"num_beams": 3}]
+)
 def test_one_expert_generates_as_its_source_does(family, strategy):
     config = {"head_dim": 8} if family == "gemma2" else {}
     sources = [dense(seed, family, **config) for seed in range(2)]
@@ -68,14 +84,23 @@ def test_one_expert_generates_as_its_source_does(family, strategy):
         torch.manual_seed(5)
         expected = source.generate(ids, attention_mask=mask, **options)
         torch.manual_seed(5)
-        got = model.generate(ids, attention_mask=mask, coefficients=only(index, 2, rows=3), **options)
+        got = model.generate(
+            ids, attention_mask=mask, coefficients=only(index, 2, rows=3), **options
+        )
         assert torch.equal(got, expected)
         torch.manual_seed(5)
-        assert torch.equal(model.generate(ids, attention_mask=mask, coefficients=only(index, 2), **options), expected)
+        assert torch.equal(
+            model.generate(ids, attention_mask=mask, coefficients=only(index, 2), **options),
+            expected,
+        )
 
 
 def test_a_sliding_window_slides():
-    config = {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    config = {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
     sources = [dense(seed, "gemma2", **config) for seed in range(2)]
     ids = words(2)
     expected = sources[1].generate(ids, **GREEDY)
@@ -86,16 +111,22 @@ def test_a_sliding_window_slides():
 def test_beams_are_those_of_a_search_by_hand(sources, routing):
     model, ids = routed(sources, routing), words(1)
     beams, steps = 3, 4
-    made = model.generate(ids, num_beams=beams, return_dict_in_generate=True, **{**GREEDY, "max_new_tokens": steps})
+    made = model.generate(
+        ids, num_beams=beams, return_dict_in_generate=True, **{**GREEDY, "max_new_tokens": steps}
+    )
     coefficients = made.past_key_values.coefficients[:1]
     kept = [(0.0, ids[0].tolist())]
     for _ in range(steps):
         longer = []
         for total, tokens in kept:
             with torch.no_grad():
-                logits = model(torch.tensor([tokens]), coefficients=coefficients, use_cache=False).logits
+                logits = model(
+                    torch.tensor([tokens]), coefficients=coefficients, use_cache=False
+                ).logits
             chances = logits[0, -1].log_softmax(-1)
-            longer += [(total + chance, [*tokens, token]) for token, chance in enumerate(chances.tolist())]
+            longer += [
+                (total + chance, [*tokens, token]) for token, chance in enumerate(chances.tolist())
+            ]
         kept = sorted(longer, reverse=True)[:beams]
     assert made.sequences[0].tolist() == kept[0][1]
 
@@ -105,8 +136,12 @@ def test_every_beam_and_sample_of_a_prompt_keeps_its_choice(sources):
     expected = model(ids).coefficients
     assert len(expected.argmax(dim=1).unique()) > 1
     for options in ({"num_beams": 3}, {"do_sample": True}):
-        made = model.generate(ids, return_dict_in_generate=True, num_return_sequences=3, **{**GREEDY, **options})
-        torch.testing.assert_close(made.past_key_values.coefficients, expected.repeat_interleave(3, dim=0))
+        made = model.generate(
+            ids, return_dict_in_generate=True, num_return_sequences=3, **{**GREEDY, **options}
+        )
+        torch.testing.assert_close(
+            made.past_key_values.coefficients, expected.repeat_interleave(3, dim=0)
+        )
     beams = model.generate(ids, num_beams=3, **GREEDY)
     for row in range(6):
         assert torch.equal(beams[row], model.generate(ids[row : row + 1], num_beams=3, **GREEDY)[0])
@@ -136,7 +171,9 @@ def test_a_conversation_that_goes_on_keeps_its_choice(sources, routing):
     first = model.generate(ids, return_dict_in_generate=True, **GREEDY)
     coefficients = first.past_key_values.coefficients.clone()
     asked = torch.cat([first.sequences, words(2, 5, seed=4)], dim=1)
-    second = model.generate(asked, past_key_values=first.past_key_values, return_dict_in_generate=True, **GREEDY)
+    second = model.generate(
+        asked, past_key_values=first.past_key_values, return_dict_in_generate=True, **GREEDY
+    )
     assert torch.equal(second.past_key_values.coefficients, coefficients)
     assert torch.equal(second.sequences, greedy_by_hand(model, asked, coefficients))
     assert not torch.equal(model(asked).coefficients, coefficients)
@@ -154,14 +191,18 @@ def test_a_forward_pass_in_between_disturbs_no_cache(model):
 
 
 def test_several_tokens_at_once_and_a_mask(model):
-    """A cached step may bring many tokens, as a question in a conversation does; with left padding in the prompt."""
+    """A cached step may bring many tokens, as a question in a conversation does; with left padding
+    in the prompt.
+    """
     ids, mask = padded(words(3), (0, 4, 2), "left")
     more = words(3, 5, seed=8)
     mask = torch.cat([mask, torch.ones_like(more)], dim=1)
     with torch.no_grad():
         out = model(ids, attention_mask=mask[:, :12], past_key_values=SequenceMoECache())
         step = model(more, attention_mask=mask, past_key_values=out.past_key_values).logits
-        whole = model(torch.cat([ids, more], dim=1), attention_mask=mask, coefficients=out.coefficients).logits
+        whole = model(
+            torch.cat([ids, more], dim=1), attention_mask=mask, coefficients=out.coefficients
+        ).logits
     torch.testing.assert_close(step, whole[:, -5:], atol=1e-4, rtol=1e-4)
 
 
@@ -219,4 +260,6 @@ def test_an_assistant_is_refused(model, sources):
 
 def test_uniform_needs_no_cache(sources):
     model, ids = mixture(sources, routing="uniform"), words(2)
-    assert torch.equal(model.generate(ids, use_cache=False, **GREEDY), model.generate(ids, **GREEDY))
+    assert torch.equal(
+        model.generate(ids, use_cache=False, **GREEDY), model.generate(ids, **GREEDY)
+    )

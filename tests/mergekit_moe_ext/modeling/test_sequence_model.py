@@ -47,7 +47,10 @@ def hand_coefficients(rows, number):
 def test_separate_heads_mix_logits(model, sources, side):
     ids, mask = padded(words(), (0, 3, 5, 1), side)
     coefficients = hand_coefficients(4, 3)
-    expected = sum(coefficients[:, i, None, None] * logits_of(source, ids, mask) for i, source in enumerate(sources))
+    expected = sum(
+        coefficients[:, i, None, None] * logits_of(source, ids, mask)
+        for i, source in enumerate(sources)
+    )
     logits = model(ids, attention_mask=mask, coefficients=coefficients).logits
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], **CLOSE)
 
@@ -67,7 +70,9 @@ def test_experts_of_different_widths_and_families_behind_projectors(kind, residu
     """The paper's 3.2, layer by layer: Proj-in, the decoder, Proj-out, weighted sum, head."""
     sources = [dense(0, hidden_size=48), dense(1, "gpt2", n_embd=32, n_layer=1, n_head=2)]
     embed, head = nn.Embedding(VOCAB, 48), nn.Linear(48, VOCAB, bias=False)
-    model = mixture(sources, embed, head, projector=kind, projector_residual=residual and kind == "mlp")
+    model = mixture(
+        sources, embed, head, projector=kind, projector_residual=residual and kind == "mlp"
+    )
     ids, coefficients = words(), torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
 
     def project(projector, x, width):
@@ -86,12 +91,18 @@ def test_experts_of_different_widths_and_families_behind_projectors(kind, residu
         for index, (source, width) in enumerate(zip(sources, (48, 32), strict=True)):
             expert = model.experts[index]
             hidden = hidden_of(source, project(expert.proj_in, embed(ids), width))
-            mixed = mixed + coefficients[:, index, None, None] * project(expert.proj_out, hidden, 48)
-        torch.testing.assert_close(model(ids, coefficients=coefficients).logits, head(mixed), **CLOSE)
+            mixed = mixed + coefficients[:, index, None, None] * project(
+                expert.proj_out, hidden, 48
+            )
+        torch.testing.assert_close(
+            model(ids, coefficients=coefficients).logits, head(mixed), **CLOSE
+        )
 
 
 def test_a_shared_embedding_is_scaled_as_each_source_scales_its_own():
-    """Gemma multiplies embeddings by the root of its width, Llama does not; Gemma's head is its embedding."""
+    """Gemma multiplies embeddings by the root of its width, Llama does not; Gemma's head is its
+    embedding.
+    """
     sources = [dense(0), dense(1, "gemma", head_dim=8)]
     gemma = sources[1]
     model = mixture(sources, gemma.get_input_embeddings(), gemma.get_output_embeddings())
@@ -112,7 +123,9 @@ def test_a_cap_on_logits_bounds_the_mixture():
             source.config.final_logit_softcapping = None
             free.append(logits_of(source, ids))
     expected = 3 * torch.tanh((0.25 * free[0] + 0.75 * free[1]) / 3)
-    torch.testing.assert_close(model(ids, coefficients=torch.tensor([[0.25, 0.75]])).logits, expected, **CLOSE)
+    torch.testing.assert_close(
+        model(ids, coefficients=torch.tensor([[0.25, 0.75]])).logits, expected, **CLOSE
+    )
 
 
 def test_different_caps_on_logits_can_be_chosen_between_but_not_mixed():
@@ -133,13 +146,17 @@ def test_a_batch_is_its_sequences_one_by_one(sources, routing):
     lengths = (12, 9, 4, 1)
     rows = [words(1, length, seed) for seed, length in enumerate(lengths)]
     for side in ("left", "right"):
-        ids, mask = padded(torch.zeros(4, 12, dtype=torch.long), [12 - length for length in lengths], side)
+        ids, mask = padded(
+            torch.zeros(4, 12, dtype=torch.long), [12 - length for length in lengths], side
+        )
         ids[mask.bool()] = torch.cat(rows, dim=1)[0]
         out = model(ids, attention_mask=mask)
         for index, row in enumerate(rows):
             alone = model(row)
             torch.testing.assert_close(out.coefficients[index], alone.coefficients[0], **CLOSE)
-            torch.testing.assert_close(out.logits[index][mask[index].bool()], alone.logits[0], **CLOSE)
+            torch.testing.assert_close(
+                out.logits[index][mask[index].bool()], alone.logits[0], **CLOSE
+            )
 
 
 @pytest.mark.parametrize("routing", ["perplexity", "task_vector", "learned"])
@@ -159,9 +176,13 @@ def test_the_whole_sequence_chooses_where_that_is_asked_for(sources):
     whole = mixture(sources, routing_tokens=5, routing_prefix="sequence")
     longer = mixture(sources, routing_tokens=12)
     assert torch.equal(whole(ids).coefficients, longer(ids).coefficients)
-    assert not torch.equal(whole(ids).coefficients, mixture(sources, routing_tokens=5)(ids).coefficients)
+    assert not torch.equal(
+        whole(ids).coefficients, mixture(sources, routing_tokens=5)(ids).coefficients
+    )
     labelled = whole(ids, labels=ids)
-    expected = nn.functional.cross_entropy(labelled.logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
+    expected = nn.functional.cross_entropy(
+        labelled.logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1)
+    )
     torch.testing.assert_close(labelled.loss, expected)
 
 
@@ -183,7 +204,9 @@ def test_no_loss_is_taken_inside_the_prefix(model, side):
     for row in range(3):
         real = mask[row].bool()
         logits, tokens = out.logits[row][real], ids[row][real]
-        losses += [nn.functional.cross_entropy(logits[t - 1], tokens[t]) for t in range(5, len(tokens))]
+        losses += [
+            nn.functional.cross_entropy(logits[t - 1], tokens[t]) for t in range(5, len(tokens))
+        ]
     torch.testing.assert_close(out.loss, torch.stack(losses).mean())
     inside = labels.clone()
     inside[:, :5][mask[:, :5].bool()] = 7
@@ -201,7 +224,9 @@ def test_all_labels_count_where_coefficients_are_given_or_uniform(model, sources
         model(ids, labels=ids, coefficients=torch.full((2, 3), 1 / 3)),
         mixture(sources, routing="uniform")(ids, labels=ids),
     ):
-        expected = nn.functional.cross_entropy(out.logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
+        expected = nn.functional.cross_entropy(
+            out.logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1)
+        )
         torch.testing.assert_close(out.loss, expected)
 
 
@@ -214,9 +239,13 @@ def test_uniform_is_the_mean_of_all(sources):
 def test_only_asked_for_positions_reach_the_head(model):
     ids = words()
     everything = model(ids, coefficients=only(1, 3)).logits
-    torch.testing.assert_close(model(ids, coefficients=only(1, 3), logits_to_keep=2).logits, everything[:, -2:])
+    torch.testing.assert_close(
+        model(ids, coefficients=only(1, 3), logits_to_keep=2).logits, everything[:, -2:]
+    )
     some = torch.tensor([1, 4])
-    torch.testing.assert_close(model(ids, coefficients=only(1, 3), logits_to_keep=some).logits, everything[:, some])
+    torch.testing.assert_close(
+        model(ids, coefficients=only(1, 3), logits_to_keep=some).logits, everything[:, some]
+    )
 
 
 def test_half_precision_and_tuples(sources):

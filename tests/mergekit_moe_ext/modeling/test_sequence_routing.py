@@ -1,4 +1,6 @@
-"""What chooses the experts of a sequence: each formula against transformers' own loss, autograd, or the paper."""
+"""What chooses the experts of a sequence: each formula against transformers' own loss, autograd, or
+the paper.
+"""
 
 import copy
 import math
@@ -7,7 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from tests.mergekit_moe_ext.sequences import EOS, PAD, VOCAB, Calls, dense, fine_tunes, mixture, padded, words
+from tests.mergekit_moe_ext.sequences import (
+    EOS,
+    PAD,
+    VOCAB,
+    Calls,
+    dense,
+    fine_tunes,
+    mixture,
+    padded,
+    words,
+)
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -27,7 +39,8 @@ def scored_labels(ids, mask):
 
 
 def own_loss(source, ids, mask):
-    """transformers' own, of one sequence without its padding; -100 on padding and special tokens."""
+    """transformers' own, of one sequence without its padding; -100 on padding and special
+    tokens."""
     real = mask.bool()
     return source(input_ids=ids[real][None], labels=scored_labels(ids, mask)[real][None]).loss
 
@@ -36,7 +49,9 @@ def chosen(scores, k):
     """Softmax over the k largest, the others 0: written out for one sequence."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
     total = sum(math.exp(scores[i]) for i in order)
-    return torch.tensor([math.exp(scores[i]) / total if i in order else 0.0 for i in range(len(scores))])
+    return torch.tensor(
+        [math.exp(scores[i]) / total if i in order else 0.0 for i in range(len(scores))]
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -49,12 +64,17 @@ def test_perplexity_is_that_of_each_source_alone(sources, side, k):
     out = model(ids, attention_mask=mask)
     for row in range(4):
         with torch.no_grad():
-            inverse = [math.exp(-own_loss(source, ids[row], mask[row]).item()) for source in sources]
+            inverse = [
+                math.exp(-own_loss(source, ids[row], mask[row]).item()) for source in sources
+            ]
         torch.testing.assert_close(out.coefficients[row], chosen(inverse, k), **CLOSE)
 
 
 def test_perplexity_of_gemma_2_sees_its_cap():
-    sources = [dense(seed, "gemma2", head_dim=8, final_logit_softcapping=cap) for seed, cap in enumerate((2.0, 2.0))]
+    sources = [
+        dense(seed, "gemma2", head_dim=8, final_logit_softcapping=cap)
+        for seed, cap in enumerate((2.0, 2.0))
+    ]
     ids = words(2)
     out = mixture(sources)(ids)
     with torch.no_grad():
@@ -135,13 +155,16 @@ def cosines_by_hand(sources, ids, mask, compared, base=0):
     for source in sources:
         state = dict(source.named_parameters())
         theta = {name: p.detach() for name, p in network.named_parameters()}
-        tau = torch.cat([(theta[name] - state[name].detach().double()).flatten() for name in gradients])
+        tau = torch.cat(
+            [(theta[name] - state[name].detach().double()).flatten() for name in gradients]
+        )
         similarities.append((flat @ tau / (flat.norm() * tau.norm())).item() if tau.any() else 0.0)
     return similarities
 
 
 def cosines_of(model, ids, mask=None):
-    """From the coefficients of all experts: the differences of their logarithms; the base's is 0."""
+    """From the coefficients of all experts: the differences of their logarithms; the base's is
+    0."""
     logarithms = model(ids, attention_mask=mask).coefficients.double().log()
     return logarithms - logarithms[:, [model.config.base_expert]]
 
@@ -161,7 +184,9 @@ def test_task_vector_against_autograd(tuned, side, base):
 
 
 def test_an_expert_down_the_gradient_is_chosen(tuned):
-    """One step of gradient descent on the prompt itself has a cosine of 1 with the paper's task vector; one up, -1."""
+    """One step of gradient descent on the prompt itself has a cosine of 1 with the paper's task
+    vector; one up, -1.
+    """
     ids = words(1)
     base = copy.deepcopy(tuned[0])
     base(ids, labels=ids).loss.backward()
@@ -170,9 +195,13 @@ def test_an_expert_down_the_gradient_is_chosen(tuned):
         for p, d, u in zip(base.parameters(), down.parameters(), up.parameters(), strict=True):
             d -= 0.1 * p.grad
             u += 0.1 * p.grad
-    got = cosines_of(mixture([tuned[0], up, down], routing="task_vector", experts_per_sequence=3), ids)
+    got = cosines_of(
+        mixture([tuned[0], up, down], routing="task_vector", experts_per_sequence=3), ids
+    )
     torch.testing.assert_close(got[0].tolist(), [0.0, -1.0, 1.0], atol=1e-4, rtol=0)
-    coefficients = mixture([tuned[0], up, down], routing="task_vector", experts_per_sequence=1)(ids).coefficients
+    coefficients = mixture([tuned[0], up, down], routing="task_vector", experts_per_sequence=1)(
+        ids
+    ).coefficients
     assert coefficients.tolist() == [[0.0, 0.0, 1.0]]
 
 
@@ -181,7 +210,9 @@ def test_task_vector_of_some_layers(tuned):
     model = mixture(tuned, routing="task_vector", experts_per_sequence=3, task_vector_layers=[1])
     got = cosines_of(model, ids)
     for row in range(2):
-        expected = cosines_by_hand(tuned, ids[row], torch.ones(12), lambda name: ".layers.1." in name)
+        expected = cosines_by_hand(
+            tuned, ids[row], torch.ones(12), lambda name: ".layers.1." in name
+        )
         torch.testing.assert_close(got[row].tolist(), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -232,7 +263,11 @@ def test_task_vector_with_frozen_parameters_and_without_gradients(tuned):
 @pytest.mark.parametrize("embedding", ["separate", "shared"])
 @pytest.mark.parametrize("layers", [None, [0]])
 def test_task_vector_leaves_gradients_alone(tuned, embedding, layers):
-    own = () if embedding == "separate" else (tuned[0].get_input_embeddings(), tuned[0].get_output_embeddings())
+    own = (
+        ()
+        if embedding == "separate"
+        else (tuned[0].get_input_embeddings(), tuned[0].get_output_embeddings())
+    )
     model = mixture(tuned, *own, routing="task_vector", task_vector_layers=layers)
     ids = words(2)
     model(ids)
@@ -244,7 +279,8 @@ def test_task_vector_leaves_gradients_alone(tuned, embedding, layers):
 
 
 def test_task_vector_in_training_adds_nothing_to_the_gradient(tuned):
-    """The same gradients as with the coefficients given, where no loss is taken inside the prefix."""
+    """The same gradients as with the coefficients given, where no loss is taken inside the
+    prefix."""
     model = mixture(tuned, routing="task_vector", routing_tokens=4).train()
     ids = words(2)
     out = model(ids, labels=ids)
@@ -268,7 +304,11 @@ def learned(sources, *own, **config):
 
 @pytest.mark.parametrize("embedding", ["separate", "shared"])
 def test_a_learned_router_reads_the_mean_embedding_of_the_prefix(sources, embedding):
-    own = () if embedding == "separate" else (nn.Embedding(VOCAB, 32), nn.Linear(32, VOCAB, bias=False))
+    own = (
+        ()
+        if embedding == "separate"
+        else (nn.Embedding(VOCAB, 32), nn.Linear(32, VOCAB, bias=False))
+    )
     model = learned(sources, *own, routing_tokens=5, base_expert=1)
     table = own[0] if own else sources[1].get_input_embeddings()
     ids, mask = padded(words(4), (0, 3, 9, 2), "left")
@@ -300,8 +340,8 @@ def test_gradients_reach_the_router_and_the_chosen_experts_alone(sources):
 
 
 def test_the_load_balancing_loss(sources):
-    """Switch Transformer's, per sequence: experts times the sum over experts of their share of the choices times
-    their mean probability."""
+    """Switch Transformer's, per sequence: experts times the sum over experts of their share of the
+    choices times their mean probability."""
     model = learned(sources, routing_tokens=4, router_aux_loss_coef=0.5)
     ids = words(6)
     assert model(ids).aux_loss is None
@@ -320,7 +360,9 @@ def test_the_load_balancing_loss(sources):
 
 
 def test_balanced_choices_have_the_least_loss():
-    """1 where experts and probabilities are level, and up to the number of experts where all choose one."""
+    """1 where experts and probabilities are level, and up to the number of experts where all choose
+    one.
+    """
     model = mixture([dense(0), dense(1)], routing="learned").train()
     nn.init.zeros_(model.router.weight)
     assert model(words(2)).aux_loss.item() == pytest.approx(1.0)
@@ -348,7 +390,9 @@ def test_perplexity_without_training_leaves_the_gradient_of_the_chosen(sources):
     for coefficients in (None, model(ids).coefficients):
         model.zero_grad()
         model(ids, coefficients=coefficients).logits.square().sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys() != set()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5)

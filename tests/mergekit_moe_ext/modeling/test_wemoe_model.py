@@ -1,4 +1,6 @@
-"""The weight-ensembling models: their forward pass against loops, routing in time, caches, gradients."""
+"""The weight-ensembling models: their forward pass against loops, routing in time, caches,
+gradients.
+"""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,16 @@ from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 from mergekit_moe_ext.modeling import modeling_wemoe, wemoe_products
 from mergekit_moe_ext.modeling.wemoe_calls import running_mean
 from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
-from tests.mergekit_moe_ext.ensembles import EXPERTS, FAMILIES, PAIRS, build, by_samples, by_tokens, inputs_of, padded
+from tests.mergekit_moe_ext.ensembles import (
+    EXPERTS,
+    FAMILIES,
+    PAIRS,
+    build,
+    by_samples,
+    by_tokens,
+    inputs_of,
+    padded,
+)
 
 PER_SAMPLE = [family for family in FAMILIES if family not in PAIRS]
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -43,7 +54,12 @@ def test_every_family_is_a_loop_over_samples(family, sparsity, path):
 @torch.no_grad()
 def test_every_depth_and_strategy_is_a_loop_over_samples(family, upscale, router_layers):
     inputs = inputs_of(family)
-    model = build(family, upscale=upscale, router_layers=router_layers, sparsity=0.7 if router_layers == 1 else 0)
+    model = build(
+        family,
+        upscale=upscale,
+        router_layers=router_layers,
+        sparsity=0.7 if router_layers == 1 else 0,
+    )
     assert len(model.ensembling.groups) == (4 if upscale == "attention+mlp" else 2)
     close(model(**inputs)[0], by_samples(model, family, inputs))
 
@@ -99,8 +115,14 @@ def test_attention_of_an_encoder_decoder_is_ensembled_except_across(family):
 def test_half_precision_stays_near_the_same_model_in_double(family):
     inputs = inputs_of(family)
     half, double = build(family, dtype=torch.bfloat16), build(family, dtype=torch.bfloat16).double()
-    images = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in images.items()}
+    images = {
+        name: value.bfloat16() if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    wide = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in images.items()
+    }
     expected = double(**wide)[0]
     assert half(**images)[0].dtype == torch.bfloat16
     error = (half(**images)[0] - expected).abs().mean() / expected.abs().mean()
@@ -110,7 +132,10 @@ def test_half_precision_stays_near_the_same_model_in_double(family):
 @torch.no_grad()
 def test_a_long_running_mean_in_half_precision_does_not_drift():
     """A sum of 2000 bfloat16 numbers, taken in bfloat16, would stop growing."""
-    values, real = torch.full((1, 2000, 1), 0.3, dtype=torch.bfloat16), torch.ones(1, 2000, dtype=torch.bool)
+    values, real = (
+        torch.full((1, 2000, 1), 0.3, dtype=torch.bfloat16),
+        torch.ones(1, 2000, dtype=torch.bool),
+    )
     router = build("llama", dtype=torch.bfloat16, router_layers=1).routers["0"]
     r = router(torch.randn(1, 2000, 16, dtype=torch.bfloat16))
     assert r.dtype == torch.float32
@@ -168,14 +193,22 @@ def test_routers_get_the_gradients_of_the_loop(family, sparsity, path):
     for name, gradient in actual.items():
         close(gradient, expected[name], atol=1e-2, rtol=1e-3)
         assert gradient.abs().sum() > 0
-    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("routers."))
-    vectors = {name for name, _ in model.named_buffers() if "vectors" in name or name.endswith("values")}
+    assert all(
+        p.grad is None for name, p in model.named_parameters() if not name.startswith("routers.")
+    )
+    vectors = {
+        name for name, _ in model.named_buffers() if "vectors" in name or name.endswith("values")
+    }
     assert vectors and not vectors & {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("upscale", "reentrant"), [("mlp", False), ("mlp", True), ("block", False)])
+@pytest.mark.parametrize(
+    ("upscale", "reentrant"), [("mlp", False), ("mlp", True), ("block", False)]
+)
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_gradient_checkpointing_changes_no_gradient_though_two_batches_wait(family, upscale, reentrant):
+def test_gradient_checkpointing_changes_no_gradient_though_two_batches_wait(
+    family, upscale, reentrant
+):
     """As in adaptation: a forward pass per task, entropies summed, one backward pass."""
     first = padded(inputs_of(family), "left")
     second = padded(inputs_of(family, samples=2, tokens=6, seed=1), "right")
@@ -184,7 +217,9 @@ def test_gradient_checkpointing_changes_no_gradient_though_two_batches_wait(fami
 
     def loss():
         torch.manual_seed(0)
-        return sum(torch.special.entr(model(**batch)[0].softmax(-1)).sum() for batch in (first, second))
+        return sum(
+            torch.special.entr(model(**batch)[0].softmax(-1)).sum() for batch in (first, second)
+        )
 
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -227,7 +262,9 @@ def test_in_frozen_labels_in_the_prefix_are_left_out_of_the_loss(side):
     close(model(**inputs, labels=labels, num_items_in_batch=items).loss, torch.stack(losses).mean())
     given = model.coefficients(**inputs)
     kept = model(**inputs, labels=labels, coefficients=given).loss
-    reference = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    reference = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
     close(kept, reference)
 
 
@@ -239,7 +276,9 @@ def test_in_running_no_position_knows_the_future_and_every_label_counts():
     logits = model(**inputs).logits
     close(model(changed).logits[:, :4], logits[:, :4], atol=0, rtol=0)
     labels = inputs["input_ids"]
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
     close(model(**inputs, labels=labels).loss, expected)
 
 
@@ -247,7 +286,9 @@ def stepwise(model, ids, mask, prompt, cache=None, **inputs):
     """Logits with a cache: the prompt, then token by token."""
     outputs, cache = [], cache if cache is not None else DynamicCache(config=model.config)
     for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
-        output = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, **inputs)
+        output = model(
+            ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, **inputs
+        )
         cache = output.past_key_values
         outputs.append(output.logits)
     return torch.cat(outputs, dim=1)
@@ -296,7 +337,9 @@ def test_while_one_sequence_is_decoded_its_merged_weights_are_kept(monkeypatch):
     model, ids = build("llama"), inputs_of("llama", samples=1)["input_ids"]
     calls = []
     merged = EnsembledLinear.merged
-    monkeypatch.setattr(EnsembledLinear, "merged", lambda self, c: calls.append(1) or merged(self, c))
+    monkeypatch.setattr(
+        EnsembledLinear, "merged", lambda self, c: calls.append(1) or merged(self, c)
+    )
     cache = DynamicCache(config=model.config)
     model(ids[:, :5], past_key_values=cache)
     linears = sum(len(linears) for linears in model.ensembling.groups.values())
@@ -350,19 +393,27 @@ def test_generates_what_plain_passes_say(family, mode):
     out = model.generate(**batch, **GREEDY, pad_token_id=0)
     width = batch["input_ids"].shape[1]
     given = (
-        model.coefficients(**batch, past_key_values=DynamicCache(config=model.config)) if mode == "frozen" else None
+        model.coefficients(**batch, past_key_values=DynamicCache(config=model.config))
+        if mode == "frozen"
+        else None
     )
     for step in range(5):
         ids = out[:, : width + step]
         mask = torch.cat([batch["attention_mask"], torch.ones(3, step, dtype=torch.long)], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        more = {} if family == "opt" else {"position_ids": positions}  # OPT makes its own of the mask
+        more = (
+            {} if family == "opt" else {"position_ids": positions}
+        )  # OPT makes its own of the mask
         logits = model(ids, attention_mask=mask, coefficients=given, **more).logits[:, -1]
         logits[:, 1] = -torch.inf  # generate was told not to end
         assert torch.equal(logits.argmax(-1), out[:, width + step])
     if mode == "frozen":
-        assert torch.equal(model.generate(**batch, **GREEDY, pad_token_id=0, coefficients=given), out)
-        uncached = model.generate(**batch, **GREEDY, pad_token_id=0, coefficients=given, use_cache=False)
+        assert torch.equal(
+            model.generate(**batch, **GREEDY, pad_token_id=0, coefficients=given), out
+        )
+        uncached = model.generate(
+            **batch, **GREEDY, pad_token_id=0, coefficients=given, use_cache=False
+        )
     else:
         uncached = model.generate(**batch, **GREEDY, pad_token_id=0, use_cache=False)
     assert torch.equal(uncached, out)
@@ -372,7 +423,9 @@ def test_generates_what_plain_passes_say(family, mode):
 @pytest.mark.parametrize("family", ["llama", *PAIRS])
 @torch.no_grad()
 def test_beam_search_scores_what_plain_passes_score(family, mode):
-    """A running mean that stayed with its row, while beams change rows, would score another sequence."""
+    """A running mean that stayed with its row, while beams change rows, would score another
+    sequence.
+    """
     model, ids = build(family, mode=mode), inputs_of(family, samples=2, tokens=5)["input_ids"]
     found = model.generate(
         ids,
@@ -386,7 +439,9 @@ def test_beam_search_scores_what_plain_passes_score(family, mode):
         return_dict_in_generate=True,
         suppress_tokens=[0, 1],
     )
-    for index, (sequence, given_score) in enumerate(zip(found.sequences, found.sequences_scores, strict=True)):
+    for index, (sequence, given_score) in enumerate(
+        zip(found.sequences, found.sequences_scores, strict=True)
+    ):
         prompt = ids[index // 4]
         if family in PAIRS:
             logits = model(input_ids=prompt[None], decoder_input_ids=sequence[None, :-1]).logits[0]
@@ -438,9 +493,14 @@ def test_coefficients_are_the_routers_means_and_can_be_given():
         close(model(**inputs, coefficients=given)[0], model(**inputs)[0])
         other = given.flip(0)
         assert not torch.allclose(model(**inputs, coefficients=other)[0], model(**inputs)[0])
-        close(model(**inputs, coefficients=given[:1])[0], model(**inputs, coefficients=given[:1].expand(3, -1, -1))[0])
+        close(
+            model(**inputs, coefficients=given[:1])[0],
+            model(**inputs, coefficients=given[:1].expand(3, -1, -1))[0],
+        )
         for wrong in (given[:, 0], given[:2]):
-            with pytest.raises(ValueError, match=r"\(3, 2 groups, 3 experts\), or one set for all samples, not \("):
+            with pytest.raises(
+                ValueError, match=r"\(3, 2 groups, 3 experts\), or one set for all samples, not \("
+            ):
                 model(**inputs, coefficients=wrong)
     for family in ("llama", "t5"):
         with pytest.raises(ValueError, match="no one set of coefficients"):
@@ -453,7 +513,9 @@ def test_given_coefficients_reach_encoder_and_decoder_of_a_generating_t5():
     given = torch.rand(3, 4, len(EXPERTS))
     out = model.generate(ids, **GREEDY, coefficients=given)
     for step in range(1, 6):
-        logits = model(input_ids=ids, decoder_input_ids=out[:, :step], coefficients=given).logits[:, -1]
+        logits = model(input_ids=ids, decoder_input_ids=out[:, :step], coefficients=given).logits[
+            :, -1
+        ]
         logits[:, 1] = -torch.inf  # generate was told not to end
         assert torch.equal(logits.argmax(-1), out[:, step])
 
@@ -471,7 +533,11 @@ def test_an_encoder_called_on_its_own_takes_the_mask_that_it_is_given():
         model.get_submodule(next(iter(model.ensembling.groups)))(torch.randn(1, 3, 16))
 
 
-HEADS = {"heads": {task: [f"c{i}" for i in range(n)] for task, n in {"sun": 4, "cars": 6, "dtd": 3}.items()}}
+HEADS = {
+    "heads": {
+        task: [f"c{i}" for i in range(n)] for task, n in {"sun": 4, "cars": 6, "dtd": 3}.items()
+    }
+}
 HEADS["head"] = "classifier"
 
 
@@ -490,7 +556,9 @@ def test_a_task_s_own_head_is_picked(family):
             pooled = model.vit.layernorm(output.hidden_states[-1])[:, 0]
         close(output.logits, pooled @ head.weight.T + head.bias)
         labels = torch.arange(3) % classes
-        expected = torch.stack([-output.logits[row].log_softmax(-1)[label] for row, label in enumerate(labels)]).mean()
+        expected = torch.stack(
+            [-output.logits[row].log_softmax(-1)[label] for row, label in enumerate(labels)]
+        ).mean()
         close(model(**inputs, task=task, labels=labels).loss, expected)
         close(model(**inputs, task=task, labels=labels, return_dict=False)[0], expected)
     for task in (None, "law"):
@@ -506,7 +574,12 @@ def test_the_loss_of_a_head_is_over_the_items_that_the_trainer_has_counted():
     model, inputs, labels = build("vit", **HEADS), inputs_of("vit"), torch.tensor([0, 1, 0])
     whole = model(**inputs, task="sun", labels=labels)
     parts = [
-        model(inputs["pixel_values"][part], task="sun", labels=labels[part], num_items_in_batch=torch.tensor(3)).loss
+        model(
+            inputs["pixel_values"][part],
+            task="sun",
+            labels=labels[part],
+            num_items_in_batch=torch.tensor(3),
+        ).loss
         for part in (slice(0, 1), slice(1, 3))
     ]
     close(sum(parts), whole.loss)
@@ -545,8 +618,12 @@ def test_a_checkpointed_model_is_copied_and_pickled_whole(upscale, tmp_path):
         logits = copied(**inputs_of("vit")).logits
         close(logits, expected)
         logits.sum().backward()
-        wanted = [name for name, parameter in copied.routers.named_parameters() if parameter.grad is None]
-        assert not wanted or (upscale == "all" and len(wanted) == 1)  # the mask token, which has no part
+        wanted = [
+            name for name, parameter in copied.routers.named_parameters() if parameter.grad is None
+        ]
+        assert not wanted or (
+            upscale == "all" and len(wanted) == 1
+        )  # the mask token, which has no part
 
 
 @pytest.mark.parametrize(("upscale", "router_layers"), [("mlp", 0), ("mlp", 2), ("all", 0)])
@@ -582,7 +659,10 @@ def test_a_compiled_vit_gives_the_same_logits():
 def test_the_trainer_trains_routers_alone(tmp_path):
     model = routers_only(build("vit", **HEADS))
     before = copy.deepcopy(model.state_dict())
-    rows = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(torch.randn(8, 3, 12, 12))]
+    rows = [
+        {"pixel_values": image, "labels": index % 3}
+        for index, image in enumerate(torch.randn(8, 3, 12, 12))
+    ]
 
     def collate(batch):
         return {
@@ -602,5 +682,7 @@ def test_the_trainer_trains_routers_alone(tmp_path):
         remove_unused_columns=False,
     )
     Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {name for name in before if name.startswith("routers.")}

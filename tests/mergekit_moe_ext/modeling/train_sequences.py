@@ -1,4 +1,6 @@
-"""Two steps of SGD with the Trainer over a sequence MoE; a program of its own for the tests on two processes."""
+"""Two steps of SGD with the Trainer over a sequence MoE; a program of its own for the tests on two
+processes.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""Tiny decoders of many architectures, each with a tokenizer of its own, to be merged into one mixture."""
+"""Tiny decoders of many architectures, each with a tokenizer of its own, to be merged into one
+mixture.
+"""
 
 import random
 from pathlib import Path
@@ -26,7 +28,9 @@ SETTINGS = {
 
 
 def vocabulary(size=96, shuffled=None, without=(), also=()):
-    """`<unk>`, `</s>` and words: `size` in all, `also` among them; in an order of its own if `shuffled`."""
+    """`<unk>`, `</s>` and words: `size` in all, `also` among them; in an order of its own if
+    `shuffled`.
+    """
     words = [word for word in (f"w{i}" for i in range(size)) if word not in without]
     words = ["<unk>", "</s>", *words[: size - 2 - len(also)], *also]
     if shuffled is not None:
@@ -35,9 +39,16 @@ def vocabulary(size=96, shuffled=None, without=(), also=()):
 
 
 def save_source(path, family="llama", seed=0, words=None, special=SPECIAL, **config):
-    """A decoder with weights so large, and norms and biases so uneven, that no two predict alike."""
+    """A decoder with weights so large, and norms and biases so uneven, that no two predict
+    alike."""
     words = words or vocabulary()
-    values = {**TINY, **SPECIAL_TOKENS, "num_hidden_layers": 2, "vocab_size": len(words), **SETTINGS.get(family, {})}
+    values = {
+        **TINY,
+        **SPECIAL_TOKENS,
+        "num_hidden_layers": 2,
+        "vocab_size": len(words),
+        **SETTINGS.get(family, {}),
+    }
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**values, **config}))
     with torch.no_grad():

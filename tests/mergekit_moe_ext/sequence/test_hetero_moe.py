@@ -10,7 +10,16 @@ import yaml
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from tests.conftest import SPECIAL_TOKENS, TINY, document, make_model, merge, read_tensors, run, same_files
+from tests.conftest import (
+    SPECIAL_TOKENS,
+    TINY,
+    document,
+    make_model,
+    merge,
+    read_tensors,
+    run,
+    same_files,
+)
 from tests.mergekit_moe_ext.sequence.decoders import only, save_source, vocabulary
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -79,7 +88,10 @@ def logits_of(model, ids, **more):
     [
         (["llama", "qwen3", "gpt2", "gemma", "olmo2", "phi3"], {"routing": "perplexity"}),
         (["llama", "phi", "cohere", "granite", "opt"], {}),
-        (["gemma2", "llama", "gpt2"], {"routing": "perplexity", "experts_per_sequence": 1}),  # a cap on logits
+        (
+            ["gemma2", "llama", "gpt2"],
+            {"routing": "perplexity", "experts_per_sequence": 1},
+        ),  # a cap on logits
     ],
 )
 def test_with_separate_embeddings_each_expert_is_its_source(here, families, parameters):
@@ -99,17 +111,32 @@ def test_sources_with_other_tokenizers_are_given_the_same_words(here):
         ours, theirs = (torch.tensor([rows[word] for word in shared]) for rows in (of_donor, own))
         chosen = torch.randint(len(shared), (3, 20), generator=torch.Generator().manual_seed(index))
         got = logits_of(model, ours[chosen], coefficients=only(index, len(families)))[..., ours]
-        torch.testing.assert_close(got, logits_of(load(family), theirs[chosen])[..., theirs], **CLOSE)
+        torch.testing.assert_close(
+            got, logits_of(load(family), theirs[chosen])[..., theirs], **CLOSE
+        )
         assert len(shared) >= 60 and (index == 0 or not torch.equal(ours, theirs))
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp"])
-@pytest.mark.parametrize("donor", ["llama", "gpt2", "gemma", "olmo2", "phi3", "cohere", "granite", "opt", "gemma2"])
+@pytest.mark.parametrize(
+    "donor", ["llama", "gpt2", "gemma", "olmo2", "phi3", "cohere", "granite", "opt", "gemma2"]
+)
 def test_identity_projectors_and_the_donors_embedding_give_the_donor(here, donor, projector):
-    """Narrower than the widest or not, in whatever order; each mixed with a wider Gemma and another tokenizer."""
+    """Narrower than the widest or not, in whatever order; each mixed with a wider Gemma and another
+    tokenizer.
+    """
     capped = {"routing": "perplexity", "experts_per_sequence": 1} if donor == "gemma2" else {}
     families = ["olmo2-shuffled", "gemma-shuffled", donor]
-    model = load(hetero(families, donor, embedding="donor", projector=projector, projector_init="identity", **capped))
+    model = load(
+        hetero(
+            families,
+            donor,
+            embedding="donor",
+            projector=projector,
+            projector_init="identity",
+            **capped,
+        )
+    )
     ids = ids_of()
     got = logits_of(model, ids, coefficients=only(2, 3))
     torch.testing.assert_close(got, logits_of(load(donor), ids), **CLOSE)
@@ -156,7 +183,11 @@ def mergeme(out, ids, projector, residual=False):
         for alpha, index in zip(chances[chosen].softmax(dim=0), chosen.tolist(), strict=True):
             into = project(tensors, f"experts.{index}.proj_in", embedded[None], projector, residual)
             hidden = trunk_of(MIXED[index], into)
-            mixed = mixed + alpha * project(tensors, f"experts.{index}.proj_out", hidden, projector, residual)[0]
+            mixed = (
+                mixed
+                + alpha
+                * project(tensors, f"experts.{index}.proj_out", hidden, projector, residual)[0]
+            )
         every.append(mixed @ head.T)
     return torch.stack(every)
 
@@ -165,11 +196,21 @@ def mergeme(out, ids, projector, residual=False):
 @pytest.mark.parametrize("init", ["random", "identity"])
 @pytest.mark.parametrize("embedding", ["average", "donor"])
 def test_the_papers_equations(here, projector, init, embedding):
-    out = hetero(MIXED, embedding=embedding, projector=projector, projector_init=init, routing_prefix="sequence")
+    out = hetero(
+        MIXED,
+        embedding=embedding,
+        projector=projector,
+        projector_init=init,
+        routing_prefix="sequence",
+    )
     model, ids = load(out), ids_of(6)
     output = model(ids)
-    assert len({tuple(row.nonzero()[:, 0].tolist()) for row in output.coefficients}) > 1  # not all choose alike
-    torch.testing.assert_close(output.logits, mergeme(out, ids, projector, init == "identity"), **CLOSE)
+    assert (
+        len({tuple(row.nonzero()[:, 0].tolist()) for row in output.coefficients}) > 1
+    )  # not all choose alike
+    torch.testing.assert_close(
+        output.logits, mergeme(out, ids, projector, init == "identity"), **CLOSE
+    )
 
 
 def test_the_prefix_chooses_if_not_told_otherwise(here):
@@ -198,15 +239,24 @@ def test_defaults_are_the_papers(here):
         projector_init="random",
         experts_per_sequence=2,
     )
-    assert all(torch.equal(t, read_tensors(spelled)[name]) for name, t in read_tensors(plain).items())
+    assert all(
+        torch.equal(t, read_tensors(spelled)[name]) for name, t in read_tensors(plain).items()
+    )
     assert (plain / "config.json").read_bytes() == (spelled / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize("embedding", ["average", "donor"])
 def test_shapes_and_identity_of_projectors(here, embedding):
-    widths = {"llama": (32, 32), "gpt2": (24, 24), "gemma": (40, 40), "opt": (20, 20)}  # OPT's own projections stay
+    widths = {
+        "llama": (32, 32),
+        "gpt2": (24, 24),
+        "gemma": (40, 40),
+        "opt": (20, 20),
+    }  # OPT's own projections stay
     linear, mlp = (
-        projectors(read_tensors(hetero([*widths], "llama", kind, None, embedding=embedding, **parameters)))
+        projectors(
+            read_tensors(hetero([*widths], "llama", kind, None, embedding=embedding, **parameters))
+        )
         for kind, parameters in {
             "linear": {"projector": "linear", "projector_init": "identity"},
             "mlp": {"projector": "mlp", "projector_init": "identity"},
@@ -217,7 +267,9 @@ def test_shapes_and_identity_of_projectors(here, embedding):
         for name, (columns, rows) in {"proj_in": (40, into), "proj_out": (out_of, 40)}.items():
             name = f"experts.{index}.{name}.layers"
             assert torch.equal(linear[f"{name}.0.weight"], torch.eye(rows, columns))
-            assert mlp[f"{name}.0.weight"].shape == (40, columns) and mlp[f"{name}.0.weight"].std() > 0
+            assert (
+                mlp[f"{name}.0.weight"].shape == (40, columns) and mlp[f"{name}.0.weight"].std() > 0
+            )
             assert torch.equal(mlp[f"{name}.2.weight"], torch.zeros(rows, 40))
 
 
@@ -229,7 +281,9 @@ def test_random_projectors_keep_the_size_of_what_they_project(here, projector):
         scaled = tensor * tensor.shape[1] ** 0.5
         assert abs(scaled.mean()) < 4 / scaled.numel() ** 0.5
         assert abs(scaled.std() - 1) < 4 / (2 * scaled.numel()) ** 0.5
-        assert 0.5 < (scaled.abs() < 0.6745).float().mean() * 1.0 + 0.06 < 0.62  # half of a normal distribution
+        assert (
+            0.5 < (scaled.abs() < 0.6745).float().mean() * 1.0 + 0.06 < 0.62
+        )  # half of a normal distribution
     firsts = [tensor.flatten()[:8] for tensor in got.values()]
     assert all(not torch.equal(a, b) for i, a in enumerate(firsts) for b in firsts[:i])
 
@@ -243,7 +297,9 @@ def test_the_same_seed_gives_the_same_files(here):
         "async": {"async_write": True, "write_threads": 2},
         "lazy": {"lazy_unpickle": True, "low_cpu_memory": True},
     }.items():
-        assert same_files(one, hetero(models, name=name, options={"random_seed": 3, **options})), name
+        assert same_files(one, hetero(models, name=name, options={"random_seed": 3, **options})), (
+            name
+        )
     other = read_tensors(hetero(models, name="other", options={"random_seed": 4}))
     for name, tensor in read_tensors(one).items():
         is_drawn = ".proj_" in name or name == "router.weight"
@@ -261,10 +317,14 @@ def test_a_source_listed_twice_is_two_experts(here):
 
 def test_half_precision(here):
     for name in ("llama", "gpt2"):
-        AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).save_pretrained(f"half-{name}")
+        AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).save_pretrained(
+            f"half-{name}"
+        )
         AutoTokenizer.from_pretrained(name).save_pretrained(f"half-{name}")
     out = hetero(["half-llama", "half-gpt2", "gemma"], name="mixed")
-    assert {tensor.dtype for name, tensor in read_tensors(out).items() if ".trunk." not in name} == {torch.float32}
+    assert {
+        tensor.dtype for name, tensor in read_tensors(out).items() if ".trunk." not in name
+    } == {torch.float32}
     model = load(hetero(["half-llama", "half-gpt2"], embedding="donor", projector_init="identity"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     got = logits_of(model, ids_of(), coefficients=only(0, 2))
@@ -303,7 +363,11 @@ def train(model, steps=2):
 def changed_by(model, action):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     action(model)
-    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
 
 
 def test_fine_tuning_everything_changes_the_experts_that_are_chosen(here):
@@ -321,7 +385,9 @@ def test_fine_tuning_everything_changes_the_experts_that_are_chosen(here):
 
 def test_fine_tuning_projectors_and_router_changes_nothing_else(here):
     model = load(hetero(["llama", "gpt2-shuffled"], routing_tokens=4))
-    trained = {name for name, _ in model.named_parameters() if ".proj_" in name or name == "router.weight"}
+    trained = {
+        name for name, _ in model.named_parameters() if ".proj_" in name or name == "router.weight"
+    }
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     assert changed_by(model, train) == trained and len(trained) == 9
@@ -362,16 +428,20 @@ else:
     raise SystemExit("it can be imported")
 ids, got = torch.load("ids.pt"), {}
 for path in sys.argv[1:]:
-    model, info = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=True, output_loading_info=True
+    )
     assert not any(info.values()), info
     with torch.no_grad():
         got[path] = model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    said = pipeline("text-generation", model=model, tokenizer=tokenizer)("w1 w2 w3", max_new_tokens=2)
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    said = generator("w1 w2 w3", max_new_tokens=2)
     assert said[0]["generated_text"].startswith("w1 w2 w3"), said
     model.save_pretrained(path + "-again")
     again = AutoModelForCausalLM.from_pretrained(path + "-again", trust_remote_code=True)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 torch.save(got, "got.pt")
 """
 
@@ -380,7 +450,9 @@ def test_it_is_saved_moved_and_loaded_without_this_package(here):
     ids, models, away = ids_of(), {}, here / "away"
     away.mkdir()
     for embedding in ("average", "separate"):
-        out = hetero(["llama", "gpt2-shuffled", "gemma"], name=f"out-{embedding}", embedding=embedding)
+        out = hetero(
+            ["llama", "gpt2-shuffled", "gemma"], name=f"out-{embedding}", embedding=embedding
+        )
         model = models[embedding] = load(out)
         with torch.no_grad():  # so that what is saved is not what was merged
             model.router.weight.mul_(-3)
@@ -388,17 +460,25 @@ def test_it_is_saved_moved_and_loaded_without_this_package(here):
         AutoTokenizer.from_pretrained(out).save_pretrained("saved")
         (here / "saved").rename(away / embedding)
     torch.save(ids, away / "ids.pt")
-    env = {**os.environ, "HF_MODULES_CACHE": str(here / "cache"), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    env = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(here / "cache"),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
     env.pop("PYTHONPATH", None)
     result = run(sys.executable, "-c", ELSEWHERE, *models, cwd=away, env=env)
     assert result.returncode == 0, result.stderr
     for embedding, (logits, generated) in torch.load(away / "got.pt").items():
         torch.testing.assert_close(logits, logits_of(models[embedding], ids))
-        assert torch.equal(generated, models[embedding].generate(ids, max_new_tokens=5, do_sample=False))
+        assert torch.equal(
+            generated, models[embedding].generate(ids, max_new_tokens=5, do_sample=False)
+        )
         torch.testing.assert_close(logits, logits_of(load(away / f"{embedding}-again"), ids))
 
 
-@pytest.mark.parametrize(("embedding", "routing"), [("average", "learned"), ("separate", "perplexity")])
+@pytest.mark.parametrize(
+    ("embedding", "routing"), [("average", "learned"), ("separate", "perplexity")]
+)
 def test_generating_is_taking_the_likeliest_word_again_and_again(here, embedding, routing):
     model, ids = load(hetero(MIXED, embedding=embedding, routing=routing)), ids_of()
     got = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -416,8 +496,15 @@ def test_experts_lie_on_different_devices(here, embedding):
     out, ids = hetero(["llama", "gpt2-shuffled", "gemma"], embedding=embedding), ids_of()
     expected = logits_of(load(out), ids)
     shared = ["embed_tokens", "lm_head", "router"] if embedding == "average" else ["router"]
-    device_map = {**dict.fromkeys(shared, "cpu"), "experts.0": "cpu", "experts.1": "disk", "experts.2": "disk"}
-    model = AutoModelForCausalLM.from_pretrained(out, device_map=device_map, offload_folder="offload")
+    device_map = {
+        **dict.fromkeys(shared, "cpu"),
+        "experts.0": "cpu",
+        "experts.1": "disk",
+        "experts.2": "disk",
+    }
+    model = AutoModelForCausalLM.from_pretrained(
+        out, device_map=device_map, offload_folder="offload"
+    )
     torch.testing.assert_close(logits_of(model, ids), expected)
     assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (3, 23)
 
@@ -436,18 +523,36 @@ def refused(directory, message, models=("llama", "gpt2"), base="./llama", option
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"routing": "learned", "experts_per_sequence": 1}, "cannot be trained: .* 1.*take 2 or more"),
-        ({"experts_per_sequence": 3}, r"experts_per_sequence is 3, but `models:` lists 2 expert\(s\)"),
+        (
+            {"routing": "learned", "experts_per_sequence": 1},
+            "cannot be trained: .* 1.*take 2 or more",
+        ),
+        (
+            {"experts_per_sequence": 3},
+            r"experts_per_sequence is 3, but `models:` lists 2 expert\(s\)",
+        ),
         ({"experts_per_sequence": 0}, "`experts_per_sequence`.*is 0.*greater than or equal to 1"),
         ({"routing": "uniform", "experts_per_sequence": 1}, "uniform takes all 2 experts"),
-        ({"routing": "task_vector"}, "`routing`.*'task_vector'.*'learned', 'perplexity' or 'uniform'"),
+        (
+            {"routing": "task_vector"},
+            "`routing`.*'task_vector'.*'learned', 'perplexity' or 'uniform'",
+        ),
         ({"routing": "learnt"}, "`routing`.*'learnt'.*'learned', 'perplexity' or 'uniform'"),
         ({"embedding": "merged"}, "`embedding`.*'merged'.*'average', 'donor' or 'separate'"),
         ({"projector": "mpl"}, "`projector`.*'mpl'.*'linear' or 'mlp'"),
         ({"projector_init": "zeros"}, "`projector_init`.*'zeros'.*'random' or 'identity'"),
-        ({"embedding": "separate", "projector": "mlp"}, "separate has no projectors: leave projector out"),
-        ({"embedding": "separate", "projector_init": "identity"}, "no projectors: leave projector_init out"),
-        ({"routing": "perplexity", "router_aux_loss_coef": 0.1}, "router_aux_loss_coef is for routing: learned"),
+        (
+            {"embedding": "separate", "projector": "mlp"},
+            "separate has no projectors: leave projector out",
+        ),
+        (
+            {"embedding": "separate", "projector_init": "identity"},
+            "no projectors: leave projector_init out",
+        ),
+        (
+            {"routing": "perplexity", "router_aux_loss_coef": 0.1},
+            "router_aux_loss_coef is for routing: learned",
+        ),
         ({"projectr": "mlp"}, "unknown key `projectr`.*did you mean `projector`"),
         ({"attention": "separate"}, "unknown key `attention`"),
         ({"shared": "ties"}, "unknown key `shared`"),
@@ -468,22 +573,39 @@ def test_options_of_a_model_that_cannot_be(here):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"tokenizer_source": "base"}, {"tokenizer_source": "union"}, {"tokenizer": {"source": "./gpt2"}}]
+    "keys",
+    [
+        {"tokenizer_source": "base"},
+        {"tokenizer_source": "union"},
+        {"tokenizer": {"source": "./gpt2"}},
+    ],
 )
 def test_tokenizers_are_not_to_be_merged(here, keys):
     refused(here, "speaks the tokenizer of `base_model`: leave `tokenizer` out", **keys)
 
 
 def test_base_model(here):
-    refused(here, r"base_model: \./gemma, whose tokenizer the output speaks, must be among `models:`", base="./gemma")
-    assert load(merge(document("hetero_moe", ["llama", "gpt2"], None))).config.vocab_size == 100  # the first
+    refused(
+        here,
+        r"base_model: \./gemma, whose tokenizer the output speaks, must be among `models:`",
+        base="./gemma",
+    )
+    assert (
+        load(merge(document("hetero_moe", ["llama", "gpt2"], None))).config.vocab_size == 100
+    )  # the first
 
 
 STRANGE = {
     "t5": (TINY, "is an encoder-decoder"),
-    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "keeps no key-value cache of the usual kind"),
+    "mamba": (
+        {"hidden_size": 32, "num_hidden_layers": 2},
+        "keeps no key-value cache of the usual kind",
+    ),
     "mamba2": ({}, "keeps no key-value cache of the usual kind"),
-    "falcon_mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "keeps no key-value cache of the usual kind"),
+    "falcon_mamba": (
+        {"hidden_size": 32, "num_hidden_layers": 2},
+        "keeps no key-value cache of the usual kind",
+    ),
     "jamba": ({}, "keeps no key-value cache of the usual kind"),
     "recurrent_gemma": ({}, "keeps no key-value cache of the usual kind"),
     "qwen3_next": ({}, "keeps no key-value cache of the usual kind"),
@@ -501,12 +623,20 @@ def test_decoders_that_cannot_be_experts(here, family):
     AutoConfig.for_model(family, **settings).save_pretrained(here / "strange")
     AutoTokenizer.from_pretrained("llama").save_pretrained("strange")
     for base in ("./llama", "./strange"):
-        refused(here, rf"\./strange cannot be an expert .*{message}", models=["llama", "strange"], base=base)
+        refused(
+            here,
+            rf"\./strange cannot be an expert .*{message}",
+            models=["llama", "strange"],
+            base=base,
+        )
 
 
 @pytest.mark.parametrize("embedding", ["average", "separate"])
 def test_caps_on_logits_that_differ_cannot_be_mixed(here, embedding):
-    models, message = ["llama", "gemma2"], r"cap their logits differently \(None, 3\.0\).*experts_per_sequence: 1"
+    models, message = (
+        ["llama", "gemma2"],
+        r"cap their logits differently \(None, 3\.0\).*experts_per_sequence: 1",
+    )
     refused(here, message, models=models, parameters={"embedding": embedding})
     routing = {"routing": "perplexity", "experts_per_sequence": 1, "embedding": embedding}
     load(merge(document("hetero_moe", models, "./llama", parameters=routing)))
@@ -521,7 +651,9 @@ def test_experts_that_cap_alike_are_mixed(here):
         source.config.final_logit_softcapping = None
         uncapped.append(logits_of(source, ids))
     expected = 3 * torch.tanh((0.3 * uncapped[0] + 0.7 * uncapped[1]) / 3)
-    torch.testing.assert_close(logits_of(model, ids, coefficients=torch.tensor([[0.3, 0.7]])), expected, **CLOSE)
+    torch.testing.assert_close(
+        logits_of(model, ids, coefficients=torch.tensor([[0.3, 0.7]])), expected, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("embedding", ["average", "donor"])
@@ -548,7 +680,11 @@ def test_damaged_sources(here):
 CONFIG = """
 merge_method: hetero_moe
 base_model: ./llama
-models: [{model: ./llama}, {model: ./gpt2-shuffled}, {model: ./gemma-shuffled}, {model: ./olmo2-shuffled}]
+models:
+- model: ./llama
+- model: ./gpt2-shuffled
+- model: ./gemma-shuffled
+- model: ./olmo2-shuffled
 parameters: {routing: learned, projector: mlp, projector_init: identity, experts_per_sequence: 2}
 """
 
@@ -557,12 +693,25 @@ def test_the_command_merges(here):
     (here / "config.yml").write_text(CONFIG)
     result = run("mergekit-yaml", "config.yml", "out", "--quiet")
     assert result.returncode == 0, result.stderr
-    got, expected = read_tensors(here / "out"), read_tensors(merge(yaml.safe_load(CONFIG), "expected"))
-    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+    got, expected = (
+        read_tensors(here / "out"),
+        read_tensors(merge(yaml.safe_load(CONFIG), "expected")),
+    )
+    assert got.keys() == expected.keys() and all(
+        torch.equal(got[name], expected[name]) for name in expected
+    )
     card = (here / "out" / "README.md").read_text()
-    for fact in ("hetero_moe", "arxiv.org/abs/2502.00997", "./gemma-shuffled: 89 of 100", "trust_remote_code=True"):
+    for fact in (
+        "hetero_moe",
+        "arxiv.org/abs/2502.00997",
+        "./gemma-shuffled: 89 of 100",
+        "trust_remote_code=True",
+    ):
         assert fact in card, card
-    assert AutoTokenizer.from_pretrained("out").get_vocab() == AutoTokenizer.from_pretrained("llama").get_vocab()
+    assert (
+        AutoTokenizer.from_pretrained("out").get_vocab()
+        == AutoTokenizer.from_pretrained("llama").get_vocab()
+    )
     assert load("out").generate(ids_of(), max_new_tokens=2, min_new_tokens=2).shape == (3, 22)
 
 
@@ -570,6 +719,10 @@ def test_the_plan_command(here):
     (here / "config.yml").write_text(CONFIG)
     result = run("mergekit-moe-ext", "plan", "config.yml")
     assert result.returncode == 0, result.stderr
-    for fact in ("SequenceMoEForCausalLM", "./gpt2-shuffled: 80 of 100", "./olmo2-shuffled: 96 of 100"):
+    for fact in (
+        "SequenceMoEForCausalLM",
+        "./gpt2-shuffled: 80 of 100",
+        "./olmo2-shuffled: 96 of 100",
+    ):
         assert fact in result.stdout, result.stdout
     assert nothing_left(here)

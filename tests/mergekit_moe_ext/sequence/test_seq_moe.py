@@ -30,7 +30,8 @@ FAMILIES = {
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
     "phi": {},
 }
-# In a process of its own, without this package: keeps logits and generated words, and saves each model again.
+# In a process of its own, without this package: keeps logits and generated words, and saves each
+# model again.
 OUTSIDE = """
 import json, sys
 for name in ('mergekit_moe_ext', '_mergekit_moe_ext_autoload', 'mergekit'): sys.modules[name] = None
@@ -39,7 +40,9 @@ from transformers import AutoModelForCausalLM
 ids, source, target = torch.tensor(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
 for name in sys.argv[4:]:
     path = f"{source}/{name}"
-    model, info = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=True, output_loading_info=True
+    )
     assert not any(info.values()), info
     with torch.no_grad():
         logits = model(ids).logits
@@ -81,7 +84,9 @@ def test_each_expert_is_its_source(tmp_path, monkeypatch, family):
         for index, name in enumerate(("base", "math")):
             got = model(ids, attention_mask=mask, coefficients=only(index, 2)).logits
             expected = logits_of(dense_at(name), ids, mask)
-            torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -93,12 +98,16 @@ def test_each_expert_is_its_source_in_half_precision(tmp_path, monkeypatch, fami
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     ids = words(3)
     for index, name in enumerate(("base", "math")):
-        assert torch.equal(model(ids, coefficients=only(index, 2)).logits, logits_of(dense_at(name), ids))
+        assert torch.equal(
+            model(ids, coefficients=only(index, 2)).logits, logits_of(dense_at(name), ids)
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_merged_with_itself_stays_itself(tmp_path, monkeypatch, family):
-    """With everything shared that can be: what a family does between embedding, layers and head is still done."""
+    """With everything shared that can be: what a family does between embedding, layers and head is
+    still done.
+    """
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "one", 1, family=family, initializer_range=0.3, **FAMILIES[family])
     model = load(merge(seq_moe(("one", "one"), base=None, attention="merged")))
@@ -188,7 +197,12 @@ def test_loads_in_a_process_without_this_package(here, tmp_path_factory):
     """Moved elsewhere, loaded there, saved from there, and loaded again both there and here."""
     variants = {
         "perplexity": {"embedding": "separate"},
-        "task-vector": {"attention": "merged", "shared": "ties", "density": 0.5, "routing": "task_vector"},
+        "task-vector": {
+            "attention": "merged",
+            "shared": "ties",
+            "density": 0.5,
+            "routing": "task_vector",
+        },
         "learned": {"routing": "learned"},
         "uniform": {"routing": "uniform", "embedding": "separate", "attention": "merged"},
     }
@@ -200,10 +214,24 @@ def test_loads_in_a_process_without_this_package(here, tmp_path_factory):
         made = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
         expected[name] = {"logits": model(ids).logits, "words": made}
         shutil.move(out, elsewhere / "moved" / name)
-    environment = {"PATH": "/usr/bin", "HF_HOME": str(elsewhere), "HF_HUB_OFFLINE": "1", **NO_AUTOLOAD}
+    environment = {
+        "PATH": "/usr/bin",
+        "HF_HOME": str(elsewhere),
+        "HF_HUB_OFFLINE": "1",
+        **NO_AUTOLOAD,
+    }
     for source, target in (("moved", "saved"), ("saved", "saved-again")):
         (elsewhere / target).mkdir()
-        command = (sys.executable, "-P", "-c", OUTSIDE, json.dumps(ids.tolist()), source, target, *variants)
+        command = (
+            sys.executable,
+            "-P",
+            "-c",
+            OUTSIDE,
+            json.dumps(ids.tolist()),
+            source,
+            target,
+            *variants,
+        )
         result = run(*command, cwd=elsewhere, env=environment)
         assert result.returncode == 0, result.stderr[-2000:]
         for name in variants:
@@ -211,7 +239,9 @@ def test_loads_in_a_process_without_this_package(here, tmp_path_factory):
             assert torch.equal(made["words"], expected[name]["words"])
             torch.testing.assert_close(made["logits"], expected[name]["logits"], atol=0, rtol=0)
             path = elsewhere / target / name
-            assert {"modeling_sequence_moe.py", "configuration_sequence_moe.py"} <= {p.name for p in path.iterdir()}
+            assert {"modeling_sequence_moe.py", "configuration_sequence_moe.py"} <= {
+                p.name for p in path.iterdir()
+            }
     torch.testing.assert_close(load(path)(ids).logits, expected[name]["logits"], atol=0, rtol=0)
 
 
@@ -228,7 +258,11 @@ def test_the_configuration_says_what_was_asked_for(here):
     )
     config = load(out).config
     assert config.expert_names == ["math-0", "base", "math-2"] and config.base_expert == 1
-    assert (config.routing, config.task_vector_layers, config.experts_per_sequence) == ("task_vector", [0, 2], 3)
+    assert (config.routing, config.task_vector_layers, config.experts_per_sequence) == (
+        "task_vector",
+        [0, 2],
+        3,
+    )
     assert (config.routing_tokens, config.routing_prefix) == (7, "sequence")
     assert config.special_token_ids == [0, 1]
     assert (config.pad_token_id, config.eos_token_id, config.max_position_embeddings) == (0, 1, 128)
@@ -247,7 +281,9 @@ def test_a_source_listed_twice_is_two_experts(here):
 def test_without_a_base_model(here):
     model = load(merge(seq_moe(("math", "code"), base=None, **SEPARATE)))
     expected = logits_of(dense_at("code"), words(2))
-    torch.testing.assert_close(model(words(2), coefficients=only(1, 2)).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(words(2), coefficients=only(1, 2)).logits, expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_learned_router_is_drawn_by_the_seed(here):
@@ -308,7 +344,9 @@ def test_loads_as_asked_for(here):
 
 
 def test_plan_says_what_it_would_be(here):
-    (here / "config.yml").write_text(yaml.safe_dump(seq_moe(attention="merged", shared="ties", density=0.5)))
+    (here / "config.yml").write_text(
+        yaml.safe_dump(seq_moe(attention="merged", shared="ties", density=0.5))
+    )
     result = run("mergekit-moe-ext", "plan", "config.yml")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "stays off" not in result.stderr
@@ -316,7 +354,9 @@ def test_plan_says_what_it_would_be(here):
 
 
 def test_the_command(here):
-    (here / "config.yml").write_text(yaml.safe_dump(seq_moe(attention="merged", shared="ties", density=0.5)))
+    (here / "config.yml").write_text(
+        yaml.safe_dump(seq_moe(attention="merged", shared="ties", density=0.5))
+    )
     result = run("mergekit-yaml", "config.yml", "out")
     assert result.returncode == 0, result.stderr[-2000:]
     assert load(here / "out")(words(2)).coefficients.shape == (2, 4)
@@ -328,12 +368,21 @@ def test_the_command(here):
         (seq_moe(experts_per_sequence=5), ["experts_per_sequence is 5", "at most 4"]),
         (seq_moe(experts_per_sequence=0), ["`experts_per_sequence`", "greater than or equal to 1"]),
         (seq_moe(routing="perplexty"), ["`routing`", "perplexty", "perplexity"]),
-        (seq_moe(routing="learned", experts_per_sequence=1), ["experts_per_sequence: 1", "no gradient"]),
+        (
+            seq_moe(routing="learned", experts_per_sequence=1),
+            ["experts_per_sequence: 1", "no gradient"],
+        ),
         (seq_moe(routing="uniform", experts_per_sequence=2), ["all 4 experts"]),
-        (seq_moe(("math", "code"), routing="task_vector"), ["task_vector", "list ./base in `models:`"]),
+        (
+            seq_moe(("math", "code"), routing="task_vector"),
+            ["task_vector", "list ./base in `models:`"],
+        ),
         (seq_moe(base=None, routing="task_vector"), ["task_vector", "`base_model:`"]),
         (seq_moe(router_aux_loss_coef=0.1), ["router_aux_loss_coef", "routing: learned"]),
-        (seq_moe(task_vector_layer=[1]), ["`task_vector_layer`", "did you mean `task_vector_layers`"]),
+        (
+            seq_moe(task_vector_layer=[1]),
+            ["`task_vector_layer`", "did you mean `task_vector_layers`"],
+        ),
         (seq_moe(experts_per_token=2), ["`experts_per_token`"]),
         (seq_moe(gate_mode="random"), ["`gate_mode`"]),
         (seq_moe(attention="seperate"), ["`attention`", "seperate", "separate"]),
@@ -356,7 +405,11 @@ def test_a_mistake_is_named(here, config, fragments):
         ("llama", {"hidden_size": 64}, ["./odd", "`hidden_size` is 64, not 32"]),
         ("llama", {"num_hidden_layers": 2}, ["./odd", "`num_hidden_layers` is 2, not 3"]),
         ("llama", {"vocab_size": 80}, ["./odd", "`vocab_size` is 80, not 96"]),
-        ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}, ["./odd", "encoder-decoder"]),
+        (
+            "t5",
+            {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4},
+            ["./odd", "encoder-decoder"],
+        ),
         ("mamba", {}, ["./odd", "MambaForCausalLM", "key-value cache"]),
         ("rwkv", {"attention_hidden_size": 32}, ["./odd", "key-value cache"]),
     ],
@@ -369,7 +422,12 @@ def test_a_source_that_does_not_fit(here, family, config, fragments):
 @pytest.mark.parametrize(
     ("model_type", "config", "architecture", "fragment"),
     [
-        ("gemma3n_text", {"hidden_size_per_layer_input": 8}, "Gemma3nForCausalLM", "token embeddings inside"),
+        (
+            "gemma3n_text",
+            {"hidden_size_per_layer_input": 8},
+            "Gemma3nForCausalLM",
+            "token embeddings inside",
+        ),
         ("gemma3", {}, "Gemma3ForConditionalGeneration", "not a language model alone"),
         ("llava", {}, "LlavaForConditionalGeneration", "not a language model alone"),
         ("bert", {}, "BertForMaskedLM", "causal"),
@@ -380,5 +438,7 @@ def test_an_architecture_that_cannot_be_an_expert(here, model_type, config, arch
     from transformers import AutoConfig
 
     shutil.copytree(here / "base", here / "odd")
-    AutoConfig.for_model(model_type, architectures=[architecture], **config).save_pretrained(here / "odd")
+    AutoConfig.for_model(model_type, architectures=[architecture], **config).save_pretrained(
+        here / "odd"
+    )
     refused(here, seq_moe(("base", "odd")), "./odd", fragment)

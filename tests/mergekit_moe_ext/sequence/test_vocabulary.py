@@ -9,7 +9,8 @@ from tests.conftest import document, make_model, merge, read_tensors
 from tests.mergekit_moe_ext.sequence.decoders import SPECIAL, save_source, vocabulary
 from tests.tokenizers import save_words
 
-# What each source has of its own: width, order and words. Its embedding may be longer than its tokenizer.
+# What each source has of its own: width, order and words. Its embedding may be longer than its
+# tokenizer.
 SOURCES = {
     "llama": {"vocab_size": 100},
     "gpt2": {"hidden_size": 24, "words": vocabulary(80, shuffled=1, also=("w2-w3",))},
@@ -45,7 +46,9 @@ def matrices(family):
 
 
 def averaged(families, donor, part, width):
-    """MergeME 3.2, token by token: rows filled with zeros to the width, averaged over the sources that have it."""
+    """MergeME 3.2, token by token: rows filled with zeros to the width, averaged over the sources
+    that have it.
+    """
     sources = {family: matrices(family) for family in set(families)}
     expected = []
     words = {row: word for word, row in sources[donor][2].items()}
@@ -83,13 +86,23 @@ def test_embedding_and_head_are_averaged_token_by_token(here, families, donor, w
 
 
 def test_the_donors_embedding_is_filled_with_zeros(here):
-    got = read_tensors(merge(document("hetero_moe", ["llama", "gemma"], "./llama", parameters={"embedding": "donor"})))
+    got = read_tensors(
+        merge(
+            document("hetero_moe", ["llama", "gemma"], "./llama", parameters={"embedding": "donor"})
+        )
+    )
     embedding, head, _ = matrices("llama")
     for name, matrix in {"embed_tokens.weight": embedding, "lm_head.weight": head}.items():
         assert torch.equal(got[name][:, :32], matrix) and not got[name][:, 32:].any()
-    tied = merge(document("hetero_moe", ["gemma", "llama"], "./gemma", parameters={"embedding": "donor"}), "tied")
+    tied = merge(
+        document("hetero_moe", ["gemma", "llama"], "./gemma", parameters={"embedding": "donor"}),
+        "tied",
+    )
     got = read_tensors(tied)
-    assert torch.equal(got["embed_tokens.weight"], matrices("gemma")[0]) and "lm_head.weight" not in got
+    assert (
+        torch.equal(got["embed_tokens.weight"], matrices("gemma")[0])
+        and "lm_head.weight" not in got
+    )
 
 
 def test_half_precision_is_averaged_in_float32(here):
@@ -104,9 +117,14 @@ def test_half_precision_is_averaged_in_float32(here):
 
 
 def stood_in(family, donor):
-    """Embedding and head of a source in the donor's order; for what it lacks, the pieces of its own tokenizer."""
+    """Embedding and head of a source in the donor's order; for what it lacks, the pieces of its own
+    tokenizer.
+    """
     embedding, head, rows = matrices(family)
-    tokenizer, of_donor = AutoTokenizer.from_pretrained(family), AutoTokenizer.from_pretrained(donor)
+    tokenizer, of_donor = (
+        AutoTokenizer.from_pretrained(family),
+        AutoTokenizer.from_pretrained(donor),
+    )
     words = {row: word for word, row in of_donor.get_vocab().items()}
     expected = []
     for row in range(len(matrices(donor)[0])):
@@ -123,7 +141,9 @@ def stood_in(family, donor):
 @pytest.mark.parametrize("donor", ["llama", "gpt2"])
 def test_a_separate_embedding_has_a_row_for_every_token_of_the_donor(here, donor):
     families = ["llama", "gpt2", "gemma"]
-    got = read_tensors(merge(document("hetero_moe", families, f"./{donor}", parameters={"embedding": "separate"})))
+    got = read_tensors(
+        merge(document("hetero_moe", families, f"./{donor}", parameters={"embedding": "separate"}))
+    )
     for index, family in enumerate(families):
         embedding, head = matrices(family)[:2] if family == donor else stood_in(family, donor)
         torch.testing.assert_close(got[f"experts.{index}.embed_tokens.weight"], embedding)
@@ -136,32 +156,51 @@ def test_a_separate_embedding_has_a_row_for_every_token_of_the_donor(here, donor
 def test_a_word_of_two_is_the_mean_of_its_pieces(here):
     """The loop above, once by hand: `w1-w2` is three pieces to GPT-2, the hyphen unknown to it."""
     got = read_tensors(
-        merge(document("hetero_moe", ["llama", "gpt2"], "./llama", parameters={"embedding": "separate"}))
+        merge(
+            document(
+                "hetero_moe", ["llama", "gpt2"], "./llama", parameters={"embedding": "separate"}
+            )
+        )
     )
     embedding, _, rows = matrices("gpt2")
     pieces = [rows["w1"], rows["<unk>"], rows["w2"]]
     row = AutoTokenizer.from_pretrained("llama").get_vocab()["w1-w2"]
-    torch.testing.assert_close(got["experts.1.embed_tokens.weight"][row], embedding[pieces].mean(dim=0))
+    torch.testing.assert_close(
+        got["experts.1.embed_tokens.weight"][row], embedding[pieces].mean(dim=0)
+    )
 
 
 def test_a_token_of_a_role_is_stood_in_for_by_that_of_the_same_role(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"w{i}" for i in range(20)]
     # All roles in one, as GPT-2 has them: above all it ends the text.
-    one = {"unk_token": "<|end|>", "bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    one = {
+        "unk_token": "<|end|>",
+        "bos_token": "<|end|>",
+        "eos_token": "<|end|>",
+        "pad_token": "<|end|>",
+    }
     save_source("one", words=["<|end|>", *words], special=one)
     apart = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     save_source("apart", words=["<unk>", *words, "</s>", "<s>", "<pad>"], special=apart)
     # Its padding was added to the tokenizer alone, so the embedding has no row for it.
     added = {"unk_token": "[UNK]", "bos_token": "[S]", "eos_token": "[E]", "pad_token": "[PAD]"}
-    save_source("added", words=[*words, "[E]", "[S]", "[UNK]", "[PAD]"], special=added, vocab_size=23)
+    save_source(
+        "added", words=[*words, "[E]", "[S]", "[UNK]", "[PAD]"], special=added, vocab_size=23
+    )
 
     def embeddings(donor):
-        config = document("hetero_moe", ["one", "apart", "added"], f"./{donor}", parameters={"embedding": "separate"})
+        config = document(
+            "hetero_moe",
+            ["one", "apart", "added"],
+            f"./{donor}",
+            parameters={"embedding": "separate"},
+        )
         tensors = read_tensors(merge(config, f"out-{donor}"))
         rows = AutoTokenizer.from_pretrained(donor).get_vocab()
         return [
-            {word: tensors[f"experts.{i}.embed_tokens.weight"][row] for word, row in rows.items()} for i in range(3)
+            {word: tensors[f"experts.{i}.embed_tokens.weight"][row] for word, row in rows.items()}
+            for i in range(3)
         ]
 
     own = {name: (matrices(name)[0], matrices(name)[2]) for name in ("one", "apart", "added")}
@@ -185,14 +224,18 @@ def nothing_left(directory):
     return not any(path.name.startswith((".", "out")) for path in directory.iterdir())
 
 
-@pytest.mark.parametrize(("family", "embedding"), [("llama", "average"), ("gpt2", "separate"), ("olmo", "donor")])
+@pytest.mark.parametrize(
+    ("family", "embedding"), [("llama", "average"), ("gpt2", "separate"), ("olmo", "donor")]
+)
 def test_a_source_without_a_tokenizer(here, family, embedding):
     """For many a family transformers makes up an empty tokenizer instead."""
     make_model(here / "bare", 1, family=family)
     message = r"\./bare has no tokenizer, and tokens are matched by their strings"
     for base in ("./llama", "./bare"):
         with pytest.raises(click.ClickException, match=message):
-            merge(document("hetero_moe", ["llama", "bare"], base, parameters={"embedding": embedding}))
+            merge(
+                document("hetero_moe", ["llama", "bare"], base, parameters={"embedding": embedding})
+            )
     assert nothing_left(here)
 
 
@@ -209,13 +252,21 @@ def test_tokenizers_that_share_no_token(here, embedding):
     special = {"unk_token": "[UNK]", "eos_token": "[EOS]"}
     save_source("strange", words=["[UNK]", "[EOS]", *(f"v{i}" for i in range(30))], special=special)
     with pytest.raises(click.ClickException, match=r"\./strange shares no token with \./llama"):
-        merge(document("hetero_moe", ["llama", "strange"], "./llama", parameters={"embedding": embedding}))
+        merge(
+            document(
+                "hetero_moe", ["llama", "strange"], "./llama", parameters={"embedding": embedding}
+            )
+        )
     assert nothing_left(here)
 
 
 def test_a_donor_whose_tokenizer_has_more_tokens_than_its_embedding(here):
     save_source("short", words=vocabulary(40), vocab_size=30)
-    with pytest.raises(click.ClickException, match=r"the tokenizer of \./short cannot be used: .*unused|WordLevel"):
+    with pytest.raises(
+        click.ClickException, match=r"the tokenizer of \./short cannot be used: .*unused|WordLevel"
+    ):
         merge(document("hetero_moe", ["short", "llama"], "./short"))
     assert nothing_left(here)
-    merge(document("hetero_moe", ["llama", "short"], "./llama", parameters={"embedding": "separate"}))
+    merge(
+        document("hetero_moe", ["llama", "short"], "./llama", parameters={"embedding": "separate"})
+    )

@@ -1,4 +1,6 @@
-"""The kernels against numpy references in float64 written from the papers, and against stock mergekit."""
+"""The kernels against numpy references in float64 written from the papers, and against stock
+mergekit.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ SHAPES = [(0,), (), (1,), (7,), (3, 5), (40, 1000), (2, 3, 4, 5)]
 DENSITIES = [-1.0, 0.0, 1e-9, 0.2, 0.5, 0.8, 0.999, 1.0, 2.0]
 
 
-@pytest.fixture(params=[(64, 1), (100, 3), (1 << 14, 2)], ids=lambda p: f"chunk-{p[0]}-threads-{p[1]}")
+@pytest.fixture(
+    params=[(64, 1), (100, 3), (1 << 14, 2)], ids=lambda p: f"chunk-{p[0]}-threads-{p[1]}"
+)
 def split(request, monkeypatch):
     """Several chunk sizes and numbers of threads."""
     chunk, threads = request.param
@@ -31,7 +35,13 @@ def split(request, monkeypatch):
 def reference_trim(values: np.ndarray, density: float) -> np.ndarray:
     """TIES' trim, by a stable sort: the largest magnitudes, lowest index first, NaN above all."""
     flat = values.reshape(-1)
-    count = 0 if density <= 0 else len(flat) if density >= 1 else min(len(flat), max(1, int(density * len(flat))))
+    count = (
+        0
+        if density <= 0
+        else len(flat)
+        if density >= 1
+        else min(len(flat), max(1, int(density * len(flat))))
+    )
     order = np.argsort(-np.where(np.isnan(flat), np.inf, np.abs(flat)), kind="stable")
     nans = np.isnan(flat)[order]
     order = np.concatenate([order[nans], order[~nans]])
@@ -43,7 +53,9 @@ def reference_trim(values: np.ndarray, density: float) -> np.ndarray:
 
 def reference_ties(base, tensors, weights, densities, normalize, scale):
     """TIES parameter by parameter: trim, elect, merge (MergeME 3.1.2, with source minus base)."""
-    deltas = [w * reference_trim(t - base, d) for t, w, d in zip(tensors, weights, densities, strict=True)]
+    deltas = [
+        w * reference_trim(t - base, d) for t, w, d in zip(tensors, weights, densities, strict=True)
+    ]
     result = base.astype(np.float64).copy()
     for index in np.ndindex(base.shape):
         values = [float(delta[index]) for delta in deltas]
@@ -56,7 +68,9 @@ def reference_ties(base, tensors, weights, densities, normalize, scale):
 
 
 def random_tensor(shape, dtype, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,7 +96,16 @@ def test_trim(dtype, shape, density, split):
         [3e4, 6e-5, -6e4, 0.0, -0.0] * 200,
         list(range(500)) + list(range(500)),
     ],
-    ids=["equal", "zeros", "mostly zeros", "signs", "two values", "NaN and Inf", "huge and tiny", "twice"],
+    ids=[
+        "equal",
+        "zeros",
+        "mostly zeros",
+        "signs",
+        "two values",
+        "NaN and Inf",
+        "huge and tiny",
+        "twice",
+    ],
 )
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.4, 0.5, 0.75, 0.999])
 def test_trim_of_ties_and_extremes(dtype, values, density, split):
@@ -107,7 +130,9 @@ def test_trim_where_the_sample_misleads(monkeypatch):
     tensor = random_tensor((300_000,), torch.float32)
     tensor[:: 300_000 // 10 | 1] = 0
     for density in (0.01, 0.5, 0.99):
-        assert np.array_equal(trim(tensor, density).numpy(), reference_trim(tensor.numpy(), density))
+        assert np.array_equal(
+            trim(tensor, density).numpy(), reference_trim(tensor.numpy(), density)
+        )
 
 
 @settings(deadline=None, max_examples=200)
@@ -129,14 +154,19 @@ def test_trim_keeps_its_count_and_is_idempotent(values, density):
 
 
 def test_the_threshold_of_a_difference_is_that_of_the_difference(split):
-    tensor, base = random_tensor((5000,), torch.float32, 1), random_tensor((5000,), torch.float32, 2)
+    tensor, base = (
+        random_tensor((5000,), torch.float32, 1),
+        random_tensor((5000,), torch.float32, 2),
+    )
     assert magnitude_threshold(tensor, 0.7, base) == magnitude_threshold(tensor - base, 0.7)
 
 
 def test_the_threshold_of_a_difference_of_two_dtypes():
     tensor, base = random_tensor((500,), torch.bfloat16, 1), random_tensor((500,), torch.float32, 2)
     for density in (0.01, 0.5):
-        assert magnitude_threshold(tensor, density, base) == magnitude_threshold(tensor - base, density)
+        assert magnitude_threshold(tensor, density, base) == magnitude_threshold(
+            tensor - base, density
+        )
 
 
 CASES = [
@@ -170,7 +200,10 @@ def test_fast_ties_is_ties(case, shape, split):
 def test_fast_ties_equals_stock_bit_for_bit(case, sources, int8_mask, split):
     tensors = [random_tensor((70, 90), torch.float32, seed) for seed in range(sources + 1)]
     parameters = {
-        **{key: (value * 3)[:sources] if isinstance(value, list) else value for key, value in case.items()},
+        **{
+            key: (value * 3)[:sources] if isinstance(value, list) else value
+            for key, value in case.items()
+        },
         "int8_mask": int8_mask,
     }
     before = [tensor.clone() for tensor in tensors]
@@ -183,7 +216,10 @@ def test_fast_ties_of_many_sources_differs_from_stock_in_rounding_only(split):
     """From five summands on torch's own sum depends on where an element stands."""
     tensors = [random_tensor((70, 90), torch.float32, seed) for seed in range(20)]
     parameters = {"weight": 0.3, "density": 0.6, "normalize": True, "lambda": 0.5}
-    got, stock = (merge_tensors(tensors, name, base_index=0, parameters=parameters) for name in ("fast_ties", "ties"))
+    got, stock = (
+        merge_tensors(tensors, name, base_index=0, parameters=parameters)
+        for name in ("fast_ties", "ties")
+    )
     assert torch.allclose(got, stock, rtol=1e-5, atol=1e-6) and (got == stock).float().mean() > 0.5
 
 
@@ -192,10 +228,18 @@ def test_fast_ties_in_half_precision_is_as_close_as_stock(dtype, split):
     tensors = [random_tensor((50, 60), dtype, seed) for seed in range(4)]
     parameters = {"weight": 1.0, "density": 1.0, "normalize": False, "lambda": 1 / 3}
     exact = reference_ties(
-        tensors[0].double().numpy(), [t.double().numpy() for t in tensors[1:]], [1.0] * 3, [1.0] * 3, False, 1 / 3
+        tensors[0].double().numpy(),
+        [t.double().numpy() for t in tensors[1:]],
+        [1.0] * 3,
+        [1.0] * 3,
+        False,
+        1 / 3,
     )
     errors = {
-        name: np.abs(merge_tensors(tensors, name, base_index=0, parameters=parameters).double().numpy() - exact).mean()
+        name: np.abs(
+            merge_tensors(tensors, name, base_index=0, parameters=parameters).double().numpy()
+            - exact
+        ).mean()
         for name in ("ties", "fast_ties")
     }
     assert errors["fast_ties"] <= errors["ties"] * 1.01 and errors["fast_ties"] < 0.02
@@ -213,14 +257,18 @@ def test_nonfinite_values_show_in_the_result(name, value, split):
 @pytest.mark.parametrize("name", ["fast_ties", "dare"])
 def test_only_the_base(name):
     tensor = random_tensor((5,), torch.float32)
-    assert torch.equal(merge_tensors([tensor], name, base_index=0, parameters={"weight": []}), tensor)
+    assert torch.equal(
+        merge_tensors([tensor], name, base_index=0, parameters={"weight": []}), tensor
+    )
 
 
 def test_gradients_equal_those_of_stock(split):
     parameters = {"weight": [1.0, 0.5], "density": [0.6, 0.9], "normalize": True, "lambda": 0.4}
     gradients = {}
     for name in ("ties", "fast_ties"):
-        tensors = [random_tensor((20, 30), torch.float64, seed).requires_grad_() for seed in range(3)]
+        tensors = [
+            random_tensor((20, 30), torch.float64, seed).requires_grad_() for seed in range(3)
+        ]
         merged = merge_tensors(tensors, name, base_index=0, parameters=parameters)
         merged.backward(random_tensor((20, 30), torch.float64, 9))
         gradients[name] = [tensor.grad for tensor in tensors]
@@ -258,12 +306,17 @@ def test_random_mask_does_not_depend_on_where_it_is_cut():
     whole = random_mask(key, slice(0, 1000), 0.3, device)
     cut = [random_mask(key, slice(a, b), 0.3, device) for a, b in ((0, 1), (1, 333), (333, 1000))]
     assert torch.equal(whole, torch.cat(cut))
-    assert random_mask(key, slice(0, 9), 1.0, device).all() and not random_mask(key, slice(0, 9), 0.0, device).any()
+    assert (
+        random_mask(key, slice(0, 9), 1.0, device).all()
+        and not random_mask(key, slice(0, 9), 0.0, device).any()
+    )
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.8])
 def test_random_masks_are_statistically_sound(density):
-    """Over 2^20 elements: the rate, its variance over blocks, and independence of lags, sources and names."""
+    """Over 2^20 elements: the rate, its variance over blocks, and independence of lags, sources and
+    names.
+    """
     n, device = 1 << 20, torch.device("cpu")
     keys = [mask_key(0, 0, "a"), mask_key(0, 1, "a"), mask_key(0, 0, "b"), mask_key(1, 0, "a")]
     masks = [random_mask(key, slice(0, n), density, device).double().numpy() for key in keys]
@@ -271,7 +324,9 @@ def test_random_masks_are_statistically_sound(density):
     for mask in masks:
         assert abs(mask.mean() - density) < 5 * sigma / n**0.5
         blocks = (mask.reshape(-1, 1024).sum(1) - 1024 * density) / (sigma * 32)
-        assert abs((blocks**2).sum() - 1024) < 5 * (2 * 1024) ** 0.5  # chi-squared with 1024 degrees
+        assert (
+            abs((blocks**2).sum() - 1024) < 5 * (2 * 1024) ** 0.5
+        )  # chi-squared with 1024 degrees
         for lag in (1, 2, 3, 64, 128, 1024, 4096, 1 << 16):
             centred = (mask - density) / sigma
             assert abs((centred[lag:] * centred[:-lag]).mean()) < 5 / (n - lag) ** 0.5
@@ -288,20 +343,36 @@ def test_dare_is_dare(dtype, elect_sign, split):
     torch.manual_seed(4)
     tensors = [random_tensor((30, 40), dtype, seed) for seed in range(4)]
     weights, densities = [1.0, 0.5, -2.0], [0.8, 0.3, 1.0]
-    parameters = {"weight": weights, "density": densities, "lambda": 1 / 3, "elect_sign": elect_sign}
+    parameters = {
+        "weight": weights,
+        "density": densities,
+        "lambda": 1 / 3,
+        "elect_sign": elect_sign,
+    }
     group = TensorGroup.from_tensors(tensors, base_index=0, name="x")
     (got,) = merge_methods.get("dare")((group,), parameters=parameters)
     base = tensors[0].double()
     values = []
-    for position, (tensor, weight, density) in enumerate(zip(tensors[1:], weights, densities, strict=True)):
-        mask = random_mask(mask_key(4, position, "x"), slice(0, 1200), density, base.device).view(30, 40)
+    for position, (tensor, weight, density) in enumerate(
+        zip(tensors[1:], weights, densities, strict=True)
+    ):
+        mask = random_mask(mask_key(4, position, "x"), slice(0, 1200), density, base.device).view(
+            30, 40
+        )
         values.append(weight * mask.double() * (tensor.double() - base) / density)
     if elect_sign:
         positive = sum(values) >= 0
         values = [value * torch.where(positive, value > 0, value < 0) for value in values]
     expected = base + sum(values) / 3
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-    assert got.dtype == dtype and torch.allclose(got.double(), expected, rtol=tolerance, atol=tolerance)
+    tolerance = {
+        torch.float64: 1e-12,
+        torch.float32: 1e-5,
+        torch.bfloat16: 2e-2,
+        torch.float16: 2e-3,
+    }[dtype]
+    assert got.dtype == dtype and torch.allclose(
+        got.double(), expected, rtol=tolerance, atol=tolerance
+    )
 
 
 def test_dare_depends_on_the_seed_and_the_name_only():
@@ -314,7 +385,9 @@ def test_dare_depends_on_the_seed_and_the_name_only():
         return merge_methods.get("dare")((group,), parameters={"density": 0.5})[0]
 
     assert torch.equal(dare(1, "a"), dare(1, "a"))
-    assert not torch.equal(dare(1, "a"), dare(2, "a")) and not torch.equal(dare(1, "a"), dare(1, "b"))
+    assert not torch.equal(dare(1, "a"), dare(2, "a")) and not torch.equal(
+        dare(1, "a"), dare(1, "b")
+    )
 
 
 def test_dare_keeps_the_expectation():

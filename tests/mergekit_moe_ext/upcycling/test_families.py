@@ -1,4 +1,6 @@
-"""Each pair of architectures: what it computes, against the dense model or a loop written from the equation."""
+"""Each pair of architectures: what it computes, against the dense model or a loop written from the
+equation.
+"""
 
 import dataclasses
 import json
@@ -24,9 +26,17 @@ CASES = [
     ("qwen3", {}, "Qwen3MoeForCausalLM"),
     ("qwen3", {**WINDOW, "max_window_layers": 0}, "Qwen3MoeForCausalLM"),
     ("qwen3", {"attention_bias": True}, "Qwen3MoeForCausalLM"),
-    ("qwen3", {**WINDOW, "max_window_layers": 28}, "Qwen3MoeForCausalLM"),  # transformers' default: no layer slides
+    (
+        "qwen3",
+        {**WINDOW, "max_window_layers": 28},
+        "Qwen3MoeForCausalLM",
+    ),  # transformers' default: no layer slides
     ("seed_oss", {"attention_out_bias": False}, "Qwen2MoeForCausalLM"),
-    ("ministral", {"head_dim": 8, "sliding_window": 5, "layer_types": MIXED_LAYERS}, "Qwen2MoeForCausalLM"),
+    (
+        "ministral",
+        {"head_dim": 8, "sliding_window": 5, "layer_types": MIXED_LAYERS},
+        "Qwen2MoeForCausalLM",
+    ),
     ("cwm", {"sliding_window": 5, "layer_types": MIXED_LAYERS}, "Qwen2MoeForCausalLM"),
     ("olmo2", {}, "FlexOlmoForCausalLM"),
     ("olmo2", {"attention_bias": True}, "FlexOlmoForCausalLM"),
@@ -42,7 +52,11 @@ CASES = [
         },
         "GraniteMoeForCausalLM",
     ),
-    ("cohere2", {"sliding_window": 5, "logit_scale": 0.3, "layer_types": MIXED_LAYERS}, "Cohere2MoeForCausalLM"),
+    (
+        "cohere2",
+        {"sliding_window": 5, "logit_scale": 0.3, "layer_types": MIXED_LAYERS},
+        "Cohere2MoeForCausalLM",
+    ),
     ("ernie4_5", {}, "Ernie4_5_MoeForCausalLM"),
     ("hunyuan_v1_dense", {"attention_bias": True, "head_dim": 8}, "HunYuanMoEV1ForCausalLM"),
 ]
@@ -71,7 +85,11 @@ def test_equal_sources_give_the_dense_model(tmp_path, monkeypatch, family, confi
     dense = AutoModelForCausalLM.from_pretrained("base")
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
-    assert json.loads((out / "config.json").read_text())["architectures"] == [moe] == [type(loaded).__name__]
+    assert (
+        json.loads((out / "config.json").read_text())["architectures"]
+        == [moe]
+        == [type(loaded).__name__]
+    )
     assert torch.allclose(logits(dense), logits(loaded), atol=1e-5)
     tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert tied == (dense.lm_head.weight is dense.model.embed_tokens.weight)
@@ -85,35 +103,58 @@ def test_all_load_where_this_package_is_not(tmp_path, monkeypatch):
         merge(document("moe_linear", [family] * 2, base=None), f"{family}-moe")
     script = (
         "import sys, torch\n"
-        "for name in ('mergekit_moe_ext', '_mergekit_moe_ext_autoload', 'mergekit'): sys.modules[name] = None\n"
+        "for name in ('mergekit_moe_ext', '_mergekit_moe_ext_autoload', 'mergekit'): "
+        "sys.modules[name] = None\n"
         "from transformers import AutoModelForCausalLM\n"
         "tokens = torch.arange(1, 41).reshape(2, 20) * 7 % 96\n"
         f"for family in {families}:\n"
-        "    model, info = AutoModelForCausalLM.from_pretrained(family + '-moe', output_loading_info=True)\n"
+        "    model, info = AutoModelForCausalLM.from_pretrained(family + '-moe', "
+        "output_loading_info=True)\n"
         "    assert not any(info.values()), (family, info)\n"
         "    torch.save(model.eval()(tokens).logits.detach(), family + '.pt')\n"
     )
-    done = run("python", "-c", script, env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, cwd=tmp_path)
+    done = run(
+        "python",
+        "-c",
+        script,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     for family in families:
         dense = logits(AutoModelForCausalLM.from_pretrained(family))
         assert torch.allclose(torch.load(f"{family}.pt"), dense, atol=1e-5), family
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "granite", "cohere2", "ernie4_5", "hunyuan_v1_dense"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3", "olmo2", "granite", "cohere2", "ernie4_5", "hunyuan_v1_dense"]
+)
 def test_one_expert_in_the_mixture_is_the_dense_model_with_that_ffn(tmp_path, monkeypatch, family):
     """With every token sent to expert 1: the merged model with the FFNs of `math`."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", "math", "code"), 1):
         make_model(tmp_path / name, seed, family=family, head_dim=8, tie_word_embeddings=False)
-    out = merge(document("moe", ["base", "math", "code"], parameters={"experts_per_token": 1, "gate_mode": "zeros"}))
-    moe, dense = AutoModelForCausalLM.from_pretrained(out), AutoModelForCausalLM.from_pretrained("base")
+    out = merge(
+        document(
+            "moe",
+            ["base", "math", "code"],
+            parameters={"experts_per_token": 1, "gate_mode": "zeros"},
+        )
+    )
+    moe, dense = (
+        AutoModelForCausalLM.from_pretrained(out),
+        AutoModelForCausalLM.from_pretrained("base"),
+    )
     tensors = read_tensors(out)
     state = {name: tensors[name] for name in dense.state_dict() if ".mlp." not in name}
-    state |= {name: tensor for name, tensor in read_tensors(tmp_path / "math").items() if ".mlp." in name}
+    state |= {
+        name: tensor for name, tensor in read_tensors(tmp_path / "math").items() if ".mlp." in name
+    }
     dense.load_state_dict(state)
     for router in routers_of(moe).values():
-        router.register_forward_hook(lambda _gate, _inputs, out: (*out[:2], torch.ones_like(out[2])))
+        router.register_forward_hook(
+            lambda _gate, _inputs, out: (*out[:2], torch.ones_like(out[2]))
+        )
     assert torch.allclose(logits(dense), logits(moe), atol=1e-5)
 
 
@@ -131,11 +172,20 @@ def test_the_shared_expert_of_qwen2_moe_is_merged_and_silent(tmp_path, monkeypat
     assert not got["model.layers.1.mlp.shared_expert_gate.weight"].any()
 
 
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+}
 
 
 def switch_by_hand(dense, tensors, capacity):
-    """Switch Transformers, equations 1 and 2, in the FFNs of a T5: each sequence's tokens one after the other."""
+    """Switch Transformers, equations 1 and 2, in the FFNs of a T5: each sequence's tokens one after
+    the other.
+    """
     for side, position in (("encoder", 1), ("decoder", 2)):
         for index, block in enumerate(dense.get_submodule(side).block):
             prefix = f"{side}.block.{index}.layer.{position}.mlp"
@@ -145,11 +195,16 @@ def switch_by_hand(dense, tensors, capacity):
                 for sequence in range(len(states)):
                     taken = {}
                     for token, v in enumerate(states[sequence]):
-                        probabilities = (tensors[f"{prefix}.router.classifier.weight"] @ v).softmax(0)
+                        probabilities = (tensors[f"{prefix}.router.classifier.weight"] @ v).softmax(
+                            0
+                        )
                         chosen = int(probabilities.argmax())
                         taken[chosen] = taken.get(chosen, 0) + 1
                         if taken[chosen] <= capacity:
-                            wi, wo = (tensors[f"{prefix}.experts.expert_{chosen}.{w}.weight"] for w in ("wi", "wo"))
+                            wi, wo = (
+                                tensors[f"{prefix}.experts.expert_{chosen}.{w}.weight"]
+                                for w in ("wi", "wo")
+                            )
                             result[sequence, token] = probabilities[chosen] * (wo @ (wi @ v).relu())
                 return result
 
@@ -172,10 +227,14 @@ def test_t5_becomes_a_switch_transformer(tmp_path, monkeypatch, capacity):
     dense.load_state_dict({k: v for k, v in tensors.items() if ".mlp." not in k}, strict=False)
     inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :7]}
     got = logits(moe, **inputs)
-    assert torch.allclose(got, logits(switch_by_hand(dense.eval(), tensors, capacity or 64), **inputs), atol=1e-5)
+    assert torch.allclose(
+        got, logits(switch_by_hand(dense.eval(), tensors, capacity or 64), **inputs), atol=1e-5
+    )
     for index, name in enumerate(("base", "math")):
         source = read_tensors(tmp_path / name)["decoder.block.2.layer.2.DenseReluDense.wo.weight"]
-        assert torch.equal(tensors[f"decoder.block.2.layer.2.mlp.experts.expert_{index}.wo.weight"], source)
+        assert torch.equal(
+            tensors[f"decoder.block.2.layer.2.mlp.experts.expert_{index}.wo.weight"], source
+        )
     assert "AutoModelForSeq2SeqLM" in (out / "README.md").read_text()
 
 

@@ -1,4 +1,6 @@
-"""Gates made of prompts, against a forward pass of one prompt at a time with a hook of the test's own."""
+"""Gates made of prompts, against a forward pass of one prompt at a time with a hook of the test's
+own.
+"""
 
 import logging
 
@@ -14,7 +16,10 @@ from tests.tokenizers import save_tokenizer
 PROMPTS = {
     "base": (["w1 w2 w3 w4 w5 w6 w7 w8 w9"], None),
     "math": (["w10", "w11 w12 w13 w14 w15 w16"], ["w40 w41", "w42 w43 w44 w45 w46"]),
-    "code": (["w20 w21", "w22", "w23 w24 w25", "w26", "w27", "w28", "w29", "w30", "w31 w32 w33 w34"], ["w1"]),
+    "code": (
+        ["w20 w21", "w22", "w23 w24 w25", "w26", "w27", "w28", "w29", "w30", "w31 w32 w33 w34"],
+        ["w1"],
+    ),
 }
 NAMES = {  # family: the module that the gate reads, the gate's hub name
     "llama": ("post_attention_layernorm", "block_sparse_moe.gate"),
@@ -25,7 +30,8 @@ NAMES = {  # family: the module that the gate reads, the gate's hub name
 
 def entries(**changes):
     models = {
-        name: {"positive_prompts": p, **({"negative_prompts": n} if n else {})} for name, (p, n) in PROMPTS.items()
+        name: {"positive_prompts": p, **({"negative_prompts": n} if n else {})}
+        for name, (p, n) in PROMPTS.items()
     }
     models |= changes
     return [{"model": f"./{name}", "parameters": parameters} for name, parameters in models.items()]
@@ -56,13 +62,19 @@ def by_hand(where, family, mode):
         for prompt in prompts:
             seen = []
             hooks = [
-                getattr(layer, norm).register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out[0]))
+                getattr(layer, norm).register_forward_hook(
+                    lambda _m, _i, out, seen=seen: seen.append(out[0])
+                )
                 if norm
-                else layer.mlp.gate_proj.register_forward_pre_hook(lambda _m, ins, seen=seen: seen.append(ins[0][0]))
+                else layer.mlp.gate_proj.register_forward_pre_hook(
+                    lambda _m, ins, seen=seen: seen.append(ins[0][0])
+                )
                 for layer in model.model.layers
             ]
             model(**tokenizer(prompt, return_tensors="pt"))
-            of_prompts.append(torch.stack([s.mean(0) if mode == "hidden_avg" else s[-1] for s in seen]))
+            of_prompts.append(
+                torch.stack([s.mean(0) if mode == "hidden_avg" else s[-1] for s in seen])
+            )
             for hook in hooks:
                 hook.remove()
         return sum(of_prompts) / len(of_prompts)
@@ -91,7 +103,13 @@ def test_the_gate_prefers_the_expert_of_the_prompt(prompted):
     prompted()
     one_each = {name: {"positive_prompts": [p[0]]} for name, (p, _n) in PROMPTS.items()}
     model = AutoModelForCausalLM.from_pretrained(
-        merge(document("moe", entries(**one_each), parameters={"gate_mode": "hidden", "experts_per_token": 1}))
+        merge(
+            document(
+                "moe",
+                entries(**one_each),
+                parameters={"gate_mode": "hidden", "experts_per_token": 1},
+            )
+        )
     )
     tokenizer = AutoTokenizer.from_pretrained("base")
     for expert, parameters in enumerate(one_each.values()):
@@ -133,7 +151,9 @@ def test_prompts_from_a_text_file(prompted):
 
 def test_a_model_listed_twice_may_have_two_sets_of_prompts(prompted):
     prompted()
-    models = [{"model": "./base", "parameters": {"positive_prompts": [text]}} for text in ("w1 w2", "w50")]
+    models = [
+        {"model": "./base", "parameters": {"positive_prompts": [text]}} for text in ("w1 w2", "w50")
+    ]
     got = read_tensors(merge(document("moe", models, parameters={"gate_mode": "hidden"})))
     gate = got["model.layers.0.block_sparse_moe.gate.weight"]
     assert not torch.allclose(gate[0], gate[1], atol=1e-2)
@@ -148,7 +168,11 @@ def test_a_model_listed_twice_may_have_two_sets_of_prompts(prompted):
         ({"code": {"positive_prompts": ["w1", " "]}}, "hidden", "is empty"),
         ({"code": {"positive_prompts": 3}}, "hidden", "`positive_prompts` under models"),
         ({"code": {"positive_prompt": ["w1"]}}, "hidden", "did you mean `positive_prompts`"),
-        ({name: {"positive_prompts": ["w1"]} for name in PROMPTS}, "cheap_embed", "the same for all experts"),
+        (
+            {name: {"positive_prompts": ["w1"]} for name in PROMPTS},
+            "cheap_embed",
+            "the same for all experts",
+        ),
         ({}, "hiden", "`gate_mode` under `parameters:`"),
     ],
 )
@@ -174,7 +198,10 @@ def test_unused_prompts_and_degenerate_gates_are_warned_about(prompted, caplog):
     with caplog.at_level(logging.WARNING):
         merge(document("moe", entries()))
     assert "gate_mode is random, so the prompts are not used" in caplog.text
-    similar = {name: {"positive_prompts": [f"w{number}" + 20 * " w60"]} for number, name in enumerate(PROMPTS)}
+    similar = {
+        name: {"positive_prompts": [f"w{number}" + 20 * " w60"]}
+        for number, name in enumerate(PROMPTS)
+    }
     with caplog.at_level(logging.WARNING):
         merge(document("moe", entries(**similar), parameters={"gate_mode": "hidden"}), "degenerate")
     assert "the gates of all layers are degenerate" in caplog.text

@@ -30,7 +30,13 @@ def without_ffn(tensors):
         ("linear", {"weight": [0.1, 1.0], "normalize": False}),  # a gradient over the layers
         ("linear", {"weight": [{"filter": "q_proj", "value": [0.5, 2.0]}, {"value": 1.0}]}),
         ("ties", {"weight": 1.0, **PAPER}),
-        ("ties", {"weight": [1.0, 0.2], "density": [{"filter": "self_attn", "value": 0.3}, {"value": 0.6}]}),
+        (
+            "ties",
+            {
+                "weight": [1.0, 0.2],
+                "density": [{"filter": "self_attn", "value": 0.3}, {"value": 0.6}],
+            },
+        ),
         ("sce", {"select_topk": 0.5}),
         ("karcher", {}),
         ("task_arithmetic", {"weight": 0.7, "lambda": 0.5}),
@@ -39,7 +45,9 @@ def without_ffn(tensors):
 )
 def test_shared_parameters_are_the_stock_method_s_own(here, shared, parameters):
     stock = merge(document(shared, parameters=parameters, dtype="float32"), "stock")
-    ours = merge(document("moe", parameters={"shared": shared, **parameters}, dtype="float32"), "ours")
+    ours = merge(
+        document("moe", parameters={"shared": shared, **parameters}, dtype="float32"), "ours"
+    )
     expected, got = without_ffn(read_tensors(stock)), read_tensors(ours)
     assert len(expected) == 3 * 6 + 3
     for name, tensor in expected.items():
@@ -55,7 +63,9 @@ def test_moe_ties_is_the_stock_ties_of_the_shared_parameters(here):
 
 def test_moe_dare_depends_on_the_random_seed(here):
     config = document("moe_dare", parameters={"density": 0.5})
-    first, again, other = (merge(config, out, random_seed=seed) for out, seed in (("a", 1), ("b", 1), ("c", 2)))
+    first, again, other = (
+        merge(config, out, random_seed=seed) for out, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
     assert same_files(first, again)
     name = "model.embed_tokens.weight"
     assert not torch.equal(read_tensors(first)[name], read_tensors(other)[name])
@@ -102,11 +112,14 @@ def test_experts_are_their_sources_bit_for_bit(here):
 
 
 def test_output_loads_without_this_package_and_computes_ff_moe(here):
-    """Logits against MergeME's FF_MoE in 3.1.1, written out token by token on the stock dense model."""
+    """Logits against MergeME's FF_MoE in 3.1.1, written out token by token on the stock dense
+    model.
+    """
     out = merge(document("moe_ties", parameters=PAPER, dtype="float32"), random_seed=5)
     script = (
         "import sys, torch\n"
-        "for name in ('mergekit_moe_ext', '_mergekit_moe_ext_autoload', 'mergekit'): sys.modules[name] = None\n"
+        "for name in ('mergekit_moe_ext', '_mergekit_moe_ext_autoload', 'mergekit'): "
+        "sys.modules[name] = None\n"
         "from transformers import AutoModelForCausalLM\n"
         "model, info = AutoModelForCausalLM.from_pretrained('out', output_loading_info=True)\n"
         "assert type(model).__module__.startswith('transformers.models.mixtral')\n"
@@ -119,18 +132,26 @@ def test_output_loads_without_this_package_and_computes_ff_moe(here):
 
     tensors = read_tensors(out)
     dense = LlamaForCausalLM.from_pretrained(here / "base")
-    dense.load_state_dict(without_ffn({k: v for k, v in tensors.items() if "moe" not in k}), strict=False)
+    dense.load_state_dict(
+        without_ffn({k: v for k, v in tensors.items() if "moe" not in k}), strict=False
+    )
     for index, layer in enumerate(dense.model.layers):
         prefix = f"model.layers.{index}.block_sparse_moe"
 
         def ff_moe(states, prefix=prefix):
             result = torch.zeros_like(states)
-            for position in torch.cartesian_prod(*(torch.arange(n) for n in states.shape[:2])).tolist():
+            for position in torch.cartesian_prod(
+                *(torch.arange(n) for n in states.shape[:2])
+            ).tolist():
                 v = states[tuple(position)]
                 scores = tensors[f"{prefix}.gate.weight"] @ v
                 chosen = scores.topk(2)
-                for weight, expert in zip(chosen.values.softmax(0), chosen.indices.tolist(), strict=True):
-                    w1, w2, w3 = (tensors[f"{prefix}.experts.{expert}.w{n}.weight"] for n in (1, 2, 3))
+                for weight, expert in zip(
+                    chosen.values.softmax(0), chosen.indices.tolist(), strict=True
+                ):
+                    w1, w2, w3 = (
+                        tensors[f"{prefix}.experts.{expert}.w{n}.weight"] for n in (1, 2, 3)
+                    )
                     result[tuple(position)] += weight * (w2 @ (functional.silu(w1 @ v) * (w3 @ v)))
             return result
 
@@ -171,7 +192,9 @@ def test_equal_sources_give_the_dense_model(tmp_path, monkeypatch, family, confi
     assert json.loads((out / "config.json").read_text())["num_local_experts"] == 3
     dense, moe = (AutoModelForCausalLM.from_pretrained(path) for path in ("base", out))
     assert torch.allclose(logits(dense), logits(moe), atol=1e-5)
-    assert (moe.lm_head.weight is moe.model.embed_tokens.weight) == config.get("tie_word_embeddings", False)
+    assert (moe.lm_head.weight is moe.model.embed_tokens.weight) == config.get(
+        "tie_word_embeddings", False
+    )
 
 
 def test_a_source_listed_twice_is_two_experts_and_merged_once(here):
@@ -185,7 +208,9 @@ def test_a_source_listed_twice_is_two_experts_and_merged_once(here):
 def test_a_base_that_is_not_listed_is_no_expert_and_not_averaged(here):
     got = read_tensors(merge(document(models=["math", "code"])))
     math, code = read_tensors(here / "math"), read_tensors(here / "code")
-    assert torch.allclose(got["model.norm.weight"], (math["model.norm.weight"] + code["model.norm.weight"]) / 2)
+    assert torch.allclose(
+        got["model.norm.weight"], (math["model.norm.weight"] + code["model.norm.weight"]) / 2
+    )
     assert got["model.layers.0.block_sparse_moe.gate.weight"].shape == (2, 32)
 
 
@@ -203,7 +228,9 @@ def test_gates_depend_on_the_seed_and_the_mode(here):
     def gates(out, seed=None, mode="random"):
         parameters = {"gate_mode": mode}
         tensors = read_tensors(merge(document(parameters=parameters), out, random_seed=seed))
-        return torch.stack([tensors[f"model.layers.{i}.block_sparse_moe.gate.weight"] for i in range(3)])
+        return torch.stack(
+            [tensors[f"model.layers.{i}.block_sparse_moe.gate.weight"] for i in range(3)]
+        )
 
     first = gates("a", 1)
     assert torch.equal(first, gates("b", 1)) and not torch.equal(first, gates("c", 2))
@@ -219,8 +246,12 @@ def test_gates_have_the_architecture_s_initializer_range(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "base", 0, initializer_range=0.3)
     for mode in ("random", "uniform_random"):
-        got = read_tensors(merge(document(models=["base"] * 8, parameters={"gate_mode": mode}), mode))
-        assert got["model.layers.1.block_sparse_moe.gate.weight"].std().item() == pytest.approx(0.3, rel=0.15)
+        got = read_tensors(
+            merge(document(models=["base"] * 8, parameters={"gate_mode": mode}), mode)
+        )
+        assert got["model.layers.1.block_sparse_moe.gate.weight"].std().item() == pytest.approx(
+            0.3, rel=0.15
+        )
 
 
 def test_sources_of_several_dtypes_are_promoted(tmp_path, monkeypatch):
@@ -258,7 +289,9 @@ def test_a_donor_that_names_no_architecture(here):
     edited_config(here, "nameless", architectures=None)
     expected = read_tensors(merge(document(models=["base", "math"], base=None), "expected"))
     got = read_tensors(merge(document(models=["nameless", "math"], base=None)))
-    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    assert expected.keys() == got.keys() and all(
+        torch.equal(expected[name], got[name]) for name in expected
+    )
 
 
 def test_dtypes(here):
@@ -334,6 +367,9 @@ def test_tokenizer_files_come_from_the_donor(here):
     save_tokenizer(here / "math", 96)
     (here / "math" / "preprocessor_config.json").write_text("{}")
     out = merge(document(models=["math", "code"], base=None))
-    assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained("math").get_vocab()
+    assert (
+        AutoTokenizer.from_pretrained(out).get_vocab()
+        == AutoTokenizer.from_pretrained("math").get_vocab()
+    )
     assert (out / "preprocessor_config.json").exists()
     assert not (merge(document(base="./code"), "none") / "tokenizer.json").exists()

@@ -1,4 +1,6 @@
-"""Adaptation: against loops over single inputs and Adam written out, and one way of running against another."""
+"""Adaptation: against loops over single inputs and Adam written out, and one way of running against
+another.
+"""
 
 import json
 import logging
@@ -37,20 +39,29 @@ from tests.conftest import ON_CPU, TWO_PROCESSES, document, make_model, merge, r
 from tests.tokenizers import save_tokenizer
 
 READING = Reading(max_length=40, quiet=True)
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 CLASSES = {"base": 3, "sun": 3, "cars": 4}
 STRONG = {"router_init_std": 0.3}  # routers that tell inputs apart from the start
 
 
 def adaptation(**changes):
-    return Adaptation(**{"steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, **changes})
+    return Adaptation(
+        **{"steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, **changes}
+    )
 
 
 def make_classifier(path, seed, classes, kind):
     """A random classifier; other seeds are fine-tunes of it with heads of their own."""
     torch.manual_seed(0)
     if kind == "vit":
-        model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **SIZES))
+        model = ViTForImageClassification(
+            ViTConfig(image_size=8, patch_size=4, num_labels=3, **SIZES)
+        )
         ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(path)
     else:
         model = BertForSequenceClassification(BertConfig(vocab_size=96, num_labels=3, **SIZES))
@@ -62,7 +73,10 @@ def make_classifier(path, seed, classes, kind):
         head = torch.nn.Linear(32, classes)
         head.weight.copy_(0.5 * torch.randn(head.weight.shape, generator=noise))
         head.bias.zero_()
-    model.classifier, model.config.id2label = head, {i: f"c{(i + 1) % classes}" for i in range(classes)}
+    model.classifier, model.config.id2label = (
+        head,
+        {i: f"c{(i + 1) % classes}" for i in range(classes)},
+    )
     model.config.label2id = {name: i for i, name in model.config.id2label.items()}
     model.save_pretrained(path)
 
@@ -70,7 +84,9 @@ def make_classifier(path, seed, classes, kind):
 def words(seed, rows, least=3):
     generator = random.Random(seed)
     return [
-        " ".join(f"w{generator.randrange(90)}" for _ in range(generator.randrange(least, least + 20)))
+        " ".join(
+            f"w{generator.randrange(90)}" for _ in range(generator.randrange(least, least + 20))
+        )
         for _ in range(rows)
     ]
 
@@ -118,15 +134,23 @@ def made(tmp_path_factory):
         ):
             kind = out.split("-")[0]
             models = [f"{kind}/sun", f"{kind}/cars"]
-            merge(document(method, models=models, base=f"./{kind}/base", parameters=parameters), out)
+            merge(
+                document(method, models=models, base=f"./{kind}/base", parameters=parameters), out
+            )
     for task, classes in (("sun", 3), ("cars", 4)):
         for number in range(classes):
             draw(root / "images" / task / f"c{number}", [len(task), number], 12 // classes)
         texts = words(len(task), 12)
-        write(root / f"{task}.jsonl", [{"text": text, "label": i % classes} for i, text in enumerate(texts)])
+        write(
+            root / f"{task}.jsonl",
+            [{"text": text, "label": i % classes} for i, text in enumerate(texts)],
+        )
     draw(root / "images" / "flat", 7, 8)
     write(root / "long.jsonl", [{"text": text} for text in [*words(5, 6, least=9), "w1 w2"]])
-    write(root / "pairs.jsonl", [{"input": a, "target": b} for a, b in zip(words(6, 5), words(7, 5), strict=True)])
+    write(
+        root / "pairs.jsonl",
+        [{"input": a, "target": b} for a, b in zip(words(6, 5), words(7, 5), strict=True)],
+    )
     return root
 
 
@@ -146,7 +170,10 @@ def load(path):
 def pixels_of(path, directory):
     processor = AutoImageProcessor.from_pretrained(path)
     files = sorted(Path(directory).rglob("*.png"))
-    return [processor([Image.open(file).convert("RGB")], return_tensors="pt")["pixel_values"] for file in files]
+    return [
+        processor([Image.open(file).convert("RGB")], return_tensors="pt")["pixel_values"]
+        for file in files
+    ]
 
 
 def naive_entropy(logits):
@@ -172,7 +199,9 @@ def test_entropy_is_equation_5():
 
 def test_a_step_is_adam_on_the_summed_entropies_of_all_tasks(here):
     """Two steps, each over all twelve images of both tasks, so that their order does not matter."""
-    adapt("vit-2", "out", IMAGES, READING, adaptation(per_device_train_batch_size=12, no_guard=True))
+    adapt(
+        "vit-2", "out", IMAGES, READING, adaptation(per_device_train_batch_size=12, no_guard=True)
+    )
     model = load("vit-2")
     routers = dict(model.routers.named_parameters())
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in routers.items()}
@@ -203,7 +232,9 @@ def test_every_row_comes_once_before_any_comes_again():
     rows = [rounds[index] for index in range(len(rounds))]
     assert len(rows) == 40
     for number in range(20):
-        assert {name for row in rows[2 * number : 2 * number + 2] for name in row} == {"ab"[number % 2]}
+        assert {name for row in rows[2 * number : 2 * number + 2] for name in row} == {
+            "ab"[number % 2]
+        }
     for task, content in tasks.items():
         seen = [row[task] for row in rows if task in row]
         orders = [seen[start : start + len(content)] for start in range(0, 15, len(content))]
@@ -217,26 +248,50 @@ def test_images_are_measured_as_one_by_one(here, caplog):
     for task, classes in (("sun", 3), ("cars", 4)):
         for when, path in enumerate(("vit-2", "vit-2-adapted")):
             model = load(path)
-            logits = [model(pixel_values=p, task=task).logits[0] for p in pixels_of(path, f"images/{task}")]
-            right = sum((int(each.argmax()) + 1) % classes == i * classes // 12 for i, each in enumerate(logits))
+            logits = [
+                model(pixel_values=p, task=task).logits[0]
+                for p in pixels_of(path, f"images/{task}")
+            ]
+            right = sum(
+                (int(each.argmax()) + 1) % classes == i * classes // 12
+                for i, each in enumerate(logits)
+            )
             mean = sum(naive_entropy(each.tolist()) for each in logits) / 12
             assert measured[task]["entropy"][when] == pytest.approx(mean, abs=1e-5)
             assert measured[task]["accuracy"][when] == right / 12
     assert sum(after - before for before, after in (m["entropy"] for m in measured.values())) < 0
     card = (here / "vit-2-adapted" / "README.md").read_text()
     assert "## Adaptation" in card and "Measured on the inputs adapted to" in card
-    assert 'AutoModelForImageClassification.from_pretrained("vit-2-adapted", trust_remote_code=True)' in card
+    assert (
+        'AutoModelForImageClassification.from_pretrained("vit-2-adapted", trust_remote_code=True)'
+        in card
+    )
     assert '("vit-2"' not in card and 'task="cars"), or sun' in card
     assert (here / "vit-2-adapted" / "preprocessor_config.json").exists()
 
 
 def test_images_without_classes_and_other_inputs_to_measure(here, caplog):
-    arguments = ["--data", "sun=images/flat", "--eval-data", "sun=images/sun", "--steps", "1", "-o", "out"]
+    arguments = [
+        "--data",
+        "sun=images/flat",
+        "--eval-data",
+        "sun=images/sun",
+        "--steps",
+        "1",
+        "-o",
+        "out",
+    ]
     with caplog.at_level(logging.INFO, "mergekit_moe_ext"):
         done = CliRunner().invoke(main, ["adapt", "vit-2", *arguments])
     assert done.exit_code == 0, done.output
-    assert "sun: adapting to 8 inputs, which are not the ones measured; 12 others are measured" in caplog.text
-    assert [line.split()[1] for line in done.output.splitlines() if line.startswith("sun ")] == ["entropy", "accuracy"]
+    assert (
+        "sun: adapting to 8 inputs, which are not the ones measured; 12 others are measured"
+        in caplog.text
+    )
+    assert [line.split()[1] for line in done.output.splitlines() if line.startswith("sun ")] == [
+        "entropy",
+        "accuracy",
+    ]
     measured = adapt("vit-2", "flat", ["sun=images/flat"], READING, adaptation(held_out=2))
     assert measured["sun"].keys() == {"entropy"}
 
@@ -253,16 +308,26 @@ def test_routers_of_next_tokens_take_smaller_steps(here, path, data, rate):
 
 
 def test_labels_teach_what_entropy_does_not(here, caplog):
-    supervised = adaptation(objective="supervised", steps=40, learning_rate=0.05, per_device_train_batch_size=12)
+    supervised = adaptation(
+        objective="supervised", steps=40, learning_rate=0.05, per_device_train_batch_size=12
+    )
     measured = adapt("bert-2", "out", ["sun=sun.jsonl", "cars=cars.jsonl"], READING, supervised)
     before, after = read_tensors(here / "bert-2"), read_tensors(here / "out")
     assert {name.split(".")[0] for name in changed(before, after)} == {"routers"}
     tokenizer, rows = AutoTokenizer.from_pretrained("bert-2"), rows_of("sun.jsonl")
 
     def loss(model):
-        texts = [(tokenizer(row["text"], return_tensors="pt")["input_ids"], row["label"]) for row in rows]
+        texts = [
+            (tokenizer(row["text"], return_tensors="pt")["input_ids"], row["label"]) for row in rows
+        ]
         with torch.no_grad():
-            return -sum(model(ids, task="sun").logits[0].log_softmax(-1)[label].item() for ids, label in texts) / 12
+            return (
+                -sum(
+                    model(ids, task="sun").logits[0].log_softmax(-1)[label].item()
+                    for ids, label in texts
+                )
+                / 12
+            )
 
     assert loss(load("out")) < 0.9 * loss(load("bert-2"))
     assert all(after > before for before, after in (m["accuracy"] for m in measured.values()))
@@ -304,18 +369,29 @@ def test_a_decoder_is_measured_after_the_prefix(here, path, prefix, caplog):
         for predicted in range(prefix, ids.shape[1]):
             entropies.append(naive_entropy(logits[predicted - 1].tolist()))
             losses.append(-logits[predicted - 1].log_softmax(-1)[ids[0, predicted]].item())
-    assert measured["long"]["entropy"][1] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
+    assert measured["long"]["entropy"][1] == pytest.approx(
+        sum(entropies) / len(entropies), abs=1e-5
+    )
     assert measured["long"]["loss"][1] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-    (before, after), (loss_before, loss_after) = measured["long"]["entropy"], measured["long"]["loss"]
-    assert loss_after > loss_before and "long: predictions are surer now and more often wrong" in caplog.text
+    (before, after), (loss_before, loss_after) = (
+        measured["long"]["entropy"],
+        measured["long"]["loss"],
+    )
+    assert (
+        loss_after > loss_before
+        and "long: predictions are surer now and more often wrong" in caplog.text
+    )
     assert after < before and {
-        name.split(".")[0] for name in changed(read_tensors(here / path), read_tensors(here / "out"))
+        name.split(".")[0]
+        for name in changed(read_tensors(here / path), read_tensors(here / "out"))
     } == {"routers"}
 
 
 def test_a_model_in_bfloat16_stays_so_and_its_routers_move(here):
     parameters = {**STRONG, "routing_tokens": 6}
-    config = document("ewemoe", models=["llama/sun"], base="./llama/base", parameters=parameters, dtype="bfloat16")
+    config = document(
+        "ewemoe", models=["llama/sun"], base="./llama/base", parameters=parameters, dtype="bfloat16"
+    )
     merge(config, "half")
     adapt("half", "out", ["long.jsonl"], READING, adaptation(steps=3, learning_rate=0.01))
     before, after = read_tensors(here / "half"), read_tensors(here / "out")
@@ -328,22 +404,35 @@ def test_an_encoder_decoder_is_measured_along_its_targets(here):
     measured = adapt("t5-2", "out", ["pairs.jsonl"], READING, adaptation(learning_rate=0.1))
     model, tokenizer, entropies = load("out"), AutoTokenizer.from_pretrained("t5-2"), []
     for row in rows_of("pairs.jsonl"):
-        ids, labels = (tokenizer(row[name], return_tensors="pt")["input_ids"] for name in ("input", "target"))
-        entropies += [naive_entropy(each.tolist()) for each in model(input_ids=ids, labels=labels).logits[0]]
-    assert measured["pairs"]["entropy"][1] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
+        ids, labels = (
+            tokenizer(row[name], return_tensors="pt")["input_ids"] for name in ("input", "target")
+        )
+        entropies += [
+            naive_entropy(each.tolist()) for each in model(input_ids=ids, labels=labels).logits[0]
+        ]
+    assert measured["pairs"]["entropy"][1] == pytest.approx(
+        sum(entropies) / len(entropies), abs=1e-5
+    )
 
 
 @pytest.fixture
 def collapsing(here):
-    """Models of images that have a coefficient which, as it grows, moves all of them to the first class."""
+    """Models of images that have a coefficient which, as it grows, moves all of them to the first
+    class.
+    """
     model = ViTForImageClassification.from_pretrained("vit/base")
     with torch.no_grad():
-        features = [model.vit(pixels).last_hidden_state[0, 0] for pixels in pixels_of("vit/base", "images/sun")]
+        features = [
+            model.vit(pixels).last_hidden_state[0, 0]
+            for pixels in pixels_of("vit/base", "images/sun")
+        ]
         centres = torch.stack(features).unflatten(0, (3, 4)).mean(dim=1)
         away = centres - centres.mean(dim=0)
         model.classifier.weight.copy_(2 * away / (away**2).sum(dim=1, keepdim=True))
         model.classifier.bias.copy_(-model.classifier.weight @ centres.mean(dim=0))
-    model.config.id2label = dict(enumerate(("dawn", "noon", "dusk")))  # classes of one name have one head
+    model.config.id2label = dict(
+        enumerate(("dawn", "noon", "dusk"))
+    )  # classes of one name have one head
     model.save_pretrained("steep")
     with torch.no_grad():
         model.vit.layers[1].mlp.fc2.bias += 0.1 * away[0]
@@ -353,18 +442,34 @@ def collapsing(here):
     parameters = {"router_layers": 0, "init_lambda": 1.5, "lambda": 0.0}
     merge(document("wemoe", models=["steep-sun"], base="./steep", parameters=parameters), "model")
     merge(
-        document("ewemoe", models=["steep-sun"], base="./steep", parameters={**parameters, "router_layers": 2}),
+        document(
+            "ewemoe",
+            models=["steep-sun"],
+            base="./steep",
+            parameters={**parameters, "router_layers": 2},
+        ),
         "sparse",
     )
     return here
 
 
 def test_two_processes_adapt_as_one(collapsing):
-    """Sparse task vectors, the guard at work, and a number of rows that does not fit the batches."""
-    arguments = ["adapt", "sparse", "--data", "sun=images/sun", "--data", "flat=images/flat", "--quiet"]
+    """Sparse task vectors, the guard at work, and a number of rows that does not fit the
+    batches."""
+    arguments = [
+        "adapt",
+        "sparse",
+        "--data",
+        "sun=images/sun",
+        "--data",
+        "flat=images/flat",
+        "--quiet",
+    ]
     arguments += ["--steps", "20", "--learning-rate", "0.1", "--held-out", "3"]
     command = (*TWO_PROCESSES, "-m", "mergekit_moe_ext", *arguments)
-    two = run(*command, "--per-device-train-batch-size", "2", "-o", "two", cwd=collapsing, env=ON_CPU)
+    two = run(
+        *command, "--per-device-train-batch-size", "2", "-o", "two", cwd=collapsing, env=ON_CPU
+    )
     assert two.returncode == 0, two.stderr
     one = CliRunner().invoke(main, [*arguments, "--per-device-train-batch-size", "4", "-o", "one"])
     assert one.exit_code == 0 and one.output.splitlines()[-4:] == two.stdout.splitlines()[-4:]
@@ -380,7 +485,9 @@ def test_two_processes_adapt_as_one(collapsing):
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(here):
-    settings = adaptation(steps=7, save_steps=2, learning_rate=0.1, per_device_train_batch_size=5, patience=6)
+    settings = adaptation(
+        steps=7, save_steps=2, learning_rate=0.1, per_device_train_batch_size=5, patience=6
+    )
     whole = adapt("vit-2", "whole", IMAGES, READING, settings)
     calls = []
 
@@ -398,7 +505,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
     with pytest.raises(click.ClickException, match="--resume goes on"):
         adapt("vit-2", "out", IMAGES, READING, settings)
     with pytest.raises(click.ClickException, match="had another learning rate"):
-        adapt("vit-2", "out", IMAGES, READING, adaptation(**{**vars(settings), "learning_rate": 0.5}), resume=True)
+        adapt(
+            "vit-2",
+            "out",
+            IMAGES,
+            READING,
+            adaptation(**{**vars(settings), "learning_rate": 0.5}),
+            resume=True,
+        )
     with pytest.raises(click.ClickException, match="had another data"):
         adapt("vit-2", "out", ["sun=images/flat", IMAGES[1]], READING, settings, resume=True)
     assert adapt("vit-2", "out", IMAGES, READING, settings, resume=True) == whole
@@ -410,16 +524,26 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
 
 
 def test_the_guard_is_what_is_missing_to_half_of_the_most_entropy_in_the_beginning():
-    """Batches of two predictions of three classes: a sixth of the twelve that the running mean holds."""
+    """Batches of two predictions of three classes: a sixth of the twelve that the running mean
+    holds.
+    """
 
     def h(p):
         return -sum(x * math.log(x) for x in p if x)
 
     guard = Guard()
-    batches = [[0.5, 0.5, 0.0], [0.2, 0.2, 0.6], [0.9, 0.1, 0.0], *[[1.0, 0.0, 0.0]] * 14, *[[0.3, 0.3, 0.4]] * 9]
+    batches = [
+        [0.5, 0.5, 0.0],
+        [0.2, 0.2, 0.6],
+        [0.9, 0.1, 0.0],
+        *[[1.0, 0.0, 0.0]] * 14,
+        *[[0.3, 0.3, 0.4]] * 9,
+    ]
     running, most, penalties = batches[0], 0.0, []
     for number, values in enumerate(batches):
-        running = [r * 5 / 6 + m / 6 for r, m in zip(running, values, strict=True)] if number else running
+        running = (
+            [r * 5 / 6 + m / 6 for r, m in zip(running, values, strict=True)] if number else running
+        )
         mean = torch.tensor(values, dtype=torch.float64, requires_grad=True)
         penalties.append(guard.penalty("task", mean, 2))
         most = max(most, h(running)) if number < 6 else most
@@ -427,18 +551,27 @@ def test_the_guard_is_what_is_missing_to_half_of_the_most_entropy_in_the_beginni
         (gradient,) = torch.autograd.grad(penalties[-1], mean)
         slope = [math.log(r) + 1 if penalties[-1] > 0 else 0.0 for r in running]
         assert gradient.tolist() == pytest.approx(slope, abs=1e-5)
-    assert most > h(batches[0]) and h(running) > most  # what the mean holds last is not looked at for the floor
-    assert guard.acted["task"] == sum(penalty > 0 for penalty in penalties) < len(batches) and penalties[16] > 0.2
+    assert (
+        most > h(batches[0]) and h(running) > most
+    )  # what the mean holds last is not looked at for the floor
+    assert (
+        guard.acted["task"] == sum(penalty > 0 for penalty in penalties) < len(batches)
+        and penalties[16] > 0.2
+    )
     large = Guard()
     large.penalty("task", torch.tensor([0.5, 0.5]), 100)
-    assert large.penalty("task", torch.tensor([1.0, 0.0]), 100).item() == pytest.approx(0.5 * math.log(2))
+    assert large.penalty("task", torch.tensor([1.0, 0.0]), 100).item() == pytest.approx(
+        0.5 * math.log(2)
+    )
 
 
 def spread(path):
     """The entropy of the mean prediction."""
     model = load(path)
     with torch.no_grad():
-        chances = [model(pixel_values=p).logits[0].softmax(-1) for p in pixels_of("vit-2", "images/sun")]
+        chances = [
+            model(pixel_values=p).logits[0].softmax(-1) for p in pixels_of("vit-2", "images/sun")
+        ]
     mean = sum(chances) / len(chances)
     return -(mean * mean.clamp(min=1e-30).log()).sum().item()
 
@@ -451,7 +584,9 @@ def test_the_guard_keeps_predictions_from_collapsing(collapsing, caplog):
     start, plain, guarded = spread("model"), spread("plain"), spread("guarded")
     assert plain < 0.1 * start and guarded > 0.4 * start
     assert caplog.text.count("the guard acts") == 1
-    assert "The collapse guard acted on sun in" in (collapsing / "guarded" / "README.md").read_text()
+    assert (
+        "The collapse guard acted on sun in" in (collapsing / "guarded" / "README.md").read_text()
+    )
     assert "guard" not in (collapsing / "plain" / "README.md").read_text()
 
 
@@ -474,7 +609,8 @@ for path, auto in {"vit-0": vit, "vit-all": vit, "llama-0": AutoModelForCausalLM
     model = auto.from_pretrained(f"{path}-stock")
     assert type(model).__module__.startswith("transformers."), type(model)
     if path == "vit-0":
-        assert [model.config.id2label[i] for i in range(4)] == ["c1", "c2", "c3", "c0"], model.config.id2label
+        labels = [model.config.id2label[i] for i in range(4)]
+        assert labels == ["c1", "c2", "c3", "c0"], labels
         assert model.config.label2id == {"c1": 0, "c2": 1, "c3": 2, "c0": 3}, model.config.label2id
     with torch.no_grad():
         torch.save(model(torch.load(f"{path}.pt", weights_only=True)).logits, f"{path}-logits.pt")
@@ -488,8 +624,12 @@ def test_unloaded_is_equal_by_logits_where_this_package_is_missing(here):
     heads = {"vit-0": task, "vit-all": task, "llama-0": {}}
     data = {"vit-0": IMAGES, "vit-all": IMAGES, "llama-0": ["long.jsonl"]}
     for path in inputs:
-        measured = adapt(path, f"{path}-adapted", data[path], READING, adaptation(steps=5, learning_rate=0.1))
-        assert sum(after - before for before, after in (m["entropy"] for m in measured.values())) < 0
+        measured = adapt(
+            path, f"{path}-adapted", data[path], READING, adaptation(steps=5, learning_rate=0.1)
+        )
+        assert (
+            sum(after - before for before, after in (m["entropy"] for m in measured.values())) < 0
+        )
         moved = changed(read_tensors(here / path), read_tensors(here / f"{path}-adapted"))
         assert moved and all(name.startswith("routers.") for name in moved)
         unload(f"{path}-adapted", f"{path}-stock", **heads[path])
@@ -498,7 +638,9 @@ def test_unloaded_is_equal_by_logits_where_this_package_is_missing(here):
     assert done.returncode == 0, done.stderr
     for path in inputs:
         with torch.no_grad():
-            before, expected = (load(each)(inputs[path], **heads[path]).logits for each in (path, f"{path}-adapted"))
+            before, expected = (
+                load(each)(inputs[path], **heads[path]).logits for each in (path, f"{path}-adapted")
+            )
         got = torch.load(f"{path}-logits.pt", weights_only=True)
         assert torch.allclose(got, expected, atol=1e-5) and (expected - before).abs().max() > 1e-3
         files = {file.name for file in (here / f"{path}-stock").iterdir()}
@@ -519,19 +661,40 @@ def test_unloaded_is_equal_by_logits_where_this_package_is_missing(here):
     [
         (["adapt", "./nowhere", "--data", "sun=images/sun"], "./nowhere does not exist"),
         (["adapt", "./vit/base", "--data", "sun=images/sun"], "has no routed task vectors"),
-        (["adapt", "images", "--data", "sun=images/sun"], "images has no config.json: it is no model"),
-        (["adapt", "vit-2", "--data", "images/flat"], "no head 'flat'; write --data TASK=SOURCE with one of"),
+        (
+            ["adapt", "images", "--data", "sun=images/sun"],
+            "images has no config.json: it is no model",
+        ),
+        (
+            ["adapt", "vit-2", "--data", "images/flat"],
+            "no head 'flat'; write --data TASK=SOURCE with one of",
+        ),
         (["adapt", "vit-2", "--data", "sun=sun.jsonl"], "no column 'image' of images"),
-        (["adapt", "vit-2", "--data", "sun=images/sun", "--eval-data", "cars=images/cars"], "no --data of this name"),
-        (["adapt", "vit-2", "--data", "sun=images/flat", "--objective", "supervised"], "no column 'label' of classes"),
+        (
+            ["adapt", "vit-2", "--data", "sun=images/sun", "--eval-data", "cars=images/cars"],
+            "no --data of this name",
+        ),
+        (
+            ["adapt", "vit-2", "--data", "sun=images/flat", "--objective", "supervised"],
+            "no column 'label' of classes",
+        ),
         (
             ["adapt", "vit-2", "--data", "sun=images/cars", "--objective", "supervised"],
             "4 classes, which are not the 3",
         ),
-        (["adapt", "bert-2", "--data", "sun=cars.jsonl", "--objective", "supervised"], "none of 0 to 2"),
+        (
+            ["adapt", "bert-2", "--data", "sun=cars.jsonl", "--objective", "supervised"],
+            "none of 0 to 2",
+        ),
         (["adapt", "bert-2", "--data", "sun=pairs.jsonl"], "no column 'text'"),
-        (["adapt", "llama-2", "--data", "sun.jsonl", "--max-length", "6"], "no row with a token to predict"),
-        (["adapt", "vit-2", "--data", "sun=images/sun", "--held-out", "12"], "12 are to be held out"),
+        (
+            ["adapt", "llama-2", "--data", "sun.jsonl", "--max-length", "6"],
+            "no row with a token to predict",
+        ),
+        (
+            ["adapt", "vit-2", "--data", "sun=images/sun", "--held-out", "12"],
+            "12 are to be held out",
+        ),
         (["adapt", "vit-2", "--data", "sun=images/sun", "--resume"], "no checkpoint"),
         (["adapt", "vit-2", "--data", "sun=images/sun", "-o", "vit"], "not empty"),
         (["adapt", "bare", "--data", "sun=images/sun"], "has no image processor"),

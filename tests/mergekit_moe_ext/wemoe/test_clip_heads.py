@@ -36,8 +36,18 @@ from tests.test_autoload import ROOT
 from tests.tokenizers import save_words
 
 CLASSES = {"sun": ["beach", "open sea", "sky"], "cars": ["bmw", "old red audi", "fiat", "opel"]}
-WORDS = ["<unk>", "</s>", *["a", "photo", "of", "the", "drawing"], *" ".join(CLASSES["sun"] + CLASSES["cars"]).split()]
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+WORDS = [
+    "<unk>",
+    "</s>",
+    *["a", "photo", "of", "the", "drawing"],
+    *" ".join(CLASSES["sun"] + CLASSES["cars"]).split(),
+]
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 IMAGES = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 SOURCE = {"router_layers": 0, "init_lambda": 1.0, "lambda": 1.0}  # one source comes out as it is
 
@@ -45,8 +55,14 @@ SOURCE = {"router_layers": 0, "init_lambda": 1.0, "lambda": 1.0}  # one source c
 def make_clips(root, towers=CLIPVisionModel):
     """`whole`, its tower `base`, fine-tunes of that, and a head file for each of these."""
     config = CLIPConfig(
-        # with an eos_token_id of 2 the word of the highest number is pooled, which here is of the name
-        text_config={**SIZES, "vocab_size": len(WORDS), "max_position_embeddings": 16, "eos_token_id": 2},
+        # with an eos_token_id of 2 the word of the highest number is pooled, which here is of the
+        # name
+        text_config={
+            **SIZES,
+            "vocab_size": len(WORDS),
+            "max_position_embeddings": 16,
+            "eos_token_id": 2,
+        },
         vision_config={**SIZES, "image_size": 12, "patch_size": 4, "projection_dim": 8},
         projection_dim=8,
     )
@@ -62,12 +78,18 @@ def make_clips(root, towers=CLIPVisionModel):
         tower = towers.from_pretrained(root / "whole")
         with torch.no_grad():
             for parameter in tower.parameters() if seed else ():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter += 0.1 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(seed)
+                )
         tower.save_pretrained(root / name)
-    CLIPImageProcessor(size={"height": 12, "width": 12}, do_center_crop=False).save_pretrained(root / "base")
+    CLIPImageProcessor(size={"height": 12, "width": 12}, do_center_crop=False).save_pretrained(
+        root / "base"
+    )
     (root / "heads").mkdir()
     for task, names in CLASSES.items():
-        write_clip_head(str(root / "whole"), names, root / "heads" / f"{task}.safetensors", quiet=True)
+        write_clip_head(
+            str(root / "whole"), names, root / "heads" / f"{task}.safetensors", quiet=True
+        )
 
 
 @pytest.fixture
@@ -79,27 +101,43 @@ def here(tmp_path, monkeypatch):
 
 def with_heads(tasks=("sun", "cars"), method="wemoe", base="./base", **parameters):
     keys = {key: parameters.pop(key) for key in ("dtype",) if key in parameters}
-    models = [{"model": f"./{task}", "parameters": {"head": f"heads/{task}.safetensors"}} for task in tasks]
+    models = [
+        {"model": f"./{task}", "parameters": {"head": f"heads/{task}.safetensors"}}
+        for task in tasks
+    ]
     return document(method, models, base, parameters=parameters, **keys)
 
 
 @torch.no_grad()
 def logits_of_clip(task, tower=None, template="a photo of a {}"):
-    """CLIPModel's, with the vision tower and, where there is one, the projection of that directory."""
-    clip, tokenizer = CLIPModel.from_pretrained("whole").eval(), AutoTokenizer.from_pretrained("whole")
+    """CLIPModel's, with the vision tower and, where there is one, the projection of that
+    directory."""
+    clip, tokenizer = (
+        CLIPModel.from_pretrained("whole").eval(),
+        AutoTokenizer.from_pretrained("whole"),
+    )
     if tower:
-        tensors = {name.removeprefix("vision_model."): each for name, each in read_tensors(Path(tower)).items()}
-        clip.visual_projection.weight.copy_(tensors.pop("visual_projection.weight", clip.visual_projection.weight))
+        tensors = {
+            name.removeprefix("vision_model."): each
+            for name, each in read_tensors(Path(tower)).items()
+        }
+        clip.visual_projection.weight.copy_(
+            tensors.pop("visual_projection.weight", clip.visual_projection.weight)
+        )
         clip.vision_model.load_state_dict(tensors)
-    texts = tokenizer([template.format(name) for name in CLASSES[task]], padding=True, return_tensors="pt")
-    return clip(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"], pixel_values=IMAGES)[
-        "logits_per_image"
-    ]
+    texts = tokenizer(
+        [template.format(name) for name in CLASSES[task]], padding=True, return_tensors="pt"
+    )
+    return clip(
+        input_ids=texts["input_ids"], attention_mask=texts["attention_mask"], pixel_values=IMAGES
+    )["logits_per_image"]
 
 
 @torch.no_grad()
 def logits_of(path, task=None, **options):
-    return load(path, AutoModelForImageClassification, **options)(pixel_values=IMAGES, task=task).logits
+    return load(path, AutoModelForImageClassification, **options)(
+        pixel_values=IMAGES, task=task
+    ).logits
 
 
 def close(actual, expected, atol=1e-4):
@@ -115,14 +153,23 @@ def test_logits_are_those_of_the_whole_clip(tmp_path, monkeypatch, towers, metho
     for task in CLASSES:
         path = merge(with_heads((task,), method, **SOURCE, **own), f"out-{task}")
         close(logits_of(path), logits_of_clip(task, tower=task))
-        (tmp_path / task / "model.safetensors").write_bytes((tmp_path / "base" / "model.safetensors").read_bytes())
-    both = merge(with_heads(method=method, router_init_std=0.3), "both")  # all task vectors are zero
+        (tmp_path / task / "model.safetensors").write_bytes(
+            (tmp_path / "base" / "model.safetensors").read_bytes()
+        )
+    both = merge(
+        with_heads(method=method, router_init_std=0.3), "both"
+    )  # all task vectors are zero
     model = load(both, AutoModelForImageClassification)
     for task in CLASSES:
         expected = logits_of_clip(task)
         assert expected.std(dim=1).min() > 0.1  # the classes differ
         close(model(pixel_values=IMAGES, task=task).logits, expected)
-        output = model(pixel_values=IMAGES, task=task, labels=torch.tensor([2, 0, 1]), output_hidden_states=True)
+        output = model(
+            pixel_values=IMAGES,
+            task=task,
+            labels=torch.tensor([2, 0, 1]),
+            output_hidden_states=True,
+        )
         close(output.loss, -expected.log_softmax(-1)[[0, 1, 2], [2, 0, 1]].mean())
         assert len(output.hidden_states) == 3
         close(model(pixel_values=IMAGES, task=task, return_dict=False)[0], expected)
@@ -134,7 +181,9 @@ def test_logits_are_those_of_the_whole_clip(tmp_path, monkeypatch, towers, metho
 def test_the_auto_class_of_image_classification_loads_it_without_remote_code(here):
     out = merge(with_heads(("sun",), **SOURCE))
     model, info = AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
-    assert not any(info.values()) and type(model).__name__ == "WEMoECLIPVisionForImageClassification"
+    assert (
+        not any(info.values()) and type(model).__name__ == "WEMoECLIPVisionForImageClassification"
+    )
     with torch.no_grad():
         close(model.eval()(IMAGES).logits, logits_of_clip("sun", "sun"))
     with pytest.raises(ValueError, match="which AutoModelForImageClassification loads"):
@@ -154,12 +203,18 @@ def test_it_loads_where_this_package_is_missing_and_saves_again(here):
     expected = logits_of("clip-moe", "cars")
     inputs = {"pixel_values": IMAGES, "task": "cars"}
     torch.save({"clip-moe": ("AutoModelForImageClassification", inputs)}, "inputs.pt")
-    environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1", "HF_HOME": str(here / "hf")}
+    environment = {
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(here / "hf"),
+    }
     done = run(sys.executable, "-c", OUTSIDE, "inputs.pt", "clip-moe", cwd=here, env=environment)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load("clip-moe.pt"), expected)
     first, again = read_tensors(here / "clip-moe"), read_tensors(here / "clip-moe-again")
-    assert first.keys() == again.keys() and all(torch.equal(again[key], first[key]) for key in first)
+    assert first.keys() == again.keys() and all(
+        torch.equal(again[key], first[key]) for key in first
+    )
     assert torch.equal(logits_of("clip-moe-again", "cars"), expected)
 
 
@@ -190,10 +245,17 @@ def test_embeddings_are_the_normalised_mean_of_normalised_text_features(here):
     for _ in range(5):
         write_clip_head("whole", CLASSES["cars"], "again.safetensors", templates, quiet=True)
         assert Path("again.safetensors").read_bytes() == Path("several.safetensors").read_bytes()
-    for classes, given in ((["a", "a"], templates), ([], templates), (["a"], ["a photo"]), (["a"], [])):
+    for classes, given in (
+        (["a", "a"], templates),
+        ([], templates),
+        (["a"], ["a photo"]),
+        (["a"], []),
+    ):
         with pytest.raises(ValueError, match="template"):
             write_clip_head("whole", classes, "wrong.safetensors", given)
-    with pytest.raises(ValueError, match="sun is a model of type clip_vision_model, and no whole CLIP"):
+    with pytest.raises(
+        ValueError, match="sun is a model of type clip_vision_model, and no whole CLIP"
+    ):
         write_clip_head("sun", ["a"], "wrong.safetensors")
     assert not Path("wrong.safetensors").exists()
 
@@ -202,8 +264,12 @@ def rewrite(path, classes=None, **tensors):
     """The head of `sun` with other tensors, None for none."""
     given = {name.replace("__", "."): each for name, each in tensors.items()}
     merged = {**load_file("heads/sun.safetensors"), **given}
-    metadata = {"classes": classes if isinstance(classes, str) else json.dumps(classes or CLASSES["sun"])}
-    save_file({name: each for name, each in merged.items() if each is not None}, path, metadata=metadata)
+    metadata = {
+        "classes": classes if isinstance(classes, str) else json.dumps(classes or CLASSES["sun"])
+    }
+    save_file(
+        {name: each for name, each in merged.items() if each is not None}, path, metadata=metadata
+    )
 
 
 def test_embeddings_of_any_norm_and_the_scale_that_clip_starts_from(here):
@@ -223,16 +289,29 @@ def test_it_is_adapted_to_images_and_unloaded_to_the_tower(here, caplog):
     measured = adapt("out", None, data, Reading(quiet=True), options)
     model = load("out-adapted", AutoModelForImageClassification)
     for task, names in CLASSES.items():
-        logits = [model(pixels, task=task).logits[0] for pixels in pixels_of("out", f"images/{task}")]
-        right = [names[each.argmax()] == name for each, name in zip(logits, sorted(3 * names), strict=True)]
+        logits = [
+            model(pixels, task=task).logits[0] for pixels in pixels_of("out", f"images/{task}")
+        ]
+        right = [
+            names[each.argmax()] == name
+            for each, name in zip(logits, sorted(3 * names), strict=True)
+        ]
         assert measured[task]["accuracy"][1] == sum(right) / len(right)
         mean = sum(naive_entropy(each.tolist()) for each in logits) / len(logits)
         assert measured[task]["entropy"][1] == pytest.approx(mean, abs=1e-4)
-    assert sum(after - before for before, after in (each["entropy"] for each in measured.values())) < 0
+    assert (
+        sum(after - before for before, after in (each["entropy"] for each in measured.values())) < 0
+    )
     caplog.set_level("INFO")
     assert unload("out-adapted", "stock") is CLIPVisionModel
-    assert "its heads stay in the files" in caplog.text and "its heads stay" in (here / "stock/README.md").read_text()
-    assert not list((here / "stock").glob("*.py")) and (here / "stock/preprocessor_config.json").exists()
+    assert (
+        "its heads stay in the files" in caplog.text
+        and "its heads stay" in (here / "stock/README.md").read_text()
+    )
+    assert (
+        not list((here / "stock").glob("*.py"))
+        and (here / "stock/preprocessor_config.json").exists()
+    )
     for task in CLASSES:
         close(model(IMAGES, task=task).logits, logits_of_clip(task, "stock"))
     done = CliRunner().invoke(main, ["unload", "out-adapted", "-o", "again", "--task", "sun"])
@@ -242,9 +321,15 @@ def test_it_is_adapted_to_images_and_unloaded_to_the_tower(here, caplog):
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
-        ({"text_embeds": None}, ["heads/sun.safetensors", "`text_embeds`", "(classes, projection_dim)"]),
+        (
+            {"text_embeds": None},
+            ["heads/sun.safetensors", "`text_embeds`", "(classes, projection_dim)"],
+        ),
         ({"text_embeds": torch.zeros(3)}, ["`text_embeds`", "(classes, projection_dim)"]),
-        ({"text_embeds": torch.zeros(3, 6)}, ["visual_projection.weight", "(8, 16)", "./sun wants (6, 16)"]),
+        (
+            {"text_embeds": torch.zeros(3, 6)},
+            ["visual_projection.weight", "(8, 16)", "./sun wants (6, 16)"],
+        ),
         ({"text_embeds": torch.zeros(2, 8)}, ["names 3 classes and embeds 2"]),
         ({"visual_projection__weight": None}, ["no `visual_projection.weight`", "./sun"]),
         ({"logit_scale": torch.zeros(3)}, ["`logit_scale`", "scalar", "(3,)"]),
@@ -262,11 +347,22 @@ def test_heads_that_do_not_fit_the_models_are_refused(here, tmp_path):
     config = with_heads()
     del config["models"][1]["parameters"]
     refused(here, config, "./cars has no `head:`", "for each or for none")
-    refused(here, {**with_heads(), "parameters": {"head": "heads/sun.safetensors"}}, "`head` belongs under", "a model")
+    refused(
+        here,
+        {**with_heads(), "parameters": {"head": "heads/sun.safetensors"}},
+        "`head` belongs under",
+        "a model",
+    )
     Path("heads/cars.safetensors").write_text("no tensors")
     refused(here, with_heads(), "heads/cars.safetensors is no safetensors file")
-    rewrite("heads/cars.safetensors", text_embeds=torch.zeros(3, 6), visual_projection__weight=torch.zeros(6, 16))
-    refused(here, with_heads(), "heads/cars.safetensors are 6 wide and those of heads/sun.safetensors 8")
+    rewrite(
+        "heads/cars.safetensors",
+        text_embeds=torch.zeros(3, 6),
+        visual_projection__weight=torch.zeros(6, 16),
+    )
+    refused(
+        here, with_heads(), "heads/cars.safetensors are 6 wide and those of heads/sun.safetensors 8"
+    )
     Path("heads/cars.safetensors").unlink()
     refused(here, with_heads(), "heads/cars.safetensors does not exist")
     whole = with_heads(("sun",))
@@ -281,9 +377,15 @@ def test_the_script_writes_a_head(here, monkeypatch):
 
     Path("cars.txt").write_text("\n".join(CLASSES["cars"]) + "\n\n")
     command = ["--model", "whole", "--classes", "cars.txt", "-o", "cars.safetensors", "--quiet"]
-    for given, exit_code, said in (([], 0, ""), ([], 1, "exists"), (["--template", "x"], 1, "'x' has no {}")):
+    for given, exit_code, said in (
+        ([], 0, ""),
+        ([], 1, "exists"),
+        (["--template", "x"], 1, "'x' has no {}"),
+    ):
         command[5] = "other.safetensors" if given else command[5]
         done = CliRunner().invoke(clip_heads.main, [*command, *given])
         assert done.exit_code == exit_code and said in done.output, done.output
     made, expected = load_file("cars.safetensors"), load_file("heads/cars.safetensors")
-    assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
+    assert made.keys() == expected.keys() and all(
+        torch.equal(made[name], expected[name]) for name in made
+    )

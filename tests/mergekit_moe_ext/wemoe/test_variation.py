@@ -1,4 +1,6 @@
-"""How far fine-tunes are from their base, against loops over numbers, and what `upscale: auto` makes of it."""
+"""How far fine-tunes are from their base, against loops over numbers, and what `upscale: auto`
+makes of it.
+"""
 
 import shutil
 from pathlib import Path
@@ -7,7 +9,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+)
 
 from mergekit_moe_ext.analysis import parameter_variation
 from mergekit_moe_ext.cli import main
@@ -16,7 +22,14 @@ from tests.conftest import make_model, merge
 from tests.mergekit_moe_ext.merging.test_bad_input import refused
 from tests.mergekit_moe_ext.wemoe.test_wemoe import load, make_classifier, wemoe
 
-T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": 32,
+    "d_ff": 48,
+    "d_kv": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
 LLAMA = ("model.layers.{}", ".self_attn.", ".mlp.")
 # family: what its config needs here, and where its layers, their attention and their MLPs are
@@ -31,18 +44,25 @@ EDGES = (0.001, 0.01, 0.02, 0.05)
 
 
 def loop(start, end, layer, part):
-    """Squared L2 change, cosine, number of parameters, and numbers below the edges: number by number."""
+    """Squared L2 change, cosine, number of parameters, and numbers below the edges: number by
+    number.
+    """
     change = product = of_base = of_model = 0.0
     count, below = 0, [0] * len(EDGES)
     for name, tensor in start.items():
         if name.startswith(f"{layer}{part}") and "norm" not in name:
-            for before, after in zip(tensor.flatten().tolist(), end[name].flatten().tolist(), strict=True):
+            for before, after in zip(
+                tensor.flatten().tolist(), end[name].flatten().tolist(), strict=True
+            ):
                 change += (after - before) ** 2
                 product += after * before
                 of_base += before**2
                 of_model += after**2
                 count += 1
-                below = [number + (abs(after - before) < edge) for number, edge in zip(below, EDGES, strict=True)]
+                below = [
+                    number + (abs(after - before) < edge)
+                    for number, edge in zip(below, EDGES, strict=True)
+                ]
     assert count
     return change, product / (of_base * of_model) ** 0.5, count, below
 
@@ -54,7 +74,9 @@ def check(found, start, ends, layers, part):
         assert found.change[model] == pytest.approx([each[0] for each in wanted], rel=1e-9)
         assert found.cosine[model] == pytest.approx([each[1] for each in wanted], rel=1e-12)
         assert found.parameters == tuple(each[2] for each in wanted)
-        assert found.below[model] == tuple(sum(each[3][edge] for each in wanted) for edge in range(len(EDGES)))
+        assert found.below[model] == tuple(
+            sum(each[3][edge] for each in wanted) for edge in range(len(EDGES))
+        )
         shares = [number / sum(found.parameters) for number in found.below[model]]
         assert found.share_below(model) == pytest.approx(shares) and 0 < shares[0] < shares[2] < 1
     changes = [loop(start, end, layer, part)[0] for end in ends.values() for layer in layers]
@@ -70,7 +92,10 @@ def states(auto, *paths):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_as_a_loop_over_numbers(tmp_path, family, monkeypatch):
     config, layers, attention, mlp = FAMILIES[family]
-    base, *others = (make_model(tmp_path / n, i, family=family, **config) for i, n in enumerate(("base", "a", "b")))
+    base, *others = (
+        make_model(tmp_path / n, i, family=family, **config)
+        for i, n in enumerate(("base", "a", "b"))
+    )
     monkeypatch.setattr(variation, "_CHUNK", 100)  # several per tensor, and one that is not full
     found = parameter_variation(base, dict(zip("ab", others, strict=True)), thresholds=EDGES)
     start, *ends = states(AutoModelForCausalLM, base, *others)
@@ -82,7 +107,9 @@ def test_as_a_loop_over_numbers(tmp_path, family, monkeypatch):
 
 
 def test_images_and_encoder_decoders(tmp_path):
-    base, sun = (make_classifier(tmp_path / name, seed) for seed, name in enumerate(("base", "sun")))
+    base, sun = (
+        make_classifier(tmp_path / name, seed) for seed, name in enumerate(("base", "sun"))
+    )
     found = parameter_variation(base, {"sun": sun}, thresholds=EDGES)
     start, end = states(AutoModelForImageClassification, base, sun)
     layers = sorted({name.split(".attention.")[0] for name in start if ".attention." in name})
@@ -94,14 +121,22 @@ def test_images_and_encoder_decoders(tmp_path):
     where = ".layer.0.SelfAttention."
     blocks = dict.fromkeys(name.split(where)[0] for name in start if where in name)
     assert {name.split(".")[0] for name in blocks} == {"encoder", "decoder"}
-    linears = {name: tensor for name, tensor in start.items() if not name.endswith("relative_attention_bias.weight")}
+    linears = {
+        name: tensor
+        for name, tensor in start.items()
+        if not name.endswith("relative_attention_bias.weight")
+    }
     check(found["attention"], linears, {"math": end}, blocks, where)  # not that across
 
 
 def test_shards_and_half_precision(sources, tmp_path):
     half = make_model(tmp_path / "half", 3, dtype=torch.bfloat16)
-    AutoModelForCausalLM.from_pretrained(sources / "code").save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    found = parameter_variation(sources / "base", {"half": half, "shards": tmp_path / "shards"}, thresholds=EDGES)
+    AutoModelForCausalLM.from_pretrained(sources / "code").save_pretrained(
+        tmp_path / "shards", max_shard_size="20KB"
+    )
+    found = parameter_variation(
+        sources / "base", {"half": half, "shards": tmp_path / "shards"}, thresholds=EDGES
+    )
     start, *ends = states(AutoModelForCausalLM, sources / "base", half, tmp_path / "shards")
     layers = [f"model.layers.{index}" for index in range(3)]
     check(found["mlp"], start, dict(zip(("half", "shards"), ends, strict=True)), layers, ".mlp.")
@@ -120,7 +155,9 @@ def test_mistakes(sources, tmp_path):
     with pytest.raises(ValueError, match="there is no fine-tune"):
         parameter_variation(sources / "base", {})
     with pytest.raises(ValueError, match="num_hidden_layers"):
-        parameter_variation(sources / "base", {"deep": make_model(tmp_path / "deep", 1, num_hidden_layers=4)})
+        parameter_variation(
+            sources / "base", {"deep": make_model(tmp_path / "deep", 1, num_hidden_layers=4)}
+        )
     with pytest.raises(ValueError, match="no layer 3; the last is 2"):
         parameter_variation(sources / "base", {"math": sources / "math"}, layers=[3])
     mixture = make_model(tmp_path / "mixture", 1, family="mixtral", num_local_experts=2)
@@ -139,7 +176,9 @@ def changed(here, name, amounts):
     for part, amount in amounts.items():
         for key in sorted(tensors):
             if part in key:
-                tensors[key] = tensors[key] + amount * torch.randn(tensors[key].shape, generator=generator)
+                tensors[key] = tensors[key] + amount * torch.randn(
+                    tensors[key].shape, generator=generator
+                )
     save_file(tensors, here / name / "model.safetensors", metadata={"format": "pt"})
     return name
 
@@ -151,7 +190,11 @@ def changed(here, name, amounts):
         ({"mlp": 0.02}, {"mlp": 0.01}, "mlp"),
         ({"mlp": 0.02}, {"self_attn": 0.04}, "attention"),
         ({"mlp": 0.03}, {"self_attn": 0.02}, "mlp"),
-        ({"self_attn": 0.02, "mlp": 0.019}, {"embed_tokens": 1.0}, "mlp"),  # more parameters, each changed less
+        (
+            {"self_attn": 0.02, "mlp": 0.019},
+            {"embed_tokens": 1.0},
+            "mlp",
+        ),  # more parameters, each changed less
     ],
 )
 def test_what_changed_more_is_upscaled(here, first, second, chosen):
@@ -162,7 +205,9 @@ def test_what_changed_more_is_upscaled(here, first, second, chosen):
     start, *ends = states(AutoModelForCausalLM, *("base", *names))
     totals = {}
     for where, label in ((".self_attn.", "attention"), (".mlp.", "MLP")):
-        found = [loop(start, end, f"model.layers.{index}", where) for end in ends for index in range(3)]
+        found = [
+            loop(start, end, f"model.layers.{index}", where) for end in ends for index in range(3)
+        ]
         totals[label] = sum(each[0] for each in found) / 6
         row = f"| {label} | {totals[label]:.4g} | {totals[label] / found[0][2]:.4g} |"
         assert row in (here / "out" / "README.md").read_text()
@@ -192,7 +237,9 @@ def test_attention_alone_is_upscaled_without_the_mlps(here):
 
 def test_what_auto_cannot_measure_is_refused(here, tmp_path):
     name = changed(here, "broken", {"layers.1.mlp": float("nan")})
-    refused(here, wemoe((name,), upscale="auto"), "upscale: auto", "the change of the mlp is not finite")
+    refused(
+        here, wemoe((name,), upscale="auto"), "upscale: auto", "the change of the mlp is not finite"
+    )
     for seed, name in enumerate(("moe-a", "moe-b")):
         make_model(tmp_path / name, seed, family="mixtral", num_local_experts=2)
     refused(here, wemoe(("moe-b",), base="./moe-a", upscale="auto"), "upscale: auto", "has no MLP")
@@ -200,4 +247,6 @@ def test_what_auto_cannot_measure_is_refused(here, tmp_path):
     document = wemoe(upscale="auto")
     document["models"][0]["model"] = "./base+./lora"
     (here / "lora").mkdir()
-    refused(here, document, "upscale: auto", "merge each LoRA", lora_merge_cache=str(tmp_path / "cache"))
+    refused(
+        here, document, "upscale: auto", "merge each LoRA", lora_merge_cache=str(tmp_path / "cache")
+    )

@@ -39,7 +39,12 @@ SOURCES = ("math", "code")
 CONSTANT = {"router_layers": 0}
 LAMBDA = {"lambda": 0.3}
 IDS = torch.randint(2, 96, (3, 7), generator=torch.Generator().manual_seed(0))
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 CLASSIFIERS = {
     "vit": (ViTForImageClassification, ViTConfig, {"image_size": 12, "patch_size": 4}),
     "bert": (BertForSequenceClassification, BertConfig, {"vocab_size": 96}),
@@ -73,7 +78,9 @@ def wemoe(models=SOURCES, method="wemoe", base="./base", **parameters):
 
 
 def load(path, auto=AutoModelForCausalLM, **options):
-    model, info = auto.from_pretrained(path, output_loading_info=True, trust_remote_code=True, **options)
+    model, info = auto.from_pretrained(
+        path, output_loading_info=True, trust_remote_code=True, **options
+    )
     assert not any(info.values()), info
     return model.eval()
 
@@ -81,7 +88,11 @@ def load(path, auto=AutoModelForCausalLM, **options):
 def make_classifier(path, seed, family="vit", labels=None, **more):
     """The base is seed 0; `labels` names the classes, or says how many."""
     model_class, config_class, sizes = CLASSIFIERS[family]
-    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else labels or ["cat", "dog"]
+    names = (
+        [f"LABEL_{i}" for i in range(labels)]
+        if isinstance(labels, int)
+        else labels or ["cat", "dog"]
+    )
     torch.manual_seed(0)
     config = config_class(**SMALL, **sizes, **more)
     config.id2label = dict(enumerate(names))
@@ -101,10 +112,15 @@ def logits_of(model, inputs=None):
     return model(**(inputs or {"input_ids": IDS})).logits
 
 
-@pytest.mark.parametrize("parameters", [CONSTANT, {"router_init_std": 0.0}, {**CONSTANT, "shared_router": True}])
+@pytest.mark.parametrize(
+    "parameters", [CONSTANT, {"router_init_std": 0.0}, {**CONSTANT, "shared_router": True}]
+)
 @pytest.mark.parametrize("upscale", ["mlp", "attention+mlp", "block"])
 def test_untrained_it_is_task_arithmetic(here, parameters, upscale):
-    stock = merge(document("task_arithmetic", ("base", *SOURCES), parameters={**LAMBDA, "weight": 1.0}), "stock")
+    stock = merge(
+        document("task_arithmetic", ("base", *SOURCES), parameters={**LAMBDA, "weight": 1.0}),
+        "stock",
+    )
     model = load(merge(wemoe(upscale=upscale, **LAMBDA, **parameters)))
     expected = logits_of(AutoModelForCausalLM.from_pretrained(stock).eval())
     torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
@@ -119,7 +135,10 @@ def test_untrained_it_is_task_arithmetic(here, parameters, upscale):
 @pytest.mark.parametrize("family", ["gpt2", "t5", "qwen2", "opt"])
 def test_untrained_it_is_task_arithmetic_in_other_families_too(tmp_path, monkeypatch, family):
     monkeypatch.chdir(tmp_path)
-    more = {"gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 4}, "t5": {"d_model": 32, "d_ff": 48, "d_kv": 8}}
+    more = {
+        "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 4},
+        "t5": {"d_model": 32, "d_ff": 48, "d_kv": 8},
+    }
     more["opt"] = {"word_embed_proj_dim": 32, "ffn_dim": 48}
     more["t5"] |= {"num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
     for seed, name in enumerate(("base", *SOURCES)):
@@ -134,22 +153,32 @@ def test_untrained_it_is_task_arithmetic_in_other_families_too(tmp_path, monkeyp
         for name, tensor in expected.state_dict().items()
     }
     expected.load_state_dict(state)
-    torch.testing.assert_close(logits_of(model, inputs), logits_of(expected, inputs), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits_of(model, inputs), logits_of(expected, inputs), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("upscale", ["mlp", "block"])
 def test_one_source_with_a_constant_of_one_is_that_source(here, upscale):
-    model = load(merge(wemoe(("math",), **CONSTANT, init_lambda=1.0, upscale=upscale, **{"lambda": 1.0})))
+    model = load(
+        merge(wemoe(("math",), **CONSTANT, init_lambda=1.0, upscale=upscale, **{"lambda": 1.0}))
+    )
     expected = logits_of(AutoModelForCausalLM.from_pretrained("math").eval())
     torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_routers_start_at_init_lambda_with_a_seeded_small_deviation(here):
-    first = read_tensors(merge(wemoe(init_lambda=0.2, router_init_std=0.05), "first", random_seed=3))
-    again = read_tensors(merge(wemoe(init_lambda=0.2, router_init_std=0.05), "again", random_seed=3))
+    first = read_tensors(
+        merge(wemoe(init_lambda=0.2, router_init_std=0.05), "first", random_seed=3)
+    )
+    again = read_tensors(
+        merge(wemoe(init_lambda=0.2, router_init_std=0.05), "again", random_seed=3)
+    )
     routers = {name: tensor for name, tensor in first.items() if name.startswith("routers.")}
     assert set(routers) == {
-        f"routers.{i}.{n}" for i in range(3) for n in ("hidden.weight", "hidden.bias", "weight", "bias")
+        f"routers.{i}.{n}"
+        for i in range(3)
+        for n in ("hidden.weight", "hidden.bias", "weight", "bias")
     }
     for name, tensor in routers.items():
         assert torch.equal(tensor, again[name])
@@ -173,7 +202,10 @@ def test_ewemoe_keeps_the_largest_elements_and_no_others(here, sparsity):
     for linear in linears:
         base, *others = (source[f"{linear}.weight"] for source in sources)
         count = round((1 - sparsity) * base.numel())
-        assert out[f"{linear}.values"].shape == (2, count) and out[f"{linear}.columns"].dtype == torch.uint16
+        assert (
+            out[f"{linear}.values"].shape == (2, count)
+            and out[f"{linear}.columns"].dtype == torch.uint16
+        )
         for expert, other in enumerate(others):
             elements = sorted(
                 (
@@ -208,11 +240,18 @@ def test_sparse_vectors_take_a_tenth_of_the_dense_plus_their_indices(tmp_path, m
         )
     )
     share = (sparse - base) / (dense - base)
-    assert 0.15 <= share < 0.17, share  # a value of four bytes and an index of two, and where rows end
+    assert 0.15 <= share < 0.17, (
+        share
+    )  # a value of four bytes and an index of two, and where rows end
 
 
 @pytest.mark.parametrize(
-    "keys", [{"dtype": "bfloat16"}, {"out_dtype": "bfloat16"}, {"dtype": "float32", "out_dtype": "float16"}]
+    "keys",
+    [
+        {"dtype": "bfloat16"},
+        {"out_dtype": "bfloat16"},
+        {"dtype": "float32", "out_dtype": "float16"},
+    ],
 )
 def test_indices_are_written_as_they_are_whatever_the_dtype(here, keys):
     wide = read_tensors(merge(wemoe(method="ewemoe"), "wide"))
@@ -232,11 +271,16 @@ def test_indices_are_written_as_they_are_whatever_the_dtype(here, keys):
     assert all(allowed[name].dtype == torch.uint16 for name in uncast)
 
 
-@pytest.mark.parametrize(("layers", "expected"), [("all", {0, 1, 2}), (1, {1}), ("0,2", {0, 2}), ("1-2", {1, 2})])
+@pytest.mark.parametrize(
+    ("layers", "expected"), [("all", {0, 1, 2}), (1, {1}), ("0,2", {0, 2}), ("1-2", {1, 2})]
+)
 def test_blocks_that_are_not_upscaled_are_merged_with_the_rest(here, layers, expected):
     model = load(merge(wemoe(upscale_layers=layers, **CONSTANT, **LAMBDA)))
     assert set(model.ensembling.groups) == {f"model.layers.{index}.mlp" for index in expected}
-    stock = merge(document("task_arithmetic", ("base", *SOURCES), parameters={**LAMBDA, "weight": 1.0}), "stock")
+    stock = merge(
+        document("task_arithmetic", ("base", *SOURCES), parameters={**LAMBDA, "weight": 1.0}),
+        "stock",
+    )
     expected_logits = logits_of(AutoModelForCausalLM.from_pretrained(stock).eval())
     torch.testing.assert_close(logits_of(model), expected_logits, atol=1e-5, rtol=1e-5)
 
@@ -279,7 +323,12 @@ def test_models_that_do_not_fit_are_refused(here, tmp_path):
         config = {"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"}
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    refused(here, wemoe(("whisper-b",), base="./whisper-a"), "whisper-a", "WhisperForConditionalGeneration")
+    refused(
+        here,
+        wemoe(("whisper-b",), base="./whisper-a"),
+        "whisper-a",
+        "WhisperForConditionalGeneration",
+    )
 
 
 def test_nan_in_a_vector_is_refused_and_leaves_nothing(here):
@@ -288,7 +337,13 @@ def test_nan_in_a_vector_is_refused_and_leaves_nothing(here):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
     save_file(tensors, here / "broken" / "model.safetensors", metadata={"format": "pt"})
     for method in ("wemoe", "ewemoe"):
-        refused(here, wemoe(("broken", "code"), method), "model.layers.1.mlp.up_proj.weight", "broken", "NaN")
+        refused(
+            here,
+            wemoe(("broken", "code"), method),
+            "model.layers.1.mlp.up_proj.weight",
+            "broken",
+            "NaN",
+        )
     merge(wemoe(("broken", "code"), allow_nonfinite=True))
 
 
@@ -298,7 +353,9 @@ def test_heads_of_their_own_are_kept_per_task(tmp_path, monkeypatch, family):
     make_classifier(tmp_path / "base", 0, family, labels=5)
     make_classifier(tmp_path / "sun", 1, family, labels=["beach", "sky", "sea"])
     make_classifier(tmp_path / "cars-1.5", 2, family, labels=["bmw", "audi"])
-    auto = AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
+    auto = (
+        AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
+    )
     out = merge(wemoe(("sun", "cars-1.5"), **LAMBDA, **CONSTANT))
     model = load(out, auto)
     for task in ("sun", "cars-1.5"):
@@ -314,9 +371,15 @@ def test_heads_of_their_own_are_kept_per_task(tmp_path, monkeypatch, family):
             if not name.startswith("classifier.")
         }
         reference.load_state_dict({**source.state_dict(), **state})
-        actual, expected = logits_of(model, {**INPUTS[family], "task": task}), logits_of(reference, INPUTS[family])
+        actual, expected = (
+            logits_of(model, {**INPUTS[family], "task": task}),
+            logits_of(reference, INPUTS[family]),
+        )
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    assert model.config.ensembling["heads"] == {"sun": ["beach", "sky", "sea"], "cars-1.5": ["bmw", "audi"]}
+    assert model.config.ensembling["heads"] == {
+        "sun": ["beach", "sky", "sea"],
+        "cars-1.5": ["bmw", "audi"],
+    }
     for task in ({}, {"task": "law"}):
         with pytest.raises(ValueError, match=r"sun, cars-1\.5"):
             model(**INPUTS[family], **task)
@@ -338,11 +401,15 @@ def test_one_head_is_merged_only_where_all_have_the_same_named_classes(tmp_path,
     model = load(merge(wemoe(("sun", "cars"), **LAMBDA), "same"), AutoModelForImageClassification)
     assert not model.ensembling.heads and logits_of(model, INPUTS["vit"]).shape == (2, 2)
     make_classifier(tmp_path / "base", 0, labels=5)  # the base has other classes than the sources
-    model = load(merge(wemoe(("sun", "cars"), **LAMBDA), "other-base"), AutoModelForImageClassification)
+    model = load(
+        merge(wemoe(("sun", "cars"), **LAMBDA), "other-base"), AutoModelForImageClassification
+    )
     assert model.ensembling.heads == {"sun": ["cat", "dog"], "cars": ["cat", "dog"]}
     for seed, name in enumerate(("base", "sun", "cars")):  # two classes each, which nobody named
         make_classifier(tmp_path / name, seed, labels=2)
-    model = load(merge(wemoe(("sun", "cars"), **LAMBDA), "unnamed"), AutoModelForImageClassification)
+    model = load(
+        merge(wemoe(("sun", "cars"), **LAMBDA), "unnamed"), AutoModelForImageClassification
+    )
     assert model.ensembling.heads == {"sun": ["LABEL_0", "LABEL_1"], "cars": ["LABEL_0", "LABEL_1"]}
 
 
@@ -360,7 +427,10 @@ def test_the_vision_tower_of_clip(tmp_path, monkeypatch, prefixed):
         tensors["vision_model.embeddings.position_ids"] = torch.arange(10)[None]
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     base = sources["base"]
-    state = {name: base[name] + 0.3 * sum(sources[of][name] - base[name] for of in ("sun", "cars")) for name in base}
+    state = {
+        name: base[name] + 0.3 * sum(sources[of][name] - base[name] for of in ("sun", "cars"))
+        for name in base
+    }
     stock = CLIPVisionModel(config).eval()
     stock.load_state_dict(state)
     for upscale in ("mlp", "auto", "all"):
@@ -368,14 +438,18 @@ def test_the_vision_tower_of_clip(tmp_path, monkeypatch, prefixed):
         assert {name for name in read_tensors(out) if name in base} == set(base)
         with torch.no_grad():
             found = load(out, AutoModel)(**INPUTS["vit"]).pooler_output
-            torch.testing.assert_close(found, stock(**INPUTS["vit"]).pooler_output, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                found, stock(**INPUTS["vit"]).pooler_output, atol=1e-5, rtol=1e-5
+            )
 
 
 def test_a_model_loads_where_this_package_is_missing_and_saves_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inputs = {}
     for seed, name in enumerate(("base", *SOURCES)):
-        make_model(tmp_path / name, seed, num_hidden_layers=12, hidden_size=16, intermediate_size=24)
+        make_model(
+            tmp_path / name, seed, num_hidden_layers=12, hidden_size=16, intermediate_size=24
+        )
     merge(wemoe(), "made-llama")
     inputs["llama"] = ("AutoModelForCausalLM", {"input_ids": IDS})
     for seed, name in enumerate(("vbase", "sun", "cars")):
@@ -389,17 +463,27 @@ def test_a_model_loads_where_this_package_is_missing_and_saves_again(tmp_path, m
         expected[name] = logits_of(load(f"made-{name}", autos[name]), inputs[name][1])
         Path(f"made-{name}").rename(tmp_path / name)
     torch.save(inputs, "inputs.pt")
-    environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    environment = {
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
     done = run(sys.executable, "-c", OUTSIDE, "inputs.pt", *inputs, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     for name in inputs:
         assert torch.equal(torch.load(f"{name}.pt"), expected[name])
         first, again = read_tensors(tmp_path / name), read_tensors(tmp_path / f"{name}-again")
-        assert first.keys() == again.keys() and all(torch.equal(again[key], first[key]) for key in first)
-        assert torch.equal(logits_of(load(f"{name}-again", autos[name]), inputs[name][1]), expected[name])
+        assert first.keys() == again.keys() and all(
+            torch.equal(again[key], first[key]) for key in first
+        )
+        assert torch.equal(
+            logits_of(load(f"{name}-again", autos[name]), inputs[name][1]), expected[name]
+        )
 
 
-SWIN = SwinConfig(image_size=12, patch_size=3, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=2)
+SWIN = SwinConfig(
+    image_size=12, patch_size=3, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=2
+)
 CLIP = CLIPConfig(
     text_config={**SMALL, "vocab_size": 96, "max_position_embeddings": 16},
     vision_config={**SMALL, "image_size": 12, "patch_size": 4},
@@ -477,7 +561,9 @@ def test_the_card_says_how_to_load_it(tmp_path, monkeypatch):
         make_classifier(tmp_path / name, seed)
     card = (merge(wemoe(("sun", "cars"), "ewemoe")) / "README.md").read_text()
     assert 'AutoModelForImageClassification.from_pretrained("out", trust_remote_code=True)' in card
-    assert "2410.21804" in card and "AutoModelForCausalLM" not in card and "AutoTokenizer" not in card
+    assert (
+        "2410.21804" in card and "AutoModelForCausalLM" not in card and "AutoTokenizer" not in card
+    )
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 
 
@@ -491,7 +577,10 @@ def test_what_the_card_shows_runs(here, caplog):
     text: dict = {}
     exec(loading_shown_by(merge(document("wemoe", SOURCES, "./texts"))), text)
     assert text["tokenizer"]("w1 w2")["input_ids"] and "Llama" in type(text["model"]).__name__
-    assert 'AutoTokenizer.from_pretrained("out", trust_remote_code=True)' in (here / "out/README.md").read_text()
+    assert (
+        'AutoTokenizer.from_pretrained("out", trust_remote_code=True)'
+        in (here / "out/README.md").read_text()
+    )
     for seed, name in enumerate(("images", "sun", "cars")):
         make_classifier(here / name, seed, labels=2 + seed)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(here / "images")

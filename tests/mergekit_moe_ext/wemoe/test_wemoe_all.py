@@ -1,4 +1,6 @@
-"""`upscale: all`, which is AdaMerging: every parameter is the base's plus constants times task vectors."""
+"""`upscale: all`, which is AdaMerging: every parameter is the base's plus constants times task
+vectors.
+"""
 
 import copy
 import json
@@ -27,9 +29,24 @@ from mergekit_moe_ext.modeling.wemoe_tensors import WeighedTensor
 from mergekit_moe_ext.wemoe.groups import weighed_tensors
 from mergekit_moe_ext.wemoe.unloading import unload
 from tests.conftest import document, make_model, merge, read_tensors, run
-from tests.mergekit_moe_ext.ensembles import EXPERTS, FAMILIES, IMAGES, PAIRS, build, inputs_of, padded, with_constants
+from tests.mergekit_moe_ext.ensembles import (
+    EXPERTS,
+    FAMILIES,
+    IMAGES,
+    PAIRS,
+    build,
+    inputs_of,
+    padded,
+    with_constants,
+)
 from tests.mergekit_moe_ext.merging.test_bad_input import refused
-from tests.mergekit_moe_ext.modeling.test_wemoe_model import GREEDY, close, gradients, routers_only, stepwise
+from tests.mergekit_moe_ext.modeling.test_wemoe_model import (
+    GREEDY,
+    close,
+    gradients,
+    routers_only,
+    stepwise,
+)
 from tests.mergekit_moe_ext.wemoe.test_wemoe import (
     IDS,
     INPUTS,
@@ -44,7 +61,14 @@ from tests.mergekit_moe_ext.wemoe.test_wemoe import wemoe as any_wemoe
 from tests.tokenizers import save_tokenizer
 
 ALL = {"upscale": "all", "router_layers": 0}
-T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": 32,
+    "d_ff": 48,
+    "d_kv": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 
 
 def wemoe(models=SOURCES, **parameters):
@@ -74,7 +98,9 @@ def test_constants_get_the_gradients_of_the_merged_stock_model_and_nothing_else_
     for name, gradient in actual.items():
         close(gradient, expected[name], atol=1e-3, rtol=1e-3)
         assert gradient.abs().sum() > 0
-    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("routers."))
+    assert all(
+        p.grad is None for name, p in model.named_parameters() if not name.startswith("routers.")
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -96,14 +122,22 @@ def test_gradient_checkpointing_changes_no_gradient(family, reentrant):
 
 
 def test_there_are_as_many_constants_as_parameters_times_tasks():
-    """B.1: 199 parameters of ViT-B/32 in transformers' layout, whose queries, keys and values are apart."""
+    """B.1: 199 parameters of ViT-B/32 in transformers' layout, whose queries, keys and values are
+    apart.
+    """
     config = CLIPVisionConfig(patch_size=32)
     with torch.device("meta"):
         groups = weighed_tensors(CLIPVisionModel(config))
-        values = {"experts": [f"task{index}" for index in range(8)], "groups": groups, "per_tensor": True}
+        values = {
+            "experts": [f"task{index}" for index in range(8)],
+            "groups": groups,
+            "per_tensor": True,
+        }
         for shared_router, count in ((False, 8 * (12 * 16 + 7)), (True, 8)):
             ensembling = {**values, "router_layers": 0, "shared_router": shared_router}
-            ours = modeling_wemoe.config_class(CLIPVisionConfig)(patch_size=32, ensembling=ensembling)
+            ours = modeling_wemoe.config_class(CLIPVisionConfig)(
+                patch_size=32, ensembling=ensembling
+            )
             model = modeling_wemoe.model_class(CLIPVisionModel)(ours)
             assert sum(parameter.numel() for parameter in model.routers.parameters()) == count
 
@@ -119,7 +153,9 @@ def test_generates_what_the_stock_model_with_merged_parameters_does(family):
     for more in ({}, {"num_beams": 3}, {"use_cache": False}):
         expected = stock.generate(ids, **GREEDY, pad_token_id=0, **more)
         assert torch.equal(model.generate(ids, **GREEDY, pad_token_id=0, **more), expected)
-        assert torch.equal(model.generate(ids, **GREEDY, pad_token_id=0, coefficients=given, **more), expected)
+        assert torch.equal(
+            model.generate(ids, **GREEDY, pad_token_id=0, coefficients=given, **more), expected
+        )
 
 
 @torch.no_grad()
@@ -145,11 +181,20 @@ def test_a_cache_keeps_what_was_merged_once_for_tied_parameters(monkeypatch):
 
 def test_of_tied_parameters_the_one_that_is_stored_is_weighed():
     """In some families the head comes first, and is what is tied."""
-    config = XLMRobertaConfig(vocab_size=64, hidden_size=24, intermediate_size=24, num_hidden_layers=1)
+    config = XLMRobertaConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=24, num_hidden_layers=1
+    )
     with torch.device("meta"):
         stock = XLMRobertaForMaskedLM(config)
-    stored = set(stock.state_dict()) - set(stock.all_tied_weights_keys) - {name for name, _ in stock.named_buffers()}
-    assert set(weighed_tensors(stock)) == stored and "roberta.embeddings.word_embeddings.weight" in stored
+    stored = (
+        set(stock.state_dict())
+        - set(stock.all_tied_weights_keys)
+        - {name for name, _ in stock.named_buffers()}
+    )
+    assert (
+        set(weighed_tensors(stock)) == stored
+        and "roberta.embeddings.word_embeddings.weight" in stored
+    )
 
 
 def test_a_parameter_that_is_gone_is_missed_as_in_any_module():
@@ -216,7 +261,10 @@ def test_half_precision_stays_near_the_same_model_in_double():
 
 
 def test_untrained_it_is_task_arithmetic(here):
-    stock = merge(document("task_arithmetic", ("base", *SOURCES), parameters={**LAMBDA, "weight": 1.0}), "stock")
+    stock = merge(
+        document("task_arithmetic", ("base", *SOURCES), parameters={**LAMBDA, "weight": 1.0}),
+        "stock",
+    )
     model = load(merge(wemoe()))
     expected = AutoModelForCausalLM.from_pretrained(stock).eval()
     torch.testing.assert_close(logits_of(model), logits_of(expected), atol=1e-5, rtol=1e-5)
@@ -224,7 +272,11 @@ def test_untrained_it_is_task_arithmetic(here):
     for name, tensor in base.items():
         assert torch.equal(ours[name], tensor), name
         torch.testing.assert_close(tensor + 0.3 * ours[vectors_of(name)].sum(0), merged[name])
-    assert set(ours) == {*base, *(vectors_of(n) for n in base), *(f"routers.{i}.bias" for i in range(len(base)))}
+    assert set(ours) == {
+        *base,
+        *(vectors_of(n) for n in base),
+        *(f"routers.{i}.bias" for i in range(len(base))),
+    }
     task_wise = load(merge(wemoe(shared_router=True), "task-wise"))
     assert list(task_wise.routers) == ["0"]
     torch.testing.assert_close(logits_of(task_wise), logits_of(model), atol=0, rtol=0)
@@ -242,7 +294,11 @@ def test_tied_embeddings_have_one_set_of_vectors_and_constants(tmp_path, monkeyp
     expected = logits_of(auto.from_pretrained("math").eval(), inputs)
     torch.testing.assert_close(logits_of(model, inputs), expected, atol=1e-4, rtol=1e-4)
     base = read_tensors(tmp_path / "base")
-    assert set(model.ensembling.groups) == set(base) == {n for n in read_tensors(Path("out")) if n in base}
+    assert (
+        set(model.ensembling.groups)
+        == set(base)
+        == {n for n in read_tensors(Path("out")) if n in base}
+    )
     unload("out", "unloaded")
     unloaded = auto.from_pretrained("unloaded").eval()
     torch.testing.assert_close(logits_of(unloaded, inputs), expected, atol=1e-4, rtol=1e-4)
@@ -259,13 +315,17 @@ def test_unloaded_it_is_the_stock_model_by_logits(here, dtype):
     unload("trained", "stock")
     stock = AutoModelForCausalLM.from_pretrained("stock", dtype="auto").eval()
     assert type(stock).__module__.startswith("transformers.")
-    close_enough = {"atol": 1e-5, "rtol": 1e-5} if dtype == "float32" else {"atol": 0.02, "rtol": 0.02}
+    close_enough = (
+        {"atol": 1e-5, "rtol": 1e-5} if dtype == "float32" else {"atol": 0.02, "rtol": 0.02}
+    )
     torch.testing.assert_close(logits_of(stock), logits_of(model), **close_enough)
     for name, tensor in read_tensors(Path("stock")).items():
         c = model.routers[str(list(model.ensembling.groups).index(name))].bias.float()
         base, vectors = (read_tensors(Path("trained"))[n].float() for n in (name, vectors_of(name)))
         assert tensor.dtype == model.dtype
-        torch.testing.assert_close(tensor, (base + c[0] * vectors[0] + c[1] * vectors[1]).to(tensor.dtype))
+        torch.testing.assert_close(
+            tensor, (base + c[0] * vectors[0] + c[1] * vectors[1]).to(tensor.dtype)
+        )
 
 
 def test_heads_of_their_own_are_kept_and_not_weighed(tmp_path, monkeypatch):
@@ -273,7 +333,9 @@ def test_heads_of_their_own_are_kept_and_not_weighed(tmp_path, monkeypatch):
     make_classifier(tmp_path / "base", 0, labels=5)
     make_classifier(tmp_path / "sun", 1, labels=["beach", "sky", "sea"])
     model = load(merge(wemoe(("sun",), init_lambda=1.0)), AutoModelForImageClassification)
-    expected = logits_of(AutoModelForImageClassification.from_pretrained("sun").eval(), INPUTS["vit"])
+    expected = logits_of(
+        AutoModelForImageClassification.from_pretrained("sun").eval(), INPUTS["vit"]
+    )
     torch.testing.assert_close(logits_of(model, INPUTS["vit"]), expected, atol=1e-5, rtol=1e-5)
     assert not any(name.startswith("classifier") for name in model.ensembling.groups)
     unload("out", "stock", "sun")
@@ -281,7 +343,10 @@ def test_heads_of_their_own_are_kept_and_not_weighed(tmp_path, monkeypatch):
     torch.testing.assert_close(logits_of(stock, INPUTS["vit"]), expected, atol=1e-5, rtol=1e-5)
     make_classifier(tmp_path / "same", 0)
     make_classifier(tmp_path / "other", 1)
-    merged = load(merge(any_wemoe(("other",), base="./same", **ALL), "merged"), AutoModelForImageClassification)
+    merged = load(
+        merge(any_wemoe(("other",), base="./same", **ALL), "merged"),
+        AutoModelForImageClassification,
+    )
     assert {"classifier.weight", "vit.embeddings.cls_token"} < set(merged.ensembling.groups)
 
 
@@ -292,18 +357,29 @@ def test_it_loads_where_this_package_is_missing_and_saves_again(tmp_path, monkey
     expected = logits_of(load(merge(wemoe(), "made")))
     Path("made").rename("llama")
     torch.save({"llama": ("AutoModelForCausalLM", {"input_ids": IDS})}, "inputs.pt")
-    environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    environment = {
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
     done = run(sys.executable, "-c", OUTSIDE, "inputs.pt", "llama", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load("llama.pt"), expected)
     first, again = read_tensors(Path("llama")), read_tensors(Path("llama-again"))
-    assert first.keys() == again.keys() and all(torch.equal(again[key], first[key]) for key in first)
+    assert first.keys() == again.keys() and all(
+        torch.equal(again[key], first[key]) for key in first
+    )
 
 
 def test_layers_on_disk_give_the_same_logits(here):
     out = merge(wemoe())
     expected = logits_of(load(out))
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "disk",
+    }
     places |= {f"model.layers.{index}": "disk" for index in range(3)} | {"routers": "cpu"}
     model = load(out, device_map=places, offload_folder="offload")
     torch.testing.assert_close(logits_of(model), expected, atol=0, rtol=0)
@@ -312,7 +388,10 @@ def test_layers_on_disk_give_the_same_logits(here):
 @pytest.mark.parametrize(
     ("parameters", "fragments"),
     [
-        ({"router_layers": 2}, ["upscale: all", "router_layers: 2", "no hidden states", "write router_layers: 0"]),
+        (
+            {"router_layers": 2},
+            ["upscale: all", "router_layers: 2", "no hidden states", "write router_layers: 0"],
+        ),
         ({"router_layers": 1}, ["upscale: all", "router_layers: 1"]),
         ({"sparsity": 0.9}, ["upscale: all", "sparsity: 0.9", "write sparsity: 0"]),
         ({"method": "ewemoe"}, ["upscale: all", "sparsity: 0.9"]),
@@ -329,7 +408,14 @@ def test_vocabularies_are_not_aligned(here):
         save_tokenizer(here / f"{name}-with-words", 96)
     named = [f"{name}-with-words" for name in SOURCES]
     document = any_wemoe(named, base="./base-with-words", **ALL)
-    refused(here, {**document, "tokenizer_source": "base"}, "upscale: all", "tokenizer", "not aligned", "leave it out")
+    refused(
+        here,
+        {**document, "tokenizer_source": "base"},
+        "upscale: all",
+        "tokenizer",
+        "not aligned",
+        "leave it out",
+    )
     merge(document)
 
 
