@@ -7,6 +7,8 @@ OLDEST := .venv-oldest/bin
 # A plain `torch` may resolve to a build with gigabytes of CUDA packages; this one is for CPUs.
 TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.7.0
+# Another torch is another installation.
+OLDEST_INSTALLED := .venv-oldest/.installed-$(subst ==,-,$(OLDEST_TORCH))
 
 .PHONY: demo test hosts newest newest-installed oldest exchange lint bench
 
@@ -29,16 +31,17 @@ newest-installed:
 	$(NEWEST)/python -m pip install --quiet --upgrade --upgrade-strategy eager $(TORCH) --editable '.[test]'
 
 # The compact suite on the oldest versions that pyproject.toml allows.
-oldest: .venv-oldest/.installed
+oldest: $(OLDEST_INSTALLED)
 	$(OLDEST)/python -m pytest -m hosts
 
 # Outputs that one end of the range writes are read by the other.
-exchange: $(VENV)/.installed .venv-oldest/.installed
-	rm -rf build/exchange
-	$(BIN)/python -m tests.exchange write build/exchange/new
-	$(OLDEST)/python -m tests.exchange read build/exchange/new
-	$(OLDEST)/python -m tests.exchange write build/exchange/old
-	$(BIN)/python -m tests.exchange read build/exchange/old
+exchange: export HF_HUB_OFFLINE = 1
+exchange: $(VENV)/.installed $(OLDEST_INSTALLED)
+	rm -rf build/exchange build/modules
+	HF_MODULES_CACHE=$(CURDIR)/build/modules/new $(BIN)/python -m tests.exchange write build/exchange/new
+	HF_MODULES_CACHE=$(CURDIR)/build/modules/old $(OLDEST)/python -m tests.exchange read build/exchange/new
+	HF_MODULES_CACHE=$(CURDIR)/build/modules/old $(OLDEST)/python -m tests.exchange write build/exchange/old
+	HF_MODULES_CACHE=$(CURDIR)/build/modules/new $(BIN)/python -m tests.exchange read build/exchange/old
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -59,7 +62,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,plots,bench]'
 	touch $@
 
-.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
+	rm -f .venv-oldest/.installed-*
 	$(OLDEST)/python -m pip install --quiet --constraint constraints-oldest.txt $(OLDEST_TORCH) --editable '.[test]'
 	touch $@

@@ -1,5 +1,5 @@
-"""Which versions of the hosts this release was tested with, and one warning where a newer one is
-installed.
+"""The versions of the hosts that this release was tested with, and one warning where a newer one
+is installed.
 
 `docs/versions.md` says what was run on them. The lower ends are those of `pyproject.toml`, the
 upper ends the newest that the compact suite (`make newest`) has passed on.
@@ -26,6 +26,8 @@ TESTED = {
 _NATIVE_ADAPTERS_SINCE = "5.24.0"
 _NATIVE_ADAPTERS_WANT = "0.22.0"
 _has_warned = False
+# The exit status of this module where a host is newer than the table says, and none is older.
+NEWER = 3
 
 
 def installed() -> dict[str, str | None]:
@@ -39,24 +41,24 @@ def installed() -> dict[str, str | None]:
     return versions
 
 
-def verdict(host: str, found: str | None) -> str:
-    """What is to be said of a host's version: "tested", "newer than tested", "older than tested" or
-    "missing".
+def verdict(host: str, release: str | None) -> str:
+    """A verdict on a host's release: "tested", "newer than tested", "older than tested" or
+    "missing" (None).
     """
-    if found is None:
+    if release is None:
         return "missing"
     # Builds for one device or another ("2.13.0+cpu") are of the same release.
-    release = Version(found).public
+    public = Version(Version(release).public)
     oldest, newest = TESTED[host]
-    if Version(release) < Version(oldest):
+    if public < Version(oldest):
         return "older than tested"
-    if Version(release) > Version(newest):
+    if public > Version(newest):
         return "newer than tested"
     return "tested"
 
 
 def remark_on_native_adapters(versions: dict[str, str | None]) -> str:
-    """What is to be said of loading adapters by transformers itself, with these versions; "" if it
+    """A sentence on adapters that transformers loads itself, with these versions; "" if that
     works.
     """
     transformers, peft = versions["transformers"], versions["peft"]
@@ -81,9 +83,9 @@ def warn_of_newer_hosts() -> None:
         return
     _has_warned = True
     newer = []
-    for host, found in installed().items():
-        if verdict(host, found) == "newer than tested":
-            newer.append(f"{host} {found} (tested up to {TESTED[host][1]})")
+    for host, release in installed().items():
+        if verdict(host, release) == "newer than tested":
+            newer.append(f"{host} {release} (tested up to {TESTED[host][1]})")
     if not newer:
         return
     with contextlib.suppress(Warning):  # where warnings are errors
@@ -96,17 +98,20 @@ def warn_of_newer_hosts() -> None:
 
 
 def main() -> None:
-    """Exits with 0 where every host that is installed is one that this release was tested with;
-    says which are not.
+    """`python -m _mergekit_moe_ext_common.versions` exits with 0 where every host was tested, with
+    NEWER where some are newer and the others were tested, and with 1 where one is older or missing.
     """
-    untested = []
-    for host, found in installed().items():
-        if verdict(host, found) != "tested":
-            untested.append(
-                f"{host} {found or '-'}: {verdict(host, found)} ({' to '.join(TESTED[host])})"
-            )
-    if untested:
-        sys.exit("\n".join(untested))
+    verdicts = []
+    for host, release in installed().items():
+        host_verdict = verdict(host, release)
+        if host_verdict == "tested":
+            continue
+        verdicts.append(host_verdict)
+        print(f"{host} {release or '-'}: {host_verdict} ({' to '.join(TESTED[host])})")
+    if not verdicts:
+        return
+    is_only_newer = set(verdicts) == {"newer than tested"}
+    sys.exit(NEWER if is_only_newer else 1)
 
 
 if __name__ == "__main__":

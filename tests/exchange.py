@@ -6,6 +6,7 @@ words and logits.
     something else
 
 Custom architectures are read by transformers alone, from the files beside their weights.
+`make exchange` keeps these modules apart, in a cache of each version's own (HF_MODULES_CACHE).
 """
 
 import os
@@ -55,7 +56,8 @@ def read(directory: Path) -> None:
     os.chdir(directory)
     wrong = []
     for name in (*CUSTOM, "routed"):
-        results, expected = _results(_load(name)), load_file(f"{name}.results")
+        results = _results(_load(name))
+        expected = load_file(f"{name}.results")
         for key, tensor in expected.items():
             if not torch.allclose(results[key].float(), tensor.float(), atol=1e-5):
                 wrong.append(f"{name}: {key}")
@@ -88,8 +90,6 @@ def _results(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_MODULES_CACHE"] = str(Path(sys.argv[2]).resolve() / "modules")
     if sys.argv[1] == "read":
         for module in ("mergekit_moe_ext", "mergekit"):
             sys.modules[module] = None  # type: ignore[assignment]

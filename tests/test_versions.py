@@ -43,6 +43,31 @@ def test_verdict(found, said, monkeypatch):
     assert verdict("transformers", found) == said
 
 
+@pytest.mark.parametrize(
+    ("transformers", "torch", "status"),
+    [
+        ("5.23.0", "2.10.0", 0),
+        ("5.25.0", "2.10.0", versions.NEWER),
+        ("5.25.0", "3.0.0", versions.NEWER),
+        ("5.25.0", "2.0.0", 1),
+        (None, "2.10.0", 1),
+    ],
+)
+def test_exit_status(transformers, torch, status, monkeypatch):
+    """What the checks of every change tell an unclaimed version by."""
+    monkeypatch.setattr(
+        versions, "installed", lambda: {"transformers": transformers, "torch": torch}
+    )
+    monkeypatch.setitem(TESTED, "transformers", ("5.21.0", "5.24.0"))
+    monkeypatch.setitem(TESTED, "torch", ("2.7.0", "2.14.1"))
+    try:
+        versions.main()
+    except SystemExit as end:
+        assert end.code == status
+    else:
+        assert status == 0
+
+
 def pinned(file):
     lines = (ROOT / file).read_text().splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
