@@ -120,7 +120,7 @@ def _ensembling(job: Job, sources: Sources) -> tuple[Ensembling, str]:
         router_layers=options.router_layers,
         shared_router=options.shared_router,
         init_lambda=options.init_lambda,
-        init_std=options.router_init_std,
+        router_init_std=options.router_init_std,
         mode=options.mode,
         routing_tokens=options.routing_tokens,
         heads=dict(zip(tasks, classes, strict=True)) if head else {},
