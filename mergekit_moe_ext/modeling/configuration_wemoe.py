@@ -6,7 +6,7 @@
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import chain
-from typing import Any, Self
+from typing import Any
 
 import transformers
 from transformers import PretrainedConfig
@@ -50,7 +50,7 @@ class Ensembling:
     head: str = ""
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> "Ensembling":
         """The ensembling that a configuration file holds, as `as_dict` gave it."""
         # Older outputs hold `router_init_std` under the name `init_std`.
         values = dict(values)
