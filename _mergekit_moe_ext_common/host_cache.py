@@ -81,7 +81,7 @@ def with_cache_renamed(
 
 
 def refuse_other_caches(arguments: Mapping[str, Any]) -> None:
-    """`ValueError` where a forward pass is handed a cache that is no `Cache`.
+    """`ValueError` where a forward pass is handed a cache that is not a `Cache`.
 
     Continuous batching has one of its own kind, with which no choice for a sequence can be kept.
     """

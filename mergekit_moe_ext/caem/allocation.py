@@ -1,8 +1,7 @@
-"""How CAEM shares the experts of a merged layer among its sources: the paper's equation 1 and
-appendix A.2.
+"""The allocation of a merged layer's experts to its sources: CAEM's equation 1 and appendix A.2.
 
-Pure functions on numbers, to be read beside the paper. Where A.2 leaves something open (more than
-three tasks, a second round, ties), the docstrings say what we do.
+These are pure functions of numbers, to be read beside the paper. Where A.2 leaves something open
+(more than three tasks, a second round, ties), the docstrings say what we do.
 """
 
 import math
@@ -13,7 +12,7 @@ __all__ = ["allocate", "most_used", "normalised_entropy"]
 
 
 def normalised_entropy(counts: Sequence[int]) -> float:
-    """Equation 1: the entropy of the experts' usage, divided by log n_s; between 0 and 1.
+    """The entropy of the experts' usage, divided by log n_s (equation 1); between 0 and 1.
 
     >>> normalised_entropy([5, 5, 5, 5])
     1.0
@@ -27,20 +26,21 @@ def normalised_entropy(counts: Sequence[int]) -> float:
         raise ValueError("no expert was ever chosen")
     if len(counts) == 1:
         return 0.0
+    # An expert that was never chosen adds nothing, as 0 log 0 is 0.
     shares = [count / total for count in counts if count > 0]
     entropy = -math.fsum(share * math.log(share) for share in shares) / math.log(len(counts))
     return min(1.0, max(0.0, entropy))  # rounding may overstep
 
 
 def allocate(entropies: Sequence[float], num_experts: int, capacities: Sequence[int]) -> list[int]:
-    """Algorithm 1, lines 6 to 8: how many of `num_experts` experts each source gives.
+    """The number of experts that each source gives to `num_experts` (Algorithm 1, lines 6 to 8).
 
     >>> allocate([0.2, 0.7, 0.9], 8, [8, 8, 8])
     [1, 3, 4]
 
-    Each gives at least one and at most its capacity, and the sum is `num_experts`. Ties go to the
-    source that is named first. Entropies that are all zero share evenly. `ValueError` where no
-    allocation exists.
+    Each source gives at least one expert and at most its capacity, and the sum is `num_experts`.
+    Ties go to the source that is named first. Where all entropies are zero the sources share
+    evenly. `ValueError` where no allocation exists.
     """
     if num_experts < len(entropies):
         raise ValueError(
@@ -50,16 +50,18 @@ def allocate(entropies: Sequence[float], num_experts: int, capacities: Sequence[
         raise ValueError(
             f"the sources have {sum(capacities)} experts together; {num_experts} are too many"
         )
-    # exact, so that thirds of a number that three divides are whole
+    # Shares in proportion to the entropies, as exact fractions: in floating point three equal
+    # shares of nine experts might come out just below 3, and be rounded down to 2.
     weights = [Fraction(entropy) for entropy in entropies]
     if not any(weights):
         weights = [Fraction(1)] * len(entropies)
     ideal = [num_experts * weight / sum(weights) for weight in weights]
     remainders = [share - math.floor(share) for share in ideal]
-    allocation = [
-        min(max(math.floor(share), 1), capacity)
-        for share, capacity in zip(ideal, capacities, strict=True)
-    ]
+    # Rounding down and the limits of a source may miss the total, in either direction. A.2 repairs
+    # it by the remainders.
+    allocation = []
+    for share, capacity in zip(ideal, capacities, strict=True):
+        allocation.append(min(max(math.floor(share), 1), capacity))
     excess = sum(allocation) - num_experts
     if excess > 0:
         _take(allocation, remainders, excess)
@@ -69,9 +71,11 @@ def allocate(entropies: Sequence[float], num_experts: int, capacities: Sequence[
 
 
 def _take(allocation: list[int], remainders: Sequence[Fraction], excess: int) -> None:
-    """Case 1: one after the other from the largest allocation, of those from the one with the
-    smallest remainder.
+    """Take experts away one after the other, each from the largest allocation; of several such from
+    the one with the smallest remainder (A.2, case 1).
     """
+    # Only a source that was raised to one expert causes an excess. Taking from the largest never
+    # leaves a source without an expert.
     for _ in range(excess):
         largest = max(allocation)
         candidates = [i for i, number in enumerate(allocation) if number == largest]
@@ -81,10 +85,14 @@ def _take(allocation: list[int], remainders: Sequence[Fraction], excess: int) ->
 def _give(
     allocation: list[int], remainders: Sequence[Fraction], capacities: Sequence[int], deficit: int
 ) -> None:
-    """Case 2. The paper has three tasks; we do with more as it does with three, round after
-    round."""
+    """Give away the experts that are lacking, by the remainders (A.2, case 2).
+
+    The paper has three tasks; with more we do as it does with three, round after round.
+    """
     by_remainder = sorted(range(len(allocation)), key=lambda i: -remainders[i])
     open_tasks = [i for i in by_remainder if allocation[i] < capacities[i]]
+    # Two sources that still have room share the deficit in halves, the larger half to the one with
+    # the larger remainder, as far as the room of both allows.
     if len(open_tasks) == 2:
         first, second = open_tasks
         free = [capacities[i] - allocation[i] for i in open_tasks]
@@ -92,8 +100,10 @@ def _give(
         allocation[first] += deficit - to_second
         allocation[second] += to_second
         return
+    # Else each that has room gets one per round, in the order of the remainders. A single one takes
+    # them all.
     while deficit:
-        for i in open_tasks:  # where one is open, it takes them all
+        for i in open_tasks:
             if deficit and allocation[i] < capacities[i]:
                 allocation[i] += 1
                 deficit -= 1
@@ -105,4 +115,6 @@ def most_used(counts: Sequence[int], number: int) -> list[int]:
     >>> most_used([3, 9, 9, 1], 2)
     [1, 2]
     """
-    return sorted(sorted(range(len(counts)), key=lambda i: -counts[i])[:number])
+    # Sorting is stable, so that equally used experts stay in their order.
+    by_usage = sorted(range(len(counts)), key=lambda i: -counts[i])
+    return sorted(by_usage[:number])

@@ -1,5 +1,5 @@
-"""What `caem` asks of its options, its sources and their usage, and what it says where that is not
-so.
+"""Checks of `caem`'s options, its sources and their usage. Each raises a `UserError` that says what
+is wrong.
 """
 
 import logging
@@ -23,18 +23,19 @@ LOG = logging.getLogger(__name__)
 
 
 def check_options(job: Job) -> None:
-    """What can be seen without looking at any model."""
+    """Check what can be seen without looking at any model."""
     if any(model.lora for model in job.sources):
         raise UserError("caem takes no LoRA sources; merge each into its mixture of experts first")
-    if "weight" in (job.config.parameters or {}) or any(
-        "weight" in (e.parameters or {}) for e in job.config.models
-    ):
-        raise UserError("`weight` is set by caem itself: by how many experts a source gives")
+    for entry in (job.config, *job.config.models):
+        if "weight" in (entry.parameters or {}):
+            raise UserError(
+                "`weight` is not an option: caem weighs each source by how many experts it gives"
+            )
     if job.merge_options.unsafe_truncate_embeddings:
         raise UserError("caem does not truncate embeddings; align vocabularies with `tokenizer:`")
     if "weight" not in [parameter.name for parameter in job.shared.spec.parameters]:
         LOG.warning(
-            "%s knows no weights, so all sources count alike in the shared parameters",
+            "%s has no `weight`, so all sources count alike in the shared parameters",
             job.shared.spec.name,
         )
     uses_base = job.shared.spec.contract.base in (BasePolicy.OPTIONAL, BasePolicy.REQUIRED)
@@ -43,7 +44,7 @@ def check_options(job: Job) -> None:
             f"{job.base} is the base and a source: {job.shared.spec.name} would merge it as a task "
             "vector of zeros; name the ancestor of all sources as `base_model:`"
         )
-    fixed = job.options.allocation == "fixed"
+    is_fixed = job.options.allocation == "fixed"
     for index, options in enumerate(job.model_options):
         where = f"models[{index}].parameters ({job.experts[index]})"
         if options.calibration and options.usage:
@@ -52,49 +53,55 @@ def check_options(job: Job) -> None:
             raise UserError(
                 f"{where}: `calibration` (data) or `usage` (a file) is needed, to count experts"
             )
-        if fixed != (options.experts is not None):
+        if is_fixed and options.experts is None:
             raise UserError(
                 f"{where}: `allocation: fixed` needs `experts`, how many to take per layer"
-                if fixed
-                else f"{where}: `experts` is for `allocation: fixed`"
             )
+        if not is_fixed and options.experts is not None:
+            raise UserError(f"{where}: `experts` is for `allocation: fixed`")
 
 
 def check_one_family(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
-    wanted = configs[job.donor].model_type
+    """Check that all sources have the model type of the donor."""
+    family = configs[job.donor].model_type
     for model, config in configs.items():
         if not config.architectures:
             raise UserError(f"the config of {model} names no architecture")
-        if config.model_type != wanted:
+        if config.model_type != family:
             raise UserError(
-                f"{model} is another family than {job.donor}: model_type is "
-                f"{config.model_type!r}, not {wanted!r}"
+                f"{model} is of another family than {job.donor}: model_type is "
+                f"{config.model_type!r}, not {family!r}"
             )
 
 
 def check_same_layers(job: Job, layers: Mapping[ModelReference, Sequence[MoeLayer]]) -> None:
-    wanted = [layer.router for layer in layers[job.donor]]
-    for model, of_model in layers.items():
-        if [layer.router for layer in of_model] != wanted:
+    """Check that all sources have their experts in the same layers."""
+    donor_routers = [layer.router for layer in layers[job.donor]]
+    for model, model_layers in layers.items():
+        if [layer.router for layer in model_layers] != donor_routers:
             raise UserError(f"{model} has its experts in other layers than {job.donor}")
 
 
 def number_of_experts(job: Job, sizes: Sequence[int]) -> int:
-    given = job.options.num_experts
+    """The number of experts per layer of the output, from the options and the number that each
+    entry of `models:` has. `UserError` where the sources cannot give that many.
+    """
+    stated = job.options.num_experts
     if job.options.allocation == "fixed":
         total = sum(options.experts for options in job.model_options)
-        if given not in (None, total):
-            raise UserError(f"num_experts is {given}, but the models' `experts` add up to {total}")
+        if stated not in (None, total):
+            raise UserError(f"num_experts is {stated}, but the models' `experts` add up to {total}")
         for model, options, size in zip(job.experts, job.model_options, sizes, strict=True):
             if options.experts > size:
                 raise UserError(
-                    f"{options.experts} experts are to be taken of {model}, which has {size}"
+                    f"`experts: {options.experts}` for {model} is more than the {size} that it has"
                 )
         return total
-    if given is None and len(set(sizes)) > 1:
-        has = ", ".join(f"{model}: {size}" for model, size in zip(job.experts, sizes, strict=True))
-        raise UserError(f"num_experts is needed, since the sources differ in it ({has})")
-    number = given or sizes[0]
+    if stated is None and len(set(sizes)) > 1:
+        pairs = zip(job.experts, sizes, strict=True)
+        numbers = ", ".join(f"{model}: {size}" for model, size in pairs)
+        raise UserError(f"num_experts is needed, since the sources differ in it ({numbers})")
+    number = stated or sizes[0]
     if number < len(sizes):
         raise UserError(
             f"num_experts is {number}, but there are {len(sizes)} sources, and each gives at "
@@ -106,7 +113,9 @@ def number_of_experts(job: Job, sizes: Sequence[int]) -> int:
 
 
 def check_routing(config: PretrainedConfig, number: int) -> None:
-    per_token, groups = experts_per_token(config), getattr(config, "n_group", None) or 1
+    """Check that the routers of this config can choose among that many experts."""
+    per_token = experts_per_token(config)
+    groups = getattr(config, "n_group", None) or 1
     if per_token > number:
         raise UserError(
             f"the sources choose {per_token} experts per token; num_experts is only {number}"
@@ -114,11 +123,11 @@ def check_routing(config: PretrainedConfig, number: int) -> None:
     if number % groups:
         raise UserError(
             f"num_experts is {number}, but the sources choose among {groups} groups of experts; "
-            "it must be a multiple"
+            f"it must be a multiple of {groups}"
         )
-    if (
-        groups > 1 and number // groups < 2 and config.model_type != "deepseek_v2"
-    ):  # they add up the best two of each
+    # A group's score is the sum of its best two experts' (DeepSeek-V2: of the best one).
+    needs_two = groups > 1 and config.model_type != "deepseek_v2"
+    if needs_two and number // groups < 2:
         raise UserError(
             f"num_experts is {number}, but the sources choose by the best two experts of each of "
             f"{groups} groups; it must be at least {2 * groups}"
@@ -137,34 +146,38 @@ def check_shapes(
     layers: Mapping[ModelReference, Sequence[MoeLayer]],
     manifests: Mapping[ModelReference, Manifest],
 ) -> None:
-    """What is merged or put side by side must be of one shape in all sources."""
-
-    def shapes(model: ModelReference) -> dict[str, tuple[int, ...]]:
-        """Of one expert per layer, and without the axes that count experts or words."""
-        axes = {name: axis for layer in layers[model] for name, axis in layer.rows.items()}
-        axes |= dict.fromkeys(manifests[model].vocabulary, 0)
-        number = num_experts(configs[model])
-        more = {
-            t.format(expert=e)
-            for layer in layers[model]
-            for t in layer.experts
-            for e in range(1, number)
-        }
-        return {
-            name: tuple(size for axis, size in enumerate(shape) if axis != axes.get(name))
-            for name, shape in manifests[model].shapes.items()
-            if name not in more
-        }
-
-    wanted = shapes(job.donor)
-    for model in manifests:
-        found = shapes(model)
-        for name in found.keys() | wanted.keys():
-            if found.get(name) != wanted.get(name):
+    """Check that the tensors that are merged or put side by side have one shape in all sources."""
+    shapes = {}
+    for model, manifest in manifests.items():
+        shapes[model] = _comparable_shapes(manifest, layers[model], num_experts(configs[model]))
+    donor_shapes = shapes[job.donor]
+    for model, model_shapes in shapes.items():
+        for name in model_shapes.keys() | donor_shapes.keys():
+            if model_shapes.get(name) != donor_shapes.get(name):
                 raise UserError(
-                    f"{name} of {model} is {found.get(name, 'missing')}, of {job.donor} "
-                    f"{wanted.get(name, 'missing')}"
+                    f"{name} of {model} is {model_shapes.get(name, 'missing')}, of {job.donor} "
+                    f"{donor_shapes.get(name, 'missing')}"
                 )
+
+
+def _comparable_shapes(
+    manifest: Manifest, layers: Sequence[MoeLayer], number: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's tensors, by name: of one expert per layer, and without the axes that
+    count experts or words, in which sources may differ.
+    """
+    counting_axes = dict.fromkeys(manifest.vocabulary, 0)
+    further_experts = set()
+    for layer in layers:
+        counting_axes |= layer.rows
+        for template in layer.experts:
+            further_experts |= {template.format(expert=index) for index in range(1, number)}
+    shapes = {}
+    for name, shape in manifest.shapes.items():
+        if name not in further_experts:
+            axis = counting_axes.get(name)
+            shapes[name] = tuple(size for index, size in enumerate(shape) if index != axis)
+    return shapes
 
 
 def check_usage_is_of(
@@ -175,12 +188,13 @@ def check_usage_is_of(
     path: str,
     layers: Sequence[MoeLayer],
 ) -> None:
+    """Check that a usage file was counted on this model, and on all of its experts."""
     if usage.checkpoint != checkpoint_fingerprint(model, job.merge_options):
         raise UserError(f"{path} is the usage of another model ({usage.model}), not of {model}")
-    number = num_experts(config)
-    for task, of_task in usage.tasks.items():
-        shapes = {router: len(layer.counts) for router, layer in of_task.layers.items()}
-        if shapes != {layer.router: number for layer in layers}:
+    sizes_of_model = {layer.router: num_experts(config) for layer in layers}
+    for task, task_usage in usage.tasks.items():
+        sizes = {router: len(layer.counts) for router, layer in task_usage.layers.items()}
+        if sizes != sizes_of_model:
             raise UserError(
                 f"{path} names other routers or experts for the task {task!r} than {model} has"
             )

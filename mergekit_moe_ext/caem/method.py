@@ -1,10 +1,10 @@
-"""`caem`: several mixtures of experts of one family become one (CAEM-MoE, section 3, Algorithm 1,
-appendix A.2).
+"""The method `caem`: several mixtures of experts of one family become one (CAEM-MoE, section 3,
+Algorithm 1, appendix A.2).
 
-Per layer each source gives as many experts as the entropy of its usage asks for, its most used
-ones, with their rows of the router. Everything else is averaged, weighted by how many experts a
-source gave, encoder and decoder apart; what both share (the embedding) by how many it gave in all
-layers.
+In each layer a source gives as many experts as the entropy of its usage asks for: its most used
+ones, with their rows of the router. All other parameters are averaged, each source weighted by the
+number of experts that it gave: in the encoder or the decoder for a parameter of one of them, in all
+layers for one of both (the embedding).
 """
 
 import logging
@@ -56,15 +56,16 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerAllocation:
-    """What one layer takes of each entry of `models:`."""
+    """The experts that one layer takes from each entry of `models:`."""
 
     layer: MoeLayer
-    counts: list[list[int]]  # expert usage, per entry
+    counts: list[list[int]]  # per entry, how often each expert was chosen
     entropies: list[float]
-    chosen: list[list[int]]  # indices in the source, ascending
+    chosen: list[list[int]]  # per entry, indices in the source, ascending
 
     @property
     def numbers(self) -> list[int]:
+        """The number of experts taken, per entry."""
         return [len(indices) for indices in self.chosen]
 
 
@@ -78,7 +79,7 @@ class CaemMethod(StructuralMethod):
             "CAEM-MoE (complexity-aware expert merging)",
             None,
             (
-                "mixtures of experts of one family become one; experts are allotted by the entropy "
+                "mixtures of experts of one family become one, which takes experts by the entropy "
                 "of their usage"
             ),
         )
@@ -100,27 +101,22 @@ class CaemMethod(StructuralMethod):
         config = with_num_experts(configs[job.donor], number)
         check_routing(config, number)
         check_shapes(job, configs, layers, manifests)
-        config.dtype = dtype = output_dtype(job, headers)
+        dtype = output_dtype(job, headers)
+        config.dtype = dtype
         allocations = _allocate(job, configs, layers, sizes, number)
 
-        axes = {name: axis for layer in layers[job.donor] for name, axis in layer.rows.items()}
-        of_donor = manifests[job.donor]
+        donor_manifest = manifests[job.donor]
         copies: dict[str, CopiedTensor] = {}
         rows: dict[str, ExpertRows] = {}
         for allocation in allocations:
             copies |= _copied_experts(job, allocation, headers)
-            rows |= _expert_rows(job, allocation, of_donor)
+            rows |= _expert_rows(job, allocation, donor_manifest)
+        expert_tensors = _expert_tensors(layers[job.donor], num_experts(configs[job.donor]))
+        shared = {}
+        for name in donor_manifest.shapes:
+            if name not in expert_tensors:
+                shared[name] = donor_manifest.shared_tensor(name)
         weights = _weights(job, allocations)
-        size = num_experts(configs[job.donor])
-        of_experts = axes.keys() | {
-            template.format(expert=e)
-            for layer in layers[job.donor]
-            for template in layer.experts
-            for e in range(size)
-        }
-        shared = {
-            name: of_donor.shared_tensor(name) for name in of_donor.shapes if name not in of_experts
-        }
         return Plan(
             config=config,
             num_experts=number,
@@ -135,6 +131,16 @@ class CaemMethod(StructuralMethod):
         )
 
 
+def _expert_tensors(layers: Sequence[MoeLayer], number: int) -> set[str]:
+    """The hub names of all tensors of experts and routers of a model."""
+    names: set[str] = set()
+    for layer in layers:
+        names |= layer.rows.keys()
+        for template in layer.experts:
+            names |= {template.format(expert=index) for index in range(number)}
+    return names
+
+
 def _allocate(
     job: Job,
     configs: Mapping[ModelReference, PretrainedConfig],
@@ -142,23 +148,26 @@ def _allocate(
     sizes: Sequence[int],
     number: int,
 ) -> list[LayerAllocation]:
+    """The experts that each layer takes, from usage that is read or counted here.
+
+    `sizes` are the numbers of experts that the entries of `models:` have; `number` is that of the
+    output.
+    """
     usages = _usages(job, configs, layers)
     allocations = []
     for layer in layers[job.donor]:
         counts = [_counts(usage, layer.router) for usage in usages]
-        for model, of_model in zip(job.experts, counts, strict=True):
-            if not any(of_model):
+        for model, model_counts in zip(job.experts, counts, strict=True):
+            if not any(model_counts):
                 raise UserError(
                     f"the usage of {model} has no expert that was ever chosen in {layer.router}"
                 )
-        entropies = [normalised_entropy(of_model) for of_model in counts]
+        entropies = [normalised_entropy(model_counts) for model_counts in counts]
         if job.options.allocation == "fixed":
             numbers = [options.experts for options in job.model_options]
         else:
             numbers = allocate(entropies, number, sizes)
-        chosen = [
-            most_used(of_model, taken) for of_model, taken in zip(counts, numbers, strict=True)
-        ]
+        chosen = [most_used(*pair) for pair in zip(counts, numbers, strict=True)]
         allocations.append(LayerAllocation(layer, counts, entropies, chosen))
     return allocations
 
@@ -168,19 +177,23 @@ def _usages(
     configs: Mapping[ModelReference, PretrainedConfig],
     layers: Mapping[ModelReference, Sequence[MoeLayer]],
 ) -> "list[Usage]":
-    """Per entry of `models:`, read or counted. All files and texts are read before anything is
-    counted.
+    """The usage of every entry of `models:`, read or counted.
+
+    All files and texts are read before anything is counted, so that bad input is found first.
     """
-    # only here: `datasets` takes seconds to import, and every command of mergekit imports this file
+    # Only here: `datasets` takes seconds to import, and every command of mergekit imports this
+    # file.
     from mergekit_moe_ext.mixtures.usage import count_usage, read_texts, read_usage
 
     entries = list(zip(job.experts, job.model_options, strict=True))
-    read = {}
+    usages = {}
     for index, (model, options) in enumerate(entries):
         if options.usage:
-            read[index] = read_usage(Path(options.usage))
-            check_usage_is_of(job, model, configs[model], read[index], options.usage, layers[model])
-    settings, merge_options = job.options, job.merge_options
+            usage = read_usage(Path(options.usage))
+            check_usage_is_of(job, model, configs[model], usage, options.usage, layers[model])
+            usages[index] = usage
+    settings = job.options
+    merge_options = job.merge_options
     reading = Reading(
         max_length=settings.max_length,
         text_column=settings.text_column,
@@ -191,28 +204,27 @@ def _usages(
         quiet=merge_options.quiet,
     )
     paths = {model: model.local_path(merge_options.transformers_cache) for model in job.experts}
-    texts = {
-        index: read_texts(
-            paths[model], [f"calibration={options.calibration}"], reading, settings.max_samples
-        )
-        for index, (model, options) in enumerate(entries)
-        if options.calibration
-    }
-    for index, of_entry in texts.items():
+    texts = {}
+    for index, (model, options) in enumerate(entries):
+        if options.calibration:
+            sources = [f"calibration={options.calibration}"]
+            texts[index] = read_texts(paths[model], sources, reading, settings.max_samples)
+    device = "auto" if merge_options.device == "cuda" else merge_options.device or "cpu"
+    for index, calibration_texts in texts.items():
         counted = count_usage(
             paths[job.experts[index]],
-            of_entry,
+            calibration_texts,
             reading,
             batch_size=settings.batch_size,
-            device="auto" if merge_options.device == "cuda" else merge_options.device or "cpu",
+            device=device,
         )
         assert counted is not None  # a merge is one process
-        read[index] = counted
-    return [read[index] for index in range(len(entries))]
+        usages[index] = counted
+    return [usages[index] for index in range(len(entries))]
 
 
 def _counts(usage: "Usage", router: str) -> list[int]:
-    """Over all tasks of a usage file."""
+    """How often each expert of this router was chosen, over all tasks of a usage file."""
     per_task = [task.layers[router].counts for task in usage.tasks.values()]
     return [sum(numbers) for numbers in zip(*per_task, strict=True)]
 
@@ -220,76 +232,81 @@ def _counts(usage: "Usage", router: str) -> list[int]:
 def _copied_experts(
     job: Job, allocation: LayerAllocation, headers: Mapping[ModelReference, Headers]
 ) -> dict[str, CopiedTensor]:
-    """Where the family keeps every expert's tensors apart: those that are taken, by their names in
-    the output.
+    """The tensors of single experts that a layer takes, by their names in the output; none where
+    the family keeps a layer's experts in one tensor.
     """
     copies = {}
     for template in allocation.layer.experts:
-        for target, (model, source) in enumerate(_taken(job, allocation)):
+        for target, (model, source) in enumerate(_taken_experts(job, allocation)):
             name = template.format(expert=source)
-            copies[template.format(expert=target)] = CopiedTensor(
-                model, name, headers[model].shapes[name]
-            )
+            copy = CopiedTensor(model, name, headers[model].shapes[name])
+            copies[template.format(expert=target)] = copy
     return copies
 
 
 def _expert_rows(
-    job: Job, allocation: LayerAllocation, of_donor: Manifest
+    job: Job, allocation: LayerAllocation, donor_manifest: Manifest
 ) -> dict[str, ExpertRows]:
     """The tensors in which all experts of a layer lie side by side, those of its router among
     them."""
     tasks = {}
     for name, axis in allocation.layer.rows.items():
-        shape = list(of_donor.shapes[name])
+        shape = list(donor_manifest.shapes[name])
         shape[axis] = sum(allocation.numbers)
-        matrix = _scale(job, allocation.layer, name)
-        matrices = (
-            [job.load(model, matrix, job.config.dtype) for model in job.experts] if matrix else []
-        )
+        sources = []
+        for model, indices in zip(job.experts, allocation.chosen, strict=True):
+            sources.append((job.load(model, name, job.config.dtype), tuple(indices)))
+        matrices = []
+        if job.options.router_scale and _has_router_scale(allocation.layer, name):
+            matrix = _router_matrix(allocation.layer)
+            matrices = [job.load(model, matrix, job.config.dtype) for model in job.experts]
         tasks[name] = ExpertRows(
             name=name,
             shape=tuple(shape),
             axis=axis,
-            sources=tuple(
-                (job.load(model, name, job.config.dtype), tuple(indices))
-                for model, indices in zip(job.experts, allocation.chosen, strict=True)
-            ),
+            sources=tuple(sources),
             scaled_by=tuple(matrices),
         )
     return tasks
 
 
-def _taken(job: Job, allocation: LayerAllocation) -> list[tuple[ModelReference, int]]:
+def _taken_experts(job: Job, allocation: LayerAllocation) -> list[tuple[ModelReference, int]]:
     """Source and index of every expert of the output, in order."""
-    pairs = zip(job.experts, allocation.chosen, strict=True)
-    return [(model, index) for model, indices in pairs for index in indices]
+    pairs = []
+    for model, indices in zip(job.experts, allocation.chosen, strict=True):
+        pairs += [(model, index) for index in indices]
+    return pairs
 
 
-def _scale(job: Job, layer: MoeLayer, name: str) -> str | None:
-    """The router's matrix, if `name` is of that router and is to be brought to one scale by it."""
-    matrix = next(tensor for tensor in layer.router_tensors if tensor.endswith("weight"))
-    bias = (
-        matrix.removesuffix("weight") + "bias"
-    )  # added to the logits; other biases stand in the scores' own scale
-    return matrix if job.options.router_scale and name in (matrix, bias) else None
+def _router_matrix(layer: MoeLayer) -> str:
+    return next(tensor for tensor in layer.router_tensors if tensor.endswith("weight"))
+
+
+def _has_router_scale(layer: MoeLayer, name: str) -> bool:
+    """Whether a tensor is the router's matrix or the bias that is added to its logits. Other biases
+    are added to scores, whose scale no router changes.
+    """
+    matrix = _router_matrix(layer)
+    return name in (matrix, matrix.removesuffix("weight") + "bias")
 
 
 def _weights(
     job: Job, allocations: Sequence[LayerAllocation]
 ) -> dict[str, dict[ModelReference, float]]:
-    """Algorithm 1, line 17: per stack, and over all layers, the share of experts that each source
-    gave.
+    """The share of experts that each source gave, per stack, and over all layers under "all"
+    (Algorithm 1, line 17).
     """
     totals: dict[str, dict[ModelReference, int]] = {}
     for allocation in allocations:
         for stack in {allocation.layer.stack or "all", "all"}:
-            of_stack = totals.setdefault(stack, dict.fromkeys(job.experts, 0))
+            numbers = totals.setdefault(stack, dict.fromkeys(job.experts, 0))
             for model, number in zip(job.experts, allocation.numbers, strict=True):
-                of_stack[model] += number
-    return {
-        stack: {model: number / sum(of_stack.values()) for model, number in of_stack.items()}
-        for stack, of_stack in totals.items()
-    }
+                numbers[model] += number
+    weights = {}
+    for stack, numbers in totals.items():
+        total = sum(numbers.values())
+        weights[stack] = {model: number / total for model, number in numbers.items()}
+    return weights
 
 
 def _notes(
@@ -297,8 +314,8 @@ def _notes(
     allocations: Sequence[LayerAllocation],
     weights: Mapping[str, Mapping[ModelReference, float]],
 ) -> str:
-    """Two tables in Markdown: entropy and experts taken per layer and source, and the weights of
-    the average.
+    """Two tables in Markdown: the entropy and the experts taken per layer and source, and the
+    weights of the average.
     """
     models = [str(model) for model in job.experts]
     lines = [
@@ -308,18 +325,17 @@ def _notes(
         "|---|" + "---|" * len(models),
     ]
     for allocation in allocations:
-        cells = [
-            f"{entropy:.3f}: {len(indices)} ({', '.join(map(str, indices))})"
-            for entropy, indices in zip(allocation.entropies, allocation.chosen, strict=True)
-        ]
+        cells = []
+        for entropy, indices in zip(allocation.entropies, allocation.chosen, strict=True):
+            cells.append(f"{entropy:.3f}: {len(indices)} ({', '.join(map(str, indices))})")
         lines.append(f"| {allocation.layer.router} | {' | '.join(cells)} |")
-    once = list(dict.fromkeys(job.experts))
-    lines += ["", "Weights of the shared parameters:", "", f"| | {' | '.join(map(str, once))} |"]
-    lines.append("|---|" + "---:|" * len(once))
-    lines += [
-        f"| {stack} | {' | '.join(f'{of_stack[model]:.4f}' for model in once)} |"
-        for stack, of_stack in sorted(weights.items())
-    ]
+    columns = list(dict.fromkeys(job.experts))
+    names = " | ".join(map(str, columns))
+    lines += ["", "Weights of the shared parameters:", "", f"| | {names} |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for stack, stack_weights in sorted(weights.items()):
+        cells = [f"{stack_weights[model]:.4f}" for model in columns]
+        lines.append(f"| {stack} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

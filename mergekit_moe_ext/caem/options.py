@@ -11,13 +11,15 @@ class CaemOptions(MethodOptions):
     num_experts: int | None = Field(
         None,
         ge=1,
-        description="experts per layer of the output: what the sources have, if not given",
+        description="number of experts per layer of the output [default: that of the sources]",
     )
     allocation: Literal["entropy", "fixed"] = Field(
-        "entropy", description="by the entropy of expert usage, or fixed: `experts` per model"
+        "entropy",
+        description="rule that shares the experts among the sources: entropy of their usage, or "
+        "fixed, the `experts` of each model",
     )
     shared: str = Field(
-        "linear", description="the tensor method that merges all but experts and routers"
+        "linear", description="tensor method that merges all but experts and routers"
     )
     router_scale: bool = Field(
         False,
@@ -26,20 +28,42 @@ class CaemOptions(MethodOptions):
             "averaged over the sources"
         ),
     )
-    max_samples: int | None = Field(None, ge=1, description="calibrate on the first so many rows")
-    max_length: int = Field(1024, ge=2, description="cut calibration texts to so many tokens")
-    batch_size: int = Field(8, ge=1, description="calibration texts at a time")
-    text_column: str = Field("text", description="of calibration data, for decoders")
-    messages_column: str = Field("messages", description="of calibration data, for decoders: chats")
-    input_column: str = Field("input", description="of calibration data, for encoder-decoders")
-    target_column: str = Field("target", description="of calibration data, for encoder-decoders")
+    max_samples: int | None = Field(
+        None,
+        ge=1,
+        description="number of rows of the calibration data that are read, from the first on "
+        "[default: all]",
+    )
+    max_length: int = Field(
+        1024, ge=2, description="number of tokens of a calibration text; longer texts are cut"
+    )
+    batch_size: int = Field(8, ge=1, description="number of calibration texts at a time")
+    text_column: str = Field(
+        "text", description="column of texts in calibration data, for decoders"
+    )
+    messages_column: str = Field(
+        "messages", description="column of chats in calibration data, for decoders"
+    )
+    input_column: str = Field(
+        "input", description="column of inputs in calibration data, for encoder-decoders"
+    )
+    target_column: str = Field(
+        "target", description="column of targets in calibration data, for encoder-decoders"
+    )
 
 
 class CaemModelOptions(ModelOptions):
     calibration: str | None = Field(
-        None, description="data to count expert usage on: a file, a directory, a Hub id"
+        None,
+        description="data to count expert usage on, a file, a directory or a Hub id; this or "
+        "`usage` is required",
     )
-    usage: str | None = Field(None, description="a usage file, written by `mergekit-moe-ext usage`")
+    usage: str | None = Field(
+        None, description="usage file, as `mergekit-moe-ext usage` writes it, in place of data"
+    )
     experts: int | None = Field(
-        None, ge=1, description="how many experts to take per layer, with `allocation: fixed`"
+        None,
+        ge=1,
+        description="number of experts to take per layer; required with `allocation: fixed`, and "
+        "for it alone",
     )

@@ -1,7 +1,7 @@
-"""Architectures that transformers does not have; each a few files that a merge copies into its
+"""Architectures that transformers does not have, each a few files that a merge copies into its
 output.
 
-They are imported when they are asked for: importing this package alone imports nothing of
+They are imported when they are first used: importing this package alone imports nothing of
 transformers.
 """
 
@@ -53,8 +53,8 @@ def find_architecture(name: str) -> "type[PreTrainedModel] | None":
 
 
 def modeling_files(name: str) -> list[Path]:
-    """The files that transformers needs beside the weights; none where the architecture is not one
-    of ours.
+    """The files that transformers needs beside the weights of an architecture of ours; none for any
+    other.
     """
     from transformers.dynamic_module_utils import get_relative_import_files
 

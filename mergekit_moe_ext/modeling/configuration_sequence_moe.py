@@ -8,35 +8,36 @@ ROUTINGS = ("perplexity", "task_vector", "learned", "uniform")
 
 
 class SequenceMoEConfig(PretrainedConfig):
-    """What `SequenceMoEForCausalLM` is built of.
+    """The configuration of `SequenceMoEForCausalLM`.
 
     Args:
         experts: each expert's own transformers configuration, a dictionary with its `model_type`.
-        expert_names: what the experts are called, for reading.
-        hidden_size: of the shared embedding and head; d_m in MergeME 3.2.
-        vocab_size: of all experts.
-        routing: where the coefficients come from: `perplexity` (MergeME 3.1.3), `task_vector`
+        expert_names: the names of the experts, for display alone.
+        hidden_size: the width of the shared embedding and head; d_m in MergeME 3.2.
+        vocab_size: the size of the vocabulary, the same for all experts.
+        routing: the source of the coefficients: `perplexity` (MergeME 3.1.3), `task_vector`
             (appendix C), `learned` (3.2) or `uniform`.
-        experts_per_sequence: how many experts a sequence chooses; all of them where routing is
-            uniform.
+        experts_per_sequence: the number of experts that a sequence chooses; all of them where
+            routing is uniform.
         embedding: `shared` (one embedding and one head) or `separate` (each expert its own).
-        projector: `linear` or `mlp` between the shared embedding, an expert and the shared head;
-            None for none.
-        projector_residual: whether an `mlp` projector adds to its input, cut or filled with zeros
-            to size.
-        shared_parameters: patterns (`re.search`) of the names of parameters of a decoder that all
+        projector: the kind of the projectors between the shared embedding, an expert and the shared
+            head, `linear` or `mlp`; None for no projectors.
+        projector_residual: whether an `mlp` projector's output is added to its input, which is cut
+            or padded with zeros to size.
+        shared_parameters: patterns (`re.search`) of the names of a decoder's parameters that all
             experts share.
         logit_softcaps: each expert's cap on logits (Gemma-2's `final_logit_softcapping`), or None.
         head_bias: whether the shared head has a bias.
-        routing_tokens: how many tokens of a sequence choose, outside `generate`, which takes the
-            prompt.
+        routing_tokens: the number of tokens of a sequence that choose, outside `generate`, which
+            takes the prompt.
         routing_prefix: `prefix`, or `sequence`: the whole sequence chooses, as in the paper, which
             leaks later tokens into the prediction of earlier ones.
-        special_token_ids: tokens that perplexity does not count.
-        base_expert: the expert that is the base of the others, for `task_vector`; a learned router
-            reads its embedding where embeddings are separate.
-        task_vector_layers: the decoder layers that are compared; all parameters if None.
-        router_aux_loss_coef: weight of the load-balancing loss in training.
+        special_token_ids: the tokens that perplexity does not count.
+        base_expert: the index of the expert that is the base of the others, for `task_vector`; a
+            learned router reads its embedding where embeddings are separate.
+        task_vector_layers: the numbers of the decoder layers that are compared; None compares all
+            parameters.
+        router_aux_loss_coef: the weight of the load-balancing loss in training.
     """
 
     model_type = "sequence_moe"
@@ -95,7 +96,7 @@ class SequenceMoEConfig(PretrainedConfig):
         self.use_cache = use_cache
         kwargs.pop("num_hidden_layers", None)
         super().__init__(**kwargs)
-        if not self.experts:  # transformers makes an empty one to compare with
+        if not self.experts:  # transformers makes an empty configuration to compare with
             return
         if routing not in ROUTINGS:
             raise ValueError(f"routing={routing!r} is none of {', '.join(ROUTINGS)}")

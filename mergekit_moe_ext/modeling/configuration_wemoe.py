@@ -1,6 +1,6 @@
 """Configurations of weight-ensembling models (WEMoE): the base's own, and what is ensembled.
 
-`WEMoE<X>Config` is made of transformers' `<X>Config` when it is asked for, for every X.
+`WEMoE<X>Config` is derived from transformers' `<X>Config` when it is first used, for every X.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -18,20 +18,22 @@ _PREFIX = "WEMoE"
 class Ensembling:
     """How blocks are ensembled; stored under `ensembling` in the configuration.
 
-    experts: what the task vectors are called.
-    groups: per router the name of the module that it reads the input of, and the linear modules
-        that it weighs.
-    per_tensor: groups are parameters by their names, each with constants of its own (AdaMerging).
-    router_layers: 0, 1 or 2 (WEMoE, equations 3 and 4).
-    shared_router: one router for all groups (E-WEMoE).
-    init_lambda, init_std: where coefficients start, and the standard deviation of the routers'
-        weights.
-    kept: how many elements of a task vector are kept, by module; all where it is absent (E-WEMoE).
-    mode: for models that generate, `frozen` (the prefix chooses) or `running` (the mean over what
-        is past).
-    routing_tokens: the prefix in a plain forward pass; `generate` takes the prompt.
-    heads: per task the names of its classes by number, where sources have heads of their own.
-    head: the module that these stand in for.
+    experts: the names of the task vectors.
+    groups: per router, the name of the module whose input it reads, and the linear modules that it
+        weighs.
+    per_tensor: whether groups are parameters by their names, each with constants of its own
+        (AdaMerging).
+    router_layers: the number of layers of a router, 0, 1 or 2 (WEMoE, equations 3 and 4).
+    shared_router: whether all groups have one router (E-WEMoE).
+    init_lambda: the initial value of every coefficient.
+    router_init_std: the standard deviation of the routers' initial weights.
+    kept: the number of elements that are kept of a task vector, by module; all of those of a module
+        that is absent (E-WEMoE).
+    mode: for models that generate, `frozen` (the prefix chooses) or `running` (the mean over the
+        tokens so far).
+    routing_tokens: the length of the prefix in a plain forward pass; `generate` takes the prompt.
+    heads: per task, the names of its classes by number, where sources have heads of their own.
+    head: the name of the module that these stand in for.
     """
 
     experts: list[str]
@@ -40,17 +42,26 @@ class Ensembling:
     router_layers: int = 2
     shared_router: bool = False
     init_lambda: float = 0.3
-    init_std: float = 0.01
+    router_init_std: float = 0.01
     kept: dict[str, int] = field(default_factory=dict)
     mode: str = "frozen"
     routing_tokens: int = 32
     heads: dict[str, list[str]] = field(default_factory=dict)
     head: str = ""
 
-    def __post_init__(self) -> None:
-        """Put groups and heads in order, in which routers and heads are numbered.
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Ensembling":
+        """The ensembling that a configuration file holds, as `as_dict` gave it."""
+        # Older outputs hold `router_init_std` under the name `init_std`.
+        values = dict(values)
+        if "init_std" in values:
+            values["router_init_std"] = values.pop("init_std")
+        return cls(**values)
 
-        JSON sorts keys, and layer 10 before layer 2.
+    def __post_init__(self) -> None:
+        """Put groups and heads into the order in which routers and heads are numbered.
+
+        JSON sorts keys, and puts layer 10 before layer 2.
         """
         heads = {task: self.heads[task] for task in self.experts if task in self.heads}
         object.__setattr__(self, "groups", dict(sorted(self.groups.items(), key=_with_numbers)))
@@ -70,7 +81,7 @@ class Ensembling:
 def vectors_of(parameter: str) -> str:
     """The name of a parameter's task vectors.
 
-    It must not begin as the parameter's own does: transformers looks for that, to tie them.
+    It must not begin with the parameter's own name: transformers looks for that, to tie them.
     """
     module, dot, part = parameter.rpartition(".")
     return f"{module}{dot}vectors_of_{part}"

@@ -1,8 +1,8 @@
-"""CLIP's vision tower as a classifier: classes are told by embeddings of their names (WEMoE 4.1).
+"""CLIP's vision tower as a classifier, whose classes are embeddings of their names (WEMoE 4.1).
 
 For an image, p = P x is the projection of the tower's pooled state x, and the logit of a class is
-exp(s) cos(p, t), t the embedding of its name and s CLIP's logit scale. With a head per task, each
-has its own P and its own classes.
+exp(s) cos(p, t), where t is the embedding of its name and s CLIP's logit scale. With a head per
+task, each has its own P and its own classes.
 """
 
 from typing import Any
@@ -17,14 +17,15 @@ from .modeling_wemoe import model_class
 
 
 class TextHead(nn.Module):
-    """Pooled states (samples, width) to logits (samples, classes)."""
+    """A map of pooled states (samples, width) to logits (samples, classes)."""
 
     def __init__(self, width: int, projection_dim: int, classes: int) -> None:
         super().__init__()
         self.projection = nn.Linear(width, projection_dim, bias=False)
-        self.classes = nn.Linear(projection_dim, classes, bias=False)  # of norm exp(s), row by row
+        self.classes = nn.Linear(projection_dim, classes, bias=False)  # rows have the norm exp(s)
 
     def with_classes(self, number: int) -> "TextHead":
+        """A new head of the same sizes for another number of classes."""
         return TextHead(self.projection.in_features, self.projection.out_features, number)
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ class TextHead(nn.Module):
 
 
 class CLIPVisionForImageClassification(CLIPVisionModel):
-    """CLIP's vision tower with a text head, by the name that transformers' conventions ask for."""
+    """CLIP's vision tower with a text head, named after transformers' conventions."""
 
     _auto_class = "AutoModelForImageClassification"
 
@@ -46,7 +47,7 @@ class CLIPVisionForImageClassification(CLIPVisionModel):
         self,
         pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        labels: None = None,  # what has a head per task makes the loss of them
+        labels: None = None,  # the loss is computed where the heads are chosen, per task
         **kwargs: Any,
     ) -> ImageClassifierOutput:
         kwargs["return_dict"] = True

@@ -62,7 +62,7 @@ class Ensemble:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
             config.__class__ = kind
-        self.ensembling = Ensembling(**config.ensembling)
+        self.ensembling = Ensembling.from_dict(config.ensembling)
         if getattr(config, "chunk_size_feed_forward", 0):
             raise ValueError(
                 "chunk_size_feed_forward hides from a router what tokens a sample has: set it to 0",
@@ -140,9 +140,9 @@ class Ensemble:
         if isinstance(module, CoefficientRouter):
             nn.init.constant_(module.bias, module.init_lambda)
             if not module.is_constant:
-                nn.init.normal_(module.weight, std=module.init_std)
+                nn.init.normal_(module.weight, std=module.router_init_std)
             if hasattr(module, "hidden"):
-                nn.init.normal_(module.hidden.weight, std=module.init_std)
+                nn.init.normal_(module.hidden.weight, std=module.router_init_std)
                 nn.init.zeros_(module.hidden.bias)
         else:
             super()._init_weights(module)  # type: ignore[misc]

@@ -1,10 +1,10 @@
-"""transformers' Auto classes load our architectures without `trust_remote_code`, once this has
-extended them.
+"""Mappings by which transformers' Auto classes load our architectures without
+`trust_remote_code`.
 
-There is a `WEMoE<X>` for every class X of transformers, so they are not registered one by one:
-where an Auto class looks for what others have registered, it finds a mapping that makes them when
-asked. What makes them is imported only then, so that extending costs nothing. Iterating over such a
-mapping gives what was made, and the sequence mixture.
+There is a `WEMoE<X>` for every class X of transformers, so they are not registered one by one.
+Instead the mapping in which an Auto class looks for registered classes becomes one that makes them
+on demand. The code that makes them is imported only then, so that extending costs nothing.
+Iterating over such a mapping gives the classes that were made so far, and the sequence MoE's.
 """
 
 import importlib
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 _PREFIX = "wemoe_"
 _SEQUENCE = "sequence_moe"
 _HERE = __name__.rpartition(".")[0]
-_OF_ENSEMBLES, _OF_SEQUENCES = f"{_HERE}.configuration_wemoe", f"{_HERE}.configuration_sequence_moe"
-# Models that are made of no class of transformers: by Auto class and configuration.
+_OF_ENSEMBLES = f"{_HERE}.configuration_wemoe"
+_OF_SEQUENCES = f"{_HERE}.configuration_sequence_moe"
+# Models that are not made of a class of transformers: by Auto class and configuration.
 _WRITTEN_OUT = {
     ("AutoModelForCausalLM", "SequenceMoEConfig"): (
         "modeling_sequence_moe",
@@ -33,8 +34,8 @@ _WRITTEN_OUT = {
 
 
 def extend_configurations(auto: Any) -> None:
-    """Have `transformers.models.auto.configuration_auto` know our model types; what others
-    registered stays.
+    """Add our model types to `transformers.models.auto.configuration_auto`. Classes that others
+    have registered stay.
     """
     mapping = auto.CONFIG_MAPPING
     if not isinstance(mapping._extra_content, _Configs):
@@ -42,8 +43,9 @@ def extend_configurations(auto: Any) -> None:
 
 
 def extend_models(auto: ModuleType) -> None:
-    """Have the Auto classes of `transformers.models.auto.modeling_auto` know our models, as
-    above."""
+    """Add our models to the Auto classes of `transformers.models.auto.modeling_auto`. Classes that
+    others have registered stay.
+    """
     for name, auto_class in list(vars(auto).items()):
         mapping = getattr(auto_class, "_model_mapping", None)
         if (
@@ -59,8 +61,8 @@ def _ours(module: str) -> Any:
 
 
 class _Configs(dict[str, "type[PretrainedConfig]"]):
-    """Configurations by model type. `stock` is transformers' mapping, which looks here for what it
-    does not have.
+    """Configurations by model type. `stock` is transformers' mapping, which looks here for model
+    types that it does not have.
     """
 
     def __init__(self, stock: Any) -> None:
@@ -102,21 +104,20 @@ class _Configs(dict[str, "type[PretrainedConfig]"]):
 
 
 class _Models(dict["type[PretrainedConfig]", Any]):
-    """Models of one Auto class by the classes of their configurations. `stock` is transformers'
-    mapping of it.
+    """Models of one Auto class, by the classes of their configurations. `stock` is transformers'
+    mapping of that Auto class.
     """
 
     def __init__(self, auto: str, stock: Any) -> None:
         super().__init__(stock._extra_content)
-        self._auto, self._stock = auto, stock
+        self._auto = auto
+        self._stock = stock
 
     def __contains__(self, config_type: object) -> bool:
         if super().__contains__(config_type):
             return True
-        module, name = (
-            getattr(config_type, "__module__", None),
-            getattr(config_type, "__name__", ""),
-        )
+        module = getattr(config_type, "__module__", None)
+        name = getattr(config_type, "__name__", "")
         if module == _OF_ENSEMBLES:
             return self._auto in _ours("modeling_wemoe").AUTO_CLASSES
         return module == _OF_SEQUENCES and (self._auto, name) in _WRITTEN_OUT
@@ -131,17 +132,19 @@ class _Models(dict["type[PretrainedConfig]", Any]):
             module, name = written_out
             return getattr(_ours(module), name)
         model_class = _ours("modeling_wemoe").model_class
-        # One class, or several of which the configuration chooses.
-        stock = self._stock.get(config_type.__base__, None)
-        if stock is None:
+        # One class, or several among which the configuration chooses.
+        stock_class = self._stock.get(config_type.__base__, None)
+        if stock_class is None:
             return _Unsuited
-        if isinstance(stock, list | tuple):
-            return tuple(model_class(each) for each in stock)
-        return model_class(stock)
+        if isinstance(stock_class, list | tuple):
+            return tuple(model_class(each) for each in stock_class)
+        return model_class(stock_class)
 
 
 class _Unsuited:
-    """In place of a model, where the Auto class has none for the base."""
+    """A stand-in for the model where an Auto class has none for the base; loading it is an error
+    that says so.
+    """
 
     @classmethod
     def from_pretrained(cls, *args: Any, config: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
-"""Forward passes of a weight-ensembling model: what each knows, and what a cache carries on.
+"""The state of a weight-ensembling model's forward passes, and what a cache carries between them.
 
-Routers give a set of coefficients per sample, the mean over its tokens, or, in a model that
-generates and is in mode `running`, one at every position, the mean over what is there up to it.
+Routers give one set of coefficients per sample, the mean over its tokens. In a model that generates
+and is in mode `running` they give one at every position, the mean over the tokens up to it.
 """
 
 import threading
@@ -17,7 +17,9 @@ from torch.nn import functional
 from .configuration_wemoe import Ensembling
 from .host_cache import begin_sequences, cache_in, refuse_other_caches
 
-OUTSIDE = "an ensembled module must be called through its model, which knows samples and padding"
+OUTSIDE = (
+    "a weight-ensembling module must be called through its model, which knows samples and padding"
+)
 _INPUTS = (
     "input_ids",
     "inputs_embeds",
@@ -31,8 +33,8 @@ class Current(threading.local):
     """The call that is running, for every module that takes part; each thread has its own."""
 
     call: "EnsembleCall | None" = None
-    encoding: "EnsembleCall | None" = None  # of an encoder that was called on its own
-    last: dict[str, Tensor] | None = None  # what the routers gave in the pass before
+    encoding: "EnsembleCall | None" = None  # the call of an encoder on its own
+    last: dict[str, Tensor] | None = None  # the coefficients of the last pass, by group
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Current, ()
@@ -45,7 +47,7 @@ class CoefficientRouter(nn.Module):
         super().__init__()
         self.width = width
         self.init_lambda = ensembling.init_lambda
-        self.init_std = ensembling.init_std
+        self.router_init_std = ensembling.router_init_std
         experts = len(ensembling.experts)
         if ensembling.router_layers == 2:
             self.hidden = nn.Linear(width, width)
@@ -58,7 +60,7 @@ class CoefficientRouter(nn.Module):
         return not hasattr(self, "weight")
 
     def forward(self, h: Tensor | None) -> Tensor:
-        """(…, width) to (…, experts), in float32 or wider, since means over many are taken of it.
+        """(…, width) to (…, experts), in float32 or wider, since means over many tokens follow.
 
         A constant gives (experts,), whatever h is.
         """
@@ -68,16 +70,18 @@ class CoefficientRouter(nn.Module):
         x = h.to(self.weight.dtype)
         if hasattr(self, "hidden"):
             x = functional.relu(self.hidden(x))
-        r = functional.linear(x, self.weight, self.bias)
-        return r.to(torch.promote_types(r.dtype, torch.float32))
+        c = functional.linear(x, self.weight, self.bias)
+        return c.to(torch.promote_types(c.dtype, torch.float32))
 
 
 @dataclass
 class Carried:
     """What a cache carries from one forward pass to the next.
 
-    values: tensors by group; the first axis is the sample.
-    merged: weights and biases by module.
+    values: coefficients, or totals and counts of running means, by group; the first axis is the
+        sample.
+    merged: merged weights and biases, by the `id` of their module.
+    can_be_cropped: whether tokens can be taken back from the cache.
     """
 
     values: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -86,13 +90,16 @@ class Carried:
 
 
 class _Carrying:
-    """A cache that does to what it carries what is done to its rows, as in beam search."""
+    """A cache that changes what it carries as its own rows are changed, for example in beam search.
+
+    It is mixed into the class of whatever cache the model was handed.
+    """
 
     carried: Carried
 
     # Beam search drops and doubles sequences, and each keeps the coefficients that were chosen for
-    # its prompt. Merged weights are those of the one row that there was, unless nothing is carried
-    # by row: then they come from constants, which hold for any rows.
+    # its prompt. Merged weights belong to the one row that there was, and are dropped, unless
+    # nothing is carried by row: then they come from constants, which hold for any rows.
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         values = {}
         for group, tensors in self.carried.values.items():
@@ -114,13 +121,16 @@ class _Carrying:
 
     def crop(self, tokens_to_remove: int) -> None:
         if not self.carried.can_be_cropped:
-            raise ValueError("mode running: a mean over what is past cannot take tokens back")
+            raise ValueError(
+                "mode running: a running mean cannot take tokens back, so the cache cannot be "
+                "cropped (as assisted generation does)"
+            )
         super().crop(tokens_to_remove)  # type: ignore[misc]
 
 
 @cache
-def _carrying(kind: Any) -> Any:
-    return type(f"Carrying{kind.__name__}", (_Carrying, kind), {})
+def _carrying(cache_class: Any) -> Any:
+    return type(f"Carrying{cache_class.__name__}", (_Carrying, cache_class), {})
 
 
 class EnsembleCall:
@@ -145,7 +155,8 @@ class EnsembleCall:
         self.uses_cache = self.cache is not None or arguments.get("use_cache") is True
         if self.cache is not None and self.cache.is_compileable:
             raise ValueError(
-                "a static cache hides which tokens are padding: leave cache_implementation out",
+                "a static cache does not show which tokens are padding: leave cache_implementation "
+                "out",
             )
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
         # What this pass leaves behind is kept apart from what it was handed: gradient
@@ -160,9 +171,9 @@ class EnsembleCall:
             self._weigh_tensors(model)
 
     def _weigh_tensors(self, model: Any) -> None:
-        """Take the constants of all parameters, which no hidden state chooses.
+        """Take the constants of all parameters, which depend on no hidden state.
 
-        So everything is known before the first module is called.
+        So all coefficients are known before the first module is called.
         """
         for index, name in enumerate(model.ensembling.groups):
             router = model.routers["0" if model.ensembling.shared_router else str(index)]
@@ -178,17 +189,17 @@ class EnsembleCall:
         return self.cache is not None and self.past == 0
 
     def earlier(self, name: str) -> tuple[Tensor, ...] | None:
-        """What the cache carries for this group; None at the start of a sequence.
+        """The tensors that the cache carries for this group; None at the start of a sequence.
 
-        `ValueError` where the cache carries nothing; `RuntimeError` where the same generation
-        started before.
+        `ValueError` where a filled cache carries nothing for it; `RuntimeError` where the same
+        generation started before.
         """
         if self.past and name not in self.carried.values:
             raise ValueError(
                 "this cache was not filled by the routers of this model: start with an empty one",
             )
-        # Running means without a cache start anew in every pass, which goes over everything.
-        # A pass of somebody's own that says use_cache=False is no step of a generation.
+        # Running means without a cache start anew in every pass, which goes over the whole
+        # sequence. A pass of the user's own with use_cache=False is not a step of a generation.
         counts = self.uses_cache or not (self.runs or self.keeps_no_cache)
         if not self.past and not self.has_begun and counts:
             begin_sequences(self.model)
@@ -197,17 +208,20 @@ class EnsembleCall:
 
     def end(self, output: Any) -> None:
         """Leave with the cache what further passes need."""
-        filled = self.cache if self.cache is not None else cache_in(output)
-        if filled is None:
+        filled_cache = self.cache if self.cache is not None else cache_in(output)
+        if filled_cache is None:
             return
         self.carried.values |= self.left
-        if not isinstance(filled, _Carrying):
-            kind: Any = type(filled)
-            filled.__class__ = _carrying(kind)
-        filled.carried = self.carried
+        # The object stays the one that the caller holds, so it is its class that changes.
+        if not isinstance(filled_cache, _Carrying):
+            cache_class: Any = type(filled_cache)
+            filled_cache.__class__ = _carrying(cache_class)
+        filled_cache.carried = self.carried
 
     def real(self, h: Tensor, *, in_decoder: bool) -> Tensor:
-        """Which tokens of h (samples, tokens, width) are not padding: (samples, tokens)."""
+        """Whether each token of h (samples, tokens, width) is not padding: (samples, tokens)."""
+        # The mask covers the cached tokens, too, of which an encoder has none. A mask of another
+        # shape (4-D, say) does not tell padding.
         mask = self.decoder_mask if in_decoder and self.is_encoder_decoder else self.mask
         past = 0 if self.is_encoder_decoder and not in_decoder else self.past
         if not isinstance(mask, Tensor) or mask.shape != (len(h), past + h.shape[1]):
@@ -216,21 +230,21 @@ class EnsembleCall:
 
 
 def samples_in(arguments: dict[str, Any]) -> int | None:
-    """The number of samples, if the inputs agree on it."""
+    """The number of samples; None where the inputs do not agree on it."""
     inputs = [arguments.get(name) for name in _INPUTS]
     numbers = {len(values) for values in inputs if isinstance(values, Tensor)}
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """(samples, tokens, n) over the chosen tokens to (samples, n)."""
-    # Not values * chosen: what is left out may be infinite or NaN.
-    total = torch.where(chosen[..., None], values, 0).sum(dim=1)
-    return total / chosen.sum(dim=1, keepdim=True).clamp(min=1)
+def mean(values: Tensor, is_counted: Tensor) -> Tensor:
+    """The means (samples, n) of values (samples, tokens, n) over the counted tokens."""
+    # Not values * is_counted: what is left out may be infinite or NaN.
+    total = torch.where(is_counted[..., None], values, 0).sum(dim=1)
+    return total / is_counted.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-# At every position the sum of the values up to it, divided by how many there are. Both go on from
-# what a cache carries, so that a pass with it gives what one over the whole sequence would. Values
+# At every position the sum of the values up to it is divided by their number. Both go on from what
+# a cache carries, so that a pass with a cache gives what one over the whole sequence would. Values
 # are in float32 or wider: a sum of thousands of bfloat16 numbers would stop growing.
 def running_mean(
     values: Tensor,
@@ -240,7 +254,8 @@ def running_mean(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Means (samples, tokens, n) over the tokens up to each one, and total and count at the last.
 
-    `total` and `count` are those of the tokens before; `real` (samples, tokens) are not padding.
+    `total` and `count` are those of the tokens before; `real` (samples, tokens) says which tokens
+    are not padding.
     """
     totals = torch.where(real[..., None], values, 0).cumsum(dim=1) + total
     counts = real.cumsum(dim=1)[..., None] + count

@@ -1,8 +1,8 @@
 """Products with a weight that is the base's plus a weighed sum of task vectors, tile by tile.
 
-By linearity (W + sum of c_i T_i) x is either one product with merged weights or a sum of products;
-which is cheaper depends on how many tokens share a set of coefficients. Merged weights are never
-held whole, and neither are sparse task vectors made dense: both are gone through in tiles of rows.
+By linearity, (W + sum of c_i T_i) x is either one product with merged weights or a sum of products;
+which is cheaper depends on how many tokens share a set of coefficients. Neither a whole merged
+weight nor a whole sparse task vector is ever made dense: both are processed in tiles of rows.
 """
 
 import warnings
@@ -18,12 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from .wemoe_calls import OUTSIDE, Current
 
 # Measured by `benchmarks/wemoe.py` on a CPU.
-_MERGING = 8  # so many tokens or more that share a set of coefficients get merged weights
-_FEW = 128  # up to so many tokens in all, sparse products are faster than dense task vectors
-_TILE = 2**20  # elements of weights or vectors that are held at the same time: they stay in a cache
+_MERGING = 8  # from this many tokens with one set of coefficients on, weights are merged
+_FEW = 128  # up to this many tokens in all, sparse products are faster than dense task vectors
+_TILE = 2**20  # elements of weights or vectors that are held at once: they stay in a CPU cache
 # Off the CPU (not measured), where launches cost, and in compiled code, where loops are unrolled.
 _LARGE_TILE = 2**27
-_ROWS = 32  # a tile has a multiple of it; products with fewer are slow
+_ROWS = 32  # the rows of a tile are a multiple of this; products with fewer are slow
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
@@ -58,9 +58,10 @@ class EnsembledLinear(nn.Module):
             self.register_buffer("vectors", torch.zeros(experts, *shape, **like))
         else:
             # Every expert keeps the same number of elements, so that plain tensors hold all of
-            # them: values and columns row by row, and where in these each row ends.
-            index = torch.uint16 if shape[1] <= 2**16 else torch.int32
-            columns = torch.zeros(experts, kept, dtype=index, device=like["device"])
+            # them: values and columns row by row, and where in these each row ends. Columns are
+            # as narrow as the width allows, since they take as much memory as the values.
+            index_dtype = torch.uint16 if shape[1] <= 2**16 else torch.int32
+            columns = torch.zeros(experts, kept, dtype=index_dtype, device=like["device"])
             row_ends = torch.full(
                 (experts, shape[0]),
                 kept,
@@ -74,21 +75,22 @@ class EnsembledLinear(nn.Module):
             self.register_buffer("bias_vectors", torch.zeros(experts, *self.bias.shape, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(samples, tokens, in) to (samples, tokens, out), weighed as the running call says."""
+        """(samples, tokens, in) to (samples, tokens, out), with the running call's coefficients."""
         call = self.current.call
         if call is None:
             raise RuntimeError(OUTSIDE)
         c = call.values[self.group].to(x.device, self.weight.dtype)
-        # Coefficients that hold for further passes with the same cache: the weight is merged once.
+        # These coefficients hold for further passes with the same cache, which often have one
+        # token each: merged once, the weight costs such a pass one plain product.
         if self.group in call.keeping:
             if id(self) not in call.carried.merged:
-                one = c if c.ndim == 1 else c[0]
-                call.carried.merged[id(self)] = self.merged(one), self._merged_bias(one)
+                shared = c if c.ndim == 1 else c[0]
+                call.carried.merged[id(self)] = self.merged(shared), self._merged_bias(shared)
             return self._linear(x, *call.carried.merged[id(self)])
-        # Some decoders flatten samples and tokens (OPT).
+        # Some decoders flatten samples and tokens (OPT), so x is given its samples back, of which
+        # constants see only one.
         by_sample = c if c.ndim > 1 else c[None]
-        samples = len(c) if c.ndim > 1 else 1
-        y = self._by_sample(x.reshape(samples, -1, x.shape[-1]), by_sample)
+        y = self._by_sample(x.reshape(len(by_sample), -1, x.shape[-1]), by_sample)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _by_sample(self, x: Tensor, c: Tensor) -> Tensor:
@@ -96,8 +98,8 @@ class EnsembledLinear(nn.Module):
 
         The coefficients are (samples, experts) or (samples, tokens, experts).
         """
-        with _without_autocast(x) as kind:
-            y = _Product.apply(x.to(kind), c, self.weight, self.is_transposed, *self._stored())
+        with _without_autocast(x) as dtype:
+            y = _Product.apply(x.to(dtype), c, self.weight, self.is_transposed, *self._stored())
             bias = self._merged_bias(c)
             if bias is not None:
                 y += bias if c.ndim == 3 else bias[:, None]
@@ -123,8 +125,8 @@ class EnsembledLinear(nn.Module):
 class _Product(torch.autograd.Function):
     """x (samples, tokens, in) times the weight of each sample or token.
 
-    A tile of the weights at a time is merged and used, in the backward pass once more, so that
-    merged weights are never held whole.
+    Autograd would keep every merged weight for the backward pass. Here one tile of the weights at a
+    time is merged, used and dropped, and merged again in the backward pass.
     """
 
     @staticmethod
@@ -145,21 +147,24 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, c, weight, *stored = ctx.saved_tensors
-        # Whichever of the input and the gradient of the output has the width of the weight's rows.
+        # GPT-2's Conv1D stores (in, out), others (out, in): of the input and the gradient of the
+        # output, `by_rows` is the one as wide as the stored weight has rows.
         by_rows = x if ctx.is_transposed else gradient
         by_columns = gradient if ctx.is_transposed else x
-        of_x = None
-        of_c = None
-        of_weight = None
+        x_gradient = None
+        c_gradient = None
+        weight_gradient = None
         with _without_autocast(x):
             if ctx.needs_input_grad[0]:
-                of_x = _product(gradient, c, weight, stored, over_rows=not ctx.is_transposed)
+                x_gradient = _product(gradient, c, weight, stored, over_rows=not ctx.is_transposed)
             if ctx.needs_input_grad[1]:
-                of_c = _gradient_of_coefficients(by_rows, by_columns, c, weight, stored)
+                c_gradient = _gradient_of_coefficients(by_rows, by_columns, c, weight, stored)
+            # The base's weight takes part in every product with a factor of one, so that its
+            # gradient is that of a plain linear map.
             if ctx.needs_input_grad[2]:
-                of_weight = by_rows.flatten(0, 1).mT @ by_columns.flatten(0, 1)
-                of_weight = of_weight.to(weight.dtype)
-        return of_x, of_c, of_weight, None, *[None for _ in stored]
+                weight_gradient = by_rows.flatten(0, 1).mT @ by_columns.flatten(0, 1)
+                weight_gradient = weight_gradient.to(weight.dtype)
+        return x_gradient, c_gradient, weight_gradient, None, *[None for _ in stored]
 
 
 def _product(
@@ -173,8 +178,8 @@ def _product(
     """x W with the W (rows, columns) of each sample or token; where not `over_rows`, x Wᵀ."""
     if len(stored) > 1 and not over_rows and _is_sparse_faster(x, c):
         return _sparse_product(x, c, weight, *stored)
-    # A tile is some rows of W. Over rows each one adds to the whole output, in float32 or wider,
-    # so that rounding does not grow with the number of tiles; else each is a part of the output.
+    # A tile is some rows of W. With x W each tile adds to the whole output, in float32 or wider, so
+    # that rounding does not grow with the number of tiles; with x Wᵀ it is a part of the output.
     if over_rows:
         wide = torch.promote_types(x.dtype, torch.float32)
         y = x.new_zeros(*x.shape[:2], weight.shape[1], dtype=wide)
@@ -182,16 +187,16 @@ def _product(
         y = x.new_empty(*x.shape[:2], weight.shape[0])
     # Merging a weight costs as much as products with all task vectors for a few tokens.
     is_merged = c.ndim == 2 and x.shape[1] >= _MERGING
-    parts = _merged_products if is_merged else _products
-    for tile, some, product in parts(x, c, weight, stored, over_rows):
+    products = _merged_products if is_merged else _products
+    for tile, samples, product in products(x, c, weight, stored, over_rows):
         if over_rows:
-            y[some] += product
+            y[samples] += product
         else:
-            y[some, :, tile] = product
+            y[samples, :, tile] = product
     return y.to(x.dtype)
 
 
-Parts = Iterator[tuple[slice, slice, Tensor]]  # of rows, of samples, and what they give
+Parts = Iterator[tuple[slice, slice, Tensor]]  # rows, samples, and the result for these
 
 
 def _merged_products(
@@ -202,8 +207,9 @@ def _merged_products(
     over_rows: bool,
 ) -> Parts:
     """Products with the merged weights of some samples at a time."""
-    for tile, some, merged in _merged_tiles(c, weight, stored):
-        yield tile, some, _times(x[some, :, tile] if over_rows else x[some], merged, over_rows)
+    for tile, samples, merged in _merged_tiles(c, weight, stored):
+        left = x[samples, :, tile] if over_rows else x[samples]
+        yield tile, samples, _times(left, merged, over_rows)
 
 
 def _products(
@@ -214,12 +220,14 @@ def _products(
     over_rows: bool,
 ) -> Parts:
     """Products with the base's weight and with one task vector after the other, of all samples."""
-    each = c if c.ndim == 3 else c[:, None]
-    for tile, part, vectors in _tiles(weight, stored, _rows_of_tile(weight, c.shape[-1])):
+    # One coefficient per token, or one per sample that is broadcast over its tokens. It scales the
+    # product and not the vector, so that one product serves tokens with different coefficients.
+    by_token = c if c.ndim == 3 else c[:, None]
+    for tile, base_rows, vectors in _tiles(weight, stored, _rows_of_tile(weight, c.shape[-1])):
         left = x[..., tile] if over_rows else x
-        product = _times(left, part, over_rows)
+        product = _times(left, base_rows, over_rows)
         for index, vector in enumerate(vectors):
-            product += each[..., index, None] * _times(left, vector, over_rows)
+            product += by_token[..., index, None] * _times(left, vector, over_rows)
         yield tile, slice(None), product
 
 
@@ -230,22 +238,23 @@ def _times(x: Tensor, weight: Tensor, over_rows: bool) -> Tensor:
 
 def _merged_tiles(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Parts:
     """The weights (samples, rows, columns) of coefficients (samples, experts), some at a time."""
-    # One set of coefficients and sparse vectors: their weighed elements are added up where they
-    # lie, and no vector is made dense by itself.
+    # With one set of coefficients and sparse vectors, their weighed elements are added up where
+    # they lie, and no vector is made dense by itself.
     if len(c) == 1 and len(stored) > 1:
         values, *places = stored
         weighed = (c.T * values, *places)
-        for tile, part, total in _tiles(weight, weighed, _rows_of_tile(weight, 1), is_sum=True):
-            yield tile, slice(None), part + total
+        rows = _rows_of_tile(weight, 1)
+        for tile, base_rows, total in _tiles(weight, weighed, rows, is_sum=True):
+            yield tile, slice(None), base_rows + total
         return
-    # Else the vectors of a tile, which are made dense once, serve all samples, some of which are
-    # merged at a time.
-    samples = _samples_of_tile(weight, len(c))
-    rows = _rows_of_tile(weight, max(samples, c.shape[1]))
-    for tile, part, vectors in _tiles(weight, stored, rows):
-        for some in _slices(len(c), samples):
-            merged = torch.addmm(part.flatten(), c[some], vectors.flatten(1))
-            yield tile, some, merged.unflatten(-1, part.shape)
+    # Else the vectors of a tile are made dense once and serve all samples. The weights of as many
+    # samples are merged at a time as fit beside them.
+    samples_per_tile = _samples_of_tile(weight, len(c))
+    rows = _rows_of_tile(weight, max(samples_per_tile, c.shape[1]))
+    for tile, base_rows, vectors in _tiles(weight, stored, rows):
+        for samples in _slices(len(c), samples_per_tile):
+            merged = torch.addmm(base_rows.flatten(), c[samples], vectors.flatten(1))
+            yield tile, samples, merged.unflatten(-1, base_rows.shape)
 
 
 def _gradient_of_coefficients(
@@ -257,25 +266,26 @@ def _gradient_of_coefficients(
 ) -> Tensor:
     """The gradient of c, in its shape.
 
-    Of a weight's input and the gradient of its output, `by_rows` (samples, tokens, rows) is that
-    along its rows and `by_columns` (samples, tokens, columns) that along its columns.
+    `by_rows` (samples, tokens, rows) and `by_columns` (samples, tokens, columns) are the input and
+    the gradient of the output, whichever of the two has the weight's rows or columns as its width.
     """
     # The gradient of c_i is the inner product of T_i with the gradient of the weight. It is summed
-    # up tile by tile, in float32 or wider. Where coefficients are a sample's, the gradient of a
-    # tile of its weight is one product; where they are a token's, it would be a weight per token,
-    # so that T_i is multiplied with the token's two sides instead.
+    # up tile by tile, in float32 or wider. With coefficients per sample, the gradient of a tile of
+    # the sample's weight is one product. With coefficients per token it would be as large as one
+    # weight per token, so T_i is multiplied with the token's two sides instead.
     total = torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32))
-    samples = _samples_of_tile(weight, len(c))
-    rows = _rows_of_tile(weight, max(samples, c.shape[-1]))
+    samples_per_tile = _samples_of_tile(weight, len(c))
+    rows = _rows_of_tile(weight, max(samples_per_tile, c.shape[-1]))
     for tile, _, vectors in _tiles(weight, stored, rows):
         if c.ndim == 3:
             for index, vector in enumerate(vectors):
                 products = _times(by_columns, vector, False) * by_rows[..., tile]
                 total[..., index] += products.sum(-1)
             continue
-        for some in _slices(len(c), samples):
-            of_weights = by_rows[some, :, tile].mT @ by_columns[some]
-            total[some] += of_weights.flatten(1).to(vectors.dtype) @ vectors.flatten(1).mT
+        for samples in _slices(len(c), samples_per_tile):
+            weight_gradients = by_rows[samples, :, tile].mT @ by_columns[samples]
+            flat_gradients = weight_gradients.flatten(1).to(vectors.dtype)
+            total[samples] += flat_gradients @ vectors.flatten(1).mT
     return total.to(c.dtype)
 
 
@@ -285,16 +295,18 @@ def _tile_size(weight: Tensor) -> int:
 
 
 def _samples_of_tile(weight: Tensor, samples: int) -> int:
-    """The number of samples whose weights are merged at the same time; about the same each time."""
+    """The number of samples whose weights are merged at once, about the same in every turn."""
     if not samples:
         return 1
+    # As many as fit with the smallest tile, spread evenly: 9 samples of at most 8 are 5 and 4, not
+    # 8 and 1. Both divisions round up.
     most = max(1, _tile_size(weight) // (_ROWS * weight.shape[1]))
     turns = -(-samples // most)
     return max(1, -(-samples // turns))
 
 
 def _rows_of_tile(weight: Tensor, held: int) -> int:
-    """The number of rows of a tile, of which so many as `held` are in memory at the same time."""
+    """The number of rows of a tile, `held` copies of which are in memory at once."""
     blocks = _tile_size(weight) // (held * weight.shape[1] * _ROWS)
     return min(max(1, blocks) * _ROWS, weight.shape[0])
 
@@ -310,7 +322,7 @@ def _tiles(
     *,
     is_sum: bool = False,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some rows at a time: which, those of the weight, and of the dense vectors.
+    """Tiles of the weight: the slice of rows, these rows, and those of the dense vectors.
 
     The vectors are (experts, rows, columns); with `is_sum`, which is for sparse ones alone, their
     sum (1, rows, columns).
@@ -331,22 +343,25 @@ def _tiles(
     places = places.view(columns.shape)
     places += columns.int()
     # Elements are sorted by row, so that those of a tile are one stretch, which ends where its last
-    # row does. Compiled code and a GPU mostly have one tile, and then need not look (and wait).
-    inner: list[list[int]] = [[] for _ in values]
+    # row does. Compiled code and a GPU mostly have one tile, and then need not read the ends, which
+    # would wait for the device.
+    inner_ends: list[list[int]] = [[] for _ in values]
     if len(slices) > 1:
-        inner = row_ends[:, rows - 1 : -1 : rows].tolist()
-    edges = [[0, *ends, values.shape[1]] for ends in inner]
+        inner_ends = row_ends[:, rows - 1 : -1 : rows].tolist()
+    edges = [[0, *ends, values.shape[1]] for ends in inner_ends]
     for number, tile in enumerate(slices):
-        part = weight[tile]
-        vectors = values.new_zeros(1 if is_sum else len(values), part.numel())
-        for index, of_expert in enumerate(edges):
-            stretch = slice(of_expert[number], of_expert[number + 1])
+        base_rows = weight[tile]
+        vectors = values.new_zeros(1 if is_sum else len(values), base_rows.numel())
+        for index, expert_edges in enumerate(edges):
+            stretch = slice(expert_edges[number], expert_edges[number + 1])
             dense = vectors[0 if is_sum else index]
             dense.index_add_(0, places[index, stretch], values[index, stretch])
-        yield tile, part, vectors.unflatten(1, part.shape)
+        yield tile, base_rows, vectors.unflatten(1, base_rows.shape)
 
 
 def _is_sparse_faster(x: Tensor, c: Tensor) -> bool:
+    # MKL's sparse product is fast on a CPU alone, and cannot be compiled. With many tokens that
+    # share coefficients, merging the weight is faster still.
     is_compiling = torch.compiler.is_compiling()
     if is_compiling or x.device.type != "cpu" or not torch.backends.mkl.is_available():
         return False
@@ -362,7 +377,7 @@ def _sparse_product(
     row_ends: Tensor,
 ) -> Tensor:
     """x Wᵀ by products with all vectors as one sparse matrix (experts * rows, columns)."""
-    kind = torch.promote_types(x.dtype, torch.float32)  # MKL knows no other
+    dtype = torch.promote_types(x.dtype, torch.float32)  # MKL has no 16-bit types
     experts, kept = values.shape
     rows, width = weight.shape
     # MKL does not check where elements lie, and would crash the process: a damaged checkpoint must
@@ -372,38 +387,42 @@ def _sparse_product(
     counts = torch.diff(row_ends, prepend=row_ends.new_zeros(experts, 1), dim=1)
     if least < 0 or most >= width or (counts < 0).any() or (row_ends[:, -1] != kept).any():
         raise ValueError(
-            "sparse task vectors whose columns or row ends lie outside of the weight",
+            "sparse task vectors have columns or row ends outside of the weight: the checkpoint is "
+            "damaged",
         )
-    # The vectors below each other: each one's row ends come after all elements of those before.
+    # One product for all experts: the vectors stand below each other in one matrix, so that each
+    # one's row ends come after all elements of those before.
     ends = row_ends + kept * torch.arange(experts, dtype=torch.int32)[:, None]
     ends = torch.cat([ends.new_zeros(1), ends.flatten()])
     matrix = torch.sparse_csr_tensor(
         ends,
         columns,
-        values.flatten().to(kind),
+        values.flatten().to(dtype),
         (experts * rows, width),
         check_invariants=False,
     )
     y = _times(x, weight, False)
     # One product gives every expert's output for some tokens, (experts, rows, tokens), which is
-    # weighed and added up. So few tokens at a time that this stays in a cache, as a tile does.
+    # weighed and added up: for so few tokens at a time that it stays in a CPU cache, as a tile
+    # does.
     by_token = c if c.ndim == 3 else c[:, None].expand(*x.shape[:2], -1)
-    by_token = by_token.flatten(0, 1).to(kind)
-    flat = x.flatten(0, 1).to(kind)
+    by_token = by_token.flatten(0, 1).to(dtype)
+    flat_x = x.flatten(0, 1).to(dtype)
     flat_y = y.flatten(0, 1)
-    for some in _slices(len(flat), max(1, _TILE // len(ends))):
-        products = (matrix @ flat[some].T).view(experts, rows, -1)
-        products *= by_token[some].T[:, None]
-        flat_y[some] += products.sum(0).T
+    for tokens in _slices(len(flat_x), max(1, _TILE // len(ends))):
+        products = (matrix @ flat_x[tokens].T).view(experts, rows, -1)
+        products *= by_token[tokens].T[:, None]
+        flat_y[tokens] += products.sum(0).T
     return y
 
 
 @contextmanager
 def _without_autocast(x: Tensor) -> Iterator[torch.dtype]:
     """A context without autocast; gives the dtype in which autocast would have computed with x."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # Autocast would cast the sums of a product's tiles, too, which have to stay wide.
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         yield x.dtype
         return
-    with torch.autocast(kind, enabled=False):
-        yield x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+    with torch.autocast(device, enabled=False):
+        yield x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)

@@ -1,6 +1,6 @@
-"""Parameters that are the base's plus a weighed sum of task vectors whenever they are read.
+"""Parameters that, whenever they are read, are the base's plus a weighed sum of task vectors.
 
-So the modules that read them stay transformers' own, whatever they compute (AdaMerging).
+The modules that read them stay transformers' own, whatever they compute (AdaMerging).
 """
 
 from functools import cache, partial
@@ -39,6 +39,7 @@ class WeighedTensor:
         call = self.current.call
         if call is None or base.is_meta:  # while it is loaded, saved or offloaded
             return base
+        # A module reads its parameter in every pass; with a cache it is merged in the first alone.
         c = call.values[self.group]
         if self.group not in call.keeping:
             return self.merged(base, c)
@@ -53,7 +54,9 @@ class WeighedTensor:
         return flat.view_as(base)
 
     def replace_in(self, module: Any, part: str) -> None:
-        """Have a module, its own or one that is tied to it, read this instead of its parameter."""
+        """Make a module, its own or one tied to it, read this instead of its parameter."""
+        # A second parameter of the module starts from its stock class again, not from the subclass
+        # that the first one made.
         stock: Any = type(module).__base__ if hasattr(module, "weighed") else type(module)
         module.weighed = {**getattr(module, "weighed", {}), part: self}
         module.__class__ = _reading(stock, tuple(module.weighed))
@@ -64,7 +67,7 @@ class WeighedTensor:
 # loading and moving look for it. One class per set of names, for `torch.compile` and for pickle.
 @cache
 def _reading(stock: Any, parts: tuple[str, ...]) -> Any:
-    """A subclass of a module's class, by its name, that finds these parameters in `weighed`."""
+    """A subclass of a module's class, under the same name, that reads these from `weighed`."""
 
     def read(part: str, module: Any) -> Tensor:
         if part not in module._parameters:
@@ -82,5 +85,5 @@ def _reading(stock: Any, parts: tuple[str, ...]) -> Any:
 
 
 def _unpickled(stock: Any, parts: tuple[str, ...]) -> Any:
-    kind = _reading(stock, parts)
-    return kind.__new__(kind)
+    module_class = _reading(stock, parts)
+    return module_class.__new__(module_class)

@@ -1,2 +1,3 @@
-"""Tensor methods, which make one tensor out of its namesakes, and their arithmetic in
-`kernels/`."""
+"""Tensor methods, which make one tensor out of its namesakes, and, in `kernels/`, their
+arithmetic.
+"""

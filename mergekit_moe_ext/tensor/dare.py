@@ -1,5 +1,5 @@
-"""`dare`: DARE as MergeME 3.1.2 and its own paper write it; mergekit's rescales by L1 norms
-instead.
+"""The tensor method `dare`: DARE as MergeME 3.1.2 and its own paper write it, where mergekit's
+rescales by L1 norms.
 
 A mask depends on torch's seed (that is `--random-seed`), the source's position among the models
 that are not the base, and the tensor's name. It does not depend on the order of execution, so
@@ -24,12 +24,13 @@ from mergekit_moe_ext.tensor.kernels.drop import mask_key, merge_dare
 
 
 def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
-    base, entries = group.base, group.non_base
+    base = group.base
+    entries = group.non_base
     if not entries:
         return base.tensor
-    # mergekit seeds torch's generator with --random-seed, and that is all a tensor method can see
-    # of it.
-    seed, name = torch.initial_seed(), group.metadata.name or ""
+    # mergekit seeds torch's generator with --random-seed; a tensor method sees nothing else of it.
+    seed = torch.initial_seed()
+    name = group.metadata.name or ""
     return merge_dare(
         base.tensor,
         [entry.tensor for entry in entries],
@@ -41,7 +42,8 @@ def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
     )
 
 
-_SHARED, _NON_BASE = ParameterScope.SHARED, ParameterScope.NON_BASE
+_SHARED = ParameterScope.SHARED
+_NON_BASE = ParameterScope.NON_BASE
 DARE = FunctionalGroupMergeMethod(
     MergeMethodSpec(
         name="dare",
@@ -49,17 +51,15 @@ DARE = FunctionalGroupMergeMethod(
         reference_url="https://arxiv.org/abs/2311.03099",
         contract=InputContract(base=BasePolicy.REQUIRED),
         parameters=(
-            ParameterSpec("weight", float, _NON_BASE, 1.0, "of a task vector"),
-            ParameterSpec(
-                "density", Fraction, _NON_BASE, 1.0, "the probability that a value is kept"
-            ),
-            ParameterSpec("lambda", float, _SHARED, 1.0, "scales the merged task vector"),
+            ParameterSpec("weight", float, _NON_BASE, 1.0, "weight of the model's task vector"),
+            ParameterSpec("density", Fraction, _NON_BASE, 1.0, "probability that a value is kept"),
+            ParameterSpec("lambda", float, _SHARED, 1.0, "factor of the merged task vector"),
             ParameterSpec(
                 "elect_sign",
                 bool,
                 _SHARED,
                 False,
-                "sum only what agrees with the sign that TIES elects",
+                "sum only the values that agree with the sign that TIES elects",
             ),
         ),
     ),

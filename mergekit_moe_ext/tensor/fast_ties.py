@@ -1,5 +1,5 @@
-"""`fast_ties`: mergekit's `ties` with the same parameters and results, in linear time and constant
-extra memory.
+"""The tensor method `fast_ties`: mergekit's `ties`, with the same parameters and results, in linear
+time and constant extra memory.
 """
 
 from typing import Any
@@ -20,7 +20,8 @@ from mergekit_moe_ext.tensor.kernels.ties import merge_ties
 
 
 def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
-    base, entries = group.base, group.non_base
+    base = group.base
+    entries = group.non_base
     if not entries:
         return base.tensor
     return merge_ties(
@@ -33,7 +34,8 @@ def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
     )
 
 
-_SHARED, _NON_BASE = ParameterScope.SHARED, ParameterScope.NON_BASE
+_SHARED = ParameterScope.SHARED
+_NON_BASE = ParameterScope.NON_BASE
 FAST_TIES = FunctionalGroupMergeMethod(
     MergeMethodSpec(
         name="fast_ties",
@@ -41,20 +43,22 @@ FAST_TIES = FunctionalGroupMergeMethod(
         reference_url="https://arxiv.org/abs/2306.01708",
         contract=InputContract(base=BasePolicy.REQUIRED),
         parameters=(
-            ParameterSpec("weight", float, _NON_BASE, description="of a task vector"),
             ParameterSpec(
-                "density", Fraction, _NON_BASE, 1.0, "the fraction of a task vector that is kept"
+                "weight", float, _NON_BASE, description="weight of the model's task vector"
+            ),
+            ParameterSpec(
+                "density", Fraction, _NON_BASE, 1.0, "fraction of the task vector that is kept"
             ),
             ParameterSpec(
                 "normalize", bool, _SHARED, True, "divide by the weights of the values that agree"
             ),
-            ParameterSpec("lambda", float, _SHARED, 1.0, "scales the merged task vector"),
+            ParameterSpec("lambda", float, _SHARED, 1.0, "factor of the merged task vector"),
             ParameterSpec(
                 "int8_mask",
                 bool,
                 _SHARED,
                 False,
-                "accepted as mergekit's ties does; changes nothing",
+                "no effect: accepted because mergekit's ties has it",
             ),
         ),
     ),

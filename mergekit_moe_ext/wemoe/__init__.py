@@ -1,3 +1,3 @@
-"""Weight-ensembling models (WEMoE, E-WEMoE): the methods, adaptation to inputs, and back to a stock
-model.
+"""Weight-ensembling models (WEMoE, E-WEMoE): the merge methods, adaptation to inputs, and the way
+back to a stock model.
 """

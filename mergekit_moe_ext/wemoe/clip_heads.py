@@ -1,9 +1,9 @@
 """Files with the head of a CLIP classifier: embeddings of its classes' names (WEMoE 4.1).
 
-A head file is a safetensors file with `text_embeds` (classes, projection_dim), of any norm;
-`visual_projection.weight` (projection_dim, hidden_size), which is not read where the tower has one;
-and `logit_scale`, a scalar as CLIP stores it, the logarithm of what cosines are multiplied by (ln
-100 where there is none). `classes` in its metadata is a JSON list of their names.
+A head file is a safetensors file with three tensors: `text_embeds` (classes, projection_dim), of
+any norm; `visual_projection.weight` (projection_dim, hidden_size), which is not read where the
+tower has one; and `logit_scale`, a scalar as CLIP stores it, the logarithm of the factor of cosines
+(ln 100 where there is none). `classes` in its metadata is a JSON list of the classes' names.
 """
 
 import copy
@@ -35,7 +35,7 @@ _TOWERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 
 @dataclass(frozen=True)
 class ClipHead:
-    """What is in a head file, without its tensors."""
+    """The contents of a head file, without its tensors."""
 
     path: str
     classes: tuple[str, ...]
@@ -51,8 +51,9 @@ def read_heads(
     models: Sequence[ModelReference],
     configs: Mapping[ModelReference, PretrainedConfig],
 ) -> list[ClipHead]:
-    """The heads of the models, in order; none where none is named. `UserError` for what does not
-    fit.
+    """The heads of the models, in order; an empty list where none is named.
+
+    `UserError` for models that have no place for a head, and for heads that do not fit.
     """
     named = [path for path in paths if path is not None]
     if not named:
@@ -65,7 +66,7 @@ def read_heads(
             )
         if path is None:
             raise UserError(
-                f"{model} has no `head:`, though others have: name one for each or for none"
+                f"{model} has no `head:`, though others have one: name one for each or for none"
             )
     heads = [_read_head(path) for path in named]
     for head, model in zip(heads, models, strict=True):
@@ -85,18 +86,16 @@ def as_tower(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def with_projection(manifest: Manifest, config: Any) -> Manifest:
-    """What the files of a tower hold that has a projection."""
+    """The manifest of a tower's files where these hold a projection, too."""
     shapes = {**manifest.shapes, PROJECTION: (config.projection_dim, config.hidden_size)}
     return replace(manifest, shapes=shapes)
 
 
 def classifier_config(tower: Any, heads: Sequence[ClipHead]) -> PretrainedConfig:
-    """Of the tower with heads."""
+    """The configuration of the tower with heads."""
     config = copy.deepcopy(tower)
-    config.architectures, config.projection_dim = (
-        [CLIPVisionForImageClassification.__name__],
-        heads[0].projection_dim,
-    )
+    config.architectures = [CLIPVisionForImageClassification.__name__]
+    config.projection_dim = heads[0].projection_dim
     return config
 
 
@@ -109,7 +108,7 @@ def _read_head(path: str) -> ClipHead:
     except FileNotFoundError as error:
         raise UserError(f"head: {path} does not exist") from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"head: {path} is no safetensors file: {error}") from error
+        raise UserError(f"head: {path} is not a safetensors file: {error}") from error
     if len(shapes.get("text_embeds", ())) != 2:
         raise UserError(f"head: {path} has no `text_embeds` of shape (classes, projection_dim)")
     if math.prod(shapes.get("logit_scale", ())) != 1:
@@ -120,22 +119,21 @@ def _read_head(path: str) -> ClipHead:
         classes = json.loads(metadata.get("classes", "null"))
     except ValueError:
         classes = None
-    if (
-        not classes
-        or not isinstance(classes, list)
-        or not all(isinstance(name, str) for name in classes)
-    ):
+    are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not classes or not are_names:
         raise UserError(f"head: the metadata of {path} has no `classes`, a JSON list of names")
     if len(classes) != shapes["text_embeds"][0]:
         raise UserError(
             f"head: {path} names {len(classes)} classes and embeds {shapes['text_embeds'][0]}"
         )
-    if repeated := next((name for name in classes if classes.count(name) > 1), None):
-        raise UserError(f"head: {path} names the class {repeated!r} more than once")
+    for name in classes:
+        if classes.count(name) > 1:
+            raise UserError(f"head: {path} names the class {name!r} more than once")
     return ClipHead(path, tuple(classes), shapes)
 
 
 def _check_width(head: ClipHead, first: ClipHead, model: ModelReference, config: Any) -> None:
+    expected = (head.projection_dim, config.hidden_size)
     if head.projection_dim != first.projection_dim:
         raise UserError(
             f"head: text_embeds of {head.path} are {head.projection_dim} wide and those of "
@@ -148,11 +146,11 @@ def _check_width(head: ClipHead, first: ClipHead, model: ModelReference, config:
                 f"projects to {config.projection_dim}"
             )
     elif PROJECTION not in head.shapes:
-        raise UserError(f"head: {head.path} has no `{PROJECTION}`, which {model} has not either")
-    elif head.shapes[PROJECTION] != (wanted := (head.projection_dim, config.hidden_size)):
+        raise UserError(f"head: neither {head.path} nor {model} has a `{PROJECTION}`")
+    elif head.shapes[PROJECTION] != expected:
         raise UserError(
             f"head: {PROJECTION} of {head.path} has the shape {head.shapes[PROJECTION]}; {model} "
-            f"wants {wanted}"
+            f"needs {expected}"
         )
 
 
@@ -171,10 +169,10 @@ class FromHeadFile(Task[Tensor]):
         tensors = load_file(self.path)
         if self.part == "projection":
             return tensors[PROJECTION].to(dtype_from_name(self.dtype))
+        # With rows of norm exp(s) the classifier is a plain linear map of normalised images.
         scale = tensors.get("logit_scale", torch.tensor(math.log(100))).float().exp()
-        return (scale * functional.normalize(tensors["text_embeds"].float(), dim=-1)).to(
-            dtype_from_name(self.dtype)
-        )
+        classes = scale * functional.normalize(tensors["text_embeds"].float(), dim=-1)
+        return classes.to(dtype_from_name(self.dtype))
 
 
 @torch.no_grad()
@@ -185,27 +183,26 @@ def write_clip_head(
     templates: Sequence[str] = TEMPLATES,
     quiet: bool = False,
 ) -> None:
-    """Write the head file for these names of classes by the text tower of a whole CLIP,
+    """Write the head file for classes of these names, with the text tower of the whole CLIP at
     `model_path`.
 
     Each class is embedded as the mean over the templates (`{}` is its name) of normalised text
     features, itself normalised, as CLIP classifies without training. `UserError` for a template
-    without `{}`, no name, one twice, or what is no whole CLIP.
+    without `{}`, for no name or one twice, and for a model that is not a whole CLIP.
     """
-    if lacking := next((template for template in templates if "{}" not in template), None):
-        raise UserError(f"the template {lacking!r} has no {{}} for the name of the class")
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f"the template {template!r} has no {{}} for the name of the class")
     if not templates or not classes or len(set(classes)) < len(classes):
         raise UserError("a head needs a template and names of classes, each of them once")
-    if (
-        found := AutoConfig.from_pretrained(model_path).model_type
-    ) != "clip":  # loaded as one, it would be random
+    # transformers would load another model as a CLIP of random weights.
+    model_type = AutoConfig.from_pretrained(model_path).model_type
+    if model_type != "clip":
         raise UserError(
-            f"{model_path} is a model of type {found}, and no whole CLIP with its text tower"
+            f"{model_path} is a model of type {model_type}, not a whole CLIP with its text tower"
         )
-    model, tokenizer = (
-        CLIPModel.from_pretrained(model_path).eval(),
-        AutoTokenizer.from_pretrained(model_path),
-    )
+    model = CLIPModel.from_pretrained(model_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
     longest = model.config.text_config.max_position_embeddings
     embeds = []
     for name in tqdm(classes, desc="classes", disable=quiet):
@@ -213,16 +210,13 @@ def write_clip_head(
         tokens = tokenizer(
             texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
-        features = model.get_text_features(
-            tokens["input_ids"], tokens["attention_mask"]
-        ).pooler_output.float()
-        embeds.append(
-            functional.normalize(functional.normalize(features, dim=-1).mean(dim=0), dim=-1)
-        )
+        output = model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
+        features = functional.normalize(output.pooler_output.float(), dim=-1)
+        embeds.append(functional.normalize(features.mean(dim=0), dim=-1))
     tensors = {
         "text_embeds": torch.stack(embeds),
         PROJECTION: model.visual_projection.weight.contiguous(),
         "logit_scale": model.logit_scale,
     }
-    # of two keys safetensors would write either first, as it happens
+    # One key only: safetensors would write two in an order that differs from run to run.
     save_file(tensors, path, metadata={"classes": json.dumps(list(classes))})

@@ -1,5 +1,5 @@
-"""Which linear modules of a model are ensembled together, and what their router reads (WEMoE 3.2
-and table 6).
+"""The groups of linear modules that one router weighs together, and what it reads (WEMoE 3.2 and
+table 6).
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,12 @@ Upscale = Literal[Grouping, "all", "auto"]
 def ensembled_groups(
     model: PreTrainedModel, upscale: Grouping, layers: Sequence[int] | None
 ) -> dict[str, list[str]]:
-    """Per router the module whose input it reads, and the linear modules that it weighs, by their
-    names.
+    """By the name of the module whose input a router reads, the names of the linear modules that it
+    weighs.
 
-    `layers`: of every stack of layers those with these numbers; all if None. `UserError` where a
-    layer lacks what is asked for, or it cannot be told, and for a number beyond the last layer.
+    `layers` are the numbers of those to take of every stack of layers; None takes all. `UserError`
+    where a layer lacks the attention or MLP that `upscale` names, or it cannot be told, and for a
+    number beyond the last layer.
     """
     groups: dict[str, list[str]] = {}
     for name, layer in chosen_layers(model, layers).items():
@@ -31,7 +32,7 @@ def ensembled_groups(
         # Cross attention is left out: it reads another stack's states, which no coefficients of
         # this one are for.
         attention = layer_parts.attention
-        # A router reads the input of one MLP, so that of several the first is weighed.
+        # A router reads the input of one MLP, so of several the first is weighed.
         ffn = layer_parts.ffns[0] if layer_parts.ffns else []
         lacking = not attention if upscale == "attention" else not ffn
         if lacking:
@@ -41,43 +42,45 @@ def ensembled_groups(
                 "class"
             )
         each_attention = [[part] for part in attention]
-        parts = {
+        # Each inner list is what one router weighs.
+        choices = {
             "mlp": [ffn],
             "attention": each_attention,
             "attention+mlp": [*each_attention, ffn],
             "block": [[*attention, *ffn]],
         }
-        for modules in parts[upscale]:
-            linears = [linear for part in modules for linear in linears_in(layer, part)]
+        for modules in choices[upscale]:
+            linears = []
+            for module in modules:
+                linears += [f"{name}.{linear}" for linear in linears_in(layer, module)]
             reader = name if upscale == "block" else f"{name}.{modules[0]}"
-            groups[reader] = [f"{name}.{linear}" for linear in linears]
+            groups[reader] = linears
     return groups
 
 
 def linears_by_layer(
     model: PreTrainedModel, part: Part, layers: Sequence[int] | None
 ) -> dict[str, list[str]]:
-    """Per layer the linear modules that `upscale` with this part weighs, by their names; `layers`
-    as there.
+    """By layer, the names of the linear modules that `upscale` with this part weighs.
+
+    `layers` are numbers, as in `ensembled_groups`.
     """
     groups = ensembled_groups(model, part, layers)
-    return {
-        layer: [
-            linear
-            for reader, own in groups.items()
-            if reader.startswith(f"{layer}.")
-            for linear in own
-        ]
-        for layer in chosen_layers(model, layers)
-    }
+    by_layer: dict[str, list[str]] = {}
+    for layer in chosen_layers(model, layers):
+        by_layer[layer] = []
+        for reader, linears in groups.items():
+            if reader.startswith(f"{layer}."):
+                by_layer[layer] += linears
+    return by_layer
 
 
 def weighed_tensors(model: PreTrainedModel, head: str | None = None) -> dict[str, list[str]]:
-    """Every parameter by its name as a group of its own, but for those of a head that is kept
+    """Groups of one parameter each, by its name, for all parameters but those of `head`
     (AdaMerging).
 
-    Of parameters that are tied the one that is stored. `UserError` for recurrent layers, which keep
-    their parameters elsewhere, too.
+    Of tied parameters it is the one that is stored. `UserError` for recurrent layers, which keep
+    their parameters in a second place, too.
     """
     recurrent = [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)]
     if recurrent:
@@ -85,8 +88,11 @@ def weighed_tensors(model: PreTrainedModel, head: str | None = None) -> dict[str
             f"{recurrent[0]} of {type(model).__name__} is recurrent, which upscale: all cannot "
             "weigh"
         )
-    # with all names of what is tied, since the first one need not be the one that is stored
-    named = model.named_parameters(remove_duplicate=False)
-    names = [name for name, parameter in named if parameter.is_floating_point()]
-    kept = [name for name in names if name not in model.all_tied_weights_keys]
-    return {name: [name] for name in kept if head is None or not name.startswith(f"{head}.")}
+    # Tied parameters come under all of their names here, since the first need not be the stored
+    # one.
+    groups = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        is_stored = parameter.is_floating_point() and name not in model.all_tied_weights_keys
+        if is_stored and (head is None or not name.startswith(f"{head}.")):
+            groups[name] = [name]
+    return groups

@@ -1,5 +1,5 @@
 """The inputs that a weight-ensembling model adapts to: images or texts, their classes, and the
-order they come in.
+order in which they come.
 """
 
 import hashlib
@@ -48,13 +48,17 @@ def model_inputs(
     reading: Reading,
     adaptation: Adaptation,
 ) -> Dataset:
-    """Rows as a model of this kind takes them; `prepare` is its tokenizer or image processor."""
+    """The rows as a model of this kind takes them; `prepare` is its tokenizer or image
+    processor."""
     if kind in ("text", "image"):
         return classified(rows, source, kind, prepare, config, reading, adaptation)
-    pairs = kind == "encoder-decoder"
-    columns, length = reading.columns, reading.max_length
     return tokenise(
-        rows, source, prepare, columns=columns, max_length=length, encoder_decoder=pairs
+        rows,
+        source,
+        prepare,
+        columns=reading.columns,
+        max_length=reading.max_length,
+        encoder_decoder=kind == "encoder-decoder",
     )
 
 
@@ -67,7 +71,7 @@ def classified(
     reading: Reading,
     adaptation: Adaptation,
 ) -> Dataset:
-    """Images, or `input_ids`, with the right class as `label` where it is known."""
+    """Rows of images or of `input_ids`, with the right class as `label` where it is known."""
     labels = labels_of(rows, source, config, adaptation)
     if kind == "image":
         name = adaptation.image_column
@@ -92,24 +96,30 @@ def classified(
 def labels_of(
     rows: Dataset, source: Source, config: Any, adaptation: Adaptation
 ) -> list[int] | None:
-    """The classes of the rows by the numbers of the head. Without any that fit: None, or an error
-    if needed.
+    """The right classes of the rows, by their numbers in the model's head.
+
+    None where the rows have no classes that fit the head; a `UserError` where the objective needs
+    them.
     """
-    heads, column = config.ensembling["heads"], adaptation.label_column
+    heads = config.ensembling["heads"]
+    column = adaptation.label_column
     names = heads[source.name] if heads else class_names(config)
-    size, numbers = len(names), {name: number for number, name in enumerate(names)}
-    feature, found = rows.features.get(column), None
+    size = len(names)
+    numbers = {name: number for number, name in enumerate(names)}
+    feature = rows.features.get(column)
+    labels = None
     if feature is None:
         complaint = f"has no column {column!r} of classes (--label-column names another)"
     elif isinstance(feature, ClassLabel):
         complaint = (
             f"has {feature.num_classes} classes, which are not the {size} of the model's head"
         )
+        # Names say more than numbers, which two data sets may give to classes in another order.
         if set(feature.names) <= numbers.keys():
-            found = [numbers[feature.names[value]] for value in rows[column]]
+            labels = [numbers[feature.names[value]] for value in rows[column]]
         elif feature.num_classes == size:
-            found = list(rows[column])
-            if not names[0].startswith("LABEL_"):  # else the head names none
+            labels = list(rows[column])
+            if not names[0].startswith("LABEL_"):  # else the head has no names of its own
                 LOG.warning(
                     (
                         "%s (data %r) names other classes than the head: they are taken in order, "
@@ -122,15 +132,15 @@ def labels_of(
                 )
     elif isinstance(feature, Value) and "int" in feature.dtype:
         complaint = f"has classes in {column!r} that are none of 0 to {size - 1}"
-        found = list(rows[column])
+        labels = list(rows[column])
     else:
         complaint = f"has classes in {column!r} that the model's head does not name"
-        found = [numbers.get(str(value), -1) for value in rows[column]]
-    if found is not None and all(value is not None and 0 <= value < size for value in found):
-        return found
+        labels = [numbers.get(str(value), -1) for value in rows[column]]
+    if labels is not None and all(value is not None and 0 <= value < size for value in labels):
+        return labels
     if adaptation.objective == "supervised":
         raise UserError(
-            f"{source} (data {source.name!r}) {complaint}, and --objective supervised needs it"
+            f"{source} (data {source.name!r}) {complaint}, and --objective supervised needs them"
         )
     if feature is not None:
         LOG.warning("%s (data %r) %s: its accuracy is not measured", source, source.name, complaint)
@@ -138,11 +148,12 @@ def labels_of(
 
 
 def data_fingerprint(rows: Dataset, image_column: str) -> str:
-    """Tells other data: of texts all token ids, of images file names and sizes; and the classes."""
+    """A digest by which other data is recognised: of all token ids of texts, of the file names and
+    sizes of images, and of the classes.
+    """
     if "input_ids" in rows.column_names:
-        content = fingerprint(
-            rows.select_columns([name for name in rows.column_names if name != "label"])
-        )
+        columns = [name for name in rows.column_names if name != "label"]
+        content = fingerprint(rows.select_columns(columns))
     else:
         files = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
         content = str([_name_and_size(file[image_column]) for file in files])
@@ -159,21 +170,26 @@ class Rounds(torch.utils.data.Dataset):
     """Rows `{task: row}`: `batch` of one task, then as many of the next, for `steps` rounds of all
     tasks.
 
-    Every task's rows come in an order of their own, and again, in another, when all were seen.
+    Every task's rows come in a random order of their own, and in another one when all were seen.
     """
 
     def __init__(self, tasks: Mapping[str, Dataset], *, batch: int, steps: int, seed: int):
-        self._tasks, self._batch, self._steps = list(tasks.items()), batch, steps
-        self._order = lru_cache(2 * len(tasks))(
-            lambda task, epoch: np.random.default_rng([seed, task, epoch]).permutation(
-                len(self._tasks[task][1])
-            )
-        )
+        self._tasks = list(tasks.items())
+        self._batch = batch
+        self._steps = steps
+        self._seed = seed
+        # Every row asks for its order: the last two epochs of each task are remembered.
+        self._order = lru_cache(2 * len(tasks))(self._permutation)
+
+    def _permutation(self, task: int, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng([self._seed, task, epoch])
+        return generator.permutation(len(self._tasks[task][1]))
 
     def __len__(self) -> int:
         return self._steps * len(self._tasks) * self._batch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        # The index follows from the position alone, so that a resumed training meets the same rows.
         number, place = divmod(index, self._batch)
         step, task = divmod(number, len(self._tasks))
         name, rows = self._tasks[task]
@@ -185,7 +201,8 @@ class One(torch.utils.data.Dataset):
     """The rows of one task as `{task: row}`."""
 
     def __init__(self, task: str, rows: Dataset):
-        self._task, self._rows = task, rows
+        self._task = task
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,5 +1,5 @@
-"""Reading a weight-ensembling model from its directory, by this package's classes: no code in it is
-run.
+"""Reading a weight-ensembling model from its directory, by this package's classes: none of the code
+in the directory is run.
 """
 
 from pathlib import Path
@@ -14,13 +14,13 @@ from mergekit_moe_ext.modeling.modeling_wemoe import Ensemble
 
 def read_ensemble(path: str) -> tuple[type[PreTrainedModel], Any]:
     """The class and the configuration of the model. `UserError` if it is not a weight-ensembling
-    one.
+    model.
     """
     local = Path(path).expanduser()
     if path.startswith((".", "/", "~")) and not local.is_dir():
         raise UserError(f"{path} does not exist")
     if local.is_dir() and not (local / "config.json").exists():
-        raise UserError(f"{path} has no config.json: it is no model")
+        raise UserError(f"{path} has no config.json: it is not a model")
     try:
         values, _ = PreTrainedConfig.get_config_dict(str(local))
         name = (values.get("architectures") or ["a model of no class"])[0]

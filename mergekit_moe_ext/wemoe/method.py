@@ -1,9 +1,9 @@
-"""`wemoe` and `ewemoe`: fine-tunes of one base become one model whose MLPs weigh their task vectors
-per input.
+"""The methods `wemoe` and `ewemoe`: fine-tunes of one base become one model whose MLPs weigh their
+task vectors per input.
 
-Everything but the upscaled modules is merged by the method that `shared:` names, task arithmetic in
-the papers. An upscaled linear module keeps the base's weight and every source's task vector, whole
-or, in E-WEMoE, pruned to its largest elements and stored as such (WEMoE 3.1 and 3.2).
+All parameters outside the upscaled modules are merged by the method that `shared:` names, task
+arithmetic in the papers. An upscaled linear module keeps the base's weight and every source's task
+vector, whole or, in E-WEMoE, pruned to its largest elements and stored sparse (WEMoE 3.1 and 3.2).
 """
 
 import inspect
@@ -61,13 +61,12 @@ class Wemoe(StructuralMethod):
     def plan(self, job: Job) -> Plan:
         sources = read_sources(job, self.spec.name)
         ensembling, notes = _ensembling(job, sources)
-        like = (
-            classifier_config(sources.config, sources.clip_heads)
-            if sources.clip_heads
-            else sources.config
-        )
-        config = _output_config(like, ensembling)
-        config.dtype = dtype = output_dtype(job, sources.headers)
+        base_config = sources.config
+        if sources.clip_heads:
+            base_config = classifier_config(base_config, sources.clip_heads)
+        config = _output_config(base_config, ensembling)
+        dtype = output_dtype(job, sources.headers)
+        config.dtype = dtype
         output = _Output(job, sources, config)
         for linear in ensembling.linears:
             output.ensemble(f"{linear}.weight", f"{linear}.vectors", ensembling.kept.get(linear))
@@ -81,38 +80,41 @@ class Wemoe(StructuralMethod):
             output.add_clip_heads(ensembling.head)
         elif ensembling.head:
             output.copy_heads(ensembling.head)
-        rest = [
-            name
-            for name in output.wanted
-            if name not in output.copies and name not in output.computed
-        ]
+        # Every other tensor of the output is one that all sources have, too.
+        shared = {}
+        for name in output.shapes:
+            if name not in output.copies and name not in output.computed:
+                shared[name] = sources.manifest.shared_tensor(name)
+        indices = [name for name in output.computed if name.endswith((".columns", ".row_ends"))]
         return Plan(
             config=config,
             num_experts=len(ensembling.experts),
             experts_per_token=len(ensembling.experts),
             routed_per="sample",
-            shared={name: sources.manifest.shared_tensor(name) for name in rest},
+            shared=shared,
             copies=output.copies,
             computed=output.computed,
-            integers=frozenset(
-                name for name in output.computed if name.endswith((".columns", ".row_ends"))
-            ),
+            integers=frozenset(indices),
             dtype=dtype,
             notes=notes,
         )
 
 
 def _ensembling(job: Job, sources: Sources) -> tuple[Ensembling, str]:
-    """And what of it the card says."""
-    options, tasks, notes = job.options, names_of(job.experts), ""
+    """The ensembling that the options ask for, and the notes on it for the card."""
+    options = job.options
+    tasks = names_of(job.experts)
+    notes = ""
     head = "classifier" if sources.clip_heads else head_of_tasks(sources.network, sources.configs)
     upscale = options.upscale
     if upscale == "all":
         _check_all_of(job)
     if upscale == "auto":
         upscale, notes = _choose_part(job, sources)
-    classes = [list(of_clip.classes) for of_clip in sources.clip_heads]
-    classes = classes or [class_names(sources.configs[model]) for model in job.experts]
+    if sources.clip_heads:
+        classes = [list(clip_head.classes) for clip_head in sources.clip_heads]
+    else:
+        classes = [class_names(sources.configs[model]) for model in job.experts]
     ensembling = Ensembling(
         experts=tasks,
         groups=_groups(job, sources.network, head, upscale),
@@ -120,41 +122,47 @@ def _ensembling(job: Job, sources: Sources) -> tuple[Ensembling, str]:
         router_layers=options.router_layers,
         shared_router=options.shared_router,
         init_lambda=options.init_lambda,
-        init_std=options.router_init_std,
+        router_init_std=options.router_init_std,
         mode=options.mode,
         routing_tokens=options.routing_tokens,
         heads=dict(zip(tasks, classes, strict=True)) if head else {},
         head=head or "",
     )
     if options.sparsity:
-        shapes = {
-            name: sources.manifest.shapes[sources.stored_name(f"{name}.weight")]
-            for name in ensembling.linears
-        }
-        kept = {name: options.kept_elements(math.prod(shape)) for name, shape in shapes.items()}
+        kept = {}
+        for name in ensembling.linears:
+            shape = sources.manifest.shapes[sources.stored_name(f"{name}.weight")]
+            kept[name] = options.kept_elements(math.prod(shape))
         ensembling = replace(ensembling, kept=kept)
     return ensembling, notes
 
 
 class _Output:
-    """Where the tensors of the output come from, by their names in it; see `Plan`."""
+    """The origins of the output's tensors, by their names in it; see `Plan`.
+
+    `shapes` are those of all tensors of the output. Methods take names as the network has them, and
+    `_names` holds those in the output's files.
+    """
 
     def __init__(self, job: Job, sources: Sources, config: PretrainedConfig) -> None:
         try:
-            made = hub_state(config)
+            network, state = hub_state(config)
         except ValueError as error:
             raise UserError(f"{sources.base}: {error}") from error
-        self._job, self._sources, self._dtype = job, sources, config.dtype
-        self._names = hub_names(*made)
-        self.wanted = manifest_from(*made).shapes
+        self._job = job
+        self._sources = sources
+        self._dtype = config.dtype
+        self._names = hub_names(network, state)
+        self.shapes = manifest_from(network, state).shapes
         self.copies: dict[str, CopiedTensor] = {}
         self.computed: dict[str, Any] = {}
 
     def _copy(self, name: str, model: ModelReference, stored: str) -> None:
         headers = self._sources.headers[model]
-        # what a tower is cut out of has its projection beside it
-        in_files = stored if stored == PROJECTION else headers.prefix + stored
-        self.copies[self._names[name]] = CopiedTensor(model, in_files, headers.shapes[stored])
+        # In the files of a whole CLIP the tower's tensors have a prefix, but the projection, which
+        # lies beside the tower, has none.
+        name_in_files = stored if stored == PROJECTION else headers.prefix + stored
+        self.copies[self._names[name]] = CopiedTensor(model, name_in_files, headers.shapes[stored])
 
     def _compute(
         self, name: str, task: type[Task], shape: tuple[int, ...], /, **fields: Any
@@ -162,8 +170,11 @@ class _Output:
         self.computed[self._names[name]] = task(shape=shape, dtype=str(self._dtype), **fields)
 
     def ensemble(self, parameter: str, vectors_name: str, kept: int | None = None) -> None:
-        """The base's parameter, and the task vectors of all sources."""
-        sources, experts = self._sources, self._job.experts
+        """Add the base's parameter and the task vectors of all sources, whole or with `kept`
+        elements each.
+        """
+        sources = self._sources
+        experts = self._job.experts
         stored = sources.stored_name(parameter)
         shape = sources.manifest.shapes[stored]
         aliases = sources.manifest.aliases(stored)
@@ -185,12 +196,12 @@ class _Output:
             )
 
     def add_routers(self) -> None:
+        """Add all routers: random matrices, and last biases at which coefficients start."""
         options = self._job.options
-        for name in self._names:
+        for name, stored in self._names.items():
             if not name.startswith("routers."):
                 continue
-            stored = self._names[name]
-            shape = self.wanted[stored]
+            shape = self.shapes[stored]
             if name.endswith("bias"):
                 value = 0.0 if name.endswith("hidden.bias") else options.init_lambda
                 self._compute(name, Filled, shape, name=stored, value=value)
@@ -203,29 +214,29 @@ class _Output:
                 self._compute(name, RandomTensor, shape, name=stored, **random)
 
     def copy_heads(self, head: str) -> None:
+        """Add the head of every source."""
         for part in ("weight", "bias"):
+            stored = self._sources.stored.get(f"{head}.{part}")
+            if stored is None:
+                continue
             for index, model in enumerate(self._job.experts):
-                if f"{head}.{part}" in self._sources.stored:
-                    self._copy(
-                        f"{head}.{index}.{part}", model, self._sources.stored[f"{head}.{part}"]
-                    )
+                self._copy(f"{head}.{index}.{part}", model, stored)
 
     def add_clip_heads(self, head: str) -> None:
+        """Add a text head for every source, from its head file and its own projection, if any."""
         sources = self._sources
-        for index, (model, of_clip) in enumerate(
-            zip(self._job.experts, sources.clip_heads, strict=True)
-        ):
-            classes, projection = (
-                f"{head}.{index}.classes.weight",
-                f"{head}.{index}.projection.weight",
-            )
-            shape = of_clip.shapes["text_embeds"]
-            self._compute(classes, FromHeadFile, shape, path=of_clip.path, part="classes")
+        pairs = zip(self._job.experts, sources.clip_heads, strict=True)
+        for index, (model, clip_head) in enumerate(pairs):
+            path = clip_head.path
+            name = f"{head}.{index}.classes.weight"
+            shape = clip_head.shapes["text_embeds"]
+            self._compute(name, FromHeadFile, shape, path=path, part="classes")
+            name = f"{head}.{index}.projection.weight"
             if model in sources.projecting:
-                self._copy(projection, model, PROJECTION)
+                self._copy(name, model, PROJECTION)
             else:
-                shape = of_clip.shapes[PROJECTION]
-                self._compute(projection, FromHeadFile, shape, path=of_clip.path, part="projection")
+                shape = clip_head.shapes[PROJECTION]
+                self._compute(name, FromHeadFile, shape, path=path, part="projection")
 
 
 def _groups(
@@ -240,8 +251,10 @@ def _groups(
 
 
 def _choose_part(job: Job, sources: Sources) -> tuple[Part, str]:
-    """What `upscale: auto` takes, and what of that the card says. Reads the weights of all
-    sources."""
+    """The part that `upscale: auto` takes, and the notes on it for the card.
+
+    The weights of all sources are read here.
+    """
     if any(model.lora for model in job.sources):
         raise UserError(
             "upscale: auto reads the weights of all sources before the merge: merge each LoRA into "
@@ -259,37 +272,37 @@ def _choose_part(job: Job, sources: Sources) -> tuple[Part, str]:
         names = names_by_layer(sources.network, sources.stored, job.options.layers)
         readers = dict(zip(names_of(job.experts), map(reader, job.experts), strict=True))
         variation = measure(names, reader(sources.base), readers, quiet=job.merge_options.quiet)
-        return (part := decide(variation)), _notes(part, variation)
+        part = decide(variation)
     except ValueError as error:
         raise UserError(f"upscale: auto: {error}") from error
+    return part, _notes(part, variation)
 
 
-def _notes(chosen: Part, variation: Mapping[Part, Variation]) -> str:
-    what = {"mlp": "MLP", "attention": "attention"}
-    rows = [
-        f"| {what[part]} | {found.mean_change:.4g} | {found.mean_change_per_parameter:.4g} |"
-        for part, found in variation.items()
+def _notes(part: Part, variation: Mapping[Part, Variation]) -> str:
+    """Two sentences and a table in Markdown: the part that was chosen, and why."""
+    lines = [
+        f"`upscale: auto` chose `{part}`: fine-tuning changed it more (E-WEMoE, figure 3a). "
+        "What counts is the squared L2 norm of a module's task vector, in the mean over "
+        "sources and blocks. It is a total, so that a module of more parameters counts for "
+        "more.",
+        "",
+        "| module | squared L2 change | per parameter |",
+        "|---|---:|---:|",
     ]
-    return "\n".join(
-        [
-            f"`upscale: auto` chose `{chosen}`: fine-tuning changed it more (E-WEMoE, figure 3a). "
-            "What counts is the squared L2 norm of a module's task vector, in the mean over "
-            "sources and blocks. It is a total, so that a module of more parameters counts for "
-            "more.",
-            "",
-            "| module | squared L2 change | per parameter |",
-            "|---|---:|---:|",
-            *rows,
-        ]
-    )
+    titles = {"mlp": "MLP", "attention": "attention"}
+    for name, measured in variation.items():
+        change = f"{measured.mean_change:.4g}"
+        per_parameter = f"{measured.mean_change_per_parameter:.4g}"
+        lines.append(f"| {titles[name]} | {change} | {per_parameter} |")
+    return "\n".join(lines)
 
 
 def _check_all_of(job: Job) -> None:
     check_all(job.options)
     if job.config.tokenizer or job.config.tokenizer_source:
         raise UserError(
-            "upscale: all does not go with tokenizer: the embeddings' task vectors are not "
-            "aligned; give the sources the base's vocabulary and leave it out"
+            "upscale: all does not go with `tokenizer`: the embeddings' task vectors are not "
+            "aligned; give the sources the base's vocabulary and leave `tokenizer` out"
         )
 
 
@@ -304,17 +317,18 @@ def _check_stored_itself(parameter: str, sources: Sources) -> None:
 
 
 def _output_config(base: PretrainedConfig, ensembling: Ensembling) -> PretrainedConfig:
+    """The configuration of the output: the base's values, the ensembling, and the classes of a
+    single head.
+    """
     architecture = base.architectures[0]
     config_type: Any = config_class(type(base))  # type: ignore[arg-type]
     output: Any = find_architecture(f"WEMoE{architecture}")
-    ours = ("model_type", "architectures", "auto_map", "dtype")
-    values = {key: value for key, value in base.to_dict().items() if key not in ours}
+    replaced = ("model_type", "architectures", "auto_map", "dtype")
+    values = {key: value for key, value in base.to_dict().items() if key not in replaced}
     if len(ensembling.heads) == 1:
         (names,) = ensembling.heads.values()
-        values |= {
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-        }
+        values["id2label"] = dict(enumerate(names))
+        values["label2id"] = {name: number for number, name in enumerate(names)}
     return config_type(
         **values,
         ensembling=ensembling.as_dict(),

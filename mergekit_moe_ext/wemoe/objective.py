@@ -1,4 +1,4 @@
-"""What adaptation lowers, the entropy of predictions, and what watches it: a guard against
+"""The objective of adaptation, the entropy of predictions, and what watches it: a guard against
 collapse, and patience.
 """
 
@@ -8,32 +8,33 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-_FLOOR = 0.5  # of a task's first entropy of the mean prediction; the guard acts below it
-_PER_CLASS = 4  # predictions in the guard's running mean
-_LEAST_WEIGHT = 0.01  # of a batch in it
-_MOMENTUM = 0.9  # of the objective's running mean
-_LEAST_GAIN = 1e-3  # the part by which the objective falls while there is progress
+_FLOOR = 0.5  # the share of the mean prediction's first entropy below which the guard acts
+_PER_CLASS = 4  # the number of predictions per class in the guard's running mean
+_LEAST_WEIGHT = 0.01  # the least weight of a batch in that mean
+_MOMENTUM = 0.9  # that of the objective's running mean
+_LEAST_GAIN = 1e-3  # the share by which the objective must fall to count as progress
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Of softmax(logits), in nats: (…, classes) to (…) (equation 5)."""
+    """The entropy of softmax(logits), in nats: (…, classes) to (…) (WEMoE, equation 5)."""
     logs = logits.log_softmax(-1)
     return _entropy(logs.exp(), logs)
 
 
 def _entropy(p: Tensor, logs: Tensor) -> Tensor:
+    # A probability of zero has a logarithm of minus infinity, and 0 times that would be NaN.
     return -(p * logs.clamp(min=torch.finfo(p.dtype).min)).sum(-1)
 
 
 class Guard:
-    """Adds to the loss of a task whose predictions go to a few classes, whatever the input.
+    """A penalty on the loss of a task whose predictions go to a few classes, whatever the input.
 
-    That is seen by the entropy of their running mean: where it falls below a floor, the penalty is
-    the difference. The mean runs over about four predictions per class, so that it shows all
-    classes and yet no step too late; the floor is a share of the most that its entropy was while it
-    filled, since a small first batch has few of the classes. Its gradient is taken as if all of it
-    had moved as the last batch did. Together, entropy and penalty are the information-maximisation
-    loss of SHOT (Liang et al. 2020), below the floor.
+    The entropy of their running mean shows such a collapse: where it falls below a floor, the
+    penalty is the difference. The mean runs over about four predictions per class, enough to show
+    all classes, and few enough to show a collapse in time. The floor is a share of the highest
+    entropy that the mean had while it filled, since a small first batch has few of the classes. The
+    gradient is taken as if all of the mean had moved as the last batch did. Below the floor,
+    entropy and penalty together are the information-maximisation loss of SHOT (Liang et al. 2020).
     """
 
     def __init__(self) -> None:
@@ -43,24 +44,30 @@ class Guard:
         self.steps: dict[str, Tensor] = {}
 
     def penalty(self, task: str, mean: Tensor, number: float) -> Tensor:
-        """A scalar, of the mean (classes,) of the predictions in a batch of the task, and their
-        number.
+        """The penalty, a scalar, for the mean (classes,) of the predictions in a batch of the task,
+        and their number.
         """
-        now, weight = mean.detach(), min(1.0, max(_LEAST_WEIGHT, number / (_PER_CLASS * len(mean))))
+        batch_mean = mean.detach()
+        weight = min(1.0, max(_LEAST_WEIGHT, number / (_PER_CLASS * len(mean))))
         if task not in self.mean:
-            self.mean[task], self.floor[task] = now.clone(), now.new_zeros(())
-            self.acted[task] = self.steps[task] = torch.zeros((), dtype=torch.int64)
+            self.mean[task] = batch_mean.clone()
+            self.floor[task] = batch_mean.new_zeros(())
+            self.acted[task] = torch.zeros((), dtype=torch.int64)
+            self.steps[task] = torch.zeros((), dtype=torch.int64)
         else:
-            self.mean[task] = (1 - weight) * self.mean[task].to(now.device) + weight * now
+            before = self.mean[task].to(batch_mean.device)
+            self.mean[task] = (1 - weight) * before + weight * batch_mean
         self.steps[task] = self.steps[task] + 1
+        floor = self.floor[task].to(batch_mean.device)
+        # The floor rises as long as the mean fills: until the weights of its batches sum up to 1.
         if self.steps[task] == 1 or self.steps[task] * weight <= 1:
-            self.floor[task] = (
-                self.floor[task].to(now.device).maximum(_FLOOR * _entropy_of(self.mean[task]))
-            )
-        missing = self.floor[task].to(now.device) - _entropy_of(self.mean[task] + mean - now)
-        if missing > 0:
+            floor = floor.maximum(_FLOOR * _entropy_of(self.mean[task]))
+            self.floor[task] = floor
+        # `mean - batch_mean` is zero, and carries the gradient into the running mean.
+        shortfall = floor - _entropy_of(self.mean[task] + mean - batch_mean)
+        if shortfall > 0:
             self.acted[task] = self.acted[task] + 1
-        return missing.clamp(min=0)
+        return shortfall.clamp(min=0)
 
 
 def _entropy_of(p: Tensor) -> Tensor:
@@ -68,31 +75,33 @@ def _entropy_of(p: Tensor) -> Tensor:
 
 
 class Patience(TrainerCallback):
-    """Stops the training once the running mean of the objective falls no more."""
+    """A callback that stops the training once the running mean of the objective has not fallen for
+    `steps` steps; with None it never does.
+    """
 
     def __init__(self, steps: int | None):
         self.steps = steps
-        self.running = self.best = torch.full((), torch.nan, dtype=torch.float64)
+        self.running = torch.full((), torch.nan, dtype=torch.float64)
+        self.best = self.running
         self.waited = torch.zeros((), dtype=torch.int64)
-        self._of_this_step = 0.0
+        self._objective = 0.0
 
     def add(self, value: Tensor) -> None:
-        """What one task adds to the objective in this step."""
-        self._of_this_step += value.item()
+        """Add the objective of one task to that of this step."""
+        self._objective += value.item()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = torch.tensor(self._of_this_step, dtype=torch.float64)
-        self._of_this_step = 0.0
-        self.running = (
-            now if self.running.isnan() else _MOMENTUM * self.running + (1 - _MOMENTUM) * now
-        )
+        objective = torch.tensor(self._objective, dtype=torch.float64)
+        self._objective = 0.0
+        if self.running.isnan():
+            self.running = objective
+        else:
+            self.running = _MOMENTUM * self.running + (1 - _MOMENTUM) * objective
         if self.best.isnan() or self.running < (1 - _LEAST_GAIN) * self.best:
-            self.best, self.waited = self.running, torch.zeros_like(self.waited)
+            self.best = self.running
+            self.waited = torch.zeros_like(self.waited)
         else:
             self.waited = self.waited + 1
-        if (
-            self.steps is not None
-            and self.waited >= self.steps
-            and not control.should_training_stop
-        ):
+        is_over = self.steps is not None and self.waited >= self.steps
+        if is_over and not control.should_training_stop:
             control.should_training_stop = control.should_evaluate = True

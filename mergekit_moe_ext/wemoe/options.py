@@ -12,11 +12,14 @@ from mergekit_moe_ext.wemoe.groups import Upscale
 
 class WemoeOptions(MethodOptions):
     shared: str = Field(
-        "task_arithmetic", description="the tensor method that merges the rest of the network"
+        "task_arithmetic", description="tensor method that merges the rest of the network"
     )
-    init_lambda: float = Field(0.3, description="where the routers' coefficients start")
+    init_lambda: float = Field(0.3, description="initial value of every coefficient")
     router_layers: int = Field(
-        2, ge=0, le=2, description="of every router: 0 is a learned constant (equation 4)"
+        2,
+        ge=0,
+        le=2,
+        description="number of layers of every router: 0 (a learned constant, equation 4), 1 or 2",
     )
     router_init_std: float = Field(
         0.01,
@@ -26,28 +29,31 @@ class WemoeOptions(MethodOptions):
     )
     upscale: Upscale = Field(
         "mlp",
-        description="what is routed in every block; block has one router for all of it; auto is "
-        "mlp or attention, whichever fine-tuning changed more; all is AdaMerging: every parameter "
-        "of the network has learned constants, with router_layers: 0",
+        description="part of every block that is routed; block has one router for all of it; auto "
+        "is mlp or attention, whichever fine-tuning changed more; all is AdaMerging: every "
+        "parameter of the network has learned constants, with router_layers: 0",
     )
     upscale_layers: int | str = Field(
         "all",
-        description="which blocks are upscaled: all, or numbers, as 6-11 or 0,3,6; of every stack "
-        "of blocks",
+        description="blocks that are upscaled, of every stack: all, or numbers such as 6-11 or "
+        "0,3,6",
     )
     sparsity: float = Field(
-        0.0, ge=0, lt=1, description="how much of every task vector is dropped, by magnitude"
+        0.0, ge=0, lt=1, description="share of every task vector that is dropped, by magnitude"
     )
     shared_router: bool = Field(
-        False, description="one router for all blocks, each with its own input"
+        False, description="use one router for all blocks, which reads each block's own input"
     )
     mode: Literal["frozen", "running"] = Field(
         "frozen",
-        description="for models that generate: the prefix chooses (frozen), or at every position "
-        "what precedes it",
+        description="rule for models that generate: frozen, the prefix chooses for the whole "
+        "sequence; running, at every position the tokens up to it choose",
     )
     routing_tokens: int = Field(
-        32, ge=1, description="the prefix of a plain forward pass; generate takes the prompt"
+        32,
+        ge=1,
+        description="number of tokens of the prefix in a plain forward pass; generate takes the "
+        "prompt",
     )
 
     @field_validator("upscale_layers")
@@ -62,52 +68,55 @@ class WemoeOptions(MethodOptions):
         return _numbers(self.upscale_layers)
 
     def kept_elements(self, size: int) -> int:
-        """Of a task vector of that size."""
+        """The number of elements that are kept of a task vector of that size."""
         return max(1, round((1 - self.sparsity) * size))
 
 
 class WemoeModelOptions(ModelOptions):
     head: str | None = Field(
         None,
-        description="of a CLIP vision tower: a file with the embeddings of its classes' names; "
-        "see docs/wemoe.md",
+        description="file with the embeddings of the classes' names, for a CLIP vision tower; see "
+        "docs/wemoe.md",
     )
 
 
 class EwemoeOptions(WemoeOptions):
     sparsity: float = Field(
-        0.9, ge=0, lt=1, description="how much of every task vector is dropped, by magnitude"
+        0.9, ge=0, lt=1, description="share of every task vector that is dropped, by magnitude"
     )
     shared_router: bool = Field(
-        True, description="one router for all blocks, each with its own input"
+        True, description="use one router for all blocks, which reads each block's own input"
     )
 
 
 def check_all(options: WemoeOptions) -> None:
-    """`UserError` for what `upscale: all` cannot be put together with."""
-    refused = {
-        f"router_layers: {options.router_layers}": options.router_layers
-        and "embeddings and norms have no hidden states before them that a router could read; "
-        "write router_layers: 0",
-        f"sparsity: {options.sparsity}": options.sparsity
-        and "task vectors are kept whole; write sparsity: 0",
-        f"upscale_layers: {options.upscale_layers}": options.upscale_layers != "all"
-        and "every parameter is weighed, in blocks or not; leave it out, or take another upscale",
-    }
-    for what, why in refused.items():
-        if why:
-            raise UserError(f"upscale: all does not go with {what}: {why}")
+    """Raise a `UserError` for options that do not go with `upscale: all`."""
+    prefix = "upscale: all does not go with"
+    if options.router_layers:
+        raise UserError(
+            f"{prefix} router_layers: {options.router_layers}: embeddings and norms have no hidden "
+            "states before them that a router could read; write router_layers: 0"
+        )
+    if options.sparsity:
+        raise UserError(
+            f"{prefix} sparsity: {options.sparsity}: task vectors are kept whole; write sparsity: 0"
+        )
+    if options.upscale_layers != "all":
+        raise UserError(
+            f"{prefix} upscale_layers: {options.upscale_layers}: every parameter is weighed, in "
+            "blocks or not; leave it out, or take another upscale"
+        )
 
 
-def _numbers(given: int | str) -> list[int] | None:
-    """`all`, or numbers and ranges, as in 0,3,6-11."""
-    if given == "all":
+def _numbers(layers: int | str) -> list[int] | None:
+    """The numbers in a text such as "0,3,6-11"; None for "all"."""
+    if layers == "all":
         return None
     numbers: list[int] = []
-    for part in str(given).split(","):
+    for part in str(layers).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-        if not found:
-            raise UserError("write all, or numbers and ranges that go up, as 6-11 or 0,3,6")
-        numbers += found
+        interval = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not interval:
+            raise UserError("write all, or numbers and ranges that go up, such as 6-11 or 0,3,6")
+        numbers += interval
     return numbers

@@ -1,6 +1,5 @@
-"""The inputs and predictions of a weight-ensembling model or a stock one.
-
-Adaptation and the analyses go through them.
+"""The inputs and predictions of a weight-ensembling model or a stock one, for adaptation and the
+analyses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,16 @@ from mergekit_moe_ext.wemoe.objective import entropy
 
 @dataclass(frozen=True)
 class Predictions:
-    """The batches that a model of one kind reads, and its predictions for them."""
+    """The batches that a model of one kind reads, and its predictions for them.
+
+    prepare: its tokenizer or image processor.
+    prefix: the number of a decoder's first tokens whose predictions do not count.
+    """
 
     model: Any
     kind: Kind
-    prepare: Any  # tokenizer or image processor
-    prefix: int  # a decoder's tokens that are not predicted
+    prepare: Any
+    prefix: int
     image_column: str
 
     def batch(self, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
@@ -85,10 +88,11 @@ class Predictions:
         task: str,
         batch: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """The sums over each row's predictions of what is measured, and their number.
+        """The sums of two measures over each row's predictions (rows, 2), and the number of these
+        predictions (rows,).
 
-        The sums (rows, 2) are of the entropy, and of the right classes or the losses; the numbers
-        have the shape (rows,).
+        The first measure is the entropy, the second whether the class is right, or the loss; it is
+        NaN where the right classes are unknown.
         """
         logits, classes, rows = self.of(model, task, batch)
         if classes is None:
@@ -111,5 +115,5 @@ class Predictions:
         sums: Any = prediction.predictions
         means = sums.sum(axis=0, dtype=np.float64) / prediction.label_ids.sum()
         values = dict(zip(("entropy", self._second), map(float, means), strict=True))
-        # Where the right classes are unknown the second is not a number.
-        return {name: value for name, value in values.items() if value == value}
+        # The second measure is NaN where the right classes are unknown.
+        return {name: value for name, value in values.items() if not np.isnan(value)}

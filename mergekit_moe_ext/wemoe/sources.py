@@ -1,5 +1,5 @@
-"""What a weight-ensembling merge knows of base and sources before it reads a tensor, and what it
-asks of them.
+"""The base and the sources of a weight-ensembling merge, as they are known and checked before any
+tensor is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,16 +26,22 @@ _HEADS = ("classifier", "score", "classification_head.out_proj", "classifier.out
 
 @dataclass(frozen=True)
 class Sources:
-    """What is known of base and sources before any tensor is read."""
+    """The configurations, names and shapes of base and sources.
+
+    network: the base's, without memory.
+    manifest: the base's.
+    stored: the names of the network's tensors in a checkpoint, by their names in the network.
+    projecting: the CLIP towers that have a projection of their own.
+    """
 
     base: ModelReference
     configs: Mapping[ModelReference, PretrainedConfig]
     headers: Mapping[ModelReference, Headers]
-    network: PreTrainedModel  # the base's, without memory
-    manifest: Manifest  # the base's
-    stored: Mapping[str, str]  # its names in a checkpoint
+    network: PreTrainedModel
+    manifest: Manifest
+    stored: Mapping[str, str]
     clip_heads: Sequence[ClipHead]
-    projecting: Sequence[ModelReference]  # CLIP's towers with a projection of their own
+    projecting: Sequence[ModelReference]
 
     @property
     def config(self) -> PretrainedConfig:
@@ -50,26 +56,32 @@ class Sources:
 
 
 def read_sources(job: Job, method: str) -> Sources:
-    """Reads headers only. `UserError` for models that are no fine-tunes of the base."""
+    """Base and sources, of which only headers are read.
+
+    `UserError` for models that are not fine-tunes of the base.
+    """
     base = job.base
     if base is None or base in job.experts:
         raise UserError(
-            f"{method} needs what its sources are fine-tunes of as `base_model:`, and not among "
-            "`models:`"
+            f"{method} needs as `base_model:` the model that its sources are fine-tunes of, which "
+            "must not be among `models:`"
         )
     configs = read_configs(job)
-    clip_heads = read_heads([of_model.head for of_model in job.model_options], job.experts, configs)
-    projecting = [
-        model for model, config in configs.items() if clip_heads and has_projection(config)
-    ]
+    head_paths = [options.head for options in job.model_options]
+    clip_heads = read_heads(head_paths, job.experts, configs)
+    # A projection goes into its task's head. What is left of all models is a tower without one, so
+    # that those with and without can be merged.
+    projecting = []
+    if clip_heads:
+        projecting = [model for model, config in configs.items() if has_projection(config)]
     configs |= {model: as_tower(configs[model]) for model in projecting}
     _check_one_architecture(base, configs)
     check_same_size(job, configs)
-    built = {model: hub_state(config) for model, config in configs.items()}
-    manifests = {model: manifest_from(*each) for model, each in built.items()}
+    networks = {model: hub_state(config) for model, config in configs.items()}
+    manifests = {model: manifest_from(*each) for model, each in networks.items()}
     manifests |= {model: with_projection(manifests[model], configs[model]) for model in projecting}
     headers = read_headers(job, configs, manifests)
-    network, state = built[base]
+    network, state = networks[base]
     stored = hub_names(network, state)
     return Sources(base, configs, headers, network, manifests[base], stored, clip_heads, projecting)
 
@@ -77,14 +89,15 @@ def read_sources(job: Job, method: str) -> Sources:
 def _check_one_architecture(
     base: ModelReference, configs: Mapping[ModelReference, PretrainedConfig]
 ) -> None:
-    wanted = configs[base].architectures
+    architectures = configs[base].architectures
     for model, config in configs.items():
-        if config.architectures != wanted or not wanted:
+        if config.architectures != architectures or not architectures:
             raise UserError(
-                f"{model} is a {config.architectures} and {base} a {wanted}: they must be one class"
+                f"{model} is a {config.architectures} and {base} a {architectures}: they must be "
+                "one class"
             )
     try:
-        auto_class_of(wanted[0])
+        auto_class_of(architectures[0])
     except ValueError as error:
         raise UserError(f"{base}: {error}") from error
 
@@ -92,21 +105,16 @@ def _check_one_architecture(
 def head_of_tasks(
     network: PreTrainedModel, configs: Mapping[ModelReference, PretrainedConfig]
 ) -> str | None:
-    """The classification head, where not all models have the same classes, by their names.
+    """The name of the classification head, where the models need one each; else None.
 
-    Where nobody named them (`LABEL_0`, `LABEL_1` …), as many classes of two models are not taken
-    for the same.
+    They share one if their classes have the same names. Classes without names of their own
+    (`LABEL_0`, `LABEL_1` …) are not taken to be the same, even where two models have equally many.
     """
-    head = next(
-        (
-            name
-            for name, module in network.named_modules()
-            if name in _HEADS and hasattr(module, "weight")
-        ),
-        None,
-    )
     classes = [config.id2label for config in configs.values()]
     are_named = any(not str(label).startswith("LABEL_") for label in classes[0].values())
-    return (
-        head if head and not (are_named and all(each == classes[0] for each in classes)) else None
-    )
+    if are_named and all(each == classes[0] for each in classes):
+        return None
+    for name, module in network.named_modules():
+        if name in _HEADS and hasattr(module, "weight"):
+            return name
+    return None

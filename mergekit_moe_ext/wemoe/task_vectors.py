@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TaskVectors(Task[Tensor]):
-    """Source minus base, of every source: (sources, *shape), in float32 or wider."""
+    """The task vectors of one tensor, source minus base: (sources, *shape), in float32 or wider."""
 
     base: LoadTensor
     sources: tuple[LoadTensor, ...]
@@ -37,7 +37,7 @@ def _loaded(load: LoadTensor) -> Tensor:
 
 
 class Stacked(Task[Tensor]):
-    """Task vectors as they are written."""
+    """Whole task vectors in the dtype in which they are written."""
 
     vectors: TaskVectors
     shape: tuple[int, ...]
@@ -51,8 +51,8 @@ class Stacked(Task[Tensor]):
 
 
 class Pruned(Task[tuple[Tensor, Tensor]]):
-    """The largest elements of each task vector by magnitude, and where they lie in it: (sources,
-    kept) each.
+    """The largest elements of each task vector by magnitude, and their flat indices, both (sources,
+    kept).
     """
 
     vectors: TaskVectors
@@ -62,13 +62,17 @@ class Pruned(Task[tuple[Tensor, Tensor]]):
         return {"vectors": self.vectors}
 
     def execute(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        # In the order of their places, since the layer looks for the elements of some rows.
         flat = vectors.flatten(1)
-        places = flat.abs().topk(self.kept, dim=1, sorted=False).indices.sort(dim=1).values
+        largest = flat.abs().topk(self.kept, dim=1, sorted=False).indices
+        places = largest.sort(dim=1).values
         return flat.gather(1, places), places
 
 
 class PartOfPruned(Task[Tensor]):
-    """`values`, the `columns` they lie in, or where each row ends among them."""
+    """One tensor of a pruned task vector: `values`, the `columns` that they lie in, or `row_ends`,
+    where each row ends among them.
+    """
 
     pruned: Pruned
     part: Literal["values", "columns", "row_ends"]
@@ -85,5 +89,7 @@ class PartOfPruned(Task[Tensor]):
             return values.to(dtype_from_name(self.dtype))
         if self.part == "columns":
             return (places % self.width).to(torch.uint16 if self.width <= 2**16 else torch.int32)
-        rows = torch.arange(1, self.shape[1] + 1, device=places.device) * self.width
-        return torch.searchsorted(places, rows.expand(len(places), -1).contiguous()).int()
+        # Places go up, so that a row ends before the first place that is in the next one.
+        next_rows = torch.arange(1, self.shape[1] + 1, device=places.device) * self.width
+        next_rows = next_rows.expand(len(places), -1).contiguous()
+        return torch.searchsorted(places, next_rows).int()

@@ -25,7 +25,7 @@ _RUNNING = "running.safetensors"
 
 
 class AdaptationTrainer(TrainedOnly, BarTrainer):
-    """Lowers the objective, task by task. Batches are `{task: inputs}`."""
+    """A Trainer that lowers the objective, task by task. Batches are `{task: inputs}`."""
 
     def __init__(self, *args: Any, predictions: Predictions, adaptation: Adaptation, **kwargs: Any):
         super().__init__(
@@ -116,7 +116,7 @@ class AdaptationTrainer(TrainedOnly, BarTrainer):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         super()._save(output_dir, state_dict)
-        # What the guard and patience have seen so far has to be there when the training resumes.
+        # The guard and patience go on from what they have seen when the training resumes.
         tensors = {}
         for name in ("running", "best", "waited"):
             tensors[f"patience.{name}"] = getattr(self.patience, name)

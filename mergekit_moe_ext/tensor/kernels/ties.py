@@ -1,4 +1,6 @@
-"""TIES: trim task vectors, elect a sign per parameter, and add up the values that agree with it."""
+"""TIES: task vectors are trimmed, a sign is elected per parameter, and the values that agree with
+it are added up.
+"""
 
 from collections.abc import Sequence
 
@@ -17,26 +19,25 @@ def merge_ties(
     normalize: bool,
     scale: float,
 ) -> torch.Tensor:
-    """base + scale · (the agreeing part of the trimmed, weighted task vectors), of the shape of
+    """base + scale · (the agreeing part of the trimmed, weighted task vectors), in the shape of
     `base`.
 
     MergeME 3.1.2 (whose task vectors have the other sign, which cancels out) and TIES (arXiv
     2306.01708). The sign of a parameter is that of the sum of all its trimmed values. `normalize`
-    divides by the summed weights of those that agree, as TIES does; MergeME adds them up.
+    divides by the summed weights of those that agree, as TIES does; MergeME only adds them up.
     """
     flat_base = base.reshape(-1)
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    thresholds = [
-        magnitude_threshold(tensor, density, flat_base)
-        for tensor, density in zip(flat, densities, strict=True)
-    ]
+    flat_tensors = [tensor.reshape(-1) for tensor in tensors]
+    # A threshold depends on a whole tensor, so all of them come before the first chunk is merged.
+    thresholds = []
+    for tensor, density in zip(flat_tensors, densities, strict=True):
+        thresholds.append(magnitude_threshold(tensor, density, flat_base))
     result = torch.empty_like(flat_base)
     for piece in chunks(flat_base):
         base_piece = flat_base[piece]
-        values = [
-            threshold.trim(tensor[piece] - base_piece, piece.start) * weight
-            for tensor, threshold, weight in zip(flat, thresholds, weights, strict=True)
-        ]
+        values = []
+        for tensor, threshold, weight in zip(flat_tensors, thresholds, weights, strict=True):
+            values.append(threshold.trim(tensor[piece] - base_piece, piece.start) * weight)
         mixed = elected_sum(values, weights if normalize else None)
         result[piece] = base_piece + (mixed if scale == 1 else mixed * scale)
     return result.view(base.shape)
@@ -45,28 +46,31 @@ def merge_ties(
 def elected_sum(
     values: Sequence[torch.Tensor], weights: Sequence[float] | None = None
 ) -> torch.Tensor:
-    """The sum, element by element, of the values whose sign is that of the sum of all; zero counts
-    as positive.
+    """The sum, element by element, of the values whose sign is that of the sum of all, where zero
+    counts as positive.
 
-    With `weights`, divided by the summed weights of those values (of which a zero is never one).
+    With `weights` it is divided by the summed weights of those values, among which a zero never is.
 
     >>> elected_sum([torch.tensor([3.0, -1.0]), torch.tensor([-1.0, -2.0])])
     tensor([ 3., -3.])
     """
-    # Comparisons and `where` cost several times what arithmetic does on a CPU, hence signs.
+    # Comparisons and `where` cost several times what arithmetic does on a CPU. So a value times the
+    # elected sign is positive where the two agree, and relu drops the rest.
     sign = torch.sign(torch.sign(_sum(values)) + 0.5)  # 1 for zero
     agreeing = [torch.relu(value * sign) for value in values]
     total = _sum(agreeing) * sign
     if weights is None:
         return total
-    divisor = _sum(
-        [torch.sign(value) * weight for value, weight in zip(agreeing, weights, strict=True)]
-    )
-    return total / (divisor + (1 - torch.sign(divisor).abs()))  # 1 where it is zero
+    # Where no value agrees, total and divisor are zero; the divisor then becomes 1.
+    agreeing_weights = []
+    for value, weight in zip(agreeing, weights, strict=True):
+        agreeing_weights.append(torch.sign(value) * weight)
+    divisor = _sum(agreeing_weights)
+    return total / (divisor + (1 - torch.sign(divisor).abs()))
 
 
 def _sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """From the first on, in float32 at least and rounded once, as torch sums a stack."""
+    """The sum, from the first on, in float32 or wider and rounded once, as torch sums a stack."""
     dtype = values[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     total = values[0].to(wide)

@@ -1,10 +1,11 @@
-"""Keep the largest magnitudes of a tensor (the trim of TIES), without sorting it.
+"""The trim of TIES: the largest magnitudes of a tensor are kept, without sorting it.
 
-A float without its sign bit, read as an integer, orders as its magnitude does, with NaN above
-everything. The threshold is therefore searched for among integers: a sample brackets it, one pass
-over the tensor counts what lies above the bracket and collects the few percent inside, and these
-are selected from. Where the sample misleads (many equal values, say) the bracket is halved until it
-holds few elements or a single value. The sample decides how long this takes, never the result.
+Floats without their sign bits, read as integers, order as their magnitudes do, with NaN above
+everything. The threshold is therefore searched for among integers: a sample brackets it, and one
+pass over the tensor counts the elements above the bracket and collects the few percent inside,
+among which the threshold is selected. Where the sample misleads (with many equal values, say), the
+bracket is halved until it holds few elements or a single value. The sample decides how long this
+takes, never the result.
 """
 
 import math
@@ -25,16 +26,16 @@ _INTEGERS = {
     torch.float64: torch.int64,
 }
 Magnitudes = Callable[[slice], torch.Tensor]
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 16  # about this many elements of a tensor are sampled
 _MOST_COLLECTED = 16  # at most 1/16 of a tensor is collected at once
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Which elements of a flat tensor are kept: magnitudes above `magnitude`, and those equal to it
-    before `end`.
+    """The rule by which elements of a flat tensor are kept: those with a magnitude above
+    `magnitude`, and of those equal to it the ones with a flat index before `end`.
 
-    `magnitude` is the integer that a float without its sign bit is.
+    `magnitude` is a float without its sign bit, read as an integer.
     """
 
     magnitude: int
@@ -47,14 +48,15 @@ class Threshold:
             return values
         if self.magnitude > torch.iinfo(integer).max:
             return torch.zeros_like(values)
+        # hardshrink, one fast operation, keeps what is strictly larger than its bound, and every
+        # NaN. Where all values equal to the threshold stay, the bound is the next smaller float.
         equal_are_kept = self.end >= start + len(values)
-        # hardshrink keeps what is strictly larger, and every NaN
-        largest_dropped = (
-            torch.tensor(self.magnitude - equal_are_kept, dtype=integer).view(values.dtype).item()
-        )
+        bound = torch.tensor(self.magnitude - equal_are_kept, dtype=integer)
+        largest_dropped = bound.view(values.dtype).item()
         if math.isnan(largest_dropped):
             return functional.hardshrink(values, math.inf)
         trimmed = functional.hardshrink(values, largest_dropped)
+        # `end` lies in this piece: the values equal to the threshold before it are put back.
         if start < self.end < start + len(values):
             first = slice(0, self.end - start)
             equal = _magnitudes(values[first]) == self.magnitude
@@ -69,9 +71,9 @@ KEEP_NONE = Threshold(2**63)
 def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """`tensor` with all but its largest magnitudes set to zero.
 
-    Keeps max(1, floor(density * numel)) elements: none for a density of 0 or less, all from 1 on.
-    Of equal magnitudes at the threshold those with the lowest flat index stay. NaN counts as the
-    largest and always stays.
+    It keeps max(1, floor(density * numel)) elements: none for a density of 0 or less, all from 1
+    on. Of equal magnitudes at the threshold those with the lowest flat indices stay. NaN counts as
+    the largest magnitude and always stays.
 
     >>> trim(torch.tensor([3.0, -1.0, -4.0, 1.0]), 0.75)
     tensor([ 3., -1., -4.,  0.])
@@ -96,10 +98,8 @@ def magnitude_threshold(
         return KEEP_ALL
     if density <= 0 or numel == 0:
         return KEEP_NONE
-    flat, flat_base = (
-        tensor.detach().reshape(-1),
-        None if base is None else base.detach().reshape(-1),
-    )
+    flat = tensor.detach().reshape(-1)
+    flat_base = None if base is None else base.detach().reshape(-1)
 
     def magnitudes(piece: slice) -> torch.Tensor:
         return _magnitudes(flat[piece] if flat_base is None else flat[piece] - flat_base[piece])
@@ -115,49 +115,63 @@ def _magnitudes(values: torch.Tensor) -> torch.Tensor:
 
 def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold:
     """The threshold that keeps `count` elements; 1 <= count < numel."""
-    least, most = (
-        0,
-        torch.iinfo(magnitudes(slice(0, 1)).dtype).max,
-    )  # the threshold lies in here, ends included
+    # The threshold lies between `least` and `most`, ends included. Each turn tries a narrower
+    # bracket [low, high], of which the counts tell whether the threshold lies above, below or
+    # inside it.
+    least = 0
+    most = torch.iinfo(magnitudes(slice(0, 1)).dtype).max
     low, high = _bracket(magnitudes, flat.numel(), count, most)
     while True:
         above, inside, collected = _count(magnitudes, flat, low, high)
-        ties, equal = count - above, inside
         if above >= count:
             least = high + 1
         elif above + inside < count:
             most = low - 1
-        elif low < high and collected is None:
-            least, most = low, high
+        elif low < high and collected is None:  # inside, and too many to select from
+            least = low
+            most = high
         else:
-            magnitude = low
-            if collected is not None:
-                magnitude = int(collected.kthvalue(inside - ties + 1).values)
-                ties -= int((collected > magnitude).count_nonzero())
-                equal = int((collected == magnitude).count_nonzero())
-            return Threshold(
-                magnitude, _end(magnitudes, flat, magnitude, ties) if ties < equal else flat.numel()
-            )
-        low, high = (least + most) // 2 + (least < most), most  # the upper half
+            break
+        # The upper half; a single value where least and most are equal.
+        low = (least + most) // 2 + (least < most)
+        high = most
+    # `count - above` elements of the bracket are kept: those above the magnitude, and of those
+    # equal to it as many as are still lacking.
+    magnitude = low
+    ties = count - above
+    equal = inside
+    if collected is not None:
+        magnitude = int(collected.kthvalue(inside - ties + 1).values)
+        ties -= int((collected > magnitude).count_nonzero())
+        equal = int((collected == magnitude).count_nonzero())
+    end = _end(magnitudes, flat, magnitude, ties) if ties < equal else flat.numel()
+    return Threshold(magnitude, end)
 
 
 def _bracket(magnitudes: Magnitudes, numel: int, count: int, most: int) -> tuple[int, int]:
-    """Two magnitudes that the threshold is very probably between, by the order statistics of a
+    """Two magnitudes between which the threshold very probably lies, from the order statistics of a
     sample.
     """
+    # The stride is odd, so that the sample does not stay in a few columns of a matrix, whose widths
+    # are mostly powers of two.
     sample = magnitudes(slice(0, numel, numel // _SAMPLE | 1)).sort(descending=True).values
     size = len(sample)
+    # The number of sampled elements above the threshold is binomial: four standard deviations hold
+    # it almost always, and the 2 helps where the deviation is tiny.
     expected = count / numel * size
     margin = 4 * math.sqrt(expected * (1 - count / numel)) + 2
-    first, last = math.floor(expected - margin), math.ceil(expected + margin)
-    return int(sample[last]) if last < size else 0, int(sample[first]) if first >= 0 else most
+    first = math.floor(expected - margin)
+    last = math.ceil(expected + margin)
+    low = int(sample[last]) if last < size else 0
+    high = int(sample[first]) if first >= 0 else most
+    return low, high
 
 
 def _count(
     magnitudes: Magnitudes, flat: torch.Tensor, low: int, high: int
 ) -> tuple[int, int, torch.Tensor | None]:
-    """How many lie above `high`, how many in [low, high], and those themselves unless they are
-    many.
+    """The number of elements above `high`, the number in [low, high], and these themselves; None in
+    their place where they are many or the bracket is a single value.
     """
     room = max(1 << 16, flat.numel() // _MOST_COLLECTED)
 
@@ -165,19 +179,22 @@ def _count(
     on_cpu = flat.device.type == "cpu"
     count_true: Callable[[Any], Any] = np.count_nonzero if on_cpu else torch.count_nonzero
 
-    above, inside = 0, 0
+    above = 0
+    inside = 0
     collected: list[torch.Tensor] = []
     for piece in chunks(flat):
         values: Any = magnitudes(piece).numpy() if on_cpu else magnitudes(piece)
         is_above = values > high
         is_inside = (values >= low) ^ is_above
         above += int(count_true(is_above))
+        # Once there are too many to collect, the rest is only counted.
         if low < high and inside <= room:
             collected.append(torch.as_tensor(values[is_inside]))
             inside += len(collected[-1])
         else:
             inside += int(count_true(is_inside))
-    return above, inside, torch.cat(collected) if low < high and inside <= room else None
+    is_complete = low < high and inside <= room
+    return above, inside, torch.cat(collected) if is_complete else None
 
 
 def _end(magnitudes: Magnitudes, flat: torch.Tensor, magnitude: int, ties: int) -> int:

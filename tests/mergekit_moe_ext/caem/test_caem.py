@@ -398,7 +398,7 @@ def test_plan_prints_and_draws_the_allocation(tmp_path):
         (caem(num_experts=2), "3 sources, and each gives at least one"),
         (caem(num_experts=0), "`num_experts` under `parameters:`"),
         (caem(num_expert=4), "did you mean `num_experts`"),
-        (caem(weight=2.0), "set by caem itself"),
+        (caem(weight=2.0), "caem weighs each source"),
         (caem(models=entries(("news", "dense"))), "another family"),
         (caem(models=entries(("dense",))), "no router"),
         (caem(models=entries(("news", "wide"))), "another size"),
@@ -463,7 +463,7 @@ def test_more_limits_of_routing(tmp_path, monkeypatch):
         merge(caem(("squad",), num_experts=1))
     models = entries(("squad",), experts=5)
     with pytest.raises(
-        click.ClickException, match=r"5 experts are to be taken of ./squad, which has 4"
+        click.ClickException, match=r"`experts: 5` for ./squad is more than the 4 that it has"
     ):
         merge(caem(models=models, allocation="fixed"))
     with pytest.raises(click.ClickException, match="does not truncate"):
@@ -569,7 +569,7 @@ def test_a_method_without_weights_is_warned_about(tmp_path, monkeypatch, caplog)
     monkeypatch.chdir(tmp_path)
     make_sources(tmp_path)
     merge(caem(shared="karcher"))
-    assert "karcher knows no weights" in caplog.text
+    assert "karcher has no `weight`" in caplog.text
 
 
 def test_the_union_of_vocabularies(tmp_path, monkeypatch):

@@ -663,7 +663,7 @@ def test_unloaded_is_equal_by_logits_where_this_package_is_missing(here):
         (["adapt", "./vit/base", "--data", "sun=images/sun"], "has no routed task vectors"),
         (
             ["adapt", "images", "--data", "sun=images/sun"],
-            "images has no config.json: it is no model",
+            "images has no config.json: it is not a model",
         ),
         (
             ["adapt", "vit-2", "--data", "images/flat"],

@@ -254,7 +254,7 @@ def test_embeddings_are_the_normalised_mean_of_normalised_text_features(here):
         with pytest.raises(ValueError, match="template"):
             write_clip_head("whole", classes, "wrong.safetensors", given)
     with pytest.raises(
-        ValueError, match="sun is a model of type clip_vision_model, and no whole CLIP"
+        ValueError, match="sun is a model of type clip_vision_model, not a whole CLIP"
     ):
         write_clip_head("sun", ["a"], "wrong.safetensors")
     assert not Path("wrong.safetensors").exists()
@@ -354,7 +354,7 @@ def test_heads_that_do_not_fit_the_models_are_refused(here, tmp_path):
         "a model",
     )
     Path("heads/cars.safetensors").write_text("no tensors")
-    refused(here, with_heads(), "heads/cars.safetensors is no safetensors file")
+    refused(here, with_heads(), "heads/cars.safetensors is not a safetensors file")
     rewrite(
         "heads/cars.safetensors",
         text_embeds=torch.zeros(3, 6),

@@ -534,7 +534,7 @@ def test_routers_are_numbered_by_layer_whatever_json_makes_of_their_order():
     groups = {f"layers.{index}.mlp": [f"layers.{index}.mlp.up"] for index in range(12)}
     heads = {"b": ["z", "y"], "a": ["c"]}
     kept = Ensembling(experts=["b", "a"], groups=groups, heads=heads)
-    read = Ensembling(**json.loads(json.dumps(kept.as_dict(), sort_keys=True)))
+    read = Ensembling.from_dict(json.loads(json.dumps(kept.as_dict(), sort_keys=True)))
     assert list(read.groups) == list(kept.groups) == list(groups)
     assert list(read.heads.items()) == list(heads.items())
 
@@ -545,6 +545,20 @@ def test_a_trained_model_of_many_layers_is_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     saved = load(tmp_path / "saved")
     torch.testing.assert_close(logits_of(saved, inputs_of("llama")), expected, atol=0, rtol=0)
+
+
+def test_an_output_that_has_the_routers_deviation_under_its_old_name_loads(tmp_path):
+    model = build("llama")
+    expected = logits_of(model, inputs_of("llama"))
+    model.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text())
+    del config["ensembling"]["router_init_std"]
+    config["ensembling"]["init_std"] = 0.7
+    path.write_text(json.dumps(config))
+    saved = load(tmp_path / "saved")
+    torch.testing.assert_close(logits_of(saved, inputs_of("llama")), expected, atol=0, rtol=0)
+    assert saved.ensembling.router_init_std == 0.7
 
 
 def test_one_router_for_widths_that_differ_is_refused(tmp_path, monkeypatch):
