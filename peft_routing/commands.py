@@ -16,7 +16,7 @@ from peft_routing.recipes import LEARNING_RATES, Recipe
 if TYPE_CHECKING:
     from peft_routing.config import RoutedLoraConfig
     from peft_routing.inspection import Inspection
-    from peft_routing.train import Result
+    from peft_routing.training import Result
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def train(
     >>> list(results[0].losses)
     ['math']
     """
-    from peft_routing.train import train as run
+    from peft_routing.training import train as run
 
     options: Any = recipe or Recipe()
     return run(
