@@ -9,10 +9,10 @@ learn completions only; where there are both, `messages` are read and not `text`
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -265,12 +265,18 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torc
     return batch
 
 
-def real_tokens(batch: dict[str, torch.Tensor]) -> dict[bool, torch.Tensor]:
-    """Which tokens are no padding, flat: under True of a decoder that has an encoder, under
-    False of all else."""
-    real = {False: batch["attention_mask"].bool().flatten()}
-    real[True] = (batch["labels"] != -100).flatten() if "labels" in batch else real[False]
-    return real
+class RealTokens(NamedTuple):
+    """Which tokens are not padding, as booleans of shape (batch, length)."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor  # what the decoder of an encoder-decoder reads
+
+
+def real_tokens(batch: Mapping[str, torch.Tensor]) -> RealTokens:
+    """The real tokens of a batch as `collate` makes it; without labels, targets are the inputs."""
+    inputs = batch["attention_mask"].bool()
+    targets = batch["labels"] != -100 if "labels" in batch else inputs
+    return RealTokens(inputs, targets)
 
 
 def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:

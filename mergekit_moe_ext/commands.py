@@ -233,8 +233,8 @@ def train(
     Raises `UserError` for what cannot be trained or read, and for an output that exists.
 
     >>> recipe = Recipe(max_steps=1, held_out=4)
-    >>> losses = train("mixture", ["news=news.jsonl"], "gates", recipe=recipe,
-    reading=Reading(quiet=True))
+    >>> quiet = Reading(quiet=True)
+    >>> losses = train("mixture", ["news=news.jsonl"], "gates", recipe=recipe, reading=quiet)
     >>> list(losses)
     ['news']
     """
@@ -279,8 +279,8 @@ def adapt(
     Raises `UserError` for what cannot be adapted or read, and for an output that exists.
 
     >>> quick = Adaptation(steps=1, per_device_train_batch_size=2)
-    >>> measures = adapt("ensemble", ["math=math.jsonl"], adaptation=quick,
-    reading=Reading(quiet=True))
+    >>> quiet = Reading(quiet=True)
+    >>> measures = adapt("ensemble", ["math=math.jsonl"], adaptation=quick, reading=quiet)
     >>> list(measures)
     ['math']
     """

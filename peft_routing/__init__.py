@@ -7,8 +7,6 @@ What the command `peft-route` does is here as functions: `compose`, `train`, `in
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from _mergekit_moe_ext_autoload import activate
@@ -61,19 +59,6 @@ _MODULES = {
 }
 
 
-class _Package(ModuleType):
-    """This package, in which `train` and `export` are the functions, also once the files of these
-    names are loaded.
-
-    Python puts a submodule into its package when it is loaded; `from peft_routing.train import …`
-    does not need that.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -84,6 +69,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-sys.modules[__name__].__class__ = _Package
 warn_of_newer_hosts()
 activate()

@@ -16,7 +16,7 @@ from peft_routing.recipes import LEARNING_RATES, Recipe
 if TYPE_CHECKING:
     from peft_routing.config import RoutedLoraConfig
     from peft_routing.inspection import Inspection
-    from peft_routing.train import Result
+    from peft_routing.training import Result
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def compose(
 
     Raises `UserError` for what cannot be composed, and for an output that exists.
 
-    >>> config = compose("base", {"math": "math-lora", "code": "code-lora"}, "routed",
-    router="linear")
+    >>> experts = {"math": "math-lora", "code": "code-lora"}
+    >>> config = compose("base", experts, "routed", router="linear")
     >>> config.names
     ['math', 'code']
     """
@@ -124,13 +124,16 @@ def train(
 
     >>> recipe = Recipe(max_steps=1, held_out=4)
     >>> results = train(
-    ...     "routed", ["math=math.jsonl"], recipe=recipe, learning_rates=[1e-3],
-    reading=Reading(quiet=True)
+    ...     "routed",
+    ...     ["math=math.jsonl"],
+    ...     recipe=recipe,
+    ...     learning_rates=[1e-3],
+    ...     reading=Reading(quiet=True),
     ... )
     >>> list(results[0].losses)
     ['math']
     """
-    from peft_routing.train import train as run
+    from peft_routing.training import train as run
 
     options: Any = recipe or Recipe()
     return run(

@@ -1,5 +1,6 @@
 """Who is chosen where: the coefficients that a routed adapter gives, per task and module."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -13,14 +14,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from _mergekit_moe_ext_common.data import collate, decoder_inputs, load, parse_sources, tokenise
+from _mergekit_moe_ext_common.data import (
+    RealTokens,
+    collate,
+    decoder_inputs,
+    load,
+    parse_sources,
+    real_tokens,
+    tokenise,
+)
 from _mergekit_moe_ext_common.figures import heat_map, pyplot
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading
 from peft_routing.layer import Experts
 from peft_routing.loading import base_of, load_adapter_config, load_routed
 
-# keys and values of a decoder's cross-attention, as T5, BART and most others call them
+# Keys and values of a decoder's cross-attention, as T5, BART and most others call them.
 _READS_THE_ENCODER = re.compile(
     r"(EncDecAttention|encoder_attn|cross_?attn|crossattention).*\.(k|v|k_proj|v_proj|key|value)$"
 )
@@ -28,7 +37,7 @@ _READS_THE_ENCODER = re.compile(
 
 @dataclass(frozen=True)
 class Inspection:
-    """Mean coefficients over tokens: task, module, expert."""
+    """Mean coefficients over tokens, by task and module: a number per expert."""
 
     adapter: str
     router: str
@@ -48,39 +57,37 @@ def inspect_adapter(
     max_samples: int | None = None,
     batch_size: int = 8,
 ) -> Inspection:
-    """Run the texts of each source through the model. `UserError` for what cannot be read."""
+    """The mean coefficients of a routed adapter on the texts of each source.
+
+    `UserError` for what cannot be read.
+    """
     silence(reading)
     config = load_adapter_config(adapter)
     base, base_config = base_of(base, config, reading)
     tokenizer = load_tokenizer(base, reading)
-    sources = parse_sources(data)
-    encoder_decoder = base_config.is_encoder_decoder
-    texts = {
-        source.name: tokenise(
+    texts = {}
+    for source in parse_sources(data):
+        texts[source.name] = tokenise(
             load(source, max_samples),
             source,
             tokenizer,
             columns=reading.columns,
             max_length=reading.max_length,
-            encoder_decoder=encoder_decoder,
+            encoder_decoder=base_config.is_encoder_decoder,
         )
-        for source in sources
-    }
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_routed(adapter, config, base, base_config, reading).to(device).eval()
+    pad_token_id = padding_token(tokenizer)
     tasks = {}
     for name, rows in texts.items():
+        batches = DataLoader(rows, batch_size, collate_fn=lambda rows: collate(rows, pad_token_id))
         with _recorded(model) as means:
-            batches = DataLoader(
-                rows, batch_size, collate_fn=lambda rows: collate(rows, padding_token(tokenizer))
-            )
             for batch in tqdm(batches, desc=name, disable=reading.quiet):
                 inputs = {key: value.to(device) for key, value in batch.items()}
-                means.real = dict.fromkeys((True, False), inputs["attention_mask"].bool())
-                if encoder_decoder:
+                means.real = real_tokens(inputs)
+                if "labels" in inputs:
                     labels = inputs.pop("labels")
                     inputs["decoder_input_ids"] = decoder_inputs(model.get_base_model(), labels)
-                    means.real[True] = labels != -100
                 with torch.no_grad():
                     model(**inputs, use_cache=False)
         tasks[name] = means.result()
@@ -88,16 +95,20 @@ def inspect_adapter(
 
 
 class _Means:
-    """Sums over tokens that are no padding, module by module."""
+    """Mean coefficients over the tokens that are not padding, module by module."""
+
+    real: RealTokens  # of the batch that runs next
 
     def __init__(self) -> None:
-        self.real: dict[bool, Tensor] = {}  # by whether a module reads what a decoder reads
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, module: str, x: Tensor, coefficients: Tensor) -> None:
+        """Adds a module's coefficients for its input x (…, in)."""
         coefficients = coefficients.expand(*x.shape[:-1], coefficients.shape[-1])
-        real = self.real["decoder" in module and not _READS_THE_ENCODER.search(module)]
+        reads_targets = "decoder" in module and not _READS_THE_ENCODER.search(module)
+        real = self.real.targets if reads_targets else self.real.inputs
+        # Where a module's input has lost the batch dimension, nobody knows which row is padding.
         if real.shape == x.shape[:-1]:
             coefficients = coefficients[real]
         coefficients = coefficients.flatten(0, -2).double()
@@ -105,6 +116,7 @@ class _Means:
         self._counts[module] = self._counts.get(module, 0) + len(coefficients)
 
     def result(self) -> dict[str, list[float]]:
+        """The mean coefficient of each expert, by module."""
         return {
             module: (total / self._counts[module]).tolist() for module, total in self._sums.items()
         }
@@ -112,13 +124,13 @@ class _Means:
 
 @contextmanager
 def _recorded(model: Any) -> Iterator[_Means]:
-    """Watches every module's experts while it is open."""
+    """The means of all that the model's experts are given while this is open."""
     means = _Means()
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             key = name.removeprefix("base_model.model.").partition(".routed_lora_")[0]
-            count = len(module.site.ranks) - module.site.general
+            count = len(module.site.ranks) - module.site.general  # without general experts
 
             def record(_: Any, inputs: tuple[Any, ...], key: str = key, count: int = count) -> None:
                 means.add(key, inputs[0], inputs[1][..., :count])
@@ -132,7 +144,7 @@ def _recorded(model: Any) -> Iterator[_Means]:
 
 
 def table(inspection: Inspection) -> str:
-    """Per task each expert's coefficient, averaged over modules and tokens."""
+    """A table with each expert's mean coefficient over modules and tokens, a row per task."""
     rows = {"coefficient": inspection.experts}
     for task, modules in inspection.tasks.items():
         means = torch.tensor(list(modules.values())).mean(dim=0)
@@ -147,11 +159,12 @@ def table(inspection: Inspection) -> str:
 
 
 def plot(inspection: Inspection, path: Path) -> None:
-    """A heat map per task: a row per module, a column per expert."""
+    """Draws a heat map per task, with a row per module and a column per expert, into a file."""
     plt = pyplot()
     tasks = inspection.tasks
     modules = list(next(iter(tasks.values())))
-    highest = max(max(row) for task in tasks.values() for row in task.values())
+    rows = itertools.chain.from_iterable(task.values() for task in tasks.values())
+    highest = max(map(max, rows))
     height = min(12.0, 1.6 + 0.1 * len(modules))  # inches
     figure, panels = plt.subplots(
         1, len(tasks), figsize=(2.4 * len(tasks) + 1.2, height), squeeze=False

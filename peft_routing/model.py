@@ -14,7 +14,7 @@ from torch import nn
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.config import Mixing, RoutedLoraConfig
 from peft_routing.expert import Expert, check_experts, layout, read_expert
-from peft_routing.export import truncated, write_experts, write_lora
+from peft_routing.exporting import truncated, write_experts, write_lora
 from peft_routing.hooks import refuse_mixed_batches, refuse_several_passes, unwatch, watch
 from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear, updates
 from peft_routing.routers import Router, SharedRouter

@@ -11,7 +11,7 @@ A sequence MoE has no such modules: it says itself what each text chose.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.modeling import SequenceMoEConfig
+
+if TYPE_CHECKING:  # that file imports `datasets`, which a merge has no use for
+    from _mergekit_moe_ext_common.data import RealTokens
 
 PER_SEQUENCE = "sequence"  # instead of a router's name, where whole texts are routed
 
@@ -137,19 +140,22 @@ def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
     )
 
 
-def load_balancing_loss(
-    choices: Mapping[str, Choice], real: Mapping[bool, torch.Tensor]
-) -> torch.Tensor:
+def tokens_routed_by(router: str, real: "RealTokens") -> torch.Tensor:
+    """(tokens,): which of the tokens that reach a router are not padding."""
+    tokens = real.targets if stack_of(router) == "decoder" else real.inputs
+    return tokens.flatten()
+
+
+def load_balancing_loss(choices: Mapping[str, Choice], real: "RealTokens") -> torch.Tensor:
     """Switch Transformers' equations 4 to 6, per layer and then averaged over the layers; a scalar.
 
     N * sum_i f_i P_i, with f_i the number of times that expert i was chosen per token and P_i the
-    mean probability that the gate gives it. k if balanced. `real` says which tokens are no padding,
-    as `data.real_tokens` does. transformers' own sums f and P over all layers first, which lets one
-    layer make up for another.
+    mean probability that the gate gives it. k if balanced. Padding is left out of both.
+    transformers' own sums f and P over all layers first, which lets one layer make up for another.
     """
     losses = []
     for name, choice in choices.items():
-        mask = real[stack_of(name) == "decoder"].to(choice.logits.device)
+        mask = tokens_routed_by(name, real).to(choice.logits.device)
         probabilities = choice.logits[mask].float().softmax(dim=-1)
         tokens, num_experts = probabilities.shape
         chosen = choice.experts[mask]

@@ -50,7 +50,7 @@ from mergekit_moe_ext.mixtures.routers import (
     recorded,
     router_names,
     routes_sequences,
-    stack_of,
+    tokens_routed_by,
 )
 
 
@@ -162,7 +162,7 @@ def _sums_of_tokens(
                     **batch, use_cache=False
                 )  # without the head, whose logits nobody looks at
             for name, choice in choices.items():
-                mask = real[stack_of(name) == "decoder"].to(choice.experts.device)
+                mask = tokens_routed_by(name, real).to(choice.experts.device)
                 yield (
                     name,
                     _sums(choice.experts[mask], choice.weights[mask], choice.logits.shape[-1]),

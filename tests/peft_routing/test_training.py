@@ -6,7 +6,6 @@ import json
 import math
 import random
 import shutil
-import sys
 
 import click
 import pytest
@@ -31,7 +30,7 @@ from peft_routing.config import Site
 from peft_routing.inspection import inspect_adapter
 from peft_routing.layer import Experts
 from peft_routing.loading import load_routed
-from peft_routing.train import Recipe, train
+from peft_routing.training import Recipe, train
 from tests.conftest import ON_CPU, TWO_PROCESSES, read_tensors, run
 from tests.peft_routing.adapters import make_base, save_experts, save_lora
 from tests.tokenizers import save_tokenizer
@@ -504,7 +503,7 @@ def test_four_bits_on_a_cpu_are_refused(here, monkeypatch):
         model.get_base_model().is_loaded_in_4bit = True
         return model
 
-    monkeypatch.setattr(sys.modules["peft_routing.train"], "load_routed", four_bits)
+    monkeypatch.setattr("peft_routing.training.load_routed", four_bits)
     with pytest.raises(click.ClickException, match="lets no gradient through 4-bit layers"):
         train("routed", "out", ["news.jsonl"], READING, recipe())
     assert not (here / "out").exists()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from _mergekit_moe_ext_common import training as shared_training
-from _mergekit_moe_ext_common.data import pack
+from _mergekit_moe_ext_common.data import RealTokens, pack
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.mixtures import training
 from mergekit_moe_ext.mixtures.routers import Choice, load_balancing_loss, recorded
@@ -416,14 +416,13 @@ def test_load_balancing_is_that_of_transformers_in_one_layer():
     logits = torch.randn(2 * 7, 5)
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     choice = Choice(logits, logits.softmax(-1).topk(2).values, logits.topk(2).indices)
-    got = load_balancing_loss({"gate": choice}, {False: mask.bool().flatten()})
-    assert got.item() == pytest.approx(
+    real = RealTokens(mask.bool(), mask.bool())
+    loss = load_balancing_loss({"gate": choice}, real)
+    assert loss.item() == pytest.approx(
         load_balancing_loss_func((logits,), 5, 2, mask).item(), abs=1e-5
     )
-    every_layer = load_balancing_loss(
-        {"one": choice, "two": choice}, {False: mask.bool().flatten()}
-    )
-    assert every_layer.item() == pytest.approx(got.item(), abs=1e-6)
+    every_layer = load_balancing_loss({"one": choice, "two": choice}, real)
+    assert every_layer.item() == pytest.approx(loss.item(), abs=1e-6)
 
 
 def test_load_balancing_by_hand_with_encoder_and_decoder():
@@ -431,16 +430,17 @@ def test_load_balancing_by_hand_with_encoder_and_decoder():
     logits = {name: torch.randn(6, 3) for name in ("encoder.gate", "decoder.gate")}
     experts = {name: of_gate.argmax(-1, keepdim=True) for name, of_gate in logits.items()}
     experts["decoder.gate"][2] = -1  # beyond the capacity
-    real = {
-        False: torch.tensor([1, 1, 1, 1, 0, 0]).bool(),
-        True: torch.tensor([1, 1, 1, 0, 1, 1]).bool(),
-    }
+    real = RealTokens(
+        inputs=torch.tensor([[1, 1, 1], [1, 0, 0]]).bool(),
+        targets=torch.tensor([[1, 1, 1], [0, 1, 1]]).bool(),
+    )
+    tokens_of = {"encoder.gate": real.inputs.flatten(), "decoder.gate": real.targets.flatten()}
     choices = {
         name: Choice(of_gate, torch.ones(6, 1), experts[name]) for name, of_gate in logits.items()
     }
     total = 0.0
     for name, of_gate in logits.items():
-        rows = [i for i in range(6) if real[name.startswith("decoder")][i]]
+        rows = tokens_of[name].nonzero().flatten().tolist()
         for expert in range(3):
             f = sum(int(experts[name][i]) == expert for i in rows) / len(rows)
             p = sum(of_gate[i].softmax(0)[expert].item() for i in rows) / len(rows)
