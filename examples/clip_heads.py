@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from drawing import check_new_file
 
 from mergekit_moe_ext import TEMPLATES, UserError, write_clip_head
+from mergekit_moe_ext.analysis import check_new_file
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)

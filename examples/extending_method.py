@@ -14,6 +14,7 @@ from mergekit.merge_methods import registry
 from mergekit.scripts.run_yaml import main
 from pydantic import Field
 
+from mergekit_moe_ext import UserError
 from mergekit_moe_ext.merging.manifest import manifest_of
 from mergekit_moe_ext.merging.method import (
     CopiedTensor,
@@ -21,7 +22,6 @@ from mergekit_moe_ext.merging.method import (
     MethodOptions,
     Plan,
     StructuralMethod,
-    UserError,
 )
 from mergekit_moe_ext.merging.sources import (
     check_same_size,
@@ -84,7 +84,8 @@ class Pool(StructuralMethod):
         numbers = [configs[model].num_local_experts for model in job.experts]
         config.num_local_experts = sum(numbers)
         config.num_experts_per_tok = job.options.experts_per_token or config.num_experts_per_tok
-        config.dtype = dtype = output_dtype(job, headers)
+        dtype = output_dtype(job, headers)
+        config.dtype = dtype
 
         # Every tensor of the output is copied, computed or shared. Experts are numbered on from
         # source to source, in the order in which the gate's rows are joined.

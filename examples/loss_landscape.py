@@ -17,16 +17,18 @@ from typing import Any
 import click
 import torch
 import transformers
-from drawing import check_new_figure, check_new_file, pyplot
 from task_vector_similarity import parse_models
 
 from mergekit_moe_ext import Reading, UserError, options_of
 from mergekit_moe_ext.analysis import (
     HEADS,
     Landscape,
+    check_new_figure,
+    check_new_file,
     load_config,
     loss_landscape,
     parse_sources,
+    pyplot,
     read_batches,
     silence,
 )

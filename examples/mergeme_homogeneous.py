@@ -39,13 +39,12 @@ import yaml
 from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
-from drawing import pyplot
 from real_data import SMOLLM2, Domain, cache_dir, domains, smollm2, written_at_once
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_moe_ext import Reading, Recipe, UserError, count_usage, train
-from mergekit_moe_ext.analysis import routing_probability
+from mergekit_moe_ext.analysis import pyplot, routing_probability
 
 EXPERT = ExpertRecipe(steps=40, batch=2, learning_rate=1e-4)
 HELD_OUT_BLOCKS = 4  # per domain

@@ -40,7 +40,6 @@ import torch
 from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
-from drawing import check_new_figure, check_new_file, heat_map, pyplot
 from mergeme_homogeneous import BATCH, make_experts, means, run_mergekit
 from real_data import Domain, cache_dir, domains, smollm2, written_at_once
 from tokenizers import Tokenizer
@@ -54,7 +53,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mergekit_moe_ext.analysis import coefficients_of_sequences, format_table
+from mergekit_moe_ext.analysis import (
+    check_new_figure,
+    check_new_file,
+    coefficients_of_sequences,
+    format_table,
+    heat_map,
+    pyplot,
+)
 
 PREFIX = 32  # tokens; as `routing_tokens` has it
 ROUTED = 16  # sequences per domain whose routing is looked at; it is cheaper than their loss

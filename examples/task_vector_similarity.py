@@ -19,10 +19,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import click
-from drawing import check_new_figure, check_new_file, pyplot
 
 from mergekit_moe_ext import UserError
-from mergekit_moe_ext.analysis import PairSimilarity, task_vector_similarity
+from mergekit_moe_ext.analysis import (
+    PairSimilarity,
+    check_new_figure,
+    check_new_file,
+    pyplot,
+    task_vector_similarity,
+)
 
 Way = Literal["concatenated", "mean"]
 

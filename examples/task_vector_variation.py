@@ -20,11 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from drawing import check_new_figure, check_new_file, pyplot
 from task_vector_similarity import parse_models
 
 from mergekit_moe_ext import UserError
-from mergekit_moe_ext.analysis import THRESHOLDS, Part, Variation, decide, parameter_variation
+from mergekit_moe_ext.analysis import (
+    THRESHOLDS,
+    Part,
+    Variation,
+    check_new_figure,
+    check_new_file,
+    decide,
+    parameter_variation,
+    pyplot,
+)
 
 LABELS: dict[Part, str] = {"attention": "attention", "mlp": "MLP"}
 STYLES: dict[Part, dict[str, Any]] = {

@@ -45,7 +45,6 @@ import torch
 from demo import BLOCK, LORA, SEED, blocks, start_worker
 from demo import Recipe as ExpertRecipe
 from demo import train as train_lora
-from drawing import pyplot
 from peft import LoraConfig, PeftModel, get_peft_model
 from real_data import (
     SMOLLM2,
@@ -62,6 +61,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_moe_ext import UserError
+from mergekit_moe_ext.analysis import pyplot
 from peft_routing import Reading, Recipe, compose, train
 
 DOMAINS = ("bible", "math", "news", "french", "dictionary", "code")

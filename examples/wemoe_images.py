@@ -42,7 +42,6 @@ import transformers
 import yaml
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
-from drawing import heat_map, pyplot
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from PIL import Image
@@ -60,7 +59,7 @@ from mergekit_moe_ext import (
     UserError,
     adapt,
 )  # importing it registers the methods
-from mergekit_moe_ext.analysis import load_ensemble, read_ensemble
+from mergekit_moe_ext.analysis import heat_map, load_ensemble, pyplot, read_ensemble
 
 TASKS = ["mnist", "animals", "digits8", "letters"]
 UNSEEN = ["numerals", "small letters"]

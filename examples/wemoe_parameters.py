@@ -16,11 +16,11 @@ from typing import Any
 
 import click
 import pydantic
-from drawing import check_new_file
 
 from mergekit_moe_ext import Reading, UserError
 from mergekit_moe_ext.analysis import (
     ParameterCounts,
+    check_new_file,
     count_parameters,
     load_config,
     planned_parameters,

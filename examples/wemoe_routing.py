@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from drawing import check_new_figure, check_new_file, heat_map, pyplot
 from tqdm import tqdm
 
 from mergekit_moe_ext import Reading, UserError, options_of
 from mergekit_moe_ext.analysis import (
     EnsembleRouting,
+    check_new_figure,
+    check_new_file,
     ensemble_routing,
+    heat_map,
     load_ensemble,
     parse_sources,
+    pyplot,
     read_batches,
     read_ensemble,
     silence,
