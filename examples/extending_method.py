@@ -1,6 +1,6 @@
 """A structural method of one's own: `pool` puts the experts of several Mixtrals into one.
 
-Importing this file registers it. As a script it is `mergekit-yaml` with that method:
+Importing this file registers the method. Run as a script, it is `mergekit-yaml` with that method:
 
     python examples/extending_method.py config.yml out
 """
@@ -34,13 +34,13 @@ MOE = "model.layers.{layer}.block_sparse_moe"
 
 
 class PoolOptions(MethodOptions):
-    """What may stand under `parameters:` of the merge, beside the shared method's own."""
+    """The options under `parameters:` of the merge, beside the shared method's own."""
 
     shared: str = Field(
         "linear", description="Tensor method that merges all but experts and gates."
     )
     experts_per_token: int | None = Field(
-        None, ge=1, description="Experts that a token passes; as in the first model if not given."
+        None, ge=1, description="Experts that a token passes; by default as in the first model."
     )
 
 
@@ -58,6 +58,8 @@ class JoinedRows(Task[torch.Tensor]):
 
 
 class Pool(StructuralMethod):
+    """The method: its name, its options, and its plan of the output."""
+
     options_type = PoolOptions
 
     def __init__(self) -> None:
