@@ -12,7 +12,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install 'mergekit-moe-ext[plots]'") from error
+        raise UserError("figures need matplotlib: pip install 'mergekit-moe-ext[plots]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
@@ -28,9 +28,7 @@ def check_new_file(path: Path) -> None:
 
 
 def check_new_figure(path: Path) -> None:
-    """Before any work: it may be written, in a format that matplotlib knows, and matplotlib is
-    there.
-    """
+    """`UserError`, before any work, if the figure could not be written there."""
     check_new_file(path)
     formats = pyplot().figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
@@ -38,15 +36,13 @@ def check_new_figure(path: Path) -> None:
 
 
 def heat_map(axes: Any, shares: Sequence[Sequence[float]], highest: float) -> Any:
-    """A row per layer, a column per expert."""
+    """Draws `shares` on the axes, a row per layer and a column per expert, from 0 to `highest`."""
     image = axes.imshow(
         shares, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest"
     )
-    axes.set_xticks(
-        range(len(shares[0]))
-        if len(shares[0]) <= 16
-        else range(0, len(shares[0]), len(shares[0]) // 8)
-    )
-    axes.set_yticks(range(0, len(shares), max(1, len(shares) // 8)))
+    rows = len(shares)
+    columns = len(shares[0])
+    axes.set_xticks(range(columns) if columns <= 16 else range(0, columns, columns // 8))
+    axes.set_yticks(range(0, rows, max(1, rows // 8)))
     axes.tick_params(labelsize=8)
     return image

@@ -27,7 +27,7 @@ from peft.tuners.lora import ArrowConfig, create_arrow_model
 from random_adapters import random_adapters
 from torch import nn
 
-from _mergekit_moe_ext_common.figures import check_new_figure, pyplot
+from mergekit_moe_ext.analysis import check_new_figure, pyplot
 from peft_routing import RoutedLoraConfig
 
 PEFTS = "PEFT's Arrow"

@@ -1,19 +1,19 @@
-"""CAEM on real weights: three fine-tunes of one mixture of experts become one, by entropy and by a
-fixed ratio.
+"""Run CAEM on real weights: merge three fine-tunes of one mixture by entropy and by fixed numbers.
 
     python examples/caem_tasks.py --output caem/
 
 1. Upcycle SmolLM2-135M-Instruct into a mixture of four copies of its FFNs (`moe_linear`).
-2. Fine-tune all of it shortly on bible, music and code: three mixtures of one family, each for its
-own task.
-3. Count which experts each uses on texts of its task (`mergekit-moe-ext usage`).
-4. Merge them into one of eight experts per layer with `merge_method: caem`: allotted by entropy,
-and 2:3:3 as in the
-   paper's ablation; draw the first (`allocation.png`, as `mergekit-moe-ext plan --plot` does).
-5. Fine-tune both shortly on all three tasks, and print the held-out losses before and after.
+2. Fine-tune all of it briefly on bible, music and code: three mixtures of one family, each for its
+   own task.
+3. Count which experts each one uses on texts of its task (`mergekit-moe-ext usage`).
+4. Merge them into one of eight experts per layer with `merge_method: caem`, twice: allotted by
+   entropy, and 2:3:3 as in the paper's ablation. Draw the first allocation (`allocation.png`, as
+   `mergekit-moe-ext plan --plot` does).
+5. Fine-tune both briefly on all three tasks. Print the held-out losses before and after, and write
+   them to `results.txt`.
 
-It shows how the pieces fit, not that one allocation is better: one seed, a small model, very little
-training. Takes about half an hour on two cores; `--steps 1` shows that it runs.
+It shows how the pieces fit together, not that one allocation is better: one seed, a small model,
+very little training. It takes about half an hour on two cores; `--steps 1` shows that it runs.
 """
 
 import json
@@ -36,25 +36,26 @@ from transformers import AutoTokenizer
 
 from mergekit_moe_ext import Recipe, UserError, count_usage, train
 
-SOURCE_EXPERTS, MERGED_EXPERTS = 4, 8
+SOURCE_EXPERTS = 4
+MERGED_EXPERTS = 8
 FIXED = dict(zip(DOMAINS, (2, 3, 3), strict=True))
 CALIBRATION_BLOCKS = 8  # per task
 LEARNING_RATE = 1e-4
 
 
 def run(*command: str | Path) -> str:
-    """A command that is installed beside this Python."""
-    program = shutil.which(str(command[0]), path=str(Path(sys.executable).parent)) or str(
-        command[0]
-    )
-    click.echo("$ " + " ".join(map(str, command)), err=True)
-    done = subprocess.run([program, *map(str, command[1:])], capture_output=True, text=True)
+    """Runs a command that is installed beside this Python, and returns what it prints."""
+    name, *arguments = map(str, command)
+    program = shutil.which(name, path=str(Path(sys.executable).parent)) or name
+    click.echo("$ " + " ".join([name, *arguments]), err=True)
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(done.stderr)
     return done.stdout
 
 
 def merge(folder: Path, name: str, config: dict[str, Any]) -> Path:
+    """The merged model, in `folder` under this name, with its configuration beside it."""
     file = folder / f"{name}.yml"
     file.write_text(yaml.safe_dump({**config, "dtype": "float32"}, sort_keys=False))
     run("mergekit-yaml", file, folder / name, "--random-seed", "0", "--quiet")
@@ -64,7 +65,7 @@ def merge(folder: Path, name: str, config: dict[str, Any]) -> Path:
 def fine_tune(
     model: Path, output: Path, data: list[str], steps: int, eval_data: list[str]
 ) -> dict[str, Any]:
-    """Losses before and after, per source of `eval_data`."""
+    """Fine-tunes all of a model. Returns the losses before and after, per source of `eval_data`."""
     recipe = Recipe(
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="cosine",
@@ -87,19 +88,25 @@ def fine_tune(
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Directory for the results; it must be new or empty.",
+)
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
     default=12,
     show_default=True,
-    help="Of each fine-tuning.",
+    help="Number of training steps of each fine-tuning.",
 )
 def main(output: Path, steps: int) -> None:
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} is not empty. Remove it, or name another.")
     output.mkdir(parents=True, exist_ok=True)
-    base, texts = smollm2(), domains()
+    base = smollm2()
+    texts = domains()
     tokenizer = AutoTokenizer.from_pretrained(base)
     with tempfile.TemporaryDirectory(dir=output) as scratch:
         folder = Path(scratch)
@@ -130,7 +137,8 @@ def main(output: Path, steps: int) -> None:
             entries["fixed"].append(
                 {"model": str(model), "parameters": {**parameters, "experts": FIXED[name]}}
             )
-        rows_of_table, allocation = {}, ""
+        rows_of_table: dict[str, dict[str, float]] = {}
+        allocation = ""
         for kind, models in entries.items():
             config = {
                 "merge_method": "caem",
@@ -147,15 +155,12 @@ def main(output: Path, steps: int) -> None:
             losses = fine_tune(
                 merged, folder / f"tuned-{kind}", files["train"], steps, files["held_out"]
             )
-            for index, when in enumerate(("merged", "and fine-tuned")):
-                rows_of_table[f"{kind}, {when}"] = {
-                    name: both[index] for name, both in losses.items()
-                }
-    tokens = BLOCK * BATCH * steps
-    text = (
-        f"Held-out loss ({tokens} tokens of mixed "
-        f"fine-tuning)\n\n{table(rows_of_table)}\n\n{allocation}"
-    )
+            rows_of_table[f"{kind}, merged"] = {name: both[0] for name, both in losses.items()}
+            rows_of_table[f"{kind}, and fine-tuned"] = {
+                name: both[1] for name, both in losses.items()
+            }
+    title = f"Held-out loss ({BLOCK * BATCH * steps} tokens of mixed fine-tuning)"
+    text = f"{title}\n\n{table(rows_of_table)}\n\n{allocation}"
     (output / "results.txt").write_text(text)
     click.echo(text)
 

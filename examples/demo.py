@@ -1,18 +1,17 @@
-"""From three fine-tunes to one mixture of experts, on a real model and real texts.
+"""Merge three fine-tunes of a real model into one mixture of experts, on real texts.
 
     python examples/demo.py
 
-1. Fetch SmolLM2-135M-Instruct, and texts of three domains: bible, music (ABC notation), code
-(Python).
+1. Fetch SmolLM2-135M-Instruct and texts of three domains: bible, music (ABC notation) and code
+   (Python).
 2. Fine-tune one LoRA adapter per domain, with PEFT and the Hugging Face Trainer.
-3. Merge the model and its three fine-tunes into a mixture of four experts: `mergekit-yaml`, the
-command
-   of mergekit, with `merge_method: moe_ties`, the merge method of this package.
-4. Train the gates of the result: `mergekit-moe-ext train`, and load it with transformers alone.
-5. Print the held-out perplexity of all of them.
+3. Merge the model and its three fine-tunes into a mixture of four experts: mergekit's command
+   `mergekit-yaml` with `merge_method: moe_ties`, a merge method of this package.
+4. Train the gates of the result with `mergekit-moe-ext train`, and load it with transformers alone.
+5. Print the held-out perplexity of each model, and how the trained mixture continues three prompts.
 
-The models and adapters are fetched and trained once, and then kept (`benchmarks/real_data.py` says
-where).
+The models and adapters are fetched and trained once and then kept; `examples/real_data.py` says
+where.
 """
 
 import hashlib
@@ -29,7 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# On a busy machine threads that wait for each other actively slow each other down many times.
+# Threads that wait for each other actively slow each other down many times on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
@@ -89,13 +88,14 @@ def blocks(tokenizer: Any, documents: list[str], count: int) -> torch.Tensor:
 
 
 def held_out_blocks(tokenizer: Any, texts: dict[str, Domain]) -> dict[str, torch.Tensor]:
+    """The held-out blocks of each domain: (HELD_OUT_BLOCKS, BLOCK) ids."""
     return {name: blocks(tokenizer, text.held_out, HELD_OUT_BLOCKS) for name, text in texts.items()}
 
 
 @torch.inference_mode()
 def perplexities(model: Any, held_out: dict[str, torch.Tensor], bar: tqdm) -> dict[str, float]:
-    """Per domain, the exponential of the mean loss over all tokens that have one before them in the
-    block.
+    """The perplexity of each domain: the exponential of the mean loss over all tokens that have
+    another before them in their block.
     """
     model.eval()
     result = {}
@@ -121,7 +121,8 @@ class Progress(TrainerCallback):
 def train(model: Any, data: torch.Tensor, recipe: Recipe, bar: tqdm, optimizer: Any = None) -> None:
     """Trains the parameters that require gradients on `data`, (steps * batch, BLOCK) ids, once.
 
-    With the Trainer's usual optimizer, at the recipe's learning rate, unless another is given.
+    The optimizer is the Trainer's usual one, at the recipe's learning rate, unless another is
+    given.
     """
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -157,7 +158,7 @@ def make_source(
     """Fine-tunes the base model on a domain, unless `name` is "base", and measures it on every
     domain.
 
-    Writes the adapter and its perplexities to `folder`. Runs in a process of its own.
+    The adapter and its perplexities are written to `folder`. This runs in a process of its own.
     """
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -177,21 +178,18 @@ def make_source(
 
 
 def start_worker(lock: Any) -> None:
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # of transformers, about what peft does
+    """Prepares a process that trains while others do; `lock` keeps their bars from mixing."""
+    # transformers warns of what PEFT does
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
-    tqdm.set_lock(lock)  # so that the bars of two processes do not mix
+    tqdm.set_lock(lock)
     transformers.utils.logging.disable_progress_bar()
 
 
 def make_sources(
     folders: dict[str, Path], base: Path, texts: dict[str, Domain], quiet: bool
 ) -> None:
-    """Makes the sources that are not there yet.
-
-    Some at a time, which share the cores.
-    """
+    """Makes the sources that are not there yet, WORKERS at a time, which share the cores."""
     context = get_context("spawn")
     missing = [name for name, folder in folders.items() if not folder.is_dir()]
     with ProcessPoolExecutor(WORKERS, context, start_worker, (context.RLock(),)) as pool:
@@ -229,20 +227,18 @@ def merge(output: Path, base: Path, folders: dict[str, Path], quiet: bool) -> No
     # mergekit takes a merged LoRA that it finds in its cache without looking at the LoRA: begin
     # with none.
     with tempfile.TemporaryDirectory(dir=output) as merged_loras:
-        command = [str(output / "config.yml"), str(output / "moe")]
-        command += [
-            "--lora-merge-cache",
-            merged_loras,
-            "--random-seed",
-            str(SEED),
-            *(["--quiet"] if quiet else []),
-        ]
-        run_command("mergekit-yaml", command, quiet)
+        arguments = [str(output / "config.yml"), str(output / "moe")]
+        arguments += ["--lora-merge-cache", merged_loras]
+        arguments += ["--random-seed", str(SEED)]
+        if quiet:
+            arguments.append("--quiet")
+        run_command("mergekit-yaml", arguments, quiet)
 
 
 def run_command(name: str, arguments: list[str], quiet: bool) -> None:
     """Runs a command that is installed beside this Python, as a user would in a shell."""
-    command = [shutil.which(name, path=str(Path(sys.executable).parent)) or name, *arguments]
+    program = shutil.which(name, path=str(Path(sys.executable).parent)) or name
+    command = [program, *arguments]
     click.echo("$ " + " ".join(command), err=True)
     if quiet:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -256,49 +252,36 @@ def train_gates(output: Path, tokenizer: Any, texts: dict[str, Domain], quiet: b
     """Writes files to train on, all domains in equal parts, and runs `mergekit-moe-ext train` on
     them.
 
-    The documents come from the end of the list, where no fine-tune has read.
+    The documents come from the end of the list, which no fine-tune has read.
     """
-    command = [
-        "train",
-        str(output / "moe"),
-        "--train",
-        "gates",
-        "--output-dir",
-        str(output / "moe-trained"),
-    ]
+    arguments = ["train", str(output / "moe"), "--train", "gates"]
+    arguments += ["--output-dir", str(output / "moe-trained")]
+    blocks_per_domain = GATE_TRAINING.steps * GATE_TRAINING.batch // len(DOMAINS)
     for name in DOMAINS:
-        rows = blocks(
-            tokenizer,
-            texts[name].train[::-1],
-            GATE_TRAINING.steps * GATE_TRAINING.batch // len(DOMAINS),
-        )
+        rows = blocks(tokenizer, texts[name].train[::-1], blocks_per_domain)
         path = output / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
-        command += ["--data", str(path)]
-    command += [
-        "--max-length",
-        str(BLOCK),
-        "--max-steps",
-        str(GATE_TRAINING.steps),
-        "--held-out",
-        "0",
-    ]
-    command += ["--per-device-train-batch-size", str(GATE_TRAINING.batch), "--seed", str(SEED)]
-    command += [
-        "--learning-rate",
-        str(GATE_TRAINING.learning_rate),
-        "--lr-scheduler-type",
-        "cosine",
-    ]
-    command += ["--warmup-steps", "3", *(["--quiet"] if quiet else [])]
-    run_command("mergekit-moe-ext", command, quiet)
+        arguments += ["--data", str(path)]
+    arguments += ["--max-length", str(BLOCK)]
+    arguments += ["--max-steps", str(GATE_TRAINING.steps)]
+    arguments += ["--held-out", "0"]
+    arguments += ["--per-device-train-batch-size", str(GATE_TRAINING.batch)]
+    arguments += ["--seed", str(SEED)]
+    arguments += ["--learning-rate", str(GATE_TRAINING.learning_rate)]
+    arguments += ["--lr-scheduler-type", "cosine"]
+    arguments += ["--warmup-steps", "3"]
+    if quiet:
+        arguments.append("--quiet")
+    run_command("mergekit-moe-ext", arguments, quiet)
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """A line per model and a column per domain; the best of a column is marked."""
     rows = {name: {**row, "mean": sum(row.values()) / len(row)} for name, row in rows.items()}
     columns = [*DOMAINS, "mean"]
-    best = {column: min(row[column] for row in rows.values()) for column in columns}
+    best = {}
+    for column in columns:
+        best[column] = min(row[column] for row in rows.values())
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"{column:>10}" for column in columns)]
     for name, row in rows.items():
@@ -315,8 +298,8 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 def prepare_output(output: Path) -> None:
-    """An empty directory; one that this demo wrote is replaced, any other that is not empty is
-    refused.
+    """Makes an empty directory. One that this demo wrote is replaced; any other that is not empty
+    is refused.
     """
     marker = output / ".written-by-mergekit-moe-ext-demo"
     if output.is_dir() and any(output.iterdir()):
@@ -333,10 +316,9 @@ def prepare_output(output: Path) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("demo-output"),
     show_default=True,
-    help="Where the config and the models are written (3 GB). The demo's own old output is "
-    "replaced.",
+    help="Directory for the config and the models (3 GB). The demo's own old output is replaced.",
 )
-@click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.option("--quiet", is_flag=True, help="Show no progress bars.")
 def main(output: Path, quiet: bool) -> None:
     output = output.resolve()
     prepare_output(output)
@@ -345,7 +327,8 @@ def main(output: Path, quiet: bool) -> None:
 
     click.echo(f"1. Model and texts (kept in {cache_dir()})", err=True)
     try:
-        base, texts = smollm2(quiet), domains(quiet)
+        base = smollm2(quiet)
+        texts = domains(quiet)
     except Unavailable as error:
         raise UserError(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -386,8 +369,8 @@ def main(output: Path, quiet: bool) -> None:
         f"\nBase model: SmolLM2-135M-Instruct, dequantised from Q4_1. Held out: "
         f"{HELD_OUT_BLOCKS * BLOCK} tokens per domain. Seed {SEED}, one run.\n"
         f"Code is the standard library of Python {sys.version.split()[0]}. The learning rate of "
-        "the gates was "
-        f"chosen on a part\nof the same held-out text, so the last row is a little optimistic."
+        "the gates was chosen on a part\nof the same held-out text, so the last row is a little "
+        "optimistic."
     )
     click.echo("\nThe trained mixture goes on, greedily, from the prompt before the |:")
     for name, prompt in PROMPTS.items():

@@ -1,6 +1,6 @@
 """A family of one's own, in one file: LFM2 to LFM2-MoE, for the merge method `moe`.
 
-Importing this file registers it. As a script it is `mergekit-yaml` with that family:
+Importing this file registers the family. Run as a script, it is `mergekit-yaml` with that family:
 
     python examples/extending_family.py config.yml out
 """
@@ -14,7 +14,7 @@ FFN = "model.layers.{layer}.feed_forward"
 
 
 def ffn_width(dense: Lfm2Config) -> int:
-    """How wide the FFNs are: LFM2's config states a number that its model may adjust."""
+    """The width of the FFNs: LFM2's config states a number that its model may adjust."""
     width = dense.intermediate_size
     if not dense.block_auto_adjust_ff_dim:
         return width
@@ -24,6 +24,7 @@ def ffn_width(dense: Lfm2Config) -> int:
 
 
 def output_config(dense: Lfm2Config, num_experts: int, experts_per_token: int) -> PretrainedConfig:
+    """The output's config: the dense one, without what LFM2-MoE does not know, and the experts."""
     return moe_config(
         Lfm2MoeConfig,
         dense,

@@ -1,6 +1,6 @@
 """A structural method of one's own: `pool` puts the experts of several Mixtrals into one.
 
-Importing this file registers it. As a script it is `mergekit-yaml` with that method:
+Importing this file registers the method. Run as a script, it is `mergekit-yaml` with that method:
 
     python examples/extending_method.py config.yml out
 """
@@ -14,6 +14,7 @@ from mergekit.merge_methods import registry
 from mergekit.scripts.run_yaml import main
 from pydantic import Field
 
+from mergekit_moe_ext import UserError
 from mergekit_moe_ext.merging.manifest import manifest_of
 from mergekit_moe_ext.merging.method import (
     CopiedTensor,
@@ -21,7 +22,6 @@ from mergekit_moe_ext.merging.method import (
     MethodOptions,
     Plan,
     StructuralMethod,
-    UserError,
 )
 from mergekit_moe_ext.merging.sources import (
     check_same_size,
@@ -34,13 +34,13 @@ MOE = "model.layers.{layer}.block_sparse_moe"
 
 
 class PoolOptions(MethodOptions):
-    """What may stand under `parameters:` of the merge, beside the shared method's own."""
+    """The options under `parameters:` of the merge, beside the shared method's own."""
 
     shared: str = Field(
         "linear", description="Tensor method that merges all but experts and gates."
     )
     experts_per_token: int | None = Field(
-        None, ge=1, description="Experts that a token passes; as in the first model if not given."
+        None, ge=1, description="Experts that a token passes; by default as in the first model."
     )
 
 
@@ -58,6 +58,8 @@ class JoinedRows(Task[torch.Tensor]):
 
 
 class Pool(StructuralMethod):
+    """The method: its name, its options, and its plan of the output."""
+
     options_type = PoolOptions
 
     def __init__(self) -> None:
@@ -84,7 +86,8 @@ class Pool(StructuralMethod):
         numbers = [configs[model].num_local_experts for model in job.experts]
         config.num_local_experts = sum(numbers)
         config.num_experts_per_tok = job.options.experts_per_token or config.num_experts_per_tok
-        config.dtype = dtype = output_dtype(job, headers)
+        dtype = output_dtype(job, headers)
+        config.dtype = dtype
 
         # Every tensor of the output is copied, computed or shared. Experts are numbered on from
         # source to source, in the order in which the gate's rows are joined.

@@ -1,7 +1,7 @@
 """A router of one's own: cosines between the hidden state and a learned row per expert.
 
-Importing this file registers it. It is then named, trained, saved and loaded as those of the
-package:
+Importing this file registers the router. It is then named, trained, saved and loaded like those of
+the package:
 
     import extending_router
     from peft_routing import RoutedLoraConfig
@@ -22,7 +22,7 @@ from peft_routing.routers import RouterOptions, RouterSettings
 
 @dataclass(frozen=True)
 class CosineOptions(RouterOptions):
-    """`top_k` and `router_temperature`, which every softmax has, and one option more."""
+    """The options `top_k` and `router_temperature`, which every softmax has, and one more."""
 
     sharpness: float = 1.0  # what the cosines are multiplied by before the softmax
 
@@ -32,7 +32,9 @@ class CosineOptions(RouterOptions):
 
 
 class CosineRouter(Router):
-    """An expert's score is `sharpness` times the cosine of the hidden state and its row."""
+    """A router that scores an expert by `sharpness` times the cosine of the hidden state and the
+    expert's row.
+    """
 
     name = "cosine"
     options = CosineOptions
@@ -45,7 +47,7 @@ class CosineRouter(Router):
         self.weight = nn.Parameter(torch.zeros(len(experts), in_features))
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """(…, in_features) to (…, experts)."""
+        """The scores, (…, experts), of hidden states, (…, in_features)."""
         hidden = hidden.to(self.weight.dtype)
         cosines = functional.cosine_similarity(hidden[..., None, :], self.weight, dim=-1)
         return self.sharpness * cosines

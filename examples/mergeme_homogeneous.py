@@ -1,20 +1,19 @@
-"""MergeME's Table 1, figure 5 and figure 10 in small: a real model, three domains, three seeds.
+"""Repeat MergeME's Table 1 and figures 5 and 10 at small scale: one model, three domains and seeds.
 
     python examples/mergeme_homogeneous.py --output mergeme/
 
 1. Continue the pretraining of SmolLM2-135M-Instruct on bible, music (ABC notation) and code
-(Python): three
-   experts. They are trained once and kept.
+   (Python): three experts. They are trained once and kept.
 2. Per seed, merge base and experts into a mixture of four: BTX, TIES, DARE, and sparse upcycling
-(of the base alone).
+   (of the base alone).
 3. Train each with the same tokens of all three domains, and BTX once more with its gates alone.
-4. Write the held-out losses (`results.json`, `table.md`), their curves (`figure10.png`), which
-expert each domain is
-   routed to (`figure5.png`), and which of the paper's orderings hold.
+4. Write the held-out losses (`results.json`, `table.md`), their curves (`figure10.png`) and which
+   expert each domain is routed to (`figure5.png`). Print the losses and which of the paper's
+   orderings hold.
 
-What differs from the paper, besides the size: its rows are accuracies on benchmarks, ours are
-losses on held-out text; and its sparse upcycling trains on as many tokens as the experts and the
-mixture together, ours on as many as the other mixtures. Takes about an hour on two cores;
+Besides the size, two things differ from the paper. Its rows are accuracies on benchmarks, ours are
+losses on held-out text. Its sparse upcycling trains on as many tokens as the experts and the
+mixture together, ours on as many as the other mixtures. All takes about an hour on two cores;
 `--steps 2 --seeds 1` shows that it runs.
 """
 
@@ -39,13 +38,12 @@ import yaml
 from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
-from drawing import pyplot
 from real_data import SMOLLM2, Domain, cache_dir, domains, smollm2, written_at_once
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_moe_ext import Reading, Recipe, UserError, count_usage, train
-from mergekit_moe_ext.analysis import routing_probability
+from mergekit_moe_ext.analysis import pyplot, routing_probability
 
 EXPERT = ExpertRecipe(steps=40, batch=2, learning_rate=1e-4)
 HELD_OUT_BLOCKS = 4  # per domain
@@ -69,8 +67,9 @@ SHARED: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Run:
-    """One trained mixture: held-out losses by domain at each measured step, and routing by
-    domain."""
+    """One trained mixture: held-out losses by domain at each measured step, and the routing
+    probability of each expert by domain.
+    """
 
     steps: list[int]
     losses: dict[str, list[float]]
@@ -79,9 +78,8 @@ class Run:
 
 def make_experts(base: Path, texts: dict[str, Domain]) -> dict[str, Path]:
     """The base, and one model per domain with all parameters trained further on it."""
-    key = hashlib.sha256(json.dumps([SMOLLM2.sha256, asdict(EXPERT), BLOCK]).encode()).hexdigest()[
-        :12
-    ]
+    settings = json.dumps([SMOLLM2.sha256, asdict(EXPERT), BLOCK])
+    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
     folders = {name: cache_dir() / f"mergeme-{key}" / name for name in DOMAINS}
     tokenizer = AutoTokenizer.from_pretrained(base)
     for name, folder in folders.items():
@@ -103,8 +101,8 @@ def make_experts(base: Path, texts: dict[str, Domain]) -> dict[str, Path]:
 def write_texts(
     folder: Path, tokenizer: Any, texts: dict[str, Domain], steps: int
 ) -> dict[str, list[str]]:
-    """Files to train on, from documents that no expert has read, and to measure on: the `--data` of
-    each.
+    """Writes files to train on, from documents that no expert has read, and files to measure on.
+    Returns the `--data` of each.
     """
     per_domain = -(-steps * BATCH // len(DOMAINS)) + 1
     named: dict[str, list[str]] = {"train": [], "held_out": []}
@@ -123,14 +121,15 @@ def write_texts(
 
 
 def merge(row: str, models: dict[str, Path], output: Path, seed: int) -> None:
-    listed = ["base"] * len(NAMES) if row == "MoE upcycling" else NAMES
-    run_mergekit(SHARED[row], [models[name] for name in listed], models["base"], output, seed)
+    """Merges the mixture of a row of the table."""
+    names = ["base"] * len(NAMES) if row == "MoE upcycling" else NAMES
+    run_mergekit(SHARED[row], [models[name] for name in names], models["base"], output, seed)
 
 
 def run_mergekit(
     method: dict[str, Any], models: Sequence[Path], base: Path, output: Path, seed: int = 0
 ) -> None:
-    """`mergekit-yaml` on a configuration: `method` is its merge method and parameters."""
+    """Runs `mergekit-yaml` on a configuration, whose merge method and parameters are `method`."""
     config = {
         **method,
         "base_model": str(base),
@@ -145,7 +144,7 @@ def run_mergekit(
 
 
 def run(merged: Path, part: Any, named: dict[str, list[str]], seed: int, steps: int) -> Run:
-    """Train a merged mixture and look at it."""
+    """Trains a merged mixture and measures it."""
     recipe = Recipe(
         learning_rate=LEARNING_RATES[part],
         lr_scheduler_type="cosine",
@@ -168,31 +167,30 @@ def run(merged: Path, part: Any, named: dict[str, list[str]], seed: int, steps: 
         eval_data=named["held_out"],
     )
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
-    measured = {
-        name: [entry for entry in history if f"eval_{name}_loss" in entry] for name in DOMAINS
-    }
+    losses: dict[str, list[float]] = {name: [] for name in DOMAINS}
+    measured_steps = []
+    for entry in history:
+        for name in DOMAINS:
+            if f"eval_{name}_loss" in entry:
+                losses[name].append(entry[f"eval_{name}_loss"])
+        if f"eval_{DOMAINS[0]}_loss" in entry:
+            measured_steps.append(entry["step"])
     usage = count_usage(str(trained), named["held_out"], reading=READING, batch_size=2)
     assert usage is not None  # this is the only process
     shutil.rmtree(trained)
-    return Run(
-        steps=[entry["step"] for entry in measured[DOMAINS[0]]],
-        losses={
-            name: [entry[f"eval_{name}_loss"] for entry in entries]
-            for name, entries in measured.items()
-        },
-        routing={name: routing_probability(usage.tasks[name]) for name in DOMAINS},
-    )
+    routing = {name: routing_probability(usage.tasks[name]) for name in DOMAINS}
+    return Run(measured_steps, losses, routing)
 
 
 @torch.inference_mode()
 def dense_losses(model: Path, tokenizer: Any, texts: dict[str, Domain]) -> dict[str, float]:
+    """The mean held-out loss of a dense model, by domain."""
     network: Any = AutoModelForCausalLM.from_pretrained(model).eval()
     result = {}
     for name in DOMAINS:
         ids = blocks(tokenizer, texts[name].held_out, HELD_OUT_BLOCKS)
-        result[name] = statistics.mean(
-            network(row[None], labels=row[None]).loss.item() for row in ids
-        )
+        losses = [network(row[None], labels=row[None]).loss.item() for row in ids]
+        result[name] = statistics.mean(losses)
     return result
 
 
@@ -236,33 +234,25 @@ def orderings(
 
 
 def means(rows: Iterable[Sequence[float]]) -> list[float]:
-    """Column by column."""
+    """The mean of each column."""
     return [statistics.mean(column) for column in zip(*rows, strict=True)]
 
 
 def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
-    """Figure 10: the held-out loss against the tokens of the fine-tuning, the mean and the range
-    over seeds.
+    """Draws figure 10: the held-out loss against the tokens of the fine-tuning, the mean and the
+    range over seeds.
     """
     plt = pyplot()
     figure, panels = plt.subplots(1, len(DOMAINS) + 1, figsize=(3 * (len(DOMAINS) + 1), 3.2))
     for axes, name in zip(panels, [*DOMAINS, "mean"], strict=True):
         for row, of_row in runs.items():
             tokens = [step * BATCH * BLOCK for step in of_row[0].steps]
-            curves = [
-                run.losses[name]
-                if name != "mean"
-                else list(map(statistics.mean, zip(*run.losses.values(), strict=True)))
-                for run in of_row
-            ]
-            (line,) = axes.plot(
-                tokens,
-                list(map(statistics.mean, zip(*curves, strict=True))),
-                marker="o",
-                ms=3,
-                label=row,
-            )
-            low, high = (list(map(pick, zip(*curves, strict=True))) for pick in (min, max))
+            curves = []
+            for run in of_row:
+                curves.append(means(run.losses.values()) if name == "mean" else run.losses[name])
+            (line,) = axes.plot(tokens, means(curves), marker="o", ms=3, label=row)
+            low = [min(column) for column in zip(*curves, strict=True)]
+            high = [max(column) for column in zip(*curves, strict=True)]
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("tokens")
@@ -281,20 +271,16 @@ def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
 
 
 def draw_routing(runs: dict[str, list[Run]], path: Path) -> None:
-    """Figure 5: which expert each domain is routed to, per method; means over seeds."""
+    """Draws figure 5: which expert each domain is routed to, per method, as means over seeds."""
     plt = pyplot()
-    shown = [row for row in runs if row != "MoE upcycling"]  # its experts belong to no domain
+    rows = [row for row in runs if row != "MoE upcycling"]  # its experts belong to no domain
     figure, panels = plt.subplots(1, len(DOMAINS), figsize=(3.4 * len(DOMAINS), 3), sharey=True)
     for axes, domain in zip(panels, DOMAINS, strict=True):
-        for index, row in enumerate(shown):
-            heights = [
-                statistics.mean(run.routing[domain][expert] for run in runs[row])
-                for expert in range(len(NAMES))
-            ]
-            width = 0.8 / len(shown)
-            positions = [
-                expert + (index - (len(shown) - 1) / 2) * width for expert in range(len(NAMES))
-            ]
+        for index, row in enumerate(rows):
+            heights = means([run.routing[domain] for run in runs[row]])
+            width = 0.8 / len(rows)
+            offset = (index - (len(rows) - 1) / 2) * width
+            positions = [expert + offset for expert in range(len(NAMES))]
             axes.bar(positions, heights, width * 0.92, label=row)
         axes.set_xticks(range(len(NAMES)), NAMES)
         axes.set_title(f"text: {domain}", fontsize=10)
@@ -312,17 +298,58 @@ def draw_routing(runs: dict[str, list[Run]], path: Path) -> None:
     plt.close(figure)
 
 
+def losses_at(runs: Sequence[Run], index: int) -> list[dict[str, float]]:
+    """The losses of each run by domain, at one of its measured steps."""
+    losses = []
+    for run in runs:
+        losses.append({name: values[index] for name, values in run.losses.items()})
+    return losses
+
+
+def report(dense: dict[str, dict[str, float]], runs: dict[str, list[Run]]) -> str:
+    """Table 1, the means seed by seed, and the paper's orderings."""
+    rows = {"Random routing": losses_at(runs["BTX merging"], 0)}  # before any training
+    for row in ("Router fine-tuning", *SHARED):
+        rows[row] = losses_at(runs[row], -1)
+    over_seeds: dict[str, dict[str, float]] = {}
+    lines = []
+    for row, of_seeds in rows.items():
+        over_seeds[row] = {}
+        for name in DOMAINS:
+            over_seeds[row][name] = statistics.mean(losses[name] for losses in of_seeds)
+        over_domains = [statistics.mean(losses.values()) for losses in of_seeds]
+        lines.append(f"{row:18}" + "".join(f"{value:9.3f}" for value in over_domains))
+    parts = [
+        table({**dense, **over_seeds}),
+        "\n".join(["Mean over domains, seed by seed:", *lines]),
+        "\n".join(orderings(dense, rows)),
+    ]
+    return "\n\n".join(parts)
+
+
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option(
-    "--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Of each mixture."
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Directory for the results; it must be new or empty.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=12,
+    show_default=True,
+    help="Number of training steps of each mixture.",
+)
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of seeds."
+)
 def main(output: Path, steps: int, seeds: int) -> None:
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} is not empty. Remove it, or name another.")
     output.mkdir(parents=True, exist_ok=True)
-    base, texts = smollm2(), domains()
+    base = smollm2()
+    texts = domains()
     tokenizer = AutoTokenizer.from_pretrained(base)
     models = make_experts(base, texts)
     dense = {
@@ -348,36 +375,13 @@ def main(output: Path, steps: int, seeds: int) -> None:
                     bar.update()
                 shutil.rmtree(merged)
 
-    def losses(row: str, index: int) -> list[dict[str, float]]:
-        return [{name: values[index] for name, values in run.losses.items()} for run in runs[row]]
-
-    rows = {"Random routing": losses("BTX merging", 0)}  # before any training
-    rows |= {row: losses(row, -1) for row in ("Router fine-tuning", *SHARED)}
-    means = {
-        row: {name: statistics.mean(of_seed[name] for of_seed in of_seeds) for name in DOMAINS}
-        for row, of_seeds in rows.items()
-    }
-    claims = orderings(dense, rows)
-    spread = {
-        row: [statistics.mean(of_seed.values()) for of_seed in of_seeds]
-        for row, of_seeds in rows.items()
-    }
-    text = table({**dense, **means})
-    text += "\n\nMean over domains, seed by seed:\n"
-    text += "\n".join(
-        f"{row:18}" + "".join(f"{value:9.3f}" for value in values) for row, values in spread.items()
-    )
-    text += "\n\n" + "\n".join(claims)
+    text = report(dense, runs)
     (output / "table.md").write_text(f"```\n{text}\n```\n")
-    (output / "results.json").write_text(
-        json.dumps(
-            {
-                "dense": dense,
-                "runs": {row: [asdict(run) for run in of_row] for row, of_row in runs.items()},
-            },
-            indent=1,
-        )
-    )
+    listed_runs: dict[str, list[dict[str, Any]]] = {}
+    for row, of_row in runs.items():
+        listed_runs[row] = [asdict(run) for run in of_row]
+    results = {"dense": dense, "runs": listed_runs}
+    (output / "results.json").write_text(json.dumps(results, indent=1))
     draw_curves(runs, output / "figure10.png")
     draw_routing(runs, output / "figure5.png")
     click.echo(text)

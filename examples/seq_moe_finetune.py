@@ -1,13 +1,13 @@
-"""Fine-tune a sequence MoE with the Trainer, as MergeME's section 3.2: all parameters, or
-projectors and router only.
+"""Fine-tune a sequence MoE with the Trainer: all of it, or its projectors and router only.
 
     mergekit-yaml hetero.yml out/
-    python examples/seq_moe_finetune.py out/ --data math=math.jsonl --data code=code.jsonl --output
-    out-trained/
+    python examples/seq_moe_finetune.py out/ --data math=math.jsonl --data code=code.jsonl \\
+        --output out-trained/
 
-Every line of a file is a JSON object with a `text`. The model computes its own loss, which leaves
-out the tokens by which a sequence chose its experts; texts of no more than `routing_tokens` tokens
-teach it nothing. Runs on many processes under `accelerate launch`.
+MergeME does so in section 3.2. Every line of a file is a JSON object with a `text`. The model
+computes its own loss, which leaves out the tokens by which a sequence chose its experts; texts of
+no more than `routing_tokens` tokens teach it nothing. The script prints how many parameters it
+trains, and the Trainer prints the loss. It runs on many processes under `accelerate launch`.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ LEARNING_RATES = {"all": 1e-5, "projectors": 1e-3}  # the paper's; that of the p
 
 
 def choose_parameters(model: Any, part: str) -> int:
-    """Leave gradients to what is trained only; returns how many parameters that is."""
+    """Leaves gradients only to what is trained, and returns how many parameters that is."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part == "all" or ".proj_" in name or name.startswith("router."))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -39,7 +39,7 @@ def choose_parameters(model: Any, part: str) -> int:
 
 
 def read(sources: dict[str, str], tokenizer: Any, max_length: int) -> Any:
-    """All sources, one after the other, tokenised."""
+    """The texts of all sources, one source after the other, tokenised."""
 
     def tokenise(rows: Any) -> Any:
         return tokenizer(rows["text"], truncation=True, max_length=max_length)
@@ -59,31 +59,51 @@ def read(sources: dict[str, str], tokenizer: Any, max_length: int) -> Any:
     multiple=True,
     required=True,
     metavar="NAME=FILE",
-    help="Texts: jsonl with `text`.",
+    help="Texts to train on: JSON lines with a `text`.",
 )
-@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Directory for the trained model; it must be new or empty.",
+)
 @click.option(
     "--train",
     "part",
     type=click.Choice(list(LEARNING_RATES)),
     default="projectors",
     show_default=True,
+    help="Parameters to train: all, or only the projectors and the router.",
 )
 @click.option(
-    "--learning-rate", type=float, help="Default: 1e-5 for all (MergeME), 1e-3 for projectors."
+    "--learning-rate",
+    type=float,
+    help="Learning rate of AdamW. [default: 1e-5 for all, as in MergeME; 1e-3 for projectors]",
 )
-@click.option("--max-steps", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Per process."
+    "--max-steps",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Number of training steps.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of texts in a step, per process.",
 )
 @click.option(
     "--max-length",
     type=click.IntRange(min=2),
     default=512,
     show_default=True,
-    help="Tokens of a text.",
+    help="Number of tokens after which a text is cut.",
 )
-@click.option("--seed", type=int, default=42, show_default=True)
+@click.option(
+    "--seed", type=int, default=42, show_default=True, help="Seed of the order of the texts."
+)
 def main(
     model_path: str,
     data: tuple[str, ...],

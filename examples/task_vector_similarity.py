@@ -1,12 +1,14 @@
-"""MergeME's figure 4: the cosine similarity of fine-tunes' task vectors in attention and in the
-FFNs, layer by layer.
+"""Print the similarity of fine-tunes' task vectors in attention and FFNs (MergeME's figure 4).
 
-    python examples/task_vector_similarity.py --base base/ --model math=math/ --model code=code/
-    --plot figure4.png
+    python examples/task_vector_similarity.py --base base/ --model math=math/ --model code=code/ \\
+        --plot figure4.png
 
-Works on any fine-tunes of one base that transformers stores as safetensors, whatever their size:
-one tensor of each model is in memory at a time. `mergekit_moe_ext.analysis.similarity` says what
-exactly is measured.
+The table has the cosine of each pair of fine-tunes layer by layer, and the mean over layers.
+`--output` keeps the numbers, and `--plot` draws them.
+
+Any fine-tunes of one base will do that transformers stores as safetensors, whatever their size: one
+tensor of each model is in memory at a time. `mergekit_moe_ext.analysis.task_vector_similarity` says
+what exactly is measured.
 """
 
 import json
@@ -19,10 +21,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import click
-from drawing import check_new_figure, check_new_file, pyplot
 
 from mergekit_moe_ext import UserError
-from mergekit_moe_ext.analysis import PairSimilarity, task_vector_similarity
+from mergekit_moe_ext.analysis import (
+    PairSimilarity,
+    check_new_figure,
+    check_new_file,
+    pyplot,
+    task_vector_similarity,
+)
 
 Way = Literal["concatenated", "mean"]
 
@@ -31,47 +38,47 @@ def table(pairs: Sequence[PairSimilarity]) -> str:
     """A line per layer and a column per pair and part, and the mean over the layers that have a
     cosine.
     """
-    columns = [column for pair in pairs for column in (pair.attention, pair.ffn)]
-    width = max(len(f"{pair.first}, {pair.second}") for pair in pairs) + 2
+    columns: list[Sequence[float]] = []
+    for pair in pairs:
+        columns += [pair.attention, pair.ffn]
+    titles = [f"{pair.first}, {pair.second}" for pair in pairs]
+    width = max(map(len, titles)) + 2
     half = max(11, -(-width // 2))
-    lines = [" " * 5 + "".join(f"{f'{pair.first}, {pair.second}':>{2 * half}}" for pair in pairs)]
+    lines = [" " * 5 + "".join(f"{title:>{2 * half}}" for title in titles)]
     lines.append("layer" + f"{'attention':>{half}}{'FFN':>{half}}" * len(pairs))
-    rows: dict[str, Sequence[float]] = {
-        str(layer): row for layer, row in enumerate(zip(*columns, strict=True))
-    }
+    rows: dict[str, Sequence[float]] = {}
+    for layer, cosines in enumerate(zip(*columns, strict=True)):
+        rows[str(layer)] = cosines
     rows["mean"] = [mean(column) for column in columns]
-    lines += [
-        f"{name:5}" + "".join(f"{value:{half}.3f}" for value in row) for name, row in rows.items()
-    ]
+    for name, row in rows.items():
+        lines.append(f"{name:5}" + "".join(f"{value:{half}.3f}" for value in row))
     return "\n".join(lines)
 
 
 def mean(cosines: Sequence[float]) -> float:
-    """Of those that are numbers."""
+    """The mean of those that are numbers; NaN where none is."""
     return statistics.mean([value for value in cosines if not math.isnan(value)] or [math.nan])
 
 
 def as_json(
     base: str, models: dict[str, str], reading: str, pairs: Sequence[PairSimilarity]
 ) -> str:
-    """JSON has no NaN: null."""
+    """The cosines and what they were measured on. JSON has no NaN; null stands in its place."""
 
     def plain(value: Any) -> Any:
-        return (
-            [None if math.isnan(each) else each for each in value]
-            if isinstance(value, tuple)
-            else value
-        )
+        if not isinstance(value, tuple):
+            return value
+        return [None if math.isnan(cosine) else cosine for cosine in value]
 
-    listed = [{key: plain(value) for key, value in asdict(pair).items()} for pair in pairs]
-    return (
-        json.dumps({"base": base, "models": models, "reading": reading, "pairs": listed}, indent=1)
-        + "\n"
-    )
+    listed_pairs = []
+    for pair in pairs:
+        listed_pairs.append({key: plain(value) for key, value in asdict(pair).items()})
+    content = {"base": base, "models": models, "reading": reading, "pairs": listed_pairs}
+    return json.dumps(content, indent=1) + "\n"
 
 
 def draw(pairs: Sequence[PairSimilarity], path: Path) -> None:
-    """A panel per pair, at most three in a row."""
+    """Draws a panel per pair, at most three in a row."""
     plt = pyplot()
     across = min(3, len(pairs))
     down = -(-len(pairs) // across)
@@ -104,12 +111,13 @@ def draw(pairs: Sequence[PairSimilarity], path: Path) -> None:
 
 
 def parse_models(texts: Sequence[str]) -> dict[str, str]:
+    """Directories by name, of texts such as `math=math/`."""
     models: dict[str, str] = {}
     for text in texts:
-        named = re.fullmatch(r"([^=]+)=(.+)", text)
-        if not named:
+        match = re.fullmatch(r"([^=]+)=(.+)", text)
+        if not match:
             raise UserError(f"--model {text}: write NAME=DIR")
-        name, path = named.groups()
+        name, path = match.groups()
         if name in models:
             raise UserError(f"two models are called {name!r}")
         models[name] = path
@@ -117,14 +125,19 @@ def parse_models(texts: Sequence[str]) -> dict[str, str]:
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("--base", metavar="DIR", required=True, help="What the models were fine-tuned from.")
+@click.option(
+    "--base",
+    metavar="DIR",
+    required=True,
+    help="Directory of the model that the others were fine-tuned from.",
+)
 @click.option(
     "--model",
-    "given",
+    "named_models",
     metavar="NAME=DIR",
     multiple=True,
     required=True,
-    help="Two or more, one each.",
+    help="Fine-tune and its name; give two or more.",
 )
 @click.option(
     "--reading",
@@ -132,31 +145,31 @@ def parse_models(texts: Sequence[str]) -> dict[str, str]:
     default="concatenated",
     show_default=True,
     help=(
-        "Of all tensors of a part as one vector (the paper's text), or the mean of each one's "
-        "(its caption)."
+        "Cosine of all tensors of a part as one vector (the paper's text), or the mean of the "
+        "cosines of each tensor (its caption)."
     ),
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keep the numbers: *.json.",
+    help="File for the cosines: *.json.",
 )
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw them: *.png, *.pdf or *.svg.",
+    help="File for the figure: *.png, *.pdf or *.svg.",
 )
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--quiet", is_flag=True, help="Show no progress bar.")
 def main(
     base: str,
-    given: Sequence[str],
+    named_models: Sequence[str],
     reading: Way,
     output: Path | None,
     plot: Path | None,
     quiet: bool,
 ) -> None:
-    models = parse_models(given)
+    models = parse_models(named_models)
     if output:
         check_new_file(output)
     if plot:

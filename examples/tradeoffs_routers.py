@@ -1,18 +1,14 @@
-"""Figure 2 of the Trade-offs paper in small: merging and routing LoRA experts of a real model,
-three seeds.
+"""Repeat figure 2 of the Trade-offs paper at small scale: merge and route LoRA experts.
 
     python examples/tradeoffs_routers.py --output tradeoffs/
 
 1. Train LoRA experts of SmolLM2-135M-Instruct, one per domain of text, all from the same
-initialisation, and the
-   shared expert of the paper: one LoRA on all domains, with as many steps as one expert (with
-   `--long` also one with as many as all of them). They are trained once and kept.
-2. Compose the experts with each router of `peft_routing` (`ROUTED_LORA`), and train the routers
-that learn on a
-   mixture of all domains, without saying which is which.
-3. Write the losses on held-out text (`results.json`, `table.md`), their means (`figure2.png`), and
-which of the
-   paper's orderings hold.
+   initialisation, and the paper's shared expert: one LoRA on all domains, with as many steps as one
+   expert (with `--long` also one with as many as all of them). They are trained once and kept.
+2. Compose the experts with each router of `peft_routing` (`ROUTED_LORA`). Train the routers that
+   learn on a mixture of all domains, without saying which text is of which domain.
+3. Write the losses on held-out text (`results.json`, `table.md`) and a figure of their means
+   (`figure2.png`). Print the losses and which of the paper's orderings hold.
 
 A second run with the same settings goes on where the first ended. What differs from the paper: the
 model (135 M parameters, dequantised from 4 bits; the paper's is Phi-2), the tasks (6 domains of
@@ -21,11 +17,12 @@ learning rate per kind of router, and no ensembles. `mlp` is not in the paper (i
 router); it mixes whole updates, not factors. The range is over seeds, which set the order of the
 router's training data and the start of `mlp`; experts and texts stay the same.
 
-Takes an estimated 40 minutes on two idle cores, `--domains 4 --steps 10` about half of that;
+All takes an estimated 40 minutes on two idle cores, `--domains 4 --steps 10` about half of that;
 `--domains 2 --steps 1 --seeds 1 --expert-steps 2` shows that it runs.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -45,7 +42,6 @@ import torch
 from demo import BLOCK, LORA, SEED, blocks, start_worker
 from demo import Recipe as ExpertRecipe
 from demo import train as train_lora
-from drawing import pyplot
 from peft import LoraConfig, PeftModel, get_peft_model
 from real_data import (
     SMOLLM2,
@@ -62,6 +58,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_moe_ext import UserError
+from mergekit_moe_ext.analysis import pyplot
 from peft_routing import Reading, Recipe, compose, train
 
 DOMAINS = ("bible", "math", "news", "french", "dictionary", "code")
@@ -69,13 +66,14 @@ LEARNING_RATE = 2e-3  # of the experts
 BATCH = 2  # blocks per step, of experts and routers
 HELD_OUT_BLOCKS = 4  # per domain
 READING = Reading(max_length=BLOCK, quiet=True)
-SHARED, SHARED_LONG = "shared expert", "shared expert, long"
+SHARED = "shared expert"
+SHARED_LONG = "shared expert, long"
 Losses = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A router, and what is wanted of it."""
+    """A router with its options, and how fast it learns."""
 
     family: str  # for the figure's colours
     options: dict[str, Any]  # of RoutedLoraConfig
@@ -102,7 +100,7 @@ METHODS = {
     "linear from Arrow": Method("routing", {"router": "linear", "init": "arrow"}, 1e-2),
     "mlp": Method("routing", {"router": "mlp", "mlp_layers": 1, "mixing": "full"}, 1e-2),
 }
-# The first is better than the second.
+# The first is better than the second, as the section of the paper says.
 CLAIMS = [
     ("oracle", "linear", "2.4: the oracle is the bound"),
     ("linear", "global", "4.4: routing beats global merging"),
@@ -132,7 +130,7 @@ COLOURS = {"merging": "#4c78a8", "Arrow": "#b8701c", "routing": "#3f8f5f"}
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA adapter to be trained, from the blocks of text that make it."""
+    """A LoRA adapter to be trained on blocks of text."""
 
     name: str
     steps: int
@@ -140,6 +138,7 @@ class Lora:
 
     @property
     def folder(self) -> Path:
+        """The directory where the adapter is kept, named by all that it depends on."""
         recipe = ExpertRecipe(self.steps, BATCH, LEARNING_RATE)
         settings = [SMOLLM2.sha256, SEED, LORA, asdict(recipe), self.data.tolist()]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
@@ -151,9 +150,8 @@ def loras(
 ) -> tuple[list[Lora], list[Lora]]:
     """The experts, each of its own domain, and the shared ones, of all domains."""
     own = {name: blocks(tokenizer, text.train, steps * BATCH) for name, text in texts.items()}
-    together = torch.stack(list(own.values()), dim=1).flatten(
-        0, 1
-    )  # a block of each domain after another
+    # a block of each domain in turn
+    together = torch.stack(list(own.values()), dim=1).flatten(0, 1)
     shared = [Lora(SHARED, steps, together[: steps * BATCH])]
     if long:
         shared.insert(0, Lora(SHARED_LONG, steps * len(texts), together))
@@ -161,7 +159,9 @@ def loras(
 
 
 def make_lora(base: Path, lora: Lora) -> None:
-    """Runs in a process of its own, as the measurements do."""
+    """Trains an adapter, unless it is there. This runs in a process of its own, as the measurements
+    do.
+    """
     if lora.folder.is_dir():
         return
     model: Any = AutoModelForCausalLM.from_pretrained(base)
@@ -174,25 +174,25 @@ def make_lora(base: Path, lora: Lora) -> None:
 
 @torch.inference_mode()
 def held_out_losses(base: Path, adapter: Path | None, held_out: dict[str, torch.Tensor]) -> Losses:
-    """Loss per token of each domain; every row of the table is measured here."""
+    """The loss per token of each domain, by which every row of the table is measured."""
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
-    return {
-        name: statistics.mean(
-            model(input_ids=row[None], labels=row[None]).loss.item() for row in rows
-        )
-        for name, rows in held_out.items()
-    }
+    losses = {}
+    for name, rows in held_out.items():
+        of_rows = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
+        losses[name] = statistics.mean(of_rows)
+    return losses
 
 
 def measure_base(base: Path, held_out: dict[str, torch.Tensor]) -> tuple[Losses, float]:
-    """Losses, and seconds of training a router (none); so do all that measure."""
+    """The losses of the base model, and the seconds of training a router: none here."""
     return held_out_losses(base, None, held_out), 0.0
 
 
 def measure_lora(base: Path, lora: Lora, held_out: dict[str, torch.Tensor]) -> tuple[Losses, float]:
+    """The losses of one adapter, and the seconds of training a router: none here."""
     make_lora(base, lora)
     return held_out_losses(base, lora.folder, held_out), 0.0
 
@@ -207,7 +207,9 @@ def measure_routed(
     steps: int,
     seed: int,
 ) -> tuple[Losses, float]:
-    """Compose the experts with the router, train it if it learns, and measure."""
+    """Composes the experts with the router, trains it if it learns, and measures. Returns the
+    losses, and the seconds of training the router.
+    """
     options = dict(method.options)
     if options.get("top_k"):
         options["top_k"] = min(options["top_k"], len(experts))
@@ -243,8 +245,8 @@ def measure_routed(
 
 
 def write_texts(folder: Path, tokenizer: Any, texts: dict[str, Domain], steps: int) -> list[str]:
-    """Files for the routers to train on, of documents that no expert has read: the `data` of
-    `train`.
+    """Writes files for the routers to train on, of documents that no expert has read. Returns the
+    `data` of `train`.
     """
     named = []
     for name, text in texts.items():
@@ -256,26 +258,29 @@ def write_texts(folder: Path, tokenizer: Any, texts: dict[str, Domain], steps: i
 
 
 def cluster(experts: dict[str, Path]) -> dict[str, int]:
-    """Pairs of experts, the most similar ones first, by the cosine of all their LoRA parameters
-    (the paper's 5.3).
+    """The cluster of each expert. Clusters are pairs, the most similar ones first, by the cosine of
+    all LoRA parameters (the paper's 5.3).
     """
     vectors = {}
     for name, path in experts.items():
         tensors = load_file(path / "adapter_model.safetensors")
         vectors[name] = torch.cat([tensors[key].flatten() for key in sorted(tensors)])
-    pairs = [(a, b) for a in vectors for b in vectors if a < b]
-    pairs.sort(
-        key=lambda pair: -torch.cosine_similarity(vectors[pair[0]], vectors[pair[1]], dim=0).item()
-    )
-    of_expert: dict[str, int] = {}
+
+    def similarity(pair: tuple[str, str]) -> float:
+        first, second = pair
+        return torch.cosine_similarity(vectors[first], vectors[second], dim=0).item()
+
+    pairs = sorted(itertools.combinations(sorted(vectors), 2), key=similarity, reverse=True)
+    clusters: dict[str, int] = {}
     for pair in pairs:
-        if not of_expert.keys() & set(pair):
-            of_expert |= dict.fromkeys(pair, len(of_expert) // 2)
-    return {name: of_expert.get(name, len(of_expert) // 2) for name in experts}
+        if not clusters.keys() & set(pair):
+            clusters |= dict.fromkeys(pair, len(clusters) // 2)
+    # of an odd number, one expert is left alone
+    return {name: clusters.get(name, len(clusters) // 2) for name in experts}
 
 
 class Results:
-    """What was measured, in a file that is written after each measurement."""
+    """The measurements so far, in a file that is written after each."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
@@ -308,19 +313,20 @@ class Results:
         partial.replace(self.path)
 
     def rows(self, names: Sequence[str], seeds: int) -> dict[str, list[Losses]]:
-        """Per method in that order the losses of each seed, or of the one measurement; with the
+        """The losses of each seed, or of the one measurement, per method in that order, with the
         oracle in front.
         """
         losses: dict[str, dict[str, Losses]] = self.content["losses"]
-        rows = {
-            name: [losses[name][str(seed)] for seed in range(seeds) if str(seed) in losses[name]]
-            for name in names
-        }
         own = {domain: losses[f"{domain} expert"]["0"][domain] for domain in losses["base"]["0"]}
-        return {"oracle": [own], **rows}
+        rows = {"oracle": [own]}
+        for name in names:
+            measured_seeds = [str(seed) for seed in range(seeds) if str(seed) in losses[name]]
+            rows[name] = [losses[name][seed] for seed in measured_seeds]
+        return rows
 
 
 def mean(losses: Losses) -> float:
+    """The mean over domains."""
     return statistics.mean(losses.values())
 
 
@@ -330,69 +336,80 @@ def orderings(rows: dict[str, list[Losses]], seeds: int) -> list[str]:
     for better, worse, claim in CLAIMS:
         if not {better, worse} <= rows.keys():
             continue
-        values = [[mean(losses) for losses in rows[name]] for name in (better, worse)]
-        first, second = (each * seeds if len(each) == 1 else each for each in values)
-        held = sum(a < b for a, b in zip(first, second, strict=True))
+        lower = means_of_seeds(rows[better], seeds)
+        higher = means_of_seeds(rows[worse], seeds)
+        held = sum(a < b for a, b in zip(lower, higher, strict=True))
         state = "holds" if held == seeds else "FAILS" if held == 0 else "mixed"
         lines.append(f"{state}  {better} < {worse} in {held} of {seeds} seeds ({claim})")
     return lines
 
 
+def means_of_seeds(losses: list[Losses], seeds: int) -> list[float]:
+    """The mean over domains, seed by seed; what was measured once counts for every seed."""
+    means = [mean(of_seed) for of_seed in losses]
+    return means * seeds if len(means) == 1 else means
+
+
 def table(rows: dict[str, list[Losses]]) -> str:
-    """Markdown: means over seeds, with the range where there are several; the best of a column is
-    bold.
+    """The losses in Markdown: means over seeds, with the range where there are several; the best of
+    a column is bold.
     """
     columns = [*next(iter(rows.values()))[0], "mean"]
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    values = {
-        name: {
-            column: [mean(one) if column == "mean" else one[column] for one in losses]
-            for column in columns
-        }
-        for name, losses in rows.items()
-    }
-    best = {
-        column: min(statistics.mean(row[column]) for row in values.values()) for column in columns
-    }
-    for name, row in values.items():
+    with_means: dict[str, list[Losses]] = {}
+    for name, losses in rows.items():
+        with_means[name] = [{**of_seed, "mean": mean(of_seed)} for of_seed in losses]
+
+    def over_seeds(name: str, column: str) -> float:
+        return statistics.mean(of_seed[column] for of_seed in with_means[name])
+
+    best = {}
+    for column in columns:
+        best[column] = min(over_seeds(name, column) for name in with_means)
+    for name, losses in with_means.items():
         cells = []
-        for column, numbers in row.items():
-            middle = statistics.mean(numbers)
+        for column in columns:
+            middle = over_seeds(name, column)
             cell = f"**{middle:.3f}**" if middle == best[column] else f"{middle:.3f}"
-            cells.append(
-                cell + (f" ({min(numbers):.3f}..{max(numbers):.3f})" if len(numbers) > 1 else "")
-            )
+            if len(losses) > 1:
+                lowest = min(of_seed[column] for of_seed in losses)
+                highest = max(of_seed[column] for of_seed in losses)
+                cell += f" ({lowest:.3f}..{highest:.3f})"
+            cells.append(cell)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(rows: dict[str, list[Losses]], path: Path) -> None:
-    """Figure 2: mean held-out losses, with a dot per seed; baselines are lines."""
+    """Draws figure 2: mean held-out losses, with a dot per seed; baselines are lines."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(11, 5))
-    lines = {
-        name: mean(rows[name][0])
-        for name in ("base", SHARED, SHARED_LONG, "oracle")
-        if name in rows
-    }
-    bars = {name: [mean(losses) for losses in rows[name]] for name in METHODS}
-    heights = {name: statistics.mean(values) for name, values in bars.items()}
-    low, high = min(*heights.values(), *lines.values()), max(lines.values())
-    bottom, top = low - 0.2 * (high - low), high + 0.08 * (high - low)
+    lines = {}
+    for name in ("base", SHARED, SHARED_LONG, "oracle"):
+        if name in rows:
+            lines[name] = mean(rows[name][0])
+    dots = {}
+    heights = {}
+    for name in METHODS:
+        dots[name] = [mean(losses) for losses in rows[name]]
+        heights[name] = statistics.mean(dots[name])
+    low = min(*heights.values(), *lines.values())
+    high = max(lines.values())
+    bottom = low - 0.2 * (high - low)
+    top = high + 0.08 * (high - low)
     for position, (name, height) in enumerate(heights.items()):
-        shown = min(
-            height, top
-        )  # a bar that is far above all baselines would leave no room for the others
+        # a bar that is far above all baselines would leave no room for the others
+        end = min(height, top)
         axes.bar(
             position,
-            shown - bottom,
+            end - bottom,
             0.72,
             bottom=bottom,
             color=COLOURS[METHODS[name].family],
             zorder=2,
         )
         if METHODS[name].learning_rate is not None:
-            axes.scatter([position] * len(bars[name]), bars[name], s=12, color="black", zorder=4)
+            axes.scatter([position] * len(dots[name]), dots[name], s=12, color="black", zorder=4)
         inside = {
             "textcoords": "offset points",
             "ha": "center",
@@ -415,7 +432,9 @@ def draw(rows: dict[str, list[Losses]], path: Path) -> None:
             va="center",
             fontsize=9,
         )
-    axes.set_xticks(range(len(bars)), list(bars), rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_xticks(
+        range(len(heights)), list(heights), rotation=35, ha="right", rotation_mode="anchor"
+    )
     axes.set_ylim(bottom, top)
     axes.set_ylabel("mean held-out loss per token (axis cut)")
     axes.spines[["top", "right"]].set_visible(False)
@@ -434,44 +453,56 @@ def draw(rows: dict[str, list[Losses]], path: Path) -> None:
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option(
-    "--steps", type=click.IntRange(min=1), default=30, show_default=True, help="Of each router."
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Directory for the results; a run goes on where an earlier one ended.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=30,
+    show_default=True,
+    help="Number of training steps of each router.",
+)
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of seeds."
+)
 @click.option(
     "--domains",
     "number",
     type=click.IntRange(2, len(DOMAINS)),
     default=len(DOMAINS),
     show_default=True,
-    help=f"How many of {', '.join(DOMAINS)}.",
+    help=f"Number of domains, the first of {', '.join(DOMAINS)}.",
 )
 @click.option(
     "--expert-steps",
     type=click.IntRange(min=1),
     default=40,
     show_default=True,
-    help="Of each expert.",
+    help="Number of training steps of each expert.",
 )
 @click.option(
     "--long",
     is_flag=True,
-    help="Also a shared expert with as many steps as all experts have together.",
+    help="Train also a shared expert with as many steps as all experts have together.",
 )
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
     default=2,
     show_default=True,
-    help="Processes at a time.",
+    help="Number of processes at a time.",
 )
 def main(
     output: Path, steps: int, seeds: int, number: int, expert_steps: int, long: bool, workers: int
 ) -> None:
     names = DOMAINS[:number]
     try:
-        base, texts = smollm2(), domains(names=names)
+        base = smollm2()
+        texts = domains(names=names)
     except Unavailable as error:
         raise UserError(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -480,16 +511,16 @@ def main(
     held_out = {
         name: blocks(tokenizer, text.held_out, HELD_OUT_BLOCKS) for name, text in texts.items()
     }
+    listed_ids = json.dumps([rows.tolist() for rows in held_out.values()])
+    versions = {name: debian_version(name) for name in names}
     settings: dict[str, Any] = {
         "steps": steps,
         "batch": BATCH,
         "block": BLOCK,
         "experts": [folder.name for folder in experts.values()],
         "shared": shared[-1].folder.name,
-        "held_out": hashlib.sha256(
-            json.dumps([rows.tolist() for rows in held_out.values()]).encode()
-        ).hexdigest(),
-        "debian": {name: version for name in names if (version := debian_version(name))},
+        "held_out": hashlib.sha256(listed_ids.encode()).hexdigest(),
+        "debian": {name: version for name, version in versions.items() if version},
     }
     output.mkdir(parents=True, exist_ok=True)
     results = Results(output / "results.json", settings)
@@ -518,17 +549,11 @@ def main(
             results.add(*jobs[done], *done.result())
     rows = results.rows(["base", *dense, *METHODS], seeds)
     claims = orderings(rows, seeds)
-    pairs = [
-        [name for name in names if clusters[name] == index]
-        for index in sorted(set(clusters.values()))
-    ]
-    text = (
-        "Clusters: "
-        + "; ".join(", ".join(pair) for pair in pairs)
-        + "\n\n"
-        + "\n".join(f"- {c}" for c in claims)
-    )
-    text = f"{table(rows)}\n\n{text}\n"
+    groups = []
+    for index in sorted(set(clusters.values())):
+        groups.append(", ".join(name for name in names if clusters[name] == index))
+    listed_claims = "\n".join(f"- {claim}" for claim in claims)
+    text = f"{table(rows)}\n\nClusters: {'; '.join(groups)}\n\n{listed_claims}\n"
     (output / "table.md").write_text(text)
     draw(rows, output / "figure2.png")
     click.echo(text)

@@ -1,24 +1,22 @@
-"""WEMoE's and E-WEMoE's experiments in small: a vision transformer, four tasks of pictures, three
-seeds.
+"""Repeat WEMoE's and E-WEMoE's experiments at small scale: one ViT, four tasks of images.
 
     python examples/wemoe_images.py -o images/ --plot images/
 
 1. Pretrain a ViT of 0.8 million parameters on emoji and letters K to Z. It is trained once and
-kept.
-2. Fit a linear head per task on its features. From here on the heads stay as they are, as those
-that CLIP makes of
-   the names of classes do in the paper. Per seed and task, fine-tune the trunk: these four models
-   are kept, too.
-3. Merge them by mergekit, with its methods and with `wemoe` and `ewemoe`, and adapt what has
-routers to the test
+   kept.
+2. Fit a linear head per task on its features. The heads are not trained any further, like those
+   that CLIP makes of the names of classes in the paper. Per seed and task, fine-tune the trunk:
+   these four models are kept, too.
+3. Merge them with mergekit's methods and with `wemoe` and `ewemoe`. Adapt the routers to the test
    inputs without their labels, as `mergekit-moe-ext adapt` does.
-4. Write the accuracies (`*.json` in OUTPUT), print the papers' tables and which of their orderings
-hold, and draw.
+4. Write the accuracies (`*.json` in OUTPUT). Print the papers' tables and which of their orderings
+   hold, and draw their figures.
 
-Every accuracy is kept as soon as it is there: the same command goes on after an interruption.
-`--only` picks a part. What differs from the papers, besides the size: 100 steps of adaptation on 8
-pictures per task, not 1000 on 16; learning rates of 3e-4 for routers and 1e-2 for constants, not
-1e-3; four tasks, not eight; for unseen tasks, two more that none of the models was fine-tuned on.
+Every accuracy is written as soon as it is measured, so the same command goes on after an
+interruption. `--only` picks a part. What differs from the papers, besides the size: 100 steps of
+adaptation on 8 images per task, not 1000 on 16; learning rates of 3e-4 for routers and 1e-2 for
+constants, not 1e-3; four tasks, not eight. For unseen tasks there are two more, which none of the
+models was fine-tuned on.
 """
 
 import hashlib
@@ -42,12 +40,11 @@ import transformers
 import yaml
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
-from drawing import heat_map, pyplot
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from PIL import Image
 from real_data import cache_dir, written_at_once
-from real_images import Pictures, pretraining, recipe, tasks
+from real_images import Images, pretraining, recipe, tasks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -60,11 +57,12 @@ from mergekit_moe_ext import (
     UserError,
     adapt,
 )  # importing it registers the methods
-from mergekit_moe_ext.analysis import load_ensemble, read_ensemble
+from mergekit_moe_ext.analysis import heat_map, load_ensemble, pyplot, read_ensemble
 
 TASKS = ["mnist", "animals", "digits8", "letters"]
 UNSEEN = ["numerals", "small letters"]
-SIDE, HIDDEN = 28, 128
+SIDE = 28
+HIDDEN = 128
 SHAPE = {
     "image_size": SIDE,
     "patch_size": 7,
@@ -89,8 +87,8 @@ class Recipe:
 PRETRAINING = Recipe(steps=2000, batch=64, learning_rate=1e-3)
 FINE_TUNING = Recipe(steps=1500, batch=32, learning_rate=1e-3)
 TOGETHER = Recipe(steps=1500, batch=32, learning_rate=1e-3)  # traditional multi-task learning
-MEASURED = 300  # test pictures per task, which routers are adapted to, too
-ROUTED_LOOKED_AT = 100  # of these, for what routers choose
+MEASURED = 300  # test images per task, which routers are adapted to, too
+ROUTED_LOOKED_AT = 100  # images of these by which the routers' choices are judged
 ADAPTATION = {"steps": 100, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 64}
 # The papers' is 1e-3. Adam moves a number by its learning rate per step at most: where the
 # coefficients themselves are what is learned, that would take them nowhere in a tenth of the
@@ -112,6 +110,7 @@ STATIC: dict[str, dict[str, Any]] = {
 
 
 def routed(method: str = "wemoe", **parameters: Any) -> dict[str, Any]:
+    """The merge method and parameters of a model with routers, at the papers' lambda."""
     return {"merge_method": method, "parameters": {"lambda": 0.3, "init_lambda": 0.3, **parameters}}
 
 
@@ -155,30 +154,30 @@ CORRUPTIONS = [
     "contrast",
     "jpeg_compression",
 ]
-SEVERITY, ENLARGED = 3, 64  # of the corruptions, of five; pixels that pictures have meanwhile
+SEVERITY = 3  # of the corruptions, from 1 to 5
+ENLARGED = 64  # pixels of a side while an image is corrupted
 Accuracies = dict[str, float]  # by task
 
 
-def shortened(pictures: Pictures) -> Pictures:
-    return replace(
-        pictures, test=pictures.test[:MEASURED], test_labels=pictures.test_labels[:MEASURED]
-    )
+def shortened(images: Images) -> Images:
+    """The same images with fewer to test on."""
+    return replace(images, test=images.test[:MEASURED], test_labels=images.test_labels[:MEASURED])
 
 
-def pixels(pictures: np.ndarray | Tensor) -> Tensor:
-    """Bytes (n, 28, 28) as the model sees them: (n, 3, 28, 28) in [-1, 1]. So does the processor
-    that is saved.
+def pixels(images: np.ndarray | Tensor) -> Tensor:
+    """Images as the model sees them: of bytes (n, 28, 28), (n, 3, 28, 28) in [-1, 1]. The processor
+    that is saved with a model does the same.
     """
-    return (torch.as_tensor(pictures).float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+    return (torch.as_tensor(images).float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
 def train(
-    model: Any, parts: Sequence[tuple[Pictures, Tensor | None]], how: Recipe, seed: int, desc: str
+    model: Any, parts: Sequence[tuple[Images, Tensor | None]], how: Recipe, seed: int, desc: str
 ) -> None:
-    """Trains what of the model requires gradients, on one part after the other.
+    """Trains the parameters that require gradients, on one part after the other.
 
-    Each part has its pictures and a head (classes, hidden + 1) that stays as it is, or None for the
-    model's own.
+    Each part has its images and a head, (classes, hidden + 1), which is not trained, or None for
+    the model's own head.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
@@ -190,13 +189,13 @@ def train(
     model.train()
     for step in tqdm(range(how.steps), desc=desc, mininterval=5):
         data, head = parts[step % len(parts)]
-        chosen = torch.randint(len(data.train), (how.batch,), generator=generator).numpy()
-        x = pixels(data.train[chosen])
-        if head is None:  # pretraining: light on dark, too
+        sample = torch.randint(len(data.train), (how.batch,), generator=generator).numpy()
+        x = pixels(data.train[sample])
+        if head is None:  # in pretraining half of the images are inverted, light on dark
             x = x * (torch.randint(2, (how.batch, 1, 1, 1), generator=generator) * 2 - 1)
         features = model.vit(x).last_hidden_state[:, 0]
         logits = model.classifier(features) if head is None else with_head(features, head)
-        loss = functional.cross_entropy(logits, torch.as_tensor(data.train_labels[chosen]))
+        loss = functional.cross_entropy(logits, torch.as_tensor(data.train_labels[sample]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -205,37 +204,40 @@ def train(
 
 
 def with_head(features: Tensor, head: Tensor) -> Tensor:
+    """The logits of a head, (n, classes), whose bias is its last column."""
     return functional.linear(features, head[:, :-1], head[:, -1])
 
 
 @torch.inference_mode()
-def features_of(trunk: Callable[[Tensor], Tensor], pictures: np.ndarray) -> Tensor:
-    """What a head reads, (n, hidden), of a trunk that gives it for a batch."""
-    return torch.cat(
-        [trunk(pixels(some)) for some in np.array_split(pictures, -(-len(pictures) // 250))]
-    )
+def features_of(trunk: Callable[[Tensor], Tensor], images: np.ndarray) -> Tensor:
+    """The features that a head reads, (n, hidden), from a trunk that gives them for a batch."""
+    batches = np.array_split(images, -(-len(images) // 250))
+    return torch.cat([trunk(pixels(batch)) for batch in batches])
 
 
 def trunk_of(model: ViTModel) -> Callable[[Tensor], Tensor]:
+    """A function from pixels to the features that a head reads."""
     return lambda x: model.eval()(x).last_hidden_state[:, 0]
 
 
 def accuracies(
-    trunk: Callable[[Tensor], Tensor], heads: dict[str, Tensor], data: dict[str, Pictures]
+    trunk: Callable[[Tensor], Tensor], heads: dict[str, Tensor], data: dict[str, Images]
 ) -> Accuracies:
-    """On the test part of every task that there is a head of."""
-    found = {}
+    """The accuracy on the test part of every task that has a head here."""
+    measured = {}
     for task, head in heads.items():
-        predicted = with_head(features_of(trunk, data[task].test), head).argmax(-1)
-        found[task] = (predicted == torch.as_tensor(data[task].test_labels)).float().mean().item()
-    return found
+        predictions = with_head(features_of(trunk, data[task].test), head).argmax(-1)
+        correct = predictions == torch.as_tensor(data[task].test_labels)
+        measured[task] = correct.float().mean().item()
+    return measured
 
 
-def fit_head(trunk: Callable[[Tensor], Tensor], data: Pictures, seed: int) -> Tensor:
+def fit_head(trunk: Callable[[Tensor], Tensor], data: Images, seed: int) -> Tensor:
     """A linear probe, (classes, hidden + 1), the bias last: logistic regression with a little
     weight decay.
     """
-    features, labels = features_of(trunk, data.train).clone(), torch.as_tensor(data.train_labels)
+    features = features_of(trunk, data.train).clone()
+    labels = torch.as_tensor(data.train_labels)
     torch.manual_seed(seed)
     head = torch.nn.Linear(features.shape[1], len(data.classes))
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -251,8 +253,8 @@ def fit_head(trunk: Callable[[Tensor], Tensor], data: Pictures, seed: int) -> Te
 
 
 def save(model: Any, classes: list[str], folder: Path) -> None:
-    """As anybody's fine-tune is on the Hub: weights, names of classes, and how pictures are
-    prepared.
+    """Saves a model as fine-tunes are on the Hub: weights, names of classes, and the processor of
+    its images.
     """
     model.config.id2label = dict(enumerate(classes))
     model.config.label2id = {name: number for number, name in enumerate(classes)}
@@ -263,15 +265,14 @@ def save(model: Any, classes: list[str], folder: Path) -> None:
 
 
 def folder_of(*parts: Any) -> Path:
-    """Where what depends on these settings, and on the pictures, is kept."""
-    settings = [recipe(), SHAPE, *(asdict(part) for part in parts)]
-    return (
-        cache_dir()
-        / f"wemoe-images-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
-    )
+    """The directory for what depends on these settings and on the images."""
+    settings = json.dumps([recipe(), SHAPE, *(asdict(part) for part in parts)])
+    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    return cache_dir() / f"wemoe-images-{key}"
 
 
 def make_base() -> Path:
+    """The pretrained model, which is trained once and kept."""
     folder = folder_of(PRETRAINING) / "base"
     if not folder.is_dir():
         data = pretraining()
@@ -285,17 +286,17 @@ def make_base() -> Path:
 
 @dataclass(frozen=True)
 class Sources:
-    """What one seed's merges are made of."""
+    """The models that one seed's merges are made of."""
 
     seed: int
     base: Path
     models: dict[str, Path]  # by task
     trunks: dict[str, Path]  # the same without heads, and "base": what a stock method merges
-    heads: dict[str, Tensor]  # of the unseen tasks, too
+    heads: dict[str, Tensor]  # also of the unseen tasks
 
 
-def make_sources(base: Path, data: dict[str, Pictures], seed: int) -> Sources:
-    """Heads and fine-tunes. They are trained once and kept."""
+def make_sources(base: Path, data: dict[str, Images], seed: int) -> Sources:
+    """The heads and fine-tunes of a seed. They are trained once and kept."""
     root = folder_of(PRETRAINING, FINE_TUNING) / f"seed{seed}"
     heads_file = root / "heads" / "heads.safetensors"
     if not heads_file.parent.is_dir():
@@ -327,7 +328,7 @@ def make_sources(base: Path, data: dict[str, Pictures], seed: int) -> Sources:
     return Sources(seed, base, {task: root / task for task in TASKS}, trunks, heads)
 
 
-def make_together(sources: Sources, data: dict[str, Pictures]) -> Path:
+def make_together(sources: Sources, data: dict[str, Images]) -> Path:
     """The trunk of traditional multi-task learning: one for all tasks, with the same heads."""
     folder = folder_of(PRETRAINING, TOGETHER) / f"seed{sources.seed}" / "together"
     if not folder.is_dir():
@@ -342,7 +343,9 @@ def make_together(sources: Sources, data: dict[str, Pictures]) -> Path:
 def merge(
     method: dict[str, Any], base: Path, models: Iterable[Path], output: Path, seed: int
 ) -> Path:
-    """`mergekit-yaml` on a configuration: `method` is its merge method and parameters."""
+    """Merges as `mergekit-yaml` does, and returns the output: `method` is the merge method and its
+    parameters.
+    """
     from mergekit.merge import run_merge
 
     config = {
@@ -350,20 +353,18 @@ def merge(
         "base_model": str(base),
         "models": [{"model": str(model)} for model in models],
     }
-    written = yaml.safe_dump({**config, "dtype": "float32"})
-    # There is no tokenizer, but the file of the image processor is copied along with it, by our
-    # methods alone.
-    beside = "wemoe" in method["merge_method"]
-    options = MergeOptions(quiet=True, random_seed=seed, copy_tokenizer=beside)
-    run_merge(
-        MergeConfiguration.model_validate(yaml.safe_load(written)), str(output), options, written
-    )
+    text = yaml.safe_dump({**config, "dtype": "float32"})
+    # There is no tokenizer, but our methods copy the image processor's file along with it.
+    has_processor = "wemoe" in method["merge_method"]
+    options = MergeOptions(quiet=True, random_seed=seed, copy_tokenizer=has_processor)
+    parsed = MergeConfiguration.model_validate(yaml.safe_load(text))
+    run_merge(parsed, str(output), options, text)
     return output
 
 
-def write_tests(data: dict[str, Pictures], folder: Path) -> list[str]:
-    """The test pictures as files that `adapt` reads: its `--data` of each task. Labels are there
-    for measuring.
+def write_tests(data: dict[str, Images], folder: Path) -> list[str]:
+    """Writes the test images as files that `adapt` reads, and returns its `--data` of each task.
+    The labels are for measuring.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
@@ -378,11 +379,11 @@ def write_tests(data: dict[str, Pictures], folder: Path) -> list[str]:
 
 @dataclass
 class Bench:
-    """One seed's sources, and the pictures that merges are adapted to and measured on."""
+    """One seed's sources, and the images that merges are adapted to and measured on."""
 
     sources: Sources
-    data: dict[str, Pictures]
-    tests: list[str]  # the same, as `write_tests` wrote them
+    data: dict[str, Images]
+    tests: list[str]  # the `--data` of the test images, as `write_tests` returns it
     scratch: Path
     adaptation: dict[str, Any]
 
@@ -397,41 +398,44 @@ class Bench:
             return ViTModel.from_pretrained(merged, add_pooling_layer=False)
 
     def measure(self, trunk: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The accuracies of a trunk with every head."""
         return accuracies(trunk, self.sources.heads, self.data)
 
     def trunk(self, path: Path) -> dict[str, Any]:
+        """The accuracies of the trunk in a directory."""
         return self.measure(trunk_of(ViTModel.from_pretrained(path, add_pooling_layer=False)))
 
     def static(self, method: dict[str, Any]) -> dict[str, Any]:
+        """The accuracies of a stock merge."""
         return self.measure(trunk_of(self.dense(method)))
 
     def own(self) -> dict[str, Any]:
-        """Each task's own fine-tune."""
-        found: Accuracies = {}
+        """The accuracies of each task's own fine-tune."""
+        measured: Accuracies = {}
         for task, path in self.sources.models.items():
             trunk = trunk_of(ViTModel.from_pretrained(path, add_pooling_layer=False))
-            found |= accuracies(trunk, {task: self.sources.heads[task]}, self.data)
-        return found
+            measured |= accuracies(trunk, {task: self.sources.heads[task]}, self.data)
+        return measured
+
+    def merged_sources(self, method: dict[str, Any], output: Path) -> Path:
+        """A merge of the fine-tunes with their heads, by a method of this package."""
+        sources = self.sources
+        return merge(method, sources.base, sources.models.values(), output, sources.seed)
 
     def adapted(
         self, method: dict[str, Any], eval_steps: int | None = None, **settings: Any
     ) -> dict[str, Any]:
-        """Merge, adapt to the tests, measure; with the mean entropy before and after, and what the
-        routers choose.
+        """The accuracies of a merge that was adapted to the tests, with the mean entropy before and
+        after as `entropy`, and what its routers choose as `coefficients`.
 
-        With `eval_steps` the accuracies in between, as `adapt` has measured them, are there as
-        `curve`.
+        With `eval_steps` the accuracies in between, as `adapt` measured them, are there as `curve`.
         """
-        sources = self.sources
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            merged = merge(
-                method, sources.base, sources.models.values(), Path(folder) / "merged", sources.seed
-            )
-            rate = LEARNING_RATE[
-                "routers" if method["parameters"].get("router_layers", 2) else "constants"
-            ]
-            chosen = {"learning_rate": rate, **self.adaptation, **settings}
-            how = Adaptation(**chosen, seed=sources.seed, eval_steps=eval_steps)
+            merged = self.merged_sources(method, Path(folder) / "merged")
+            has_routers = method["parameters"].get("router_layers", 2) > 0
+            rate = LEARNING_RATE["routers" if has_routers else "constants"]
+            options = {"learning_rate": rate, **self.adaptation, **settings}
+            how = Adaptation(**options, seed=self.sources.seed, eval_steps=eval_steps)
             output = Path(folder) / "adapted"
             results = adapt(
                 str(merged),
@@ -443,57 +447,54 @@ class Bench:
             assert results is not None  # this is the only process
             history = json.loads((output / "trainer_state.json").read_text())["log_history"]
             model: Any = load_ensemble(str(output), *read_ensemble(str(output))).eval()
-        choice = coefficients_of(model, self.data) if model.ensembling.router_layers else None
-        found: dict[str, Any] = {task: results[task]["accuracy"][1] for task in TASKS}
-        model.classifier = torch.nn.Identity()  # the heads of unseen tasks are not in it
-        unseen = {task: self.sources.heads[task] for task in UNSEEN}
-        found |= accuracies(
-            lambda x: model(pixel_values=x, task=TASKS[0]).logits, unseen, self.data
-        )
+        row: dict[str, Any] = {task: results[task]["accuracy"][1] for task in TASKS}
         entropies = [results[task]["entropy"] for task in TASKS]
-        found["entropy"] = list(map(statistics.mean, zip(*entropies, strict=True)))
-        if choice is not None:
-            found["coefficients"] = choice
+        row["entropy"] = [statistics.mean(column) for column in zip(*entropies, strict=True)]
+        if model.ensembling.router_layers:
+            row["coefficients"] = coefficients_of(model, self.data)
         if eval_steps:
-            found["curve"] = curve_of(history)
-        return found
+            row["curve"] = curve_of(history)
+
+        # The heads of unseen tasks are not in the model, which gives their features in their place.
+        model.classifier = torch.nn.Identity()
+
+        def features(x: Tensor) -> Tensor:
+            return model(pixel_values=x, task=TASKS[0]).logits
+
+        unseen = {task: self.sources.heads[task] for task in UNSEEN}
+        return row | accuracies(features, unseen, self.data)
 
     def oracle(self, method: dict[str, Any]) -> dict[str, Any]:
-        """Nothing is adapted: wherever there is a router, the coefficient of the pictures' own task
-        is 1, others 0.
+        """The accuracies where nothing is adapted and every router gives the images' own task the
+        coefficient 1, others 0.
         """
-        sources = self.sources
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            merged = merge(
-                method, sources.base, sources.models.values(), Path(folder) / "merged", sources.seed
-            )
+            merged = self.merged_sources(method, Path(folder) / "merged")
             model: Any = load_ensemble(str(merged), *read_ensemble(str(merged))).eval()
         model.classifier = torch.nn.Identity()
-        found: Accuracies = {}
+        measured: Accuracies = {}
         for index, task in enumerate(TASKS):
-            chosen = torch.zeros(1, len(model.ensembling.groups), len(TASKS))
-            chosen[..., index] = 1
+            own_task = torch.zeros(1, len(model.ensembling.groups), len(TASKS))
+            own_task[..., index] = 1
 
-            def trunk(x: Tensor, chosen: Tensor = chosen) -> Tensor:
-                return model(
-                    pixel_values=x, task=TASKS[0], coefficients=chosen.expand(len(x), -1, -1)
-                ).logits
+            def features(x: Tensor, own_task: Tensor = own_task) -> Tensor:
+                coefficients = own_task.expand(len(x), -1, -1)
+                return model(pixel_values=x, task=TASKS[0], coefficients=coefficients).logits
 
-            found |= accuracies(trunk, {task: sources.heads[task]}, self.data)
-        return found
+            measured |= accuracies(features, {task: self.sources.heads[task]}, self.data)
+        return measured
 
 
 @torch.inference_mode()
-def coefficients_of(model: Any, data: dict[str, Pictures]) -> dict[str, Any]:
-    """By task and block, how the coefficients are on average, and how often each is the largest."""
-    found = {}
+def coefficients_of(model: Any, data: dict[str, Images]) -> dict[str, Any]:
+    """The mean of each coefficient, and how often each is the largest, by task: (blocks, tasks)."""
+    by_task = {}
     for task in TASKS:
-        given = model.coefficients(
-            pixel_values=pixels(data[task].test[:ROUTED_LOOKED_AT]), task=task
-        )
-        first = functional.one_hot(given.argmax(-1), given.shape[-1]).float()
-        found[task] = {"mean": given.mean(0).tolist(), "first": first.mean(0).tolist()}
-    return found
+        x = pixels(data[task].test[:ROUTED_LOOKED_AT])
+        coefficients = model.coefficients(pixel_values=x, task=task)
+        largest = functional.one_hot(coefficients.argmax(-1), coefficients.shape[-1]).float()
+        by_task[task] = {"mean": coefficients.mean(0).tolist(), "first": largest.mean(0).tolist()}
+    return by_task
 
 
 def curve_of(history: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -501,114 +502,125 @@ def curve_of(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     by_step: dict[int, list[float]] = {}
     for entry in history:
         measured = [value for key, value in entry.items() if key.endswith("_accuracy")]
-        by_step.setdefault(entry["step"], []).extend(measured)
-    return {
-        str(step): statistics.mean(values) for step, values in sorted(by_step.items()) if values
-    }
+        if measured:
+            by_step.setdefault(entry["step"], []).extend(measured)
+    return {str(step): statistics.mean(values) for step, values in sorted(by_step.items())}
 
 
-class Kept:
-    """What was measured for one part, by row and seed. Each seed has a file, which is written anew
+class Results:
+    """The measurements of one part, by row and seed. Each seed has a file, which is written anew
     with each row.
     """
 
     def __init__(self, folder: Path, part: str, settings: Any):
-        self.folder, self.part, self.settings = folder, part, json.loads(json.dumps(settings))
+        self.folder = folder
+        self.part = part
+        self.settings = json.loads(json.dumps(settings))  # as they are read back
         self.cells: dict[str, dict[int, dict[str, Any]]] = {}
         for path in sorted(folder.glob(f"{part}-*.json")):
-            known = json.loads(path.read_text())
-            if known["settings"] != self.settings:
+            content = json.loads(path.read_text())
+            if content["settings"] != self.settings:
                 raise UserError(f"{path} is of other settings; remove it or name another directory")
-            for row, found in known["rows"].items():
-                self.cells.setdefault(row, {})[int(path.stem.rpartition("-")[2])] = found
+            seed = int(path.stem.rpartition("-")[2])
+            for row, cell in content["rows"].items():
+                self.cells.setdefault(row, {})[seed] = cell
 
-    def once(self, row: str, seed: int, make: Callable[[], dict[str, Any]]) -> None:
+    def once(self, row: str, seed: int, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measures a row, unless it was measured with this seed before."""
         of_row = self.cells.setdefault(row, {})
         if seed in of_row:
             return
-        of_row[seed] = made = make()
-        rows = {row: found[seed] for row, found in self.cells.items() if seed in found}
+        of_row[seed] = measure()
+        rows = {name: seeds[seed] for name, seeds in self.cells.items() if seed in seeds}
         unfinished = self.folder / f"{self.part}-{seed}.partial"
         unfinished.write_text(
             json.dumps({"settings": self.settings, "rows": rows}, indent=1) + "\n"
         )
         unfinished.replace(unfinished.with_suffix(".json"))
-        tqdm.write(f"{self.part}, seed {seed}, {row}: {average(made):.3f}", file=sys.stderr)
+        message = f"{self.part}, seed {seed}, {row}: {average(of_row[seed]):.3f}"
+        tqdm.write(message, file=sys.stderr)
 
 
-def average(found: dict[str, Any], names: Sequence[str] = TASKS) -> float:
-    return statistics.mean(found[task] for task in names)
+def average(accuracies_of: dict[str, Any], names: Sequence[str] = TASKS) -> float:
+    """The mean accuracy over these tasks."""
+    return statistics.mean(accuracies_of[task] for task in names)
 
 
-def table2(bench: Bench, kept: Kept) -> None:
-    """And Table 4, and what figures 11 and 12 are drawn from."""
-    sources, seed = bench.sources, bench.sources.seed
-    kept.once("Pre-trained", seed, partial(bench.trunk, sources.trunks["base"]))
-    kept.once("Individual", seed, bench.own)
+def table2(bench: Bench, results: Results) -> None:
+    """Measures the rows of Tables 2 and 4, from which figures 11 and 12 are drawn, too."""
+    sources = bench.sources
+    seed = bench.sources.seed
+    results.once("Pre-trained", seed, partial(bench.trunk, sources.trunks["base"]))
+    results.once("Individual", seed, bench.own)
     for row, method in STATIC.items():
-        kept.once(row, seed, partial(bench.static, method))
+        results.once(row, seed, partial(bench.static, method))
     for row, method in ROUTED.items():
-        kept.once(row, seed, partial(bench.adapted, method))
+        results.once(row, seed, partial(bench.adapted, method))
     with_labels = partial(bench.adapted, ROUTED["WEMoE (2-layer)"], objective="supervised")
-    kept.once("WEMoE (2-layer), with labels", seed, with_labels)
-    kept.once("Traditional MTL", seed, lambda: bench.trunk(make_together(sources, bench.data)))
+    results.once("WEMoE (2-layer), with labels", seed, with_labels)
+    results.once("Traditional MTL", seed, lambda: bench.trunk(make_together(sources, bench.data)))
 
 
-def table6(bench: Bench, kept: Kept) -> None:
+def table6(bench: Bench, results: Results) -> None:
+    """Measures the rows of Table 6: what is upscaled."""
     for row, method in STRATEGIES.items():
-        kept.once(f"{row}, own task's", bench.sources.seed, partial(bench.oracle, method))
-        kept.once(row, bench.sources.seed, partial(bench.adapted, method))
+        results.once(f"{row}, own task's", bench.sources.seed, partial(bench.oracle, method))
+        results.once(row, bench.sources.seed, partial(bench.adapted, method))
 
 
-def sparsity(bench: Bench, kept: Kept) -> None:
-    """What E-WEMoE is made of, and how much it can drop."""
+def sparsity(bench: Bench, results: Results) -> None:
+    """Measures what E-WEMoE is made of, and how much it can drop."""
     for row, method in SPARSE.items():
-        kept.once(row, bench.sources.seed, partial(bench.adapted, method))
+        results.once(row, bench.sources.seed, partial(bench.adapted, method))
 
 
-def figure4(bench: Bench, kept: Kept) -> None:
+def figure4(bench: Bench, results: Results) -> None:
+    """Measures the curves of figure 4: accuracy by learning rate and step."""
+    method = ROUTED["WEMoE (2-layer)"]
     for rate in RATES:
-        made = partial(bench.adapted, ROUTED["WEMoE (2-layer)"], eval_steps=25, learning_rate=rate)
-        kept.once(f"{rate:g}", bench.sources.seed, made)
+        measure = partial(bench.adapted, method, eval_steps=25, learning_rate=rate)
+        results.once(f"{rate:g}", bench.sources.seed, measure)
 
 
-def figure5(bench: Bench, kept: Kept) -> None:
+def figure5(bench: Bench, results: Results) -> None:
+    """Measures the curves of figure 5: accuracy by lambda."""
     seed = bench.sources.seed
     for row in ("Task arithmetic", "Ties-Merging"):
         for scale in LAMBDAS:
             method = scaled(STATIC[row], scale)
-            kept.once(f"{row}, {scale}", seed, partial(bench.static, method))
+            results.once(f"{row}, {scale}", seed, partial(bench.static, method))
     for row in ("WEMoE (0-layer)", "WEMoE (2-layer)"):
         for scale in LAMBDAS_ROUTED:
             method = scaled(ROUTED[row], scale)
-            kept.once(f"{row}, {scale}", seed, partial(bench.adapted, method))
+            results.once(f"{row}, {scale}", seed, partial(bench.adapted, method))
 
 
 def scaled(method: dict[str, Any], scale: float) -> dict[str, Any]:
+    """The same method with another lambda."""
     parameters = method["parameters"]
     lambdas = dict.fromkeys({"lambda", "init_lambda"} & parameters.keys(), scale)
     return {**method, "parameters": {**parameters, **lambdas}}
 
 
-def table5(bench: Bench, kept: Kept) -> None:
+def table5(bench: Bench, results: Results) -> None:
+    """Measures the rows of Table 5, on corrupted test images."""
     for corruption in CORRUPTIONS:
         data = corrupted(bench.data, corruption)
         tests = write_tests(data, bench.scratch / corruption)
         there = replace(bench, data=data, tests=tests)
         for row in COMPARED:
-            made = (
-                partial(there.static, STATIC[row])
-                if row in STATIC
-                else partial(there.adapted, ROUTED[row])
-            )
-            kept.once(f"{row}, {corruption}", bench.sources.seed, made)
+            if row in STATIC:
+                measure = partial(there.static, STATIC[row])
+            else:
+                measure = partial(there.adapted, ROUTED[row])
+            results.once(f"{row}, {corruption}", bench.sources.seed, measure)
 
 
-def corrupted(data: dict[str, Pictures], corruption: str) -> dict[str, Pictures]:
-    """The test pictures of the four tasks, corrupted as Hendrycks and Dietterich have it, at one
-    severity.
+def corrupted(data: dict[str, Images], corruption: str) -> dict[str, Images]:
+    """The images with the test parts of the four tasks corrupted as in Hendrycks and Dietterich, at
+    one severity.
 
-    That is done at twice the size and more, since the library takes no pictures below 32 pixels.
+    That is done at more than twice the size, since the library takes no images below 32 pixels.
     """
     try:
         from imagecorruptions import corrupt
@@ -616,59 +628,60 @@ def corrupted(data: dict[str, Pictures], corruption: str) -> dict[str, Pictures]
         raise UserError(
             "corruptions need imagecorruptions: pip install 'mergekit-moe-ext[corruptions]'"
         ) from error
-    np.random.seed(0)  # which that library draws from
-    found: dict[str, Any] = {}
+
+    def worse(image: np.ndarray) -> np.ndarray:
+        large = Image.fromarray(image).resize((ENLARGED, ENLARGED), Image.Resampling.BICUBIC)
+        damaged = corrupt(
+            np.asarray(large.convert("RGB")), severity=SEVERITY, corruption_name=corruption
+        )
+        small = Image.fromarray(damaged).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+        return np.asarray(small)
+
+    np.random.seed(0)  # the library draws from this generator
+    with_corrupted = dict(data)
     for task in TASKS:
-        large = [
-            Image.fromarray(one).resize((ENLARGED, ENLARGED), Image.Resampling.BICUBIC)
-            for one in data[task].test
-        ]
-        worse = [
-            corrupt(np.asarray(one.convert("RGB")), severity=SEVERITY, corruption_name=corruption)
-            for one in large
-        ]
-        small = [
-            Image.fromarray(one).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-            for one in worse
-        ]
-        found[task] = replace(data[task], test=np.stack([np.asarray(one) for one in small]))
-    return {**data, **found}
+        test = np.stack([worse(image) for image in data[task].test])
+        with_corrupted[task] = replace(data[task], test=test)
+    return with_corrupted
 
 
 def percent(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
+    """The mean and the standard deviation over seeds, in percent."""
     spread = f" ±{100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
-def markdown(kept: Kept, rows: Iterable[str], columns: Mapping[str, Sequence[str]]) -> str:
+def markdown(results: Results, rows: Iterable[str], columns: Mapping[str, Sequence[str]]) -> str:
     """A line per row that was measured; a column is the average over its tasks."""
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:
-        seeds = kept.cells.get(row, {})
+        seeds = results.cells.get(row, {})
         if seeds:
-            cells = [
-                percent([average(found, names) for found in seeds.values()])
-                for names in columns.values()
-            ]
+            cells = []
+            for names in columns.values():
+                cells.append(percent([average(cell, names) for cell in seeds.values()]))
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def claim(
-    kept: Kept, better: str, worse: str, names: Sequence[str] = TASKS, where: str = ""
+    results: Results, better: str, worse: str, names: Sequence[str] = TASKS, where: str = ""
 ) -> list[str]:
-    """Whether one row is above another on average, and in how many seeds."""
-    one, other = (kept.cells.get(row, {}) for row in (better, worse))
-    both = [seed for seed in one if seed in other]
+    """A line that says whether one row is above another on average, and in how many seeds; no line
+    if one of them was not measured.
+    """
+    higher = results.cells.get(better, {})
+    lower = results.cells.get(worse, {})
+    both = [seed for seed in higher if seed in lower]
     if not both:
         return []
-    held = sum(average(one[seed], names) > average(other[seed], names) for seed in both)
+    held = sum(average(higher[seed], names) > average(lower[seed], names) for seed in both)
     state = "holds" if held == len(both) else "FAILS" if held == 0 else "mixed"
     return [f"{state}  {better} above {worse}{where} ({held} of {len(both)} seeds)"]
 
 
-def text_of_table2(kept: Kept) -> str:
+def text_of_table2(results: Results) -> str:
+    """Tables 2 and 4, each with the papers' orderings."""
     single = {task: [task] for task in TASKS}
     everything = [
         "Pre-trained",
@@ -703,113 +716,124 @@ def text_of_table2(kept: Kept) -> str:
         ("WEMoE (0-layer)", "Task arithmetic"),
         ("Task arithmetic", "Ties-Merging"),
     ]
+    lines_of_table2 = []
+    for better, worse in claims:
+        lines_of_table2 += claim(results, better, worse)
+    lines_of_table4 = []
+    for better, worse in unseen:
+        lines_of_table4 += claim(results, better, worse, names=UNSEEN, where=" on unseen tasks")
+    columns_of_table4 = {"seen": TASKS, **{task: [task] for task in UNSEEN}, "unseen": UNSEEN}
     parts = [
         "Table 2",
-        markdown(kept, everything, {**single, "average": TASKS}),
-        "\n".join(line for pair in claims for line in claim(kept, *pair)),
+        markdown(results, everything, {**single, "average": TASKS}),
+        "\n".join(lines_of_table2),
         "Table 4",
-        markdown(
-            kept,
-            ["Pre-trained", *COMPARED],
-            {"seen": TASKS, **{t: [t] for t in UNSEEN}, "unseen": UNSEEN},
-        ),
-        "\n".join(
-            line
-            for pair in unseen
-            for line in claim(kept, *pair, names=UNSEEN, where=" on unseen tasks")
-        ),
+        markdown(results, ["Pre-trained", *COMPARED], columns_of_table4),
+        "\n".join(lines_of_table4),
     ]
     return "\n\n".join(parts)
 
 
-def text_of_table6(kept: Kept) -> str:
-    rows = [f"{row}{which}" for which in ("", ", own task's") for row in STRATEGIES]
-    table = markdown(kept, rows, {**{task: [task] for task in TASKS}, "average": TASKS})
-    lines = claim(kept, "Attention + MLP", "MLP only") + claim(kept, "MLP only", "Entire block")
+def text_of_table6(results: Results) -> str:
+    """Table 6, and the paper's orderings."""
+    rows = [*STRATEGIES, *(f"{row}, own task's" for row in STRATEGIES)]
+    single = {task: [task] for task in TASKS}
+    table = markdown(results, rows, {**single, "average": TASKS})
+    lines = claim(results, "Attention + MLP", "MLP only") + claim(
+        results, "MLP only", "Entire block"
+    )
     return "\n\n".join(["Table 6 (routers of one layer)", table, "\n".join(lines)])
 
 
-def text_of_sparsity(kept: Kept) -> str:
-    return "E-WEMoE\n\n" + markdown(
-        kept, SPARSE, {**{task: [task] for task in TASKS}, "average": TASKS}
-    )
+def text_of_sparsity(results: Results) -> str:
+    """The table of E-WEMoE and its parts."""
+    single = {task: [task] for task in TASKS}
+    return "E-WEMoE\n\n" + markdown(results, SPARSE, {**single, "average": TASKS})
 
 
-def text_of_figure4(kept: Kept) -> str:
+def text_of_figure4(results: Results) -> str:
+    """A line per learning rate."""
     lines = ["Figure 4: the average accuracy of WEMoE (2-layer) by learning rate and step"]
-    for rate, seeds in kept.cells.items():
-        curves = [found["curve"] for found in seeds.values()]
-        means = [f"{step}: {percent([curve[step] for curve in curves])}" for step in curves[0]]
+    for rate, seeds in results.cells.items():
+        curves = [cell["curve"] for cell in seeds.values()]
+        means = []
+        for step in curves[0]:
+            means.append(f"{step}: {percent([curve[step] for curve in curves])}")
         lines.append(f"{rate}: " + ", ".join(means))
     return "\n".join(lines)
 
 
-def text_of_figure5(kept: Kept) -> str:
+def text_of_figure5(results: Results) -> str:
+    """A line per method, a column per lambda, and the paper's orderings."""
     lines = ["Figure 5: the average accuracy by lambda", ""]
     lines += ["| | " + " | ".join(map(str, LAMBDAS)) + " |", "|---|" + "---:|" * len(LAMBDAS)]
     for row in ("Task arithmetic", "Ties-Merging", "WEMoE (0-layer)", "WEMoE (2-layer)"):
-        by_lambda = [kept.cells.get(f"{row}, {scale}", {}).values() for scale in LAMBDAS]
-        lines.append(
-            f"| {row} | "
-            + " | ".join(percent([average(f) for f in each]) if each else "" for each in by_lambda)
-            + " |"
-        )
+        texts = []
+        for scale in LAMBDAS:
+            averages = [average(cell) for cell in results.cells.get(f"{row}, {scale}", {}).values()]
+            texts.append(percent(averages) if averages else "")
+        lines.append(f"| {row} | " + " | ".join(texts) + " |")
     for scale in LAMBDAS_ROUTED:
         for row in ("Task arithmetic", "Ties-Merging", "WEMoE (0-layer)"):
-            lines += claim(kept, f"WEMoE (2-layer), {scale}", f"{row}, {scale}")
+            lines += claim(results, f"WEMoE (2-layer), {scale}", f"{row}, {scale}")
     return "\n".join(lines)
 
 
-def text_of_table5(kept: Kept) -> str:
+def text_of_table5(results: Results) -> str:
+    """Table 5, a part per corruption, and the paper's orderings."""
     parts = ["Table 5"]
     single = {task: [task] for task in TASKS}
     for corruption in CORRUPTIONS:
         rows = [f"{row}, {corruption}" for row in COMPARED]
-        parts.append(markdown(kept, rows, {**single, "average": TASKS}))
-        lines = [claim(kept, f"WEMoE (2-layer), {corruption}", row) for row in rows[:-1]]
-        parts.append("\n".join(line for each in lines for line in each))
+        parts.append(markdown(results, rows, {**single, "average": TASKS}))
+        lines = []
+        for row in rows[:-1]:
+            lines += claim(results, f"WEMoE (2-layer), {corruption}", row)
+        parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def draw_curves(kept: Kept, path: Path) -> None:
-    """Figure 4: the mean over seeds, and from the least to the greatest."""
+def draw_curves(results: Results, path: Path) -> None:
+    """Draws figure 4: the mean over seeds, and the range from the least to the greatest."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for rate, seeds in kept.cells.items():
-        curves = [found["curve"] for found in seeds.values()]
-        _band(axes, list(map(int, curves[0])), [list(curve.values()) for curve in curves], rate)
+    for rate, seeds in results.cells.items():
+        curves = [cell["curve"] for cell in seeds.values()]
+        steps = [int(step) for step in curves[0]]
+        _band(axes, steps, [list(curve.values()) for curve in curves], rate)
     axes.set_xlabel("steps")
     _finish(axes, figure, path, "learning rate")
 
 
-def draw_lambdas(kept: Kept, path: Path) -> None:
-    """Figure 5."""
+def draw_lambdas(results: Results, path: Path) -> None:
+    """Draws figure 5: the mean over seeds, and the range from the least to the greatest."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for row in ("Task arithmetic", "Ties-Merging", "WEMoE (0-layer)", "WEMoE (2-layer)"):
-        there = [scale for scale in LAMBDAS if kept.cells.get(f"{row}, {scale}")]
-        seeds = sorted({seed for scale in there for seed in kept.cells[f"{row}, {scale}"]})
-        complete = [scale for scale in there if len(kept.cells[f"{row}, {scale}"]) == len(seeds)]
-        if complete:
-            curves = [
-                [average(kept.cells[f"{row}, {scale}"][seed]) for scale in complete]
-                for seed in seeds
-            ]
+        by_lambda = {scale: results.cells.get(f"{row}, {scale}", {}) for scale in LAMBDAS}
+        seeds = sorted(set().union(*by_lambda.values()))
+        # only what was measured with every seed, so that the curves have the same points
+        complete = [scale for scale, cells in by_lambda.items() if len(cells) == len(seeds)]
+        curves = []
+        for seed in seeds:
+            curves.append([average(by_lambda[scale][seed]) for scale in complete])
+        if curves:
             _band(axes, complete, curves, row)
     axes.set_xlabel("λ")
     _finish(axes, figure, path, None)
 
 
 def _band(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], label: str) -> None:
-    columns = [[100 * value for value in column] for column in zip(*curves, strict=True)]
-    (line,) = axes.plot(
-        x, [statistics.mean(column) for column in columns], marker="o", ms=3, label=label
-    )
-    lowest, highest = ([pick(column) for column in columns] for pick in (min, max))
+    """The mean of curves as a line, and their range as a band around it, in percent."""
+    values = 100 * np.array(curves)
+    (line,) = axes.plot(x, values.mean(axis=0), marker="o", ms=3, label=label)
+    lowest = values.min(axis=0)
+    highest = values.max(axis=0)
     axes.fill_between(x, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def _finish(axes: Any, figure: Any, path: Path, title: str | None) -> None:
+    """Labels the axes and writes the figure."""
     axes.set_ylabel("average accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8)
@@ -817,40 +841,32 @@ def _finish(axes: Any, figure: Any, path: Path, title: str | None) -> None:
     pyplot().close(figure)
 
 
-def draw_routing(kept: Kept, path: Path) -> None:
-    """Figures 11 and 12: mean coefficients, and how often each is the largest; by task, a line per
-    block.
+def draw_routing(results: Results, path: Path) -> None:
+    """Draws figures 11 and 12: mean coefficients, and how often each is the largest; by task, a
+    line per block.
     """
     plt = pyplot()
-    seeds = [found["coefficients"] for found in kept.cells["WEMoE (2-layer)"].values()]
+    seeds = [cell["coefficients"] for cell in results.cells["WEMoE (2-layer)"].values()]
     figure, panels = plt.subplots(
         2, len(TASKS), figsize=(2.5 * len(TASKS), 4.4), sharex=True, layout="constrained"
     )
-    for line, (kind, said) in zip(
-        panels, (("mean", "coefficients"), ("first", "largest")), strict=True
-    ):
+    titles = {"mean": "coefficients", "first": "largest"}
+    for line, (kind, title) in zip(panels, titles.items(), strict=True):
         for axes, task in zip(line, TASKS, strict=True):
-            means = np.mean([found[task][kind] for found in seeds], axis=0)
+            means = np.mean([of_seed[task][kind] for of_seed in seeds], axis=0)
             heat_map(axes, means.tolist(), 1)
             for (y, x), value in np.ndenumerate(means):
-                axes.text(
-                    x,
-                    y,
-                    f"{value:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if value > 0.6 else "black",
-                )
+                colour = "white" if value > 0.6 else "black"
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
             axes.set_xticks(range(len(TASKS)), TASKS, rotation=30)
-            axes.set_title(f"{said}, pictures: {task}", fontsize=8)
+            axes.set_title(f"{title}, images: {task}", fontsize=8)
         line[0].set_ylabel("block")
     figure.supxlabel("expert", fontsize=9)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-PARTS: dict[str, tuple[Callable[[Bench, Kept], None], Callable[[Kept], str]]] = {
+PARTS: dict[str, tuple[Callable[[Bench, Results], None], Callable[[Results], str]]] = {
     "table2": (table2, text_of_table2),
     "table6": (table6, text_of_table6),
     "sparsity": (sparsity, text_of_sparsity),
@@ -866,12 +882,18 @@ DRAWN = {
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Directory for the accuracies; a run goes on where an earlier one ended.",
+)
 @click.option(
     "--only",
     type=click.Choice(list(PARTS)),
     multiple=True,
-    help="A part; several may be given. [default: all]",
+    help="Part of the experiments; several may be given. [default: all]",
 )
 @click.option(
     "--seed",
@@ -880,47 +902,49 @@ DRAWN = {
     multiple=True,
     default=(0, 1, 2),
     show_default=True,
-    help="Several may be given.",
+    help="Seed of the fine-tunes and the adaptation; several may be given.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
     default=ADAPTATION["steps"],
     show_default=True,
-    help="Of an adaptation.",
+    help="Number of steps of each adaptation.",
 )
 @click.option(
     "--plot",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Draw the figures into this directory.",
+    help="Directory for the figures.",
 )
 def main(
     output: Path, only: tuple[str, ...], seeds: tuple[int, ...], steps: int, plot: Path | None
 ) -> None:
     if plot:
-        pyplot()  # if it is not there, say so before the work
+        pyplot()  # an error before any work where it is not installed
         plot.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    # or it lists the head, left out, at every trunk
+    # transformers would list the head that is left out, for every trunk
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     adaptation = {**ADAPTATION, "steps": steps}
     settings = {**adaptation, **LEARNING_RATE, "sources": folder_of(PRETRAINING, FINE_TUNING).name}
-    files = {part: Kept(output, part, settings) for part in only or PARTS}
-    data = {task: shortened(pictures) for task, pictures in tasks([*TASKS, *UNSEEN]).items()}
+    results = {part: Results(output, part, settings) for part in only or PARTS}
+    data = {task: shortened(images) for task, images in tasks([*TASKS, *UNSEEN]).items()}
     base = make_base()
     with tempfile.TemporaryDirectory() as scratch:
         tests = write_tests(data, Path(scratch) / "clean")
         for seed in seeds:
             tqdm.write(f"seed {seed}", file=sys.stderr)
             bench = Bench(make_sources(base, data, seed), data, tests, Path(scratch), adaptation)
-            for part, kept in files.items():
-                PARTS[part][0](bench, kept)
-    for part, kept in files.items():
-        click.echo(PARTS[part][1](kept) + "\n")
+            for part, of_part in results.items():
+                measure, _ = PARTS[part]
+                measure(bench, of_part)
+    for part, of_part in results.items():
+        _, text_of = PARTS[part]
+        click.echo(text_of(of_part) + "\n")
         if plot and part in DRAWN:
             draw, name = DRAWN[part]
-            draw(kept, plot / name)
+            draw(of_part, plot / name)
 
 
 if __name__ == "__main__":

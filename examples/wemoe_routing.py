@@ -1,12 +1,15 @@
-"""WEMoE's figures 11 and 12: which task vectors routers favour for which task's inputs.
+"""Print which task vectors the routers favour for each task's inputs (WEMoE's figures 11 and 12).
 
-    python examples/wemoe_routing.py out-adapted --data sun=images/sun --data cars=images/cars
-    --plot routing.png
+    python examples/wemoe_routing.py out-adapted --data sun=images/sun --data cars=images/cars \\
+        --plot routing.png
 
-Data are read as by `mergekit-moe-ext adapt`; classes are not needed. Figure 12 compares a task with
-the expert of its name, so call the data as the sources' directories are called.
-`mergekit_moe_ext.analysis.coefficients` says what exactly is measured. Two figures are drawn:
+The tables have the mean coefficient of each expert per task and group of layers, and how often a
+task's own expert has the highest one. `--output` keeps the numbers. `--plot` draws two figures:
 `routing.png` (figure 12) and `routing-coefficients.png` (figure 11).
+
+Data is read as in `mergekit-moe-ext adapt`, but classes are not needed. Figure 12 compares a task
+with the expert of its name, so give the data the names of the sources' directories.
+`mergekit_moe_ext.analysis.ensemble_routing` says what exactly is measured.
 """
 
 import json
@@ -17,25 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import click
-from drawing import check_new_figure, check_new_file, heat_map, pyplot
 from tqdm import tqdm
 
 from mergekit_moe_ext import Reading, UserError, options_of
 from mergekit_moe_ext.analysis import (
     EnsembleRouting,
+    check_new_figure,
+    check_new_file,
     ensemble_routing,
+    heat_map,
     load_ensemble,
     parse_sources,
+    pyplot,
     read_batches,
     read_ensemble,
     silence,
 )
 
-PANELS_DOWN = 5  # groups in figure 11, as in the paper; from first to last
+PANELS_DOWN = 5  # groups in figure 11, as in the paper, from the first to the last
 
 
 def tables(routing: EnsembleRouting) -> str:
-    """Per task the mean coefficient of each expert, group by group; then figure 12 in percent."""
+    """The mean coefficient of each expert per task, group by group; then figure 12 in percent."""
     width = max(len("group"), *map(len, routing.groups))
     column = max(8, *(len(name) + 2 for name in (*routing.experts, *routing.tasks)))
     lines = []
@@ -55,32 +61,29 @@ def tables(routing: EnsembleRouting) -> str:
     )
     lines.append(f"{'group':{width}}" + "".join(f"{name:>{column}}" for name in routing.tasks))
     for group, row in zip(routing.groups, routing.own_expert().T.tolist(), strict=True):
-        shown = ("-" if math.isnan(value) else f"{100 * value:.1f}" for value in row)
-        lines.append(f"{group:{width}}" + "".join(f"{value:>{column}}" for value in shown))
+        cells = ["-" if math.isnan(value) else f"{100 * value:.1f}" for value in row]
+        lines.append(f"{group:{width}}" + "".join(f"{cell:>{column}}" for cell in cells))
     return "\n".join(lines)
 
 
 def as_json(model: str, data: Sequence[str], routing: EnsembleRouting) -> str:
-    names = ("tasks", "groups", "experts", "samples")
-    tensors = ("mean", "spread", "first_choice")
-    listed: dict[str, Any] = {
-        "model": model,
-        "data": data,
-        **{name: getattr(routing, name) for name in names},
-    }
-    return (
-        json.dumps(listed | {name: getattr(routing, name).tolist() for name in tensors}, indent=1)
-        + "\n"
-    )
+    """The routing and what it was measured on."""
+    content: dict[str, Any] = {"model": model, "data": data}
+    for name in ("tasks", "groups", "experts", "samples"):
+        content[name] = getattr(routing, name)
+    for name in ("mean", "spread", "first_choice"):
+        content[name] = getattr(routing, name).tolist()
+    return json.dumps(content, indent=1) + "\n"
 
 
 def draw_first_choice(routing: EnsembleRouting, path: Path) -> None:
-    """Figure 12: a row per task, a column per group."""
+    """Draws figure 12: a row per task, a column per group."""
     plt = pyplot()
     own = (100 * routing.own_expert()).tolist()
-    tasks, groups = len(routing.tasks), len(routing.groups)
+    tasks = len(routing.tasks)
+    groups = len(routing.groups)
     figure, axes = plt.subplots(figsize=(2.4 + 0.45 * max(groups, 6), 1.2 + 0.4 * tasks))
-    image = heat_map(axes, own, 100)
+    colours = heat_map(axes, own, 100)
     axes.set_yticks(range(tasks), routing.tasks)
     axes.set_xlabel("group (from first layer to last)")
     if groups <= 16:
@@ -90,7 +93,7 @@ def draw_first_choice(routing: EnsembleRouting, path: Path) -> None:
                 axes.text(
                     column, row, text, ha="center", va="center", fontsize=7, color=_readable(value)
                 )
-    figure.colorbar(image, label="% of inputs", fraction=0.05, pad=0.02)
+    figure.colorbar(colours, label="% of inputs", fraction=0.05, pad=0.02)
     axes.set_title("first choice is the task's own expert", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -98,33 +101,34 @@ def draw_first_choice(routing: EnsembleRouting, path: Path) -> None:
 
 
 def _readable(percentage: float) -> str:
+    """The colour of text that can be read on the colour of this percentage."""
     return "white" if percentage > 60 else "black"
 
 
 def draw_coefficients(routing: EnsembleRouting, path: Path) -> None:
-    """Figure 11: a panel per group and task, a bar per expert, with the standard deviation over the
-    inputs.
+    """Draws figure 11: a panel per group and task, a bar per expert, with the standard deviation
+    over the inputs.
     """
     plt = pyplot()
-    tasks, experts = routing.tasks, routing.experts
-    chosen = _spread_out(len(routing.groups), PANELS_DOWN)
-    size = (max(4.5, 1.0 + len(tasks) * max(1.2, 0.28 * len(experts))), 0.9 + 1.5 * len(chosen))
+    tasks = routing.tasks
+    experts = routing.experts
+    groups = _spread_out(len(routing.groups), PANELS_DOWN)
+    across = max(4.5, 1.0 + len(tasks) * max(1.2, 0.28 * len(experts)))
     figure, panels = plt.subplots(
-        len(chosen),
+        len(groups),
         len(tasks),
-        figsize=size,
+        figsize=(across, 0.9 + 1.5 * len(groups)),
         sharex=True,
         sharey="row",
         squeeze=False,
         layout="constrained",
     )
-    colours = [
-        plt.get_cmap("tab10" if len(experts) <= 10 else "tab20")(index)
-        for index in range(len(experts))
-    ]
-    for row, group in zip(panels, chosen, strict=True):
+    palette = plt.get_cmap("tab10" if len(experts) <= 10 else "tab20")
+    colours = [palette(index) for index in range(len(experts))]
+    for row, group in zip(panels, groups, strict=True):
         for task, axes in enumerate(row):
-            means, spread = routing.mean[task, group].tolist(), routing.spread[task, group].tolist()
+            means = routing.mean[task, group].tolist()
+            spread = routing.spread[task, group].tolist()
             axes.bar(
                 range(len(experts)), means, yerr=spread, color=colours, error_kw={"linewidth": 0.8}
             )
@@ -151,7 +155,7 @@ def draw_coefficients(routing: EnsembleRouting, path: Path) -> None:
 
 
 def _spread_out(number: int, at_most: int) -> list[int]:
-    """Up to `at_most` of so many, the first and the last among them."""
+    """The indices of up to `at_most` of so many, the first and the last among them."""
     if number <= at_most:
         return list(range(number))
     return [round(index * (number - 1) / (at_most - 1)) for index in range(at_most)]
@@ -162,24 +166,34 @@ def _spread_out(number: int, at_most: int) -> list[int]:
 @click.option(
     "--data", multiple=True, required=True, metavar="TASK=SOURCE", help="Inputs of each task."
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Number of inputs in a batch.",
+)
 @click.option(
     "--max-samples",
     type=click.IntRange(min=1),
-    help="The first so many of each task. [default: all]",
+    help="Number of inputs to read of each task, from the first. [default: all]",
 )
-@click.option("--image-column", default="image", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="As torch names it.")
+@click.option(
+    "--image-column", default="image", show_default=True, help="Name of the images' column."
+)
+@click.option(
+    "--device", default="cpu", show_default=True, help="Device to compute on, as torch names it."
+)
 @click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keep the numbers: *.json.",
+    help="File for the numbers: *.json.",
 )
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw them: *.png, *.pdf or *.svg.",
+    help="File for figure 12: *.png, *.pdf or *.svg; figure 11 is drawn beside it.",
 )
 @options_of(Reading, "reading")
 def main(
@@ -202,12 +216,10 @@ def main(
     silence(reading)
     architecture, config = read_ensemble(model_path)
     model = load_ensemble(model_path, architecture, config).to(device)
-    if (
-        model.can_generate() and model.ensembling.mode == "frozen"
-    ):  # what follows the prefix has no part
-        reading = replace(
-            reading, max_length=min(reading.max_length, model.ensembling.routing_tokens)
-        )
+    if model.can_generate() and model.ensembling.mode == "frozen":
+        # tokens after the prefix have no part in the choice
+        max_length = min(reading.max_length, model.ensembling.routing_tokens)
+        reading = replace(reading, max_length=max_length)
     batches = {
         source.name: read_batches(
             model_path,
@@ -220,12 +232,12 @@ def main(
         )
         for source in parse_sources(data)
     }
-    shown = {
-        task: tqdm(each, desc=task, unit="batch", disable=reading.quiet)
-        for task, each in batches.items()
+    with_bars = {
+        task: tqdm(of_task, desc=task, unit="batch", disable=reading.quiet)
+        for task, of_task in batches.items()
     }
     try:
-        routing = ensemble_routing(model, shown)
+        routing = ensemble_routing(model, with_bars)
     except ValueError as error:
         raise UserError(f"{model_path}: {error}") from error
     click.echo(tables(routing))

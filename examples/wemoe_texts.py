@@ -1,20 +1,22 @@
-"""WEMoE's Table 2 in small, on texts: three fine-tunes of a real decoder, adapted to texts without
-labels.
+"""Repeat WEMoE's Table 2 at small scale, on texts: fine-tunes of a decoder, merged and adapted.
 
     python examples/wemoe_texts.py -o wemoe_texts.json
 
 The base and the three experts (bible, music, code) are those of `mergeme_homogeneous.py`, trained
 once and kept. They are merged by stock methods and by `wemoe` and `ewemoe`. The latter are adapted
-to the held-out texts themselves, as in the paper: routers lower the entropy of the predicted next
-token. One row, for comparison, is given the next tokens of other texts (`supervised`). Every row is
-measured by its loss on the held-out texts, behind the first 32 tokens, which choose the
-coefficients.
+to the held-out texts themselves, as in the paper, without labels: training lowers the entropy of
+the predicted next token. For comparison, one row learns from the next tokens of other texts
+(`supervised`).
+
+The table that is printed has the loss of every row on the held-out texts, after the first 32
+tokens, which choose the coefficients. Losses are written to the output file as they are measured,
+and a second run goes on from there.
 
 The paper's predictions are classes. Low entropy of a next token need not mean that the guess is
-right: this shows how far the idea carries. What is done is kept in the output file, and a second
-run goes on from there.
+right: this shows how far the idea carries.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -40,19 +42,18 @@ from mergekit_moe_ext import Adaptation, Reading, UserError, adapt
 PREFIX = 32  # tokens; as `routing_tokens` has it
 BATCH = 1  # blocks of each task per step
 LAMBDA = 0.3  # the paper's, for all methods
-ROUTERS, CONSTANTS = (
-    1e-4,
-    1e-2,
-)  # learning rates; few steps ask more of constants, and decoders less of routers
+# learning rates; few steps ask more of constants, and decoders less of routers
+ROUTERS = 1e-4
+CONSTANTS = 1e-2
 
 
 @dataclass(frozen=True)
 class Row:
-    """How a model is merged, and how it is adapted."""
+    """A row of the table: how its model is merged, and how it is adapted."""
 
     merge_method: str
     parameters: dict[str, Any]
-    objective: str | None = None  # None: not at all
+    objective: str | None = None  # None: it is not adapted
     learning_rate: float = 0.0
 
 
@@ -62,9 +63,9 @@ def _wemoe(
     learning_rate: float = ROUTERS,
     **parameters: Any,
 ) -> Row:
-    return Row(
-        method, {"lambda": LAMBDA, "init_lambda": LAMBDA, **parameters}, objective, learning_rate
-    )
+    """A row that is adapted, with the paper's lambda."""
+    parameters = {"lambda": LAMBDA, "init_lambda": LAMBDA, **parameters}
+    return Row(method, parameters, objective, learning_rate)
 
 
 ROWS = {
@@ -86,18 +87,19 @@ Losses = dict[str, float]
 
 
 class Results:
-    """Losses by row, seed and domain, in a file that is written after each."""
+    """The losses by row, seed and domain, in a file that is written after each."""
 
     def __init__(self, path: Path | None, settings: dict[str, Any]):
-        self._path, self._settings = path, settings
+        self._path = path
+        self._settings = settings
         self.losses: dict[str, dict[str, Losses]] = {}
         if path and path.is_file():
-            kept = json.loads(path.read_text())
-            if kept["settings"] != settings:
+            content = json.loads(path.read_text())
+            if content["settings"] != settings:
                 raise UserError(
-                    f"{path} is of other settings ({kept['settings']}): name another file"
+                    f"{path} is of other settings ({content['settings']}): name another file"
                 )
-            self.losses = kept["losses"]
+            self.losses = content["losses"]
 
     def has(self, row: str, seed: int = 0) -> bool:
         return str(seed) in self.losses.get(row, {})
@@ -115,18 +117,20 @@ class Results:
         lines = [" " * width + "".join(f"{name:>9}" for name in [*DOMAINS, "mean"]) + "     sd"]
         for row, by_seed in self.losses.items():
             of_seeds = list(by_seed.values())
-            values = [statistics.mean(losses[name] for losses in of_seeds) for name in DOMAINS]
             means = [statistics.mean(losses.values()) for losses in of_seeds]
-            line = f"{row:{width}}" + "".join(
-                f"{value:9.3f}" for value in [*values, statistics.mean(means)]
-            )
-            lines.append(line + (f"  {statistics.stdev(means):5.3f}" if len(means) > 1 else ""))
+            line = f"{row:{width}}"
+            for name in DOMAINS:
+                line += f"{statistics.mean(losses[name] for losses in of_seeds):9.3f}"
+            line += f"{statistics.mean(means):9.3f}"
+            if len(means) > 1:
+                line += f"  {statistics.stdev(means):5.3f}"
+            lines.append(line)
         return "\n".join(lines)
 
 
 @torch.inference_mode()
 def losses_of(folder: Path, held_out: dict[str, Tensor]) -> Losses:
-    """Mean loss of the tokens behind the prefix."""
+    """The mean loss of the tokens after the prefix, by domain."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     losses = {}
     for name, sequences in held_out.items():
@@ -139,7 +143,7 @@ def losses_of(folder: Path, held_out: dict[str, Tensor]) -> Losses:
 
 
 def write_texts(folder: Path, tokenizer: Any, sequences: dict[str, Tensor]) -> list[str]:
-    """A file per domain, a block per line: the `--data` of `adapt`."""
+    """Writes a file per domain, a block per line, and returns the `--data` of `adapt`."""
     folder.mkdir()
     named = []
     for name, ids in sequences.items():
@@ -160,12 +164,13 @@ def run(
     steps: int,
     seed: int,
 ) -> Losses:
-    """Merge, adapt and measure one row; `data` is by objective."""
-    base, experts = models["base"], [models[name] for name in DOMAINS]
-    merged, adapted = scratch / "merged", scratch / "adapted"
+    """Merges, adapts and measures one row; `data` is by objective."""
+    experts = [models[name] for name in DOMAINS]
+    merged = scratch / "merged"
+    adapted = scratch / "adapted"
     method = {"merge_method": row.merge_method, "parameters": row.parameters}
     try:
-        run_mergekit(method, experts, base, merged, seed)
+        run_mergekit(method, experts, models["base"], merged, seed)
         if row.objective is None:
             return losses_of(merged, held_out)
         adaptation = Adaptation(
@@ -190,20 +195,27 @@ def run(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keep the numbers: *.json.",
+    help="File for the losses: *.json; a run goes on where an earlier one ended.",
 )
 @click.option(
-    "--only", multiple=True, type=click.Choice(list(ROWS)), help="Some rows. [default: all]"
+    "--only",
+    multiple=True,
+    type=click.Choice(list(ROWS)),
+    help="Row to measure; several may be given. [default: all]",
 )
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Of the routers and the data.",
+    help="Number of seeds of the routers and the data.",
 )
 @click.option(
-    "--steps", type=click.IntRange(min=1), default=30, show_default=True, help="Of the adaptation."
+    "--steps",
+    type=click.IntRange(min=1),
+    default=30,
+    show_default=True,
+    help="Number of steps of each adaptation.",
 )
 @click.option(
     "--held-out",
@@ -211,11 +223,12 @@ def run(
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help=f"Texts of {BLOCK} tokens per domain.",
+    help=f"Number of held-out texts of {BLOCK} tokens per domain.",
 )
 def main(output: Path | None, only: tuple[str, ...], seeds: int, steps: int, count: int) -> None:
     results = Results(output, {"steps": steps, "held_out": count})
-    base, texts = smollm2(), domains()
+    base = smollm2()
+    texts = domains()
     tokenizer = AutoTokenizer.from_pretrained(base)
     models = make_experts(base, texts)
     held_out = {name: blocks(tokenizer, texts[name].held_out, count) for name in DOMAINS}
@@ -223,12 +236,12 @@ def main(output: Path | None, only: tuple[str, ...], seeds: int, steps: int, cou
         row = name if name == "base" else f"{name} expert"
         if not results.has(row):
             results.add(row, losses_of(folder, held_out))
-    wanted = [
-        (row, seed)
-        for seed in range(seeds)
-        for row in only or ROWS
-        if not results.has(row, seed) and (seed == 0 or ROWS[row].objective)
-    ]
+    runs = []
+    for seed, row in itertools.product(range(seeds), only or ROWS):
+        # stock merges draw nothing, so one seed is enough
+        repeated = seed > 0 and ROWS[row].objective is None
+        if not repeated and not results.has(row, seed):
+            runs.append((row, seed))
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         others = {
@@ -238,8 +251,9 @@ def main(output: Path | None, only: tuple[str, ...], seeds: int, steps: int, cou
             "entropy": write_texts(scratch / "entropy", tokenizer, held_out),
             "supervised": write_texts(scratch / "supervised", tokenizer, others),
         }
-        for row, seed in tqdm(wanted, desc="models"):
-            results.add(row, run(ROWS[row], models, data, held_out, scratch, steps, seed), seed)
+        for row, seed in tqdm(runs, desc="models"):
+            losses = run(ROWS[row], models, data, held_out, scratch, steps, seed)
+            results.add(row, losses, seed)
     click.echo(results.text())
 
 

@@ -1,6 +1,4 @@
-"""The experiment on pictures (`examples/wemoe_images.py`) and what fetches them, on made-up
-pictures.
-"""
+"""The experiment on images, `examples/wemoe_images.py`, and what fetches them, on made-up ones."""
 
 import io
 import json
@@ -21,7 +19,7 @@ CLASSES = ["left", "right"]
 
 
 @pytest.fixture
-def images(monkeypatch, tmp_path):
+def experiment(monkeypatch, tmp_path):
     monkeypatch.setenv("MERGEKIT_MOE_EXT_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import wemoe_images
@@ -49,32 +47,27 @@ def images(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
-def made_up(images, seed):
-    """A light spot in one half or the other; each task has names of its own for that."""
+def made_up(experiment, seed):
+    """Images with a light spot in one half or the other. Each task has its own names for these."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(2, size=24)
-    pictures = generator.integers(60, size=(24, 28, 28), dtype=np.uint8)
-    for picture, label in zip(pictures, labels, strict=True):
-        picture[8:20, 16 * label : 16 * label + 12] += 180
-    return images.Pictures(
-        [f"{name} {seed}" for name in CLASSES],
-        pictures[:16],
-        labels[:16],
-        pictures[16:],
-        labels[16:],
-    )
+    spots = generator.integers(60, size=(24, 28, 28), dtype=np.uint8)
+    for spot, label in zip(spots, labels, strict=True):
+        spot[8:20, 16 * label : 16 * label + 12] += 180
+    classes = [f"{name} {seed}" for name in CLASSES]
+    return experiment.Images(classes, spots[:16], labels[:16], spots[16:], labels[16:])
 
 
-def test_the_whole_experiment_runs_and_goes_on(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "LAMBDAS", (0.3,))
-    monkeypatch.setattr(images, "LAMBDAS_ROUTED", ())
-    monkeypatch.setattr(images, "RATES", (3e-4,))
-    monkeypatch.setattr(images, "CORRUPTIONS", ["contrast"])
-    monkeypatch.setattr(images, "corrupted", lambda data, corruption: data)
-    monkeypatch.setattr(images, "COMPARED", ["Task arithmetic"])
-    kept = {row: images.ROUTED[row] for row in ("AdaMerging (layer)", "WEMoE (2-layer)")}
+def test_the_whole_experiment_runs_and_goes_on(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "LAMBDAS", (0.3,))
+    monkeypatch.setattr(experiment, "LAMBDAS_ROUTED", ())
+    monkeypatch.setattr(experiment, "RATES", (3e-4,))
+    monkeypatch.setattr(experiment, "CORRUPTIONS", ["contrast"])
+    monkeypatch.setattr(experiment, "corrupted", lambda data, corruption: data)
+    monkeypatch.setattr(experiment, "COMPARED", ["Task arithmetic"])
+    kept = {row: experiment.ROUTED[row] for row in ("AdaMerging (layer)", "WEMoE (2-layer)")}
     for name, rows in (("ROUTED", kept), ("STRATEGIES", {}), ("SPARSE", {})):
-        monkeypatch.setattr(images, name, rows)
+        monkeypatch.setattr(experiment, name, rows)
     command = [
         "-o",
         str(tmp_path / "out"),
@@ -85,51 +78,57 @@ def test_the_whole_experiment_runs_and_goes_on(images, tmp_path, monkeypatch):
         "--plot",
         str(tmp_path / "figures"),
     ]
-    result = CliRunner().invoke(images.main, command, catch_exceptions=False)
+    result = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "Table 2" in result.stdout and "Individual above Pre-trained" in result.stdout
     for figure in ("wemoe_routing.png", "wemoe_figure4.png", "wemoe_figure5.png"):
         assert (tmp_path / "figures" / figure).read_bytes().startswith(b"\x89PNG")
     rows = json.loads((tmp_path / "out" / "table2-0.json").read_text())["rows"]
-    assert rows.keys() >= {"Pre-trained", "Individual", "Traditional MTL", *images.STATIC, *kept}
+    assert rows.keys() >= {
+        "Pre-trained",
+        "Individual",
+        "Traditional MTL",
+        *experiment.STATIC,
+        *kept,
+    }
     lambdas = json.loads((tmp_path / "out" / "figure5-0.json").read_text())["rows"]
     assert lambdas["Task arithmetic, 0.3"] == rows["Task arithmetic"]  # the same merge, made again
     curve = json.loads((tmp_path / "out" / "figure4-0.json").read_text())["rows"]["0.0003"]["curve"]
     adapted = rows["WEMoE (2-layer)"]
     assert list(curve) == ["0", "2"] and curve["2"] == statistics.mean(
-        adapted[task] for task in images.TASKS
+        adapted[task] for task in experiment.TASKS
     )
 
-    monkeypatch.setattr(images.Bench, "measure", None)  # nothing is measured again
-    again = CliRunner().invoke(images.main, command[:6], catch_exceptions=False)
+    monkeypatch.setattr(experiment.Bench, "measure", None)  # nothing is measured again
+    again = CliRunner().invoke(experiment.main, command[:6], catch_exceptions=False)
     assert again.exit_code == 0 and again.stdout == result.stdout
-    other = CliRunner().invoke(images.main, [*command[:5], "3"])
+    other = CliRunner().invoke(experiment.main, [*command[:5], "3"])
     assert other.exit_code == 1 and "other settings" in other.output
 
 
-def test_unadapted_routers_are_task_arithmetic(images, tmp_path):
+def test_unadapted_routers_are_task_arithmetic(experiment, tmp_path):
     """Up to the spread of the routers' first weights: what `adapt` measures before, and a stock
     merge.
     """
-    data = images.tasks([*images.TASKS, *images.UNSEEN])
-    sources = images.make_sources(images.make_base(), data, 0)
-    tests = images.write_tests(data, tmp_path / "tests")
-    bench = images.Bench(sources, data, tests, tmp_path, {"steps": 1, "learning_rate": 0.0})
-    constant = bench.adapted(images.ROUTED["WEMoE (0-layer)"])
-    stock = bench.static(images.STATIC["Task arithmetic"])
+    data = experiment.tasks([*experiment.TASKS, *experiment.UNSEEN])
+    sources = experiment.make_sources(experiment.make_base(), data, 0)
+    tests = experiment.write_tests(data, tmp_path / "tests")
+    bench = experiment.Bench(sources, data, tests, tmp_path, {"steps": 1, "learning_rate": 0.0})
+    constant = bench.adapted(experiment.ROUTED["WEMoE (0-layer)"])
+    stock = bench.static(experiment.STATIC["Task arithmetic"])
     assert {task: constant[task] for task in stock} == stock
-    for task, found in bench.own().items():  # whole, as a user loads it
+    for task, accuracy in bench.own().items():  # whole, as a user loads it
         model = AutoModelForImageClassification.from_pretrained(sources.models[task])
         processor = AutoImageProcessor.from_pretrained(sources.models[task])
-        seen = processor(
-            [Image.fromarray(one).convert("RGB") for one in data[task].test], return_tensors="pt"
-        )
-        right = model(**seen).logits.argmax(-1) == torch.as_tensor(data[task].test_labels)
-        assert right.float().mean().item() == found
+        in_colour = [Image.fromarray(one).convert("RGB") for one in data[task].test]
+        right = model(**processor(in_colour, return_tensors="pt")).logits.argmax(
+            -1
+        ) == torch.as_tensor(data[task].test_labels)
+        assert right.float().mean().item() == accuracy
         assert model.config.id2label == dict(enumerate(data[task].classes))
 
 
-def test_only_arrays_are_unpickled(images):
+def test_only_arrays_are_unpickled(experiment):
     import real_images
 
     arrays = np.arange(6, dtype=np.uint8).reshape(2, 3)

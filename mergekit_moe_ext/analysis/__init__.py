@@ -1,7 +1,8 @@
 """What the papers measure of models: similarity, variation, coefficients, usage, counts, loss
 landscapes.
 
-Beside them what scripts need to read models and inputs. Each name is imported when it is asked for.
+Beside them what scripts need to read models and inputs, and to draw figures. Each name is imported
+when it is asked for.
 """
 
 import importlib
@@ -9,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from _mergekit_moe_ext_common.data import parse_sources
+    from _mergekit_moe_ext_common.figures import (
+        check_new_figure,
+        check_new_file,
+        heat_map,
+        pyplot,
+    )
     from _mergekit_moe_ext_common.loading import load_config, silence
     from mergekit_moe_ext.analysis.batches import read_batches
     from mergekit_moe_ext.analysis.coefficients import EnsembleRouting, ensemble_routing
@@ -35,17 +42,21 @@ __all__ = [
     "ParameterCounts",
     "Part",
     "Variation",
+    "check_new_figure",
+    "check_new_file",
     "coefficients_of_sequences",
     "count_parameters",
     "decide",
     "ensemble_routing",
     "format_table",
+    "heat_map",
     "load_config",
     "load_ensemble",
     "loss_landscape",
     "parameter_variation",
     "parse_sources",
     "planned_parameters",
+    "pyplot",
     "read_batches",
     "read_ensemble",
     "routing_probability",
@@ -62,6 +73,10 @@ _MODULES = {
     "routing_probability": "mergekit_moe_ext.mixtures.usage",
     "load_ensemble": "mergekit_moe_ext.wemoe.loading",
     "read_ensemble": "mergekit_moe_ext.wemoe.loading",
+    "check_new_figure": "_mergekit_moe_ext_common.figures",
+    "check_new_file": "_mergekit_moe_ext_common.figures",
+    "heat_map": "_mergekit_moe_ext_common.figures",
+    "pyplot": "_mergekit_moe_ext_common.figures",
     "parse_sources": "_mergekit_moe_ext_common.data",
     "load_config": "_mergekit_moe_ext_common.loading",
     "silence": "_mergekit_moe_ext_common.loading",
