@@ -147,7 +147,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if per_sequence and isinstance(kwargs.get("labels"), Tensor):
         prefix = call.prefix_of_labels(kwargs["labels"], max(per_sequence))
         if prefix is not None:
-            kwargs = without_prefix_labels(kwargs, prefix)
+            kwargs = without_prefix_labels(kwargs, prefix, training=model.training)
     if model.training:
         _keep_in_checkpoints(model)
     CALL.set(call)

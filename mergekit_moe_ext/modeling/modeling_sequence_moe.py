@@ -383,7 +383,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             keep = cache is not None or use_cache
             coefficients, aux_loss, ran = self._route(batch, prefix, keep=keep)
             if labels is not None and self._chooses_by_prefix():
-                kwargs = without_prefix_labels({**kwargs, "labels": labels}, prefix)
+                kwargs = without_prefix_labels(
+                    {**kwargs, "labels": labels}, prefix, training=self.training
+                )
                 labels = kwargs.pop("labels")
         if cache is None and use_cache:
             cache = SequenceMoECache()

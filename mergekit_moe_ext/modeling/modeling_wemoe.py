@@ -206,7 +206,7 @@ class Ensemble:
         if not self.ensembling.heads:
             if isinstance(labels, Tensor) and self._chooses_by_prefix(call) and labels.ndim == 2:
                 prefix = self._prefix(call, labels[..., None])
-                arguments = without_prefix_labels(arguments, prefix)
+                arguments = without_prefix_labels(arguments, prefix, training=call.model.training)
             return self._called(call, forward, arguments)
         arguments.pop("labels", None)
         items = arguments.pop("num_items_in_batch", None)
