@@ -10,7 +10,7 @@ OLDEST_TORCH ?= torch==2.7.0
 # Another torch is another installation.
 OLDEST_INSTALLED := .venv-oldest/.installed-$(subst ==,-,$(OLDEST_TORCH))
 
-.PHONY: demo test hosts newest newest-installed oldest exchange lint bench
+.PHONY: demo test hosts newest newest-installed oldest exchange lint bench robustness
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -56,6 +56,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/routed_lora_model.py
 	$(BIN)/python benchmarks/sequence_moe.py
 	$(BIN)/python benchmarks/wemoe.py
+
+# Damaged inputs and killed commands, for an hour or two.
+robustness: $(VENV)/.installed
+	$(BIN)/python benchmarks/robustness.py --mutations 10000 --kills 1000
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
