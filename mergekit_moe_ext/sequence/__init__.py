@@ -1,3 +1,3 @@
-"""Mixtures of whole decoders, routed per sequence (MergeME): the methods, and what they ask of
+"""Mixtures of whole decoders, routed per sequence (MergeME): the methods, and their requirements of
 decoders.
 """

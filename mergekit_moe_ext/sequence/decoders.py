@@ -1,7 +1,7 @@
-"""Which decoders can be the experts of a sequence MoE, and what of each goes where.
+"""Decoders as the experts of a sequence MoE: which can be one, and the parts of each.
 
-An expert is the source's own class with its embedding and its head taken out. What is left must
-take embeddings and keep an ordinary key-value cache.
+An expert is the source's own class with its embedding and its head taken out. The rest must take
+embeddings and keep an ordinary key-value cache.
 """
 
 import copy
@@ -30,28 +30,35 @@ _KEPT_IN_CACHE = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class Decoder:
-    """One source model, as an expert."""
+    """One source model, as an expert.
 
-    config: PretrainedConfig  # the source's own
+    config: the source's own.
+    embedding: the hub names of the embedding's tensors, by their names in the module.
+    head: those of the head; without a weight where it is tied to the embedding's.
+    widths: the width of the embedding, and that of the states that the head reads.
+    softcap: the cap on its logits, if it has one.
+    layers: the name of the list of decoder layers.
+    a_layer: one of them, on the meta device.
+    """
+
+    config: PretrainedConfig
     manifest: Manifest
-    embedding: Mapping[
-        str, str
-    ]  # hub names of the embedding's tensors, by what they are called in an embedding
-    head: Mapping[str, str]  # the same of the head; without a weight where that is the embedding's
-    widths: tuple[int, int]  # of the embedding, and of what the head reads
+    embedding: Mapping[str, str]
+    head: Mapping[str, str]
+    widths: tuple[int, int]
     softcap: float | None
-    layers: str  # what the list of decoder layers is called
-    a_layer: nn.Module  # one of them, on the meta device
+    layers: str
+    a_layer: nn.Module
 
     @property
     def trunk(self) -> list[str]:
-        """Hub names of everything but embedding and head."""
+        """The hub names of all tensors but those of embedding and head."""
         outside = {*self.embedding.values(), *self.head.values()}
         return [name for name in self.manifest.shapes if name not in outside]
 
     @property
     def head_weight(self) -> str:
-        """The hub name of what the head multiplies by."""
+        """The hub name of the head's matrix, which may be the embedding's."""
         return self.head.get("weight", self.embedding["weight"])
 
     @property
@@ -60,7 +67,8 @@ class Decoder:
 
     @property
     def expert_config(self) -> dict[str, Any]:
-        """As the output's configuration holds it: the cap on logits is the mixture's business."""
+        """The configuration of the expert, as the output's holds it."""
+        # The mixture itself caps the logits, after its own head.
         config = copy.deepcopy(self.config)
         if self.softcap is not None:
             config.final_logit_softcapping = None
@@ -78,32 +86,37 @@ def read_decoders(
 
 
 def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
-    name = (config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")])[
-        0
-    ]
-    if reason := _refusal(name, config):
+    if config.architectures:
+        name = config.architectures[0]
+    else:
+        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
+    reason = _refusal(name, config)
+    if reason is not None:
         raise UserError(
             f"{model} cannot be an expert of a sequence MoE: {name or config.model_type} {reason}"
         )
     config.architectures = [name]
     network, state = hub_state(config)
-    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    embedding = network.get_input_embeddings()
+    head = network.get_output_embeddings()
     try:
         layers = decoder_layers(network)
     except ValueError as error:
         raise UserError(f"{model} cannot be an expert of a sequence MoE: {error}") from error
-    names = {id(tensor): hub_name for hub_name, tensor in reversed(state.items())}
-    manifest = manifest_from(network, state)
-    own = {key: names[id(parameter)] for key, parameter in head.named_parameters()}
+    # Of tied tensors the first name counts, which comes last here.
+    hub_names = {id(tensor): hub_name for hub_name, tensor in reversed(state.items())}
+    embedding_names = {}
+    for key, parameter in embedding.named_parameters():
+        embedding_names[key] = hub_names[id(parameter)]
+    head_names = {}
+    for key, parameter in head.named_parameters():
+        if parameter is not embedding.weight:
+            head_names[key] = hub_names[id(parameter)]
     return Decoder(
         config=config,
-        manifest=manifest,
-        embedding={key: names[id(parameter)] for key, parameter in embedding.named_parameters()},
-        head={
-            key: hub_name
-            for key, hub_name in own.items()
-            if head.get_parameter(key) is not embedding.weight
-        },
+        manifest=manifest_from(network, state),
+        embedding=embedding_names,
+        head=head_names,
         widths=(embedding.embedding_dim, head.in_features),
         softcap=getattr(config, "final_logit_softcapping", None),
         layers=next(iter(layers)).rpartition(".")[0],
@@ -112,13 +125,15 @@ def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
 
 
 def _refusal(name: str, config: PretrainedConfig) -> str | None:
-    """Why this architecture cannot be an expert."""
+    """The reason why this architecture cannot be an expert, as the end of a sentence; None if it
+    can.
+    """
     if config.is_encoder_decoder:
         return "is an encoder-decoder"
     if any(hasattr(config, key) for key in ("vision_config", "audio_config", "text_config")):
         return "is not a language model alone"
     if name not in _causal_architectures() or not hasattr(transformers, name):
-        return "is no causal language model of transformers"
+        return "is not a causal language model of transformers"
     if getattr(config, "hidden_size_per_layer_input", None):
         return "needs token embeddings inside its layers"
     model_class = getattr(transformers, name)
@@ -139,13 +154,17 @@ def _causal_architectures() -> set[str]:
 
 
 def special_token_ids(job: Job, donor: PretrainedConfig) -> list[int]:
-    """What the donor's tokenizer calls special, and its configuration; perplexity does not count
-    these.
+    """The tokens that are special to the donor's tokenizer or configuration, in ascending order.
+
+    Perplexity does not count them.
     """
-    ids = set()
+    ids: set[int] = set()
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(donor, key, None)
-        ids |= set(value if isinstance(value, list) else [] if value is None else [value])
+        if isinstance(value, list):
+            ids |= set(value)
+        elif value is not None:
+            ids.add(value)
     try:
         tokenizer = tokenizer_of(job.donor, job.merge_options)
     except (OSError, ValueError, KeyError):

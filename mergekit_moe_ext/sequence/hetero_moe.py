@@ -1,10 +1,11 @@
-"""`hetero_moe`: dense models of different architectures become one mixture of whole decoders
-(MergeME 3.2).
+"""The method `hetero_moe`: dense models of different architectures become one mixture of whole
+decoders (MergeME 3.2).
 
-An embedding and a head are shared; projectors lead from the one to every expert and from there to
-the other. The output speaks the base model's tokenizer.
+The experts share an embedding and a head. Projectors lead from the embedding to every expert and
+from there to the head. The output has the base model's tokenizer.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import output_dtype, read_configs, read_headers
 from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
+from mergekit_moe_ext.modeling import SequenceMoEConfig
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
 from mergekit_moe_ext.sequence.options import SequenceOptions, learned_router, sequence_config
 from mergekit_moe_ext.sequence.vocabulary import (
@@ -33,21 +35,25 @@ _MERGEME = "https://arxiv.org/abs/2502.00997"
 
 class HeteroMoeOptions(SequenceOptions):
     routing: Literal["learned", "perplexity", "uniform"] = Field(
-        "learned", description="what chooses the experts of a sequence; learned is to be trained"
+        "learned",
+        description="rule that chooses the experts of a sequence; a learned router has to be "
+        "trained",
     )
     embedding: Literal["average", "donor", "separate"] = Field(
         "average",
-        description="the shared embedding and head are the average of all sources' (the paper), or "
-        "the base model's; or each expert keeps its own, and there are no projectors",
+        description="embedding and head of the experts: shared, and the average of all sources' "
+        "(average, the paper) or the base model's (donor), or each expert's own, without "
+        "projectors (separate)",
     )
     projector: Literal["linear", "mlp"] | None = Field(
         None,
-        description="between the shared embedding, an expert and the shared head: mlp if not given",
+        description="kind of the projectors between the shared embedding, an expert and the shared "
+        "head [default: mlp]",
     )
     projector_init: Literal["random", "identity"] | None = Field(
         None,
-        description="how projectors start: random if not given (the paper), or identity, which "
-        "passes on what fits",
+        description="initial values of the projectors: random, or identity, which passes on as "
+        "much of the states as fits [default: random (the paper)]",
     )
 
 
@@ -55,25 +61,26 @@ class HeteroMoe(StructuralMethod):
     options_type = HeteroMoeOptions
 
     def shared_method_name(self, options: Any) -> str:
-        return "linear"  # mergekit wants one; nothing is merged tensor by tensor
+        return "linear"  # mergekit asks for a method, but nothing is merged tensor by tensor
 
     def plan(self, job: Job) -> Plan:
         options = job.options
         _check(job)
         configs = read_configs(job)
         decoders = read_decoders(configs)
-        headers = read_headers(
-            job, configs, {model: decoder.manifest for model, decoder in decoders.items()}
-        )
-        experts, donor = [decoders[model] for model in job.experts], decoders[job.donor]
+        manifests = {model: decoder.manifest for model, decoder in decoders.items()}
+        headers = read_headers(job, configs, manifests)
+        donor = decoders[job.donor]
+        experts = [decoders[model] for model in job.experts]
         is_separate = options.embedding == "separate"
-        width = (
-            donor.widths[0]
-            if is_separate
-            else max(width for expert in experts for width in expert.widths)
-        )
-        embedded = [job.donor] if options.embedding == "donor" else job.experts
-        kind = None if is_separate else options.projector or "mlp"
+        if is_separate:
+            width = donor.widths[0]
+            projector = None
+            is_tied = False
+        else:
+            width = max(itertools.chain.from_iterable(expert.widths for expert in experts))
+            projector = options.projector or "mlp"
+            is_tied = all(decoders[model].is_tied for model in _averaged_models(job))
         config = sequence_config(
             job,
             donor.config,
@@ -81,37 +88,25 @@ class HeteroMoe(StructuralMethod):
             embedding="separate" if is_separate else "shared",
             base_expert=job.experts.index(job.donor),
             hidden_size=width,
-            tie_word_embeddings=not is_separate
-            and all(decoders[model].is_tied for model in embedded),
-            projector=kind,
-            projector_residual=kind == "mlp" and options.projector_init == "identity",
+            tie_word_embeddings=is_tied,
+            projector=projector,
+            projector_residual=projector == "mlp" and options.projector_init == "identity",
         )
-        for of_expert in config.experts:  # all speak the donor's tokenizer
-            of_expert.update(vocab_size=config.vocab_size, pad_token_id=None)
-        config.dtype = dtype = output_dtype(job, headers)
+        for expert_values in config.experts:  # all have the donor's tokenizer
+            expert_values.update(vocab_size=config.vocab_size, pad_token_id=None)
+        dtype = output_dtype(job, headers)
+        config.dtype = dtype
         rows = align_vocabularies(job, configs, stand_ins=is_separate)
         if is_separate:
             computed = _own_vocabularies(job, decoders, rows, config.vocab_size, dtype)
         else:
             _check_heads(job, decoders)
-
-            def averaged(names: Mapping[ModelReference, str]) -> AveragedRows:
-                sources = []
-                for model in embedded:
-                    sources.append((job.load(model, names[model], str(dtype)), rows[model]))
-                return AveragedRows(
-                    sources=tuple(sources), shape=(config.vocab_size, width), dtype=str(dtype)
-                )
-
-            embeddings = {model: decoders[model].embedding["weight"] for model in embedded}
-            computed = {"embed_tokens.weight": averaged(embeddings)}
-            if not config.tie_word_embeddings:
-                heads = {model: decoders[model].head_weight for model in embedded}
-                computed["lm_head.weight"] = averaged(heads)
+            computed = _shared_vocabulary(job, decoders, rows, config, dtype)
             for index, expert in enumerate(experts):
+                name = f"experts.{index}"
                 into, out_of = expert.widths
-                computed |= _projector(job, f"experts.{index}.proj_in", kind, width, into, dtype)
-                computed |= _projector(job, f"experts.{index}.proj_out", kind, out_of, width, dtype)
+                computed |= _projector(job, f"{name}.proj_in", projector, width, into, dtype)
+                computed |= _projector(job, f"{name}.proj_out", projector, out_of, width, dtype)
         computed |= learned_router(job, config, dtype)
         copies = {}
         for index, model in enumerate(job.experts):
@@ -132,27 +127,29 @@ class HeteroMoe(StructuralMethod):
 
 
 def _check(job: Job) -> None:
-    """What cannot be, whatever the models."""
+    """Check what can be seen without looking at any model."""
     options = job.options
-    entries = [
-        job.config.parameters or {},
-        *(entry.parameters or {} for entry in job.config.models or []),
-    ]
-    for key in {key: None for given in entries for key in given}:
-        if key not in HeteroMoeOptions.model_fields:
-            raise UserError(
-                f"hetero_moe merges nothing by a tensor method, so it has no use for `{key}`"
-            )
+    for entry in (job.config, *(job.config.models or [])):
+        for key in entry.parameters or {}:
+            if key not in HeteroMoeOptions.model_fields:
+                raise UserError(
+                    f"hetero_moe merges nothing by a tensor method, so it has no use for `{key}`"
+                )
     if job.donor not in job.experts:
         raise UserError(
-            f"base_model: {job.donor}, whose tokenizer the output speaks, must be among `models:`"
+            f"base_model: {job.donor}, whose tokenizer the output gets, must be among `models:`"
         )
     if job.config.tokenizer or job.config.tokenizer_source:
-        raise UserError("hetero_moe speaks the tokenizer of `base_model`: leave `tokenizer` out")
+        raise UserError("hetero_moe takes the tokenizer of `base_model`: leave `tokenizer` out")
     if options.embedding == "separate":
         for key in ("projector", "projector_init"):
             if getattr(options, key) is not None:
                 raise UserError(f"embedding: separate has no projectors: leave {key} out")
+
+
+def _averaged_models(job: Job) -> list[ModelReference]:
+    """The models whose embeddings and heads the shared ones are made of."""
+    return [job.donor] if job.options.embedding == "donor" else job.experts
 
 
 def _check_heads(job: Job, decoders: Mapping[ModelReference, Decoder]) -> None:
@@ -164,6 +161,28 @@ def _check_heads(job: Job, decoders: Mapping[ModelReference, Decoder]) -> None:
             )
 
 
+def _shared_vocabulary(
+    job: Job,
+    decoders: Mapping[ModelReference, Decoder],
+    rows: Mapping[ModelReference, TokenRows],
+    config: SequenceMoEConfig,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The shared embedding and, unless it is tied, the shared head (MergeME 3.2)."""
+    shape = (config.vocab_size, config.hidden_size)
+    models = _averaged_models(job)
+    names = {"embed_tokens.weight": [decoders[model].embedding["weight"] for model in models]}
+    if not config.tie_word_embeddings:
+        names["lm_head.weight"] = [decoders[model].head_weight for model in models]
+    tasks = {}
+    for output, sources_names in names.items():
+        sources = []
+        for model, name in zip(models, sources_names, strict=True):
+            sources.append((job.load(model, name, str(dtype)), rows[model]))
+        tasks[output] = AveragedRows(sources=tuple(sources), shape=shape, dtype=str(dtype))
+    return tasks
+
+
 def _own_vocabularies(
     job: Job,
     decoders: Mapping[ModelReference, Decoder],
@@ -171,7 +190,7 @@ def _own_vocabularies(
     vocab_size: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Every expert's own embedding and head, in the order of the donor's tokens."""
+    """Every expert's own embedding and head, with their rows in the order of the donor's tokens."""
     tasks = {}
     for index, model in enumerate(job.experts):
         decoder = decoders[model]
@@ -187,7 +206,7 @@ def _own_vocabularies(
 
 
 class RectangularIdentity(Task[Tensor]):
-    """(out, in): ones on the diagonal."""
+    """A matrix (out, in) with ones on the diagonal."""
 
     name: str
     shape: tuple[int, int]
@@ -203,51 +222,52 @@ class RectangularIdentity(Task[Tensor]):
 def _projector(
     job: Job, name: str, kind: str | None, in_features: int, out_features: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Its tensors. At random they are normal with a variance of one over the number of inputs."""
+    """The tensors of a projector. Random ones are normal with a variance of one over the number of
+    inputs, which keeps the scale of the states.
+    """
     is_identity = job.options.projector_init == "identity"
 
-    def drawn(layer: str, rows: int, columns: int) -> dict[str, Any]:
-        std = 1 / math.sqrt(columns)
-        return {
-            layer: RandomTensor(
-                name=layer,
-                shape=(rows, columns),
-                mode="random",
-                std=std,
-                seed=job.seed,
-                dtype=str(dtype),
-            )
-        }
+    def random(layer: str, rows: int, columns: int) -> RandomTensor:
+        return RandomTensor(
+            name=layer,
+            shape=(rows, columns),
+            mode="random",
+            std=1 / math.sqrt(columns),
+            seed=job.seed,
+            dtype=str(dtype),
+        )
 
-    first, last = f"{name}.layers.0.weight", f"{name}.layers.2.weight"
+    first = f"{name}.layers.0.weight"
     if kind == "linear":
+        shape = (out_features, in_features)
         if is_identity:
-            return {
-                first: RectangularIdentity(
-                    name=first, shape=(out_features, in_features), dtype=str(dtype)
-                )
-            }
-        return drawn(first, out_features, in_features)
+            return {first: RectangularIdentity(name=first, shape=shape, dtype=str(dtype))}
+        return {first: random(first, *shape)}
+    # An MLP that starts as the identity adds its output, at first zero, to its input.
+    last = f"{name}.layers.2.weight"
     between = max(in_features, out_features)
+    tensors: dict[str, Any] = {first: random(first, between, in_features)}
     if is_identity:
-        zeros = Filled(name=last, shape=(out_features, between), dtype=str(dtype))
-        return {**drawn(first, between, in_features), last: zeros}
-    return {**drawn(first, between, in_features), **drawn(last, out_features, between)}
+        tensors[last] = Filled(name=last, shape=(out_features, between), dtype=str(dtype))
+    else:
+        tensors[last] = random(last, out_features, between)
+    return tensors
 
 
 def _notes(job: Job, rows: Mapping[ModelReference, TokenRows], vocab_size: int) -> str:
-    known = "\n".join(
-        f"- {model}: {int((rows[model].own >= 0).sum())} of {vocab_size}"
-        for model in job.sources
-        if model in rows
-    )
-    return f"Tokens of {job.donor} that each source has:\n\n{known}"
+    """A list in Markdown: the number of the donor's tokens that each source has."""
+    lines = [f"Tokens of {job.donor} that each source has:", ""]
+    for model in job.sources:
+        if model in rows:
+            number = int((rows[model].own >= 0).sum())
+            lines.append(f"- {model}: {number} of {vocab_size}")
+    return "\n".join(lines)
 
 
 HETERO_MOE = HeteroMoe(
     "hetero_moe",
     "MergeME (mixture of decoders of different architectures)",
     _MERGEME,
-    "dense models of different architectures become experts behind projectors; each sequence "
-    "chooses some",
+    "dense models of different architectures become experts behind projectors, of which each "
+    "sequence chooses some",
 )

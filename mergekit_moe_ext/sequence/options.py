@@ -1,4 +1,4 @@
-"""What both sequence MoEs have: options, the output's configuration, and the learned router."""
+"""The options, the output's configuration and the learned router of both sequence MoEs."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,31 +15,34 @@ from mergekit_moe_ext.merging.tasks import RandomTensor
 from mergekit_moe_ext.modeling import SequenceMoEConfig
 from mergekit_moe_ext.sequence.decoders import Decoder, special_token_ids
 
-# Of the donor, for those who generate with the output.
-_KEPT_OF_DONOR = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+# Values that the output takes from the donor's configuration.
+_DONOR_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
 
 class SequenceOptions(MethodOptions):
-    """What both sequence MoEs have."""
+    """The options of both sequence MoEs."""
 
     experts_per_sequence: int | None = Field(
         None,
         ge=1,
-        description="how many experts a sequence chooses: 2 if not given (MergeME), all if uniform",
+        description="number of experts that a sequence chooses [default: 2 (MergeME); all with "
+        "routing: uniform]",
     )
     routing_tokens: int = Field(
         32,
         ge=1,
-        description="how many tokens of a sequence choose, outside generate, which takes the "
+        description="number of tokens of a sequence that choose, outside generate, which takes the "
         "prompt",
     )
     routing_prefix: Literal["prefix", "sequence"] = Field(
         "prefix",
-        description="prefix, or sequence: the whole sequence chooses, as in the paper, which leaks "
-        "later tokens into the prediction of earlier ones",
+        description="tokens that choose: prefix, the first ones, or sequence, all of them, as in "
+        "the paper, which leaks later tokens into the prediction of earlier ones",
     )
     router_aux_loss_coef: float = Field(
-        0.0, ge=0, description="weight of the load-balancing loss in training; for routing: learned"
+        0.0,
+        ge=0,
+        description="weight of the load-balancing loss in training, with routing: learned",
     )
 
 
@@ -47,7 +50,8 @@ def sequence_config(
     job: Job, donor: PretrainedConfig, experts: Sequence[Decoder], **more: Any
 ) -> SequenceMoEConfig:
     """The output's configuration. `UserError` for numbers and routings that do not go together."""
-    options, number = job.options, len(experts)
+    options = job.options
+    number = len(experts)
     if options.routing == "uniform":
         if options.experts_per_sequence not in (None, number):
             raise UserError(
@@ -67,25 +71,24 @@ def sequence_config(
             "expert is always 1, so that the router gets no gradient; take 2 or more"
         )
     if options.router_aux_loss_coef and options.routing != "learned":
-        raise UserError(
-            "router_aux_loss_coef is for routing: learned; nothing else is trained to route"
-        )
+        raise UserError("router_aux_loss_coef is for routing: learned; no other routing is trained")
     softcaps = [expert.softcap for expert in experts]
     if len(set(softcaps)) > 1 and chosen > 1:
         raise UserError(
             f"the experts cap their logits differently ({', '.join(map(str, softcaps))}), so that "
             "no two of them can be mixed: take experts_per_sequence: 1"
         )
-    of_donor = {
-        key: getattr(donor, key) for key in _KEPT_OF_DONOR if getattr(donor, key, None) is not None
-    }
-    lengths = [
-        expert.config.max_position_embeddings for expert in experts if _has_length(expert.config)
-    ]
-    if lengths:
-        of_donor["max_position_embeddings"] = min(lengths)
+    values = {}
+    for key in _DONOR_KEYS:
+        if getattr(donor, key, None) is not None:
+            values[key] = getattr(donor, key)
+    # A sequence may choose any expert, so that the shortest context of all counts.
+    lengths = [getattr(expert.config, "max_position_embeddings", None) for expert in experts]
+    known_lengths = [length for length in lengths if length is not None]
+    if known_lengths:
+        values["max_position_embeddings"] = min(known_lengths)
     return SequenceMoEConfig(
-        **of_donor,
+        **values,
         experts=[expert.expert_config for expert in experts],
         expert_names=names_of(job.experts),
         vocab_size=donor.vocab_size,
@@ -106,14 +109,14 @@ def sequence_config(
 
 
 def learned_router(job: Job, config: SequenceMoEConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The router's tensor, drawn at random, where routing is learned (MergeME 3.2)."""
+    """The router's tensor, random, by its name; empty unless routing is learned (MergeME 3.2)."""
     if config.routing != "learned":
         return {}
-    name, width = "router.weight", config.hidden_size
+    name = "router.weight"
     tasks: dict[str, Task] = {
         name: RandomTensor(
             name=name,
-            shape=(len(config.experts), width),
+            shape=(len(config.experts), config.hidden_size),
             mode="random",
             std=config.initializer_range,
             seed=job.seed,
@@ -121,7 +124,3 @@ def learned_router(job: Job, config: SequenceMoEConfig, dtype: torch.dtype) -> d
         )
     }
     return tasks
-
-
-def _has_length(config: PretrainedConfig) -> bool:
-    return getattr(config, "max_position_embeddings", None) is not None

@@ -1,9 +1,9 @@
-"""`seq_moe`: dense models of one architecture become a mixture of whole decoders, routed per
-sequence (MergeME 3.1.3).
+"""The method `seq_moe`: dense models of one architecture become a mixture of whole decoders, routed
+per sequence (MergeME 3.1.3).
 
 Every source is an expert with its own stack of decoder layers (`attention: separate`), or with its
-own FFNs alone (`attention: merged`). What experts share is merged by the tensor method that
-`shared:` names and stored once.
+own FFNs alone (`attention: merged`). The parameters that experts share are merged by the tensor
+method that `shared:` names, and stored once.
 """
 
 import re
@@ -30,20 +30,26 @@ _MERGEME = "https://arxiv.org/abs/2502.00997"
 
 class SeqMoeOptions(SequenceOptions):
     routing: Literal["perplexity", "task_vector", "learned", "uniform"] = Field(
-        "perplexity", description="what chooses the experts of a sequence; learned is to be trained"
+        "perplexity",
+        description="rule that chooses the experts of a sequence; a learned router has to be "
+        "trained",
     )
     attention: Literal["separate", "merged"] = Field(
-        "separate", description="whether experts keep whole decoder layers, or FFNs alone"
+        "separate",
+        description="attention of the experts: separate, with whole decoder layers of their own, "
+        "or merged, with FFNs of their own alone",
     )
     embedding: Literal["merged", "separate"] = Field(
         "merged",
-        description="whether experts share embedding, last norm and head, or keep their own",
+        description="embedding, last norm and head of the experts: merged and shared, or separate",
     )
-    shared: str = Field("linear", description="the tensor method that merges what experts share")
+    shared: str = Field(
+        "linear", description="tensor method that merges the parameters that experts share"
+    )
     task_vector_layers: list[int] | None = Field(
         None,
-        description="for routing: task_vector, the decoder layers that are compared; all if not "
-        "given",
+        description="numbers of the decoder layers that routing: task_vector compares "
+        "[default: all]",
     )
 
 
@@ -60,9 +66,8 @@ class SeqMoe(StructuralMethod):
         _check_one_architecture(job, decoders)
         check_same_size(job, configs)
         donor = decoders[job.donor]
-        headers = read_headers(
-            job, configs, {model: decoder.manifest for model, decoder in decoders.items()}
-        )
+        manifests = {model: decoder.manifest for model, decoder in decoders.items()}
+        headers = read_headers(job, configs, manifests)
         base = _base_expert(job)
         _check_task_vector_layers(options, donor.config.num_hidden_layers)
         patterns = _shared_patterns(donor, options)
@@ -84,11 +89,13 @@ class SeqMoe(StructuralMethod):
             shared_parameters=patterns,
             task_vector_layers=options.task_vector_layers,
         )
-        config.dtype = dtype = output_dtype(job, headers)
+        dtype = output_dtype(job, headers)
+        config.dtype = dtype
 
         def copied(model: ModelReference, name: str) -> CopiedTensor:
             return CopiedTensor(model, name, headers[model].shapes[name])
 
+        # Parameters that experts share are stored with the first expert alone.
         copies: dict[str, CopiedTensor] = {}
         shared: dict[str, SharedTensor] = {}
         for index, model in enumerate(job.experts):
@@ -117,28 +124,26 @@ class SeqMoe(StructuralMethod):
 
 
 def _check_one_architecture(job: Job, decoders: dict[ModelReference, Decoder]) -> None:
-    wanted = decoders[job.donor].config.architectures
+    architecture = decoders[job.donor].config.architectures[0]
     for model, decoder in decoders.items():
-        if decoder.config.architectures != wanted:
+        if decoder.config.architectures[0] != architecture:
             raise UserError(
-                f"{model} is a {decoder.config.architectures[0]} and {job.donor} a {wanted[0]}; "
-                "`merge_method: hetero_moe` takes different architectures"
+                f"{model} is a {decoder.config.architectures[0]} and {job.donor} a "
+                f"{architecture}; `merge_method: hetero_moe` takes different architectures"
             )
 
 
 def _base_expert(job: Job) -> int:
-    """Where the base is among the experts; the first where it is none of them and does not
-    matter."""
+    """The index of the base among the experts; 0 where it is not one and does not matter."""
     if job.base in job.experts:
         return job.experts.index(job.base)
     if job.options.routing == "task_vector":
+        remedy = "name one of `models:` as `base_model:`"
+        if job.base:
+            remedy = f"list {job.base} in `models:`"
         raise UserError(
             "routing: task_vector takes the gradient at the base model, which must be an expert: "
-            + (
-                f"list {job.base} in `models:`"
-                if job.base
-                else "name one of `models:` as `base_model:`"
-            )
+            f"{remedy}"
         )
     return 0
 
@@ -158,8 +163,10 @@ def _check_task_vector_layers(options: SeqMoeOptions, number: int) -> None:
 
 
 def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
-    """What experts share of their decoders, as patterns of parameters' names."""
-    layers, patterns = re.escape(donor.layers), []
+    """Patterns of the names of the decoders' parameters that the experts share."""
+    layers = re.escape(donor.layers)
+    patterns = []
+    # Whatever is in a layer and not in its FFN: attention, and the norms.
     if options.attention == "merged":
         try:
             _, ffn = attention_and_ffn(donor.a_layer)
@@ -168,7 +175,9 @@ def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
                 "attention: merged keeps the FFNs apart, which a layer of "
                 f"{donor.config.architectures[0]} does not allow: {error}; take attention: separate"
             ) from error
-        patterns.append(rf"^{layers}\.\d+\.(?!(?:{'|'.join(map(re.escape, ffn))})\.)")
+        ffn_names = "|".join(map(re.escape, ffn))
+        patterns.append(rf"^{layers}\.\d+\.(?!(?:{ffn_names})\.)")
+    # Whatever is outside of all layers, such as the last norm.
     if options.embedding == "merged":
         patterns.append(rf"^(?!{layers}\.\d+\.)")
     return patterns

@@ -1,9 +1,10 @@
-"""One vocabulary for models with different tokenizers: which row of a model's embedding stands for
-which token.
+"""One vocabulary for models with different tokenizers: the row of each model's embedding that
+stands for a token.
 
 Rows are matched by the tokens' strings, with mergekit's own tokenizer machinery.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +22,18 @@ from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import lacks_tokenizer, tokenizer_of
 
-_ROLES = ("unk_token", "pad_token", "bos_token", "eos_token")  # of a token with several, the last
+_ROLES = ("unk_token", "pad_token", "bos_token", "eos_token")  # the last of a token's roles counts
 
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Of one model, per token of the donor's vocabulary: its row, or -1; and the rows that stand in
-    for it.
+    """The rows of one model for the tokens of the donor's vocabulary.
+
+    own: (vocabulary,), the row of each token; -1 where the model lacks it.
+    stand_ins: for tokens that it lacks, the rows whose mean stands in for them.
     """
 
-    own: Tensor  # (vocabulary,)
+    own: Tensor
     stand_ins: Mapping[int, Sequence[int]]
 
 
@@ -39,8 +42,8 @@ def align_vocabularies(
 ) -> dict[ModelReference, TokenRows]:
     """Every source's rows for the donor's tokens.
 
-    A token that a model lacks is stood in for, if `stand_ins`, by the model's token of the same
-    role (end of text …), else by the tokens that its own tokenizer makes of the text. `UserError`
+    With `stand_ins` a token that a model lacks is replaced by the model's token of the same role
+    (end of text …), else by the tokens into which its own tokenizer splits the text. `UserError`
     for a source without a tokenizer, for one that shares no token with the donor, and for a donor
     whose tokenizer has more tokens than its embedding.
     """
@@ -58,7 +61,8 @@ def align_vocabularies(
     size = configs[job.donor].vocab_size
     rows = {}
     for model in configs:
-        if model == job.donor:  # rows beyond its tokenizer included
+        # The donor keeps all of its rows, those beyond its tokenizer included.
+        if model == job.donor:
             rows[model] = TokenRows(torch.arange(size), {})
             continue
         own = torch.full((size,), -1)
@@ -67,14 +71,16 @@ def align_vocabularies(
                 own[token_id] = row
         if not (own >= 0).any():
             raise UserError(
-                f"{model} shares no token with {job.donor}: they cannot speak with one tokenizer"
+                f"{model} shares no token with {job.donor}: one tokenizer cannot serve both"
             )
         lacking = (own < 0).nonzero()[:, 0].tolist() if stand_ins else []
-        bags = _stand_ins(tokenizers[job.donor], tokenizers[model], lacking)
-        known = {
-            i: [row for row in bag if row < configs[model].vocab_size] for i, bag in bags.items()
-        }
-        rows[model] = TokenRows(own, {i: bag for i, bag in known.items() if bag})
+        bags = {}
+        for token, bag in _stand_ins(tokenizers[job.donor], tokenizers[model], lacking).items():
+            # A tokenizer may have more tokens than its model has rows.
+            bag_rows = [row for row in bag if row < configs[model].vocab_size]
+            if bag_rows:
+                bags[token] = bag_rows
+        rows[model] = TokenRows(own, bags)
     return rows
 
 
@@ -93,23 +99,28 @@ def _tokenizer(job: Job, model: ModelReference) -> PreTrainedTokenizerBase:
 def _stand_ins(
     donor: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, lacking: Sequence[int]
 ) -> dict[int, list[int]]:
-    roles = {
-        getattr(donor, f"{role}_id"): getattr(own, f"{role}_id")
-        for role in _ROLES
-        if getattr(donor, role) is not None and getattr(own, role) is not None
-    }
-    texts = {i: donor.decode([i]) for i in lacking if i < len(donor) and i not in roles}
-    spelled = own(list(texts.values()), add_special_tokens=False)["input_ids"] if texts else []
-    of_role = {i: [roles[i]] for i in lacking if i in roles}
-    return {**of_role, **dict(zip(texts, spelled, strict=True))}
+    """By token of the donor that a model lacks, the model's own tokens that stand in for it."""
+    roles = {}
+    for role in _ROLES:
+        if getattr(donor, role) is not None and getattr(own, role) is not None:
+            roles[getattr(donor, f"{role}_id")] = getattr(own, f"{role}_id")
+    stand_ins = {token: [roles[token]] for token in lacking if token in roles}
+    texts = {}
+    for token in lacking:
+        if token < len(donor) and token not in roles:
+            texts[token] = donor.decode([token])
+    if texts:
+        spellings = own(list(texts.values()), add_special_tokens=False)["input_ids"]
+        stand_ins |= dict(zip(texts, spellings, strict=True))
+    return stand_ins
 
 
 class AlignedRows(Task[Tensor]):
     """A tensor with a row per token, its rows in the donor's order.
 
-    For a token that it lacks the mean of the stand-ins; where there are none, of all rows, so that
-    what the head makes of it is no more likely than the average token (zeros would win where logits
-    are negative).
+    A token that it lacks gets the mean of its stand-ins. Without stand-ins it gets the mean of all
+    rows, so that the head finds it no more likely than the average token; with zeros it would win
+    wherever logits are negative.
     """
 
     source: LoadTensor
@@ -127,26 +138,25 @@ class AlignedRows(Task[Tensor]):
         aligned = tensor[own.clamp(min=0)]
         if (own < 0).any():
             aligned[own < 0] = tensor.mean(dim=0, dtype=torch.float32).to(tensor)
-        tokens, bags = list(self.rows.stand_ins), list(self.rows.stand_ins.values())
-        if tokens:
-            flat = torch.tensor(
-                [row for bag in bags for row in bag], dtype=torch.long, device=tensor.device
-            )
+        if self.rows.stand_ins:
+            # The means of bags of different sizes, all bags end to end and where each one starts.
+            tokens = torch.tensor(list(self.rows.stand_ins), device=tensor.device)
+            bags = list(self.rows.stand_ins.values())
+            bag_rows = list(itertools.chain.from_iterable(bags))
+            flat = torch.tensor(bag_rows, dtype=torch.long, device=tensor.device)
             starts = torch.tensor([0, *map(len, bags)], device=tensor.device).cumsum(dim=0)[:-1]
             table = tensor.float().reshape(len(tensor), -1)
             means = functional.embedding_bag(flat, table, starts, mode="mean")
-            aligned[torch.tensor(tokens, device=tensor.device)] = means.reshape(
-                len(tokens), *tensor.shape[1:]
-            ).to(tensor)
+            aligned[tokens] = means.reshape(len(tokens), *tensor.shape[1:]).to(tensor)
         return aligned.to(dtype_from_name(self.dtype))
 
 
 class AveragedRows(Task[Tensor]):
-    """(tokens, width): each token's rows in the models that have it, filled with zeros to the width
-    and averaged.
+    """A tensor (tokens, width) of the averages of each token's rows in the models that have it,
+    padded with zeros to the width (MergeME 3.2).
     """
 
-    sources: tuple[tuple[LoadTensor, Any], ...]  # TokenRows again
+    sources: tuple[tuple[LoadTensor, Any], ...]  # with the TokenRows of each
     shape: tuple[int, int]
     dtype: str
 
@@ -159,7 +169,8 @@ class AveragedRows(Task[Tensor]):
         for load, rows in self.sources:
             tensor = load.execute()
             assert tensor is not None
-            has = rows.own >= 0
-            total[has, : tensor.shape[1]] += tensor[rows.own[has].to(tensor.device)].to(total)
-            counts[has] += 1
+            is_there = rows.own >= 0
+            own_rows = tensor[rows.own[is_there].to(tensor.device)]
+            total[is_there, : tensor.shape[1]] += own_rows.to(total)
+            counts[is_there] += 1
         return (total / counts.clamp(min=1)).to(dtype_from_name(self.dtype))

@@ -581,13 +581,13 @@ def test_options_of_a_model_that_cannot_be(here):
     ],
 )
 def test_tokenizers_are_not_to_be_merged(here, keys):
-    refused(here, "speaks the tokenizer of `base_model`: leave `tokenizer` out", **keys)
+    refused(here, "takes the tokenizer of `base_model`: leave `tokenizer` out", **keys)
 
 
 def test_base_model(here):
     refused(
         here,
-        r"base_model: \./gemma, whose tokenizer the output speaks, must be among `models:`",
+        r"base_model: \./gemma, whose tokenizer the output gets, must be among `models:`",
         base="./gemma",
     )
     assert (

@@ -328,10 +328,10 @@ def test_it_is_adapted_to_images_and_unloaded_to_the_tower(here, caplog):
         ({"text_embeds": torch.zeros(3)}, ["`text_embeds`", "(classes, projection_dim)"]),
         (
             {"text_embeds": torch.zeros(3, 6)},
-            ["visual_projection.weight", "(8, 16)", "./sun wants (6, 16)"],
+            ["visual_projection.weight", "(8, 16)", "./sun needs (6, 16)"],
         ),
         ({"text_embeds": torch.zeros(2, 8)}, ["names 3 classes and embeds 2"]),
-        ({"visual_projection__weight": None}, ["no `visual_projection.weight`", "./sun"]),
+        ({"visual_projection__weight": None}, ["has a `visual_projection.weight`", "./sun"]),
         ({"logit_scale": torch.zeros(3)}, ["`logit_scale`", "scalar", "(3,)"]),
         ({"classes": ["sky", "sea", "sky"]}, ["'sky' more than once"]),
         ({"classes": "sky,sea"}, ["no `classes`, a JSON list"]),
