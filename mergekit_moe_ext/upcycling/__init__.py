@@ -1,3 +1,3 @@
-"""Dense models become the experts of a mixture: the methods, the families of architectures, and the
-gates.
+"""Upcycling of dense models, which become the experts of a mixture: the merge methods, the families
+of architectures, and the gates.
 """

@@ -1,4 +1,4 @@
-"""How the gates of an upcycled mixture of experts start: at random, or as the states of prompts."""
+"""The initial gates of an upcycled mixture of experts: random, or made of the states of prompts."""
 
 import logging
 from collections.abc import Sequence
@@ -30,23 +30,26 @@ def initial_gates(
     embedding: str,
     dtype: torch.dtype,
 ) -> dict[str, Task]:
-    """A task per gate, by its name in the output. `UserError` for prompts that cannot make one."""
-    mode, shape = job.options.gate_mode, (len(job.experts), config.hidden_size)
+    """A task per gate, by its name in the output.
+
+    `UserError` for prompts that are lacking, empty, or the same for all experts.
+    """
+    mode = job.options.gate_mode
+    shape = (len(job.experts), config.hidden_size)
     names = [stack.gate.format(layer=layer) for stack, layer in layers]
+    gates: dict[str, Task] = {}
     if mode in DISTRIBUTIONS:
-        if any(
-            options.positive_prompts or options.negative_prompts for options in job.model_options
-        ):
+        options_of_models = job.model_options
+        if any(each.positive_prompts or each.negative_prompts for each in options_of_models):
             LOG.warning(
                 "gate_mode is %s, so the prompts are not used; `gate_mode: hidden` uses them", mode
             )
         std = getattr(config, "initializer_range", 0.02)  # as transformers initialises
-        return {
-            name: RandomTensor(
+        for name in names:
+            gates[name] = RandomTensor(
                 name=name, shape=shape, mode=mode, std=std, seed=job.seed, dtype=str(dtype)
             )
-            for name in names
-        }
+        return gates
     if config.is_encoder_decoder and mode != "cheap_embed":
         raise UserError(
             f"gate_mode: {mode} reads the states of one stack of layers, and "
@@ -65,27 +68,24 @@ def initial_gates(
         trust_remote_code=options.trust_remote_code,
         quiet=options.quiet,
     )
-    return {
-        name: PromptGate(states=states, index=index, shape=shape, dtype=str(dtype))
-        for index, name in enumerate(names)
-    }
+    for index, name in enumerate(names):
+        gates[name] = PromptGate(states=states, index=index, shape=shape, dtype=str(dtype))
+    return gates
 
 
 def _tokenised_prompts(job: Job) -> tuple[tuple[Tokens, Tokens], ...]:
-    texts = [
-        (
-            _texts(options.positive_prompts, f"positive_prompts under models[{index}].parameters"),
-            _texts(options.negative_prompts, f"negative_prompts under models[{index}].parameters"),
-        )
-        for index, options in enumerate(job.model_options)
-    ]
-    for index, (positive, _negative) in enumerate(texts):
+    """The positive and negative prompts of every expert, as token ids."""
+    texts = []
+    for index, options in enumerate(job.model_options):
+        where = f"under models[{index}].parameters"
+        positive = _texts(options.positive_prompts, f"positive_prompts {where}")
+        negative = _texts(options.negative_prompts, f"negative_prompts {where}")
         if not positive:
             raise UserError(
-                f"gate_mode: {job.options.gate_mode} needs `positive_prompts` under "
-                f"models[{index}].parameters "
+                f"gate_mode: {job.options.gate_mode} needs `positive_prompts` {where} "
                 f"({job.experts[index]}): texts that should be sent to this expert"
             )
+        texts.append((positive, negative))
     if len(texts) > 1 and all(pair == texts[0] for pair in texts):
         raise UserError(
             "the prompts are the same for all experts, so that a gate could not tell them apart; "
@@ -99,20 +99,20 @@ def _tokenised_prompts(job: Job) -> tuple[tuple[Tokens, Tokens], ...]:
             f"be read: {str(error).splitlines()[0]}"
         ) from error
 
+    # By hand, as mergekit-moe does: not every tokenizer adds the token that begins a text.
+    start = tokenizer.bos_token or ""
+
     def tokens(prompts: list[str]) -> Tokens:
-        start = (
-            tokenizer.bos_token or ""
-        )  # by hand, as mergekit-moe does: not every tokenizer adds it
-        return tuple(
-            tuple(tokenizer(start + prompt, add_special_tokens=False)["input_ids"])
-            for prompt in prompts
-        )
+        ids = []
+        for prompt in prompts:
+            ids.append(tuple(tokenizer(start + prompt, add_special_tokens=False)["input_ids"]))
+        return tuple(ids)
 
     return tuple((tokens(positive), tokens(negative)) for positive, negative in texts)
 
 
 def _texts(prompts: list[str] | str | None, where: str) -> list[str]:
-    """The prompts, read from their file if a path is given."""
+    """The prompts as a list; a text is the path of a file that holds one per line."""
     if isinstance(prompts, str):
         path = Path(prompts)
         if not path.is_file():
@@ -126,8 +126,9 @@ def _texts(prompts: list[str] | str | None, where: str) -> list[str]:
 
 
 class PromptGate(Task[torch.Tensor]):
-    """One layer's gate, of shape (experts, hidden): the directions of the experts' prompts
-    there."""
+    """One layer's gate (experts, hidden): the directions of the states of the experts' prompts at
+    that layer.
+    """
 
     states: PromptStates
     index: int

@@ -1,8 +1,10 @@
-"""`moe`: dense models of one architecture become one mixture of experts (MergeME 3.1.1 and 3.1.2).
+"""The method `moe`: dense models of one architecture become one mixture of experts (MergeME 3.1.1
+and 3.1.2).
 
-Each model in `models:` gives the FFN of one expert per layer, unchanged. Everything else
-(embedding, attention, norms, head) is merged by the tensor method that `shared:` names. A gate per
-layer starts as `gate_mode` says; MergeME, like BTX before it, trains it afterwards.
+Each model in `models:` gives its FFNs, unchanged, as one expert per layer. All other parameters
+(embedding, attention, norms, head) are merged by the tensor method that `shared:` names. Each
+layer gets a gate, which starts as `gate_mode` says; MergeME, like BTX before it, trains it
+afterwards.
 """
 
 import itertools
@@ -12,9 +14,10 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from pydantic import Field
+from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
-from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
+from mergekit_moe_ext.merging.manifest import Manifest, SharedTensor, manifest_of
 from mergekit_moe_ext.merging.method import (
     CopiedTensor,
     Job,
@@ -43,29 +46,27 @@ class MoeOptions(MethodOptions):
     experts_per_token: int | None = Field(
         None,
         ge=1,
-        description="how many experts the gate chooses per token: 2 if not given, 1 in Switch "
-        "Transformers, which has "
-        "no other; with 1 the gate of any other architecture gets no gradient",
+        description="number of experts that the gate chooses per token; with 1 it gets no "
+        "gradient, except in Switch Transformers, which always has 1 [default: 2; 1 in Switch "
+        "Transformers]",
     )
     gate_mode: GateMode = Field(
         "random",
-        description="how gates start: random (normal) and uniform_random have the architecture's "
-        "initializer_range as standard deviation; zeros chooses arbitrarily and weighs equally; "
-        "hidden (or hidden_last), hidden_avg and cheap_embed are made of the models' "
-        "positive_prompts and negative_prompts",
+        description="initial values of the gates: random (normal) and uniform_random have the "
+        "architecture's initializer_range as standard deviation; zeros chooses arbitrarily and "
+        "weighs equally; hidden (or hidden_last), hidden_avg and cheap_embed are made of the "
+        "models' positive_prompts and negative_prompts",
     )
     expert_capacity: int | None = Field(
         None,
         ge=1,
-        description="Switch Transformers only: how many tokens of a sequence an expert takes; 64 "
-        "if not given",
+        description="number of tokens of a sequence that an expert takes, in Switch Transformers "
+        "only [default: 64]",
     )
 
 
 class MoeOptionsWithShared(MoeOptions):
-    shared: str = Field(
-        "linear", description="the tensor method that merges everything but the FFNs"
-    )
+    shared: str = Field("linear", description="tensor method that merges all but the FFNs")
 
 
 class MoeModelOptions(ModelOptions):
@@ -79,7 +80,7 @@ class MoeModelOptions(ModelOptions):
 
 
 class MoeMethod(StructuralMethod):
-    """With `shared` given, a spelling of `moe` that fixes it."""
+    """The method `moe`, or, with a fixed `shared` method, one of its other spellings."""
 
     model_options_type = MoeModelOptions
 
@@ -89,8 +90,8 @@ class MoeMethod(StructuralMethod):
             name,
             pretty_name,
             reference_url,
-            "dense models become the experts of one MoE; all but their FFNs is merged by "
-            f"{merged_by}",
+            "dense models become the experts of one MoE; all parameters but their FFNs are merged "
+            f"by {merged_by}",
         )
         self.options_type = MoeOptions if shared else MoeOptionsWithShared
         self._shared = shared
@@ -109,80 +110,65 @@ class MoeMethod(StructuralMethod):
         )
         dense = manifest_of(configs[job.donor])
         headers = read_headers(job, configs, dict.fromkeys(configs, dense))
-        config.dtype = dtype = output_dtype(job, headers)
+        dtype = output_dtype(job, headers)
+        config.dtype = dtype
         if job.merge_options.unsafe_truncate_embeddings:
             config.vocab_size = _smallest_vocabulary(headers.values(), dense)
             dense = dense.with_vocabulary(config.vocab_size)
 
-        layers = [
-            (stack, layer)
-            for stack in family.stacks
-            for layer in range(getattr(config, stack.layers))
-        ]
-        copies = _copied_experts(job, layers, headers)
-        stacks = _stacked_experts(job, layers, dense, dtype)
-        of_experts = _names_of_experts(layers)
-        shared = {
-            name: dense.shared_tensor(name) for name in dense.shapes if name not in of_experts
+        layers: list[tuple[Stack, int]] = []
+        for stack in family.stacks:
+            layers += [(stack, layer) for layer in range(getattr(config, stack.layers))]
+        computed: dict[str, Any] = {
+            **_stacked_experts(job, layers, dense, dtype),
+            **initial_gates(job, config, layers, dense.embedding, dtype),
+            **_zeros(layers, config, dtype),
         }
-        for stack, layer in layers:
-            for output, name in stack.merged.items():
-                shared[output.format(layer=layer)] = dense.shared_tensor(name.format(layer=layer))
-        computed: dict[str, Any] = stacks | initial_gates(
-            job, config, layers, dense.embedding, dtype
-        )
-        zeros = [
-            template.format(layer=layer) for stack, layer in layers for template in stack.zeros
-        ]
-        if zeros:
-            shapes = manifest_of(config).shapes
-            computed |= {
-                name: Filled(name=name, shape=shapes[name], dtype=str(dtype)) for name in zeros
-            }
         return Plan(
             config=config,
             num_experts=len(experts),
             experts_per_token=experts_per_token,
-            shared=shared,
-            copies=copies,
+            shared=_shared_tensors(layers, dense),
+            copies=_copied_experts(job, layers, headers),
             computed=computed,
             dtype=dtype,
         )
 
 
 def _experts_per_token(job: Job, family: Upcycling) -> int:
-    given, number = job.options.experts_per_token, len(job.experts)
+    stated = job.options.experts_per_token
     if family.experts_per_token is not None:
-        if given not in (None, family.experts_per_token):
+        if stated not in (None, family.experts_per_token):
             raise UserError(
-                f"experts_per_token is {given}, but {family.moe} has always "
+                f"experts_per_token is {stated}, but {family.moe} always has "
                 f"{family.experts_per_token}"
             )
         return family.experts_per_token
-    wanted = 2 if given is None else given
-    if wanted > number:
+    number = 2 if stated is None else stated
+    experts = len(job.experts)
+    if number > experts:
         raise UserError(
-            f"experts_per_token is {wanted}, but `models:` lists {number} expert(s); it can be at "
-            f"most {number}"
+            f"experts_per_token is {number}, but `models:` lists {experts} expert(s); it can be at "
+            f"most {experts}"
         )
-    return wanted
+    return number
 
 
 def _options_of_family(job: Job, family: Upcycling) -> dict[str, Any]:
-    """The options that only some architectures have, which must be this one."""
-    given = {
-        key: getattr(job.options, key)
-        for key in ("expert_capacity",)
-        if getattr(job.options, key) is not None
-    }
-    for key in given:
+    """The options that only some architectures have. `UserError` where this one has not."""
+    options = {}
+    for key in ("expert_capacity",):
+        value = getattr(job.options, key)
+        if value is None:
+            continue
         if key not in family.options:
             raise UserError(f"{family.moe} has no `{key}`")
-    return given
+        options[key] = value
+    return options
 
 
 def _smallest_vocabulary(headers: Iterable[Headers], dense: Manifest) -> int:
-    """How many tokens every source has."""
+    """The number of tokens that every source has."""
     sizes = []
     for source in headers:
         sizes += [shape[0] for name, shape in source.shapes.items() if name in dense.vocabulary]
@@ -198,10 +184,42 @@ def _names_of_experts(layers: Sequence[tuple[Stack, int]]) -> set[str]:
     return names
 
 
+def _shared_tensors(
+    layers: Sequence[tuple[Stack, int]], dense: Manifest
+) -> dict[str, SharedTensor]:
+    """The tensors that are merged, by their names in the output: all that are not of an FFN, and
+    those that the family merges of the FFNs for a part that every token passes.
+    """
+    names_of_experts = _names_of_experts(layers)
+    shared = {}
+    for name in dense.shapes:
+        if name not in names_of_experts:
+            shared[name] = dense.shared_tensor(name)
+    for stack, layer in layers:
+        for output, name in stack.merged.items():
+            shared[output.format(layer=layer)] = dense.shared_tensor(name.format(layer=layer))
+    return shared
+
+
+def _zeros(
+    layers: Sequence[tuple[Stack, int]], config: PretrainedConfig, dtype: torch.dtype
+) -> dict[str, Filled]:
+    """The tensors that start at zero, by their names in the output."""
+    names = []
+    for stack, layer in layers:
+        names += [template.format(layer=layer) for template in stack.zeros]
+    if not names:  # building a manifest takes a while
+        return {}
+    shapes = manifest_of(config).shapes
+    return {name: Filled(name=name, shape=shapes[name], dtype=str(dtype)) for name in names}
+
+
 def _copied_experts(
     job: Job, layers: Sequence[tuple[Stack, int]], headers: Mapping[ModelReference, Headers]
 ) -> dict[str, CopiedTensor]:
-    """Where a family keeps every expert's tensors apart: these, by their names in the output."""
+    """The experts' tensors by their names in the output; none where a family keeps all experts of
+    a layer in one tensor.
+    """
     copies = {}
     for stack, layer in layers:
         for template, output in stack.experts.items():
@@ -215,8 +233,8 @@ def _copied_experts(
 def _stacked_experts(
     job: Job, layers: Sequence[tuple[Stack, int]], dense: Manifest, dtype: torch.dtype
 ) -> dict[str, StackedExperts]:
-    """Where a family keeps all experts of a layer in one tensor: that tensor, by its name in the
-    output.
+    """The tensors that hold all experts of a layer, by their names in the output; none where a
+    family keeps every expert's tensors apart.
     """
     tasks = {}
     for stack, layer in layers:

@@ -1,11 +1,12 @@
-"""What a dense model makes of prompts at the places where the gates of its mixture of experts will
-read.
+"""The states of prompts in a dense model, at the places where the gates of its mixture of experts
+will read.
 
 The modes are those of mergekit-moe, with two faults mended: states are taken as the FFN receives
-them, after the norm that stands before it, since that is what the gate will receive; and padding
-does not count.
+them, after the norm before it, since that is what the gate will receive; and padding does not
+count.
 """
 
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -25,18 +26,22 @@ _DEGENERATE = 5.0  # the condition number of a gate from which on mergekit-moe w
 def hidden_states(
     model: Any, ffns: Sequence[str], prompts: Tokens, *, average: bool
 ) -> torch.Tensor:
-    """What each of the modules `ffns` receives, meaned over the prompts: (len(ffns), hidden),
+    """The inputs of each of the modules `ffns`, averaged over the prompts: (len(ffns), hidden),
     float32, on the CPU.
 
-    Of a prompt the mean over its tokens counts if `average`, else its last token.
+    With `average` the mean over a prompt's tokens counts, else its last token.
     """
     received: dict[str, torch.Tensor] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _module, inputs, name=name: received.__setitem__(name, inputs[0])
-        )
-        for name in ffns
-    ]
+
+    def recorder(name: str) -> Any:
+        def record(_module: Any, inputs: Any) -> None:
+            received[name] = inputs[0]
+
+        return record
+
+    hooks = []
+    for name in ffns:
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(recorder(name)))
     total = torch.zeros(len(ffns), model.config.hidden_size)
     try:
         for start in range(0, len(prompts), _BATCH):
@@ -50,16 +55,14 @@ def hidden_states(
                     attention_mask=real.long().to(model.device),
                     use_cache=False,
                 )
-            # weights over (prompt, token) that sum to one per prompt
-            counts = (
-                real / lengths[:, None]
-                if average
-                else (torch.arange(ids.shape[1]) == lengths[:, None] - 1)
-            )
+            # Weights (prompts, tokens) that sum up to one for each prompt.
+            if average:
+                weights = real / lengths[:, None]
+            else:
+                weights = (torch.arange(ids.shape[1]) == lengths[:, None] - 1).float()
             for layer, name in enumerate(ffns):
-                total[layer] += torch.einsum(
-                    "pt,pth->h", counts.float(), received.pop(name).float().cpu()
-                )
+                states = received.pop(name).float().cpu()
+                total[layer] += torch.einsum("pt,pth->h", weights, states)
     finally:
         for hook in hooks:
             hook.remove()
@@ -67,11 +70,10 @@ def hidden_states(
 
 
 def embedding_states(embedding: torch.Tensor, prompts: Tokens) -> torch.Tensor:
-    """The direction of the sum of the prompts' token embeddings: (hidden,), float32, of length
-    one."""
-    tokens = torch.tensor(
-        [token for prompt in prompts for token in prompt], device=embedding.device
-    )
+    """The direction of the sum of the prompts' token embeddings: a vector (hidden,) of length one,
+    in float32.
+    """
+    tokens = torch.tensor(list(itertools.chain.from_iterable(prompts)), device=embedding.device)
     return _direction(embedding[tokens].float().sum(dim=0))
 
 
@@ -80,13 +82,14 @@ def _direction(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def warn_of_degenerate(gates: torch.Tensor) -> None:
-    """`gates`: (layers, experts, hidden). Warns of layers that can hardly tell the experts
-    apart."""
-    degenerate = [
-        str(layer)
-        for layer, gate in enumerate(gates)
-        if torch.linalg.cond(gate.float()).item() > _DEGENERATE
-    ]
+    """Log a warning of layers whose gates can hardly tell the experts apart.
+
+    `gates` are (layers, experts, hidden).
+    """
+    degenerate = []
+    for layer, gate in enumerate(gates):
+        if torch.linalg.cond(gate.float()).item() > _DEGENERATE:
+            degenerate.append(str(layer))
     if degenerate:
         where = "all layers" if len(degenerate) == len(gates) else f"layers {', '.join(degenerate)}"
         LOG.warning(
@@ -97,8 +100,8 @@ def warn_of_degenerate(gates: torch.Tensor) -> None:
 
 
 class PromptStates(Task[torch.Tensor]):
-    """Per gate and expert, positive minus negative prompts' states, of length one: (gates, experts,
-    hidden).
+    """The states of positive minus negative prompts, per gate and expert, scaled to length one:
+    (gates, experts, hidden).
     """
 
     model: ModelReference

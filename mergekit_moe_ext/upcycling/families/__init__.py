@@ -1,8 +1,8 @@
 """Families: a dense architecture, and the mixture of experts that its FFNs can become.
 
-A family is one declaration of where the FFNs go, and of what the output's config is. Everything
-that it does not name keeps its name; `merging/manifest.py` checks that this adds up. All but Switch
-are exact: where every source equals the base, the output computes the base's logits.
+A family is one declaration of where the FFNs go and what the output's config is. Every tensor that
+it does not name keeps its name; `merging/manifest.py` checks that this adds up. All families but
+Switch are exact: where every source equals the base, the output computes the base's logits.
 
 A family of your own is an `Upcycling` that is handed to `register_family` before the merge runs.
 """
@@ -24,8 +24,8 @@ _FAMILIES: dict[str, Upcycling] = {}  # by the model type of the dense model
 def register_family(family: Upcycling) -> None:
     """Make `moe` turn the dense models that the family names into its mixture of experts.
 
-    The family that was registered last for a model type is the one that counts, so that one of your
-    own may take the place of one of ours.
+    Of several families for one model type the last one counts, so that one of your own may take the
+    place of one of ours.
     """
     _register_ours()
     _register(family)
@@ -45,7 +45,8 @@ def upcycling_for(
                 f"mixture-of-experts architecture here; supported: {_supported()}"
             )
         config.architectures = [family.dense[config.model_type]]  # some configs name none
-        if complaint := family.refuse(config):
+        complaint = family.refuse(config)
+        if complaint:
             raise UserError(f"{model}: {complaint}")
     first, *others = configs
     for model in others:
@@ -64,7 +65,7 @@ def _register(family: Upcycling) -> None:
 
 @functools.cache
 def _register_ours() -> None:
-    """Not before they are asked for: transformers takes a while to import so many configs."""
+    """Register our families, on first use: transformers takes a while to import their configs."""
     from mergekit_moe_ext.upcycling.families.cohere import COHERE2_MOE
     from mergekit_moe_ext.upcycling.families.ernie import ERNIE_MOE
     from mergekit_moe_ext.upcycling.families.flex_olmo import FLEX_OLMO

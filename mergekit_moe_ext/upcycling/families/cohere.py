@@ -12,11 +12,10 @@ def _output_config(
     return moe_config(
         Cohere2MoeConfig,
         dense,
-        drop=(
-            "rms_norm_eps",
-        ),  # no key of Cohere2, but one of Cohere2-MoE that would change its norms
+        # Cohere2 does not use this key, and in Cohere2-MoE it would change the norms.
+        drop=("rms_norm_eps",),
         architectures=["Cohere2MoeForCausalLM"],
-        # Cohere2 may leave it out, and Cohere2-MoE has another default
+        # Cohere2 may leave it out, and Cohere2-MoE has another default.
         head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
         num_experts=num_experts,
         num_experts_per_tok=experts_per_token,

@@ -1,12 +1,12 @@
-"""What a family declares: the dense architecture, the MoE that holds it, and where FFNs go."""
+"""The declaration of a family: the dense architecture, the MoE that holds it, and where FFNs go."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig
 
-# Of the dense model only. `model_type` in particular: passed on it stays the dense one in memory,
-# and transformers then silently skips the weight conversion.
+# Values of the dense model only. `model_type` in particular: passed on it would stay the dense one
+# in memory, and transformers then silently skips the weight conversion.
 _DENSE_ONLY = {
     "_name_or_path",
     "architectures",
@@ -19,38 +19,50 @@ _DENSE_ONLY = {
 
 @dataclass(frozen=True)
 class Stack:
-    """One stack of layers. Names have {layer} in them; those of experts {expert} as well."""
+    """One stack of layers.
 
-    ffn: str  # the dense FFN, a module; the gate reads what it reads
-    gate: str  # hub name
-    experts: Mapping[str, str] = field(
-        default_factory=dict
-    )  # dense tensor -> the expert's, by its hub name
-    # hub name -> dense tensors that are joined along their first axis; those of all experts lie on
-    # one another in it
+    All names are hub names with {layer} in them; those of single experts have {expert} as well.
+
+    ffn: the dense FFN, a module. The gate reads its input.
+    gate: the gate's tensor.
+    experts: an expert's tensor, by the dense tensor that it is.
+    stacked: the dense tensors that are joined along their first axis, by the tensor that holds the
+        result for all experts, one on another.
+    layers: the key of the config that holds the number of layers.
+    merged: the dense tensor of all sources that is merged, by the tensor that it becomes.
+    zeros: tensors that start at zero.
+    """
+
+    ffn: str
+    gate: str
+    experts: Mapping[str, str] = field(default_factory=dict)
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    layers: str = "num_hidden_layers"  # the config key that counts them
-    merged: Mapping[str, str] = field(
-        default_factory=dict
-    )  # hub name -> the dense tensors that are merged into it
-    zeros: tuple[str, ...] = ()  # hub names
+    layers: str = "num_hidden_layers"
+    merged: Mapping[str, str] = field(default_factory=dict)
+    zeros: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Upcycling:
-    """A dense architecture and the stock MoE architecture that holds it."""
+    """A dense architecture and the stock MoE architecture that holds it.
 
-    dense: Mapping[str, str]  # model type -> architecture
-    moe: str  # architecture
+    dense: the dense architectures, by model type.
+    moe: the MoE architecture.
+    output_config: a function of the dense config, the number of experts and the number that a token
+        passes, and of `options` as keywords; it gives the output's config.
+    refuse: a function of the dense config that says what in it has no place in the MoE, or None.
+    experts_per_token: the number of experts that a token passes, if the architecture leaves no
+        choice.
+    options: the names of options of the merge that only this architecture has.
+    """
+
+    dense: Mapping[str, str]
+    moe: str
     stacks: tuple[Stack, ...]
-    output_config: Callable[
-        ..., PretrainedConfig
-    ]  # (dense, number of experts, experts per token, **options)
-    refuse: Callable[
-        [PretrainedConfig], str | None
-    ]  # what in this dense config has no place in the MoE
-    experts_per_token: int | None = None  # if the architecture leaves no choice
-    options: frozenset[str] = frozenset()  # of the merge, that only this architecture has
+    output_config: Callable[..., PretrainedConfig]
+    refuse: Callable[[PretrainedConfig], str | None]
+    experts_per_token: int | None = None
+    options: frozenset[str] = frozenset()
 
 
 def moe_config(
@@ -59,7 +71,9 @@ def moe_config(
     drop: Iterable[str] = (),
     **changes: object,
 ) -> PretrainedConfig:
-    """The dense config's values in a config of another class, where they mean the same."""
+    """A config of another class with the dense config's values, but those in `drop`, and with
+    `changes`.
+    """
     left_out = {*_DENSE_ONLY, *drop, *changes}
     kept = {key: value for key, value in dense.to_dict().items() if key not in left_out}
     return config_class(**kept, **changes)

@@ -22,11 +22,9 @@ def _output_config(
 
 
 def _refuse(dense: PretrainedConfig) -> str | None:
-    return (
-        "`use_bias: true` has no place in Ernie 4.5 MoE, whose experts have no biases"
-        if dense.use_bias
-        else None
-    )
+    if dense.use_bias:
+        return "`use_bias: true` has no place in Ernie 4.5 MoE, whose experts have no biases"
+    return None
 
 
 ERNIE_MOE = Upcycling(

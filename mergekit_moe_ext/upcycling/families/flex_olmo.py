@@ -1,6 +1,6 @@
 """OLMo 2, and OLMo 3 where no layer has a window, to FlexOlmo.
 
-The norm stands after the FFN there, so the gate reads the residual stream itself.
+In these models the norm comes after the FFN, so the gate reads the residual stream itself.
 """
 
 from transformers import FlexOlmoConfig, PretrainedConfig
@@ -13,10 +13,9 @@ def _output_config(
     dense: PretrainedConfig, num_experts: int, experts_per_token: int
 ) -> PretrainedConfig:
     changes = {}
-    if dense.model_type == "olmo3":  # one set per kind of layer there
-        changes["rope_parameters"] = dense.rope_parameters.get(
-            "full_attention", dense.rope_parameters
-        )
+    if dense.model_type == "olmo3":  # which has one set per kind of layer
+        rope = dense.rope_parameters
+        changes["rope_parameters"] = rope.get("full_attention", rope)
     return moe_config(
         FlexOlmoConfig,
         dense,
@@ -31,7 +30,7 @@ def _output_config(
 
 def _refuse_windows(dense: PretrainedConfig) -> str | None:
     if "sliding_attention" in (getattr(dense, "layer_types", None) or ()):
-        return "some of its layers have a sliding window, which FlexOlmo has not"
+        return "some of its layers have a sliding window, which FlexOlmo does not have"
     return None
 
 

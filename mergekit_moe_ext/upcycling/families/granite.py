@@ -22,11 +22,9 @@ def _output_config(
 
 
 def _refuse(dense: PretrainedConfig) -> str | None:
-    return (
-        "`mlp_bias: true` has no place in GraniteMoe, whose experts have no biases"
-        if dense.mlp_bias
-        else None
-    )
+    if dense.mlp_bias:
+        return "`mlp_bias: true` has no place in GraniteMoe, whose experts have no biases"
+    return None
 
 
 GRANITE_MOE = Upcycling(

@@ -28,9 +28,10 @@ HUNYUAN_MOE = Upcycling(
             ffn=_FFN,
             experts=EXPERTS,
             gate=f"{_FFN}.gate.wg.weight",
+            # With a zero `down_proj` the shared expert adds nothing, and still gets a gradient.
             merged={
-                f"{_FFN}.shared_mlp.{name}.weight": f"{_FFN}.{name}.weight"
-                for name in ("gate_proj", "up_proj")
+                f"{_FFN}.shared_mlp.gate_proj.weight": f"{_FFN}.gate_proj.weight",
+                f"{_FFN}.shared_mlp.up_proj.weight": f"{_FFN}.up_proj.weight",
             },
             zeros=(f"{_FFN}.shared_mlp.down_proj.weight",),
         ),

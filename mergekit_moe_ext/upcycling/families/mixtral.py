@@ -5,6 +5,8 @@ from transformers import MixtralConfig, PretrainedConfig
 from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
 
 _NO_BIASES = ("attention_bias", "mlp_bias")
+_EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
+_FFN = "model.layers.{layer}.mlp"
 
 
 def _output_config(
@@ -32,12 +34,11 @@ MIXTRAL = Upcycling(
     moe="MixtralForCausalLM",
     stacks=(
         Stack(
-            ffn="model.layers.{layer}.mlp",
+            ffn=_FFN,
             experts={
-                f"model.layers.{{layer}}.mlp.{dense}.weight": (
-                    f"model.layers.{{layer}}.block_sparse_moe.experts.{{expert}}.{moe}.weight"
-                )
-                for dense, moe in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
+                f"{_FFN}.gate_proj.weight": f"{_EXPERT}.w1.weight",
+                f"{_FFN}.down_proj.weight": f"{_EXPERT}.w2.weight",
+                f"{_FFN}.up_proj.weight": f"{_EXPERT}.w3.weight",
             },
             gate="model.layers.{layer}.block_sparse_moe.gate.weight",
         ),

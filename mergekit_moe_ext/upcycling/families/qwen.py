@@ -1,7 +1,7 @@
 """Qwen2, Seed-OSS and Ministral to Qwen2-MoE, and Qwen3 to Qwen3-MoE.
 
-transformers does not normalise the weights of the chosen experts by default; an upcycled model
-needs it to.
+By default transformers does not normalise the weights of the chosen experts, which an upcycled
+model needs.
 """
 
 from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
@@ -19,9 +19,9 @@ GATE = f"{_FFN}.gate.weight"
 def _qwen2_config(
     dense: PretrainedConfig, num_experts: int, experts_per_token: int
 ) -> PretrainedConfig:
-    layer_types = (
-        getattr(dense, "layer_types", None) or ["full_attention"] * dense.num_hidden_layers
-    )
+    layer_types = getattr(dense, "layer_types", None)
+    if not layer_types:
+        layer_types = ["full_attention"] * dense.num_hidden_layers
     return moe_config(
         Qwen2MoeConfig,
         dense,
@@ -32,10 +32,10 @@ def _qwen2_config(
         moe_intermediate_size=dense.intermediate_size,
         shared_expert_intermediate_size=dense.intermediate_size,
         norm_topk_prob=True,
-        # Qwen2 has them, and no key that says so
+        # Qwen2 has these biases, but no key that says so.
         qkv_bias=dense.model_type == "qwen2" or getattr(dense, "attention_bias", False),
-        # as the dense model resolved them: Qwen2-MoE has another rule for which layers have a
-        # window
+        # As the dense model resolved them: Qwen2-MoE has another rule for which layers have a
+        # window.
         layer_types=layer_types,
         use_sliding_window="sliding_attention" in layer_types,
     )
@@ -68,7 +68,7 @@ def _qwen3_config(
         num_experts_per_tok=experts_per_token,
         moe_intermediate_size=dense.intermediate_size,
         norm_topk_prob=True,
-        # Qwen3-MoE reads no layer types: with a window, all layers have it
+        # Qwen3-MoE reads no layer types: with a window, all layers have it.
         use_sliding_window=dense.layer_types[0] == "sliding_attention",
     )
 
@@ -99,8 +99,8 @@ QWEN2_MOE = Upcycling(
             # bias, so it cannot be shut; a zero `down_proj` keeps it silent, and still gets a
             # gradient as soon as it is trained.
             merged={
-                f"{_FFN}.shared_expert.{name}.weight": f"{_FFN}.{name}.weight"
-                for name in ("gate_proj", "up_proj")
+                f"{_FFN}.shared_expert.gate_proj.weight": f"{_FFN}.gate_proj.weight",
+                f"{_FFN}.shared_expert.up_proj.weight": f"{_FFN}.up_proj.weight",
             },
             zeros=(f"{_FFN}.shared_expert.down_proj.weight", f"{_FFN}.shared_expert_gate.weight"),
         ),

@@ -1,8 +1,8 @@
 """T5 to Switch Transformers: an initialisation for training, not the same function.
 
 Switch sends a token to one expert and multiplies its output by the gate's probability for it, so
-even with equal sources the FFNs count for less than in T5. And an expert takes at most
-`expert_capacity` tokens of a sequence; what comes after them passes the layer by.
+that even with equal sources the FFNs count for less than in T5. And an expert takes at most
+`expert_capacity` tokens of a sequence; later tokens skip the layer.
 """
 
 from transformers import PretrainedConfig, SwitchTransformersConfig
@@ -23,7 +23,7 @@ def _output_config(
         num_experts=num_experts,
         num_sparse_encoder_layers=dense.num_layers,
         num_sparse_decoder_layers=dense.num_decoder_layers,
-        # T5's default; a config that lacks it cannot make the decoder's inputs from labels
+        # T5's default; without this key the decoder's inputs cannot be made from labels.
         decoder_start_token_id=getattr(dense, "decoder_start_token_id", dense.pad_token_id),
         **options,
     )
