@@ -1,1 +1,1 @@
-"""What every structural merge goes through, from the configuration to the card."""
+"""The steps that every structural merge goes through, from the configuration to the card."""

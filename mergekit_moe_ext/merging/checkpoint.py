@@ -1,4 +1,6 @@
-"""Telling the weights of one model from those of another, without reading all of them."""
+"""A fingerprint that tells the weights of one model from those of another, without reading all of
+them.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,18 +14,17 @@ from safetensors import safe_open
 
 
 def checkpoint_fingerprint(model: ModelReference, options: MergeOptions) -> str:
-    """The sha256 of every tensor's name, shape and first row: the same for a copy, another for a
-    fine-tune.
+    """The sha256 of every tensor's name, shape and first row: the same for a copy of the model,
+    another for a fine-tune.
     """
     index = model.tensor_index(cache_dir=options.transformers_cache)
     rows = {}
     for shard in index.shards:
         path = Path(index.base_path, shard.filename)
         for name, first in _first_rows(index, path):
-            rows[name] = (
-                tuple(first.shape[1:]),
-                first.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
-            )
+            content = first.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            rows[name] = (tuple(first.shape[1:]), content)
+    # Sorted, since shards may hold the same tensors in another order.
     digest = hashlib.sha256()
     for name in sorted(rows):
         shape, content = rows[name]

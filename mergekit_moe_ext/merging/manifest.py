@@ -1,7 +1,8 @@
-"""What transformers says a checkpoint of a config must hold: every tensor's name and shape.
+"""The manifest of a config: the name and shape of every tensor that a checkpoint must hold, as
+transformers has them.
 
 The model is built without memory (on torch's meta device) and its state dict is brought into the
-layout that `save_pretrained` writes, which is what other readers of a checkpoint know.
+layout that `save_pretrained` writes, since that is the one that other readers of a checkpoint know.
 """
 
 from collections.abc import Mapping
@@ -24,25 +25,32 @@ from mergekit_moe_ext.modeling import find_architecture
 class SharedTensor:
     """A tensor that all sources have, to be merged with its namesakes."""
 
-    weight: WeightInfo  # what mergekit wants to know of it
+    weight: WeightInfo  # mergekit's description of it
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    shapes: Mapping[str, tuple[int, ...]]  # without the names that are tied to another
-    tied: frozenset[str]  # names that the model has but its checkpoint need not hold
-    ignored: tuple[
-        str, ...
-    ]  # patterns of names that a checkpoint may hold and transformers leaves out
-    embedding: str  # the name of the input embedding; empty where there are no tokens
-    vocabulary: frozenset[str]  # names, in `shapes`, of tensors whose first axis is the vocabulary
-    prefix: (
-        str  # what a checkpoint may have before every name (CLIP's towers, cut out of the whole)
-    )
+    """The tensors that a checkpoint must hold, and those that it may hold.
+
+    shapes: all tensors but those that are tied to another.
+    tied: names that the model has but its checkpoint need not hold.
+    ignored: patterns of names that a checkpoint may hold and transformers leaves out.
+    embedding: the name of the input embedding; empty where there are no tokens.
+    vocabulary: the names, in `shapes`, of the tensors whose first axis is the vocabulary.
+    prefix: a text that a checkpoint may have before every name (for CLIP's towers, which are cut
+        out of the whole).
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: frozenset[str]
+    ignored: tuple[str, ...]
+    embedding: str
+    vocabulary: frozenset[str]
+    prefix: str
 
     def aliases(self, name: str) -> tuple[str, ...] | None:
-        """What else the tensor may be called in a checkpoint."""
+        """The other names that the tensor may have in a checkpoint."""
         return (self.prefix + name,) if self.prefix else None
 
     def shared_tensor(self, name: str) -> SharedTensor:
@@ -66,27 +74,29 @@ def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torc
     """A model of the one class in `config.architectures`, without memory, and its state dict in hub
     layout.
     """
-    model_class = find_architecture(config.architectures[0]) or getattr(
-        transformers, config.architectures[0], None
-    )
+    name = config.architectures[0]
+    model_class = find_architecture(name) or getattr(transformers, name, None)
     if model_class is None:
-        raise UserError(f"{config.architectures[0]} is no architecture of transformers")
+        raise UserError(f"{name} is not an architecture of transformers")
     with torch.device("meta"):
         model = model_class(config)
     return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))
 
 
 def hub_names(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """The name in a checkpoint of every tensor that is stored as it is used, by its name in the
-    model.
+    """The names in a checkpoint, by the names in the model, of all tensors that are stored as they
+    are used.
     """
-    stored = {
-        id(tensor): name
-        for name, tensor in state.items()
-        if name not in model.all_tied_weights_keys
-    }
-    used = model.state_dict(keep_vars=True).items()
-    return {name: stored[id(tensor)] for name, tensor in used if id(tensor) in stored}
+    # A tensor that the layout only renames is the same object in both state dicts.
+    stored_names = {}
+    for name, tensor in state.items():
+        if name not in model.all_tied_weights_keys:
+            stored_names[id(tensor)] = name
+    names = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in stored_names:
+            names[name] = stored_names[id(tensor)]
+    return names
 
 
 def manifest_of(config: PretrainedConfig) -> Manifest:
@@ -102,21 +112,21 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
     except NotImplementedError:  # two towers, of which one has no tokens (CLIP)
         layers = ()
     embeddings = [layer.weight for layer in layers if isinstance(layer, nn.Embedding | nn.Linear)]
-    first = embeddings[0] if embeddings else None
-    vocabulary = {id(weight) for weight in embeddings}
+    stored = {name: tensor for name, tensor in state.items() if name not in tied}
+    ids = {id(weight) for weight in embeddings}
+    vocabulary = [name for name, tensor in stored.items() if id(tensor) in ids]
     return Manifest(
-        shapes={name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied},
+        shapes={name: tuple(tensor.shape) for name, tensor in stored.items()},
         tied=tied,
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
-        embedding=next((name for name, t in state.items() if t is first and name not in tied), ""),
-        vocabulary=frozenset(
-            name for name, tensor in state.items() if id(tensor) in vocabulary and name not in tied
-        ),
+        embedding=next((name for name in vocabulary if stored[name] is embeddings[0]), ""),
+        vocabulary=frozenset(vocabulary),
         prefix=_optional_prefix(model),
     )
 
 
 def _optional_prefix(model: PreTrainedModel) -> str:
+    """The prefix that transformers removes from the names in a checkpoint, if there is one."""
     for change in get_model_conversion_mapping(model, add_legacy=False):
         if isinstance(change, PrefixChange) and change.prefix_to_remove and not change.scope_prefix:
             return f"{change.prefix_to_remove}."
@@ -124,21 +134,22 @@ def _optional_prefix(model: PreTrainedModel) -> str:
 
 
 def check_against(manifest: Manifest, planned: Mapping[str, tuple[int, ...]]) -> None:
-    """Planned names and shapes must be the manifest's, no more and no less. `ValueError` if not."""
-    missing = manifest.shapes.keys() - planned.keys()
-    surplus = planned.keys() - manifest.shapes.keys()
-    differing = [
-        f"{name} is planned as {planned[name]}, must be {shape}"
-        for name, shape in manifest.shapes.items()
-        if name in planned and planned[name] != shape
-    ]
-    complaints = [
-        *(f"{name} comes from nowhere" for name in sorted(missing)),
-        *(f"{name} has no place in the output" for name in sorted(surplus)),
-        *differing,
-    ]
+    """Check that planned names and shapes are the manifest's, no more and no less.
+
+    `ValueError` if they are not.
+    """
+    complaints = []
+    for name in sorted(manifest.shapes.keys() - planned.keys()):
+        complaints.append(f"{name} comes from nowhere")
+    for name in sorted(planned.keys() - manifest.shapes.keys()):
+        complaints.append(f"{name} has no place in the output")
+    for name, shape in manifest.shapes.items():
+        if name in planned and planned[name] != shape:
+            complaints.append(f"{name} is planned as {planned[name]}, must be {shape}")
     if complaints:
-        shown = "; ".join(complaints[:5]) + (
-            f"; and {len(complaints) - 5} more" if complaints[5:] else ""
+        summary = "; ".join(complaints[:5])
+        if complaints[5:]:
+            summary += f"; and {len(complaints) - 5} more"
+        raise ValueError(
+            f"the planned tensors are not those of the output's architecture: {summary}"
         )
-        raise ValueError(f"the planned tensors are not those of the output's architecture: {shown}")

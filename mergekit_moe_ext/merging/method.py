@@ -1,4 +1,4 @@
-"""What a structural merge method is: a method whose output has other tensors than its inputs.
+"""Structural merge methods, whose outputs have other tensors than their inputs.
 
 Stock mergekit methods are tensor methods: they make one tensor out of its namesakes. A structural
 method says for every tensor of the output where it comes from (`Plan`); the planner does the rest.
@@ -28,16 +28,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class MethodOptions(BaseModel):
-    """Options that every structural method has; they stand under `parameters:` of the merge."""
+    """The options of every structural method; they stand under `parameters:` of the merge."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    allow_nonfinite: bool = Field(False, description="let NaN and Inf in a source through")
+    allow_nonfinite: bool = Field(False, description="let NaN and Inf in the sources through")
 
 
 class ModelOptions(BaseModel):
-    """Options of one entry of `models:`; they stand under its `parameters:`. A structural method
-    may have some.
+    """The options that a structural method has for one entry of `models:`; they stand under its
+    `parameters:`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -45,18 +45,18 @@ class ModelOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """One merge as the user asked for it, after its keys and options were found to be good."""
+    """One merge as the user asked for it, after its keys and options have been checked."""
 
     config: MergeConfiguration
     merge_options: MergeOptions
     method: "StructuralMethod"
-    options: Any  # the method's own MethodOptions subclass
-    model_options: Sequence[Any]  # the method's own ModelOptions subclass, per entry of `models:`
+    options: Any  # of the method's own subclass of MethodOptions
+    model_options: Sequence[Any]  # per entry of `models:`, of the method's subclass of ModelOptions
     shared: MergeMethod  # the tensor method that merges the shared parameters
 
     @property
     def experts(self) -> list[ModelReference]:
-        """`models:` in order; one that is listed twice is here twice."""
+        """The models under `models:`, in order; one that is listed twice is here twice."""
         return [entry.model for entry in self.config.models or []]
 
     @property
@@ -65,17 +65,20 @@ class Job:
 
     @property
     def donor(self) -> ModelReference:
-        """Where config and tokenizer come from."""
+        """The model that config and tokenizer come from."""
         return self.base or self.experts[0]
 
     @property
     def sources(self) -> list[ModelReference]:
-        """Every model once: `models:` in order, then the base if it is not among them."""
-        return list(dict.fromkeys([*self.experts, *([self.base] if self.base else [])]))
+        """Every model once: those of `models:` in order, then the base if it is not among them."""
+        models = self.experts
+        if self.base:
+            models.append(self.base)
+        return list(dict.fromkeys(models))
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the output, if the configuration says."""
+        """The dtype of the output, if the configuration names one."""
         return dtype_from_name(self.config.out_dtype or self.config.dtype)
 
     @property
@@ -108,33 +111,41 @@ class CopiedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every tensor of the output comes from, by its name in the output."""
+    """The origin of every tensor of the output, by its name in the output.
 
-    config: PretrainedConfig  # of the output; its class is what transformers will load
+    config: the output's; its class is the one that transformers will load.
+    shared: tensors that the shared method merges from their namesakes in all sources.
+    copies: tensors of single sources.
+    computed: tensors that a mergekit Task makes, which has their shape as its `shape`.
+    dtype: that of the computed tensors, and in general of all.
+    weights: by shared tensor, the `weight` of each model, where the method sets it; 1 elsewhere.
+    integers: the computed tensors that keep their own dtype.
+    notes: Markdown for the card and for `mergekit-moe-ext plan`.
+    draw: writes a figure, for `mergekit-moe-ext plan --plot`.
+    """
+
+    config: PretrainedConfig
     num_experts: int
     experts_per_token: int
-    shared: Mapping[
-        str, SharedTensor
-    ]  # merged by the shared method from its namesakes in all sources
+    shared: Mapping[str, SharedTensor]
     copies: Mapping[str, CopiedTensor]
-    computed: Mapping[str, Any]  # made by a mergekit Task that has a `shape`, that of what it makes
-    dtype: torch.dtype  # of what is computed and in general of all
-    # Where the method decides how much each model counts in a shared parameter: its `weight`, by
-    # name. Else 1.
+    computed: Mapping[str, Any]
+    dtype: torch.dtype
     weights: Mapping[str, Mapping[ModelReference, float]] = field(default_factory=dict)
-    integers: frozenset[str] = frozenset()  # of `computed`, what no dtype of the output is for
+    integers: frozenset[str] = frozenset()
     routed_per: Literal["token", "sequence", "sample"] = "token"
-    notes: str = ""  # Markdown, for the card and for `mergekit-moe-ext plan`
-    draw: Callable[[Path], None] | None = None  # a figure, for `mergekit-moe-ext plan --plot`
+    notes: str = ""
+    draw: Callable[[Path], None] | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of the output, by its name, as what it comes from has it."""
+        """The shape of every tensor of the output, by its name, as its origin states it."""
         origins: dict[str, Any] = {**self.shared, **self.copies, **self.computed}
         return {name: origin.shape for name, origin in origins.items()}
 
     @property
     def bytes(self) -> int:
+        """The size of the output's weights."""
         return self.dtype.itemsize * sum(math.prod(shape) for shape in self.shapes.values())
 
 
@@ -150,12 +161,13 @@ class StructuralMethod(MergeMethod):
 
     @abstractmethod
     def shared_method_name(self, options: Any) -> str:
-        """The tensor method that merges the shared parameters."""
+        """The name of the tensor method that merges the shared parameters."""
 
     @abstractmethod
     def plan(self, job: Job) -> Plan:
-        """Check the sources and say where every tensor comes from. Reads tensors only where they
-        decide it.
+        """The plan of a merge, after its sources have been checked.
+
+        It reads tensors only where the plan depends on them.
         """
 
     def _execute(self, *_args: Any, **_kwargs: Any) -> Any:

@@ -32,34 +32,35 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 class PlannedArchitecture(ModelArchitecture):
-    """Carries a plan to the planner through `run_merge`, in place of the architecture of one
-    model."""
+    """A plan in place of the architecture of one model, in which form it passes through `run_merge`
+    to the planner.
+    """
 
     job: Any
     plan: Any
 
 
-# The architecture that run_merge of ours has prepared. None where mergekit's run_merge was bound to
-# a name before this package was imported, so that ours does not run.
+# The architecture that our run_merge has prepared. None where mergekit's run_merge was bound to a
+# name before this package was imported, so that ours does not run.
 PREPARED: contextvars.ContextVar[PlannedArchitecture | None] = contextvars.ContextVar(
     "PREPARED", default=None
 )
 
 
 def prepare(job: Job) -> PlannedArchitecture:
-    """Plan the job and check the plan against what transformers says the output must hold."""
+    """Plan the job, and check the plan against the manifest of the output."""
     plan = job.method.plan(job)
     check_against(manifest_of(plan.config), plan.shapes)
     return PlannedArchitecture(modules={}, architectures=[], model_type="", job=job, plan=plan)
 
 
 class SharedConfigReader(ConfigReader):
-    """Reads the shared method's parameters; one that it requires and nobody gave gets its neutral
-    value.
+    """A reader of the shared method's parameters, in which one that is required but not set has its
+    neutral value.
     """
 
     merged_base: ModelReference | None
-    weights: Mapping[ModelReference, float]  # 1 where none is given
+    weights: Mapping[ModelReference, float]  # those that the structural method sets
 
     @property
     def base_model(self) -> ModelReference | None:
@@ -67,17 +68,17 @@ class SharedConfigReader(ConfigReader):
 
     def parameter_sources(self, model: ModelReference | None = None) -> Iterable[Any]:
         yield from super().parameter_sources(model)
-        yield {
-            **NEUTRAL_PARAMETERS,
-            **({"weight": self.weights[model]} if model in self.weights else {}),
-        }
+        neutral = dict(NEUTRAL_PARAMETERS)
+        if model in self.weights:
+            neutral["weight"] = self.weights[model]
+        yield neutral
 
 
 def merged_models(job: Job) -> tuple[list[ModelReference], ModelReference | None]:
-    """The models that the shared method merges, each once, and the base that it is told of.
+    """The models that the shared method merges, each once, and the base that it gets.
 
-    A base that is not in `models:` takes part only where the method makes something of a base; else
-    it gives config and tokenizer and nothing more.
+    A base that is not in `models:` takes part only where the method uses a base; else it gives
+    config and tokenizer and nothing more.
     """
     listed = list(dict.fromkeys(job.experts))
     uses_base = job.shared.spec.contract.base in (BasePolicy.OPTIONAL, BasePolicy.REQUIRED)
@@ -99,8 +100,8 @@ class MergePlanner(StockMergePlanner):
         if PREPARED.get() is None:
             LOG.warning(
                 "run_merge was imported before mergekit_moe_ext, so the output is written in "
-                "place, without "
-                "staging; import mergekit_moe_ext first, or leave torch's autoload on"
+                "place, without staging; import mergekit_moe_ext first, or leave torch's autoload "
+                "on"
             )
         # mergekit saves the object that it made before planning, so that object has to become ours.
         out_model_config.__class__ = type(self._plan_of_job.config)
@@ -129,10 +130,13 @@ class MergePlanner(StockMergePlanner):
     def _plan_shared(self, name: str, weight: WeightInfo, num_layers: int) -> None:
         models, base = merged_models(self._job)
         parameters = {entry.model: entry.parameters for entry in reversed(self._job.config.models)}
-        sources = [
-            InputSliceDefinition(model=m, layer_range=(0, num_layers), parameters=parameters.get(m))
-            for m in models
-        ]
+        sources = []
+        for model in models:
+            sources.append(
+                InputSliceDefinition(
+                    model=model, layer_range=(0, num_layers), parameters=parameters.get(model)
+                )
+            )
         reader = SharedConfigReader(
             config=self.config,
             slice_out=OutputSliceDefinition(sources=sources),
@@ -166,17 +170,18 @@ class MergePlanner(StockMergePlanner):
         finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
         copies = self._copy_tasks(finalize)
         saves = tuple(map(self._keeping_integers, finalize.tensor_save_tasks))
-        rest = [
-            task
-            for task in tasks
-            if task is not finalize and task not in finalize.tensor_save_tasks
-        ]
+        # Stock tasks that save or finalise are replaced by ours; all others (the tokenizer's) stay.
+        others = []
+        for task in tasks:
+            if task is not finalize and task not in finalize.tensor_save_tasks:
+                others.append(task)
         finalize_all = FinalizeModel(
             tensor_save_tasks=(*saves, *copies), writer_task=finalize.writer_task
         )
-        return [*copies, *saves, finalize_all, *rest]
+        return [*copies, *saves, finalize_all, *others]
 
     def _keeping_integers(self, task: Any) -> Any:
+        """The task, or, for a tensor of integers, one that does not cast it."""
         is_integer = isinstance(task, SaveTensor) and task.tensor_name in self._plan_of_job.integers
         return task.model_copy(update={"dtype": None}) if is_integer else task
 
@@ -186,31 +191,42 @@ class MergePlanner(StockMergePlanner):
         return super().plan_in_memory()
 
     def _copy_tasks(self, finalize: FinalizeModel) -> list[CopyTensors]:
-        """One task per layer; its experts in order."""
+        """One task per layer, with its experts in order."""
         by_layer: dict[str, list[tuple[str, LoadTensor]]] = defaultdict(list)
         for name, copy in self._plan_of_job.copies.items():
             layer = _LAYER.search(name)
             load = self._job.load(copy.model, copy.name, self.config.dtype)
             by_layer[layer.group(1) if layer else ""].append((name, load))
-        return [
-            CopyTensors(
-                copies=tuple(copies),
-                writer_task=finalize.writer_task,
-                out_dtype=self.config.out_dtype,
-                clone=self.options.clone_tensors,
+        tasks = []
+        for copies in by_layer.values():
+            tasks.append(
+                CopyTensors(
+                    copies=tuple(copies),
+                    writer_task=finalize.writer_task,
+                    out_dtype=self.config.out_dtype,
+                    clone=self.options.clone_tensors,
+                )
             )
-            for copies in by_layer.values()
-        ]
+        return tasks
 
 
 def _num_layers(plan: Plan) -> int:
-    """As its config says; of two towers (CLIP), where it does not say, the deeper one's."""
-    numbered = [int(found.group(1)) + 1 for found in map(_LAYER.search, plan.shapes) if found]
-    return getattr(plan.config, "num_hidden_layers", None) or max(numbered, default=1)
+    """The number of layers that the config states; where it states none, as for two towers (CLIP),
+    that of the deeper one.
+    """
+    stated = getattr(plan.config, "num_hidden_layers", None)
+    if stated:
+        return stated
+    numbers = [1]
+    for name in plan.shapes:
+        layer = _LAYER.search(name)
+        if layer:
+            numbers.append(int(layer.group(1)) + 1)
+    return max(numbers)
 
 
 def _gradient_position(tensor_name: str, num_layers: int) -> float:
-    """Where mergekit's gradients stand for a tensor: 0 to 1 over the layers, 0 outside them."""
+    """The position of a tensor in mergekit's gradients: 0 to 1 over the layers, 0 outside them."""
     layer = _LAYER.search(tensor_name)
     if not layer:
         return 0.0
@@ -224,8 +240,10 @@ def _loading_finite(task: Any) -> Any:
 
 
 def structural_method(name: str) -> StructuralMethod | None:
-    """The structural method of this name, if it is one."""
+    """The structural method of this name; None if there is none."""
     from mergekit.merge_methods import registered_methods
 
-    found = (method for method in registered_methods() if method.spec.name == name)
-    return next((method for method in found if isinstance(method, StructuralMethod)), None)
+    for method in registered_methods():
+        if method.spec.name == name and isinstance(method, StructuralMethod):
+            return method
+    return None

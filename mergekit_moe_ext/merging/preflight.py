@@ -1,7 +1,7 @@
-"""Finds a user's mistakes before any work starts, and says what would be right.
+"""Checks that find a user's mistakes before any work starts, and say what would be right.
 
 mergekit drops the keys that it does not know, so the raw YAML is looked at here. Our own options
-are read and checked by pydantic; what is left under `parameters:` must be the shared method's.
+are read and checked by pydantic; all other keys under `parameters:` must be the shared method's.
 """
 
 import difflib
@@ -21,15 +21,16 @@ from mergekit_moe_ext.merging.planner import NEUTRAL_PARAMETERS, merged_models
 from mergekit_moe_ext.merging.sources import lacks_tokenizer
 
 Options = TypeVar("Options", bound=pydantic.BaseModel)
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def check_document(document: Any) -> None:
-    """Every key of a raw merge configuration, outside `parameters:`, must be one that mergekit
-    reads.
+    """Check that every key of a raw merge configuration, outside `parameters:`, is one that
+    mergekit reads.
     """
     if not isinstance(document, Mapping):
         raise UserError("the configuration is not a mapping of keys to values")
-    # `name` is what mergekit-multi reads, and stands in many a configuration for a single merge
+    # mergekit-multi reads `name`, which many configurations of single merges have, too.
     _check_keys(document, [*MergeConfiguration.model_fields, "name"], "the configuration")
     for index, entry in enumerate(document.get("models") or []):
         if isinstance(entry, Mapping):
@@ -41,45 +42,42 @@ def check_document(document: Any) -> None:
 def read_job(
     config: MergeConfiguration, merge_options: MergeOptions, method: StructuralMethod
 ) -> Job:
-    """Everything under `parameters:`, checked. `UserError` for what is wrong."""
+    """The merge, with all keys and values under `parameters:` checked and read.
+
+    `UserError` for a key that is unknown or in the wrong place, and for a value that does not fit.
+    """
     if not config.models:
         raise UserError(f"{method.spec.name} takes `models:`, not slices or modules")
     for key in ("dtype", "out_dtype"):
         name = getattr(config, key)
-        if name and name.removeprefix("torch.") not in (
-            "float64",
-            "float32",
-            "bfloat16",
-            "float16",
-        ):
+        if name and name.removeprefix("torch.") not in _DTYPES:
             raise UserError(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
-    given = config.parameters or {}
-    options: Any = _read_options(method.options_type, given, "`parameters:`")
+    parameters = config.parameters or {}
+    options: Any = _read_options(method.options_type, parameters, "`parameters:`")
     shared = _shared_method(method.shared_method_name(options))
 
-    shared_names = [parameter.name for parameter in shared.spec.parameters]
     shared_per_model = [parameter.name for parameter in shared.spec.input_parameters]
-    per_model_names = [*method.model_options_type.model_fields, *shared_per_model]
-    where = f"parameters ({method.spec.name} with shared method {shared.spec.name})"
-    for key in given:
+    per_model_keys = [*method.model_options_type.model_fields, *shared_per_model]
+    merge_keys = [
+        *method.options_type.model_fields,
+        *(parameter.name for parameter in shared.spec.parameters),
+    ]
+    for key in parameters:
         if key in method.model_options_type.model_fields:
             raise UserError(f"`{key}` belongs under the `parameters:` of a model")
-    _check_keys(given, [*method.options_type.model_fields, *shared_names], where)
+    where = f"parameters ({method.spec.name} with shared method {shared.spec.name})"
+    _check_keys(parameters, merge_keys, where)
     model_options = []
     for index, entry in enumerate(config.models):
-        for key in entry.parameters or {}:
-            if key not in per_model_names and key in (
-                *method.options_type.model_fields,
-                *shared_names,
-            ):
+        model_parameters = entry.parameters or {}
+        for key in model_parameters:
+            if key not in per_model_keys and key in merge_keys:
                 raise UserError(
                     f"`{key}` under models[{index}] belongs under the merge's `parameters:`"
                 )
-        _check_keys(entry.parameters or {}, per_model_names, f"models[{index}].parameters")
         where = f"models[{index}].parameters"
-        model_options.append(
-            _read_options(method.model_options_type, entry.parameters or {}, where)
-        )
+        _check_keys(model_parameters, per_model_keys, where)
+        model_options.append(_read_options(method.model_options_type, model_parameters, where))
     job = Job(config, merge_options, method, options, model_options, shared)
     _check_duplicates(config, shared_per_model)
     _check_tokenizers(job)
@@ -87,46 +85,46 @@ def read_job(
     return job
 
 
-def _read_options(options_type: type[Options], given: Mapping[str, Any], where: str) -> Options:
+def _read_options(
+    options_type: type[Options], parameters: Mapping[str, Any], where: str
+) -> Options:
+    """The options of this type among the parameters, as pydantic reads them."""
+    values = {key: parameters[key] for key in options_type.model_fields if key in parameters}
     try:
-        return options_type.model_validate(
-            {key: given[key] for key in options_type.model_fields if key in given}
-        )
+        return options_type.model_validate(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         value = first["input"]
-        several = isinstance(value, (list, ConditionalParameter)) and "list" not in first["msg"]
-        raise UserError(
-            f"`{first['loc'][0]}` under {where} "
-            + (
-                "takes one value, no list, gradient or filter"
-                if several
-                else f"is {value!r}: {first['msg']}"
-            )
-        ) from error
+        complaint = f"is {value!r}: {first['msg']}"
+        if isinstance(value, (list, ConditionalParameter)) and "list" not in first["msg"]:
+            complaint = "takes one value, not a list, gradient or filter"
+        raise UserError(f"`{first['loc'][0]}` under {where} {complaint}") from error
 
 
 def _shared_method(name: str) -> MergeMethod:
     methods = {method.spec.name: method for method in registered_methods()}
-    tensor_methods = [
-        key for key, method in methods.items() if not isinstance(method, StructuralMethod)
-    ]
+    tensor_methods = []
+    for key, method in methods.items():
+        if not isinstance(method, StructuralMethod):
+            tensor_methods.append(key)
     if name not in tensor_methods:
-        known = "is no tensor method" if name in methods else "is not a merge method"
-        raise UserError(f"shared: {name!r} {known}{_nearest(name, tensor_methods)}")
+        complaint = "is not a tensor method" if name in methods else "is not a merge method"
+        raise UserError(f"shared: {name!r} {complaint}{_nearest(name, tensor_methods)}")
     return methods[name]
 
 
 def _check_duplicates(config: MergeConfiguration, shared_per_model: Collection[str]) -> None:
-    """A model listed twice is two experts, but the shared method sees it once, with one set of
-    parameters.
+    """Check that a model listed twice has one set of parameters for the shared method.
+
+    It is two experts, but the shared method sees it once.
     """
-    seen: dict[Any, Any] = {}
+    by_model: dict[Any, Any] = {}
     for entry in config.models or []:
-        parameters = {
-            key: value for key, value in (entry.parameters or {}).items() if key in shared_per_model
-        }
-        if seen.setdefault(entry.model, parameters) != parameters:
+        parameters = {}
+        for key, value in (entry.parameters or {}).items():
+            if key in shared_per_model:
+                parameters[key] = value
+        if by_model.setdefault(entry.model, parameters) != parameters:
             raise UserError(
                 f"{entry.model} is listed more than once with different parameters; "
                 "its shared parameters are merged once, so they must agree"
@@ -134,16 +132,20 @@ def _check_duplicates(config: MergeConfiguration, shared_per_model: Collection[s
 
 
 def _check_tokenizers(job: Job) -> None:
-    """Where tokenizers are aligned, every local model must have one, and the source must exist."""
+    """Check that every local model has a tokenizer, where these are aligned, and that the source of
+    the tokenizer exists.
+    """
     source = job.config.tokenizer.source if job.config.tokenizer else job.config.tokenizer_source
     if source is None:
         return
-    if not isinstance(source, str) and difflib.get_close_matches(
-        str(source), ("base", "union"), n=1
-    ):
-        nearest = _nearest(str(source), ("base", "union"))
-        raise UserError(f"tokenizer source: {str(source)!r} is unknown{nearest}")
-    for model in [*job.sources, *([] if isinstance(source, str) else [source])]:
+    models = job.sources
+    if not isinstance(source, str):
+        # mergekit takes any text but base and union for the path of a model.
+        if difflib.get_close_matches(str(source), ("base", "union"), n=1):
+            nearest = _nearest(str(source), ("base", "union"))
+            raise UserError(f"tokenizer source: {str(source)!r} is unknown{nearest}")
+        models.append(source)
+    for model in models:
         directory = Path(model.model.path)
         if lacks_tokenizer(model):
             raise UserError(
@@ -154,35 +156,34 @@ def _check_tokenizers(job: Job) -> None:
 
 
 def _check_shared_inputs(job: Job) -> None:
-    """The shared method must accept these models, and have every parameter that it requires."""
+    """Check that the shared method accepts these models and gets every parameter that it
+    requires."""
     models, base = merged_models(job)
     try:
         job.shared.validate_inputs(models, base)
     except ValueError as error:
-        hint = (
-            " (name the model that the others were fine-tuned from as `base_model:`)"
-            if not base
-            else ""
-        )
+        hint = ""
+        if not base:
+            hint = " (name the model that the others were fine-tuned from as `base_model:`)"
         raise UserError(f"{job.shared.spec.name}: {error}{hint}") from error
-    given = [
-        job.config.parameters or {},
-        *(entry.parameters or {} for entry in job.config.models or []),
-    ]
+    stated: set[str] = set(job.config.parameters or {})
+    for entry in job.config.models or []:
+        stated |= set(entry.parameters or {})
     for parameter in job.shared.spec.parameters:
-        supplied = any(parameter.name in parameters for parameters in given)
-        if parameter.required and not supplied and parameter.name not in NEUTRAL_PARAMETERS:
+        has_value = parameter.name in stated or parameter.name in NEUTRAL_PARAMETERS
+        if parameter.required and not has_value:
             raise UserError(f"{job.shared.spec.name} needs `{parameter.name}` under `parameters:`")
 
 
-def _check_keys(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            raise UserError(f"unknown key `{key}` in {where}{_nearest(key, known)}")
+def _check_keys(values: Mapping[str, Any], keys: Collection[str], where: str) -> None:
+    for key in values:
+        if key not in keys:
+            raise UserError(f"unknown key `{key}` in {where}{_nearest(key, keys)}")
 
 
-def _nearest(word: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(str(word), known, n=2)
+def _nearest(word: str, keys: Collection[str]) -> str:
+    """The end of a sentence that names the keys that are most like the word, or all of them."""
+    close = [f"`{key}`" for key in difflib.get_close_matches(str(word), keys, n=2)]
     if close:
-        return f"; did you mean {' or '.join(f'`{name}`' for name in close)}?"
-    return f"; known here: {', '.join(known)}" if known else "; none is known here"
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; known here: {', '.join(keys)}" if keys else "; none is known here"

@@ -19,14 +19,15 @@ Distribution = Callable[[tuple[int, ...], float, torch.Generator], torch.Tensor]
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or Inf. Makes no copy: the extremes show both."""
+    """Whether no element is NaN or Inf."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
+    # The extremes show both, and take no copy of the tensor.
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def cast_finite(tensor: torch.Tensor, dtype: torch.dtype | None, what: str) -> torch.Tensor:
-    """`tensor.to(dtype)`, whose values must stay finite. `UserError` says `what` does not fit."""
+    """`tensor.to(dtype)`, whose values must stay finite; else a `UserError` about `what`."""
     cast = tensor.to(dtype) if dtype else tensor
     if cast is not tensor and not is_finite(cast):
         raise UserError(f"{what} has values too large for {dtype}; {_LET_THROUGH}")
@@ -34,7 +35,7 @@ def cast_finite(tensor: torch.Tensor, dtype: torch.dtype | None, what: str) -> t
 
 
 class LoadFiniteTensor(LoadTensor):
-    """`LoadTensor` that refuses NaN and Inf, naming model and tensor."""
+    """A `LoadTensor` that refuses NaN and Inf, with an error that names model and tensor."""
 
     def execute(self) -> torch.Tensor | None:
         tensor = LoadTensor(**{**dict(self), "dtype": None}).execute()
@@ -47,7 +48,7 @@ class LoadFiniteTensor(LoadTensor):
 
 
 class RefuseNonfinite(Task[torch.Tensor | None]):
-    """Passes a merged tensor on in the dtype in which it is written, if it is finite."""
+    """A merged tensor in the dtype in which it is written, if it is finite; else an error."""
 
     tensor_task: Task
     name: str
@@ -68,17 +69,17 @@ class RefuseNonfinite(Task[torch.Tensor | None]):
 
 
 class GatherFiniteTensors(GatherTensors):
-    """`GatherTensors` whose tensors are loaded by `LoadFiniteTensor`."""
+    """A `GatherTensors` whose tensors are loaded by `LoadFiniteTensor`."""
 
     def arguments(self) -> dict[str, Task]:
         return {key: LoadFiniteTensor(**dict(load)) for key, load in super().arguments().items()}
 
 
 class CopyTensors(Task[None]):
-    """Writes tensors of the sources to the output as they are, one after the other.
+    """The writing of tensors of the sources to the output as they are, one after the other.
 
-    One task for many tensors, because the executor's planning is quadratic in the number of tasks
-    that write, and models have thousands of experts.
+    It is one task for many tensors, because the executor's planning is quadratic in the number of
+    tasks that write, and models have thousands of experts.
     """
 
     copies: tuple[tuple[str, LoadTensor], ...]  # name in the output, and what loads it
@@ -107,7 +108,7 @@ class CopyTensors(Task[None]):
 
 
 class StackedExperts(Task[torch.Tensor]):
-    """All experts of a layer in one tensor: (experts, rows, columns). Of each, its tensors joined
+    """All experts of a layer in one tensor (experts, rows, columns), the tensors of each joined
     along the rows.
     """
 
@@ -128,7 +129,7 @@ class StackedExperts(Task[torch.Tensor]):
 
 
 class ExpertRows(Task[torch.Tensor]):
-    """A tensor in which experts lie side by side: those of the sources that are taken, source after
+    """A tensor in which the experts that are taken of the sources lie side by side, source after
     source.
 
     With `scaled_by`, the router's matrix of every source, the part of each source is multiplied by
@@ -148,18 +149,16 @@ class ExpertRows(Task[torch.Tensor]):
         parts = []
         for load, indices in self.sources:
             tensor = load.execute()
-            parts.append(
-                tensor.index_select(self.axis, torch.tensor(indices, device=tensor.device))
-            )
+            rows = torch.tensor(indices, device=tensor.device)
+            parts.append(tensor.index_select(self.axis, rows))
         if self.scaled_by:
             norms = [_mean_norm_of_rows(load.execute()) for load in self.scaled_by]
             target = sum(norms) / len(norms)
-            # one that has this norm already is left alone, so that a single source stays bit for
-            # bit; and so are zeros
-            parts = [
-                part if n in (target, 0) else part * (target / n)
-                for part, n in zip(parts, norms, strict=True)
-            ]
+            # A part that has this norm already is left alone, so that a single source stays the
+            # same bit for bit; and so are zeros.
+            for index, norm in enumerate(norms):
+                if norm not in (target, 0):
+                    parts[index] = parts[index] * (target / norm)
         joined = torch.cat(parts, dim=self.axis)
         assert joined.shape == self.shape, f"{self.name} is {tuple(joined.shape)}, not {self.shape}"
         return joined
@@ -170,9 +169,9 @@ def _mean_norm_of_rows(matrix: torch.Tensor) -> float:
 
 
 class Filled(Task[torch.Tensor]):
-    """One value everywhere."""
+    """A tensor with one value everywhere."""
 
-    name: str  # makes it another task than the next one of the same shape
+    name: str  # sets it apart from other tasks with the same shape, since equal tasks are run once
     shape: tuple[int, ...]
     dtype: str
     value: float = 0.0
@@ -207,8 +206,8 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 class RandomTensor(Task[torch.Tensor]):
     """A gate, or another tensor that starts at random.
 
-    It depends on the seed and its own name, not on when or where it is made. Drawn in float32 on
-    the CPU, then cast.
+    It depends on the seed and its own name, not on when or where it is made. It is drawn in float32
+    on the CPU, then cast.
     """
 
     name: str
@@ -226,9 +225,7 @@ class RandomTensor(Task[torch.Tensor]):
 
     def execute(self, **_kwargs: object) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
-        generator = torch.Generator("cpu").manual_seed(
-            int.from_bytes(digest[:8], "little", signed=True)
-        )
-        return DISTRIBUTIONS[self.mode](self.shape, self.std, generator).to(
-            dtype_from_name(self.dtype)
-        )
+        seed = int.from_bytes(digest[:8], "little", signed=True)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        tensor = DISTRIBUTIONS[self.mode](self.shape, self.std, generator)
+        return tensor.to(dtype_from_name(self.dtype))

@@ -410,7 +410,7 @@ def test_plan_prints_and_draws_the_allocation(tmp_path):
             caem(models=[{"model": "./news+./lora", "parameters": {"calibration": "news.jsonl"}}]),
             "no LoRA",
         ),
-        (caem(shared="caem"), "is no tensor method"),
+        (caem(shared="caem"), "is not a tensor method"),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, config, complaint):

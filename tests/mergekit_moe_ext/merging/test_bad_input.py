@@ -50,7 +50,7 @@ def refused(here, config, *fragments, **options):
         ),
         (document(parameters={"shared": "ties"}), ["`shared`"]),  # moe_linear has fixed it
         (document("moe", parameters={"shared": "tise"}), ["'tise'", "did you mean `ties`"]),
-        (document("moe", parameters={"shared": "moe_ties"}), ["'moe_ties' is no tensor method"]),
+        (document("moe", parameters={"shared": "moe_ties"}), ["'moe_ties' is not a tensor method"]),
         (document(parameters={"gate_mode": "rand"}), ["`gate_mode`", "'rand'", "uniform_random"]),
         (document(parameters={"experts_per_token": "two"}), ["`experts_per_token`", "'two'"]),
         (
