@@ -63,7 +63,7 @@ __all__ = [
     "silence",
     "task_vector_similarity",
 ]
-# Where each public name is, which is imported when the name is asked for.
+# The module of each public name, which is imported when the name is first used.
 _MODULES = {
     "Part": "mergekit_moe_ext.wemoe.groups",
     "Variation": "mergekit_moe_ext.wemoe.variation",

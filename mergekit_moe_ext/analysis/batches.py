@@ -1,5 +1,5 @@
 """Inputs for the analyses of weight-ensembling models and of their sources, read as
-`mergekit-moe-ext adapt` does.
+`mergekit-moe-ext adapt` reads them.
 """
 
 from collections.abc import Iterator
@@ -28,36 +28,38 @@ def read_batches(
     image_column: str = "image",
     label_column: str = "label",
 ) -> Iterator[dict[str, Tensor]]:
-    """The first `max_samples` rows of a source as the model takes them; images are decoded as they
-    are asked for.
+    """Batches of the first `max_samples` rows of a source, as the model takes them. Images are
+    decoded when their batch is read.
 
     With `with_labels`, a batch of a classifier has the right classes as `labels`, by the numbers of
-    the model's one head. `UserError`, before the first batch, for what cannot be read and for
+    the model's one head. `UserError`, before the first batch, for data that cannot be read and for
     classes that are not the model's.
     """
     kind = _kind(model)
-    prepare = (
-        load_image_processor(model_path, reading)
-        if kind == "image"
-        else load_tokenizer(model_path, reading)
-    )
+    if kind == "image":
+        prepare = load_image_processor(model_path, reading)
+    else:
+        prepare = load_tokenizer(model_path, reading)
     rows = load(source, max_samples)
     if kind in ("image", "text") and not with_labels and label_column in rows.column_names:
         rows = rows.remove_columns(label_column)
-    # a stock model's, which has no heads per task; of a weight-ensembling one no classes are read
-    head = SimpleNamespace(
+    # Classes are those of a stock model, whose head is not a task's. Those of a weight-ensembling
+    # model are not read.
+    config = SimpleNamespace(
         ensembling={"heads": {}}, num_labels=model.config.num_labels, id2label=model.config.id2label
     )
     objective: Any = "supervised" if with_labels else "entropy"
-    wanted = Adaptation(objective=objective, image_column=image_column, label_column=label_column)
-    rows = model_inputs(rows, source, kind, prepare, head, reading, wanted)
+    options = Adaptation(objective=objective, image_column=image_column, label_column=label_column)
+    rows = model_inputs(rows, source, kind, prepare, config, reading, options)
     reader = Predictions(model, kind, prepare, prefix=0, image_column=image_column)
-    starts = range(0, len(rows), batch_size)
-    named = (
-        [{source.name: row} for row in rows.select(range(s, min(s + batch_size, len(rows))))]
-        for s in starts
-    )
-    return (reader.batch(each)[source.name] for each in named)
+
+    # A function of its own, so that errors come before the first batch is asked for.
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(rows), batch_size):
+            batch_rows = rows.select(range(start, min(start + batch_size, len(rows))))
+            yield reader.batch([{source.name: row} for row in batch_rows])[source.name]
+
+    return batches()
 
 
 def _kind(model: Any) -> Kind:

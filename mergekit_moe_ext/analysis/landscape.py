@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from _mergekit_moe_ext_common.errors import UserError
 
-HEADS = ("classifier", "score", "classification_head")  # what transformers calls them
+HEADS = ("classifier", "score", "classification_head")  # transformers' names for them
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """Mean losses in nats: `losses` of each of the `tasks` are (points, points), at the `scales`
-    l_1 (row), l_2.
+    """Mean losses in nats of two tasks, on a grid.
+
+    losses: of each of the `tasks`, (points, points), at the `scales` l_1 (row) and l_2 (column).
     """
 
     tasks: tuple[str, str]
@@ -32,11 +33,11 @@ class Landscape:
 
     @property
     def joint(self) -> Tensor:
-        """L_1 + L_2."""
+        """The sum of the two losses, L_1 + L_2."""
         return self.losses[0] + self.losses[1]
 
     def lowest(self, losses: Tensor) -> tuple[float, float, float]:
-        """l_1, l_2 and the loss where it is lowest on the grid."""
+        """The point l_1, l_2 of the grid at which these losses are lowest, and the loss there."""
         row, column = divmod(int(losses.argmin()), len(self.scales))
         return self.scales[row], self.scales[column], losses[row, column].item()
 
@@ -55,14 +56,14 @@ def loss_landscape(
 
     `base` and the two `sources`, by the names of their tasks, are loaded models of one class; none
     is changed, and there is one copy more of the base while this runs. Buffers are the base's.
-    `batches`, by the same names, are what the model's `forward` takes: of a classifier with the
-    right classes as `labels` (samples,), of a decoder with `labels` or without, where its own
-    tokens are those to predict, of an encoder-decoder with `labels`; -100 is left out. A loss is
-    the mean over all samples or tokens of a task.
+    `batches`, by the same names, hold the arguments of the model's `forward`. Those of a classifier
+    have the right classes as `labels` (samples,), those of an encoder-decoder have `labels`, and
+    those of a decoder may have `labels` in place of its own tokens; -100 is left out. A loss is the
+    mean over all samples or tokens of a task.
 
-    The head of a classifier is no part of the plane: the loss of a task is taken with its source's
-    own. `UserError` for other than two sources, models that differ in more than that, and batches
-    without labels or for other tasks.
+    The head of a classifier is not part of the plane: the loss of a task is taken with its source's
+    own. `UserError` for other than two sources, for models that differ in more than the head, and
+    for batches without labels or for other tasks.
     """
     if len(sources) != 2:
         raise UserError(f"the plane is that of two fine-tunes, not of {len(sources)}")
@@ -72,31 +73,34 @@ def loss_landscape(
         )
     model = copy.deepcopy(base).eval()
     head = None if model.can_generate() else _head(model)
-    plane = _plane(model, [base, *sources.values()], list(sources), head)
-    heads = {
-        task: copy.deepcopy(getattr(source, head)).eval()
-        for task, source in sources.items()
-        if head
-    }
-    held = {task: list(of_task) for task, of_task in batches.items()}
-    found: dict[str, list[float]] = {task: [] for task in sources}
-    for first, second in tqdm(
-        list(itertools.product(scales, scales)), desc="points", disable=quiet
-    ):
-        for at, start, one, other in plane:
-            # exact at the corners: in this form a source's weights come out as they are
-            torch.mul(start, 1 - first - second, out=at).add_(one, alpha=first).add_(
-                other, alpha=second
-            )
+    plane = _plane(model, base, sources, head)
+    heads = {}
+    if head:
+        for task, source in sources.items():
+            heads[task] = copy.deepcopy(getattr(source, head)).eval()
+    inputs = {task: list(task_batches) for task, task_batches in batches.items()}
+    losses: dict[str, list[float]] = {task: [] for task in sources}
+    points = list(itertools.product(scales, scales))
+    for first_scale, second_scale in tqdm(points, desc="points", disable=quiet):
+        for target, start, first, second in plane:
+            # Not start + l (source - start): in this form the corners are exact, and a source's
+            # weights come out as they are.
+            torch.mul(start, 1 - first_scale - second_scale, out=target)
+            target.add_(first, alpha=first_scale).add_(second, alpha=second_scale)
         for task in sources:
             if head:
                 setattr(model, head, heads[task])
-            found[task].append(_mean_loss(model, task, held[task]))
-    one, other = (
-        torch.tensor(losses, dtype=torch.float64).view(len(scales), -1) for losses in found.values()
-    )
+            losses[task].append(_mean_loss(model, task, inputs[task]))
     first_task, second_task = sources
-    return Landscape((first_task, second_task), tuple(scales), (one, other))
+    return Landscape(
+        (first_task, second_task),
+        tuple(scales),
+        (_grid(losses[first_task], len(scales)), _grid(losses[second_task], len(scales))),
+    )
+
+
+def _grid(losses: Sequence[float], rows: int) -> Tensor:
+    return torch.tensor(losses, dtype=torch.float64).view(rows, -1)
 
 
 def _head(model: nn.Module) -> str | None:
@@ -104,37 +108,39 @@ def _head(model: nn.Module) -> str | None:
 
 
 def _plane(
-    model: nn.Module, given: Sequence[nn.Module], names: Sequence[str], head: str | None
+    model: nn.Module, base: nn.Module, sources: Mapping[str, nn.Module], head: str | None
 ) -> list[tuple[Tensor, ...]]:
-    """Per parameter outside of the head that of the model, the base and both sources."""
-    wanted, *all_parameters = (_without(each, head) for each in (model, *given))
-    for name, of_source in zip(names, all_parameters[1:], strict=True):
-        shapes, of_base = (
-            {key: tuple(p.shape) for key, p in each.items()} for each in (of_source, wanted)
-        )
-        differing = sorted(
-            key for key in shapes.keys() | of_base.keys() if shapes.get(key) != of_base.get(key)
-        )
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"{name} is no fine-tune of the base: {key} is {shapes.get(key, 'absent')}, "
-                f"not {of_base.get(key, 'absent')}"
-            )
-    return [(at, *(parameters[key] for parameters in all_parameters)) for key, at in wanted.items()]
+    """For each parameter outside of the head, those of the model, the base and both sources."""
+    targets = _without(model, head)
+    origins = [_without(base, head)]
+    for name, source in sources.items():
+        parameters = _without(source, head)
+        for key in sorted(parameters.keys() | targets.keys()):
+            shape = tuple(parameters[key].shape) if key in parameters else "absent"
+            base_shape = tuple(targets[key].shape) if key in targets else "absent"
+            if shape != base_shape:
+                raise UserError(
+                    f"{name} is not a fine-tune of the base: {key} is {shape}, not {base_shape}"
+                )
+        origins.append(parameters)
+    plane = []
+    for key, target in targets.items():
+        plane.append((target, *(parameters[key] for parameters in origins)))
+    return plane
 
 
 def _without(model: nn.Module, head: str | None) -> dict[str, Tensor]:
-    """Its parameters by name, without those of the head."""
-    return {
-        name: p
-        for name, p in model.named_parameters()
-        if not (head and name.startswith(f"{head}."))
-    }
+    """The parameters of a model by name, without those of the head."""
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if head is None or not name.startswith(f"{head}."):
+            parameters[name] = parameter
+    return parameters
 
 
 def _mean_loss(model: Any, task: str, batches: Sequence[Mapping[str, Tensor]]) -> float:
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for batch in batches:
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         logits, labels = _predicted(model, task, inputs)
@@ -149,7 +155,7 @@ def _mean_loss(model: Any, task: str, batches: Sequence[Mapping[str, Tensor]]) -
 
 
 def _predicted(model: Any, task: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits (…, classes) and the right classes (…)."""
+    """The logits (…, classes) for a batch, and the right classes (…)."""
     if model.can_generate() and not model.config.is_encoder_decoder:
         labels = inputs.pop("labels", None)
         if labels is None:
@@ -161,5 +167,5 @@ def _predicted(model: Any, task: str, inputs: dict[str, Tensor]) -> tuple[Tensor
     if labels is None:
         raise UserError(f"the inputs of {task!r} have no labels")
     if model.can_generate() and "decoder_input_ids" not in inputs:
-        inputs["labels"] = labels  # the model makes of them what its decoder reads
+        inputs["labels"] = labels  # from these the model makes the decoder's inputs
     return model(**inputs).logits, labels

@@ -1,5 +1,5 @@
-"""How many parameters a weight-ensembling model has, and how many of them are trained (WEMoE,
-tables 1 and 8).
+"""The numbers of all and of the trained parameters of a weight-ensembling model (WEMoE, tables 1
+and 8).
 
 Nothing here reads weights: models are built without memory. `examples/wemoe_parameters.py` prints
 the tables.
@@ -27,11 +27,13 @@ _TASK_VECTORS = re.compile(r"vectors[^.]*$|\.values$")  # what modules hold besi
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Of a weight-ensembling model of `tasks` fine-tunes, and of these kept apart, each with its
-    own head.
+    """The parameters of a weight-ensembling model, and those of its fine-tunes.
 
-    trainable: the routers. total: them, the base, the task vectors and all heads. Of a sparse task
-    vector the values count, and where they lie does not. Tied parameters count once.
+    tasks: the number of fine-tunes.
+    trainable: the parameters of the routers.
+    total: those of the routers, the base, the task vectors and all heads. Of a sparse task vector
+        the values count, but not their places. Tied parameters count once.
+    apart: those of the fine-tunes as separate models, each with its own head.
     """
 
     tasks: int
@@ -46,15 +48,16 @@ class ParameterCounts:
 
     @property
     def reduced(self) -> int:
-        """By how much the model is smaller than its fine-tunes together; negative where it is
-        larger (table 8).
+        """The number of parameters by which the model is smaller than its fine-tunes together;
+        negative where it is larger (table 8).
         """
         return self.apart - self.total
 
 
 def count_parameters(model_path: str) -> ParameterCounts:
-    """Of a weight-ensembling model, by its configuration. `UserError` if the directory holds no
-    such model.
+    """The parameters of the weight-ensembling model in a directory, counted from its configuration.
+
+    `UserError` if the directory holds no such model.
     """
     architecture, config = read_ensemble(model_path)
     with torch.device("meta"):
@@ -62,11 +65,12 @@ def count_parameters(model_path: str) -> ParameterCounts:
 
 
 def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) -> ParameterCounts:
-    """Of what `wemoe` would make of that many fine-tunes of the base, all with one head that is
-    merged.
+    """The parameters of the model that `wemoe` would make of that many fine-tunes of the base, all
+    with one head that is merged.
 
     `base` names its class in `architectures`; `parameters` are those of `wemoe` (`router_layers`,
-    `sparsity` …). `UserError` for wrong ones, and where the base cannot be upscaled in that way.
+    `sparsity` …). `UserError` for parameters that do not fit, and where the base cannot be upscaled
+    in that way.
     """
     if tasks < 1:
         raise UserError(f"tasks: {tasks}; there must be at least one")
@@ -74,29 +78,29 @@ def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) ->
     network, _ = hub_state(base)
     if options.upscale == "auto":
         raise UserError(
-            "upscale: auto reads the weights of the fine-tunes: say what it takes, attention or mlp"
+            "upscale: auto reads the weights of the fine-tunes: name the part that it takes, "
+            "attention or mlp"
         )
     if options.upscale == "all":
         check_all(options)
+        groups = weighed_tensors(network)
+    else:
+        groups = ensembled_groups(network, options.upscale, options.layers)
     ensembling = Ensembling(
         experts=[str(number) for number in range(tasks)],
-        groups=weighed_tensors(network)
-        if options.upscale == "all"
-        else ensembled_groups(network, options.upscale, options.layers),
+        groups=groups,
         per_tensor=options.upscale == "all",
         router_layers=options.router_layers,
         shared_router=options.shared_router,
     )
     if options.sparsity:
-        sizes = {
-            linear: network.get_submodule(linear).weight.numel() for linear in ensembling.linears
-        }
-        ensembling = replace(
-            ensembling, kept={name: options.kept_elements(size) for name, size in sizes.items()}
-        )
-    values = {
-        name: value for name, value in base.to_dict().items() if name not in ("model_type", "dtype")
-    }
+        kept = {}
+        for linear in ensembling.linears:
+            kept[linear] = options.kept_elements(network.get_submodule(linear).weight.numel())
+        ensembling = replace(ensembling, kept=kept)
+    values = base.to_dict()
+    for name in ("model_type", "dtype"):
+        values.pop(name, None)
     base_config: Any = type(base)
     architecture: Any = type(network)
     config = config_class(base_config)(**values, ensembling=ensembling.as_dict())
@@ -106,12 +110,17 @@ def planned_parameters(base: PretrainedConfig, tasks: int, **parameters: Any) ->
 
 def _counts(model: Any) -> ParameterCounts:
     tasks = len(model.ensembling.experts)
-    routers, heads = _size(model.routers.parameters()), _size(_of_heads(model))
-    everything = _size(model.parameters())
-    without_heads = everything - routers - heads
-    # each head is that of one fine-tune; a single one, that of all, is not apart from the rest
+    routers = _size(model.routers.parameters())
+    heads = _size(_of_heads(model))
+    parameters = _size(model.parameters())
+    # Each head belongs to one fine-tune. A single one for all is not among `heads`, and counts with
+    # the rest, once per fine-tune.
+    without_heads = parameters - routers - heads
     return ParameterCounts(
-        tasks, routers, everything + _size(_task_vectors(model)), tasks * without_heads + heads
+        tasks=tasks,
+        trainable=routers,
+        total=parameters + _size(_task_vectors(model)),
+        apart=tasks * without_heads + heads,
     )
 
 

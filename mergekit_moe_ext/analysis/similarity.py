@@ -1,4 +1,4 @@
-"""How alike the task vectors of fine-tunes are in attention and in the FFNs, layer by layer
+"""The similarity of the task vectors of fine-tunes in attention and in the FFNs, layer by layer
 (MergeME, 4.4, figure 4).
 
 Task vectors that point in different directions interfere when they are averaged.
@@ -6,7 +6,7 @@ Task vectors that point in different directions interfere when they are averaged
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,14 +20,14 @@ from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.analysis.fine_tunes import StoredModel, network_of
 from mergekit_moe_ext.merging.layers import attention_and_ffn, decoder_layers, is_norm
 
-Reading = Literal["concatenated", "mean"]
+Definition = Literal["concatenated", "mean"]
 _CHUNK = 2**20  # elements of each model that are in float64 at a time
 
 
 @dataclass(frozen=True)
 class PairSimilarity:
-    """Cosines of the task vectors of two fine-tunes: one number per decoder layer, NaN where there
-    is none.
+    """The cosines of the task vectors of two fine-tunes: one number per decoder layer, NaN where
+    there is none.
     """
 
     first: str
@@ -38,7 +38,7 @@ class PairSimilarity:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Hub names of a decoder layer's tensors, and their shapes."""
+    """The shapes of a decoder layer's tensors, by hub names."""
 
     attention: Mapping[str, tuple[int, ...]]
     ffn: Mapping[str, tuple[int, ...]]
@@ -47,16 +47,16 @@ class _Layer:
 def task_vector_similarity(
     base: str | Path,
     models: Mapping[str, str | Path],
-    reading: Reading = "concatenated",
+    definition: Definition = "concatenated",
     *,
     quiet: bool = True,
 ) -> list[PairSimilarity]:
-    """Per pair of fine-tunes and decoder layer, the cosine of their task vectors in attention and
-    in the FFN.
+    """The cosines of the task vectors of each pair of fine-tunes, in attention and in the FFN of
+    each decoder layer.
 
     `base` is the directory of the model that all of `models` (name -> directory) were fine-tuned
     from: safetensors, in shards or not, in any floating dtype. Pairs come in the order of `models`.
-    MergeME has two readings:
+    MergeME allows two definitions:
 
     - "concatenated", its text: all tensors of a kind in a layer are one long vector, of which the
       cosine is taken.
@@ -73,56 +73,58 @@ def task_vector_similarity(
     """
     if len(models) < 2:
         raise UserError(f"similarity takes two fine-tunes or more, not {len(models)}")
-    if reading not in get_args(Reading):
-        raise UserError(f"reading: {reading!r} is none of {', '.join(get_args(Reading))}")
+    if definition not in get_args(Definition):
+        raise UserError(f"definition: {definition!r} is none of {', '.join(get_args(Definition))}")
     network, state = network_of(base, models.values())
     layers = _layers(network, state)
     checkpoints = [StoredModel.open(path, network) for path in (base, *models.values())]
     for checkpoint in checkpoints:
         for layer in layers:
             checkpoint.check({**layer.attention, **layer.ffn})
-    cosines = [
-        (_cosines(checkpoints, layer.attention, reading), _cosines(checkpoints, layer.ffn, reading))
-        for layer in tqdm(layers, desc="layers", disable=quiet)
-    ]
-    return [
-        PairSimilarity(
-            first,
-            second,
-            attention=tuple(attention[i, j].item() for attention, _ in cosines),
-            ffn=tuple(ffn[i, j].item() for _, ffn in cosines),
-        )
-        for (i, first), (j, second) in itertools.combinations(enumerate(models), 2)
-    ]
+    attention_cosines = []
+    ffn_cosines = []
+    for layer in tqdm(layers, desc="layers", disable=quiet):
+        attention_cosines.append(_cosines(checkpoints, layer.attention, definition))
+        ffn_cosines.append(_cosines(checkpoints, layer.ffn, definition))
+    pairs = []
+    for (i, first), (j, second) in itertools.combinations(enumerate(models), 2):
+        attention = tuple(cosines[i, j].item() for cosines in attention_cosines)
+        ffn = tuple(cosines[i, j].item() for cosines in ffn_cosines)
+        pairs.append(PairSimilarity(first, second, attention, ffn))
+    return pairs
 
 
 def _cosines(
-    checkpoints: list[StoredModel], names: Mapping[str, tuple[int, ...]], reading: Reading
+    checkpoints: list[StoredModel], names: Mapping[str, tuple[int, ...]], definition: Definition
 ) -> torch.Tensor:
-    """Of every fine-tune with every other, (models, models)."""
-    products = torch.stack(
-        [_inner_products(*(model.read(name) for model in checkpoints)) for name in names]
-    )
-    if reading == "concatenated":
-        return _normalised(products.sum(dim=0))
-    return _normalised(products).nanmean(dim=0)
+    """The cosines (models, models) of every fine-tune with every other."""
+    products = []
+    for name in names:
+        base, *models = [model.read(name) for model in checkpoints]
+        products.append(_inner_products(base, models))
+    stacked = torch.stack(products)
+    # The inner product of concatenated vectors is the sum of the inner products.
+    if definition == "concatenated":
+        return _normalised(stacked.sum(dim=0))
+    return _normalised(stacked).nanmean(dim=0)
 
 
-def _inner_products(base: torch.Tensor, *models: torch.Tensor) -> torch.Tensor:
-    """Of the task vectors of one tensor, flat, with each other: (models, models), float64."""
+def _inner_products(base: torch.Tensor, models: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The inner products (models, models), in float64, of the task vectors of one flat tensor."""
     products = torch.zeros(len(models), len(models), dtype=torch.float64)
-    for start, *ends in zip(*(tensor.split(_CHUNK) for tensor in (base, *models)), strict=True):
-        task_vectors = torch.stack([end.double() for end in ends]) - start.double()
+    for position in range(0, len(base), _CHUNK):
+        chunk = slice(position, position + _CHUNK)
+        task_vectors = torch.stack([model[chunk].double() for model in models])
+        task_vectors -= base[chunk].double()
         products += task_vectors @ task_vectors.T
     return products
 
 
 def _normalised(products: torch.Tensor) -> torch.Tensor:
-    """Inner products (..., models, models) to cosines."""
+    """Cosines from inner products, both (..., models, models)."""
     norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
-    return (products / norms[..., None, :] / norms[..., :, None]).clamp(
-        -1, 1
-    )  # rounding may lead beyond
+    cosines = products / norms[..., None, :] / norms[..., :, None]
+    return cosines.clamp(-1, 1)  # rounding may lead beyond
 
 
 def _layers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> list[_Layer]:
@@ -130,19 +132,20 @@ def _layers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> list[_
     layers = []
     for name, module in decoder_layers(model).items():
         try:
-            attention, ffn = (
-                _tensors(part.values(), hub_names) for part in attention_and_ffn(module)
+            attention, ffn = attention_and_ffn(module)
+            layer = _Layer(
+                _tensors(attention.values(), hub_names), _tensors(ffn.values(), hub_names)
             )
         except ValueError as error:
             raise UserError(f"layer {name} of {type(model).__name__}: {error}") from error
-        layers.append(_Layer(attention, ffn))
+        layers.append(layer)
     return layers
 
 
 def _tensors(
     modules: Iterable[nn.Module], hub_names: Mapping[int, str]
 ) -> dict[str, tuple[int, ...]]:
-    """Hub names and shapes of their parameters, norms left out."""
+    """The shapes of the modules' parameters by hub names, without those of norms."""
     tensors = {}
     for module in modules:
         for part in module.modules():

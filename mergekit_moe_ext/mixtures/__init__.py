@@ -1,3 +1,3 @@
-"""Mixtures of experts that exist already: where their routers and experts lie, how they are used
-and trained.
+"""Existing mixtures of experts: the place of their routers and experts, their usage, and their
+training.
 """

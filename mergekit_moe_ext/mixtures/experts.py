@@ -1,9 +1,9 @@
-"""Where the experts and routers of an existing mixture of experts lie, for any family that
-transformers has.
+"""The tensors of the experts and routers of an existing mixture, for any family that transformers
+has.
 
-Nothing is written down per family. transformers names the router's class; and what belongs to
-single experts is what changes when the config asks for twice as many: names that are new, and axes
-that are twice as long.
+Nothing is written down per family. transformers names the router's class. The tensors of single
+experts are those that change when the config asks for twice as many experts: they have new names,
+or axes that are twice as long.
 """
 
 import copy
@@ -24,14 +24,18 @@ _KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expert
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One layer's experts, by hub names."""
+    """The tensors of one layer's experts and router, by hub names.
 
-    router: str  # the module, by its name in the model, as usage files have it
-    router_tensors: tuple[str, ...]  # the router's own parameters
-    experts: tuple[str, ...]  # templates with {expert}: a tensor of one expert
-    rows: Mapping[
-        str, int
-    ]  # tensor of all experts -> the axis along which they lie; the router's among them
+    router: the name of the router's module in the model, as usage files have it.
+    router_tensors: the router's own parameters.
+    experts: templates with {expert} of the names of one expert's tensors.
+    rows: by tensor of all experts, the router's included, the axis along which experts lie.
+    """
+
+    router: str
+    router_tensors: tuple[str, ...]
+    experts: tuple[str, ...]
+    rows: Mapping[str, int]
 
     @property
     def stack(self) -> str:
@@ -39,7 +43,7 @@ class MoeLayer:
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
-    """How many experts a token passes. `UserError` where the config does not say."""
+    """The number of experts that a token passes. `UserError` where the config does not say."""
     for key in ("num_experts_per_tok", "moe_topk", "moe_k", "experts_per_sequence"):
         if isinstance(getattr(config, key, None), int):
             return getattr(config, key)
@@ -68,67 +72,68 @@ def _key(config: PretrainedConfig) -> str:
 
 
 def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
-    """The MoE layers of a model, in order. `UserError` for what is no mixture of experts that is
-    known.
+    """The MoE layers of a model, in order. `UserError` for a model that is not a mixture of
+    experts, or one of an unknown form.
     """
+    architecture = config.architectures[0]
     model, state = hub_state(config)
     routers = routers_of(model)
     number = num_experts(config)
     _, doubled = hub_state(with_num_experts(config, 2 * number))
+    # Names that only the doubled model has are of experts whose tensors lie apart.
     experts: dict[str, set[str]] = {}
     for name in doubled.keys() - state.keys():
         template = _template(name, number, state)
         experts.setdefault(_layer_of(name), set()).add(template)
+    # Axes that are twice as long in it run over the experts.
     rows: dict[str, dict[str, int]] = {}
     for name, tensor in state.items():
-        differing = [
-            (axis, sizes)
-            for axis, sizes in enumerate(zip(tensor.shape, doubled[name].shape, strict=True))
-            if sizes[0] != sizes[1]
-        ]
-        if differing:
-            (axis, sizes), *others = differing
-            if others or sizes != (number, 2 * number):
-                raise UserError(
-                    f"{name} of {config.architectures[0]} does not hold one entry per expert, "
-                    "so experts cannot be taken from it one by one"
-                )
-            rows.setdefault(_layer_of(name), {})[name] = axis
+        sizes = list(zip(tensor.shape, doubled[name].shape, strict=True))
+        axes = [axis for axis, (size, doubled_size) in enumerate(sizes) if size != doubled_size]
+        if not axes:
+            continue
+        if len(axes) > 1 or sizes[axes[0]] != (number, 2 * number):
+            raise UserError(
+                f"{name} of {architecture} does not hold one entry per expert, so experts cannot "
+                "be taken from it one by one"
+            )
+        rows.setdefault(_layer_of(name), {})[name] = axes[0]
     hub_names = {id(tensor): name for name, tensor in state.items()}
     layers = {}
     for router_name, router in routers.items():
         key = _layer_of(router_name)
         if key in layers or key not in rows:
-            raise UserError(
-                f"the experts of {config.architectures[0]} do not lie as they do elsewhere"
-            )
-        own = [tensor for _name, tensor in sorted(router.state_dict(keep_vars=True).items())]
-        router_tensors = tuple(hub_names[id(tensor)] for tensor in own if id(tensor) in hub_names)
+            raise UserError(f"the experts of {architecture} do not lie as in other architectures")
+        router_tensors = []
+        for _name, tensor in sorted(router.state_dict(keep_vars=True).items()):
+            if id(tensor) in hub_names:
+                router_tensors.append(hub_names[id(tensor)])
         if not set(router_tensors) <= rows[key].keys():
             raise UserError(
-                f"{router_name} of {config.architectures[0]} is more than a row per expert, so it "
-                "cannot be merged"
+                f"{router_name} of {architecture} has more than a row per expert, so it cannot be "
+                "merged"
             )
         layers[key] = MoeLayer(
             router=router_name,
-            router_tensors=router_tensors,
+            router_tensors=tuple(router_tensors),
             experts=tuple(sorted(experts.get(key, ()))),
             rows=rows[key],
         )
     if experts.keys() - layers.keys() or rows.keys() - layers.keys():
-        raise UserError(f"{config.architectures[0]} has experts without a router that is known")
+        raise UserError(f"{architecture} has experts without a router that is known")
     return list(layers.values())
 
 
 def _layer_of(name: str) -> str:
+    """The beginning of a name, up to the number of its layer."""
     match = _LAYER.match(name)
     return match.group() if match else ""
 
 
 def _template(name: str, number: int, state: Mapping[str, object]) -> str:
-    """The name of expert `number` or above, its index replaced by {expert}."""
+    """The name of a tensor of expert `number` or above, with {expert} in place of its index."""
     for match in _NUMBER.finditer(name):
         template = f"{name[: match.start()]}{{expert}}{name[match.end() :]}"
         if int(match.group()) >= number and template.format(expert=0) in state:
             return template
-    raise UserError(f"{name} is of no expert")
+    raise UserError(f"{name} does not belong to an expert")

@@ -1,5 +1,6 @@
-"""Figures of expert usage. matplotlib is wanted only when one is drawn."""
+"""Figures of expert usage. matplotlib is needed only when one is drawn."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from mergekit_moe_ext.mixtures.usage import TaskUsage, Usage, routing_probabilit
 
 
 def plot_usage(usage: Usage, path: Path) -> None:
-    """MergeME's figure 5 (routing probability per expert and task) above CAEM's figure 3 (a heat
-    map per task).
+    """Draw MergeME's figure 5 (routing probability per expert and task) above CAEM's figure 3 (a
+    heat map per task).
 
     Heat maps have a row per layer and a column per expert, encoder and decoder apart; their shades
     are shares of the choices of one layer. A sequence MoE has no layers that choose, and so none
@@ -27,15 +28,16 @@ def plot_usage(usage: Usage, path: Path) -> None:
         rows, len(tasks) + 1, height_ratios=heights, width_ratios=[*([1] * len(tasks)), 0.06]
     )
     _bars(figure.add_subplot(grid[0, :-1]), tasks)
-    highest = max(
-        max(share_of_choices(layer)) for task in tasks.values() for layer in task.layers.values()
-    )
+    # One scale of shades for all heat maps, so that they can be compared.
+    highest = 0.0
+    for task in tasks.values():
+        for layer in task.layers.values():
+            highest = max(highest, *share_of_choices(layer))
     for row, (stack, names) in enumerate(stacks.items(), 1):
         for column, (name, task) in enumerate(tasks.items()):
             axes = figure.add_subplot(grid[row, column])
-            image = heat_map(
-                axes, [share_of_choices(task.layers[layer]) for layer in names], highest
-            )
+            shares = [share_of_choices(task.layers[layer]) for layer in names]
+            image = heat_map(axes, shares, highest)
             axes.set_title(f"{name} ({stack})" if len(stacks) > 1 else name, fontsize=9)
             axes.set_xlabel("expert")
             if column == 0:
@@ -53,25 +55,31 @@ def plot_allocation(
     chosen: Sequence[Sequence[Sequence[int]]],
     path: Path,
 ) -> None:
-    """A heat map of expert usage per source, the experts that are taken marked with a cross.
+    """Draw a heat map of expert usage per source, with a cross on the experts that are taken.
 
-    `counts` and `chosen` (indices): layer by layer, source by source.
+    `counts` and `chosen`, the indices of these experts, are lists of layers, and these of sources.
     """
     plt = pyplot()
     height = 1.6 + 0.18 * len(counts)
     figure, panels = plt.subplots(
         1, len(models), figsize=(3 * len(models) + 0.5, height), squeeze=False
     )
-    shares = [
-        [[n / sum(of_source) for n in of_source] for of_source in of_layer] for of_layer in counts
-    ]
-    highest = max(max(of_source) for of_layer in shares for of_source in of_layer)
+    # By source, a list of shares per layer.
+    shares: list[list[list[float]]] = [[] for _ in models]
+    for layer_counts in counts:
+        for index, source_counts in enumerate(layer_counts):
+            total = sum(source_counts)
+            shares[index].append([count / total for count in source_counts])
+    rows = itertools.chain.from_iterable(shares)
+    highest = max(itertools.chain.from_iterable(rows))
     for index, (axes, model) in enumerate(zip(panels[0], models, strict=True)):
-        image = heat_map(axes, [of_layer[index] for of_layer in shares], highest)
-        taken = [(expert, row) for row, of_layer in enumerate(chosen) for expert in of_layer[index]]
-        axes.scatter(
-            *zip(*taken, strict=True), marker="x", s=18, linewidths=1.2, color="tab:orange"
-        )
+        image = heat_map(axes, shares[index], highest)
+        columns: list[int] = []
+        layers: list[int] = []
+        for layer, layer_chosen in enumerate(chosen):
+            columns += layer_chosen[index]
+            layers += [layer] * len(layer_chosen[index])
+        axes.scatter(columns, layers, marker="x", s=18, linewidths=1.2, color="tab:orange")
         axes.set_title(Path(model).name, fontsize=9)
         axes.set_xlabel("expert")
     panels[0][0].set_ylabel("MoE layer")
@@ -82,7 +90,7 @@ def plot_allocation(
 
 
 def _stacks(task: TaskUsage) -> dict[str, list[str]]:
-    """Router names, encoder and decoder apart; a decoder-only model is one stack."""
+    """The names of the routers by stack, encoder and decoder; a decoder-only model is one stack."""
     stacks: dict[str, list[str]] = {}
     for name in task.layers:
         if name == PER_SEQUENCE:
@@ -92,12 +100,12 @@ def _stacks(task: TaskUsage) -> dict[str, list[str]]:
 
 
 def _bars(axes: Any, tasks: dict[str, TaskUsage]) -> None:
+    """Draw a group of bars per expert, with one bar per task, around the expert's position."""
     width = 0.8 / len(tasks)
     for index, (name, task) in enumerate(tasks.items()):
         heights = routing_probability(task)
-        positions = [
-            expert + (index - (len(tasks) - 1) / 2) * width for expert in range(len(heights))
-        ]
+        offset = (index - (len(tasks) - 1) / 2) * width
+        positions = [expert + offset for expert in range(len(heights))]
         axes.bar(positions, heights, width * 0.92, label=name)
     axes.set_xticks(range(len(heights)))
     axes.set_xlabel("expert")

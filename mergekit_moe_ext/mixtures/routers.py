@@ -1,11 +1,11 @@
-"""What the routers of a mixture of experts choose, as they choose it.
+"""The choices of a mixture's routers, recorded as they are made.
 
-transformers names the router classes of every architecture itself
+transformers itself names the router classes of every architecture
 (`_can_record_outputs["router_logits"]`). We hook those modules and take what they return; choosing
 again from the logits would be wrong where a router adds a bias to them or drops tokens beyond a
 capacity.
 
-A sequence MoE has no such modules: it says itself what each text chose.
+A sequence MoE has no such modules: it returns the choice of each text itself.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,46 +23,53 @@ from mergekit_moe_ext.modeling import SequenceMoEConfig
 if TYPE_CHECKING:  # that file imports `datasets`, which a merge has no use for
     from _mergekit_moe_ext_common.data import RealTokens
 
-PER_SEQUENCE = "sequence"  # instead of a router's name, where whole texts are routed
+PER_SEQUENCE = "sequence"  # in place of a router's name, where whole texts are routed
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one router chose in one forward pass. A row is a token; the tokens of a batch stand one
-    after the other.
+    """The choice of one router in one forward pass. A row is a token; the tokens of a batch stand
+    one after the other.
+
+    logits: (tokens, experts).
+    weights: (tokens, k), those of the chosen experts.
+    experts: (tokens, k), their indices; -1 where a capacity was full and the token went nowhere.
     """
 
-    logits: torch.Tensor  # (tokens, experts)
-    weights: torch.Tensor  # (tokens, k), of the chosen experts
-    experts: (
-        torch.Tensor
-    )  # (tokens, k), indices; -1 where a capacity was full and the token went nowhere
+    logits: torch.Tensor
+    weights: torch.Tensor
+    experts: torch.Tensor
 
 
 def routes_sequences(model: Any) -> bool:
-    """Is it a sequence MoE, of this package's class or of a copy beside its weights?"""
+    """Whether it is a sequence MoE, of this package's class or of a copy beside its weights."""
     return model.config.model_type == SequenceMoEConfig.model_type
 
 
 def coefficients_of_sequences(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(batch, experts): what each text chooses in a plain forward pass, by its first
-    `routing_tokens` tokens.
+    """The coefficients (batch, experts) that each text chooses in a plain forward pass, by its
+    first `routing_tokens` tokens.
 
-    `batch` is padded on the right. Nothing behind the tokens that choose is run.
+    `batch` is padded on the right. Only the tokens that choose are run through the model.
     """
     length = model.config.routing_tokens if model.config.routing_prefix == "prefix" else None
-    first = {name: tensor[:, :length] for name, tensor in batch.items()}
-    return model(**first, use_cache=False, logits_to_keep=1).coefficients
+    prefix = {name: tensor[:, :length] for name, tensor in batch.items()}
+    return model(**prefix, use_cache=False, logits_to_keep=1).coefficients
 
 
 def router_names(model: nn.Module) -> list[str]:
-    """In order. `UserError` if it is no mixture of experts."""
+    """The names of a model's routers, in order. `UserError` if it is not a mixture of experts."""
     return [PER_SEQUENCE] if routes_sequences(model) else list(routers_of(model))
 
 
 def stack_of(name: str) -> str:
-    """Of a module or tensor: `encoder`, `decoder`, or nothing where there is one stack only."""
-    return next((part for part in name.split(".") if part in ("encoder", "decoder")), "")
+    """The stack that a module or tensor belongs to: `encoder`, `decoder`, or an empty text where
+    there is one stack only.
+    """
+    for part in name.split("."):
+        if part in ("encoder", "decoder"):
+            return part
+    return ""
 
 
 def routers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -71,26 +78,24 @@ def routers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
-    """Routers, and where in their output the logits are."""
+    """The routers, and the position of the logits in their outputs."""
     positions: dict[type, int] = {}
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            recorders = (getattr(module, "_can_record_outputs", None) or {}).get(
-                "router_logits", []
-            )
+            recordable = getattr(module, "_can_record_outputs", None) or {}
+            recorders = recordable.get("router_logits", [])
             for recorder in recorders if isinstance(recorders, list) else [recorders]:
                 positions[recorder.target_class] = recorder.index
-    routers = {
-        name: (module, positions[type(module)])
-        for name, module in model.named_modules()
-        if type(module) in positions
-    }
+    routers = {}
+    for name, module in model.named_modules():
+        if type(module) in positions:
+            routers[name] = (module, positions[type(module)])
     if not routers:
         if hasattr(getattr(model, "config", None), "ensembling"):
             raise UserError(
                 f"{type(model).__name__} weighs task vectors and has no router that chooses "
-                "experts: "
-                "`mergekit-moe-ext adapt` trains it, and examples/wemoe_routing.py looks into it"
+                "experts: `mergekit-moe-ext adapt` trains it, and examples/wemoe_routing.py looks "
+                "into it"
             )
         raise UserError(f"{type(model).__name__} has no router that transformers knows of")
     return routers
@@ -98,7 +103,7 @@ def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[dict[str, Choice]]:
-    """Inside, a dictionary that holds every router's choice in the last forward pass, by the
+    """A context with a dictionary of every router's choice in the last forward pass, by the
     router's name.
     """
     choices: dict[str, Choice] = {}
@@ -109,10 +114,9 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Choice]]:
 
         return hook
 
-    hooks = [
-        router.register_forward_hook(record(name, logits_at))
-        for name, (router, logits_at) in _routers(model).items()
-    ]
+    hooks = []
+    for name, (router, logits_at) in _routers(model).items():
+        hooks.append(router.register_forward_hook(record(name, logits_at)))
     try:
         yield choices
     finally:
@@ -121,36 +125,46 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Choice]]:
 
 
 def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
-    """Two forms are known: (logits, weights, experts), and Switch's (dispatch mask, weights,
-    logits).
+    """The choice in a router's output, of which two forms are known: (logits, weights, experts),
+    and Switch's (dispatch mask, weights, logits).
     """
     if isinstance(output, tuple) and len(output) >= 3:
-        if logits_at == 0 and not output[2].is_floating_point():
-            return Choice(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in output[:3]))
-        if logits_at == 2 and not output[0].is_floating_point():
-            dispatch, weights, logits = (
-                tensor.reshape(-1, tensor.shape[-1]) for tensor in output[:3]
+        first, second, third = output[:3]
+        if logits_at == 0 and not third.is_floating_point():
+            return Choice(
+                logits=_by_token(first), weights=_by_token(second), experts=_by_token(third)
             )
-            sent, expert = dispatch.max(dim=-1, keepdim=True)
-            if weights.shape == expert.shape:  # NLLB's second choice is not in what it returns
-                return Choice(logits, weights, torch.where(sent > 0, expert, -1))
+        if logits_at == 2 and not first.is_floating_point():
+            # The mask is zero for a token that came after its expert's capacity was full.
+            is_sent, expert = _by_token(first).max(dim=-1, keepdim=True)
+            weights = _by_token(second)
+            # NLLB chooses two experts, and its second choice is not in what it returns.
+            if weights.shape == expert.shape:
+                experts = torch.where(is_sent > 0, expert, -1)
+                return Choice(logits=_by_token(third), weights=weights, experts=experts)
     raise UserError(
         f"{type(router).__name__} does not return what it chose in a form that is known here, "
         "so its use of experts cannot be counted"
     )
 
 
+def _by_token(tensor: torch.Tensor) -> torch.Tensor:
+    """(…, n) to (tokens, n)."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def tokens_routed_by(router: str, real: "RealTokens") -> torch.Tensor:
-    """(tokens,): which of the tokens that reach a router are not padding."""
+    """Booleans (tokens,): whether each token that reaches a router is not padding."""
     tokens = real.targets if stack_of(router) == "decoder" else real.inputs
     return tokens.flatten()
 
 
 def load_balancing_loss(choices: Mapping[str, Choice], real: "RealTokens") -> torch.Tensor:
-    """Switch Transformers' equations 4 to 6, per layer and then averaged over the layers; a scalar.
+    """The load-balancing loss of Switch Transformers (equations 4 to 6), a scalar: the mean over
+    the layers of N * sum_i f_i P_i.
 
-    N * sum_i f_i P_i, with f_i the number of times that expert i was chosen per token and P_i the
-    mean probability that the gate gives it. k if balanced. Padding is left out of both.
+    f_i is the number of times that expert i was chosen per token, and P_i the mean probability that
+    the gate gives it; padding is left out of both. The loss is k if the load is balanced.
     transformers' own sums f and P over all layers first, which lets one layer make up for another.
     """
     losses = []
