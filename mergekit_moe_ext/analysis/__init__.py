@@ -1,8 +1,8 @@
-"""What the papers measure of models: similarity, variation, coefficients, usage, counts, loss
+"""The papers' measurements of models: similarity, variation, coefficients, usage, counts, loss
 landscapes.
 
-Beside them what scripts need to read models and inputs, and to draw figures. Each name is imported
-when it is asked for.
+Beside them are functions with which scripts read models and inputs and draw figures. Each name is
+imported when it is first used.
 """
 
 import importlib

@@ -113,14 +113,15 @@ def _plane(
     """For each parameter outside of the head, those of the model, the base and both sources."""
     targets = _without(model, head)
     origins = [_without(base, head)]
+    base_shapes = {key: tuple(target.shape) for key, target in targets.items()}
     for name, source in sources.items():
         parameters = _without(source, head)
-        for key in sorted(parameters.keys() | targets.keys()):
-            shape = tuple(parameters[key].shape) if key in parameters else "absent"
-            base_shape = tuple(targets[key].shape) if key in targets else "absent"
-            if shape != base_shape:
+        shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
+        for key in sorted(shapes.keys() | base_shapes.keys()):
+            if shapes.get(key) != base_shapes.get(key):
                 raise UserError(
-                    f"{name} is not a fine-tune of the base: {key} is {shape}, not {base_shape}"
+                    f"{name} is not a fine-tune of the base: {key} is "
+                    f"{shapes.get(key, 'absent')}, not {base_shapes.get(key, 'absent')}"
                 )
         origins.append(parameters)
     plane = []

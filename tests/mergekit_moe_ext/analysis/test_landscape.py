@@ -140,7 +140,11 @@ def test_what_has_no_landscape():
     for given, inputs, message in (
         ({"sun": base}, batches, "two fine-tunes, not of 1"),
         (sources, {"sun": []}, "there are sources sun, cars, and inputs of sun"),
-        ({**sources, "cars": other}, batches, "cars is not a fine-tune of the base: vit.embeddings"),
+        (
+            {**sources, "cars": other},
+            batches,
+            "cars is not a fine-tune of the base: vit.embeddings",
+        ),
         (sources, {**batches, "cars": []}, "'cars' have nothing to predict"),
         (sources, without, "'sun' have no labels"),
     ):
