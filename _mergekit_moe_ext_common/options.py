@@ -1,19 +1,27 @@
-"""Options that several commands share, each set a dataclass: a field is an option, its default and
-its help.
+"""Options that several commands share.
+
+A set of options is a dataclass, where Python code states it as well: a field is an option, with its
+default and its help text. What only a command has is a click option.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
 
+from _mergekit_moe_ext_common.errors import UserError
+
+Decorator = Callable[[Callable], Callable]
+_NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns are called."""
+    """The names of the columns of a data set."""
 
     text: str = "text"
     messages: str = "messages"
@@ -25,21 +33,24 @@ USUAL_COLUMNS = Columns()
 
 
 def option(default: Any, meaning: str, *, at_least: float | None = None) -> Any:
-    """A field of a set of options."""
+    """A field of a set of options: its default, its help text and its smallest value."""
     return field(default=default, metadata={"help": meaning, "at_least": at_least})
 
 
-def options_of(options: type, name: str) -> Callable[[Callable], Callable]:
-    """Adds a click option per field of the dataclass, and hands the command an instance as
-    `name`."""
+def options_of(options: type, name: str) -> Decorator:
+    """A decorator that adds a click option per field of a dataclass.
+
+    The command gets them as one instance of that dataclass, called `name`.
+    """
+    names = [item.name for item in fields(options)]
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
         def with_options(**values: Any) -> Any:
-            ours = {item.name: values.pop(item.name) for item in fields(options)}
-            return command(**{name: options(**ours)}, **values)
+            own = {item: values.pop(item) for item in names}
+            return command(**{name: options(**own)}, **values)
 
-        return fields_as_options(options, [item.name for item in fields(options)])(with_options)
+        return fields_as_options(options, names)(with_options)
 
     return decorate
 
@@ -59,41 +70,147 @@ class DeferredCommand(click.Command):
         return self._build().make_context(*args, **kwargs)
 
 
-def fields_as_options(options: type, names: Sequence[str]) -> Callable[[Callable], Callable]:
-    """Adds a click option per named field, in that order."""
+def in_order(*decorators: Decorator) -> Decorator:
+    """One decorator in place of several, which a help page lists in this order."""
 
     def decorate(command: Callable) -> Callable:
-        by_name = {item.name: item for item in fields(options)}
-        for name in reversed(names):
-            command = _click_option(by_name[name])(command)
+        for decorator in reversed(decorators):
+            command = decorator(command)
         return command
 
     return decorate
 
 
-def _click_option(item: Any) -> Callable[[Callable], Callable]:
+def fields_as_options(options: type, names: Sequence[str]) -> Decorator:
+    """A decorator that adds a click option per named field of a dataclass, in that order."""
+    by_name = {item.name: item for item in fields(options)}
+    return in_order(*[_click_option(by_name[name]) for name in names])
+
+
+def _click_option(item: Any) -> Decorator:
     flag = "--" + item.name.replace("_", "-")
-    meaning, at_least = item.metadata["help"], item.metadata.get("at_least")
+    meaning = item.metadata["help"]
     if item.type is bool:
         return click.option(flag, is_flag=True, help=meaning)
-    is_union = get_origin(item.type) is not Literal and get_args(item.type)
-    kind = next(
-        kind
-        for kind in (get_args(item.type) if is_union else (item.type,))
-        if kind is not type(None)
-    )
+    # Of `int | None` click needs the `int`: None is what it gives where the option is left out.
+    kind = item.type
+    is_optional = get_origin(kind) is not Literal and type(None) in get_args(kind)
+    if is_optional:
+        kind = get_args(kind)[0]
+    at_least = item.metadata.get("at_least")
     if get_origin(kind) is Literal:
         kind = click.Choice(get_args(kind))
     elif at_least is not None:
-        kind = (click.IntRange if kind is int else click.FloatRange)(min=at_least)
+        limited = click.IntRange if kind is int else click.FloatRange
+        kind = limited(min=at_least)
     return click.option(
         flag, type=kind, default=item.default, show_default=item.default is not None, help=meaning
     )
 
 
+def values_by_name(option: str, texts: Sequence[str], form: str = "NAME=VALUE") -> dict[str, str]:
+    """The values of an option that is written as `form` says and may be repeated.
+
+    `UserError` for a text without `=`, and for a name that is there twice.
+    """
+    values: dict[str, str] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise UserError(f"{option} {text}: write {form}")
+        if name in values:
+            raise UserError(f"{option} {text}: {name} has the value {values[name]} already")
+        values[name] = value
+    return values
+
+
+def numbers_by_name(option: str, texts: Sequence[str]) -> dict[str, float]:
+    """The numbers of an option that is written NAME=NUMBER and may be repeated.
+
+    `UserError` for what is not a number, and as of `values_by_name`.
+    """
+    numbers = {}
+    for name, value in values_by_name(option, texts, "NAME=NUMBER").items():
+        try:
+            numbers[name] = float(value)
+        except ValueError:
+            raise UserError(f"{option} {name}={value}: {value} is not a number") from None
+    return numbers
+
+
+TRUST_REMOTE_CODE = click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that comes with the base model (danger)."
+)
+RESUME = click.option(
+    "--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted run."
+)
+
+
+def output_directory(meaning: str, *, required: bool = False) -> Decorator:
+    """`-o`, the directory that a command writes."""
+    return click.option("-o", "--output-dir", type=click.Path(), required=required, help=meaning)
+
+
+def training_options(output: str) -> Decorator:
+    """The options of a training on texts: what it reads, where it writes, and how it goes on.
+
+    `output` is the help text of the output directory.
+    """
+    return in_order(
+        click.option(
+            "--data",
+            multiple=True,
+            required=True,
+            metavar="[NAME=]SOURCE",
+            help="Texts to train on. May be repeated.",
+        ),
+        click.option(
+            "--weight",
+            "weights",
+            multiple=True,
+            metavar="NAME=NUMBER",
+            help="Likelihood that a source is drawn, next to 1 for the others, whatever their "
+            "sizes; an epoch then ends when each was read once. [default: all rows of all sources "
+            "are read]",
+        ),
+        click.option(
+            "--eval-data",
+            multiple=True,
+            metavar="[NAME=]SOURCE",
+            help="Texts to measure on, in place of the held-out rows of the source of that name.",
+        ),
+        output_directory(output),
+        RESUME,
+    )
+
+
+def counting_options(data: str, output: str, plot: str) -> Decorator:
+    """The options of a command that runs texts and writes what the routers did with them.
+
+    The arguments are the help texts of the options that they are called by.
+    """
+    return in_order(
+        click.option("--data", multiple=True, required=True, metavar="[TASK=]SOURCE", help=data),
+        click.option("-o", "--output", type=_NEW_FILE, help=output),
+        click.option("--plot", type=_NEW_FILE, help=plot),
+        click.option(
+            "--max-samples",
+            type=click.IntRange(min=1),
+            help="Number of rows of each source that are read, from the first. [default: all]",
+        ),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(min=1),
+            default=8,
+            show_default=True,
+            help="Number of rows at a time.",
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class Reading:
-    """How a command reads its model and its texts."""
+    """The way in which a command reads its model and its texts."""
 
     max_length: int = option(1024, "Number of tokens of a row; longer rows are cut.", at_least=2)
     text_column: str = option("text", "Column of texts, for decoders.")
@@ -101,7 +218,7 @@ class Reading:
     input_column: str = option("input", "Column of inputs, for encoder-decoders.")
     target_column: str = option("target", "Column of targets, for encoder-decoders.")
     trust_remote_code: bool = option(False, "Run code that comes with the model (danger).")
-    quiet: bool = option(False, "Show no progress bars.")
+    quiet: bool = option(False, "Hide progress bars.")
 
     @property
     def columns(self) -> Columns:
@@ -112,7 +229,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How something is trained. Names are transformers', defaults, mostly, too."""
+    """The settings of a training. Names, and most defaults, are those of transformers."""
 
     weight_decay: float = option(0.0, "AdamW's weight decay.", at_least=0)
     lr_scheduler_type: str = option(

@@ -63,9 +63,9 @@ class Case:
         given = x, a, b, coefficients.requires_grad_(), coefficients, mixing.full
         ways: dict[mixing.Way, Callable[[], Tensor]] = {"dense": partial(mixing.dense, *given)}
         if self.tokens * self.k * self.rank * sum(self.sizes) < LARGEST:
-            ways["gathered"] = partial(mixing.gathered, *given, self.k)
+            ways["gathered"] = partial(mixing.of_chosen, *given, self.k, "gathered")
         if mixing.can_be_grouped(x, a, b, self.rank):
-            ways["grouped"] = partial(mixing.grouped, *given, self.k)
+            ways["grouped"] = partial(mixing.of_chosen, *given, self.k, "grouped")
         return ways, [
             mixing.cheapest(x, a, b, self.experts, self.k, gradients=work is forward_and_backward)
             for work in WORKS

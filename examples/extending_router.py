@@ -7,6 +7,11 @@ the package:
     from peft_routing import RoutedLoraConfig
 
     RoutedLoraConfig(experts=..., router="cosine", router_options={"sharpness": 4.0, "top_k": 2})
+
+As a script it is `peft-route` with that router:
+
+    python examples/extending_router.py compose base --expert math-lora --expert code-lora \
+        --router cosine --router-option sharpness=4 -o routed
 """
 
 from collections.abc import Sequence
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peft_routing import Router
+from peft_routing.cli import main
 from peft_routing.routers import RouterOptions, RouterSettings
 
 
@@ -63,3 +69,7 @@ class CosineRouter(Router):
         for row, (a, _b) in zip(self.weight, factors, strict=True):
             if len(a):  # an expert that has nothing at this module keeps its zeros
                 row.copy_(a.mean(dim=0))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,17 @@ import click
 import mergekit_moe_ext
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
-from _mergekit_moe_ext_common.options import DeferredCommand, Reading, options_of
+from _mergekit_moe_ext_common.options import (
+    RESUME,
+    DeferredCommand,
+    Reading,
+    counting_options,
+    in_order,
+    numbers_by_name,
+    options_of,
+    output_directory,
+    training_options,
+)
 from mergekit_moe_ext import commands
 from mergekit_moe_ext.recipes import Adaptation, Recipe
 
@@ -54,9 +64,7 @@ def _merge_command(name: str, run: Callable[..., None], *parameters: Callable) -
     def build() -> click.Command:
         from mergekit.options import PrettyPrintHelp, add_merge_options
 
-        command = add_merge_options(run)
-        for parameter in reversed(parameters):
-            command = parameter(command)
+        command = in_order(*parameters)(add_merge_options(run))
         configuration = click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
         return click.command(name, cls=PrettyPrintHelp)(configuration(command))
 
@@ -74,36 +82,10 @@ main.add_command(_merge_command("plan", plan, _PLOT))
 
 @main.command()
 @click.argument("model")
-@click.option(
-    "--data",
-    "data",
-    multiple=True,
-    required=True,
-    metavar="[TASK=]SOURCE",
-    help="Texts to count on.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="File to keep the counts in: *.usage.json.",
-)
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Figure to draw of the counts: *.png, *.pdf or *.svg.",
-)
-@click.option(
-    "--max-samples",
-    type=click.IntRange(min=1),
-    help="Number of rows of each source that are read, from the first. [default: all]",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Number of rows at a time.",
+@counting_options(
+    data="Texts to count on. May be repeated.",
+    output="File to keep the counts in: *.usage.json.",
+    plot="Figure to draw of the counts: *.png, *.pdf or *.svg.",
 )
 @click.option(
     "--device",
@@ -164,32 +146,7 @@ def usage(
     required=True,
     help="Parameters that are trained.",
 )
-@click.option(
-    "--data", multiple=True, required=True, metavar="[NAME=]SOURCE", help="Texts to train on."
-)
-@click.option(
-    "--weight",
-    "weights",
-    multiple=True,
-    metavar="NAME=NUMBER",
-    help="Likelihood that a source is drawn, next to 1 for the others, whatever their sizes; an "
-    "epoch then ends when each was read once. [default: all rows of all sources are read]",
-)
-@click.option(
-    "--eval-data",
-    multiple=True,
-    metavar="[NAME=]SOURCE",
-    help="Texts to measure on, in place of the held-out rows of the source of that name.",
-)
-@click.option(
-    "-o",
-    "--output-dir",
-    type=click.Path(),
-    help="Directory of the trained model. [default: MODEL-trained]",
-)
-@click.option(
-    "--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted training."
-)
+@training_options("Directory of the trained model. [default: MODEL-trained]")
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
 def train(
@@ -218,20 +175,12 @@ def train(
         output=output_dir,
         recipe=recipe,
         reading=reading,
-        weights=dict(map(_weight, weights)),
+        weights=numbers_by_name("--weight", weights),
         eval_data=eval_data,
         resume=resume,
     )
     if losses:
         click.echo(before_and_after(losses))
-
-
-def _weight(text: str) -> tuple[str, float]:
-    name, _, number = text.rpartition("=")
-    try:
-        return name, float(number)
-    except ValueError:
-        raise UserError(f"--weight {text}: write NAME=NUMBER") from None
 
 
 @main.command()
@@ -241,7 +190,7 @@ def _weight(text: str) -> tuple[str, float]:
     multiple=True,
     required=True,
     metavar="TASK=SOURCE",
-    help="Inputs to adapt to, per task.",
+    help="Inputs of a task to adapt to. May be repeated.",
 )
 @click.option(
     "--eval-data",
@@ -249,15 +198,8 @@ def _weight(text: str) -> tuple[str, float]:
     metavar="TASK=SOURCE",
     help="Inputs to measure on, in place of the held-out rows of the task.",
 )
-@click.option(
-    "-o",
-    "--output-dir",
-    type=click.Path(),
-    help="Directory of the adapted model. [default: MODEL-adapted]",
-)
-@click.option(
-    "--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted adaptation."
-)
+@output_directory("Directory of the adapted model. [default: MODEL-adapted]")
+@RESUME
 @options_of(Adaptation, "adaptation")
 @options_of(Reading, "reading")
 def adapt(
@@ -298,10 +240,8 @@ def adapt(
 
 @main.command()
 @click.argument("model")
-@click.option(
-    "-o", "--output-dir", type=click.Path(), required=True, help="Directory of the stock model."
-)
-@click.option("--task", help="Task whose head it gets, where MODEL has several.")
+@output_directory("Directory of the stock model.", required=True)
+@click.option("--task", help="Task whose head the stock model gets, where MODEL has several.")
 def unload(model: str, output_dir: str, task: str | None) -> None:
     """Write MODEL, a weight-ensembling one whose coefficients are constants (router_layers: 0), as
     a stock model.

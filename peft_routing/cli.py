@@ -8,7 +8,18 @@ import click
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
-from _mergekit_moe_ext_common.options import DeferredCommand, Reading, fields_as_options, options_of
+from _mergekit_moe_ext_common.options import (
+    TRUST_REMOTE_CODE,
+    DeferredCommand,
+    Reading,
+    counting_options,
+    fields_as_options,
+    in_order,
+    numbers_by_name,
+    options_of,
+    training_options,
+    values_by_name,
+)
 from peft_routing import commands
 from peft_routing.recipes import LEARNING_RATES, Recipe
 
@@ -23,6 +34,7 @@ _ROUTING = (
     "mlp_layers",
     "init_lambda",
 )
+_BASE = click.option("--base", help="Base model. [default: the one that the adapter names]")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,6 +48,7 @@ def compose(
     experts: tuple[str, ...],
     general: tuple[str, ...],
     router: str,
+    router_options: tuple[str, ...],
     output: str,
     weights: tuple[str, ...],
     clusters: tuple[str, ...],
@@ -49,9 +62,6 @@ def compose(
     DIR is a directory or a repository on the Hub. The result loads with PeftModel.from_pretrained
     after `import peft_routing`.
     """
-    by_expert = {
-        name: _number("--weight", name, number) for name, number in _pairs("--weight", weights)
-    }
     composed = commands.compose(
         base,
         _experts("--expert", experts),
@@ -60,8 +70,9 @@ def compose(
         general_experts=_experts("--general-expert", general),
         seed=seed,
         trust_remote_code=trust_remote_code,
-        weights=by_expert or None,
-        clusters=dict(_pairs("--cluster", clusters)) or None,
+        weights=numbers_by_name("--weight", weights) or None,
+        clusters=values_by_name("--cluster", clusters) or None,
+        router_options=_router_options(router, router_options),
         **routing,
     )
     less = f" less the mean of {', '.join(composed.general_experts)}" if general else ""
@@ -76,7 +87,7 @@ def _compose_command() -> click.Command:
     from peft_routing.config import RoutedLoraConfig
     from peft_routing.routers import all_routers
 
-    parameters = (
+    add_options = in_order(
         click.argument("base"),
         click.option(
             "--expert",
@@ -84,15 +95,15 @@ def _compose_command() -> click.Command:
             multiple=True,
             required=True,
             metavar="[NAME=]DIR",
-            help="LoRA adapter; give several.",
+            help="LoRA adapter that becomes an expert. May be repeated.",
         ),
         click.option(
             "--general-expert",
             "general",
             multiple=True,
             metavar="[NAME=]DIR",
-            help="LoRA adapter of general knowledge; the mean of these is subtracted from each "
-            "expert (GenKnowSub).",
+            help="LoRA adapter of general knowledge. May be repeated: the mean of all is "
+            "subtracted from each expert (GenKnowSub).",
         ),
         click.option(
             "--router",
@@ -124,18 +135,23 @@ def _compose_command() -> click.Command:
             help="Cluster of an expert, for the router hierarchical.",
         ),
         click.option(
-            "--seed", type=int, default=42, show_default=True, help="Seed of mlp's random start."
+            "--router-option",
+            "router_options",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Option of the router, by its name. May be repeated. A list or a dictionary is "
+            "written in JSON.",
         ),
         click.option(
-            "--trust-remote-code",
-            is_flag=True,
-            help="Run code that comes with the base model (danger).",
+            "--seed",
+            type=int,
+            default=42,
+            show_default=True,
+            help="Seed of a router that starts at random, as mlp does.",
         ),
+        TRUST_REMOTE_CODE,
     )
-    command: Any = compose
-    for parameter in reversed(parameters):
-        command = parameter(command)
-    return click.command("compose")(command)
+    return click.command("compose")(add_options(compose))
 
 
 main.add_command(DeferredCommand("compose", compose, _compose_command))
@@ -143,9 +159,7 @@ main.add_command(DeferredCommand("compose", compose, _compose_command))
 
 @main.command()
 @click.argument("adapter")
-@click.option(
-    "--data", multiple=True, required=True, metavar="[NAME=]SOURCE", help="Texts to train on."
-)
+@training_options("Directory of the trained adapter. [default: ADAPTER-trained]")
 @click.option(
     "--learning-rate",
     "learning_rates",
@@ -153,33 +167,10 @@ main.add_command(DeferredCommand("compose", compose, _compose_command))
     multiple=True,
     default=LEARNING_RATES,
     show_default=True,
-    help="Learning rate of AdamW. Of several, the one with the lowest held-out loss is kept (the "
-    "paper's three).",
+    help="Learning rate of AdamW. May be repeated: the one with the lowest held-out loss is kept. "
+    "(The default is the paper's three.)",
 )
-@click.option(
-    "--weight",
-    "weights",
-    multiple=True,
-    metavar="NAME=NUMBER",
-    help="Likelihood that a source is drawn, next to 1 for the others. [default: all rows of all "
-    "sources are read]",
-)
-@click.option(
-    "--eval-data",
-    multiple=True,
-    metavar="[NAME=]SOURCE",
-    help="Texts to measure on, in place of the held-out rows of the source of that name.",
-)
-@click.option(
-    "-o",
-    "--output-dir",
-    type=click.Path(),
-    help="Directory of the trained adapter. [default: ADAPTER-trained]",
-)
-@click.option("--base", help="Base model, where it is not the one that the adapter names.")
-@click.option(
-    "--resume", is_flag=True, help="Go on after the last checkpoint of an interrupted training."
-)
+@_BASE
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
 def train(
@@ -212,13 +203,13 @@ def train(
         reading=reading,
         learning_rates=learning_rates,
         base=base,
-        weights={
-            name: _number("--weight", name, number) for name, number in _pairs("--weight", weights)
-        },
+        weights=numbers_by_name("--weight", weights),
         eval_data=eval_data,
         resume=resume,
     )
-    for result in results[:1] if not any(result.losses for result in results) else results:
+    for result in results:
+        if not result.losses:  # nothing was held out, and so there was one learning rate
+            continue
         click.echo(f"learning rate {result.learning_rate:g}: held-out loss {result.mean:.4f}")
     if results and results[0].losses:
         click.echo(before_and_after(results[0].losses))
@@ -226,31 +217,12 @@ def train(
 
 @main.command()
 @click.argument("adapter")
-@click.option("--data", multiple=True, required=True, metavar="[TASK=]SOURCE", help="Texts to run.")
-@click.option("--base", help="Base model, where it is not the one that the adapter names.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="File to keep the means in: *.json.",
+@counting_options(
+    data="Texts to run. May be repeated.",
+    output="File to keep the means in: *.json.",
+    plot="Figure to draw of the means: *.png, *.pdf or *.svg.",
 )
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Figure to draw of the means: *.png, *.pdf or *.svg.",
-)
-@click.option(
-    "--max-samples",
-    type=click.IntRange(min=1),
-    help="Number of rows of each source that are read, from the first. [default: all]",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Number of rows at a time.",
-)
+@_BASE
 @options_of(Reading, "reading")
 def inspect(
     adapter: str,
@@ -292,17 +264,16 @@ def inspect(
 @click.option(
     "--merged",
     is_flag=True,
-    help="Write one LoRA adapter, where the router does not depend on the input.",
+    help="Write one LoRA adapter; only where the router does not depend on the input.",
 )
 @click.option(
     "--rank",
     type=click.IntRange(min=1),
-    help="Rank of the adapter, with --merged: the closest update. [default: exact]",
+    help="Rank of the one adapter, with --merged: its update is the closest of that rank. "
+    "[default: as many as make it exact]",
 )
-@click.option("--base", help="Base model, where it is not the one that the adapter names.")
-@click.option(
-    "--trust-remote-code", is_flag=True, help="Run code that comes with the base model (danger)."
-)
+@_BASE
+@TRUST_REMOTE_CODE
 def export(
     adapter: str,
     output: str,
@@ -331,28 +302,21 @@ def export(
     click.echo(f"{output}: one LoRA adapter{accuracy}")
 
 
-def _experts(option: str, texts: Sequence[str]) -> Any:
-    """Experts by name where names are given, else a list, which is named by its directories."""
-    named = [(text, "", "") if Path(text).exists() else text.partition("=") for text in texts]
-    if all(separator for _, separator, _ in named):
-        experts = {name: path for name, _, path in named}
-        if len(experts) < len(named):
-            raise UserError(f"{option}: two have the same name")
-        return experts
-    if any(separator for _, separator, _ in named):
+def _experts(option: str, texts: Sequence[str]) -> dict[str, str] | list[str]:
+    """Experts by name where all have one, or a list, which is named by its directories."""
+    named = [text for text in texts if "=" in text and not Path(text).exists()]
+    if not named:
+        return list(texts)
+    if len(named) < len(texts):
         raise UserError(f"{option}: name all experts, or none")
-    return list(texts)
+    return values_by_name(option, texts, "NAME=DIR")
 
 
-def _pairs(option: str, texts: Sequence[str]) -> list[tuple[str, str]]:
-    for text in texts:
-        if "=" not in text:
-            raise UserError(f"{option} {text}: write NAME=VALUE")
-    return [(text.partition("=")[0], text.partition("=")[2]) for text in texts]
+def _router_options(router: str, texts: Sequence[str]) -> dict[str, Any]:
+    """The values of --router-option by name, each in the type that the router declares for it."""
+    from peft_routing.routers import find_router
+    from peft_routing.routers.options import value_of_text
 
-
-def _number(option: str, name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{option} {name}={text}: {text} is no number") from None
+    options = find_router(router).options
+    values = values_by_name("--router-option", texts)
+    return {name: value_of_text(options, name, text) for name, text in values.items()}

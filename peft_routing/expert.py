@@ -1,4 +1,4 @@
-"""Ordinary LoRA adapters as experts: reading them, and whether they can be routed on a model."""
+"""Ordinary LoRA adapters as experts: how they are read, and whether they fit a model."""
 
 import json
 import math
@@ -49,7 +49,7 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class Expert:
-    """A LoRA adapter: per module A (rank, in), B (out, rank) and the scaling of B A."""
+    """A LoRA adapter: A (rank, in), B (out, rank) and the scaling of B A, by module."""
 
     name: str
     config: dict[str, Any]
@@ -57,14 +57,15 @@ class Expert:
     scalings: dict[str, float]
 
     def rank(self, module: str) -> int:
+        """The rank of the update at a module, 0 where there is none."""
         return self.factors[module][0].shape[0] if module in self.factors else 0
 
 
 def read_expert(name: str, path: str) -> Expert:
-    """From a directory, or `owner/name[/subfolder]` on the Hub.
+    """The expert in a directory, or in `owner/name[/subfolder]` on the Hub.
 
-    `UserError` for what cannot be routed, `FileNotFoundError` for what is not there. Weights are
-    read from safetensors only: nothing is unpickled.
+    Weights are read from safetensors only: nothing is unpickled. `UserError` for what cannot be
+    routed, `FileNotFoundError` for what is not there.
     """
     where = f"expert {name!r} ({path})"
     config_file = _file(path, CONFIG_NAME, where)
@@ -87,6 +88,7 @@ def read_expert(name: str, path: str) -> Expert:
 
 
 def _file(path: str, name: str, where: str) -> Path:
+    """A file of an adapter, downloaded where it is on the Hub."""
     directory = Path(path).expanduser()
     if directory.is_dir():
         if not (directory / name).is_file():
@@ -117,6 +119,7 @@ def _file(path: str, name: str, where: str) -> Path:
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:
+    """`UserError` for an adapter whose update is not a sum of B A at linear modules."""
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{where}: its peft_type is {config.get('peft_type')}; only LORA adapters are routed"
@@ -137,18 +140,22 @@ def _check_config(config: dict[str, Any], where: str) -> None:
 
 
 def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (rank, in) and B (out, rank) of each module. `UserError` for any other tensor."""
     halves: dict[str, dict[str, Tensor]] = {}
-    if embedding := next((key for key in tensors if "lora_embedding" in key), None):
-        raise UserError(
-            f"{where} cannot be routed: {embedding}: embeddings have no hidden state to route by"
-        )
+    # Embeddings come first: beside their factors a file may hold the base model's own embedding,
+    # and the reason for the factors says more.
+    for key in tensors:
+        if "lora_embedding" in key:
+            reason = "embeddings have no hidden state to route by"
+            raise UserError(f"{where} cannot be routed: {key}: {reason}")
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
         if match is None:
-            of_base = (
-                "it is the base model's own; save the adapter with save_embedding_layers=False"
-            )
-            reason = of_base if ".base_layer." in key else "it is no LoRA factor"
+            reason = "it is not a LoRA factor"
+            if ".base_layer." in key:
+                reason = (
+                    "it is the base model's own; save the adapter with save_embedding_layers=False"
+                )
             raise UserError(f"{where} cannot be routed: {key}: {reason}")
         if tensor.ndim != 2:
             raise UserError(
@@ -160,7 +167,7 @@ def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Te
         raise UserError(f"{where}: {SAFETENSORS_WEIGHTS_NAME} is empty")
     for module, pair in halves.items():
         if len(pair) == 1:
-            raise UserError(f"{where}: {module} has lora_{min(pair)} and not the other factor")
+            raise UserError(f"{where}: {module} has lora_{min(pair)} but not the other factor")
         if pair["A"].shape[0] != pair["B"].shape[1]:
             raise UserError(
                 f"{where}: {module}: A is {tuple(pair['A'].shape)} and B is "
@@ -170,7 +177,11 @@ def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Te
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int, where: str) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns as PEFT reads them."""
+    """The scaling of a module's update: alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+    `rank_pattern` and `alpha_pattern` hold for the modules that PEFT takes them for. `UserError`
+    where the stored rank is not the stated one.
+    """
 
     def value(name: str, pattern: str) -> Any:
         patterns = config.get(pattern) or {}
@@ -187,10 +198,13 @@ def _scaling(config: dict[str, Any], module: str, rank: int, where: str) -> floa
 
 
 def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
-    """`UserError` where the experts do not fit the model.
+    """Checks that the experts fit the model.
 
-    A warning where they name another base model.
+    `UserError` where they do not; a warning where they were trained on a base model of another
+    name.
     """
+    # Where other adapters are on the model, PEFT has wrapped its modules; experts name the modules
+    # as they were before.
     modules = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
     for expert in experts:
         for name, (a, b) in expert.factors.items():
@@ -198,9 +212,8 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
             if name not in modules:
                 last = name.rpartition(".")[2]
                 alike = next((other for other in modules if other.endswith(last)), None)
-                raise UserError(
-                    f"{where} is not in the base model" + (f", which has {alike}" if alike else "")
-                )
+                hint = f", which has {alike}" if alike else ""
+                raise UserError(f"{where} is not in the base model{hint}")
             base = modules[name]
             if isinstance(base, BaseTunerLayer):
                 base = base.get_base_layer()
@@ -214,27 +227,30 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
                     f"{where} maps {a.shape[1]} to {b.shape[0]}, and {in_features} to "
                     f"{out_features} in the base model"
                 )
-    base_name = model.__dict__.get("name_or_path")
-    others = {e.name: e.config.get("base_model_name_or_path") for e in experts}
-    different = {
-        expert: other
-        for expert, other in others.items()
-        if base_name and other and other != base_name
-    }
-    if different:
-        first, other = next(iter(different.items()))
+    _warn_of_other_bases(experts, model.__dict__.get("name_or_path"))
+
+
+def _warn_of_other_bases(experts: Sequence[Expert], base_name: str | None) -> None:
+    """A warning where experts name another base model than this one."""
+    others = {}
+    for expert in experts:
+        trained_on = expert.config.get("base_model_name_or_path")
+        if base_name and trained_on and trained_on != base_name:
+            others[expert.name] = trained_on
+    if others:
+        first = next(iter(others))
         warnings.warn(
-            f"the base model is {base_name}, and {len(different)} of {len(experts)} experts were "
-            f"trained on another: {first!r} on {other}",
-            stacklevel=2,
+            f"the base model is {base_name}, but {len(others)} of {len(experts)} experts were "
+            f"trained on another: {first!r} on {others[first]}",
+            stacklevel=3,
         )
 
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is linear, quantised or not.
 
-    Some libraries keep `nn.Linear` for a quantised one, others (GPTQ, AWQ, HQQ) name its two sizes
-    as it does. Convolutions and embeddings name theirs otherwise.
+    Some libraries keep `nn.Linear` for a quantised module. The classes of others (GPTQ, AWQ, HQQ)
+    have the names of its two sizes, which convolutions and embeddings do not have.
     """
     return isinstance(module, nn.Linear | Conv1D) or (
         hasattr(module, "in_features") and hasattr(module, "out_features")
@@ -242,8 +258,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def layout(experts: Sequence[Expert], model: nn.Module) -> list[dict[str, Any]]:
-    """Modules, in the model's order, grouped by what the experts have there."""
-    touched = {module for expert in experts for module in expert.factors}
+    """The modules that any expert changes, in the model's order, grouped by the experts' ranks and
+    scalings there, as a configuration saves them.
+    """
+    touched: set[str] = set()
+    for expert in experts:
+        touched.update(expert.factors)
     groups: dict[tuple[Any, Any], list[str]] = {}
     for name, _ in model.named_modules():
         if name in touched:

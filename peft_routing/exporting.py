@@ -1,4 +1,4 @@
-"""The ways out of a routed adapter: ordinary LoRA directories, as PEFT itself saves them.
+"""The ways out of a routed adapter, all of them ordinary LoRA directories, as PEFT saves them.
 
 Outputs appear whole or not at all, and nothing that exists is overwritten.
 """
@@ -25,27 +25,32 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def write_experts(experts: Sequence[Expert], directory: str) -> None:
-    """A directory per expert, with the tensors and the configuration that it was composed from."""
-    folders = {
-        re.sub(r"[^\w.-]|^\.+", "-", expert.name): expert for expert in experts
-    }  # a name is no path
+    """Writes a directory per expert, with the tensors and the configuration that it came from.
+
+    `UserError` where two names make one directory.
+    """
+    # A name need not be a path: what could lead out of the directory is replaced.
+    folders = {re.sub(r"[^\w.-]|^\.+", "-", expert.name): expert for expert in experts}
     if len(folders) < len(experts):
-        raise UserError(
-            f"two experts would be written to one directory: {', '.join(e.name for e in experts)}"
-        )
+        names = ", ".join(expert.name for expert in experts)
+        raise UserError(f"two experts would be written to one directory: {names}")
     with staged(check_output(directory)) as out:
         for folder, expert in folders.items():
-            config = {key: value for key, value in expert.config.items() if key != "dtype"}
-            dtype = getattr(torch, expert.config["dtype"])
-            _write_lora(
-                {module: (a.to(dtype), b.to(dtype)) for module, (a, b) in expert.factors.items()},
-                config,
-                out / folder,
-            )
+            # `dtype` is ours: the experts of an adapter are kept in the widest, and go back here.
+            config = dict(expert.config)
+            dtype = getattr(torch, config.pop("dtype"))
+            factors = {}
+            for module, (a, b) in expert.factors.items():
+                factors[module] = (a.to(dtype), b.to(dtype))
+            _write_lora(factors, config, out / folder)
 
 
 def write_lora(factors: Factors, base: str | None, task_type: Any, directory: str) -> None:
-    """One LoRA adapter whose updates are B A, its alpha being its rank."""
+    """Writes one LoRA adapter whose updates are B A.
+
+    The scaling is 1: alpha equals the rank, at every module.
+    """
+    # PEFT has one rank for all modules and patterns for the others, so the most frequent one is it.
     ranks = {module: a.shape[0] for module, (a, _) in factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: other for module, other in ranks.items() if other != rank}
@@ -68,24 +73,29 @@ def write_lora(factors: Factors, base: str | None, task_type: Any, directory: st
 
 
 def _write_lora(factors: Factors, config: Mapping[str, Any], out: Path) -> None:
+    """Writes the two files of a LoRA adapter."""
     out.mkdir(exist_ok=True)
     (out / CONFIG_NAME).write_text(
         json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
-    tensors = {
-        f"{PREFIX}{module}.lora_{name}.weight": tensor.contiguous().cpu()
-        for module, pair in factors.items()
-        for name, tensor in zip("AB", pair, strict=True)
-    }
+    tensors = {}
+    for module, (a, b) in factors.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous().cpu()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous().cpu()
     save_file(tensors, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def truncated(factors: Factors, rank: int) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """The closest update of a rank for each, and the relative error of all (Frobenius norm)."""
+    """The closest update of at most this rank to each B A, and the relative error of all of them.
+
+    Both are by the Frobenius norm. The decompositions are in float64, the factors in their dtype.
+    """
     closest = {}
-    dropped = whole = 0.0  # squared norms
-    # B A = Q_b (R_b R_aᵀ) Q_aᵀ: the singular values are those of the small matrix between, so that
-    # no update is ever built. The root of each goes to either factor, so that both are of one size.
+    dropped = 0.0  # squared norms
+    whole = 0.0
+    # B A = Q_b (R_b R_aᵀ) Q_aᵀ, and Q_b and Q_a change no length: the singular values of B A are
+    # those of the small matrix between them, so that no update is ever built. Each factor is
+    # multiplied by the roots of these, so that both are of one size.
     for module, (a, b) in factors.items():
         left, core_left = torch.linalg.qr(b.double())
         right, core_right = torch.linalg.qr(a.double().T)

@@ -71,7 +71,9 @@ class Experts(nn.Module):
         # Where few experts are chosen, touching only these may be faster; measured costs decide.
         gradients = torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad)
         way = mixing.cheapest(x, self.A, self.B, len(self.site.ranks), kept, gradients=gradients)
-        return mixing.dense(*arguments) if way == "dense" else mixing.WAYS[way](*arguments, kept)
+        if way == "dense":
+            return mixing.dense(*arguments)
+        return mixing.of_chosen(*arguments, kept, way)
 
     @torch.no_grad()
     def merged_factors(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,17 @@
-"""The update of a module's experts, three ways: the same result at different costs.
+"""The update of a module's experts, computed in three ways: one result at different costs.
 
-All take x (…, in), all experts' A below each other (R, in) and B transposed the same way (R, out),
-so that an expert's factors are contiguous, R being the sum of ranks. `weigh` puts the coefficients
-on what lies between A and B. No tensor of (tokens, experts, out) is made, and what is kept for a
-backward pass grows with ranks, not with in or out, but for the copies of `gathered`, which is not
-chosen where gradients are wanted.
+Each way takes x (…, in), the A of all experts below each other (R, in), and B transposed in the
+same way (R, out), R being the sum of ranks. So the factors of an expert are contiguous. `weigh`
+puts the coefficients on what lies between A and B.
 
-`dense`    every token with every expert: two products as of one LoRA of rank R. Any ranks.
-`gathered` copies the factors of each token's experts: few tokens, as in decoding.
-`grouped`  copies each token to its experts: many tokens that choose few of many experts.
+No way makes a tensor of (tokens, experts, out). What is kept for a backward pass grows with the
+ranks, not with in or out. The copies of `gathered` are the exception, so that it is not chosen
+where gradients are needed.
+
+`dense`    computes every token with every expert: two products, as of one LoRA of rank R. Any
+           ranks.
+`gathered` copies the factors of each token's experts: for few tokens, as in decoding.
+`grouped`  copies each token to its experts: for many tokens that choose few of many experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +24,7 @@ from torch.nn import functional
 Mixing = Literal["full", "low_rank"]
 Way = Literal["dense", "gathered", "grouped"]
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Milliseconds per unit of `work`, as `python benchmarks/routed_lora_rule.py` found them for one
+# Milliseconds per unit of `work`, as `python benchmarks/routed_lora_rule.py` measured them on one
 # thread of a CPU.
 COSTS: dict[Way, tuple[float, ...]] = {
     "dense": (0.029, 0.19, 0.016),
@@ -32,15 +35,20 @@ HAS_GROUPED_MM = hasattr(functional, "grouped_mm")  # torch 2.5, our oldest, has
 
 
 def full(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
-    """z_i (…, experts, rank) times c_i s_i, for the sum of c_i s_i B_i A_i x."""
+    """What `mixing="full"` puts between A and B: z_i = A_i x (…, experts, rank), times c_i s_i.
+
+    With it the update is the sum of c_i s_i B_i A_i x.
+    """
     return z * scaled.to(z.dtype)[..., None]
 
 
 def low_rank(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
-    """The sum of c_j z_j for every expert, times c_i s_i, so that A and B are mixed apart.
+    """What `mixing="low_rank"` puts between A and B (…, experts, rank): the sum of c_j z_j over all
+    experts j, times c_i s_i for expert i.
 
-    With it the update is (sum of c_i s_i B_i) (sum of c_j A_j) x.
+    With it the update is (sum of c_i s_i B_i) (sum of c_j A_j) x: A and B are mixed separately.
     """
+    # Each expert's B gets the same mixture, so that the product with all B mixes these as well.
     mixed = (z * coefficients.to(z.dtype)[..., None]).sum(dim=-2, keepdim=True)
     return mixed * scaled.to(z.dtype)[..., None]
 
@@ -53,7 +61,7 @@ def dense(
     scaled: Tensor,
     weigh: Weigh,
 ) -> Tensor:
-    """The update (…, out) by all experts, for every token."""
+    """The update (…, out), with every expert computed for every token."""
     count = scaled.shape[-1]
     z = functional.linear(x, a).view(*x.shape[:-1], count, a.shape[0] // count)
     return weigh(z, coefficients, scaled).flatten(-2) @ b
@@ -71,7 +79,7 @@ def dense_of_mixed_ranks(
     return (z * scaled.to(z.dtype)[..., owners]) @ b
 
 
-def gathered(
+def of_chosen(
     x: Tensor,
     a: Tensor,
     b: Tensor,
@@ -79,58 +87,74 @@ def gathered(
     scaled: Tensor,
     weigh: Weigh,
     k: int,
-) -> Tensor:
-    """The update (…, out), where at most k coefficients of a token are not 0."""
-    # For few tokens reading weights is what takes time: only the rows of the chosen experts' A and
-    # B are read, once per token, and each token has one small product with its own copy.
-    rank = len(a) // scaled.shape[-1]
-    coefficients, scaled, chosen = _chosen(x, coefficients, scaled, k)
-    rows = chosen[..., None] * rank + torch.arange(rank, device=x.device)
-    rows = rows.flatten(1)  # (tokens, k * rank)
-    tokens = len(rows)
-    a = a.index_select(0, rows.flatten()).unflatten(0, (tokens, k * rank))
-    b = b.index_select(0, rows.flatten()).unflatten(0, (tokens, k * rank))
-    z = (a @ x.reshape(tokens, x.shape[-1], 1)).view(tokens, k, rank)
-    z = weigh(z, coefficients, scaled).reshape(tokens, 1, k * rank)
-    return (z @ b).view(*x.shape[:-1], b.shape[-1])
-
-
-def grouped(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    coefficients: Tensor,
-    scaled: Tensor,
-    weigh: Weigh,
-    k: int,
+    way: Literal["gathered", "grouped"],
 ) -> Tensor:
     """The update (…, out), where at most k coefficients of a token are not 0.
 
-    `can_be_grouped` says what it takes.
+    `can_be_grouped` says for which tensors `grouped` works.
     """
+    # Both ways see a list of tokens, and of each token the k experts with the largest coefficients:
+    # the others have the coefficient 0 and add nothing.
     count = scaled.shape[-1]
-    coefficients, scaled, chosen = _chosen(x, coefficients, scaled, k)
-    # Pairs of token and expert, sorted by expert, so that those of an expert are one stretch of
-    # rows, and one product for all stretches multiplies each with its expert's factors.
+    tokens = x.reshape(-1, x.shape[-1])
+    coefficients = coefficients.expand(*x.shape[:-1], count).reshape(-1, count)
+    scaled = scaled.expand(*x.shape[:-1], count).reshape(-1, count)
+    chosen = coefficients.abs().topk(k, dim=-1).indices
+    coefficients = coefficients.gather(-1, chosen)
+    scaled = scaled.gather(-1, chosen)
+
+    def weigh_chosen(z: Tensor) -> Tensor:
+        return weigh(z, coefficients, scaled)
+
+    rank = len(a) // count
+    a = a.unflatten(0, (count, rank))
+    b = b.unflatten(0, (count, rank))
+    compute = _gathered if way == "gathered" else _grouped
+    return compute(tokens, a, b, chosen, weigh_chosen).view(*x.shape[:-1], b.shape[-1])
+
+
+def _gathered(
+    x: Tensor, a: Tensor, b: Tensor, chosen: Tensor, weigh: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """(tokens, out), for x (tokens, in), A (experts, rank, in), B (experts, rank, out) and the
+    experts `chosen` (tokens, k).
+    """
+    # With few tokens, reading the weights is what takes the time. Here only the rows of the chosen
+    # experts' A and B are read, once per token, and each token has a small product with its copy.
+    tokens, k = chosen.shape
+    rank = a.shape[1]
+    a = a.index_select(0, chosen.flatten()).view(tokens, k * rank, a.shape[2])
+    b = b.index_select(0, chosen.flatten()).view(tokens, k * rank, b.shape[2])
+    z = (a @ x[..., None]).view(tokens, k, rank)
+    z = weigh(z).reshape(tokens, 1, k * rank)
+    return (z @ b)[:, 0]
+
+
+def _grouped(
+    x: Tensor, a: Tensor, b: Tensor, chosen: Tensor, weigh: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The result of `_gathered`, for the same arguments."""
+    # The pairs of a token and an expert are sorted by expert: the pairs of one expert are then a
+    # stretch of rows, and one grouped product multiplies each stretch with its expert's factors.
+    count, rank = a.shape[:2]
+    k = chosen.shape[1]
     experts, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(count, device=x.device)
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-    tokens = order // k
-    a = a.unflatten(0, (count, -1))
-    b = b.unflatten(0, (count, -1))
-    z = functional.grouped_mm(x.reshape(-1, x.shape[-1]).index_select(0, tokens), a.mT, offs=ends)
-    # Between the products the pairs lie by token again, since low-rank mixing adds up over the
+    token_of_pair = order // k
+    z = functional.grouped_mm(x.index_select(0, token_of_pair), a.mT, offs=ends)
+    # Between the products the pairs are sorted by token again: low-rank mixing adds up over the
     # experts of a token.
-    z = z.index_select(0, order.argsort()).view(-1, k, a.shape[1])  # (tokens, k, rank)
-    z = weigh(z, coefficients, scaled).flatten(0, 1).index_select(0, order)
+    z = z.index_select(0, order.argsort()).view(len(chosen), k, rank)
+    z = weigh(z).flatten(0, 1).index_select(0, order)
     update = functional.grouped_mm(z, b, offs=ends)
-    return _PerToken.apply(update, tokens, len(chosen)).view(*x.shape[:-1], b.shape[-1])
+    return _PerToken.apply(update, token_of_pair, len(chosen))
 
 
 class _PerToken(torch.autograd.Function):
-    """The sum of each token's rows (pairs, out), as by index_add.
+    """The sum of each token's rows (pairs, out), as index_add computes it.
 
-    index_add itself would keep all rows for the backward pass.
+    index_add itself would keep all rows for the backward pass, which needs only their tokens.
     """
 
     @staticmethod
@@ -146,15 +170,15 @@ class _PerToken(torch.autograd.Function):
 def cheapest(x: Tensor, a: Tensor, b: Tensor, experts: int, k: int, *, gradients: bool) -> Way:
     """The way that costs least by the estimate of `work`, for experts of one rank.
 
-    With `gradients` it is not `gathered`.
+    With `gradients` it is not `gathered`, whose copies would be kept for the backward pass.
     """
-    # What is cheapest depends on the numbers of tokens and experts and on widths, by orders of
-    # magnitude, and an estimate of a few multiplications is cheap enough for every call.
+    # Costs differ by orders of magnitude with the numbers of tokens and experts and with the
+    # widths, and an estimate of a few multiplications is cheap enough to be made in every call.
     tokens = x.shape[:-1].numel()
     rank = a.shape[0] // experts
     of_each_way = work(tokens, experts, rank, k, a.shape[1] + b.shape[1])
     of_dense = _cost("dense", of_each_way[0])
-    if of_dense <= COSTS["gathered"][0]:  # few experts: a call of another way alone takes longer
+    if of_dense <= COSTS["gathered"][0]:  # the mere call of another way takes longer
         return "dense"
     of_gathered = float("inf") if gradients else _cost("gathered", of_each_way[1])
     of_grouped = _cost("grouped", of_each_way[2])
@@ -164,9 +188,9 @@ def cheapest(x: Tensor, a: Tensor, b: Tensor, experts: int, k: int, *, gradients
 
 
 def work(tokens: int, experts: int, rank: int, k: int, width: int) -> tuple[Sequence[float], ...]:
-    """What `dense`, `gathered` and `grouped` take, in units that `COSTS` has the price of.
+    """The work of `dense`, `gathered` and `grouped`, in the units whose prices are in `COSTS`.
 
-    These are a call, thousands of experts, and millions of numbers read, copied or multiplied;
+    Units are a call, a thousand experts, and a million numbers that are read, copied or multiplied.
     `width` is in + out.
     """
     read = width * 1e-6 * rank
@@ -183,14 +207,15 @@ def work(tokens: int, experts: int, rank: int, k: int, width: int) -> tuple[Sequ
 
 
 def _cost(way: Way, units: Sequence[float]) -> float:
+    """The estimated milliseconds of one call."""
     return sum([cost * unit for cost, unit in zip(COSTS[way], units, strict=True)])
 
 
 def can_be_grouped(x: Tensor, a: Tensor, b: Tensor, rank: int) -> bool:
-    """Whether torch's grouped product takes these tensors.
+    """Whether torch's grouped product works on these tensors, and is used for them.
 
-    Their rows must be multiples of 16 bytes, and compiled code takes bfloat16 alone. On a GPU it
-    was not measured, and is not used.
+    Their rows must be multiples of 16 bytes, and compiled code supports bfloat16 alone. On a GPU
+    it was not measured, and so is not used there.
     """
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling():
@@ -198,23 +223,3 @@ def can_be_grouped(x: Tensor, a: Tensor, b: Tensor, rank: int) -> bool:
     if not HAS_GROUPED_MM or x.device.type != "cpu" or x.dtype not in dtypes:
         return False
     return all(size * x.element_size() % 16 == 0 for size in (rank, a.shape[1], b.shape[1]))
-
-
-def _chosen(
-    x: Tensor,
-    coefficients: Tensor,
-    scaled: Tensor,
-    k: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The k coefficients of each token that can differ from 0, the same scaled, and whose they are.
-
-    Each is (tokens, k).
-    """
-    count = scaled.shape[-1]
-    coefficients = coefficients.expand(*x.shape[:-1], count).reshape(-1, count)
-    scaled = scaled.expand(*x.shape[:-1], count).reshape(-1, count)
-    chosen = coefficients.abs().topk(k, dim=-1).indices
-    return coefficients.gather(-1, chosen), scaled.gather(-1, chosen), chosen
-
-
-WAYS = {"gathered": gathered, "grouped": grouped}

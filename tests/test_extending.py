@@ -95,6 +95,26 @@ def test_a_wrong_option_of_the_router_is_named(
         route(experts, router_options=options)
 
 
+def test_the_file_of_the_router_is_a_command(experts: dict[str, str], tmp_path: Path) -> None:
+    make_base().save_pretrained(tmp_path / "own-base")
+    adapters = [f"--expert={name}={path}" for name, path in experts.items()]
+    chosen = ["--router", "cosine", "--router-option", "sharpness=4", "--router-option", "top_k=1"]
+    script = ROOT / "examples" / "extending_router.py"
+    command = ["python", script, "compose", "own-base", *adapters, *chosen, "-o", "routed"]
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = route(experts, router_options={"sharpness": 4.0, "top_k": 1})
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path / "routed")
+    config = loaded.peft_config["default"]
+    assert config.router_options == {"sharpness": 4.0} and config.top_k == 1
+    assert torch.equal(logits(loaded), logits(expected))
+    # A word is not a number, and nothing is written.
+    command[-1] = "other"
+    done = run(*command, "--router-option", "router_temperature=warm", cwd=tmp_path)
+    assert done.returncode == 1 and not (tmp_path / "other").exists()
+    assert "router_temperature='warm' is not of the type float | None" in done.stderr
+
+
 # A family
 
 

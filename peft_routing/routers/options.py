@@ -1,11 +1,14 @@
 """A router's options: from what a user wrote to the dataclass that the router declares."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import pydantic
 import pydantic_core
@@ -60,6 +63,35 @@ def read_options(
         return _adapter(options).validate_python(dict(values))
     except pydantic.ValidationError as error:
         raise UserError(complaint(error, where)) from error
+
+
+def value_of_text(options: type, name: str, text: str) -> Any:
+    """The value of an option that a command line states, in the type of its field.
+
+    It is the text itself where the type takes it (a number, a word, true or false), and else what
+    the text says in JSON. `UserError` names the option and the type where neither fits. The text of
+    an option that there is not is returned as it is: `read_options` complains of it.
+    """
+    declared = _declared_types(options).get(name)
+    if declared is None:
+        return text
+    candidates: list[Any] = [text]
+    with contextlib.suppress(ValueError):
+        candidates.append(json.loads(text))
+    if declared is Any:  # takes the text as well, but means the number or the list in it
+        return candidates[-1]
+    for candidate in candidates:
+        try:
+            return _adapter(declared).validate_python(candidate)
+        except pydantic.ValidationError:
+            continue
+    kind = inspect.formatannotation(declared).replace("typing.", "")
+    raise UserError(f"{name}={text!r} is not of the type {kind}")
+
+
+def _declared_types(options: type) -> dict[str, Any]:
+    types = get_type_hints(options)
+    return {name: types[name] for name in option_names(options)}
 
 
 def saved_options(options: Any) -> dict[str, Any]:

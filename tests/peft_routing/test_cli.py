@@ -97,6 +97,26 @@ def test_composing_without_the_base_models_weights_equals_composing_with_them(he
     assert torch.equal(loaded(input_ids=IDS).logits, expected(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize("router", sorted(OPTIONS))
+def test_an_option_by_its_name_is_that_of_its_own_flag(here, router):
+    flags = OPTIONS[router]
+    by_name = {
+        "fixed": ['weights={"math": 0.5, "code": 0.25, "law": 1.0}'],
+        "hierarchical": ['clusters={"math": "a", "code": "a", "law": "b"}', "init=arrow"],
+        "arrow": ["top_k=2", "router_temperature=0.5"],
+        "linear": ["init=arrow"],
+        "mlp": ["mlp_layers=0", "init_lambda=0.2"],
+    }
+    options = [f"--router-option={text}" for text in by_name[router]]
+    if "--mixing" in flags:
+        options += ["--mixing", "full"]
+    assert compose("--router", router, *flags, output="one").exit_code == 0
+    result = compose("--router", router, *options, output="other")
+    assert result.exit_code == 0, result.output
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert Path("one", name).read_bytes() == Path("other", name).read_bytes()
+
+
 def test_experts_without_names_are_called_by_their_directories(here):
     result = route("compose", "base", "--expert", "math", "--expert", "./law/", "-o", "routed")
     assert "2 experts (math, law)" in result.output
@@ -148,9 +168,14 @@ def test_inspect_tells_coefficients_per_task_and_module(here):
         (["--router", "arrow", "--top-k", "4"], "there are 3 experts"),
         (["--router", "uniform", "--top-k", "2"], "top_k is not an option of router='uniform'"),
         (["--router", "fixed"], "needs weights="),
-        (["--router", "fixed", "--weight", "math=x"], "x is no number"),
+        (["--router", "fixed", "--weight", "math=x"], "x is not a number"),
         (["--router", "hierarchical", "--cluster", "math"], "write NAME=VALUE"),
+        (["--router", "mlp", "--router-option", "mlp_layers=two"], "is not of the type int | None"),
+        (["--router", "mlp", "--router-option", "mlp_layer=1"], "did you mean 'mlp_layers'?"),
+        (["--router", "mlp", "--router-option", "mlp_layers"], "write NAME=VALUE"),
+        (["--top-k", "1", "--router-option", "top_k=2"], "give it once"),
         (["--expert", "law"], "name all experts, or none"),
+        (["--expert", "law=math"], "law has the value law already"),
         (["--expert", "tax=nowhere"], "nowhere"),
         (["--expert", "tax=./base"], "has no adapter_config.json"),
     ],

@@ -37,7 +37,7 @@ def by(way, made, x, coefficients, k):
     """The update by one of the ways, whatever it costs."""
     scaled = coefficients * torch.tensor(made.site.scalings, dtype=coefficients.dtype)
     given = x, made.A, made.B, coefficients, scaled, WEIGH[made.mixing]
-    return ways.dense(*given) if way == "dense" else ways.WAYS[way](*given, k)
+    return ways.dense(*given) if way == "dense" else ways.of_chosen(*given, k, way)
 
 
 def sparse(shape, count, kept, seed=0, dtype=torch.float64):

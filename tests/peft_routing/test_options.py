@@ -3,6 +3,7 @@ declares."""
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from peft import PeftModel, get_peft_model
 from peft_routing import RoutedLoraConfig, Router
 from peft_routing.routers import RouterOptions
 from peft_routing.routers.base import _ROUTERS
+from peft_routing.routers.options import options_of_names, value_of_text
 from tests.peft_routing.adapters import make_base, save_lora
 
 TOKENS = torch.arange(2, 20)[None]
@@ -184,6 +186,43 @@ def test_names_alone_take_any_value() -> None:
     assert config_of(router="loose").router_options == {"tilt": None}
     with pytest.raises(ValueError, match="did you mean 'tilt'"):
         config_of(router="loose", router_options={"tilted": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("tilt", "2", 2.0),
+        ("tilt", "1e3", 1000.0),
+        ("sides", "[3, 4]", (3, 4)),
+        ("way", "down", "down"),
+        ("top_k", "2", 2),
+        ("top_k", "null", None),
+    ],
+)
+def test_a_text_is_read_in_the_type_that_is_declared(name: str, text: str, expected: Any) -> None:
+    value = value_of_text(TiltedOptions, name, text)
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("tilt", "steep", "float"),
+        ("top_k", "1.5", "int | None"),
+        ("sides", "3, 4", "tuple[int, ...]"),
+        ("way", "left", "Literal['up', 'down']"),
+    ],
+)
+def test_a_text_of_another_type_is_named_with_the_type(name: str, text: str, kind: str) -> None:
+    message = re.escape(f"{name}={text!r} is not of the type {kind}")
+    with pytest.raises(ValueError, match=message):
+        value_of_text(TiltedOptions, name, text)
+
+
+def test_a_text_for_any_value_is_json_where_it_can_be() -> None:
+    options = options_of_names("Loose", ("tilt",))
+    assert value_of_text(options, "tilt", '[1, "b"]') == [1, "b"]
+    assert value_of_text(options, "tilt", "steep") == "steep"
 
 
 def test_options_are_not_taken_out_of_the_user_s_dictionary() -> None:
