@@ -1,13 +1,12 @@
-"""`caem`, mergekit's `linear` on the same mixtures of experts, and the physical limit; and planning
-with many experts.
+"""Time `caem` against mergekit's `linear` and the physical limit, and planning with many experts.
 
     python benchmarks/caem.py            # three bfloat16 Mixtrals of 1.00 GB
     python benchmarks/caem.py --layers 2 # a quick look
 
-`linear` averages all tensors, experts too, so it computes more; `caem` copies the experts that it
-takes. The limit reads every input once and writes as many bytes as the output has. Planning is
-timed on tiny mixtures with very many experts, where a cost that grows with their square would show;
-there the limit is to read the headers alone.
+All merge the same mixtures of experts. `linear` averages all tensors, experts too, so it computes
+more; `caem` copies the experts that it takes. The limit reads every input once and writes as many
+bytes as the output has. Planning is timed on tiny mixtures with very many experts, where a cost
+that grows with their square would show; there the limit is to read the headers alone.
 """
 
 import shutil
@@ -43,9 +42,7 @@ NAMES = ("news", "squad", "xsum")
 
 
 def make_sources(root: Path, model_class: type, config: PretrainedConfig, experts: int) -> None:
-    """Three random mixtures, and usage files with counts made up at random: counting is not what is
-    timed.
-    """
+    """Writes three random mixtures, and usage files with random counts: counting is not timed."""
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
         model = model_class(config).to(torch.bfloat16)
@@ -69,6 +66,7 @@ def make_sources(root: Path, model_class: type, config: PretrainedConfig, expert
 
 
 def write_configs(root: Path) -> None:
+    """Writes a configuration for each merge method."""
     listed = [
         {"model": str(root / name), "parameters": {"usage": str(root / f"{name}.usage.json")}}
         for name in NAMES
@@ -83,6 +81,7 @@ def write_configs(root: Path) -> None:
 
 
 def whole_merges(layers: int, repeats: int) -> str:
+    """A report of whole merges, each in a process of its own."""
     config = MixtralConfig(
         vocab_size=32_000,
         hidden_size=1024,
@@ -101,30 +100,30 @@ def whole_merges(layers: int, repeats: int) -> str:
         root = Path(directory)
         make_sources(root, MixtralForCausalLM, config, 8)
         write_configs(root)
-        inputs = [path for name in NAMES for path in (root / name).glob("*.safetensors")]
-        read, written = sum(path.stat().st_size for path in inputs), 0
+        inputs: list[Path] = []
+        for name in NAMES:
+            inputs += (root / name).glob("*.safetensors")
+        bytes_read = sum(path.stat().st_size for path in inputs)
+        bytes_written = 0
         runs: dict[str, list[tuple[float, float, float]]] = {
             name: [] for name in (*tools, "plain files")
         }
         for _ in range(repeats):
             for name, command in tools.items():
                 runs[name].append(run_measured(command, root))
-                written = (
-                    sum(path.stat().st_size for path in root.glob("out/*.safetensors")) or written
-                )
+                outputs = list(root.glob("out/*.safetensors"))
+                if outputs:
+                    bytes_written = sum(path.stat().st_size for path in outputs)
                 shutil.rmtree(root / "out", ignore_errors=True)
-            runs["plain files"].append(
-                (copy_measured(inputs, root / "copy.bin", written), 0.0, 0.0)
-            )
-    return (
-        f"read {read / 1e9:.2f} GB, wrote {written / 1e9:.2f} GB; {repeats} runs "
-        f"each\n\n{report(runs)}"
-    )
+            seconds = copy_measured(inputs, root / "copy.bin", bytes_written)
+            runs["plain files"].append((seconds, 0.0, 0.0))
+    sizes = f"read {bytes_read / 1e9:.2f} GB, wrote {bytes_written / 1e9:.2f} GB"
+    return f"{sizes}; {repeats} runs each\n\n{report(runs)}"
 
 
 def planning(experts: int) -> tuple[int, float, float]:
-    """All experts of three sources, seconds to plan, and seconds to read the headers and nothing
-    more.
+    """The number of experts of all three sources, the seconds to plan, and the seconds to read the
+    headers and nothing more.
     """
     config = Qwen3MoeConfig(
         vocab_size=64,
@@ -161,9 +160,9 @@ def planning(experts: int) -> tuple[int, float, float]:
     return 3 * 48 * experts, planned, headers
 
 
-@click.command(help=__doc__)
-@click.option("--layers", default=9, show_default=True, help="of each source")
-@click.option("--repeats", default=3, show_default=True)
+@click.command(help=__doc__.splitlines()[0] if __doc__ else None)
+@click.option("--layers", default=9, show_default=True, help="Number of layers of each source.")
+@click.option("--repeats", default=3, show_default=True, help="Number of runs of each merge.")
 def main(layers: int, repeats: int) -> None:
     click.echo(whole_merges(layers, repeats))
     click.echo(f"\n{'experts':>8}{'planning, s':>13}{'headers, s':>12}")

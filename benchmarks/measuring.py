@@ -9,6 +9,7 @@ import torch
 
 
 def peak_extra_bytes(work: Callable[[], object], device: str) -> int:
+    """The peak of memory during the work, beyond what was held before, in bytes."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -21,21 +22,24 @@ def peak_extra_bytes(work: Callable[[], object], device: str) -> int:
 
 
 def _status(field: str) -> int:
+    """Bytes of a field of this process's status on Linux, which states kibibytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def best_seconds(work: Callable[[], object], device: str, runs: int = 5) -> float:
-    """Of so many runs, or fewer if they take more than five seconds together."""
-    best, spent = float("inf"), 0.0
+    """The fastest of so many runs, or of fewer if they take more than five seconds together."""
+    best = float("inf")
+    total = 0.0
     for _ in range(runs):
         started = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        best, spent = min(best, seconds), spent + seconds
-        if spent > 5:
+        best = min(best, seconds)
+        total += seconds
+        if total > 5:
             break
     return best
 
@@ -43,16 +47,16 @@ def best_seconds(work: Callable[[], object], device: str, runs: int = 5) -> floa
 def best_in_turn(
     works: Mapping[Any, Callable[[], object]], device: str, seconds: float
 ) -> dict[Any, float]:
-    """Seconds of each, run in turn for about so long and at least three rounds, up to fifty.
+    """The fastest run of each in seconds. They are run in turn for about `seconds` seconds, at
+    least three rounds and at most fifty.
 
-    With one thread on a CPU they are processor time, so that other work on the machine does not
-    count.
+    With one thread on a CPU it is processor time, so that other work on the machine does not count.
     """
-    clock = (
-        time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    )
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
     best = dict.fromkeys(works, float("inf"))
-    end, rounds = clock() + seconds, 0
+    end = clock() + seconds
+    rounds = 0
     while rounds < 3 or (clock() < end and rounds < 50):
         for name, work in works.items():
             started = clock()

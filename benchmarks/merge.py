@@ -1,5 +1,4 @@
-"""A whole merge of four models: ours, `mergekit-moe`, and the physical limit, side by side in one
-run.
+"""Time a whole merge of four models by ours, by `mergekit-moe`, and by the physical limit.
 
     python benchmarks/merge.py            # four bfloat16 Llamas of 0.54 GB
     python benchmarks/merge.py --layers 2 # a quick look
@@ -50,6 +49,7 @@ def make_sources(root: Path, layers: int) -> None:
 
 
 def write_configs(root: Path) -> None:
+    """Writes a configuration for each tool."""
     listed = [{"model": f"./{name}"} for name in NAMES]
     ours = {"base_model": "./base", "models": listed, "dtype": "bfloat16"}
     for method, parameters in (("moe_linear", {}), ("moe_ties", {"density": 0.8})):
@@ -61,8 +61,9 @@ def write_configs(root: Path) -> None:
 
 
 def run_measured(command: Sequence[str | Path], root: Path) -> tuple[float, float, float]:
-    """Wall seconds, peak anonymous memory and peak resident memory (with mapped files), both in
-    GB."""
+    """The wall seconds of a command, its peak anonymous memory and its peak resident memory (with
+    mapped files), both in GB.
+    """
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -85,7 +86,7 @@ def run_measured(command: Sequence[str | Path], root: Path) -> tuple[float, floa
 
 
 def copy_measured(inputs: Sequence[Path], target: Path, size: int) -> float:
-    """Seconds to read every input and write `size` bytes to the disk."""
+    """The seconds to read every input and write `size` bytes to the disk."""
     started = time.perf_counter()
     block = bytearray(16 << 20)
     for path in inputs:
@@ -99,20 +100,16 @@ def copy_measured(inputs: Sequence[Path], target: Path, size: int) -> float:
     return time.perf_counter() - started
 
 
-@click.command(help=__doc__)
-@click.option("--layers", default=16, show_default=True, help="layers of each source model")
-@click.option("--repeats", default=5, show_default=True, help="runs of each")
+@click.command(help=__doc__.splitlines()[0] if __doc__ else None)
+@click.option(
+    "--layers", default=16, show_default=True, help="Number of layers of each source model."
+)
+@click.option("--repeats", default=5, show_default=True, help="Number of runs of each tool.")
 def main(layers: int, repeats: int) -> None:
+    yaml_options = ["out", "--quiet", "--random-seed", "0"]
     tools: dict[str, list[str | Path]] = {
-        "moe_linear": [
-            BIN / "mergekit-yaml",
-            "moe_linear.yml",
-            "out",
-            "--quiet",
-            "--random-seed",
-            "0",
-        ],
-        "moe_ties": [BIN / "mergekit-yaml", "moe_ties.yml", "out", "--quiet", "--random-seed", "0"],
+        "moe_linear": [BIN / "mergekit-yaml", "moe_linear.yml", *yaml_options],
+        "moe_ties": [BIN / "mergekit-yaml", "moe_ties.yml", *yaml_options],
         "mergekit-moe": [BIN / "mergekit-moe", "mergekit-moe.yml", "out", "--quiet"],
         "import mergekit only": [sys.executable, "-c", "import mergekit.scripts.run_yaml"],
     }
@@ -120,27 +117,26 @@ def main(layers: int, repeats: int) -> None:
         root = Path(directory)
         make_sources(root, layers)
         write_configs(root)
-        read = sum((root / name / "model.safetensors").stat().st_size for name in NAMES)
+        inputs = [root / name / "model.safetensors" for name in NAMES]
+        bytes_read = sum(path.stat().st_size for path in inputs)
+        bytes_written = 0
         runs: dict[str, list[tuple[float, float, float]]] = {
             name: [] for name in (*tools, "plain files")
         }
-        written = 0
         for _ in range(repeats):
             for name, command in tools.items():
                 runs[name].append(run_measured(command, root))
-                written = (
-                    sum(path.stat().st_size for path in root.glob("out/*.safetensors")) or written
-                )
+                outputs = list(root.glob("out/*.safetensors"))
+                if outputs:
+                    bytes_written = sum(path.stat().st_size for path in outputs)
                 shutil.rmtree(root / "out", ignore_errors=True)
-            inputs = [root / name / "model.safetensors" for name in NAMES]
-            runs["plain files"].append(
-                (copy_measured(inputs, root / "copy.bin", written), 0.0, 0.0)
-            )
+            seconds = copy_measured(inputs, root / "copy.bin", bytes_written)
+            runs["plain files"].append((seconds, 0.0, 0.0))
     click.echo(
-        f"read {read / 1e9:.2f} GB, wrote {written / 1e9:.2f} GB; {repeats} runs each, medians, "
-        "and seconds'"
+        f"read {bytes_read / 1e9:.2f} GB, wrote {bytes_written / 1e9:.2f} GB; {repeats} runs each: "
+        "medians, and the"
     )
-    click.echo(f"range; torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    click.echo(f"range of seconds; torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     click.echo(report(runs))
 
 
@@ -153,7 +149,7 @@ def report(runs: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
     ]
     limit = statistics.median(seconds for seconds, *_ in runs["plain files"])
     for name, measured in runs.items():
-        seconds, anonymous, resident = (list(column) for column in zip(*measured, strict=True))
+        seconds, anonymous, resident = zip(*measured, strict=True)
         median = statistics.median(seconds)
         spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
         lines.append(

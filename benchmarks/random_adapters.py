@@ -12,15 +12,21 @@ from torch import nn
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """All but the output layer."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    """The linear modules by name, without the output layer."""
+    modules = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            modules[name] = module
+    return modules
 
 
 @contextmanager
 def random_adapters(
     model: nn.Module, count: int, rank: int, scale: float = 0.02
 ) -> Iterator[list[str]]:
-    """Directories of so many adapters for all linear modules of a model."""
+    """The directories of so many adapters for all linear modules of a model, until the block
+    ends.
+    """
     generator = torch.Generator().manual_seed(0)
     modules = linear_modules(model)
     targets = sorted({name.rpartition(".")[2] for name in modules})
@@ -32,10 +38,8 @@ def random_adapters(
             (folder / "adapter_config.json").write_text(json.dumps(config))
             tensors = {}
             for name, module in modules.items():
-                for factor, shape in (
-                    ("A", (rank, module.in_features)),
-                    ("B", (module.out_features, rank)),
-                ):
+                shapes = {"A": (rank, module.in_features), "B": (module.out_features, rank)}
+                for factor, shape in shapes.items():
                     values = torch.randn(shape, generator=generator) * scale
                     tensors[f"base_model.model.{name}.lora_{factor}.weight"] = values
             save_file(tensors, folder / "adapter_model.safetensors")

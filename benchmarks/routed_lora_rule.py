@@ -1,5 +1,4 @@
-"""Which way of mixing a module's experts is the fastest when, and how good the rule in
-`peft_routing.mixing` is.
+"""Time each way of mixing a module's experts, and judge the rule of `peft_routing.mixing` by it.
 
     python benchmarks/routed_lora_rule.py          # CPU, some minutes
     python benchmarks/routed_lora_rule.py --fit    # prints constants for the rule as well
@@ -31,6 +30,8 @@ LARGEST = 1 << 26  # numbers that `gathered` may copy
 
 @dataclass(frozen=True)
 class Case:
+    """A size of the problem."""
+
     tokens: int
     experts: int
     rank: int
@@ -44,32 +45,35 @@ class Case:
         )
 
     def work(self) -> dict[mixing.Way, Sequence[float]]:
+        """The units of work of each way, by which the rule estimates its time."""
         units = mixing.work(self.tokens, self.experts, self.rank, self.k, sum(self.sizes))
         return dict(zip(mixing.COSTS, units, strict=True))
 
     def ways(
         self, dtype: torch.dtype
     ) -> tuple[dict[mixing.Way, Callable[[], Tensor]], list[mixing.Way]]:
-        """Those that can be gone, and which one the rule chooses for each of `WORKS`."""
+        """The ways that are possible, and which one the rule chooses for each of `WORKS`."""
         torch.manual_seed(0)
-        a, b = (
-            torch.randn(self.experts * self.rank, size).mul(0.02).to(dtype) for size in self.sizes
-        )
-        x = torch.randn(self.tokens, self.sizes[0]).to(dtype).requires_grad_()
+        in_features, out_features = self.sizes
+        a = torch.randn(self.experts * self.rank, in_features).mul(0.02).to(dtype)
+        b = torch.randn(self.experts * self.rank, out_features).mul(0.02).to(dtype)
+        x = torch.randn(self.tokens, in_features).to(dtype).requires_grad_()
         scores = torch.randn(self.tokens, self.experts).topk(self.k, dim=-1)
         coefficients = torch.zeros(self.tokens, self.experts).scatter(
             -1, scores.indices, scores.values.softmax(-1)
         )
-        given = x, a, b, coefficients.requires_grad_(), coefficients, mixing.full
-        ways: dict[mixing.Way, Callable[[], Tensor]] = {"dense": partial(mixing.dense, *given)}
+        coefficients.requires_grad_()
+        arguments = (x, a, b, coefficients, coefficients, mixing.full)
+        ways: dict[mixing.Way, Callable[[], Tensor]] = {"dense": partial(mixing.dense, *arguments)}
         if self.tokens * self.k * self.rank * sum(self.sizes) < LARGEST:
-            ways["gathered"] = partial(mixing.of_chosen, *given, self.k, "gathered")
+            ways["gathered"] = partial(mixing.of_chosen, *arguments, self.k, "gathered")
         if mixing.can_be_grouped(x, a, b, self.rank):
-            ways["grouped"] = partial(mixing.of_chosen, *given, self.k, "grouped")
-        return ways, [
-            mixing.cheapest(x, a, b, self.experts, self.k, gradients=work is forward_and_backward)
-            for work in WORKS
-        ]
+            ways["grouped"] = partial(mixing.of_chosen, *arguments, self.k, "grouped")
+        choices = []
+        for work in WORKS:
+            gradients = work is forward_and_backward
+            choices.append(mixing.cheapest(x, a, b, self.experts, self.k, gradients=gradients))
+        return ways, choices
 
 
 def forward(way: Callable[[], Tensor]) -> None:
@@ -87,19 +91,50 @@ NOT_CHOSEN = ("gathered", forward_and_backward)  # it would keep its copies
 
 @click.command()
 @click.option(
-    "--experts", "counts", type=int, multiple=True, default=[8, 64, 256], show_default=True
+    "--experts",
+    "counts",
+    type=int,
+    multiple=True,
+    default=[8, 64, 256],
+    show_default=True,
+    help="Number of experts; several may be given, as of the next four options.",
 )
-@click.option("--rank", "ranks", type=int, multiple=True, default=[4, 16], show_default=True)
-@click.option("--tokens", type=int, multiple=True, default=[1, 4, 16, 64, 512], show_default=True)
-@click.option("--k", "ks", type=int, multiple=True, default=[1, 4], show_default=True)
+@click.option(
+    "--rank",
+    "ranks",
+    type=int,
+    multiple=True,
+    default=[4, 16],
+    show_default=True,
+    help="Rank of each expert.",
+)
+@click.option(
+    "--tokens",
+    type=int,
+    multiple=True,
+    default=[1, 4, 16, 64, 512],
+    show_default=True,
+    help="Number of tokens in a pass.",
+)
+@click.option(
+    "--k",
+    "ks",
+    type=int,
+    multiple=True,
+    default=[1, 4],
+    show_default=True,
+    help="Number of experts that a token chooses.",
+)
 @click.option(
     "--shape",
     "shapes",
     type=(int, int),
     multiple=True,
     default=[(512, 512), (2048, 2048), (2048, 8192)],
+    show_default=True,
+    help="Inputs and outputs of the module.",
 )
-@click.option("--dtype", default="float32", show_default=True)
+@click.option("--dtype", default="float32", show_default=True, help="Type of all numbers.")
 @click.option("--fit", is_flag=True, help="Print constants for the rule.")
 def main(
     counts: list[int],
@@ -122,32 +157,26 @@ def main(
     for sizes, experts, rank, k, count in itertools.product(shapes, counts, ranks, ks, tokens):
         if k < experts:
             case = Case(count, experts, rank, k, sizes)
-            ways, chosen = case.ways(getattr(torch, dtype))
-            works = {
-                (name, work): partial(work, way) for name, way in ways.items() for work in WORKS
-            }
+            ways, choices = case.ways(getattr(torch, dtype))
+            works = {}
+            for (name, way), work in itertools.product(ways.items(), WORKS):
+                works[name, work] = partial(work, way)
             best = {
                 name: seconds * 1e3 for name, seconds in best_in_turn(works, "cpu", 0.3).items()
             }
-            click.echo(
-                f"{case}  "
-                + "  ".join(
-                    name
-                    + "/".join(
-                        f" {best[name, work]:.2f}{'*' * (name == choice)}"
-                        for work, choice in zip(WORKS, chosen, strict=True)
-                    )
-                    for name in ways
-                )
-            )
+            cells = []
+            for name in ways:
+                times = []
+                for work, choice in zip(WORKS, choices, strict=True):
+                    times.append(f" {best[name, work]:.2f}{'*' if name == choice else ''}")
+                cells.append(name + "/".join(times))
+            click.echo(f"{case}  {'  '.join(cells)}")
             measured.append((case, {name: best[name, forward] for name in ways}))
-            regrets.append(
-                tuple(
-                    best[choice, work] / min(best[n, work] for n in ways if (n, work) != NOT_CHOSEN)
-                    - 1
-                    for work, choice in zip(WORKS, chosen, strict=True)
-                )
-            )
+            of_works = []
+            for work, choice in zip(WORKS, choices, strict=True):
+                least = min(best[name, work] for name in ways if (name, work) != NOT_CHOSEN)
+                of_works.append(best[choice, work] / least - 1)
+            regrets.append(tuple(of_works))
     for work, of_work in zip(
         ("forward", "forward and backward"), zip(*regrets, strict=True), strict=True
     ):
@@ -162,7 +191,7 @@ def main(
 
 
 def fitted(measured: Sequence[tuple[Case, dict[mixing.Way, float]]], way: mixing.Way) -> Any:
-    """Non-negative milliseconds per unit of work with the least mean squared relative error."""
+    """The non-negative milliseconds per unit of work with the least mean squared relative error."""
     rows = [np.array(case.work()[way]) / best[way] for case, best in measured if way in best]
     return nnls(np.stack(rows), np.ones(len(rows)))[0]
 

@@ -1,11 +1,10 @@
-"""A sequence MoE against its own experts, each alone: prefill and decoding, side by side in one
-run.
+"""Time prefill and decoding of a sequence MoE against its own experts, each alone.
 
     python benchmarks/sequence_moe.py                # CPU, a few minutes
     python benchmarks/sequence_moe.py --device cuda
 
 Four random Llamas become one model with `embedding: separate`. The limit of a prefill with
-perplexity routing is one prefill of each source, logits of the whole prompt included, since every
+perplexity routing is one prefill of each source, with logits of the whole prompt, since every
 expert has to score it; ours then gives logits of the last token, as in `generate`. The limit of
 decoding with K experts is a step of each of K sources. Competitors take turns, and the best of
 their runs counts; memory is the peak beyond what is held before.
@@ -31,6 +30,7 @@ EXPERTS = ("base", "math", "code", "law")
 
 
 def make_sources(root: Path, layers: int) -> None:
+    """Writes four random Llamas."""
     config = LlamaConfig(
         vocab_size=16_000,
         hidden_size=512,
@@ -44,6 +44,7 @@ def make_sources(root: Path, layers: int) -> None:
 
 
 def merge(root: Path, routing: str, chosen: int) -> Path:
+    """The sequence MoE of all sources, which chooses so many experts."""
     from mergekit.merge import run_merge
 
     config = MergeConfiguration.model_validate(
@@ -70,7 +71,7 @@ def load(path: Path, device: str) -> Any:
 def measure(
     ours: Callable[[], object], limit: Callable[[], object], device: str, rounds: int
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Best seconds and peak extra bytes of each, taking turns."""
+    """The best seconds and the peak extra bytes of each, taking turns."""
     works = {"ours": ours, "limit": limit}
     extra = {name: peak_extra_bytes(work, device) for name, work in works.items()}
     best = dict.fromkeys(works, float("inf"))
@@ -81,7 +82,7 @@ def measure(
 
 
 def decoding(model: Any, ids: torch.Tensor) -> Callable[[], None]:
-    """One step after the prompt; the cache grows by a token per run."""
+    """A function that takes one step after the prompt; the cache grows by a token per run."""
     state: dict[str, Any] = {}
     token = ids[:, -1:]
 
@@ -95,11 +96,13 @@ def decoding(model: Any, ids: torch.Tensor) -> Callable[[], None]:
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--layers", default=8, show_default=True)
-@click.option("--batch", default=4, show_default=True)
-@click.option("--prompt", default=256, show_default=True, help="Tokens.")
-@click.option("--rounds", default=5, show_default=True)
+@click.option(
+    "--device", default="cpu", show_default=True, help="Device to compute on, as torch names it."
+)
+@click.option("--layers", default=8, show_default=True, help="Number of layers of each source.")
+@click.option("--batch", default=4, show_default=True, help="Number of prompts in a batch.")
+@click.option("--prompt", default=256, show_default=True, help="Number of tokens of each prompt.")
+@click.option("--rounds", default=5, show_default=True, help="Number of runs of each.")
 def main(device: str, layers: int, batch: int, prompt: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         root = Path(folder)
@@ -118,20 +121,19 @@ def main(device: str, layers: int, batch: int, prompt: int, rounds: int) -> None
         click.echo(f"{'':34}{'ms':>9}{'limit ms':>10}{'/ limit':>9}{'MB':>8}{'limit MB':>10}")
         for routing, chosen in (("perplexity", 1), ("perplexity", 2), ("task_vector", 1)):
             model = load(merge(root, routing, chosen), device)
-            alone = partial(run_all, [partial(source, ids, use_cache=True) for source in sources])
-            show(
-                f"prefill, {routing}, K = {chosen}",
-                *measure(partial(prefill, model, ids), alone, device, rounds),
-            )
+            prefills = [partial(source, ids, use_cache=True) for source in sources]
+            limit = partial(run_all, prefills)
+            seconds, extra = measure(partial(prefill, model, ids), limit, device, rounds)
+            show(f"prefill, {routing}, K = {chosen}", seconds, extra)
             if routing == "perplexity":
-                alone = partial(run_all, [decoding(source, ids) for source in sources[:chosen]])
-                show(
-                    f"decoding, K = {chosen}",
-                    *measure(decoding(model, ids), alone, device, rounds * 4),
-                )
+                steps = [decoding(source, ids) for source in sources[:chosen]]
+                limit = partial(run_all, steps)
+                seconds, extra = measure(decoding(model, ids), limit, device, rounds * 4)
+                show(f"decoding, K = {chosen}", seconds, extra)
 
 
 def prefill(model: Any, ids: torch.Tensor) -> None:
+    """Reads the prompt as `generate` does, for the logits of its last token."""
     cache_class = sys.modules[type(model).__module__].SequenceMoECache
     model(ids, past_key_values=cache_class(), logits_to_keep=1)
 
@@ -142,7 +144,8 @@ def run_all(works: Sequence[Callable[[], object]]) -> None:
 
 
 def show(what: str, seconds: dict[str, float], extra: dict[str, int]) -> None:
-    ours, limit = seconds["ours"], seconds["limit"]
+    ours = seconds["ours"]
+    limit = seconds["limit"]
     click.echo(
         f"{what:34}{ours * 1e3:9.1f}{limit * 1e3:10.1f}{ours / limit:9.2f}"
         f"{extra['ours'] / 1e6:8.0f}{extra['limit'] / 1e6:10.0f}"

@@ -1,8 +1,8 @@
-"""Our tensor methods against mergekit's, on one matrix, side by side in one process.
+"""Time our tensor methods against mergekit's, on one matrix, side by side in one process.
 
-    python benchmarks/tensor_methods.py                 # 4096 x 11008; some minutes, most of them
-    mergekit's sort python benchmarks/tensor_methods.py --device cuda
-    python benchmarks/tensor_methods.py --write docs    # also docs/kernels.md and docs/kernels.png
+    python benchmarks/tensor_methods.py                 # 4096 x 11008; some minutes
+    python benchmarks/tensor_methods.py --device cuda
+    python benchmarks/tensor_methods.py --write docs    # writes kernels.md and kernels.png there
 
 Seconds are the best of up to five runs after a warm-up. Extra memory is the peak beyond what is
 held before, in units of one input tensor, the result included. `copy` reads and writes all inputs
@@ -22,6 +22,7 @@ from measuring import best_seconds, peak_extra_bytes
 from mergekit.merge_methods import merge_tensors
 from mergekit.sparsify import magnitude
 
+from mergekit_moe_ext.analysis import pyplot
 from mergekit_moe_ext.tensor.kernels.trim import trim
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,7 +31,7 @@ DENSITY = 0.8
 
 
 def measure(shape: tuple[int, int], device: str) -> list[tuple[str, str, int, float, float]]:
-    """Rows of what, dtype, sources, seconds, and extra memory in tensors."""
+    """The rows of the table: method, dtype, number of sources, seconds, extra memory in tensors."""
     rows = []
     for dtype_name, dtype in DTYPES.items():
         inputs = [torch.randn(shape, device=device).to(dtype) for _ in range(9)]
@@ -63,11 +64,7 @@ def _merge(tensors: list[torch.Tensor], method: str) -> torch.Tensor:
 
 
 def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    """Writes the table and a figure of it."""
     lines = [f"# Kernels\n\n{title}. Made by `python benchmarks/tensor_methods.py --write docs`.\n"]
     lines.append("![Seconds of each method](kernels.png)\n")
     lines.append(
@@ -79,10 +76,9 @@ def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Pa
     ]
     (folder / "kernels.md").write_text("\n".join(lines) + "\n")
 
-    shown = ("copy", *METHODS)
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, dtype in zip(axes, DTYPES, strict=True):
-        for index, name in enumerate(shown):
+        for index, name in enumerate(("copy", *METHODS)):
             seconds = [row[3] for row in rows if row[0] == name and row[1] == dtype]
             axis.bar(
                 [group + (index - 2) * 0.17 for group in range(3)], seconds, width=0.16, label=name
@@ -101,15 +97,17 @@ def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Pa
     figure.savefig(folder / "kernels.png", dpi=110)
 
 
-@click.command(help=__doc__)
-@click.option("--rows", default=4096, show_default=True)
-@click.option("--columns", default=11008, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.command(help=__doc__.splitlines()[0] if __doc__ else None)
+@click.option("--rows", default=4096, show_default=True, help="Number of rows of the matrix.")
+@click.option("--columns", default=11008, show_default=True, help="Number of its columns.")
+@click.option(
+    "--device", default="cpu", show_default=True, help="Device to compute on, as torch names it."
+)
 @click.option(
     "--write",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="for kernels.md and .png",
+    help="Directory to write kernels.md and kernels.png to.",
 )
 def main(rows: int, columns: int, device: str, folder: Path | None) -> None:
     where = (

@@ -1,5 +1,4 @@
-"""Weight-ensembling MLPs against a loop over samples, as the papers' public code has it, and
-against a plain MLP.
+"""Time weight-ensembling MLPs against a loop over samples, as in the papers' code, and plain MLPs.
 
     python benchmarks/wemoe.py                # CPU, some minutes
     python benchmarks/wemoe.py --real         # a whole SmolLM2-135M in place of a small decoder
@@ -15,6 +14,7 @@ before.
 """
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -50,11 +50,12 @@ STORED = (".vectors", ".values", ".columns", ".row_ends")
 
 
 class Looped(nn.Module):
-    """A block's MLP whose weights are merged anew for every sample of a batch."""
+    """An MLP whose weights are merged anew for every sample of a batch."""
 
     def __init__(self, ensembled: Any, stock: nn.Module, router: nn.Module) -> None:
         super().__init__()
-        self.stock, self.router = stock, router
+        self.stock = stock
+        self.router = router
         self.linears = {
             name: part
             for name, part in ensembled.named_modules()
@@ -69,7 +70,8 @@ class Looped(nn.Module):
         merged: dict[str, Tensor] = {}
         for name, linear in self.linears.items():
             for part, vectors in (("weight", "vectors"), ("bias", "bias_vectors")):
-                if (total := getattr(linear, part)) is None:
+                total = getattr(linear, part)
+                if total is None:
                     continue
                 for index, coefficient in enumerate(coefficients):
                     total = total + coefficient * getattr(linear, vectors)[index]
@@ -90,6 +92,7 @@ def looped(plain: Any, ensembled: Any) -> Any:
 
 
 def draw(module: EnsembledLinear) -> None:
+    """Fills a module's task vectors with random numbers."""
     if module.kept is None:
         module.vectors.normal_(std=0.002)
         return
@@ -102,19 +105,18 @@ def draw(module: EnsembledLinear) -> None:
 
 
 def ensembled(plain: Any, tasks: int, sparse: bool = False) -> Any:
-    """The same model with task vectors on its MLPs, of which routers alone are trained."""
+    """The same model with task vectors on its MLPs; only its routers are trained."""
     groups = ensembled_groups(plain, "mlp", None)
-    sizes = {
-        name: plain.get_submodule(name).weight.numel()
-        for names in groups.values()
-        for name in names
-    }
+    sizes = {}
+    for name in itertools.chain.from_iterable(groups.values()):
+        sizes[name] = plain.get_submodule(name).weight.numel()
     kept = {name: round(KEPT * size) for name, size in sizes.items()} if sparse else {}
     experts = [f"task{index}" for index in range(tasks)]
     values = {key: value for key, value in plain.config.to_dict().items() if key != "model_type"}
-    made: Any = config_class(type(plain.config))  # type: ignore[arg-type]
+    config_type: Any = config_class(type(plain.config))  # type: ignore[arg-type]
     ensembling = Ensembling(experts=experts, groups=groups, kept=kept).as_dict()
-    model: Any = model_class(type(plain))(made(**values, ensembling=ensembling))  # type: ignore[arg-type]
+    config = config_type(**values, ensembling=ensembling)
+    model: Any = model_class(type(plain))(config)  # type: ignore[arg-type]
     model.load_state_dict(plain.state_dict(), strict=False)
     for module in model.modules():
         if isinstance(module, EnsembledLinear):
@@ -124,7 +126,7 @@ def ensembled(plain: Any, tasks: int, sparse: bool = False) -> Any:
 
 
 def decoding(model: Any, ids: Tensor) -> Callable[[], object]:
-    """One step after the prompt; the cache grows by a token per run."""
+    """A function that takes one step after the prompt; the cache grows by a token per run."""
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
     step = partial(model, ids[:, -1:], past_key_values=cache)
@@ -172,7 +174,8 @@ def show_images(device: str, layers: int, seconds: float, batches: tuple[int, ..
 
 
 def show_decoder(plain: Any, device: str, seconds: float) -> None:
-    ours, sparse = ensembled(plain, 3), ensembled(plain, 3, sparse=True)
+    ours = ensembled(plain, 3)
+    sparse = ensembled(plain, 3, sparse=True)
     ids = torch.randint(0, plain.config.vocab_size, (1, 256), device=device)
     models = {"ours": ours, "sparse": sparse, "loop": looped(plain, ours), "plain": plain}
     what = f"decoder, {plain.config.num_hidden_layers} blocks"
@@ -189,33 +192,37 @@ def show_decoder(plain: Any, device: str, seconds: float) -> None:
         device,
         seconds,
     )
-    dense, few = (
-        sum(each.nbytes for name, each in model.state_dict().items() if name.endswith(STORED))
-        for model in (ours, sparse)
+    dense_bytes = vector_bytes(ours)
+    sparse_bytes = vector_bytes(sparse)
+    click.echo(
+        f"vectors {dense_bytes / 1e6:.0f} MB, sparse {sparse_bytes / 1e6:.0f} MB, "
+        f"{sparse_bytes / dense_bytes:.1%}"
     )
-    click.echo(f"vectors {dense / 1e6:.0f} MB, sparse {few / 1e6:.0f} MB, {few / dense:.1%}")
+
+
+def vector_bytes(model: Any) -> int:
+    """The bytes that the task vectors of a model take on disk."""
+    tensors = model.state_dict()
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(STORED))
 
 
 def way(linear: EnsembledLinear, x: Tensor, c: Tensor, most: int) -> Tensor:
+    """The module's output by one of its two ways."""
     wemoe_products._MERGING = wemoe_products._FEW = most  # tokens for which nothing is merged
     return linear._by_sample(x, c)
 
 
 def show_rule(device: str, seconds: float) -> None:
-    """The ways of one linear map, against the number of tokens that share coefficients."""
+    """Times the ways of one linear map, against the number of tokens that share coefficients."""
     for kept in (None, int(KEPT * 768 * 3072)):
         linear = EnsembledLinear(nn.Linear(768, 3072).to(device), 8, kept, "", Current())
         draw(linear)
-        for samples, tokens in (
-            (samples, tokens) for samples in (1, 16) for tokens in (1, 2, 4, 8, 16)
-        ):
-            x, c = (
-                torch.randn(samples, tokens, 768, device=device),
-                torch.rand(samples, 8, device=device),
-            )
+        for samples, tokens in itertools.product((1, 16), (1, 2, 4, 8, 16)):
+            x = torch.randn(samples, tokens, 768, device=device)
+            c = torch.rand(samples, 8, device=device)
             ways = {
-                name: partial(way, linear, x, c, most)
-                for name, most in (("merged", 0), ("products", 10**6))
+                "merged": partial(way, linear, x, c, 0),
+                "products": partial(way, linear, x, c, 10**6),
             }
             best = best_in_turn(ways, device, seconds)
             times = "  ".join(f"{name} {best[name] * 1e3:8.2f} ms" for name in best)
@@ -226,17 +233,32 @@ def show_rule(device: str, seconds: float) -> None:
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("--device", default="cpu", show_default=True)
 @click.option(
-    "--layers", default=2, show_default=True, help="Blocks of the models that are not real."
+    "--device", default="cpu", show_default=True, help="Device to compute on, as torch names it."
+)
+@click.option(
+    "--layers",
+    default=2,
+    show_default=True,
+    help="Number of blocks of the models that are not real.",
 )
 @click.option(
     "--real",
     is_flag=True,
-    help="Measure SmolLM2-135M, and nothing else; fetched where it is not yet.",
+    help="Measure SmolLM2-135M and nothing else; it is fetched if it is not there.",
 )
-@click.option("--seconds", default=10.0, show_default=True, help="Of each comparison.")
-@click.option("--batch", "batches", type=int, multiple=True, default=[1, 16, 64], show_default=True)
+@click.option(
+    "--seconds", default=10.0, show_default=True, help="Seconds to spend on each comparison."
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=int,
+    multiple=True,
+    default=[1, 16, 64],
+    show_default=True,
+    help="Number of images in a batch; several may be given.",
+)
 def main(device: str, layers: int, real: bool, seconds: float, batches: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     click.echo(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32")

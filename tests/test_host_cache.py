@@ -11,17 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
 from transformers import DynamicCache, GenerationMixin
 
 import _mergekit_moe_ext_common.host_cache as common_seam
 import mergekit_moe_ext.modeling.host_cache as modeling_seam
 from mergekit_moe_ext.modeling.host_cache import NAMES, OUTPUT_NAME, cache_in
 from mergekit_moe_ext.modeling.modeling_sequence_moe import SequenceMoECache
-from peft_routing import RoutedLoraConfig
 from tests.mergekit_moe_ext.ensembles import build
 from tests.mergekit_moe_ext.sequences import fine_tunes, mixture, padded, words
-from tests.peft_routing.adapters import make_base, save_experts
+from tests.peft_routing.adapters import ROUTERS, make_routed, save_experts
 
 pytestmark = pytest.mark.hosts
 
@@ -31,12 +29,6 @@ STRATEGIES = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": 2},
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0},
-}
-ROUTERS = {
-    "arrow": {"top_k": 2},
-    "linear": {"init": "arrow"},
-    "hierarchical": {"init": "arrow", "clusters": {"math": 0, "code": 0, "law": 1}},
-    "mlp": {"top_k": 2},
 }
 
 
@@ -57,16 +49,7 @@ def _ensemble(family, mode, experts):
 
 
 def _routed(router, experts):
-    torch.manual_seed(1)
-    config = RoutedLoraConfig(
-        experts=experts, router=router, granularity="sequence", **ROUTERS[router]
-    )
-    model = get_peft_model(make_base(), config).eval()
-    with torch.no_grad():  # so that choices differ visibly between sequences
-        for name, parameter in model.named_parameters():
-            if "routed_lora_router" in name and parameter.ndim == 2:
-                parameter.mul_(4)
-    return model
+    return make_routed(experts, router, granularity="sequence")
 
 
 MODELS = {
@@ -157,17 +140,17 @@ def empty_cache(model):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("given", ["positional", *NAMES])
-def test_a_cache_is_taken_by_every_name(name, given, experts):
+@pytest.mark.parametrize("argument", ["positional", *NAMES])
+def test_a_cache_is_taken_by_every_name(name, argument, experts):
     model = MODELS[name](experts)
     ids, mask = prompts(model)
     ids, mask = ids[:1], mask[:1]
     choose_by(model, 7)
 
     def step(tokens, until, cache):
-        if given == "positional":
+        if argument == "positional":
             return model(tokens, mask[:, :until], None, cache)
-        return model(tokens, attention_mask=mask[:, :until], **{given: cache})
+        return model(tokens, attention_mask=mask[:, :until], **{argument: cache})
 
     cache = empty_cache(model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Ordinary LoRA adapters of a tiny model, as PEFT itself saves them."""
+"""Ordinary LoRA adapters of a tiny model, as PEFT saves them, and routed adapters made of them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,31 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from peft_routing import RoutedLoraConfig
 from tests.conftest import SPECIAL_TOKENS, TINY
 
 NAMES = ("math", "code", "law")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+# Routers whose choice depends on the input, for experts of these names.
+ROUTERS: dict[str, dict[str, Any]] = {
+    "arrow": {"top_k": 2},
+    "linear": {"init": "arrow"},
+    "hierarchical": {"init": "arrow", "clusters": {"math": 0, "code": 0, "law": 1}},
+    "mlp": {"top_k": 2},
+}
 
 
 def has_native_adapters() -> bool:
-    """Whether transformers loads adapters itself (`model.load_adapter`), for which it may want a
-    newer PEFT.
+    """True if transformers can load adapters by its own `model.load_adapter`, which asks for a
+    PEFT that is new enough.
     """
     return Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
 
 
 def skip_without_native_adapters() -> None:
+    """Skips the test where transformers cannot load adapters by itself."""
     if not has_native_adapters():
-        pytest.skip(f"transformers wants peft {MIN_PEFT_VERSION} for adapters that it loads itself")
+        pytest.skip(f"transformers needs PEFT {MIN_PEFT_VERSION} to load adapters by itself")
 
 
 def make_base(family: str = "llama", dtype: Any = torch.float32, **config: Any) -> Any:
@@ -56,5 +65,19 @@ def save_lora(path: Path, seed: int, base: Any = None, **config: Any) -> Path:
 
 
 def save_experts(root: Path, names: tuple[str, ...] = NAMES, **config: Any) -> dict[str, str]:
-    """One adapter per name, and where they lie."""
+    """The paths of the adapters, one per name, with a seed each."""
     return {name: str(save_lora(root / name, seed, **config)) for seed, name in enumerate(names, 1)}
+
+
+def make_routed(experts: dict[str, str], router: str, **changes: Any) -> Any:
+    """A routed model with one of `ROUTERS`, in evaluation mode. Its choices differ visibly between
+    sequences.
+    """
+    torch.manual_seed(1)
+    config = RoutedLoraConfig(experts=experts, router=router, **{**ROUTERS[router], **changes})
+    model = get_peft_model(make_base(), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "routed_lora_router" in name and parameter.ndim == 2:
+                parameter.mul_(4)
+    return model

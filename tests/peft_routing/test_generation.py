@@ -10,15 +10,9 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from peft_routing import RoutedLoraConfig
-from tests.peft_routing.adapters import make_base, save_experts, save_lora
+from tests.peft_routing.adapters import ROUTERS, make_routed, save_experts, save_lora
 
 PROMPT = torch.tensor([[5, 17, 40, 9, 66, 31], [12, 80, 33, 7, 21, 90]])
-ROUTERS = {
-    "arrow": {"top_k": 2},
-    "linear": {"init": "arrow"},
-    "hierarchical": {"init": "arrow", "clusters": {"math": 0, "code": 0, "law": 1}},
-    "mlp": {"top_k": 2},
-}
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +21,7 @@ def experts(tmp_path_factory):
 
 
 def routed(experts, router="arrow", **changes):
-    torch.manual_seed(1)
-    config = RoutedLoraConfig(experts=experts, router=router, **{**ROUTERS[router], **changes})
-    model = get_peft_model(make_base(), config).eval()
-    with torch.no_grad():  # so that choices differ visibly between sequences
-        for name, parameter in model.named_parameters():
-            if "routed_lora_router" in name and parameter.ndim == 2:
-                parameter.mul_(4)
-    return model
+    return make_routed(experts, router, **changes)
 
 
 def generate(model, ids=PROMPT, **options):
