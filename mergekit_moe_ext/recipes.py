@@ -1,4 +1,4 @@
-"""The options of `train` and `adapt`."""
+"""The options of the commands `train` and `adapt`, each set a dataclass."""
 
 from dataclasses import dataclass
 from typing import Literal
