@@ -139,7 +139,7 @@ def plan(
         layers=planned.config.num_hidden_layers,
         experts=tuple(map(str, job.experts)),
         shared=len(planned.shared),
-        shared_method=job.shared.spec.name,
+        shared_method=job.shared_method.spec.name,
         shared_models=tuple(map(str, models)),
         base=str(base) if base else None,
         copied=len(planned.copies),

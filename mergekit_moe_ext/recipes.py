@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from _mergekit_moe_ext_common import options
-from _mergekit_moe_ext_common.options import option
+from _mergekit_moe_ext_common.options import TrainingOptions, option
 
 
 @dataclass(frozen=True)
-class Recipe(options.Recipe):
+class Recipe(TrainingOptions):
     """How a mixture of experts is trained. Defaults are MergeME's or, mostly, transformers'."""
 
     learning_rate: float | None = option(
