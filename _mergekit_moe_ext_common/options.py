@@ -228,7 +228,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingOptions:
     """The settings of a training. Names, and most defaults, are those of transformers."""
 
     weight_decay: float = option(0.0, "AdamW's weight decay.", at_least=0)

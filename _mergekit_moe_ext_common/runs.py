@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import silence
-from _mergekit_moe_ext_common.options import Reading, Recipe
+from _mergekit_moe_ext_common.options import Reading, TrainingOptions
 from _mergekit_moe_ext_common.staging import check_output, check_room, staged
 from _mergekit_moe_ext_common.training import MEASURES, training_arguments
 
@@ -45,7 +45,13 @@ class Run:
         self.settings: dict[str, Any] = {}
 
     def arguments(
-        self, recipe: Recipe, *, learning_rate: float, measure: bool, part: str = "", **more: Any
+        self,
+        recipe: TrainingOptions,
+        *,
+        learning_rate: float,
+        measure: bool,
+        part: str = "",
+        **more: Any,
     ) -> TrainingArguments:
         """The Trainer's arguments for one part. `UserError` where the Trainer refuses them."""
         arguments = training_arguments(

@@ -25,7 +25,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from _mergekit_moe_ext_common.data import Source, load, pack, parse_sources, tokenise
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.options import Reading, Recipe
+from _mergekit_moe_ext_common.options import Reading, TrainingOptions
 
 _TRAINED = "trained.safetensors"
 MEASURES = ("entropy", "accuracy", "loss")
@@ -142,7 +142,7 @@ class NoLastCheckpoint(TrainerCallback):
 
 
 def training_arguments(
-    recipe: Recipe,
+    recipe: TrainingOptions,
     reading: Reading,
     checkpoints: Path,
     *,
@@ -208,7 +208,7 @@ def read_data(
     tokenizer: Any,
     config: Any,
     reading: Reading,
-    recipe: Recipe,
+    recipe: TrainingOptions,
     *,
     completions_only: bool = False,
     first_label: int = 1,
@@ -253,7 +253,7 @@ def read_data(
 def split_sources(
     data: Sequence[str],
     eval_data: Sequence[str],
-    recipe: Recipe,
+    recipe: TrainingOptions,
     prepare: Callable[[Dataset, Source], Dataset],
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """The rows of each source to train on, and those held out of it or given for measuring.

@@ -1,16 +1,16 @@
 """Merge methods for mergekit that build and merge mixtures of experts.
 
-Importing this package makes the methods known to mergekit (they are already where torch's autoload
-is on, which is the default): `mergekit.merge.run_merge` then takes them. It also makes the
-architectures of `modeling/` known to transformers, so that its Auto classes load them without
-`trust_remote_code`. Neither host is imported for it: each is extended the moment that the program
-imports it.
+Importing this package makes the methods known to mergekit, so that `mergekit.merge.run_merge` takes
+them. (Where torch's autoload is on, which is the default, they are known already.) It also makes
+the architectures of `modeling/` known to transformers, so that its Auto classes load them without
+`trust_remote_code`. Neither host is imported for this: each is extended at the moment when the
+program imports it.
 
 >>> import mergekit_moe_ext
 >>> from mergekit.merge import run_merge
 
-What the command `mergekit-moe-ext` does is here as functions: `plan`, `count_usage`, `train`,
-`adapt`, `unload`. What the papers measure of models is in `mergekit_moe_ext.analysis`.
+The subcommands of `mergekit-moe-ext` are functions here: `plan`, `count_usage`, `train`, `adapt`,
+`unload`. The papers' measurements of models are in `mergekit_moe_ext.analysis`.
 """
 
 import importlib
@@ -47,7 +47,7 @@ __all__ = [
     "unload",
     "write_clip_head",
 ]
-# Where each public name is, which is imported when the name is asked for.
+# The module of each public name, which is imported when the name is first used.
 _MODULES = {
     "Adaptation": "mergekit_moe_ext.recipes",
     "PlannedMerge": "mergekit_moe_ext.commands",

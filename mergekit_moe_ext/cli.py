@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 
@@ -48,7 +49,7 @@ def run_yaml(merge_options: "MergeOptions", config_file: str, out_path: str) -> 
 
 
 def plan(merge_options: "MergeOptions", config_file: str, plot: Path | None) -> None:
-    """Check a configuration and its models, and say what the merge would make, without merging."""
+    """Check a configuration and its models, and describe the merge's result, without merging."""
     merge_options.apply_global_options()
     if plot:
         check_new_figure(plot)
@@ -253,7 +254,9 @@ def unload(model: str, output_dir: str, task: str | None) -> None:
 @main.command()
 @click.argument("names", nargs=-1)
 def methods(names: tuple[str, ...]) -> None:
-    """List every merge method, or NAMES, with all parameters: type, default and meaning."""
+    """List all merge methods, or those in NAMES, and their parameters: type, default and
+    meaning.
+    """
     from mergekit.merge_methods import registered_methods
 
     by_name = {method.spec.name: method for method in registered_methods()}
@@ -266,8 +269,8 @@ def methods(names: tuple[str, ...]) -> None:
 
 @main.command()
 def doctor() -> None:
-    """Say whether the versions fit, `mergekit-yaml` finds this package, and generation is right
-    here.
+    """Check that the versions fit, that `mergekit-yaml` finds this package, and that generation is
+    right here.
     """
     from _mergekit_moe_ext_autoload import mergekit_is_known
     from _mergekit_moe_ext_common.versions import (
@@ -279,16 +282,17 @@ def doctor() -> None:
 
     click.echo(f"{'mergekit-moe-ext':<18}{mergekit_moe_ext.__version__}")
     versions = installed()
-    for host, found in versions.items():
+    for host, version in versions.items():
         oldest, newest = TESTED[host]
-        click.echo(f"{host:<18}{found or '-':<12}{verdict(host, found)} ({oldest} to {newest})")
-    if remark := remark_on_native_adapters(versions):
+        click.echo(f"{host:<18}{version or '-':<12}{verdict(host, version)} ({oldest} to {newest})")
+    remark = remark_on_native_adapters(versions)
+    if remark:
         click.echo(f"note  {remark}")
-    # In processes of their own: as mergekit-yaml starts, in which nothing imports this package, and
-    # as a user does.
+    # In processes of their own: one as mergekit-yaml starts, in which nothing imports this package,
+    # and the others as a user's program does.
     fresh = _started("-c", "import mergekit.merge, mergekit.merge_methods as m; m.get('moe')")
     selftests = [
-        _started("-m", f"{package}.selftest") for package in ("mergekit_moe_ext", "peft_routing")
+        _started("-m", f"{name}.selftest") for name in ("mergekit_moe_ext", "peft_routing")
     ]
     _, why_not_found = fresh.communicate()
     checks = {
@@ -308,10 +312,8 @@ def doctor() -> None:
     for selftest in selftests:
         lines, errors = selftest.communicate()
         click.echo(lines.rstrip() or f"FAIL  the self-test did not run\n{errors.strip()}")
-    is_found, is_right = (
-        all(checks.values()),
-        not any(selftest.returncode for selftest in selftests),
-    )
+    is_found = all(checks.values())
+    is_right = not any(selftest.returncode for selftest in selftests)
     if not is_found:
         click.echo(why_not_found.strip())
         click.echo(
@@ -321,7 +323,7 @@ def doctor() -> None:
         )
     if not is_right:
         click.echo(
-            "Generation with what failed is not to be trusted here. Install versions that were "
+            "Do not trust generation with the models that failed here. Install versions that were "
             "tested; these are known to work: pip install "
             f"'transformers=={TESTED['transformers'][1]}' 'peft=={TESTED['peft'][1]}'"
         )
@@ -339,20 +341,37 @@ def _describe(method: Any) -> None:
     click.echo(f"{spec.name}: {getattr(method, 'description', spec.pretty_name or spec.name)}")
     options = getattr(method, "options_type", None)
     if options is not None:
-        for fields in (options.model_fields, method.model_options_type.model_fields):
-            for name, field in fields.items():
-                default = "required" if field.is_required() else f"default {field.default}"
-                where = "" if fields is options.model_fields else ", per model"
-                _describe_parameter(name, field.annotation, default + where, field.description)
+        for name, field in options.model_fields.items():
+            default = _default_in_words(field.is_required(), field.default)
+            _describe_parameter(name, field.annotation, default, field.description)
+        for name, field in method.model_options_type.model_fields.items():
+            default = f"{_default_in_words(field.is_required(), field.default)}, per model"
+            _describe_parameter(name, field.annotation, default, field.description)
         click.echo("  and every parameter of the shared method")
     for parameter in spec.parameters:
-        default = "required" if parameter.required else f"default {parameter.default}"
+        default = _default_in_words(parameter.required, parameter.default)
         _describe_parameter(parameter.name, parameter.value_type, default, parameter.description)
 
 
 def _describe_parameter(name: str, kind: Any, default: str, meaning: str | None) -> None:
+    description = f"  {name} ({_type_in_words(kind)}, {default})"
+    click.echo(f"{description}: {meaning}" if meaning else description)
+
+
+def _default_in_words(is_required: bool, default: Any) -> str:
+    if is_required:
+        return "required"
+    # The meaning says what holds where no value is given.
+    return "optional" if default is None else f"default {default}"
+
+
+def _type_in_words(kind: Any) -> str:
+    """A type as the reader of a help text knows it: the choices, or names joined by `|`."""
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    kind_name = " | ".join(choices) if choices else getattr(kind, "__name__", str(kind))
-    click.echo(f"  {name} ({kind_name}, {default})" + (f": {meaning}" if meaning else ""))
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    if get_origin(kind) in (Union, UnionType):
+        members = [member for member in get_args(kind) if member is not type(None)]
+        return " | ".join(map(_type_in_words, members))
+    return str(kind) if get_args(kind) else getattr(kind, "__name__", str(kind))

@@ -1,5 +1,5 @@
-"""What the commands of `mergekit-moe-ext` do, as functions: a command parses, calls one of these,
-and prints.
+"""The commands of `mergekit-moe-ext` as functions: a command parses, calls one of these, and
+prints.
 
 Hosts are imported inside the functions, so that importing this file costs nothing.
 """
@@ -28,12 +28,16 @@ Losses = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class PlannedMerge:
-    """What a structural merge would make. As a string: what `mergekit-moe-ext plan` prints.
+    """The result that a structural merge would have. As a string it is the output of
+    `mergekit-moe-ext plan`.
 
-    bytes: the size of the weights. mixture: how many experts there are and how many are chosen, in
-    words. shared, copied, computed: how many tensors come from where; `shared_models` and `base`
-    are what the shared method merges.
-    donor: where config and tokenizer come from. notes: Markdown, what the method decided from data.
+    bytes: the size of the weights.
+    mixture: the number of experts and how many of them are chosen, in words.
+    shared: the number of tensors that the shared method merges, from `shared_models` and `base`.
+    copied: the number of tensors that are copied from single sources.
+    computed: the number of tensors that are made anew.
+    donor: the model that config and tokenizer come from.
+    notes: what the method decided from data, in Markdown.
     """
 
     method: str
@@ -55,8 +59,9 @@ class PlannedMerge:
     figure: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
 
     def draw(self, path: str | Path) -> None:
-        """Draw what the method decided (caem: the allocation). `UserError` where there is nothing
-        to draw.
+        """Draw what the method decided (for caem, the allocation) into a file.
+
+        `UserError` where there is nothing to draw.
         """
         if self.figure is None:
             raise UserError(f"{self.method} has nothing to draw")
@@ -67,7 +72,8 @@ class PlannedMerge:
             f"output    {self.architecture}, {self.dtype}, {self.bytes / 1e9:.3f} GB",
             f"mixture   {self.mixture}, {self.layers} layers, from",
         ]
-        lines += [f"          {index}. {model}" for index, model in enumerate(self.experts)]
+        for index, model in enumerate(self.experts):
+            lines.append(f"          {index}. {model}")
         if self.shared:
             base = f" (base: {self.base})" if self.base else ""
             models = ", ".join(self.shared_models)
@@ -85,13 +91,13 @@ class PlannedMerge:
 def plan(
     config: str | Path | Mapping[str, Any], options: "MergeOptions | None" = None
 ) -> PlannedMerge:
-    """Check a configuration and its models, and say what the merge would make, without merging.
+    """Check a configuration and its models, and describe the merge's result, without merging.
 
     Args:
         config: the path of a YAML file, or its content.
-        options: mergekit's own; its defaults if None.
+        options: mergekit's own options; its defaults if None.
 
-    Returns what `mergekit-moe-ext plan` prints.
+    Returns the planned merge, which `mergekit-moe-ext plan` prints.
 
     Raises `UserError` for a configuration or a model that cannot be merged, and for a method that
     is not one of this package's structural ones.
@@ -133,7 +139,7 @@ def plan(
         layers=planned.config.num_hidden_layers,
         experts=tuple(map(str, job.experts)),
         shared=len(planned.shared),
-        shared_method=job.shared.spec.name,
+        shared_method=job.shared_method.spec.name,
         shared_models=tuple(map(str, models)),
         base=str(base) if base else None,
         copied=len(planned.copies),
@@ -146,8 +152,10 @@ def plan(
 
 
 def read_configuration(path: str | Path) -> "tuple[MergeConfiguration, str]":
-    """The configuration in a YAML file, and its text. `UserError` for what mergekit would not
-    take."""
+    """The configuration in a YAML file, and its text.
+
+    `UserError` for a file that mergekit would not take.
+    """
     try:
         source = Path(path).read_text(encoding="utf-8")
         document = yaml.safe_load(source)
@@ -183,12 +191,13 @@ def count_usage(
         model: a directory, or a name on the Hub.
         data: `[TASK=]SOURCE[:SPLIT]`, each a file, a directory or a dataset on the Hub.
         reading: how texts are read; `Reading()` if None.
-        max_samples: the first so many rows of each source; all if None.
-        batch_size: rows at a time.
+        max_samples: the number of rows of each source that are read, from the first on; all if
+            None.
+        batch_size: the number of rows at a time.
         device: `cpu`, `cuda`, `cuda:1` …; `auto` spreads the model over all GPUs.
 
     Returns the usage, whose `write` makes the file that `caem` reads; None in all but the main
-    process. Where there are several processes, their group is gone afterwards.
+    process. Where there are several processes, their process group is destroyed afterwards.
 
     Raises `UserError` for a model that is not a mixture, and for data that cannot be read.
 
@@ -220,17 +229,19 @@ def train(
     Args:
         model: a directory, or a name on the Hub. It is left as it is.
         data: `[NAME=]SOURCE[:SPLIT]`, each a file, a directory or a dataset on the Hub.
-        part: what is trained.
+        part: the parameters that are trained.
         output: the directory of the trained model; `<model>-trained` if None.
-        recipe, reading: how it is trained and how texts are read; the defaults if None.
-        weights: how likely a source is drawn, next to 1 for the others; without any, all rows are
-        read.
-        eval_data: what is measured in place of the held-out rows of the source of that name.
-        resume: go on after the last checkpoint of an interrupted training.
+        recipe: how it is trained; `Recipe()` if None.
+        reading: how texts are read; `Reading()` if None.
+        weights: the likelihood that a source is drawn, next to 1 for the others; without any, all
+            rows are read.
+        eval_data: texts to measure on, in place of the held-out rows of the source of that name.
+        resume: whether to go on after the last checkpoint of an interrupted training.
 
     Returns the held-out loss of every source before and after; None in all but the main process.
 
-    Raises `UserError` for what cannot be trained or read, and for an output that exists.
+    Raises `UserError` for a model that cannot be trained, for data that cannot be read, and for an
+    output that exists.
 
     >>> recipe = Recipe(max_steps=1, held_out=4)
     >>> quiet = Reading(quiet=True)
@@ -269,14 +280,16 @@ def adapt(
         model: a directory. It is left as it is.
         data: `TASK=SOURCE[:SPLIT]`, texts or images; TASK names a head where the model has several.
         output: the directory of the adapted model; `<model>-adapted` if None.
-        adaptation, reading: how it is adapted and how inputs are read; the defaults if None.
-        eval_data: what is measured in place of the held-out rows of the task.
-        resume: go on after the last checkpoint of an interrupted adaptation.
+        adaptation: how it is adapted; `Adaptation()` if None.
+        reading: how inputs are read; `Reading()` if None.
+        eval_data: inputs to measure on, in place of the held-out rows of the task.
+        resume: whether to go on after the last checkpoint of an interrupted adaptation.
 
     Returns, per task and measure (entropy; accuracy, or the loss of tokens), the value before and
     after; None in all but the main process.
 
-    Raises `UserError` for what cannot be adapted or read, and for an output that exists.
+    Raises `UserError` for a model that cannot be adapted, for data that cannot be read, and for an
+    output that exists.
 
     >>> quick = Adaptation(steps=1, per_device_train_batch_size=2)
     >>> quiet = Reading(quiet=True)
@@ -304,7 +317,7 @@ def unload(model: str, output: str, *, task: str | None = None) -> "type[PreTrai
     Args:
         model: a directory. It is left as it is.
         output: the directory of the stock model.
-        task: whose head it gets, where the model has several.
+        task: the task whose head it gets, where the model has several.
 
     Returns the class of the stock model.
 

@@ -1,5 +1,4 @@
-"""The seam to mergekit: the names in `mergekit.merge` that are replaced, and what stands there
-instead.
+"""The seam to mergekit: the names in `mergekit.merge` that are replaced, and their replacements.
 
 Each replacement changes nothing for a stock method. For ours, `run_merge` checks everything first,
 runs the stock `run_merge` into a staging directory, adds card, tokenizer and processor files, and
@@ -38,10 +37,9 @@ def extend_merge_module(merge: Any) -> None:
 
     if merge.MergePlanner is MergePlanner:
         return
-    stock_architecture, stock_run_merge = merge.get_architecture_info, merge.run_merge
     merge.MergePlanner = MergePlanner
-    merge.get_architecture_info = _planning_structural_methods(stock_architecture)
-    merge.run_merge = _staging_structural_methods(stock_run_merge, merge)
+    merge.get_architecture_info = _planning_structural_methods(merge.get_architecture_info)
+    merge.run_merge = _staging_structural_methods(merge.run_merge, merge)
 
 
 def _planning_structural_methods(stock: Callable) -> Callable:

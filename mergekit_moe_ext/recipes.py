@@ -1,15 +1,16 @@
-"""The options of `train` and `adapt`."""
+"""The options of the commands `train` and `adapt`, each set a dataclass."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from _mergekit_moe_ext_common import options
-from _mergekit_moe_ext_common.options import option
+from _mergekit_moe_ext_common.options import TrainingOptions, option
 
 
 @dataclass(frozen=True)
-class Recipe(options.Recipe):
-    """How a mixture of experts is trained. Defaults are MergeME's or, mostly, transformers'."""
+class Recipe(TrainingOptions):
+    """The settings by which a mixture of experts is trained. Most defaults are transformers', some
+    are MergeME's.
+    """
 
     learning_rate: float | None = option(
         None,
@@ -29,7 +30,9 @@ class Recipe(options.Recipe):
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How the routers of a weight-ensembling model are adapted. Defaults are WEMoE's."""
+    """The settings by which the routers of a weight-ensembling model are adapted. Defaults are
+    WEMoE's.
+    """
 
     objective: Literal["entropy", "supervised"] = option(
         "entropy", "Minimise the entropy of the predictions, or, with labels, their cross-entropy."
@@ -37,8 +40,8 @@ class Adaptation:
     steps: int = option(1000, "Number of steps, each with one batch of every task.", at_least=1)
     learning_rate: float | None = option(
         None,
-        "Learning rate of Adam. [default: 1e-3 (WEMoE); 1e-4 for models of next tokens, with 1 or "
-        "2 router layers]",
+        "Learning rate of Adam. [default: 1e-3 (WEMoE); 1e-4 for language models with 1 or 2 "
+        "router layers]",
         at_least=0,
     )
     per_device_train_batch_size: int = option(
@@ -49,8 +52,8 @@ class Adaptation:
     )
     patience: int | None = option(
         None,
-        "Stop once the running mean of the objective has not fallen by 0.1 percent in so many "
-        "steps. [default: never]",
+        "Number of steps after which to stop, if the running mean of the objective has not fallen "
+        "by 0.1 percent. [default: never stop early]",
         at_least=1,
     )
     no_guard: bool = option(
@@ -59,13 +62,15 @@ class Adaptation:
     held_out: int = option(
         0,
         "Number of rows of each task that are measured, not adapted to; see --eval-data. With 0, "
-        "the rows adapted to are measured: the test inputs themselves, as in the paper.",
+        "the rows adapted to are measured, as in the paper, which adapts to the test inputs.",
         at_least=0,
     )
     eval_steps: int | None = option(
-        None, "Measure every so many steps, too. [default: before and after]", at_least=1
+        None,
+        "Number of steps from one measurement to the next. [default: only before and after]",
+        at_least=1,
     )
-    save_steps: int = option(100, "Checkpoint every so many steps.", at_least=1)
+    save_steps: int = option(100, "Number of steps from one checkpoint to the next.", at_least=1)
     image_column: str = option("image", "Column of images.")
     label_column: str = option("label", "Column of classes, where there are any.")
     seed: int = option(42, "Seed of the order of the data and of the choice of held-out rows.")

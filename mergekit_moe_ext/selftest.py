@@ -53,7 +53,9 @@ def weight_ensembling_model() -> Any:
 
 
 def _at_random(model: Any) -> Any:
-    """Parameters and task vectors so large that another choice would show."""
+    """The model with random parameters and task vectors, so large that another choice of experts
+    would show.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

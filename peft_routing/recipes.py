@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from _mergekit_moe_ext_common import options
-from _mergekit_moe_ext_common.options import option
+from _mergekit_moe_ext_common.options import TrainingOptions, option
 
 LEARNING_RATES = (1e-3, 1e-4, 1e-5)  # the paper tunes over these
 
 
 @dataclass(frozen=True)
-class Recipe(options.Recipe):
+class Recipe(TrainingOptions):
     """How a router is trained. Defaults are the paper's or, mostly, transformers'."""
 
     num_train_epochs: float = option(5.0, "How often the data is read (the paper's 5).", at_least=0)

@@ -132,7 +132,7 @@ def _plane(
 
 def _without(model: nn.Module, head: str | None) -> dict[str, Tensor]:
     """The parameters of a model by name, without those of the head."""
-    parameters = {}
+    parameters: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if head is None or not name.startswith(f"{head}."):
             parameters[name] = parameter

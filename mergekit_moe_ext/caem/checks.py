@@ -33,16 +33,16 @@ def check_options(job: Job) -> None:
             )
     if job.merge_options.unsafe_truncate_embeddings:
         raise UserError("caem does not truncate embeddings; align vocabularies with `tokenizer:`")
-    if "weight" not in [parameter.name for parameter in job.shared.spec.parameters]:
+    if "weight" not in [parameter.name for parameter in job.shared_method.spec.parameters]:
         LOG.warning(
             "%s has no `weight`, so all sources count alike in the shared parameters",
-            job.shared.spec.name,
+            job.shared_method.spec.name,
         )
-    uses_base = job.shared.spec.contract.base in (BasePolicy.OPTIONAL, BasePolicy.REQUIRED)
+    uses_base = job.shared_method.spec.contract.base in (BasePolicy.OPTIONAL, BasePolicy.REQUIRED)
     if job.base in job.experts and uses_base:
         raise UserError(
-            f"{job.base} is the base and a source: {job.shared.spec.name} would merge it as a task "
-            "vector of zeros; name the ancestor of all sources as `base_model:`"
+            f"{job.base} is the base and a source: {job.shared_method.spec.name} would merge it as "
+            "a task vector of zeros; name the ancestor of all sources as `base_model:`"
         )
     is_fixed = job.options.allocation == "fixed"
     for index, options in enumerate(job.model_options):

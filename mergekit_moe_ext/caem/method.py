@@ -224,7 +224,9 @@ def _usages(
 
 
 def _counts(usage: "Usage", router: str) -> list[int]:
-    """How often each expert of this router was chosen, over all tasks of a usage file."""
+    """The number of times that each expert of this router was chosen, over all tasks of a usage
+    file.
+    """
     per_task = [task.layers[router].counts for task in usage.tasks.values()]
     return [sum(numbers) for numbers in zip(*per_task, strict=True)]
 

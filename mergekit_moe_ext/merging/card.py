@@ -136,10 +136,8 @@ def _auto_class(config: PretrainedConfig) -> str:
 
 def _merging(job: Job) -> str:
     base = f" with {_linked(job.base)} as base" if job.base else ""
-    return (
-        ", shared parameters merged by "
-        f"{_with_reference(job.shared.spec.name, job.shared.spec.reference_url)}{base}"
-    )
+    spec = job.shared_method.spec
+    return f", shared parameters merged by {_with_reference(spec.name, spec.reference_url)}{base}"
 
 
 def _on_hub(path: ModelPath | None) -> bool:

@@ -52,7 +52,7 @@ class Job:
     method: "StructuralMethod"
     options: Any  # of the method's own subclass of MethodOptions
     model_options: Sequence[Any]  # per entry of `models:`, of the method's subclass of ModelOptions
-    shared: MergeMethod  # the tensor method that merges the shared parameters
+    shared_method: MergeMethod  # the tensor method that merges the shared parameters
 
     @property
     def experts(self) -> list[ModelReference]:

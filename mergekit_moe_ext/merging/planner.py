@@ -81,7 +81,7 @@ def merged_models(job: Job) -> tuple[list[ModelReference], ModelReference | None
     config and tokenizer and nothing more.
     """
     listed = list(dict.fromkeys(job.experts))
-    uses_base = job.shared.spec.contract.base in (BasePolicy.OPTIONAL, BasePolicy.REQUIRED)
+    uses_base = job.shared_method.spec.contract.base in (BasePolicy.OPTIONAL, BasePolicy.REQUIRED)
     if job.base is None or (job.base not in listed and not uses_base):
         return listed, None
     return job.sources, job.base
@@ -96,7 +96,7 @@ class MergePlanner(StockMergePlanner):
             return
         self._job: Job = arch_info.job
         self._plan_of_job: Plan = arch_info.plan
-        self._method = self._job.shared
+        self._method = self._job.shared_method
         if PREPARED.get() is None:
             LOG.warning(
                 "run_merge was imported before mergekit_moe_ext, so the output is written in "

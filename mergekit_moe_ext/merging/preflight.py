@@ -160,19 +160,21 @@ def _check_shared_inputs(job: Job) -> None:
     requires."""
     models, base = merged_models(job)
     try:
-        job.shared.validate_inputs(models, base)
+        job.shared_method.validate_inputs(models, base)
     except ValueError as error:
         hint = ""
         if not base:
             hint = " (name the model that the others were fine-tuned from as `base_model:`)"
-        raise UserError(f"{job.shared.spec.name}: {error}{hint}") from error
+        raise UserError(f"{job.shared_method.spec.name}: {error}{hint}") from error
     stated: set[str] = set(job.config.parameters or {})
     for entry in job.config.models or []:
         stated |= set(entry.parameters or {})
-    for parameter in job.shared.spec.parameters:
+    for parameter in job.shared_method.spec.parameters:
         has_value = parameter.name in stated or parameter.name in NEUTRAL_PARAMETERS
         if parameter.required and not has_value:
-            raise UserError(f"{job.shared.spec.name} needs `{parameter.name}` under `parameters:`")
+            raise UserError(
+                f"{job.shared_method.spec.name} needs `{parameter.name}` under `parameters:`"
+            )
 
 
 def _check_keys(values: Mapping[str, Any], keys: Collection[str], where: str) -> None:

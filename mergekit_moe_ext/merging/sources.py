@@ -74,9 +74,15 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 @dataclass(frozen=True)
 class Headers:
+    """The shapes and dtypes of a checkpoint's tensors, by name.
+
+    dtypes: by torch's names for them.
+    prefix: a text that all names in the files begin with, and that is left out here.
+    """
+
     shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]  # as torch names them
-    prefix: str = ""  # what the files have before every name, which is left out here
+    dtypes: Mapping[str, str]
+    prefix: str = ""
 
     @property
     def dtype(self) -> str:
@@ -119,7 +125,9 @@ def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig
 
 
 def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
-    """Whatever transformers raises where there is none that it can read."""
+    """The tokenizer of a model. Where there is none, or it cannot be read, transformers' error
+    passes through.
+    """
     return AutoTokenizer.from_pretrained(
         model.model.path,
         revision=model.model.revision,
@@ -129,7 +137,7 @@ def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
 
 
 def lacks_tokenizer(model: ModelReference) -> bool:
-    """Whether a local model has none. transformers would make up an empty one for many
+    """Whether a local model has no tokenizer. transformers would make up an empty one for many
     architectures.
     """
     directory = Path(model.model.path)
@@ -137,9 +145,12 @@ def lacks_tokenizer(model: ModelReference) -> bool:
 
 
 def names_of(models: list[ModelReference]) -> list[str]:
-    """The last part of each path, numbered where that is not enough."""
-    names = [Path(model.model.path).name for model in models]
-    return [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    """A name for each model: the last part of its path, numbered where several share that."""
+    last_parts = [Path(model.model.path).name for model in models]
+    names = []
+    for index, name in enumerate(last_parts):
+        names.append(f"{name}-{index}" if last_parts.count(name) > 1 else name)
+    return names
 
 
 def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> None:

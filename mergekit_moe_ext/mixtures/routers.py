@@ -149,7 +149,7 @@ def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
 
 
 def _by_token(tensor: torch.Tensor) -> torch.Tensor:
-    """(…, n) to (tokens, n)."""
+    """The rows of a tensor (…, n), one per token: (tokens, n)."""
     return tensor.reshape(-1, tensor.shape[-1])
 
 

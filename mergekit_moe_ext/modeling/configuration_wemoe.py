@@ -16,7 +16,7 @@ _PREFIX = "WEMoE"
 
 @dataclass(frozen=True)
 class Ensembling:
-    """How blocks are ensembled; stored under `ensembling` in the configuration.
+    """The way in which blocks are ensembled; stored under `ensembling` in the configuration.
 
     experts: the names of the task vectors.
     groups: per router, the name of the module whose input it reads, and the linear modules that it

@@ -60,9 +60,10 @@ class CoefficientRouter(nn.Module):
         return not hasattr(self, "weight")
 
     def forward(self, h: Tensor | None) -> Tensor:
-        """(…, width) to (…, experts), in float32 or wider, since means over many tokens follow.
+        """The coefficients (…, experts) of hidden states (…, width).
 
-        A constant gives (experts,), whatever h is.
+        They are in float32 or wider, since means over many tokens follow. A constant gives
+        (experts,), whatever h is.
         """
         if self.is_constant:
             return self.bias
@@ -76,7 +77,7 @@ class CoefficientRouter(nn.Module):
 
 @dataclass
 class Carried:
-    """What a cache carries from one forward pass to the next.
+    """The tensors that a cache carries from one forward pass to the next.
 
     values: coefficients, or totals and counts of running means, by group; the first axis is the
         sample.
@@ -219,7 +220,9 @@ class EnsembleCall:
         filled_cache.carried = self.carried
 
     def real(self, h: Tensor, *, in_decoder: bool) -> Tensor:
-        """Whether each token of h (samples, tokens, width) is not padding: (samples, tokens)."""
+        """Booleans (samples, tokens): whether each token of h (samples, tokens, width) is not
+        padding.
+        """
         # The mask covers the cached tokens, too, of which an encoder has none. A mask of another
         # shape (4-D, say) does not tell padding.
         mask = self.decoder_mask if in_decoder and self.is_encoder_decoder else self.mask

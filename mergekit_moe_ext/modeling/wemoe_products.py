@@ -75,7 +75,9 @@ class EnsembledLinear(nn.Module):
             self.register_buffer("bias_vectors", torch.zeros(experts, *self.bias.shape, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(samples, tokens, in) to (samples, tokens, out), with the running call's coefficients."""
+        """The output (samples, tokens, out) for x (samples, tokens, in), with the running call's
+        coefficients.
+        """
         call = self.current.call
         if call is None:
             raise RuntimeError(OUTSIDE)
@@ -94,7 +96,7 @@ class EnsembledLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _by_sample(self, x: Tensor, c: Tensor) -> Tensor:
-        """(samples, tokens, in) and coefficients to (samples, tokens, out).
+        """The output (samples, tokens, out) for x (samples, tokens, in).
 
         The coefficients are (samples, experts) or (samples, tokens, experts).
         """

@@ -99,7 +99,7 @@ def _tokenizer(job: Job, model: ModelReference) -> PreTrainedTokenizerBase:
 def _stand_ins(
     donor: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, lacking: Sequence[int]
 ) -> dict[int, list[int]]:
-    """By token of the donor that a model lacks, the model's own tokens that stand in for it."""
+    """The model's own tokens that stand in for each token of the donor that it lacks."""
     roles = {}
     for role in _ROLES:
         if getattr(donor, role) is not None and getattr(own, role) is not None:

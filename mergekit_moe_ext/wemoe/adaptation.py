@@ -22,11 +22,10 @@ from mergekit.options import MergeOptions
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
-from _mergekit_moe_ext_common import options as shared_options
 from _mergekit_moe_ext_common.data import Source, parse_sources
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import load_tokenizer
-from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.options import Reading, TrainingOptions
 from _mergekit_moe_ext_common.runs import (
     Losses,
     Measures,
@@ -155,9 +154,9 @@ def _settings(
     }
 
 
-def _recipe(adaptation: Adaptation, tasks: int) -> shared_options.Recipe:
+def _recipe(adaptation: Adaptation, tasks: int) -> TrainingOptions:
     """The adaptation as the Trainer knows it: a step accumulates one batch of every task."""
-    return shared_options.Recipe(
+    return TrainingOptions(
         lr_scheduler_type="constant",
         max_steps=adaptation.steps,
         per_device_train_batch_size=adaptation.per_device_train_batch_size,
@@ -172,7 +171,7 @@ def _recipe(adaptation: Adaptation, tasks: int) -> shared_options.Recipe:
 
 def _arguments(
     run: Run,
-    recipe: shared_options.Recipe,
+    recipe: TrainingOptions,
     adaptation: Adaptation,
     config: Any,
 ) -> TrainingArguments:

@@ -19,8 +19,8 @@ Upscale = Literal[Grouping, "all", "auto"]
 def ensembled_groups(
     model: PreTrainedModel, upscale: Grouping, layers: Sequence[int] | None
 ) -> dict[str, list[str]]:
-    """By the name of the module whose input a router reads, the names of the linear modules that it
-    weighs.
+    """The names of the linear modules that each router weighs, by the name of the module whose
+    input it reads.
 
     `layers` are the numbers of those to take of every stack of layers; None takes all. `UserError`
     where a layer lacks the attention or MLP that `upscale` names, or it cannot be told, and for a
@@ -61,7 +61,7 @@ def ensembled_groups(
 def linears_by_layer(
     model: PreTrainedModel, part: Part, layers: Sequence[int] | None
 ) -> dict[str, list[str]]:
-    """By layer, the names of the linear modules that `upscale` with this part weighs.
+    """The names of the linear modules of each layer that `upscale` with this part weighs.
 
     `layers` are numbers, as in `ensembled_groups`.
     """

@@ -241,8 +241,8 @@ def test_the_methods_command_shows_every_option():
 
     result = CliRunner().invoke(main, ["methods", "moe", "ties"])
     for fact in (
-        "experts_per_token (int | None, default None)",
-        "positive_prompts (list[str] | str | None, default None, per model)",
+        "experts_per_token (int, optional)",
+        "positive_prompts (list[str] | str, optional, per model)",
         "random | uniform_random | zeros",
         "shared (str",
         "density",
