@@ -1,10 +1,10 @@
-"""Choosers: coefficients from outside the hidden states, one set per sequence, for `coefficients=`.
+"""Choosers: functions that compute one set of coefficients per sequence, for `coefficients=`.
 
     model.generate(**batch, coefficients=perplexity(model, **batch, top_k=1))
 
-`perplexity` and `task_vector` read the prompt (MergeME 3.1.3 and appendix C), `Nearest` its text,
-and `oracle` knows the answer (Trade-offs 2.4). Give them the prompt alone: what they read, the
-choice depends on.
+They choose from outside the hidden states. `perplexity` and `task_vector` read the prompt (MergeME
+3.1.3 and appendix C), `Nearest` reads its text, and `oracle` knows the answer (Trade-offs 2.4).
+Give them the prompt alone: the choice depends on everything that they read.
 """
 
 from peft_routing.choosers.nearest import Nearest

@@ -17,20 +17,20 @@ from peft_routing.choosers.experts import (
 
 
 class Encoder(Protocol):
-    """As sentence-transformers' models are."""
+    """What turns texts into vectors, as the models of sentence-transformers do."""
 
     def encode(self, sentences: list[str]) -> Any:
-        """Texts to an array or a tensor (texts, features)."""
+        """The embeddings of texts, as an array or a tensor (texts, features)."""
 
 
 class Nearest:
-    """Cosines between a text's embedding and the mean embedding of each expert's examples.
+    """A chooser by the cosine of a text's embedding and the mean of each expert's examples.
 
         nearest = Nearest(encoder, {"math": [...], "code": [...]}, model)
         model.generate(**tokenizer(texts, return_tensors="pt"), coefficients=nearest(texts))
 
     `experts` are all names in the order of the coefficients, or a model with one active routed
-    adapter. `UserError` if `examples` are not of exactly these.
+    adapter. `UserError` if `examples` has other experts, or none for one of them.
     """
 
     def __init__(
@@ -39,21 +39,26 @@ class Nearest:
         examples: Mapping[str, Sequence[str]],
         experts: Sequence[str] | nn.Module,
     ) -> None:
-        self.encoder, self.experts = encoder, expert_names(experts)
+        self.encoder = encoder
+        self.experts = expert_names(experts)
         check_known(examples, self.experts, "examples")
-        if missing := [name for name in self.experts if not examples.get(name)]:
-            raise UserError(f"examples: there is none of expert {missing[0]!r}")
-        self.centroids = torch.stack(
-            [self._embed(examples[name]).mean(dim=0) for name in self.experts]
-        )
+        centroids = []
+        for name in self.experts:
+            if not examples.get(name):
+                raise UserError(f"examples: there is none for the expert {name!r}")
+            centroids.append(self._embed(examples[name]).mean(dim=0))
+        self.centroids = torch.stack(centroids)  # (experts, features)
 
     def __call__(self, texts: Sequence[str], top_k: int = 1) -> Tensor:
-        """Coefficients (texts, experts): softmax over the `top_k` largest cosines, the others 0."""
+        """Coefficients (texts, experts): the softmax over the `top_k` largest cosines; the others
+        are 0.
+        """
         k = check_top_k(top_k, len(self.experts))
         cosines = functional.cosine_similarity(self._embed(texts)[:, None], self.centroids, dim=-1)
         return softmax_over_largest(cosines, k)
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
+        """The embeddings (texts, features) in float32."""
         if isinstance(texts, str):
             raise UserError(f"give a list of texts, not the text {texts!r} alone")
         return torch.as_tensor(self.encoder.encode(list(texts))).float()

@@ -15,23 +15,26 @@ def oracle(
     experts: Sequence[str] | nn.Module,
     clusters: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Coefficients (examples, experts): of each example the expert that `names` says.
+    """Coefficients (examples, experts): 1 for the expert that `names` has for an example.
 
     `experts` are all names in the order of the coefficients, or a model with one active routed
-    adapter. With `clusters`, the cluster of each expert as `RoutedLoraConfig` takes it, the experts
-    of the named one's cluster share equally. `UserError` for a name that is no expert, with the
-    nearest that is.
+    adapter. With `clusters`, which has the cluster of each expert as in `RoutedLoraConfig`, all
+    experts in the cluster of the named one get equal shares. `UserError` for a name that is not an
+    expert, with the nearest one that is.
     """
     known = expert_names(experts)
     check_known(names, known, "names")
     chosen = torch.eye(len(known))
     if clusters is not None:
         check_known(clusters, known, "clusters")
-        if missing := [name for name in known if name not in clusters]:
-            raise UserError(f"clusters: every expert has one, and {missing[0]!r} has none")
+        for name in known:
+            if name not in clusters:
+                raise UserError(f"clusters: every expert has one, and {name!r} has none")
         ids = [clusters[name] for name in known]
+        # A cluster can be called anything that can be compared: its number is the first place at
+        # which it stands.
         cluster_of = torch.tensor([ids.index(each) for each in ids])
-        # (experts, experts): a row per expert, equal shares for all that are in its cluster
+        # (experts, experts): a row per expert, with equal shares for all that are in its cluster
         together = (cluster_of[:, None] == cluster_of).float()
         chosen = together / together.sum(dim=1, keepdim=True)
     return chosen[[known.index(name) for name in names]]

@@ -17,8 +17,8 @@ from peft_routing.routers import wide
 class Prefixes:
     """Sequences (batch, length) with their padding on the right, whichever side it came on.
 
-    There it has no part in anything: positions count from the first real token, and none looks to
-    its right.
+    On the right it changes nothing: positions count from the first real token, and no token looks
+    to its right.
     """
 
     ids: Tensor
@@ -29,35 +29,36 @@ class Prefixes:
     def read(
         cls, input_ids: Tensor, attention_mask: Tensor | None, special_ids: Sequence[int]
     ) -> "Prefixes":
-        """`ValueError` if the mask is not the input's."""
-        real = (
-            torch.ones_like(input_ids, dtype=torch.bool)
-            if attention_mask is None
-            else attention_mask.bool()
-        )
+        """The sequences of a batch. `ValueError` if the mask is of another shape."""
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask.bool()
         if input_ids.ndim != 2 or real.shape != input_ids.shape:
             raise ValueError(
                 "input_ids and attention_mask are (batch, length), not "
                 f"{tuple(input_ids.shape)} and {tuple(real.shape)}"
             )
+        # A stable sort by the mask moves padding behind the real tokens, which keep their order.
         order = real.long().argsort(dim=1, descending=True, stable=True)
-        ids, mask = input_ids.gather(1, order), real.gather(1, order)
-        special = torch.isin(
-            ids, torch.tensor(list(special_ids), dtype=ids.dtype, device=ids.device)
-        )
-        return cls(ids, mask.long(), ids.masked_fill(~mask | special, -100))
+        ids = input_ids.gather(1, order)
+        mask = real.gather(1, order)
+        special = torch.tensor(list(special_ids), dtype=ids.dtype, device=ids.device)
+        is_special = torch.isin(ids, special)
+        return cls(ids, mask.long(), ids.masked_fill(~mask | is_special, -100))
 
     def of(self, rows: Tensor) -> "Prefixes":
-        """Some of them, as long as the longest."""
+        """Some of the sequences, cut to the length of the longest one."""
         length = int(self.mask[rows].sum(dim=1).max())
-        return Prefixes(*(part[rows, :length] for part in (self.ids, self.mask, self.labels)))
+        return Prefixes(
+            self.ids[rows, :length], self.mask[rows, :length], self.labels[rows, :length]
+        )
 
     def scored(self) -> Tensor:
-        """The rows in which some token is predicted: not the first, no padding, not special."""
+        """The indices of the sequences in which some token is scored."""
         return self.counts().nonzero()[:, 0]
 
     def counts(self) -> Tensor:
-        """(batch,): how many tokens are."""
+        """(batch,): the number of scored tokens: not the first, not padding, and not special."""
         return (self.labels[:, 1:] != -100).sum(dim=1)
 
     def losses(self, model: Any, coefficients: Tensor) -> Tensor:
@@ -65,20 +66,18 @@ class Prefixes:
         output = model(
             input_ids=self.ids, attention_mask=self.mask, coefficients=coefficients, use_cache=False
         )
-        return torch.stack(  # one by one: in float32 the logits are large
-            [
-                functional.cross_entropy(wide(logits[:-1]), labels[1:])
-                for logits, labels in zip(output.logits, self.labels, strict=True)
-            ]
-        )
+        # One sequence at a time: the logits of all of them in float32 would take much memory.
+        losses = []
+        for logits, labels in zip(output.logits, self.labels, strict=True):
+            losses.append(functional.cross_entropy(wide(logits[:-1]), labels[1:]))
+        return torch.stack(losses)
 
 
 def check_language_model(model: Any) -> None:
-    config, can_generate = (
-        getattr(model, "config", None),
-        getattr(model, "can_generate", lambda: False),
-    )
-    if getattr(config, "is_encoder_decoder", False) or not can_generate():
+    """`UserError` for a model whose logits do not predict the tokens that it reads."""
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    can_generate = getattr(model, "can_generate", lambda: False)()
+    if is_encoder_decoder or not can_generate:
         raise UserError(
             "this chooser needs a causal language model, which predicts the tokens of its own "
             "prompt"
@@ -87,7 +86,7 @@ def check_language_model(model: Any) -> None:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout and gradient checkpointing; each module goes back to what it was."""
+    """The model without dropout and gradient checkpointing; afterwards each module is as before."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

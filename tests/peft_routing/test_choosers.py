@@ -388,7 +388,7 @@ def test_what_cannot_choose_is_refused(experts, choose, tmp_path):
         choose(model, ids, top_k=5)
     with pytest.raises(ValueError, match=r"not \(1, 3\) and \(1, 2\)"):
         choose(model, ids, torch.ones(1, 2))
-    with pytest.raises(ValueError, match="one active routed adapter, and there is none"):
+    with pytest.raises(ValueError, match="exactly one active routed adapter; active: none"):
         choose(make_base(), ids)
     with model.disable_adapter(), pytest.raises(ValueError, match="adapters enabled"):
         choose(model, ids)
@@ -457,7 +457,7 @@ def test_the_nearest_by_cosine(as_array):
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ({"math": ["a"], "code": []}, "examples: there is none of expert 'code'"),
+        ({"math": ["a"], "code": []}, "examples: there is none for the expert 'code'"),
         ({"math": ["a"], "cod": ["b"]}, "examples: there is no expert 'cod'; did you mean 'code'"),
         ({"math": "a", "code": ["b"]}, "a list of texts, not the text 'a'"),
     ],

@@ -248,7 +248,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "half a pair": (
         lambda path: reweighted(path, half),
         ValueError,
-        "layers.0.self_attn.q_proj has lora_A and not the other",
+        "layers.0.self_attn.q_proj has lora_A but not the other",
     ),
     "A and B differ": (
         lambda path: reweighted(path, narrower),
@@ -351,7 +351,7 @@ def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
     }
     config = RoutedLoraConfig(experts=experts, router="uniform")
     with pytest.warns(
-        UserWarning, match=f"{re.escape(here)}, and 1 of 2 {NAMED}: 'code' on {re.escape(there)}"
+        UserWarning, match=f"{re.escape(here)}, but 1 of 2 {NAMED}: 'code' on {re.escape(there)}"
     ):
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(here), config)
     with warnings.catch_warnings():
