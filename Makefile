@@ -1,4 +1,4 @@
-# Each target makes its own virtual environment where there is none, installs, and does its job.
+# Each target makes its virtual environment where there is none, installs, and does its job.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ OLDEST := .venv-oldest/bin
 # A plain `torch` may resolve to a build with gigabytes of CUDA packages; this one is for CPUs.
 TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.7.0
-# Another torch is another installation.
+# Named after its torch, so that another torch is installed anew.
 OLDEST_INSTALLED := .venv-oldest/.installed-$(subst ==,-,$(OLDEST_TORCH))
 
 .PHONY: demo test hosts newest newest-installed oldest exchange lint bench robustness
@@ -34,7 +34,7 @@ newest-installed:
 oldest: $(OLDEST_INSTALLED)
 	$(OLDEST)/python -m pytest -m hosts
 
-# Outputs that one end of the range writes are read by the other.
+# Each end of the range writes outputs that the other end reads.
 exchange: export HF_HUB_OFFLINE = 1
 exchange: $(VENV)/.installed $(OLDEST_INSTALLED)
 	rm -rf build/exchange build/modules

@@ -130,11 +130,10 @@ def run(*command: str | Path, **keywords: Any) -> subprocess.CompletedProcess:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return {
-        name: t
-        for shard in sorted(path.glob("*.safetensors"))
-        for name, t in load_file(shard).items()
-    }
+    tensors = {}
+    for shard in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    return tensors
 
 
 def same_files(first: Path, second: Path) -> bool:

@@ -41,13 +41,14 @@ SCRIPTS = (
 
 
 def configurations():
-    found = {
+    """The YAML that the examples, the README and the docs show, by file and place."""
+    texts = {
         f"examples/{path.name}": path.read_text() for path in (ROOT / "examples").glob("*.yml")
     }
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         blocks = re.findall(r"```yaml\n(.*?)```", path.read_text(), flags=re.DOTALL)
-        found |= {f"{path.name}-{index}": text for index, text in enumerate(blocks)}
-    return found
+        texts |= {f"{path.name}-{index}": text for index, text in enumerate(blocks)}
+    return texts
 
 
 @pytest.fixture
@@ -457,11 +458,12 @@ def test_the_docs_command_for_task_vectors_runs(similarity, here):
     models = {name: str(here / name) for name in ("math", "code", "law")}
     pairs = task_vector_similarity(here / "base", models)
     rows = [line.split() for line in result.output.splitlines()[2:]]
-    columns = [column for pair in pairs for column in (pair.attention, pair.ffn)]
+    columns = []
+    for pair in pairs:
+        columns += [pair.attention, pair.ffn]
     assert [row[0] for row in rows] == ["0", "1", "2", "mean"]
-    assert [row[1:] for row in rows[:3]] == [
-        [f"{c:.3f}" for c in row] for row in zip(*columns, strict=True)
-    ]
+    for row, cosines in zip(rows[:3], zip(*columns, strict=True), strict=True):
+        assert row[1:] == [f"{cosine:.3f}" for cosine in cosines]
     assert rows[3][1:] == [f"{statistics.mean(column):.3f}" for column in columns]
     written = json.loads((here / "similarity.json").read_text())
     assert written["pairs"][1] == {
@@ -511,18 +513,16 @@ def test_the_docs_command_for_the_variation_of_parameters_runs(task_vector_varia
     (command,) = re.findall(r"python examples/task_vector_variation.py (.*)", docs)
     result = CliRunner().invoke(task_vector_variation.main, [*command.split(), "--quiet"])
     assert result.exit_code == 0, result.output
-    found = parameter_variation(here / "base", {name: here / name for name in ("math", "code")})
-    parts = found["attention"], found["mlp"]
+    variation = parameter_variation(here / "base", {name: here / name for name in ("math", "code")})
+    parts = (variation["attention"], variation["mlp"])
     rows = [line.split() for line in result.output.splitlines()]
     for layer in range(3):
-        values = [
-            f"{statistics.mean(each[layer] for each in part.change.values()):.4g}" for part in parts
-        ]
-        values += [
-            f"{statistics.mean(1 - each[layer] for each in part.cosine.values()):.4g}"
-            for part in parts
-        ]
-        assert rows[1 + layer] == [str(layer), *values]
+        values = []
+        for part in parts:
+            values.append(statistics.mean(change[layer] for change in part.change.values()))
+        for part in parts:
+            values.append(statistics.mean(1 - cosine[layer] for cosine in part.cosine.values()))
+        assert rows[1 + layer] == [str(layer), *(f"{value:.4g}" for value in values)]
     assert rows[4][:3] == ["mean", *(f"{part.mean_change:.4g}" for part in parts)]
     for row, name in zip(rows[7:9], ("math", "code"), strict=True):
         shares = [f"{part.share_below(name)[THRESHOLDS.index(0.0005)]:.1%}" for part in parts]
@@ -533,7 +533,7 @@ def test_the_docs_command_for_the_variation_of_parameters_runs(task_vector_varia
         ]
     assert rows[-1] == ["upscale:", "auto", "takes", "mlp"]
     written = json.loads((here / "variation.json").read_text())["parts"]
-    assert written["mlp"]["change"]["code"] == list(found["mlp"].change["code"])
+    assert written["mlp"]["change"]["code"] == list(variation["mlp"].change["code"])
     assert (here / "variation.png").read_bytes().startswith(b"\x89PNG")
     for arguments, message in (
         (["--model", "math"], "write NAME=DIR"),

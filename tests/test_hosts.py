@@ -52,9 +52,10 @@ def copies(tmp_path_factory):
     save_tokenizer(root / "other", 96)
     for seed, name in enumerate(("news", "law"), start=1):
         ids = torch.randint(90, (12, 40), generator=torch.Generator().manual_seed(seed)).tolist()
-        write(
-            root / f"{name}.jsonl", [{"text": " ".join(f"w{word}" for word in row)} for row in ids]
-        )
+        texts = []
+        for row in ids:
+            texts.append({"text": " ".join(f"w{word}" for word in row)})
+        write(root / f"{name}.jsonl", texts)
     return root
 
 
@@ -104,12 +105,11 @@ def test_mixtures_become_one_whose_experts_are_theirs(tmp_path):
     succeed("mergekit-yaml", "caem.yml", "out", cwd=tmp_path)
     assert logits_of(tmp_path / "out").isfinite().all()
     sources = [read_tensors(tmp_path / f"moe-{seed}") for seed in (1, 2)]
-    experts = {
-        tuple(t.flatten()[:9].tolist())
-        for s in sources
-        for name, t in s.items()
-        if ".experts." in name
-    }
+    experts = set()
+    for source in sources:
+        for name, tensor in source.items():
+            if ".experts." in name:
+                experts.add(tuple(tensor.flatten()[:9].tolist()))
     merged = [t for name, t in read_tensors(tmp_path / "out").items() if ".experts." in name]
     assert merged and all(tuple(t.flatten()[:9].tolist()) in experts for t in merged)
 
@@ -151,7 +151,9 @@ def test_a_step_of_training_an_adapters_router(copies, tmp_path):
     base.save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base", 96)
     paths = save_experts(tmp_path / "loras")
-    experts = [part for name, path in paths.items() for part in ("--expert", f"{name}={path}")]
+    experts = []
+    for name, path in paths.items():
+        experts += ["--expert", f"{name}={path}"]
     succeed(
         "peft-route",
         "compose",

@@ -100,26 +100,27 @@ def room(module: str) -> str:
 
 def mistakes(files: Mapping[str, str]) -> list[str]:
     """Imports that should not be, in words."""
-    found, said = imports(files), []
+    imports_of = imports(files)
+    sentences = []
     try:
-        TopologicalSorter(found).prepare()
+        TopologicalSorter(imports_of).prepare()
     except CycleError as error:
-        said.append("in a circle: " + ", ".join(error.args[1]))
-    for module, imported in found.items():
+        sentences.append("in a circle: " + ", ".join(error.args[1]))
+    for module, imported in imports_of.items():
         package, here = module.split(".")[0], room(module)
         if here not in MAY_IMPORT:
-            said.append(f"{module} is in no room of the table")
+            sentences.append(f"{module} is in no room of the table")
             continue
         for other in sorted(imported):
             if room(other) != here and room(other) not in MAY_IMPORT[here].split():
-                said.append(f"{module} imports {other}, which the table does not allow")
+                sentences.append(f"{module} imports {other}, which the table does not allow")
             if {package, other.split(".")[0]} == {"mergekit_moe_ext", "peft_routing"}:
-                said.append(f"{module} imports {other} of the other package")
+                sentences.append(f"{module} imports {other} of the other package")
             if other.endswith(".cli") and not module.endswith(".__main__"):
-                said.append(f"{module} imports {other}, the commands")
+                sentences.append(f"{module} imports {other}, the commands")
             if here == "modeling" and not other.startswith("mergekit_moe_ext.modeling."):
-                said.append(f"{module} imports {other}, which does not lie beside the weights")
-    return said
+                sentences.append(f"{module} imports {other}, which does not lie beside the weights")
+    return sentences
 
 
 def test_every_import_goes_down():

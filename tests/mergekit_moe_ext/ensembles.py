@@ -144,12 +144,14 @@ def build(
     stock_class, config = FAMILIES[family]
     torch.manual_seed(0)
     stock = stock_class(config)
+    linears = []
     if upscale == "all":
         groups = weighed_tensors(stock, ensembling.get("head"))
         ensembling |= {"per_tensor": True, "router_layers": 0}
     else:
         groups = ensembled_groups(stock, upscale, None)
-    linears = [] if upscale == "all" else [linear for group in groups.values() for linear in group]
+        for group in groups.values():
+            linears += group
     sizes = {linear: stock.get_submodule(linear).weight.numel() for linear in linears}
     kept = (
         {linear: round((1 - sparsity) * size) for linear, size in sizes.items()} if sparsity else {}

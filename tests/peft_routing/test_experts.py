@@ -44,13 +44,12 @@ def logits(model: Any) -> Tensor:
 
 def state(model: Any) -> dict[str, Any]:
     """Everything that composing could change, and the logits."""
+    hooks: list[Any] = []
+    for module in model.modules():
+        hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return {
         "modules": [(name, type(module)) for name, module in model.named_modules()],
-        "hooks": [
-            hook
-            for m in model.modules()
-            for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
-        ],
+        "hooks": hooks,
         "trained": [parameter.requires_grad for parameter in model.parameters()],
         "configs": dict(getattr(model, "peft_config", {})),
         "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},

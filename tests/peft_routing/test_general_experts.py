@@ -73,26 +73,26 @@ def updates(paths):
         for name, m in make_base().named_modules()
         if isinstance(m, torch.nn.Linear)
     }
-    found = {
-        name: [torch.zeros(shape, dtype=torch.float64) for _ in paths]
-        for name, shape in shapes.items()
-    }
+    by_module = {}
+    for name, shape in shapes.items():
+        by_module[name] = [torch.zeros(shape, dtype=torch.float64) for _ in paths]
     for index, path in enumerate(paths.values()):
         model = PeftModel.from_pretrained(make_base(), path).double().get_base_model()
         for name in shapes:
             module = model.get_submodule(name)
             if hasattr(module, "lora_A"):
-                found[name][index] = module.get_delta_weight("default").detach()
-    return found
+                by_module[name][index] = module.get_delta_weight("default").detach()
+    return by_module
 
 
 def subtracted(experts, general):
-    """Per module each expert's update less the general mean."""
-    of_experts, of_general = updates(experts), updates(general)
-    return {
-        name: [update - sum(of_general[name]) / len(general) for update in of_experts[name]]
-        for name in of_experts
-    }
+    """Each expert's update less the general mean, by module."""
+    of_general = updates(general)
+    differences = {}
+    for name, of_experts in updates(experts).items():
+        mean = sum(of_general[name]) / len(general)
+        differences[name] = [update - mean for update in of_experts]
+    return differences
 
 
 @pytest.mark.parametrize(

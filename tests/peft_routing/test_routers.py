@@ -340,14 +340,12 @@ def parts(experts: dict[str, str]) -> Parts:
 
 
 def every_top_k() -> list[Any]:
-    """Of every router, where it takes one."""
-    none = ("uniform", "fixed")
-    return [
-        pytest.param(name, k, id=f"{name}-{k or 'all'}")
-        for name in ALL
-        for k in (None, 1, 2)
-        if not k or name not in none
-    ]
+    """The values of `top_k` for every router, where it takes one."""
+    cases = []
+    for name in ALL:
+        values = (None,) if name in ("uniform", "fixed") else (None, 1, 2)
+        cases += [pytest.param(name, k, id=f"{name}-{k or 'all'}") for k in values]
+    return cases
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -898,23 +896,20 @@ def parts_by_peft(experts: dict[str, str]) -> Parts:
         updates.append(
             {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
         )
-    modules = [
-        name for name, _ in plain_base().named_modules() if any(name in of for of in updates)
-    ]
-    return {
-        module: [
-            Part(of.get(module, torch.zeros_like(weights[f"{module}.weight"]))) for of in updates
-        ]
-        for module in modules
-    }
+    parts = {}
+    adapted = set().union(*updates)
+    for name, _ in plain_base().named_modules():
+        if name in adapted:
+            absent = torch.zeros_like(weights[f"{name}.weight"])
+            parts[name] = [Part(of_expert.get(name, absent)) for of_expert in updates]
+    return parts
 
 
 def test_mixed_experts_differ(mixed: dict[str, str]) -> None:
     """Guards the tests below: in ranks, and in modules that only some of them have."""
-    ranks = {
-        name: {m: len(a) for m, (a, _) in read_factors(path).items()}
-        for name, path in mixed.items()
-    }
+    ranks = {}
+    for name, path in mixed.items():
+        ranks[name] = {module: len(a) for module, (a, _) in read_factors(path).items()}
     assert ranks["patterns"]["model.layers.0.self_attn.q_proj"] == 2
     assert ranks["rs-patterns"]["model.layers.0.self_attn.q_proj"] == 1
     assert len({tuple(sorted(of)) for of in ranks.values()}) == 3

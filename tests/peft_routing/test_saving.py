@@ -93,13 +93,14 @@ def layers(model: Any) -> list[RoutedLoraLinear]:
 
 
 def factors(model: Any, adapter: str = "default") -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """By module and expert, copied."""
+    """Copies of A and B by module and expert."""
     names = list(model.peft_config[adapter].experts)
-    return {
-        (layer.key, name): (a.clone(), b.clone())
-        for layer in layers(model)
-        for name, (a, b) in zip(names, layer.experts_of(adapter).factors(), strict=True)
-    }
+    copies = {}
+    for layer in layers(model):
+        of_experts = layer.experts_of(adapter).factors()
+        for name, (a, b) in zip(names, of_experts, strict=True):
+            copies[layer.key, name] = (a.clone(), b.clone())
+    return copies
 
 
 def rows(model: Any, adapter: str = "default") -> dict[tuple[str, str, str], Tensor]:
@@ -374,13 +375,12 @@ def test_a_loaded_adapter_is_saved_bit_equal(
 
 
 def test_tensors_are_named_after_the_modules(saved: dict[str, Saved]) -> None:
-    modules = [
-        f"base_model.model.model.layers.{i}.{m}"
-        for i in range(3)
-        for m in ("self_attn.q_proj", "mlp.down_proj")
-    ]
-    modules += [f"base_model.model.model.layers.{i}.self_attn.v_proj" for i in range(3)]
-    of_experts = {f"{module}.routed_lora_experts.{factor}" for module in modules for factor in "AB"}
+    modules = []
+    for i in range(3):
+        for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+            modules.append(f"base_model.model.model.layers.{i}.{module}")
+    of_experts = {f"{module}.routed_lora_experts.A" for module in modules}
+    of_experts |= {f"{module}.routed_lora_experts.B" for module in modules}
     assert read_tensors(saved["uniform"].path).keys() == of_experts
     of_routers = {f"{module}.routed_lora_router.weight" for module in modules}
     assert read_tensors(saved["linear"].path).keys() == of_experts | of_routers
@@ -826,11 +826,8 @@ def test_adding_leaves_the_others_bit_equal(place: Place, label: str, tmp_path: 
     model.add_expert("law", place.experts["law"], **joining(label))
     after, learned_after = factors(model), rows(model)
     assert after.keys() - of_experts.keys() == {(layer.key, "law") for layer in layers(model)}
-    assert all(
-        torch.equal(after[key][part], of_experts[key][part])
-        for key in of_experts
-        for part in (0, 1)
-    )
+    for key, (a, b) in of_experts.items():
+        assert torch.equal(after[key][0], a) and torch.equal(after[key][1], b)
     assert same({key: learned_after[key] for key in learned}, learned)
     for name, tensor in load_file(Path(place.experts["law"]) / "adapter_model.safetensors").items():
         module, factor, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
@@ -847,9 +844,8 @@ def test_removing_leaves_the_others_bit_equal(
     model.remove_expert(gone)
     after, learned_after = factors(model), rows(model)
     assert after.keys() == {key for key in of_experts if key[1] != gone}
-    assert all(
-        torch.equal(after[key][part], of_experts[key][part]) for key in after for part in (0, 1)
-    )
+    for key, (a, b) in after.items():
+        assert torch.equal(a, of_experts[key][0]) and torch.equal(b, of_experts[key][1])
     assert learned_after.keys() <= learned.keys()
     assert same(learned_after, {key: learned[key] for key in learned_after})
     assert {name for _, _, name in learned_after} <= {*NAMES, "a", "b", ""} - {gone}

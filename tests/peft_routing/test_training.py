@@ -224,10 +224,10 @@ def prepared(tmp_path_factory, experts):
     model.save_pretrained(path / "routed")
     words = random.Random(0)
     for name, size in (("news", 10), ("law", 60)):
-        texts = [
-            " ".join(f"w{words.randrange(size)}" for _ in range(words.randrange(5, 20)))
-            for _ in range(12)
-        ]
+        texts = []
+        for _ in range(12):
+            length = words.randrange(5, 20)
+            texts.append(" ".join(f"w{words.randrange(size)}" for _ in range(length)))
         (path / f"{name}.jsonl").write_text(
             "".join(json.dumps({"text": text}) + "\n" for text in texts)
         )

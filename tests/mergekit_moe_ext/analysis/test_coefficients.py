@@ -17,14 +17,13 @@ def batches_of(family, seed):
 
 
 def one_by_one(model, batches):
-    """Coefficients of each input, alone in its batch: as lists, by group and expert."""
-    return [
-        model.coefficients(**{name: value[row : row + 1] for name, value in batch.items()})[0]
-        .double()
-        .tolist()
-        for batch in batches
-        for row in range(len(next(iter(batch.values()))))
-    ]
+    """The coefficients of each input, alone in its batch: as lists, by group and expert."""
+    coefficients = []
+    for batch in batches:
+        for row in range(len(next(iter(batch.values())))):
+            alone = {name: value[row : row + 1] for name, value in batch.items()}
+            coefficients.append(model.coefficients(**alone)[0].double().tolist())
+    return coefficients
 
 
 @pytest.mark.parametrize("family", ["vit", "bert", "llama", "gpt2"])

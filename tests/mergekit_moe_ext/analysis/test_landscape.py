@@ -133,10 +133,9 @@ def test_what_has_no_landscape():
     other = FAMILIES["vit"][0](
         FAMILIES["vit"][1].__class__(**{**FAMILIES["vit"][1].to_dict(), "patch_size": 6})
     )
-    without = {
-        task: [{"pixel_values": batch["pixel_values"]} for batch in each]
-        for task, each in batches.items()
-    }
+    without = {}
+    for task, of_task in batches.items():
+        without[task] = [{"pixel_values": batch["pixel_values"]} for batch in of_task]
     for given, inputs, message in (
         ({"sun": base}, batches, "two fine-tunes, not of 1"),
         (sources, {"sun": []}, "there are sources sun, cars, and inputs of sun"),

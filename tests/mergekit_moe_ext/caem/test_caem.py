@@ -98,7 +98,7 @@ def experts_of(model, router):
     if hasattr(module, "expert_0"):
         return [list(module[f"expert_{i}"].parameters()) for i in range(len(module))]
     tensors = [t for _name, t in sorted(module.named_parameters())]
-    return [[tensor[i] for tensor in tensors] for i in range(len(tensors[0]))]
+    return [list(of_expert) for of_expert in zip(*tensors, strict=True)]
 
 
 @pytest.mark.parametrize("family", [*ALL, *MORE])
@@ -116,11 +116,9 @@ def test_every_family(tmp_path, monkeypatch, family):
     for layer in layers:
         chosen = expected_choice(usages, layer.router, size, [size] * 3)
         taken[layer.router] = [len(indices) for indices in chosen]
-        slots = [
-            (source, index)
-            for source, indices in zip(sources, chosen, strict=True)
-            for index in indices
-        ]
+        slots = []
+        for source, indices in zip(sources, chosen, strict=True):
+            slots += [(source, index) for index in indices]
         mine = experts_of(merged, layer.router)
         assert len(mine) == len(slots) == size
         for expert, (source, index) in zip(mine, slots, strict=True):

@@ -206,11 +206,10 @@ def test_held_out_losses_are_means_over_tokens_and_nobody_trains_on_them(moe):
     trained = AutoModelForCausalLM.from_pretrained("out")
     for rows, name in ((held_out, "news"), (words(2, 8)[:3], "law")):
         assert losses[name] == pytest.approx((loss(model, rows), loss(trained, rows)), abs=1e-4)
-    read = {
-        tuple(ids[mask.bool()].tolist())
-        for b in seen
-        for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
-    }
+    read = set()
+    for batch in seen:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            read.add(tuple(ids[mask.bool()].tolist()))
     assert not read & {tuple(ids[0].tolist()) for ids in ids_of(held_out, tokenizer)}
     assert tuple(ids_of(words(2, 8), tokenizer)[7][0].tolist()) in read
     history = json.loads((moe / "out" / "trainer_state.json").read_text())["log_history"]

@@ -74,14 +74,17 @@ SWITCH = {
 
 
 def words(seed, rows, columns=("text",)):
+    """Rows of random words, up to 29 in each column."""
     generator = random.Random(seed)
-    return [
-        {
-            name: " ".join(f"w{generator.randrange(90)}" for _ in range(generator.randrange(1, 30)))
-            for name in columns
-        }
-        for _ in range(rows)
-    ]
+
+    def text():
+        length = generator.randrange(1, 30)
+        return " ".join(f"w{generator.randrange(90)}" for _ in range(length))
+
+    made_up = []
+    for _ in range(rows):
+        made_up.append({name: text() for name in columns})
+    return made_up
 
 
 def write(path, rows):

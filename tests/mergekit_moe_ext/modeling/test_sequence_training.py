@@ -34,11 +34,11 @@ def one_step_by_hand(model, ids, rate):
         scores = model.router.weight @ table[row[:PREFIX]].mean(dim=0)
         best = scores.topk(2).indices
         weights = scores[best].softmax(dim=0)
-        logits = sum(
-            weight
-            * expert.lm_head(expert.trunk(inputs_embeds=expert.embed_tokens(row[None])).logits[0])
-            for weight, expert in zip(weights, [model.experts[i] for i in best], strict=True)
-        )
+        logits = 0
+        for weight, index in zip(weights, best, strict=True):
+            expert = model.experts[index]
+            hidden = expert.trunk(inputs_embeds=expert.embed_tokens(row[None])).logits[0]
+            logits = logits + weight * expert.lm_head(hidden)
         losses += [
             nn.functional.cross_entropy(logits[t - 1], row[t]) for t in range(PREFIX, len(row))
         ]

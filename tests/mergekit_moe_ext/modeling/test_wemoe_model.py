@@ -105,7 +105,7 @@ def test_running_coefficients_are_a_loop_over_tokens(family, side):
 @torch.no_grad()
 def test_attention_of_an_encoder_decoder_is_ensembled_except_across(family):
     model, inputs = build(family, upscale="attention+mlp"), inputs_of(family, tokens=7)
-    linears = [linear for linears in model.ensembling.groups.values() for linear in linears]
+    linears = set().union(*model.ensembling.groups.values())
     assert not any("EncDec" in linear or "encoder_attn" in linear for linear in linears)
     close(model(**inputs)[0], by_tokens(model, family, inputs))
 
@@ -533,12 +533,11 @@ def test_an_encoder_called_on_its_own_takes_the_mask_that_it_is_given():
         model.get_submodule(next(iter(model.ensembling.groups)))(torch.randn(1, 3, 16))
 
 
+CLASSES = [f"c{number}" for number in range(6)]
 HEADS = {
-    "heads": {
-        task: [f"c{i}" for i in range(n)] for task, n in {"sun": 4, "cars": 6, "dtd": 3}.items()
-    }
+    "heads": {"sun": CLASSES[:4], "cars": CLASSES, "dtd": CLASSES[:3]},
+    "head": "classifier",
 }
-HEADS["head"] = "classifier"
 
 
 @pytest.mark.parametrize("family", ["vit", "bert"])

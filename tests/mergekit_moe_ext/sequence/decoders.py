@@ -28,10 +28,10 @@ SETTINGS = {
 
 
 def vocabulary(size=96, shuffled=None, without=(), also=()):
-    """`<unk>`, `</s>` and words: `size` in all, `also` among them; in an order of its own if
-    `shuffled`.
+    """The tokens `<unk>`, `</s>` and words: `size` in all, `also` among them; in a random order if
+    `shuffled` is a seed.
     """
-    words = [word for word in (f"w{i}" for i in range(size)) if word not in without]
+    words = [f"w{i}" for i in range(size) if f"w{i}" not in without]
     words = ["<unk>", "</s>", *words[: size - 2 - len(also)], *also]
     if shuffled is not None:
         random.Random(shuffled).shuffle(words)

@@ -198,10 +198,11 @@ def test_a_token_of_a_role_is_stood_in_for_by_that_of_the_same_role(tmp_path, mo
         )
         tensors = read_tensors(merge(config, f"out-{donor}"))
         rows = AutoTokenizer.from_pretrained(donor).get_vocab()
-        return [
-            {word: tensors[f"experts.{i}.embed_tokens.weight"][row] for word, row in rows.items()}
-            for i in range(3)
-        ]
+        by_expert = []
+        for i in range(3):
+            embedding = tensors[f"experts.{i}.embed_tokens.weight"]
+            by_expert.append({word: embedding[row] for word, row in rows.items()})
+        return by_expert
 
     own = {name: (matrices(name)[0], matrices(name)[2]) for name in ("one", "apart", "added")}
 

@@ -129,7 +129,7 @@ def test_cheap_embed_is_the_direction_of_the_embeddings_sum(prompted):
     vocabulary = AutoTokenizer.from_pretrained("base").get_vocab()
 
     def direction(prompts):
-        total = sum(embedding[vocabulary[word]] for prompt in prompts for word in prompt.split())
+        total = sum(embedding[vocabulary[word]] for word in " ".join(prompts).split())
         return total / total.norm()
 
     for expert, (positive, negative) in enumerate(PROMPTS.values()):

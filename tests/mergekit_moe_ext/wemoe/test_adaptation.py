@@ -82,13 +82,13 @@ def make_classifier(path, seed, classes, kind):
 
 
 def words(seed, rows, least=3):
+    """Texts of random words, `least` or up to 19 more in each."""
     generator = random.Random(seed)
-    return [
-        " ".join(
-            f"w{generator.randrange(90)}" for _ in range(generator.randrange(least, least + 20))
-        )
-        for _ in range(rows)
-    ]
+    texts = []
+    for _ in range(rows):
+        length = generator.randrange(least, least + 20)
+        texts.append(" ".join(f"w{generator.randrange(90)}" for _ in range(length)))
+    return texts
 
 
 def write(path, rows):

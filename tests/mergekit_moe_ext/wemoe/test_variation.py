@@ -2,6 +2,7 @@
 makes of it.
 """
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -67,22 +68,25 @@ def loop(start, end, layer, part):
     return change, product / (of_base * of_model) ** 0.5, count, below
 
 
-def check(found, start, ends, layers, part):
-    assert found.layers == tuple(layers)
+def check(measured, start, ends, layers, part):
+    """Compares what was measured of a part with the loop."""
+    assert measured.layers == tuple(layers)
+    all_changes = []
     for model, end in ends.items():
-        wanted = [loop(start, end, layer, part) for layer in layers]
-        assert found.change[model] == pytest.approx([each[0] for each in wanted], rel=1e-9)
-        assert found.cosine[model] == pytest.approx([each[1] for each in wanted], rel=1e-12)
-        assert found.parameters == tuple(each[2] for each in wanted)
-        assert found.below[model] == tuple(
-            sum(each[3][edge] for each in wanted) for edge in range(len(EDGES))
-        )
-        shares = [number / sum(found.parameters) for number in found.below[model]]
-        assert found.share_below(model) == pytest.approx(shares) and 0 < shares[0] < shares[2] < 1
-    changes = [loop(start, end, layer, part)[0] for end in ends.values() for layer in layers]
-    assert found.mean_change == pytest.approx(sum(changes) / len(changes))
-    everything = len(ends) * sum(found.parameters)
-    assert found.mean_change_per_parameter == pytest.approx(sum(changes) / everything)
+        by_layer = [loop(start, end, layer, part) for layer in layers]
+        changes, cosines, parameters, below = zip(*by_layer, strict=True)
+        all_changes += changes
+        assert measured.change[model] == pytest.approx(changes, rel=1e-9)
+        assert measured.cosine[model] == pytest.approx(cosines, rel=1e-12)
+        assert measured.parameters == parameters
+        counts = tuple(sum(of_edge) for of_edge in zip(*below, strict=True))
+        assert measured.below[model] == counts and len(counts) == len(EDGES)
+        shares = [number / sum(measured.parameters) for number in counts]
+        assert measured.share_below(model) == pytest.approx(shares)
+        assert 0 < shares[0] < shares[2] < 1
+    assert measured.mean_change == pytest.approx(sum(all_changes) / len(all_changes))
+    everything = len(ends) * sum(measured.parameters)
+    assert measured.mean_change_per_parameter == pytest.approx(sum(all_changes) / everything)
 
 
 def states(auto, *paths):
@@ -205,11 +209,12 @@ def test_what_changed_more_is_upscaled(here, first, second, chosen):
     start, *ends = states(AutoModelForCausalLM, *("base", *names))
     totals = {}
     for where, label in ((".self_attn.", "attention"), (".mlp.", "MLP")):
-        found = [
-            loop(start, end, f"model.layers.{index}", where) for end in ends for index in range(3)
-        ]
-        totals[label] = sum(each[0] for each in found) / 6
-        row = f"| {label} | {totals[label]:.4g} | {totals[label] / found[0][2]:.4g} |"
+        total = 0
+        for end, index in itertools.product(ends, range(3)):
+            change, _, parameters, _ = loop(start, end, f"model.layers.{index}", where)
+            total += change
+        totals[label] = total / 6
+        row = f"| {label} | {totals[label]:.4g} | {totals[label] / parameters:.4g} |"
         assert row in (here / "out" / "README.md").read_text()
     assert (totals["attention"] > totals["MLP"]) == (chosen == "attention")
     explicit = load(merge(wemoe(names, upscale=chosen), "explicit"))

@@ -1,5 +1,6 @@
 """`merge_method: wemoe` and `ewemoe`, from YAML to a model that any process can load."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -126,7 +127,7 @@ def test_untrained_it_is_task_arithmetic(here, parameters, upscale):
     torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
     merged, base = read_tensors(Path("stock")), read_tensors(here / "base")
     ours = read_tensors(Path("out"))
-    upscaled = {linear for group in model.ensembling.groups.values() for linear in group}
+    upscaled = set().union(*model.ensembling.groups.values())
     for name, tensor in merged.items():
         copied = name.removesuffix(".weight") in upscaled
         assert torch.equal(ours[name], base[name] if copied else tensor), name
@@ -148,10 +149,9 @@ def test_untrained_it_is_task_arithmetic_in_other_families_too(tmp_path, monkeyp
     model = load(merge(wemoe(router_init_std=0.0, **LAMBDA)), auto)
     expected = auto.from_pretrained("base").eval()
     sources = [auto.from_pretrained(name).state_dict() for name in SOURCES]
-    state = {
-        name: tensor + 0.3 * sum(source[name] - tensor for source in sources)
-        for name, tensor in expected.state_dict().items()
-    }
+    state = {}
+    for name, tensor in expected.state_dict().items():
+        state[name] = tensor + 0.3 * sum(source[name] - tensor for source in sources)
     expected.load_state_dict(state)
     torch.testing.assert_close(
         logits_of(model, inputs), logits_of(expected, inputs), atol=1e-4, rtol=1e-4
@@ -175,11 +175,9 @@ def test_routers_start_at_init_lambda_with_a_seeded_small_deviation(here):
         merge(wemoe(init_lambda=0.2, router_init_std=0.05), "again", random_seed=3)
     )
     routers = {name: tensor for name, tensor in first.items() if name.startswith("routers.")}
-    assert set(routers) == {
-        f"routers.{i}.{n}"
-        for i in range(3)
-        for n in ("hidden.weight", "hidden.bias", "weight", "bias")
-    }
+    parameters = ("hidden.weight", "hidden.bias", "weight", "bias")
+    pairs = itertools.product(range(3), parameters)
+    assert set(routers) == {f"routers.{index}.{parameter}" for index, parameter in pairs}
     for name, tensor in routers.items():
         assert torch.equal(tensor, again[name])
         if name.endswith("hidden.bias"):
@@ -207,14 +205,10 @@ def test_ewemoe_keeps_the_largest_elements_and_no_others(here, sparsity):
             and out[f"{linear}.columns"].dtype == torch.uint16
         )
         for expert, other in enumerate(others):
-            elements = sorted(
-                (
-                    (abs(v), row, column, v)
-                    for row, of_row in enumerate((other - base).tolist())
-                    for column, v in enumerate(of_row)
-                ),
-                reverse=True,
-            )[:count]
+            elements = []
+            for row, of_row in enumerate((other - base).tolist()):
+                elements += [(abs(v), row, column, v) for column, v in enumerate(of_row)]
+            elements = sorted(elements, reverse=True)[:count]
             kept = {(row, column): v for _, row, column, v in elements}
             stored, start = {}, 0
             for row, end in enumerate(out[f"{linear}.row_ends"][expert].tolist()):
@@ -365,11 +359,12 @@ def test_heads_of_their_own_are_kept_per_task(tmp_path, monkeypatch, family):
             auto.from_pretrained("base").state_dict(),
             [auto.from_pretrained(n) for n in ("sun", "cars-1.5")],
         )
-        state = {
-            name: tensor + 0.3 * sum(other.state_dict()[name] - tensor for other in others)
-            for name, tensor in base.items()
-            if not name.startswith("classifier.")
-        }
+        state = {}
+        for name, tensor in base.items():
+            if not name.startswith("classifier."):
+                state[name] = tensor + 0.3 * sum(
+                    other.state_dict()[name] - tensor for other in others
+                )
         reference.load_state_dict({**source.state_dict(), **state})
         actual, expected = (
             logits_of(model, {**INPUTS[family], "task": task}),
@@ -427,10 +422,9 @@ def test_the_vision_tower_of_clip(tmp_path, monkeypatch, prefixed):
         tensors["vision_model.embeddings.position_ids"] = torch.arange(10)[None]
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     base = sources["base"]
-    state = {
-        name: base[name] + 0.3 * sum(sources[of][name] - base[name] for of in ("sun", "cars"))
-        for name in base
-    }
+    state = {}
+    for name, tensor in base.items():
+        state[name] = tensor + 0.3 * sum(sources[of][name] - tensor for of in ("sun", "cars"))
     stock = CLIPVisionModel(config).eval()
     stock.load_state_dict(state)
     for upscale in ("mlp", "auto", "all"):
