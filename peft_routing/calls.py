@@ -6,16 +6,26 @@ that it belongs to. A model that does not generate (an encoder, a classifier, a 
 routed by the whole input. `hooks` starts and ends these passes.
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from _mergekit_moe_ext_common.host_cache import begin_sequences, cache_in, refuse_other_caches
+from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.host_cache import (
+    FollowingCache,
+    begin_sequences,
+    cache_in,
+    following,
+    is_generating,
+    refuse_other_caches,
+)
+from peft_routing.balance import Balance
+from peft_routing.packing import documents_in, means_of, places_in, starts_again
 from peft_routing.routers import over_tokens, wide
 
-_ON_CACHE = "_routed_lora_coefficients"
 _NO_CACHE = "routing per sequence keeps its choice with a key-value cache, which this model has not"
 _INPUTS = (
     "input_ids",
@@ -26,6 +36,17 @@ _INPUTS = (
     "decoder_input_ids",
     "decoder_inputs_embeds",
 )
+# What else than position_ids may say where the documents of a packed row begin.
+_SIGNS_OF_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+
+
+class RoutedCache(FollowingCache):
+    """A cache that carries the coefficients (rows, experts) of its rows, by adapter and module."""
+
+    routed_lora: dict[tuple[str, str], Tensor]
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.routed_lora = {key: change(rows) for key, rows in self.routed_lora.items()}
 
 
 class RoutedCall:
@@ -37,20 +58,26 @@ class RoutedCall:
         arguments: dict[str, Any],
         *,
         per_sequence: bool,
+        balance_weight: float,
         outer: "RoutedCall | None",
     ) -> None:
         self.model = model
         self.outer = outer
-        self.balance: list[Tensor] = []
-        self.balance_weight = 0.0
+        self.balance = Balance(balance_weight)
         config = getattr(model, "config", None)
         self._training = model.training
         self._is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
         self._mask = arguments.get("attention_mask")
+        self._position_ids = arguments.get("position_ids")
+        self._signs_of_packing = [
+            name for name in _SIGNS_OF_PACKING if arguments.get(name) is not None
+        ]
         self._predicts_tokens = hasattr(model, "can_generate") and model.can_generate()
         example = input_in(arguments)
         self._batch_size = None if example is None else len(example)
         self._has_begun = False
+        self._chosen: dict[tuple[str, str], Tensor] = {}
+        self._known_documents: dict[Any, Tensor | None] = {}
         if per_sequence:
             refuse_other_caches(arguments)
         self._cache: Any = cache_in(arguments) if per_sequence else None
@@ -58,11 +85,13 @@ class RoutedCall:
         self._state_space = _knows_no_length(self._cache)
         if self._state_space:
             self._cache = None
-        # An empty cache is about to be filled by the prompt. What another sequence chose with this
-        # cache object, before it was reset, is forgotten.
-        self._fills_cache = self._cache is not None and self._cache.get_seq_length() == 0
-        if self._fills_cache:
-            setattr(self._cache, _ON_CACHE, {})
+        # An empty cache is about to be filled by the prompt. Classifier-free guidance runs a prompt
+        # of its own within `generate`, and has the model make the cache.
+        if self._cache is not None:
+            self._is_prompt = self._cache.get_seq_length() == 0
+        else:
+            makes_cache = per_sequence and arguments.get("use_cache") is True
+            self._is_prompt = makes_cache and is_generating(model)
         # `generate` without a cache: every step goes over prompt and answer, and asks for the last
         # logits alone. A training pass does not.
         has_no_cache = self._cache is None and arguments.get("use_cache") is False
@@ -71,34 +100,48 @@ class RoutedCall:
     def choose(self, router: Any, x: Tensor, adapter: str, layer: Any) -> Tensor:
         """The coefficients (…, experts) of a router that depends on its input x.
 
-        They can be broadcast over the tokens of x.
+        They can be broadcast over the tokens of x. `UserError` where a choice per sequence cannot
+        be made, or was not made for the sequences of the cache.
         """
         key = adapter, layer.key
+        documents = None
         if router.granularity == "token":
             scores = router.scores(x)
-            coefficients = router.coefficients(scores)
-        elif self._cache is not None and not self._fills_cache:
+        elif self._cache is not None and not self._is_prompt:
             # A later step of `generate`: the prompt chose, and its choice lies with the cache, not
             # with the module, which other sequences may have passed through in between.
-            known: dict[Any, Tensor] = getattr(self._cache, _ON_CACHE, {})
-            if key not in known:
-                raise ValueError(
-                    "there are no coefficients for the sequences of this cache: start with an "
-                    "empty one of your own, past_key_values=DynamicCache(config=model.config), "
-                    "with this adapter active"
-                )
-            return over_tokens(known[key], x)
+            return over_tokens(self._carried(key, x), x)
         else:
             self._begin()
-            scores = self._mean(router.scores(x), self.prefix(x, router.routing_tokens))
-            coefficients = router.coefficients(scores)
-            if self._fills_cache:
-                getattr(self._cache, _ON_CACHE)[key] = coefficients
+            documents = self._documents(x)
+            chosen = self._prefix(x, documents, router.routing_tokens)
+            scores = _means(router.scores(x), documents, chosen)
+        coefficients = router.coefficients(scores)
+        if self._is_prompt and router.granularity == "sequence":
+            self._chosen[key] = coefficients
         if router.is_balanced and self._training:
-            self.balance.append(self._imbalance(router, scores))
+            imbalance = self._imbalance(router, scores)
+            coefficients = self.balance.with_gradient(coefficients, imbalance)
         if router.granularity == "token":
             return coefficients
-        return over_tokens(coefficients, x)
+        return over_tokens(coefficients, x) if documents is None else coefficients[documents]
+
+    def _carried(self, key: tuple[str, str], x: Tensor) -> Tensor:
+        """What the sequences of the cache chose, (batch, experts)."""
+        known = self._cache.routed_lora if isinstance(self._cache, RoutedCache) else {}
+        if key not in known:
+            raise UserError(
+                "there are no coefficients for the sequences of this cache: start with an "
+                "empty one of your own, past_key_values=DynamicCache(config=model.config), "
+                "with this adapter active"
+            )
+        if len(known[key]) != len(x):
+            raise UserError(
+                f"the cache has coefficients for {len(known[key])} sequences, and the batch has "
+                f"{len(x)}. Select or repeat a cache's rows by its own methods, which take the "
+                "coefficients along (batch_select_indices, batch_repeat_interleave, reorder_cache)"
+            )
+        return known[key]
 
     def _begin(self) -> None:
         """`RuntimeError` where the same generation chose for its sequences in an earlier pass."""
@@ -107,37 +150,79 @@ class RoutedCall:
             begin_sequences(self.model)
         self._has_begun = True
 
+    def _documents(self, x: Tensor) -> Tensor | None:
+        """The document of each token of x (batch, length, …); None where a row is one document."""
+        # The same for every module, and a GPU would be waited for each time.
+        key = x.shape[:2], x.ndim, x.device
+        if key not in self._known_documents:
+            self._known_documents[key] = self._documents_by_positions(x)
+        return self._known_documents[key]
+
+    def _documents_by_positions(self, x: Tensor) -> Tensor | None:
+        positions = self._position_ids
+        if positions is None and self._signs_of_packing:
+            raise UserError(
+                f"{self._signs_of_packing[0]}: routing per sequence tells packed documents apart "
+                "by position_ids that start again: give these too (DataCollatorWithFlattening "
+                "makes them), or use granularity='token'"
+            )
+        # Some models have positions in several dimensions, or modules that see other tokens.
+        if not isinstance(positions, Tensor) or positions.ndim != 2 or x.ndim != 3:
+            return None
+        if positions.shape[1] != x.shape[1] or len(positions) not in (1, len(x)):
+            return None
+        positions = positions.to(x.device).expand(len(x), -1)
+        # transformers' attention takes documents for one sequence wherever a mask or a cache is
+        # given, and then they are not independent of one another, whatever is routed.
+        if self._mask is None and not self._is_prompt:
+            return documents_in(positions)
+        if starts_again(positions, self._real(x)):
+            raise UserError(
+                "position_ids start again within a row, and packed documents are kept apart only "
+                "without an attention_mask and without a cache: leave these out, or give each "
+                "document a row"
+            )
+        return None
+
     # Where a cache is filled the whole input is a prompt, and what is predicted comes later. A
     # plain pass of a decoder goes over prompt and answer at once: only a part that is fixed in
     # advance may choose there, or the choice would know the answer.
-    def prefix(self, x: Tensor, routing_tokens: int) -> Tensor | None:
+    def _prefix(
+        self,
+        x: Tensor,
+        documents: Tensor | None,
+        routing_tokens: int,
+    ) -> Tensor | None:
         """Which tokens of x (batch, length, …) choose: (batch, length), or None for all of them."""
         if self._grows_without_cache:
-            raise ValueError(
+            raise UserError(
                 "routing per sequence keeps its choice with the cache: generate with "
                 "use_cache=True, and leave logits_to_keep out of a pass without one"
             )
         if self._state_space:
-            raise ValueError(_NO_CACHE)
+            raise UserError(_NO_CACHE)
         if self._batch_size is not None and len(x) != self._batch_size:
-            raise ValueError(
+            raise UserError(
                 f"cannot tell the sequences apart in an input of shape {tuple(x.shape)} with "
                 f"{self._batch_size} sequences: use granularity='token'"
             )
         if x.ndim != 3:
             return None
         real = self._real(x)
-        if self._predicts_tokens and not self._fills_cache:
-            if real is None:
-                real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            return real & (real.cumsum(dim=1) <= routing_tokens)
-        return real
+        if not self._predicts_tokens or self._is_prompt:
+            return real
+        if documents is not None:
+            return places_in(documents) < routing_tokens
+        if real is None:
+            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return real & (real.cumsum(dim=1) <= routing_tokens)
 
     def prefix_of_labels(self, labels: Tensor, routing_tokens: int) -> Tensor | None:
         """Which labels (batch, length) are of tokens that choose; None where none is to go."""
         if not self._predicts_tokens or labels.ndim != 2:
             return None
-        return self.prefix(labels[..., None], routing_tokens)
+        each = labels[..., None]
+        return self._prefix(each, self._documents(each), routing_tokens)
 
     def _real(self, x: Tensor) -> Tensor | None:
         """Which tokens of x (batch, length, …) are not padding; None for all of them."""
@@ -147,22 +232,10 @@ class RoutedCall:
             return self._mask.bool().to(x.device)
         is_tensor = isinstance(self._mask, Tensor)
         shape = tuple(self._mask.shape) if is_tensor else type(self._mask).__name__
-        raise ValueError(
+        raise UserError(
             "routing needs an attention mask of shape (batch, tokens) to leave out padding; it is "
             f"{shape} for an input of shape {tuple(x.shape)}"
         )
-
-    @staticmethod
-    def _mean(scores: Tensor, chosen: Tensor | None) -> Tensor:
-        """(batch, …, n) over the chosen tokens to (batch, n)."""
-        scores = wide(scores)
-        if scores.ndim == 2:
-            return scores
-        if chosen is None:
-            return scores.flatten(1, -2).mean(dim=1)
-        # Not scores * chosen: what is left out may be infinite or NaN.
-        total = torch.where(chosen[..., None], scores, 0).sum(dim=1)
-        return total / chosen.sum(dim=1, keepdim=True).clamp(min=1)
 
     def _imbalance(self, router: Any, scores: Tensor) -> Tensor:
         """n sum of f_i P_i, a scalar: 1 at balance, more where few experts are chosen."""
@@ -179,10 +252,35 @@ class RoutedCall:
         frequency = chosen.flatten(0, -2).mean(dim=0)
         return (mean_probability * frequency).sum() * scores.shape[-1]
 
-    def check_cache(self) -> None:
-        """`ValueError` if the cache to which the choice was entrusted was not filled."""
-        if self._fills_cache and self._cache.get_seq_length() == 0:
-            raise ValueError(_NO_CACHE)
+    def end(self, output: Any) -> None:
+        """Leave the choice with the cache that the prompt filled. `UserError` if none was."""
+        if not self._is_prompt:
+            return
+        filled: Any = cache_in(output) if self._cache is None else self._cache
+        if filled is None or filled.get_seq_length() == 0:
+            raise UserError(_NO_CACHE)
+        if not isinstance(filled, RoutedCache):
+            kind: Any = type(filled)
+            filled.__class__ = following(kind, RoutedCache)
+        # What another sequence chose with this cache object, before it was reset, is forgotten.
+        filled.routed_lora = self._chosen
+
+
+def _means(scores: Tensor, documents: Tensor | None, chosen: Tensor | None) -> Tensor:
+    """The means of scores (batch, …, n) over the chosen tokens, in float32 or wider.
+
+    They are (batch, n), or (documents, n) where rows are packed.
+    """
+    scores = wide(scores)
+    if documents is not None:
+        return means_of(documents, scores, chosen)
+    if scores.ndim == 2:
+        return scores
+    if chosen is None:
+        return scores.flatten(1, -2).mean(dim=1)
+    # Not scores * chosen: what is left out may be infinite or NaN.
+    total = torch.where(chosen[..., None], scores, 0).sum(dim=1)
+    return total / chosen.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 CALL: ContextVar[RoutedCall | None] = ContextVar("peft_routing_call", default=None)

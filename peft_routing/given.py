@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers import over_tokens, wide
 
 _NOW = threading.local()
@@ -33,11 +34,11 @@ class Given:
     def over(self, x: Tensor, adapter: str, experts: Sequence[str]) -> Tensor:
         """The coefficients for the input `x` of a module with these experts.
 
-        They can be broadcast over its tokens. `ValueError` where they do not fit.
+        They can be broadcast over its tokens. `UserError` where they do not fit.
         """
         coefficients = wide(self.coefficients)
         if coefficients.shape[-1] != len(experts):
-            raise ValueError(
+            raise UserError(
                 f"coefficients: they are for {coefficients.shape[-1]} experts, and adapter "
                 f"{adapter!r} has {len(experts)}: {', '.join(experts)}"
             )
@@ -52,7 +53,7 @@ class Given:
         else:
             has_rows = len(x) == self.batch_size
         if not has_rows:
-            raise ValueError(
+            raise UserError(
                 "coefficients: cannot tell the sequences apart in an input of shape "
                 f"{tuple(x.shape)}; give one set for all, of shape (experts,)"
             )
@@ -67,7 +68,7 @@ def given_coefficients(coefficients: Tensor) -> Iterator[None]:
     They hold in every module and for every token. They are (experts,), or (batch, experts) for a
     set per sequence; a batch that is a multiple of that has them repeated, each beside itself, as
     `generate` does for beams and returned sequences. They may have any sum, and get a gradient if
-    they require one. `ValueError` if they are not finite, are not as many as the experts or
+    they require one. `UserError` if they are not finite, are not as many as the experts or
     sequences, or if an adapter is merged.
     """
     with held(Given(checked(coefficients))):
@@ -110,32 +111,32 @@ def leave(model: Any) -> bool:
 
 
 def checked(coefficients: Any) -> Tensor:
-    """The coefficients. `ValueError` unless they are a finite float tensor of a shape that fits."""
+    """The coefficients. `UserError` unless they are a finite float tensor of a shape that fits."""
     is_float = isinstance(coefficients, Tensor) and coefficients.is_floating_point()
     if not is_float or coefficients.ndim not in (1, 2) or not coefficients.numel():
         kind = type(coefficients).__name__
         if isinstance(coefficients, Tensor):
             kind = f"{coefficients.dtype} of shape {tuple(coefficients.shape)}"
-        raise ValueError(
+        raise UserError(
             f"coefficients: give a float tensor (experts,) or (batch, experts), not {kind}",
         )
     if not torch.isfinite(coefficients).all():
-        raise ValueError("coefficients: there is NaN or infinity among them")
+        raise UserError("coefficients: there is NaN or infinity among them")
     return coefficients
 
 
 def check_batch(coefficients: Tensor, batch_size: int) -> None:
-    """`ValueError` unless the batch is a multiple of the sequences that they are for."""
+    """`UserError` unless the batch is a multiple of the sequences that they are for."""
     sequences = len(coefficients)
     if coefficients.ndim == 2 and batch_size % sequences:
-        raise ValueError(
+        raise UserError(
             f"coefficients: they are for {sequences} sequences, and the batch has {batch_size}",
         )
 
 
 def refuse_merged(adapters: Sequence[str]) -> None:
-    """`ValueError` if coefficients hold now: merged weights cannot take them."""
+    """`UserError` if coefficients hold now: merged weights cannot take them."""
     if current() is not None:
-        raise ValueError(
+        raise UserError(
             f"coefficients: adapter {adapters[0]!r} is merged into the weights: unmerge it first",
         )

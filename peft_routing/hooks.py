@@ -14,25 +14,36 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.host_cache import OUTPUT_NAME, generating, with_cache_renamed
-from _mergekit_moe_ext_common.prefix_labels import IGNORED, without_prefix_labels
+from _mergekit_moe_ext_common.prefix_labels import (
+    IGNORED,
+    predicted_labels,
+    without_prefix_labels,
+)
 from peft_routing import given
 from peft_routing.calls import CALL, RoutedCall, input_in
 from peft_routing.config import RoutedLoraConfig
 
 _MIXED = "adapter_names: routed adapters do not mix in a batch; use set_adapter, a batch for each"
 _NOT_PER_SEQUENCE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
+# The ways into continuous batching; the first one goes through the second.
+_CONTINUOUS = ("generate_batch", "init_continuous_batching")
 
 
 def watch(model: Any) -> list[Any]:
     """Follow the model's forward passes; returns the hooks' handles.
 
     The hooks have no state: copies of the model keep working. The model's `generate` then takes
-    `coefficients=`, of which transformers' own would say that the model does not use it. It is an
-    attribute of the model, since a plain `PeftModel` calls the model's without asking the tuner.
+    `coefficients=`, of which transformers' own would say that the model does not use it, and
+    continuous batching is refused where it would go wrong. Both are attributes of the model, since
+    a plain `PeftModel` calls the model's without asking the tuner.
     """
     if hasattr(model, "generate"):
-        model.generate = _Generate(model)
+        model.generate = _Generate(model, "generate")
+    for name in _CONTINUOUS:
+        if hasattr(model, name):
+            setattr(model, name, _Continuous(model, name))
     return [
         model.register_forward_pre_hook(_enter, with_kwargs=True),
         model.register_forward_hook(_leave, with_kwargs=True, always_call=True),
@@ -43,47 +54,75 @@ def unwatch(model: Any, handles: Sequence[Any]) -> None:
     """Leave nothing of ours on the model."""
     for handle in handles:
         handle.remove()
-    while isinstance(ours := vars(model).get("generate"), _Generate):
-        del model.generate
-        if ours.before is not None:
-            model.generate = ours.before
+    for name in ("generate", *_CONTINUOUS):
+        while isinstance(ours := vars(model).get(name), _Method):
+            delattr(model, name)
+            if ours.before is not None:
+                setattr(model, name, ours.before)
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(function, _InCall):
             module._gradient_checkpointing_func = function.checkpoint
 
 
-class _Generate:
-    """A model's `generate`, with `coefficients=`.
+class _Method:
+    """A method in place of one of the model's.
 
     It refers to the model weakly, so that a model that is let go is freed at once.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, name: str) -> None:
         self.model = weakref.ref(model)
-        self.before = vars(model).get("generate")  # where it was not the class's
+        self.name = name
+        self.before = vars(model).get(name)  # where it was not the class's
 
     def __reduce__(self) -> Any:
-        return _Generate, (self.model(),), {"before": self.before}
+        return type(self), (self.model(), self.name), {"before": self.before}
+
+    @property
+    def replaced(self) -> Callable:
+        model: Any = self.model()
+        return self.before or partial(getattr(type(model), self.name), model)
+
+
+class _Generate(_Method):
+    """A model's `generate`, with `coefficients=`."""
 
     def __call__(self, *args: Any, coefficients: Tensor | None = None, **kwargs: Any) -> Any:
-        model: Any = self.model()
-        generate = self.before or partial(type(model).generate, model)
         if coefficients is None:
-            with generating(model, kwargs.get("guidance_scale")):
-                return generate(*args, **kwargs)
+            model: Any = self.model()
+            with generating(model, _setting(model, kwargs, "guidance_scale")):
+                return self.replaced(*args, **kwargs)
         with given.given_coefficients(coefficients):
-            return generate(*args, **kwargs)
+            return self.replaced(*args, **kwargs)
+
+
+class _Continuous(_Method):
+    """A way into continuous batching; `UserError` where a choice could not be kept.
+
+    It runs the model in a thread of its own, which logs an error and returns nothing.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("coefficients") is not None or given.current() is not None:
+            raise UserError(f"{self.name}: continuous batching takes no coefficients; use generate")
+        if any(config.routes_sequences for config in _watched(self.model())):
+            raise UserError(
+                f"{self.name}: continuous batching has a cache of its own kind, which keeps no "
+                "choice for a sequence. Use generate without cache_implementation='paged', or an "
+                "adapter with granularity='token'"
+            )
+        return self.replaced(*args, **kwargs)
 
 
 def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
-    """`ValueError` where a batch is to use several adapters."""
+    """`UserError` where a batch is to use several adapters."""
     if kwargs.get("adapter_names") is not None:
-        raise ValueError(_MIXED)
+        raise UserError(_MIXED)
 
 
 def refuse_several_passes(model: Any, kwargs: dict[str, Any]) -> None:
-    """`ValueError` where `generate` would add a draft to the prompt, or cut it.
+    """`UserError` where `generate` would add a draft to the prompt, or cut it.
 
     The prompt must be the first pass.
     """
@@ -91,12 +130,17 @@ def refuse_several_passes(model: Any, kwargs: dict[str, Any]) -> None:
         return
     if not any(config.routes_sequences for config in _watched(model)):
         return
-    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     for name in _NOT_PER_SEQUENCE:
-        if kwargs.get(name, getattr(settings, name, None)) is not None:
-            raise ValueError(
+        if _setting(model, kwargs, name) is not None:
+            raise UserError(
                 f"{name}: routing per sequence chooses by the first pass, which must be the prompt",
             )
+
+
+def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """What `generate`, called with these arguments, takes for one of its settings."""
+    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    return kwargs.get(name, getattr(settings, name, None))
 
 
 def _followed(model: Any) -> dict[str, RoutedLoraConfig]:
@@ -123,11 +167,13 @@ def _watched(model: Any) -> list[RoutedLoraConfig]:
 
 
 def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward pass by their names."""
     names = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Start following a forward pass; what it returns are the pass's arguments."""
     refuse_mixed_batches(kwargs)
     kwargs, coefficients = _given(kwargs)
     if any(isinstance(value, Cache) and name != OUTPUT_NAME for name, value in kwargs.items()):
@@ -142,12 +188,18 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return args, kwargs
     per_sequence = [config.routing_tokens for config in configs if config.routes_sequences]
     arguments = _arguments(model, args, kwargs)
-    call = RoutedCall(model, arguments, per_sequence=bool(per_sequence), outer=CALL.get())
-    call.balance_weight = max(config.router_aux_loss_coef for config in configs)
-    if per_sequence and isinstance(kwargs.get("labels"), Tensor):
-        prefix = call.prefix_of_labels(kwargs["labels"], max(per_sequence))
+    call = RoutedCall(
+        model,
+        arguments,
+        per_sequence=bool(per_sequence),
+        balance_weight=max(config.router_aux_loss_coef for config in configs),
+        outer=CALL.get(),
+    )
+    if per_sequence and isinstance(arguments.get("labels"), Tensor):
+        prefix = call.prefix_of_labels(arguments["labels"], max(per_sequence))
         if prefix is not None:
-            kwargs = without_prefix_labels(kwargs, prefix, training=model.training)
+            args = ()
+            kwargs = without_prefix_labels(arguments, prefix, training=model.training)
     if model.training:
         _keep_in_checkpoints(model)
     CALL.set(call)
@@ -166,30 +218,50 @@ def _given(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
 
 
 def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """End following a forward pass; what it returns takes the place of the output."""
     if given.leave(model) or not _followed(model):
         return None
     call = CALL.get()
     if call is None or call.model is not model:
         return None
     CALL.set(call.outer)
-    if output is not None:
-        call.check_cache()
-    if call.balance and isinstance(getattr(output, "loss", None), Tensor):
-        # The Trainer adds up the losses of a step's batches, each of which counts by its tokens.
-        weight = call.balance_weight * _share(model, kwargs)
-        balance = torch.stack(call.balance).mean()
-        output.loss = output.loss + weight * balance.to(output.loss.device)
+    if output is None:  # the pass failed
+        return None
+    call.end(output)
+    return _with_balance(model, call, _arguments(model, args, kwargs), output)
+
+
+def _with_balance(model: Any, call: RoutedCall, arguments: dict[str, Any], output: Any) -> Any:
+    """The output, to whose loss the load-balancing loss is added.
+
+    A warning says so where a training pass has no loss to add it to.
+    """
+    if not call.balance:
+        return output
+    # The Trainer adds up the losses of a step's batches, each of which counts by its tokens.
+    share = _share(model, arguments)
+    if isinstance(getattr(output, "loss", None), Tensor):
+        output.loss = call.balance.added_to(output.loss, share)
+    elif isinstance(output, tuple) and arguments.get("labels") is not None:
+        output = (call.balance.added_to(output[0], share), *output[1:])
+    elif torch.is_grad_enabled() and _has_trained_router(model):
+        call.balance.warn_of_no_loss()
     return output
 
 
-def _share(model: Any, kwargs: dict[str, Any]) -> Any:
+def _has_trained_router(model: nn.Module) -> bool:
+    trained = [name for name, tensor in model.named_parameters() if tensor.requires_grad]
+    return any("routed_lora_router" in name for name in trained)
+
+
+def _share(model: Any, arguments: dict[str, Any]) -> Any:
     """This pass's share in the tokens of a step; 1 unless the Trainer says how many these are."""
-    items = kwargs.get("num_items_in_batch")
-    labels = kwargs.get("labels")
-    if items is None or labels is None:
+    items = arguments.get("num_items_in_batch")
+    if items is None or arguments.get("labels") is None:
         return 1.0
-    predicted = labels if model.config.is_encoder_decoder else labels[..., 1:]
-    return (predicted != IGNORED).sum() / items
+    in_decoder = model.config.is_encoder_decoder
+    labels = arguments["labels"] if in_decoder else predicted_labels(arguments)
+    return (labels != IGNORED).sum() / items
 
 
 def _keep_in_checkpoints(model: nn.Module) -> None:

@@ -15,12 +15,14 @@ same to the letter (a test compares them): what is copied beside a model's weigh
 nothing from outside its own folder.
 """
 
+import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -95,6 +97,35 @@ def refuse_other_caches(arguments: Mapping[str, Any]) -> None:
             )
 
 
+class FollowingCache:
+    """A cache that does to what is kept with it what is done to its own rows, as in beam search.
+
+    It is put before the class of a cache by `following`, and says what is kept in `change_rows`.
+    """
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function to every tensor (rows, …) that is kept with the cache."""
+        raise NotImplementedError
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.change_rows(lambda rows: rows[indices.to(rows.device)])
+
+
+@functools.cache
+def following(kind: type[Cache], follower: type[FollowingCache]) -> Any:
+    """The class of a cache of this kind whose rows are followed by what `follower` keeps."""
+    return type(f"{follower.__name__}{kind.__name__}", (follower, kind), {})
+
+
 class _Running(threading.local):
     """The innermost `generate` of this thread."""
 
@@ -127,6 +158,12 @@ def generating(model: Any, guidance_scale: float | None = None) -> Iterator[None
         _RUNNING.generation = outer
 
 
+def is_generating(model: Any) -> bool:
+    """Whether the innermost `generate` of this thread is of this model."""
+    generation = _RUNNING.generation
+    return generation is not None and generation.model is model
+
+
 def begin_sequences(model: Any) -> None:
     """Note that a forward pass of the model begins its sequences anew, and chooses for them.
 
@@ -134,7 +171,7 @@ def begin_sequences(model: Any) -> None:
     choice was lost.
     """
     generation = _RUNNING.generation
-    if generation is None or generation.model is not model:
+    if generation is None or not is_generating(model):
         return
     if generation.beginnings == 0:
         raise RuntimeError(

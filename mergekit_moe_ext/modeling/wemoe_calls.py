@@ -7,7 +7,6 @@ and is in mode `running` they give one at every position, the mean over the toke
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .configuration_wemoe import Ensembling
-from .host_cache import begin_sequences, cache_in, refuse_other_caches
+from .host_cache import (
+    FollowingCache,
+    begin_sequences,
+    cache_in,
+    following,
+    refuse_other_caches,
+)
 
 OUTSIDE = (
     "a weight-ensembling module must be called through its model, which knows samples and padding"
@@ -90,35 +95,20 @@ class Carried:
     can_be_cropped: bool = True
 
 
-class _Carrying:
-    """A cache that changes what it carries as its own rows are changed, for example in beam search.
-
-    It is mixed into the class of whatever cache the model was handed.
-    """
+class Carrying(FollowingCache):
+    """A cache that carries the coefficients of its rows, and weights that were merged by them."""
 
     carried: Carried
 
     # Beam search drops and doubles sequences, and each keeps the coefficients that were chosen for
     # its prompt. Merged weights belong to the one row that there was, and are dropped, unless
     # nothing is carried by row: then they come from constants, which hold for any rows.
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         values = {}
         for group, tensors in self.carried.values.items():
             values[group] = tuple(change(tensor) for tensor in tensors)
         merged = {} if values else self.carried.merged
         self.carried = Carried(values, merged, self.carried.can_be_cropped)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._change(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._change(lambda rows: rows.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._change(lambda rows: rows[indices.to(rows.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
         if not self.carried.can_be_cropped:
@@ -127,11 +117,6 @@ class _Carrying:
                 "cropped (as assisted generation does)"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
-
-
-@cache
-def _carrying(cache_class: Any) -> Any:
-    return type(f"Carrying{cache_class.__name__}", (_Carrying, cache_class), {})
 
 
 class EnsembleCall:
@@ -214,9 +199,9 @@ class EnsembleCall:
             return
         self.carried.values |= self.left
         # The object stays the one that the caller holds, so it is its class that changes.
-        if not isinstance(filled_cache, _Carrying):
+        if not isinstance(filled_cache, Carrying):
             cache_class: Any = type(filled_cache)
-            filled_cache.__class__ = _carrying(cache_class)
+            filled_cache.__class__ = following(cache_class, Carrying)
         filled_cache.carried = self.carried
 
     def real(self, h: Tensor, *, in_decoder: bool) -> Tensor:

@@ -168,8 +168,92 @@ def test_the_load_balancing_loss_by_hand(experts):
     )
 
 
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loss_with_balance_by_hand(model, weight):
+    """The loss of a model without balancing plus the loss that balances, per token, top 2."""
+    hidden = {}
+
+    def keep(name):
+        return lambda module, args: hidden.update({name: args[0]})
+
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "v_proj", "down_proj")):
+            module.register_forward_pre_hook(keep(name))
+    loss = model(input_ids=IDS, labels=IDS).loss
+    parts = []
+    for name, inputs in hidden.items():
+        rows = model.get_parameter(f"{name}.routed_lora_router.default.weight")
+        scores = (inputs.flatten(0, 1) @ rows.T).abs()
+        probabilities = scores.softmax(-1)
+        kept = probabilities * (scores >= scores.topk(2, dim=-1).values[:, 1:])
+        chosen = (kept / kept.sum(-1, keepdim=True)).detach()
+        parts.append(3 * (chosen.mean(0) * probabilities.mean(0)).sum())
+    return loss + weight * torch.stack(parts).mean()
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_the_gradient_of_the_load_balancing_loss_by_hand(experts, reentrant, as_tuple):
+    options = {"top_k": 2, "init": "arrow"}
+    plain = routed(experts, **options).train()
+    loss_with_balance_by_hand(plain, 7.0).mul(0.5).backward()
+    balanced = routed(experts, router_aux_loss_coef=7.0, **options).train()
+    if reentrant is not None:
+        balanced.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        balanced.enable_input_require_grads()
+    output = balanced(input_ids=IDS, labels=IDS, return_dict=not as_tuple)
+    (output[0] * 0.5).backward()  # as a step of two batches does
+    expected = gradients(plain)
+    for name, gradient in gradients(balanced).items():
+        assert torch.allclose(gradient, expected[name], atol=1e-6, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_balances_choices_per_sequence_alike(experts, reentrant):
+    options = {"granularity": "sequence", "routing_tokens": 4, "router_aux_loss_coef": 7.0}
+    plain, saving = (routed(experts, init="arrow", **options).train() for _ in range(2))
+    saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    saving.enable_input_require_grads()
+    for model in (plain, saving):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    expected = gradients(plain)
+    for name, gradient in gradients(saving).items():
+        assert torch.allclose(gradient, expected[name], atol=1e-6, rtol=1e-4), name
+
+
+def test_a_loss_that_is_not_balanced_is_said_to_be(experts, tmp_path):
+    """The Trainer smooths labels in a loss of its own, and a loop may have one of its own."""
+    model = routed(experts, init="arrow", router_aux_loss_coef=0.5).train()
+    with pytest.warns(UserWarning, match="router_aux_loss_coef=0.5 has no effect.*label_smoothing"):
+        with_trainer(model, tmp_path, max_steps=1, label_smoothing_factor=0.1)
+    output = model(input_ids=IDS, labels=IDS)
+    with pytest.warns(UserWarning, match="router_aux_loss_coef=0.5 has no effect"):
+        output.logits.sum().backward()
+
+
+def test_a_backward_pass_from_elsewhere_does_not_balance_again(experts):
+    """Two losses of one pass, differentiated one after the other, as together."""
+    grads = []
+    for at_once in (True, False):
+        model = routed(experts, init="arrow", router_aux_loss_coef=7.0).train()
+        output = model(input_ids=IDS, labels=IDS)
+        other = output.logits.square().mean()
+        if at_once:
+            (output.loss + other).backward()
+        else:
+            output.loss.backward(retain_graph=True)
+            other.backward()
+        grads.append(gradients(model))
+    for name, gradient in grads[0].items():
+        assert torch.allclose(gradient, grads[1][name], atol=1e-6, rtol=1e-4), name
+
+
 @pytest.mark.parametrize("granularity", ["token", "sequence"])
 def test_the_load_balancing_loss_balances(experts, tmp_path, granularity):
+    @torch.no_grad()
     def imbalance(model):
         found = []
         handles = [
