@@ -598,8 +598,8 @@ def main(mutations: int, kills: int, seed: int, jobs: int, only: str | None) -> 
             os.environ[variable] = str(Path(root) / variable)
         make_template(template)
         if only:
-            kind, number = only.rsplit(":", 1)
-            click.echo(attempt(template, Trial(kind, int(number), seed)))
+            kind, number_of_trial = only.rsplit(":", 1)
+            click.echo(attempt(template, Trial(kind, int(number_of_trial), seed)))
             return
         trials = [Trial(kind, number, seed) for number, kind in enumerate(kinds_of(mutations))]
         names = list(COMMANDS)
