@@ -38,6 +38,8 @@ _NAME = re.compile(r"([\w.-]+)=(.+)")
 
 @dataclass(frozen=True)
 class Source:
+    """Texts to read: their name in tables and messages, where they are, and which split."""
+
     name: str
     path: str
     split: str = "train"
@@ -47,7 +49,7 @@ class Source:
 
 
 def parse_sources(texts: Iterable[str]) -> list[Source]:
-    """Each `[NAME=]SOURCE[:SPLIT]`. `UserError` if two have one name."""
+    """The sources that are written `[NAME=]SOURCE[:SPLIT]`. `UserError` if two have one name."""
     sources = [_parse(text) for text in texts]
     names = [source.name for source in sources]
     for name in names:
@@ -57,10 +59,16 @@ def parse_sources(texts: Iterable[str]) -> list[Source]:
 
 
 def _parse(text: str) -> Source:
+    # A path may have `=` and `:` in it: what exists as it stands is not taken apart.
+    name = None
+    path = text
+    split = "train"
     named = _NAME.fullmatch(text)
-    name, rest = named.groups() if named and not Path(text).exists() else (None, text)
-    with_split = _SPLIT.fullmatch(rest)
-    path, split = with_split.groups() if with_split and not Path(rest).exists() else (rest, "train")
+    if named and not Path(text).exists():
+        name, path = named.groups()
+    with_split = _SPLIT.fullmatch(path)
+    if with_split and not Path(path).exists():
+        path, split = with_split.groups()
     return Source(name or Path(path).name.split(".")[0], path, split)
 
 
@@ -94,10 +102,9 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
         elif source.path.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
             raise UserError(f"{source.path} does not exist (data {source.name!r})")
         else:
-            owner, name, *config = (
-                source.path.split("/") if "/" in source.path else ("", source.path)
-            )
-            data = load_dataset("/".join(filter(None, (owner, name))), *config, split=source.split)
+            # owner/name[/config], or the name alone of a dataset without an owner
+            parts = source.path.rstrip("/").split("/")
+            data = load_dataset("/".join(parts[:2]), *parts[2:], split=source.split)
     except UserError:  # says what is wrong already
         raise
     except StopIteration:  # what datasets raises for an empty file
@@ -129,16 +136,14 @@ def tokenise(
     encoder_decoder: bool = False,
     completions_only: bool = False,
 ) -> Dataset:
-    """`input_ids` per row, cut to `max_length` tokens, without empty rows; `labels` where they are
-    not the same.
+    """The `input_ids` of each row, cut to `max_length` tokens, and `labels` where they differ.
 
-    Those are an encoder-decoder's targets, or, with `completions_only`, a decoder's last answer of
-    a chat or target after an input, with -100 for what comes before it.
+    Labels are an encoder-decoder's targets or, with `completions_only`, a decoder's last answer of
+    a chat or target after an input, with -100 for what comes before it. Empty rows are left out.
+    `UserError` for missing columns, and for a row that cannot be read.
     """
-    present, cut = (
-        data.column_names,
-        {"truncation": max_length is not None, "max_length": max_length},
-    )
+    present = data.column_names
+    cut = {"truncation": max_length is not None, "max_length": max_length}
     if encoder_decoder:
         _require((columns.input, columns.target), present, source, "an encoder-decoder needs")
 
@@ -162,7 +167,8 @@ def tokenise(
             raise UserError(f"{source} holds chats, but the model's tokenizer has no chat template")
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-            chat, options = row[columns.messages], {"tokenize": True, "return_dict": False}
+            chat = row[columns.messages]
+            options = {"tokenize": True, "return_dict": False}
             ids = tokenizer.apply_chat_template(chat, **options)
             if not completions_only:
                 return {"input_ids": ids[:max_length]}
@@ -204,30 +210,33 @@ def tokenise(
 def _completion(
     prompt: Sequence[int], ids: list[int], max_length: int | None
 ) -> dict[str, list[int]]:
+    """A row whose labels are the tokens after the prompt, cut to `max_length` tokens."""
     labels = [-100] * len(prompt) + ids[len(prompt) :]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
-def _require(wanted: Sequence[str], present: Sequence[str], source: Source, who: str) -> None:
-    for name in wanted:
+def _require(needed: Sequence[str], present: Sequence[str], source: Source, who: str) -> None:
+    """`UserError` for the first needed column that is not present; `who` needs it."""
+    for name in needed:
         if name not in present:
             raise UserError(
                 f"{source} (data {source.name!r}) has no column {name!r}: {who} "
-                f"{' and '.join(wanted)}; there are {', '.join(present)} (--text-column, "
+                f"{' and '.join(needed)}; there are {', '.join(present)} (--text-column, "
                 "--input-column and --target-column name others)"
             )
 
 
 def pack(data: Dataset, length: int, separator: int | None) -> Dataset:
-    """Rows joined, a thousand at a time, `separator` after each, and cut into rows of `length`
-    tokens.
+    """The rows joined, with `separator` after each, and cut into rows of `length` tokens.
 
-    The last of each thousand may be shorter.
+    A thousand rows are joined at a time, so that the last of their new rows may be shorter.
     """
 
     def joined(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         end = [] if separator is None else [separator]
-        ids = [token for row in rows["input_ids"] for token in [*row, *end]]
+        ids: list[int] = []
+        for row in rows["input_ids"]:
+            ids += [*row, *end]
         return {"input_ids": [ids[start : start + length] for start in range(0, len(ids), length)]}
 
     return data.map(
@@ -247,8 +256,9 @@ def fingerprint(data: Dataset) -> str:
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad on the right: `input_ids`, `attention_mask`, and `labels` (-100 is padding) where the
-    rows have them."""
+    """A batch of rows, padded on the right: `input_ids`, `attention_mask`, and, where the rows have
+    them, `labels` with -100 as padding.
+    """
 
     def padded(name: str, value: int) -> torch.Tensor:
         tensors = [torch.tensor(row[name]) for row in rows]
@@ -280,7 +290,7 @@ def real_tokens(batch: Mapping[str, torch.Tensor]) -> RealTokens:
 
 
 def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:
-    """What an encoder-decoder's decoder reads to predict the labels."""
+    """The tokens that an encoder-decoder's decoder reads to predict the labels."""
     if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         raise UserError(
             f"{type(model).__name__} does not say what its decoder reads, so it is not run"

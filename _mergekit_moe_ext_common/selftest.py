@@ -19,8 +19,8 @@ TOLERANCE = 1e-3  # of logits between -10 and 10, in float32 on any device
 
 
 def difference(model: Any) -> float:
-    """The largest difference of logits between cached generation and one plain pass over
-    everything, chosen alike.
+    """The largest difference of logits between cached generation and one plain pass over all
+    tokens, where both choose by the prompt.
     """
     prompts = torch.randint(2, VOCABULARY, (2, PROMPT), generator=torch.Generator().manual_seed(0))
     made = model.generate(
@@ -39,21 +39,21 @@ def difference(model: Any) -> float:
 
 
 def main(models: Mapping[str, Callable[[], Any]]) -> None:
-    """Tries every model, made by a function, prints a line for each, and exits with 1 if one is
-    wrong.
+    """Tries the model that each function makes, prints a line for each, and exits with 1 if any
+    is wrong.
     """
     warnings.simplefilter("ignore")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     is_right = True
     for name, make in models.items():
         try:
-            found = difference(make())
-            passed, remark = found <= TOLERANCE, f"largest difference {found:.0e}"
+            largest = difference(make())
+            passed = largest <= TOLERANCE
+            remark = f"largest difference {largest:.0e}"
         except Exception as error:
-            passed, remark = False, f"{type(error).__name__}: {error}"
-        print(
-            f"{'ok  ' if passed else 'FAIL'}  {name} generates with a cache as without one "
-            f"({remark})"
-        )
+            passed = False
+            remark = f"{type(error).__name__}: {error}"
+        verdict = "ok  " if passed else "FAIL"
+        print(f"{verdict}  {name} generates with a cache as without one ({remark})")
         is_right = is_right and passed
     sys.exit(0 if is_right else 1)

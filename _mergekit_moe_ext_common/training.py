@@ -1,4 +1,4 @@
-"""The Trainer of all trainings of ours, its arguments, and what it reads.
+"""The Trainer of all our trainings, its arguments, and the data that it reads.
 
 Held-out losses are means over tokens, whatever the batches and processes. (The stock Trainer's are
 means over batches.)
@@ -44,7 +44,7 @@ class BarTrainer(Trainer):
 
 
 class TrainedOnly:
-    """Mixed into a Trainer, it makes checkpoints hold only the parameters that are trained.
+    """A mixin for a Trainer whose checkpoints hold only the parameters that are trained.
 
     They are stored in float32, by their names in the model.
     """
@@ -134,7 +134,7 @@ class Progress(ProgressCallback):
 
 
 class NoLastCheckpoint(TrainerCallback):
-    """Keeps the Trainer from checkpointing the last step: the model itself is written after it."""
+    """A callback against a checkpoint of the last step: the model itself is written after it."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -150,7 +150,7 @@ def training_arguments(
     measure: bool,
     **more: Any,
 ) -> TrainingArguments:
-    """The recipe as the Trainer takes it, and how it reports and checkpoints.
+    """The recipe as the Trainer takes it, with our settings of its reports and checkpoints.
 
     `more` are further arguments of transformers' own. `UserError` where it refuses any.
     """

@@ -1,4 +1,4 @@
-"""What the adapter's README.md says beyond PEFT's card: that loading it takes one more import."""
+"""The section of an adapter's README.md that says how to load it, beside what PEFT's card says."""
 
 import re
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ _HEADING = "## Routed LoRA"
 
 
 def extend(directory: str, experts: Sequence[str], general: Sequence[str], router: str) -> None:
-    """Put our section into the card that PEFT has written: beside the adapter, or above one that
-    has a name.
-    """
-    own, above = Path(directory) / "README.md", Path(directory).parent / "README.md"
-    path = own if own.exists() else above
+    """Puts our section into the card that PEFT has written."""
+    # PEFT writes one card for all adapters of a model: above an adapter that has a name.
+    path = Path(directory) / "README.md"
+    if not path.exists():
+        path = Path(directory).parent / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if "library_name: peft" not in text:
         return

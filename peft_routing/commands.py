@@ -221,7 +221,7 @@ def export(
     from peft_routing.loading import base_of, load_adapter_config, load_on_empty
 
     if rank is not None and not merged:
-        raise UserError("--rank goes with --merged")
+        raise UserError("--rank needs --merged")
     reading = Reading(trust_remote_code=trust_remote_code)
     config = load_adapter_config(adapter)
     model = load_on_empty(adapter, config, *base_of(base, config, reading), reading)

@@ -9,13 +9,15 @@ LEARNING_RATES = (1e-3, 1e-4, 1e-5)  # the paper tunes over these
 
 @dataclass(frozen=True)
 class Recipe(TrainingOptions):
-    """How a router is trained. Defaults are the paper's or, mostly, transformers'."""
+    """The settings of a router's training. Most defaults are transformers', some the paper's."""
 
-    num_train_epochs: float = option(5.0, "How often the data is read (the paper's 5).", at_least=0)
+    num_train_epochs: float = option(
+        5.0, "Number of times that the data is read (the paper's 5).", at_least=0
+    )
     completions_only: bool = option(
         False,
-        "Loss on answers alone: the last turn of a chat, or a target after its input. "
-        "Without it, the loss is on all tokens.",
+        "Compute the loss on answers alone: the last turn of a chat, or a target after its input. "
+        "[default: on all tokens]",
     )
     router_aux_loss: float = option(
         0.0,

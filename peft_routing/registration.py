@@ -4,7 +4,7 @@ from typing import Any
 
 
 def register(peft: Any) -> None:
-    """Have PEFT know the adapter type `ROUTED_LORA`. Calling it again changes nothing."""
+    """Makes the adapter type `ROUTED_LORA` known to PEFT. Calling it again changes nothing."""
     from peft_routing.config import RoutedLoraConfig
     from peft_routing.model import RoutedLoraModel
     from peft_routing.types import PeftType

@@ -4,6 +4,6 @@ from enum import Enum
 
 
 class PeftType(str, Enum):
-    """PEFT compares, hashes and saves adapter types as strings, and asks for their `.value`."""
+    """The adapter type as PEFT needs it: a string to compare, hash and save, with a `.value`."""
 
     ROUTED_LORA = "ROUTED_LORA"

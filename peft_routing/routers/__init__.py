@@ -1,4 +1,4 @@
-"""Routers: from a module's hidden states to coefficients over its experts. One file each.
+"""Routers map a module's hidden states to coefficients over its experts. Each has its own file.
 
 A router of your own is a subclass of `Router` with a `name`, in any module that is imported before
 it is used:

@@ -1,4 +1,4 @@
-"""What a router is, and where routers are found by their names."""
+"""The base class of all routers, and how a router is found by its name."""
 
 import importlib
 import pkgutil
@@ -23,7 +23,9 @@ _ROUTERS: dict[str, type["Router"]] = {}
 
 
 class RouterSettings(Protocol):
-    """What a router reads of an adapter's configuration, which says what each of these is."""
+    """The fields of an adapter's configuration that a router reads; `RoutedLoraConfig` explains
+    them.
+    """
 
     experts: Any
     granularity: Granularity
@@ -38,10 +40,11 @@ class RouterSettings(Protocol):
 
 
 class Router(nn.Module):
-    """Hidden states to coefficients. A subclass says how it scores; the rest is the same for all.
+    """A map from hidden states to coefficients.
 
-    Its options are the fields of the dataclass `options`, which `options_of` reads. Parameters are
-    direct attributes (no submodules), so that PEFT can strip the adapter's name from their keys.
+    A subclass says how experts are scored; the rest is the same for all. Its options are the fields
+    of the dataclass `options`, which `options_of` reads. Its parameters are direct attributes (no
+    submodules), so that PEFT can strip the adapter's name from their keys.
     """
 
     name: ClassVar[str]
@@ -49,13 +52,11 @@ class Router(nn.Module):
     options: ClassVar[Any] = RouterOptions
     is_shared: ClassVar[bool] = False  # one for the whole model, not one per adapted module
     is_simplex: ClassVar[bool] = True  # coefficients are a softmax; the load can be balanced
-    mixing: ClassVar[Literal["full", "low_rank"]] = (
-        "low_rank"  # by default, where ranks and targets agree
-    )
-    top_k: ClassVar[int | None] = None  # by default
-    rows: ClassVar[dict[str, str]] = {
-        "weight": "expert"
-    }  # parameters with a row per "expert" or "cluster"
+    # The default of `mixing`, where the experts' ranks and targets agree.
+    mixing: ClassVar[Literal["full", "low_rank"]] = "low_rank"
+    top_k: ClassVar[int | None] = None  # the default of the option; all experts if None
+    # The parameters with a row per "expert" or per "cluster".
+    rows: ClassVar[dict[str, str]] = {"weight": "expert"}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,7 +80,7 @@ class Router(nn.Module):
 
     @classmethod
     def options_of(cls, config: RouterSettings) -> Any:
-        """What the configuration says of this router's options, as an instance of its dataclass.
+        """The options that a configuration states, as an instance of this router's dataclass.
 
         `UserError` for an option that it does not have, or a value of the wrong type.
         """
@@ -102,27 +103,32 @@ class Router(nn.Module):
 
     @property
     def kept(self) -> int | None:
-        """How many coefficients are not 0 at most, where that is known and fewer than all."""
+        """The largest number of coefficients that are not 0; None where that is unknown or all."""
+        # A subclass with coefficients of its own may keep more than k.
         is_ours = type(self).coefficients is Router.coefficients
         return self.k if is_ours and self.k < len(self.experts) else None
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """(…, in_features) to (…, experts), or just (experts,) where the input does not matter."""
+        """The scores (…, experts) of hidden states (…, in_features), or just (experts,) where the
+        input does not matter.
+        """
         raise NotImplementedError
 
     def coefficients(self, scores: Tensor) -> Tensor:
-        """Softmax over the k largest scores, in float32 or wider (Trade-offs B.1 and B.4)."""
+        """The softmax over the k largest scores, in float32 or wider (Trade-offs B.1 and B.4)."""
         return torch.softmax(largest(self._tempered(scores), self.k), dim=-1)
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """Softmax over all scores: what the load-balancing loss has a gradient through."""
+        """The softmax over all scores, through which the load-balancing loss has its gradient."""
         return torch.softmax(self._tempered(scores), dim=-1)
 
     def _tempered(self, scores: Tensor) -> Tensor:
         return wide(scores) if self.temperature == 1 else wide(scores) / self.temperature
 
     def load(self, scores: Tensor) -> Tensor:
-        """What was chosen, in the same terms."""
+        """The choice that the load-balancing loss counts, over the same experts or clusters as the
+        scores.
+        """
         return self.coefficients(scores)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -131,17 +137,17 @@ class Router(nn.Module):
     def start(
         self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str
     ) -> None:
-        """Set what depends on the experts, when they are composed.
+        """Set what depends on the experts, once, when they are composed.
 
-        `factors` are A (rank, in) and B (out, rank) of each, `scalings` what B A is multiplied by.
+        `factors` are A (rank, in) and B (out, rank) of each expert; `scalings` multiply B A.
         """
 
     def labels(self, of: str) -> list[str]:
-        """What the rows of a parameter with a row per `of` stand for."""
+        """The names of the rows of a parameter with a row per `of`, "expert" or "cluster"."""
         return self.experts
 
     def check_rows(self, other: "Router") -> None:
-        """`UserError` if a parameter depends on the experts and is not in `rows`."""
+        """`UserError` for a parameter that depends on the experts but is not in `rows`."""
         for name, theirs in other.named_parameters():
             if name not in self.rows and self.get_parameter(name).shape != theirs.shape:
                 raise UserError(
@@ -152,19 +158,21 @@ class Router(nn.Module):
     @torch.no_grad()
     def take(self, other: "Router") -> None:
         """Copy from a router over other experts everything that both have."""
-        theirs = dict(other.named_parameters())
+        parameters_of_other = dict(other.named_parameters())
         for name, parameter in self.named_parameters():
-            if name in self.rows:
-                ours, from_them = self.labels(self.rows[name]), other.labels(self.rows[name])
-                for index, label in enumerate(ours):
-                    if label in from_them:
-                        parameter[index].copy_(theirs[name][from_them.index(label)])
-            else:
-                parameter.copy_(theirs[name])
+            source = parameters_of_other[name]
+            if name not in self.rows:
+                parameter.copy_(source)
+                continue
+            # Rows are matched by name: experts that came or went have moved the others.
+            labels_of_other = other.labels(self.rows[name])
+            for index, label in enumerate(self.labels(self.rows[name])):
+                if label in labels_of_other:
+                    parameter[index].copy_(source[labels_of_other.index(label)])
 
 
 class SharedRouter(nn.Module):
-    """Stands in for a model's one router, whose parameters lie in the first module."""
+    """A stand-in for a model's one router, whose parameters lie in the first module."""
 
     def __init__(self, owner: Router) -> None:
         super().__init__()
@@ -183,14 +191,15 @@ class SharedRouter(nn.Module):
 
 
 def all_routers() -> dict[str, type[Router]]:
-    """Every router by its name: ours, and all that were defined elsewhere."""
+    """Every router by its name: those of this package, and all that were defined elsewhere."""
+    # A class registers itself when its file is imported.
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{__package__}.{module.name}")
     return dict(sorted(_ROUTERS.items()))
 
 
 def find_router(name: str) -> type[Router]:
-    """The router of that name. `UserError` if there is none."""
+    """The router of a name. `UserError` if there is none."""
     if name not in _ROUTERS and name not in all_routers():
         known = ", ".join(sorted(_ROUTERS))
         raise UserError(

@@ -1,4 +1,4 @@
-"""`fixed` and `uniform`: coefficients that nobody learns (Trade-offs 2.2 and 4.1)."""
+"""`fixed` and `uniform`: coefficients that are not learned (Trade-offs 2.2 and 4.1)."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class FixedOptions:
 
 
 class FixedRouter(Router):
-    """The given weights, whatever their sum."""
+    """A router whose coefficients are the weights in its options, whatever their sum."""
 
     name = "fixed"
     options: ClassVar[Any] = FixedOptions
@@ -48,7 +48,8 @@ class FixedRouter(Router):
         if weights is None:
             raise UserError("router='fixed' needs weights={'math': 0.7, 'code': 0.3}")
         if isinstance(weights, dict):
-            if unknown := weights.keys() - set(experts):
+            unknown = weights.keys() - set(experts)
+            if unknown:
                 raise UserError(
                     f"weights: there is no expert {min(unknown)!r}; there are {', '.join(experts)}"
                 )
@@ -66,7 +67,7 @@ class FixedRouter(Router):
 
 
 class UniformRouter(FixedRouter):
-    """1/N each."""
+    """A router that gives each of N experts the coefficient 1/N."""
 
     name = "uniform"
     options = NoOptions
@@ -77,4 +78,5 @@ class UniformRouter(FixedRouter):
 
 
 def _wrong(weights: Any, experts: Sequence[str]) -> UserError:
+    """The error for weights that are not one finite number per expert."""
     return UserError(f"weights={weights!r}: give a finite number for each of {', '.join(experts)}")

@@ -1,4 +1,6 @@
-"""`hierarchical`: learned merges inside clusters, learned routing between (Trade-offs 5.3)."""
+"""`hierarchical`: a learned merge inside each cluster, and learned routing between clusters
+(Trade-offs 5.3).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +18,16 @@ from peft_routing.routers.tensors import wide
 
 @dataclass(frozen=True)
 class HierarchicalOptions(LinearOptions):
-    clusters: dict[str, Any] | None = None  # by expert; here `top_k` counts clusters
+    clusters: dict[str, Any] | None = None  # the cluster of each expert; `top_k` counts clusters
 
 
 class HierarchicalRouter(LinearRouter):
-    """Expert i of cluster c has the coefficient rho_c(x) mu_i: routing times merging.
+    """A router that gives expert i of cluster c the coefficient rho_c(x) mu_i: routing times
+    merging.
 
     For both ways of mixing this is the mixture of the clusters' merged experts. `top_k` counts
-    clusters. `init="arrow"` is Arrow HC: a cluster's row starts as the prototype of its uniform
-    merge.
+    clusters. `init="arrow"` is the paper's Arrow HC: a cluster's row starts as the prototype of its
+    uniform merge.
     """
 
     name = "hierarchical"
@@ -65,10 +68,13 @@ class HierarchicalRouter(LinearRouter):
         return super().coefficients(scores)
 
     def _inside(self) -> Tensor:
-        """(experts,): each expert's share of its cluster."""
+        """(experts,): each expert's share mu_i of its cluster, a softmax over the cluster."""
+        # Row i of the table has the logits of the experts in i's cluster, and minus infinity for
+        # the others, which exp turns into 0.
         logits = wide(self.logits)
-        of_others = torch.where(self.cluster_of[:, None] == self.cluster_of, logits, float("-inf"))
-        return torch.exp(logits - of_others.logsumexp(dim=-1))
+        together = self.cluster_of[:, None] == self.cluster_of
+        table = torch.where(together, logits, float("-inf"))
+        return torch.exp(logits - table.logsumexp(dim=-1))
 
     @torch.no_grad()
     def start(
@@ -76,6 +82,8 @@ class HierarchicalRouter(LinearRouter):
     ) -> None:
         if not self.from_arrow:
             return
+        # The factors of each cluster's uniform merge. A common factor of all its experts, 1 over
+        # their number, changes no singular vector and is left out.
         merged = []
         for cluster in range(len(self.clusters)):
             members = [i for i, of in enumerate(self.cluster_of.tolist()) if of == cluster]
@@ -83,7 +91,7 @@ class HierarchicalRouter(LinearRouter):
             up = [factors[i][1].double() * scalings[i] for i in members]
             if mixing == "low_rank":
                 merged.append((sum(down[1:], down[0]), sum(up[1:], up[0])))
-            else:  # the sum of the updates, as one update of the summed rank
+            else:  # the sum of the updates, as one update whose rank is the sum of their ranks
                 merged.append((torch.cat(down), torch.cat(up, dim=1)))
         vectors = top_right_singular_vectors(merged)
         self.weight = nn.Parameter(

@@ -9,7 +9,7 @@ from peft_routing.routers.base import Router, RouterSettings
 
 
 class LayerRouter(Router):
-    """One set per adapted module, as logits: uniform before training."""
+    """A router with learned logits for each adapted module: uniform before training."""
 
     name = "layer"
     rows = {"logits": "expert"}  # noqa: RUF012
@@ -27,7 +27,7 @@ class LayerRouter(Router):
 
 
 class GlobalRouter(LayerRouter):
-    """One set for the whole model."""
+    """A router with one set of learned logits for the whole model."""
 
     name = "global"
     is_shared = True

@@ -21,7 +21,8 @@ class LinearOptions(RouterOptions):
 
 
 class LinearRouter(Router):
-    """Scores are products of the hidden state with a row per expert, or their absolute values.
+    """A router whose scores are the products of the hidden state with a row per expert, or their
+    absolute values.
 
     Rows start at 0 (`init="uniform"`) or as Arrow's prototypes (`init="arrow"`, with
     `score="abs"`).
@@ -48,7 +49,7 @@ class LinearRouter(Router):
 
     @classmethod
     def start_and_score(cls, config: RouterSettings) -> tuple[bool, bool]:
-        """Whether rows start as Arrow's do, and whether scores are absolute.
+        """Whether rows start as Arrow's do, and whether scores are absolute values.
 
         Each follows from the other where only one is stated.
         """
@@ -73,9 +74,10 @@ class LinearRouter(Router):
 
 
 class ArrowRouter(LinearRouter):
-    """Softmax over the top k of |hidden state · top right singular vector of the expert's B A|.
+    """A router by the softmax over the top k of |hidden state · v|, with v the top right singular
+    vector of an expert's B A.
 
-    The vector lies in the module's input space: the paper writes an update as A B with A on the
+    v lies in the module's input space: the paper writes an update as A B with A on the
     input's side (2.2), PEFT as B A, whose right singular vectors those are. Experts with an empty
     update have the score 0.
     """

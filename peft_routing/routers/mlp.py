@@ -1,4 +1,4 @@
-"""`mlp`: WEMoE's router (3.2 and B.3) on LoRA experts."""
+"""`mlp`: the router of WEMoE (3.2 and B.3), over LoRA experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers.base import Router, RouterSettings
 from peft_routing.routers.tensors import wide
 
-# The paper writes a variance of 0.01; with that, coefficients would start far from lambda for
-# hidden states of the usual size, and it wants them "approximately equal". The authors' code has
-# this standard deviation.
+# The paper writes a variance of 0.01. With that, coefficients would start far from lambda for
+# hidden states of the usual size, while the paper wants them "approximately equal". Its authors'
+# code has 0.01 as the standard deviation.
 _STANDARD_DEVIATION = 0.01
 
 
 @dataclass(frozen=True)
 class MlpOptions:
-    top_k: int | None = None  # how many coefficients are not 0; all of them, if None
+    top_k: int | None = None  # the number of coefficients that are not 0; all if None
     mlp_layers: int | None = None  # 0, 1 or 2; 2 if None
-    init_lambda: float | None = None  # where all coefficients start; 0.3 if None
+    init_lambda: float | None = None  # what all coefficients start at; 0.3 if None
 
 
 class MlpRouter(Router):
-    """A router with free coefficients: neither positive nor of any one sum.
+    """A router with free coefficients, which need not be positive or have a fixed sum.
 
-    `top_k` keeps the largest by magnitude, as they are. With 0 layers it is a bias, with 1 a linear
-    map, with 2 a hidden layer as wide as the input and ReLU between. Over a sequence, coefficients
-    are averaged.
+    `top_k` keeps the largest by magnitude, as they are. With 0 layers the router is a bias, with 1
+    a linear map, and with 2 it has a hidden layer as wide as the input, with a ReLU. Over a
+    sequence, coefficients are averaged.
     """
 
     name = "mlp"
@@ -62,7 +62,7 @@ class MlpRouter(Router):
         super().check(config)
         layers = cls.options_of(config).mlp_layers
         if layers not in (None, 0, 1, 2):
-            raise UserError(f"mlp_layers={layers} is none of 0, 1 and 2")
+            raise UserError(f"mlp_layers={layers} is not 0, 1 or 2")
 
     @property
     def kept(self) -> int | None:

@@ -1,4 +1,4 @@
-"""A router's options: from what a user wrote to the dataclass that the router declares."""
+"""A router's options, read from what a user wrote into the dataclass that the router declares."""
 
 import contextlib
 import dataclasses
@@ -29,16 +29,19 @@ class RouterOptions:
     `ValueError`.
     """
 
-    top_k: int | None = None  # how many coefficients are not 0; all of them, if None
+    top_k: int | None = None  # the number of coefficients that are not 0; all if None
     router_temperature: float | None = None  # divides the scores; 1 if None
 
 
 def option_names(options: type) -> list[str]:
+    """The names of the fields of a dataclass, in order."""
     return [field.name for field in dataclasses.fields(options)]
 
 
 def options_of_names(class_name: str, names: Sequence[str]) -> type:
-    """A dataclass for options known by name only: any value is taken, and None is the default."""
+    """A dataclass for options of which only the names are known: it takes any value, and None is
+    the default.
+    """
     declared = {field.name: field.type for field in dataclasses.fields(RouterOptions)}
     fields = [(name, declared.get(name, Any), None) for name in names]
     return make_dataclass(class_name, fields, frozen=True)
@@ -50,8 +53,8 @@ def read_options(
     """An instance of the dataclass `options`, each value in the type that its field declares.
 
     A value that says what is meant is converted: "2" and 2.0 to the integer 2. `UserError` names
-    the option that is unknown or of the wrong type; `hint` says of an unknown one where else it
-    belongs, if anywhere.
+    an option that is unknown or of the wrong type. `hint` returns, for an unknown one, where else
+    it belongs, or an empty text.
     """
     known = option_names(options)
     for name in values:
@@ -95,12 +98,12 @@ def _declared_types(options: type) -> dict[str, Any]:
 
 
 def saved_options(options: Any) -> dict[str, Any]:
-    """The values by name, in the types that JSON has."""
+    """The values of options by name, in the types that JSON has."""
     return pydantic_core.to_jsonable_python(options, inf_nan_mode="constants")
 
 
 def read_value(name: str, declared: Any, value: Any) -> Any:
-    """One value in the type that is declared for it. `UserError` names it."""
+    """One value in the type that is declared for it. `UserError` names it if it has another."""
     try:
         return _adapter(declared).validate_python(value)
     except pydantic.ValidationError as error:
@@ -108,10 +111,10 @@ def read_value(name: str, declared: Any, value: Any) -> Any:
 
 
 def complaint(error: pydantic.ValidationError, where: str) -> str:
-    """The first thing that pydantic found wrong, in one line that begins with the option's name."""
+    """The first complaint of pydantic, in one line that begins with the option's name."""
     first = error.errors()[0]
     names = [str(part) for part in first["loc"][:1]]
-    if first["type"] == "value_error":  # a `__post_init__` says what is wrong by itself
+    if first["type"] == "value_error":  # from a `__post_init__`, which says all by itself
         return f"{where}: {first['ctx']['error']}"
     if first["type"] == "missing":
         return f"{where} needs {names[0]}"
@@ -122,7 +125,7 @@ def complaint(error: pydantic.ValidationError, where: str) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint at what could have been meant: the nearest known name, or all of them."""
+    """A hint at the option that could have been meant: the nearest known name, or all names."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"

@@ -1,4 +1,4 @@
-"""Arrow's prototypes: exact top right singular vectors of low-rank updates, many at once."""
+"""Arrow's prototypes: the exact top right singular vectors of many low-rank updates at once."""
 
 from collections.abc import Sequence
 
@@ -7,21 +7,22 @@ from torch import Tensor
 
 
 def top_right_singular_vectors(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Per update B A the unit vector v that maximises |B A v|, up to its sign; zeros for no update.
+    """(updates, in), in float64: for each update B A the unit vector v that maximises |B A v|, up
+    to its sign.
 
-    Zero is what rounding leaves where an update is the difference of equal ones.
+    `factors` are A (rank, in) and B (out, rank) of each update, of any ranks. An update that is 0,
+    or that is only what rounding leaves of the difference of equal ones, gets zeros.
 
-    Takes A (rank, in) and B (out, rank) per update, of any ranks, and returns (updates, in) in
-    float64. The work is done on rank x rank matrices, so that a flat spectrum costs no more than a
-    steep one: with the Gram matrices G = A Aᵀ and H = Bᵀ B, the singular values of B A are those of
-    H^½ G^½, and v is Aᵀ w with H G w = σ² w. Gram matrices square the condition of the factors: up
-    to 1e5, which no trained adapter comes near, nothing is lost.
+    The work is done on matrices of (rank, rank), so that a flat spectrum costs no more than a steep
+    one. With the Gram matrices G = A Aᵀ and H = Bᵀ B, the singular values of B A are those of
+    H^½ G^½, and v is Aᵀ w with H G w = σ² w. Gram matrices square the condition numbers of the
+    factors: up to 1e5, which no trained adapter comes near, nothing is lost.
     """
     in_features = factors[0][0].shape[1]
     vectors = torch.zeros(
         len(factors), in_features, dtype=torch.float64, device=factors[0][0].device
     )
-    # Updates of one rank go through one batched decomposition: most of its cost is the start.
+    # Updates of one rank go through one batched decomposition: most of its cost is that of a call.
     by_shape: dict[tuple[int, int], list[int]] = {}
     for index, (a, b) in enumerate(factors):
         by_shape.setdefault((a.shape[0], b.shape[0]), []).append(index)
@@ -35,9 +36,9 @@ def top_right_singular_vectors(factors: Sequence[tuple[Tensor, Tensor]]) -> Tens
 
 
 def _of_one_shape(a: Tensor, b: Tensor) -> Tensor:
-    """(n, rank, in) and (n, out, rank) to (n, in)."""
-    # H G is not symmetric. G^½ H G^½ is, and has the same eigenvalues: with its top eigenvector t,
-    # w is H G^½ t. What is shorter than rounding belongs to an update that is zero.
+    """(n, in): the vectors of n updates with A (n, rank, in) and B (n, out, rank)."""
+    # H G is not symmetric. G^½ H G^½ is, and it has the same eigenvalues: with its top eigenvector
+    # t, w is H G^½ t. A vector that is shorter than rounding errors belongs to an update of 0.
     g = a @ a.mT
     values, rotation = torch.linalg.eigh(g)
     root = (rotation * values.clamp(min=0).sqrt()[:, None, :]) @ rotation.mT  # G^½

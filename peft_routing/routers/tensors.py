@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 def wide(values: Tensor) -> Tensor:
-    """In float32, or as they are where that is wider."""
+    """The values in float32, or as they are where that is wider."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
-    """(batch, experts) to (batch, 1 …, experts), in as many dimensions as x."""
+    """Coefficients (batch, experts) as (batch, 1 …, experts), with as many dimensions as x."""
     return coefficients.reshape(len(coefficients), *[1] * (x.ndim - 2), -1)
 
 
 class Constant:
-    """Numbers that no cast of the model rounds, as a tensor that is made once.
+    """Numbers that no cast of the model rounds, as a tensor that is made once per dtype and device.
 
-    A GPU would wait for each new one.
+    Each new tensor would make a GPU wait.
     """
 
     def __init__(self, values: Sequence[float]):
@@ -35,7 +35,7 @@ class Constant:
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
-    """The k largest of the last dimension, minus infinity in place of the others."""
+    """The scores with minus infinity in place of all but the k largest of the last dimension."""
     if k == scores.shape[-1]:
         return scores
     values, indices = scores.topk(k, dim=-1)

@@ -495,7 +495,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "init": ({"router": "linear", "init": "zero"}, "init='zero' is none of 'uniform', 'arrow'"),
     "score": ({"router": "linear", "score": "cosine"}, "score='cosine' is none of 'dot', 'abs'"),
     "no prefix": ({"granularity": "sequence", "routing_tokens": 0}, "routing_tokens=0 is below 1"),
-    "too many layers": ({"router": "mlp", "mlp_layers": 3}, "mlp_layers=3 is none of 0, 1 and 2"),
+    "too many layers": ({"router": "mlp", "mlp_layers": 3}, "mlp_layers=3 is not 0, 1 or 2"),
     "balance of what is fixed": (
         {"router": "uniform", "router_aux_loss_coef": 0.1},
         "'uniform' has no load",

@@ -156,5 +156,5 @@ def test_from_the_shell(experts, tmp_path, monkeypatch):
         in export("-o", "small", "--merged", "--rank", "2").output
     )
     assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["r"] == 2
-    assert "--rank goes with --merged" in export("-o", "no", "--rank", "2").output
+    assert "--rank needs --merged" in export("-o", "no", "--rank", "2").output
     assert "is not empty" in export("-o", "one", "--merged").output
