@@ -177,17 +177,16 @@ def main(
                 least = min(best[name, work] for name in ways if (name, work) != NOT_CHOSEN)
                 of_works.append(best[choice, work] / least - 1)
             regrets.append(tuple(of_works))
-    for work, of_work in zip(
-        ("forward", "forward and backward"), zip(*regrets, strict=True), strict=True
-    ):
+    titles = ("forward", "forward and backward")
+    for title, of_work in zip(titles, zip(*regrets, strict=True), strict=True):
         click.echo(
-            f"{work}: the rule takes {np.mean(of_work):.1%} more than the best way, at worst "
+            f"{title}: the rule takes {np.mean(of_work):.1%} more than the best way, at worst "
             f"{max(of_work):.0%}"
         )
     if fit:
-        for way in mixing.COSTS:
-            constants = ", ".join(f"{constant:.3g}" for constant in fitted(measured, way))
-            click.echo(f'    "{way}": ({constants}),')
+        for name in mixing.COSTS:
+            constants = ", ".join(f"{constant:.3g}" for constant in fitted(measured, name))
+            click.echo(f'    "{name}": ({constants}),')
 
 
 def fitted(measured: Sequence[tuple[Case, dict[mixing.Way, float]]], way: mixing.Way) -> Any:
