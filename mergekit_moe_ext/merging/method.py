@@ -53,6 +53,8 @@ class Job:
     options: Any  # the method's own MethodOptions subclass
     model_options: Sequence[Any]  # the method's own ModelOptions subclass, per entry of `models:`
     shared: MergeMethod  # the tensor method that merges the shared parameters
+    # Of sources that are a LoRA on a base the directories of the merged models, once there are any.
+    merged_loras: Mapping[ModelReference, Path] = field(default_factory=dict)
 
     @property
     def experts(self) -> list[ModelReference]:
