@@ -160,7 +160,7 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
     wanted = configs[job.donor]
     for model, config in configs.items():
         for key in keys:
-            here, there = getattr(config, key, None), getattr(wanted, key, None)
+            here, there = _size(config, key), _size(wanted, key)
             if here != there:
                 hint = (
                     "; `tokenizer: {source: union}` aligns vocabularies"
@@ -182,6 +182,19 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
                     job.donor,
                     there,
                 )
+
+
+def _size(config: PretrainedConfig, key: str) -> Any:
+    """What a config says under a key of `_SIZES`, or implies by leaving it out."""
+    value = getattr(config, key, None)
+    heads = getattr(config, "num_attention_heads", None)
+    if value is not None or heads is None:
+        return value
+    if key == "head_dim":
+        return config.hidden_size // heads
+    if key == "num_key_value_heads":
+        return heads
+    return value
 
 
 def untied_if_any_is(
@@ -229,10 +242,36 @@ def read_headers(
 
 
 def output_dtype(job: Job, headers: Mapping[ModelReference, Headers]) -> torch.dtype:
-    """What the configuration says, or else what holds the values of all sources."""
-    return job.dtype or functools.reduce(
-        torch.promote_types, [getattr(torch, source.dtype) for source in headers.values()]
-    )
+    """What the configuration says, or else what holds the values of all sources.
+
+    Where the configuration says nothing, tensors of another dtype are warned about.
+    """
+    if job.dtype is not None:
+        return job.dtype
+    names = {str(model): source.dtype for model, source in headers.items()}
+    dtype = functools.reduce(torch.promote_types, [getattr(torch, name) for name in names.values()])
+    in_words = str(dtype).removeprefix("torch.")
+    if len(set(names.values())) > 1:
+        listed = ", ".join(f"{model} is {name}" for model, name in names.items())
+        LOG.warning(
+            "the sources are of different dtypes (%s), so the output is %s; `dtype:` in the "
+            "configuration chooses another",
+            listed,
+            in_words,
+        )
+    elif dtype.itemsize < torch.float32.itemsize:
+        for model, source in headers.items():
+            others = [name for name, of_tensor in source.dtypes.items() if of_tensor != in_words]
+            if others:
+                LOG.warning(
+                    "%d tensors of %s are not %s like the rest (%s, for one), and stay as they are "
+                    "in the output; `dtype:` in the configuration casts them",
+                    len(others),
+                    model,
+                    in_words,
+                    others[0],
+                )
+    return dtype
 
 
 def _vocabulary_may_differ(job: Job) -> bool:
