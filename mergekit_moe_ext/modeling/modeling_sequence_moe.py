@@ -550,18 +550,23 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         comparison = _Comparison(self.experts, self.config.base_expert)
         similarities = []
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(base):
+            of_base, of_head = _outside_inference(base), {}
+            if self.config.embedding == "shared":
+                of_head = _outside_inference(self.lm_head)
             for row in range(len(batch.tokens)):
                 comparison.start()
                 # Copies that share the parameters' memory: the parameters' own gradients, which
                 # belong to a training around this, are left alone.
                 leaves = {}
                 for name in names:
-                    leaf = base.get_parameter(name).detach().requires_grad_()
+                    parameter = of_base.get(name, base.get_parameter(name))
+                    leaf = parameter.detach().requires_grad_()
                     leaf.register_post_accumulate_grad_hook(partial(comparison.take, name))
                     leaves[name] = leaf
                 one = batch.of(torch.tensor([row], device=batch.tokens.device)).copied()
                 if scored[row].any():
-                    loss = self._loss_at_base(base, leaves, one, scored[row].clone())
+                    stand_ins = {**of_base, **leaves}
+                    loss = self._loss_at_base(base, stand_ins, of_head, one, scored[row].clone())
                     loss.backward(inputs=list(leaves.values()))
                 similarities.append(comparison.cosines())
         return torch.stack(similarities).to(batch.tokens.device)
@@ -577,19 +582,22 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def _loss_at_base(
         self,
         base: nn.Module,
-        leaves: dict[str, Tensor],
+        of_base: dict[str, Tensor],
+        of_head: dict[str, Tensor],
         one: Batch,
         scored: Tensor,
     ) -> Tensor:
         """The base expert's mean loss on a batch of one, at the tokens `scored` (length,).
 
-        `leaves` stand in for parameters of the same names.
+        `of_base` and `of_head`, the shared head's, stand in for parameters of the same names.
         """
-        shared = self._embedded(one)
+        with torch.no_grad():
+            shared = self._embedded(one)
         if shared is None:
-            logits = functional_call(base, leaves, (one,), {"with_head": True})
+            logits = functional_call(base, of_base, (one,), {"with_head": True})
         else:
-            logits = self.lm_head(functional_call(base, leaves, (one, shared)))
+            hidden = functional_call(base, of_base, (one, shared))
+            logits = functional_call(self.lm_head, of_head, (hidden,))
         logits = self._capped(logits, self.config.logit_softcaps[self.config.base_expert])
         columns = scored.nonzero()[:, 0].to(logits.device)
         targets = one.tokens[0, columns.to(one.tokens.device)]
@@ -786,6 +794,21 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in in_training:
             part.training = True
+
+
+def _outside_inference(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters that were made or moved in inference mode, by name.
+
+    Autograd refuses such tensors anywhere, also where none of their own gradients is asked for.
+    Buffers of the kind are replaced in the module itself, since a forward pass may set them (rotary
+    frequencies that grow), which would be lost in a copy.
+    """
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_inference():
+                setattr(part, name, buffer.clone())
+    named = module.named_parameters()
+    return {name: each.detach().clone() for name, each in named if each.is_inference()}
 
 
 def _chosen(coefficients: Tensor) -> list[int]:
