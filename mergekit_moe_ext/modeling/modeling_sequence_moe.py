@@ -34,7 +34,8 @@ from .host_cache import (
 )
 from .prefix_labels import without_prefix_labels
 
-_NO_CACHE = "use_cache=False: a sequence MoE keeps its choice in the cache; give coefficients="
+# An argument of `forward`, of `generate` alone: this pass goes over a prompt, of which all chooses.
+_IS_PROMPT = "prompt_chooses"
 _SCORED_AT_ONCE = 4096  # positions whose logits are held at the same time
 # transformers collects these from its direct children alone
 _TAKEN_FROM_TRUNKS = (
@@ -366,6 +367,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"the cache is a {kind}; a sequence MoE needs a SequenceMoECache()")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        is_prompt = kwargs.pop(_IS_PROMPT, False) or cache is not None
         positions = _positions(input_ids, attention_mask, position_ids)
         batch = Batch(input_ids, attention_mask, positions)
         aux_loss: Tensor | None = None
@@ -377,9 +379,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             # Uniform routing chooses nothing, so that a cache need not come back.
             # Nor must it where a pass of somebody's own says that it keeps none.
-            if self.config.routing != "uniform" and (cache is not None or use_cache):
+            if self.config.routing != "uniform" and (is_prompt or use_cache):
                 begin_sequences(self)
-            prefix = self._prefix(batch, whole=cache is not None)
+            prefix = self._prefix(batch, whole=is_prompt)
             keep = cache is not None or use_cache
             coefficients, aux_loss, ran = self._route(batch, prefix, keep=keep)
             if labels is not None and self._chooses_by_prefix():
@@ -721,9 +723,29 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache is False:
             if model_kwargs.get("coefficients") is None and self.config.routing != "uniform":
-                raise ValueError(_NO_CACHE)
+                if generation_config.guidance_scale not in (None, 1):
+                    raise ValueError(
+                        "guidance_scale with use_cache=False: nothing keeps the choice of the "
+                        "prompt beside it; leave use_cache out, or give coefficients="
+                    )
+                model_kwargs[_IS_PROMPT] = True
         elif cache_in(model_kwargs) is None:
             model_kwargs[OUTPUT_NAME] = SequenceMoECache()
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers' own; without a cache the prompt's choice goes along as `coefficients`.
+
+        Each step then passes over everything, and rows stay with their prompts, in beam search too.
+        """
+        if model_kwargs.pop(_IS_PROMPT, False):
+            model_kwargs["coefficients"] = outputs.coefficients
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:

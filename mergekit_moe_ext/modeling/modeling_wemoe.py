@@ -33,6 +33,7 @@ from .configuration_wemoe import Ensembling, config_class
 from .host_cache import generating, with_cache_renamed
 from .prefix_labels import without_prefix_labels
 from .wemoe_calls import (
+    IS_PROMPT,
     OUTSIDE,
     CoefficientRouter,
     Current,
@@ -201,6 +202,7 @@ class Ensemble:
         self._check_override(arguments.get("coefficients"), samples_in(arguments))
         call = EnsembleCall(self, arguments)
         arguments.pop("coefficients", None)
+        arguments.pop(IS_PROMPT, None)
         call.head = self._chosen_head(arguments.pop("task", None))
         labels = arguments.get("labels")
         if not self.ensembling.heads:
@@ -257,7 +259,7 @@ class Ensemble:
     def _prefix(self, call: EnsembleCall, h: Tensor) -> Tensor:
         """Which tokens of h (samples, tokens, width) choose: (samples, tokens)."""
         real = call.real(h, in_decoder=False)
-        if call.fills_cache:
+        if call.fills_cache or call.is_prompt:
             return real
         return real & (real.cumsum(dim=1) <= self.ensembling.routing_tokens)
 
@@ -306,6 +308,10 @@ class Ensemble:
         `past_key_values=` it takes all of them, as `generate` does. `ValueError` in `running`.
         """
         self(**inputs)  # type: ignore[operator]
+        return self._last_coefficients()
+
+    def _last_coefficients(self) -> Tensor:
+        """What the routers gave in the last pass: (samples, groups, experts)."""
         last = self._current.last or {}
         values = [last[name] for name in self.ensembling.groups]
         if any(value.ndim == 3 for value in values):
@@ -335,11 +341,44 @@ class Ensemble:
             raise ValueError(
                 "prefill_chunk_size: the whole prompt chooses in mode frozen; leave it out",
             )
-        if config.use_cache is False:
+        if config.use_cache is False and config.guidance_scale not in (None, 1):
             raise ValueError(
-                "use_cache=False: mode frozen keeps its choice in the cache; give coefficients=",
+                "guidance_scale with use_cache=False: nothing keeps the choice of the prompt "
+                "beside it; leave use_cache out, or give coefficients=",
             )
         return prepared
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+    ) -> Any:
+        is_decoder = not self.config.is_encoder_decoder  # type: ignore[attr-defined]
+        is_frozen = is_decoder and self.ensembling.mode == "frozen"
+        is_free = self.ensembling.router_layers and model_kwargs.get("coefficients") is None
+        if generation_config.use_cache is False and is_frozen and is_free:
+            model_kwargs[IS_PROMPT] = True
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args
+        )
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers' own; without a cache the prompt's choice goes along as `coefficients`.
+
+        Each step then passes over everything, and rows stay with their prompts, in beam search too.
+        """
+        if model_kwargs.pop(IS_PROMPT, False):
+            model_kwargs["coefficients"] = self._last_coefficients()
+        return super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, *args, **kwargs
+        )
 
 
 class TaskHeads(nn.ModuleList):

@@ -17,6 +17,8 @@ from torch.nn import functional
 from .configuration_wemoe import Ensembling
 from .host_cache import begin_sequences, cache_in, refuse_other_caches
 
+# An argument of `forward`, of `generate` alone: this pass goes over a prompt, of which all chooses.
+IS_PROMPT = "prompt_chooses"
 OUTSIDE = (
     "a weight-ensembling module must be called through its model, which knows samples and padding"
 )
@@ -153,6 +155,7 @@ class EnsembleCall:
         self.cache: Any = cache_in(arguments)
         self.keeps_no_cache = arguments.get("use_cache") is False
         self.uses_cache = self.cache is not None or arguments.get("use_cache") is True
+        self.is_prompt = bool(arguments.get(IS_PROMPT))
         if self.cache is not None and self.cache.is_compileable:
             raise ValueError(
                 "a static cache does not show which tokens are padding: leave cache_implementation "
@@ -200,7 +203,7 @@ class EnsembleCall:
             )
         # Running means without a cache start anew in every pass, which goes over the whole
         # sequence. A pass of the user's own with use_cache=False is not a step of a generation.
-        counts = self.uses_cache or not (self.runs or self.keeps_no_cache)
+        counts = self.uses_cache or self.is_prompt or not (self.runs or self.keeps_no_cache)
         if not self.past and not self.has_begun and counts:
             begin_sequences(self.model)
             self.has_begun = True
