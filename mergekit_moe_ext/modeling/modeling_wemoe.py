@@ -38,6 +38,7 @@ from .wemoe_calls import (
     CoefficientRouter,
     Current,
     EnsembleCall,
+    mask_of_group,
     mean,
     running_mean,
     samples_in,
@@ -72,6 +73,7 @@ class Ensemble:
         if self.ensembling.heads:
             self._swap_head()
         self.routers: Any = nn.ModuleDict()
+        self._masks: dict[str, str] = {}  # by group, the argument that tells its padding
         for index, (name, linears) in enumerate(self.ensembling.groups.items()):
             key = "0" if self.ensembling.shared_router else str(index)
             if self.ensembling.per_tensor:
@@ -97,6 +99,7 @@ class Ensemble:
         elif self.routers[key].width != width:
             widths = f"{self.routers[key].width} and {width}"
             raise ValueError(f"shared_router: one router cannot read widths of {widths} ({name})")
+        self._masks[name] = mask_of_group(self, name)  # type: ignore[arg-type]
         # Looked up after swapping: OPT's is a linear module itself.
         group = self.get_submodule(name)  # type: ignore[attr-defined]
         group.register_forward_pre_hook(partial(_choose, self, name, key), with_kwargs=True)
@@ -280,7 +283,7 @@ class Ensemble:
             shape = tuple(h.shape)
             raise ValueError(f"cannot tell samples apart in an input of shape {shape} of {name}")
         in_decoder = call.is_encoder_decoder and "decoder" in name.split(".")
-        real = call.real(h, in_decoder=in_decoder)
+        real = call.real(h, in_decoder=in_decoder, mask_name=self._masks[name])
         # An encoder, a classifier or a vision model predicts no next token: all tokens choose.
         if not call.generates or (call.is_encoder_decoder and not in_decoder):
             return mean(router(h).to(h.device), real)
