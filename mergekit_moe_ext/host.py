@@ -61,9 +61,9 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
 
     from _mergekit_moe_ext_common.staging import check_output, check_room, staged
     from mergekit_moe_ext.merging.card import write_card
+    from mergekit_moe_ext.merging.loras import merge_loras
     from mergekit_moe_ext.merging.planner import PREPARED, prepare, structural_method
     from mergekit_moe_ext.merging.preflight import check_document, read_job
-    from mergekit_moe_ext.merging.sources import merge_loras
     from mergekit_moe_ext.modeling import modeling_files
 
     @functools.wraps(stock)
@@ -80,37 +80,35 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
         out = check_output(out_path)
         prepared = prepare(job)
         check_room(out, prepared.plan.bytes)
-        if any(model.lora for model in job.sources):
-            merge_loras(job)
-            prepared = prepare(job)  # a LoRA may bring tensors of its own
-        # We write the card and copy the tokenizer ourselves: stock asks the Hub about paths for the
-        # one and takes the other from a model that it picks by chance where there is no base.
-        # And it seeds nothing where no seed is given, while what we write names one.
-        stock_options = options.model_copy(
-            update={"write_model_card": False, "copy_tokenizer": False, "random_seed": job.seed}
-        )
         makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
         stock_config = merge_config.model_copy(
             update={} if makes_tokenizer else {"chat_template": None}
         )
-        # mergekit keeps loaders for the life of the process, so a second merge would read stale
-        # weights.
-        LoaderCache.loaders.clear()
-        token = PREPARED.set(prepared)
-        try:
-            with staged(out) as directory:
-                stock(stock_config, str(directory), stock_options)
-                if options.copy_tokenizer:
-                    _copy_tokenizer_files(merge, job, directory, tokenizer_is_there=makes_tokenizer)
-                for code in modeling_files(prepared.plan.config.architectures[0]):
-                    shutil.copy(code, directory / code.name)
-                if options.write_model_card:
-                    write_card(
-                        job, prepared.plan, directory, config_source or merge_config.to_yaml()
-                    )
-        finally:
-            PREPARED.reset(token)
+        with staged(out) as directory:
+            if any(model.lora for model in job.sources):
+                job = merge_loras(job, directory.with_name(f"{directory.name}.loras"))
+                prepared = prepare(job)  # a LoRA may bring tensors of its own
+            # We write the card and copy the tokenizer ourselves: stock asks the Hub about paths for
+            # the one and takes the other from a model that it picks by chance where there is no
+            # base. And it seeds nothing where no seed is given, while what we write names one.
+            stock_options = job.merge_options.model_copy(
+                update={"write_model_card": False, "copy_tokenizer": False, "random_seed": job.seed}
+            )
+            # mergekit keeps loaders for the life of the process, so a second merge would read stale
+            # weights.
             LoaderCache.loaders.clear()
+            token = PREPARED.set(prepared)
+            try:
+                stock(stock_config, str(directory), stock_options)
+            finally:
+                PREPARED.reset(token)
+                LoaderCache.loaders.clear()
+            if options.copy_tokenizer:
+                _copy_tokenizer_files(merge, job, directory, tokenizer_is_there=makes_tokenizer)
+            for code in modeling_files(prepared.plan.config.architectures[0]):
+                shutil.copy(code, directory / code.name)
+            if options.write_model_card:
+                write_card(job, prepared.plan, directory, config_source or merge_config.to_yaml())
 
     return run_merge
 

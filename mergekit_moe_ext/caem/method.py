@@ -37,6 +37,7 @@ from mergekit_moe_ext.merging.sources import (
     output_dtype,
     read_configs,
     read_headers,
+    untied_if_any_is,
 )
 from mergekit_moe_ext.merging.tasks import ExpertRows
 from mergekit_moe_ext.mixtures.experts import (
@@ -98,14 +99,15 @@ class CaemMethod(StructuralMethod):
         headers = read_headers(job, configs, manifests)
         sizes = [num_experts(configs[model]) for model in job.experts]
         number = number_of_experts(job, sizes)
-        config = with_num_experts(configs[job.donor], number)
+        donor = untied_if_any_is(job, configs)
+        config = with_num_experts(donor, number)
         check_routing(config, number)
         check_shapes(job, configs, layers, manifests)
         dtype = output_dtype(job, headers)
         config.dtype = dtype
         allocations = _allocate(job, configs, layers, sizes, number)
 
-        donor_manifest = manifests[job.donor]
+        donor_manifest = manifest_of(donor)
         copies: dict[str, CopiedTensor] = {}
         rows: dict[str, ExpertRows] = {}
         for allocation in allocations:

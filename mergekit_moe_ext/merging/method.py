@@ -53,6 +53,8 @@ class Job:
     options: Any  # of the method's own subclass of MethodOptions
     model_options: Sequence[Any]  # per entry of `models:`, of the method's subclass of ModelOptions
     shared_method: MergeMethod  # the tensor method that merges the shared parameters
+    # Of sources that are a LoRA on a base the directories of the merged models, once there are any.
+    merged_loras: Mapping[ModelReference, Path] = field(default_factory=dict)
 
     @property
     def experts(self) -> list[ModelReference]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pydantic
+import torch
 from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, InputSliceDefinition, OutputSliceDefinition
@@ -103,6 +104,12 @@ class MergePlanner(StockMergePlanner):
                 "place, without staging; import mergekit_moe_ext first, or leave torch's autoload "
                 "on"
             )
+        # Where the YAML names no dtype, mergekit writes a tensor in the dtype of its first source.
+        # Sources of different dtypes have float32 or wider in common (`output_dtype`), and reading
+        # all tensors so loses nothing. Sources of one narrower dtype are read as they are: what
+        # they hold in float32 all the same (a router's correction, say) they hold for a reason.
+        if self._job.dtype is None and self._plan_of_job.dtype.itemsize >= torch.float32.itemsize:
+            self.config = config.model_copy(update={"dtype": str(self._plan_of_job.dtype)})
         # mergekit saves the object that it made before planning, so that object has to become ours.
         out_model_config.__class__ = type(self._plan_of_job.config)
         out_model_config.__dict__ = self._plan_of_job.config.__dict__

@@ -4,12 +4,11 @@ Everything here reads headers only, and everything that can be wrong with a sour
 before any tensor is read.
 """
 
+import copy
 import functools
 import logging
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +92,14 @@ class Headers:
 
 def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
     """The config of every source, in the order of `job.sources`."""
-    return {model: _config_of(model, job.merge_options) for model in job.sources}
+    return {model: _config_of(_stored(job, model), job.merge_options) for model in job.sources}
+
+
+def _stored(job: Job, model: ModelReference) -> ModelReference:
+    """Where a source's files are; of a LoRA those of the merged model, once there is one."""
+    if model in job.merged_loras:
+        return ModelReference(model=ModelPath(path=str(job.merged_loras[model])))
+    return model
 
 
 def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
@@ -103,10 +109,13 @@ def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig
         )
         if path is not None and looks_local and not Path(path.path).exists():
             raise UserError(f"{path.path} does not exist (named as {model} in the configuration)")
-    if model.lora and not options.lora_merge_cache:
+    if (
+        model.lora is not None
+        and Path(model.lora.path).is_dir()
+        and not Path(model.lora.path, "adapter_config.json").exists()
+    ):
         raise UserError(
-            f"{model} is a LoRA on a base model; name a directory for the merged model with "
-            "--lora-merge-cache"
+            f"{model.lora} (named as {model}) is no LoRA: it has no adapter_config.json"
         )
     if (
         Path(model.model.path, "adapter_config.json").exists()
@@ -116,7 +125,7 @@ def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {model}: {_first_line(error)}") from error
+        raise UserError(f"cannot read the config of {model}: {first_line(error)}") from error
     except KeyError as error:
         raise UserError(f"the config of {model} lacks {error}") from error
     if getattr(config, "quantization_config", None):
@@ -162,7 +171,7 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
     wanted = configs[job.donor]
     for model, config in configs.items():
         for key in keys:
-            here, there = getattr(config, key, None), getattr(wanted, key, None)
+            here, there = _size(config, key), _size(wanted, key)
             if here != there:
                 hint = (
                     "; `tokenizer: {source: union}` aligns vocabularies"
@@ -186,6 +195,41 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
                 )
 
 
+def _size(config: PretrainedConfig, key: str) -> Any:
+    """What a config says under a key of `_SIZES`, or implies by leaving it out."""
+    value = getattr(config, key, None)
+    heads = getattr(config, "num_attention_heads", None)
+    if value is not None or heads is None:
+        return value
+    if key == "head_dim":
+        return config.hidden_size // heads
+    if key == "num_key_value_heads":
+        return heads
+    return value
+
+
+def untied_if_any_is(
+    job: Job, configs: Mapping[ModelReference, PretrainedConfig]
+) -> PretrainedConfig:
+    """The donor's config, or one like it that does not tie the head to the embedding, where a
+    source has a head of its own. Tied sources then give their embedding for the head.
+    """
+    donor = configs[job.donor]
+    if donor.is_encoder_decoder or not getattr(donor, "tie_word_embeddings", False):
+        return donor
+    untied = [model for model, config in configs.items() if not config.tie_word_embeddings]
+    if not untied:
+        return donor
+    LOG.warning(
+        "%s has a head of its own, and %s ties its head to its embedding: the output's are apart",
+        untied[0],
+        job.donor,
+    )
+    config = copy.deepcopy(donor)
+    config.tie_word_embeddings = False
+    return config
+
+
 def read_headers(
     job: Job,
     configs: Mapping[ModelReference, PretrainedConfig],
@@ -199,11 +243,8 @@ def read_headers(
     vocabulary_may_differ = _vocabulary_may_differ(job)
     headers = {}
     for model in job.sources:
-        merged = merged_lora(model, job.merge_options)
-        is_merged = merged is not None and _is_whole(merged)
-        stored = ModelReference(model=ModelPath(path=str(merged)) if is_merged else model.model)
-        config = stored.config(job.merge_options.trust_remote_code) if is_merged else configs[model]
-        wanted = manifests[model]
+        stored = ModelReference(model=_stored(job, model).model)
+        config, wanted = configs[model], manifests[model]
         headers[model] = _without_prefix(stored_headers(stored, job.merge_options), wanted.prefix)
         _check_headers(model, headers[model], config, wanted, vocabulary_may_differ)
         for name in wanted.tied & headers[model].shapes.keys():
@@ -212,10 +253,36 @@ def read_headers(
 
 
 def output_dtype(job: Job, headers: Mapping[ModelReference, Headers]) -> torch.dtype:
-    """What the configuration says, or else what holds the values of all sources."""
-    return job.dtype or functools.reduce(
-        torch.promote_types, [getattr(torch, source.dtype) for source in headers.values()]
-    )
+    """What the configuration says, or else what holds the values of all sources.
+
+    Where the configuration says nothing, tensors of another dtype are warned about.
+    """
+    if job.dtype is not None:
+        return job.dtype
+    names = {str(model): source.dtype for model, source in headers.items()}
+    dtype = functools.reduce(torch.promote_types, [getattr(torch, name) for name in names.values()])
+    in_words = str(dtype).removeprefix("torch.")
+    if len(set(names.values())) > 1:
+        listed = ", ".join(f"{model} is {name}" for model, name in names.items())
+        LOG.warning(
+            "the sources are of different dtypes (%s), so the output is %s; `dtype:` in the "
+            "configuration chooses another",
+            listed,
+            in_words,
+        )
+    elif dtype.itemsize < torch.float32.itemsize:
+        for model, source in headers.items():
+            others = [name for name, of_tensor in source.dtypes.items() if of_tensor != in_words]
+            if others:
+                LOG.warning(
+                    "%d tensors of %s are not %s like the rest (%s, for one), and stay as they are "
+                    "in the output; `dtype:` in the configuration casts them",
+                    len(others),
+                    model,
+                    in_words,
+                    others[0],
+                )
+    return dtype
 
 
 def _vocabulary_may_differ(job: Job) -> bool:
@@ -245,8 +312,9 @@ def _check_really_tied(
         loader.get_tensor(name), loader.get_tensor(wanted.embedding)
     ):
         raise UserError(
-            f"{name} of {model} has no place in the output, which ties it to the embedding: the "
-            "two differ"
+            f"{name} of {model} differs from the embedding, to which its config ties it: write "
+            "`tie_word_embeddings: false` into its config.json if the head is its own, or remove "
+            "the tensor"
         )
 
 
@@ -257,7 +325,7 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
     try:
         index = model.tensor_index(cache_dir=options.transformers_cache)
     except _UNREADABLE as error:
-        raise UserError(f"cannot read the weights of {model}: {_first_line(error)}") from error
+        raise UserError(f"cannot read the weights of {model}: {first_line(error)}") from error
     shapes, dtypes = {}, {}
     for shard in index.shards:
         path = Path(index.base_path, shard.filename)
@@ -267,7 +335,7 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
             for name, shape, dtype in _shard_headers(index, path):
                 shapes[name], dtypes[name] = shape, dtype
         except _UNREADABLE as error:
-            raise UserError(f"{path} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
         lost = [name for name in shard.contained_keys if name not in shapes]
         if lost:
             raise UserError(f"{path} lacks {lost[0]}, though the index of {model} names it there")
@@ -337,48 +405,7 @@ def _check_headers(
         raise UserError(f"{name} of {model} has no place in the output{hint}")
 
 
-def merged_lora(model: ModelReference, options: MergeOptions) -> Path | None:
-    """Where mergekit keeps the merged model of a LoRA source, whether it is there yet or not."""
-    if not model.lora or not options.lora_merge_cache:
-        return None
-    return Path(options.lora_merge_cache, f"{model.model._unique_id()}_{model.lora._unique_id()}")
-
-
-def merge_loras(job: Job) -> None:
-    """Merge every LoRA source into mergekit's `--lora-merge-cache`, each whole or not at all.
-
-    mergekit takes a directory that exists there for a finished one, so an interrupted merge would
-    spoil the cache.
-    """
-    options = job.merge_options
-    for model in job.sources:
-        merged = merged_lora(model, options)
-        if merged is None:
-            continue
-        if _is_whole(merged):
-            continue
-        shutil.rmtree(merged, ignore_errors=True)
-        partial = merged.parent / f".partial-{os.getpid()}"
-        try:
-            model.merged(
-                cache_dir=str(partial),
-                trust_remote_code=options.trust_remote_code,
-                lora_merge_dtype=options.lora_merge_dtype,
-            )
-            (partial / merged.name).rename(merged)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"cannot merge the LoRA {model.lora} into {model.model}: {_first_line(error)}"
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_whole(merged: Path) -> bool:
-    """mergekit, where it is interrupted, leaves a directory without weights."""
-    return any(merged.glob("*.safetensors*"))
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, and the second where the first announces it."""
     lines = [line.strip() for line in (str(error) or type(error).__name__).strip().splitlines()]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -34,7 +34,8 @@ from .host_cache import (
 )
 from .prefix_labels import without_prefix_labels
 
-_NO_CACHE = "use_cache=False: a sequence MoE keeps its choice in the cache; give coefficients="
+# An argument of `forward`, of `generate` alone: this pass goes over a prompt, of which all chooses.
+_IS_PROMPT = "prompt_chooses"
 _SCORED_AT_ONCE = 4096  # positions whose logits are held at the same time
 # transformers collects these from its direct children alone
 _TAKEN_FROM_TRUNKS = (
@@ -366,6 +367,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"the cache is a {kind}; a sequence MoE needs a SequenceMoECache()")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        is_prompt = kwargs.pop(_IS_PROMPT, False) or cache is not None
         positions = _positions(input_ids, attention_mask, position_ids)
         batch = Batch(input_ids, attention_mask, positions)
         aux_loss: Tensor | None = None
@@ -377,9 +379,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             # Uniform routing chooses nothing, so that a cache need not come back.
             # Nor must it where a pass of somebody's own says that it keeps none.
-            if self.config.routing != "uniform" and (cache is not None or use_cache):
+            if self.config.routing != "uniform" and (is_prompt or use_cache):
                 begin_sequences(self)
-            prefix = self._prefix(batch, whole=cache is not None)
+            prefix = self._prefix(batch, whole=is_prompt)
             keep = cache is not None or use_cache
             coefficients, aux_loss, ran = self._route(batch, prefix, keep=keep)
             if labels is not None and self._chooses_by_prefix():
@@ -550,18 +552,23 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         comparison = _Comparison(self.experts, self.config.base_expert)
         similarities = []
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(base):
+            of_base, of_head = _outside_inference(base), {}
+            if self.config.embedding == "shared":
+                of_head = _outside_inference(self.lm_head)
             for row in range(len(batch.tokens)):
                 comparison.start()
                 # Copies that share the parameters' memory: the parameters' own gradients, which
                 # belong to a training around this, are left alone.
                 leaves = {}
                 for name in names:
-                    leaf = base.get_parameter(name).detach().requires_grad_()
+                    parameter = of_base.get(name, base.get_parameter(name))
+                    leaf = parameter.detach().requires_grad_()
                     leaf.register_post_accumulate_grad_hook(partial(comparison.take, name))
                     leaves[name] = leaf
                 one = batch.of(torch.tensor([row], device=batch.tokens.device)).copied()
                 if scored[row].any():
-                    loss = self._loss_at_base(base, leaves, one, scored[row].clone())
+                    stand_ins = {**of_base, **leaves}
+                    loss = self._loss_at_base(base, stand_ins, of_head, one, scored[row].clone())
                     loss.backward(inputs=list(leaves.values()))
                 similarities.append(comparison.cosines())
         return torch.stack(similarities).to(batch.tokens.device)
@@ -577,19 +584,22 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def _loss_at_base(
         self,
         base: nn.Module,
-        leaves: dict[str, Tensor],
+        of_base: dict[str, Tensor],
+        of_head: dict[str, Tensor],
         one: Batch,
         scored: Tensor,
     ) -> Tensor:
         """The base expert's mean loss on a batch of one, at the tokens `scored` (length,).
 
-        `leaves` stand in for parameters of the same names.
+        `of_base` and `of_head`, the shared head's, stand in for parameters of the same names.
         """
-        shared = self._embedded(one)
+        with torch.no_grad():
+            shared = self._embedded(one)
         if shared is None:
-            logits = functional_call(base, leaves, (one,), {"with_head": True})
+            logits = functional_call(base, of_base, (one,), {"with_head": True})
         else:
-            logits = self.lm_head(functional_call(base, leaves, (one, shared)))
+            hidden = functional_call(base, of_base, (one, shared))
+            logits = functional_call(self.lm_head, of_head, (hidden,))
         logits = self._capped(logits, self.config.logit_softcaps[self.config.base_expert])
         columns = scored.nonzero()[:, 0].to(logits.device)
         targets = one.tokens[0, columns.to(one.tokens.device)]
@@ -713,9 +723,29 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache is False:
             if model_kwargs.get("coefficients") is None and self.config.routing != "uniform":
-                raise ValueError(_NO_CACHE)
+                if generation_config.guidance_scale not in (None, 1):
+                    raise ValueError(
+                        "guidance_scale with use_cache=False: nothing keeps the choice of the "
+                        "prompt beside it; leave use_cache out, or give coefficients="
+                    )
+                model_kwargs[_IS_PROMPT] = True
         elif cache_in(model_kwargs) is None:
             model_kwargs[OUTPUT_NAME] = SequenceMoECache()
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers' own; without a cache the prompt's choice goes along as `coefficients`.
+
+        Each step then passes over everything, and rows stay with their prompts, in beam search too.
+        """
+        if model_kwargs.pop(_IS_PROMPT, False):
+            model_kwargs["coefficients"] = outputs.coefficients
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -786,6 +816,21 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in in_training:
             part.training = True
+
+
+def _outside_inference(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters that were made or moved in inference mode, by name.
+
+    Autograd refuses such tensors anywhere, also where none of their own gradients is asked for.
+    Buffers of the kind are replaced in the module itself, since a forward pass may set them (rotary
+    frequencies that grow), which would be lost in a copy.
+    """
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_inference():
+                setattr(part, name, buffer.clone())
+    named = module.named_parameters()
+    return {name: each.detach().clone() for name, each in named if each.is_inference()}
 
 
 def _chosen(coefficients: Tensor) -> list[int]:

@@ -33,10 +33,12 @@ from .configuration_wemoe import Ensembling, config_class
 from .host_cache import generating, with_cache_renamed
 from .prefix_labels import without_prefix_labels
 from .wemoe_calls import (
+    IS_PROMPT,
     OUTSIDE,
     CoefficientRouter,
     Current,
     EnsembleCall,
+    mask_of_group,
     mean,
     running_mean,
     samples_in,
@@ -71,6 +73,7 @@ class Ensemble:
         if self.ensembling.heads:
             self._swap_head()
         self.routers: Any = nn.ModuleDict()
+        self._masks: dict[str, str] = {}  # by group, the argument that tells its padding
         for index, (name, linears) in enumerate(self.ensembling.groups.items()):
             key = "0" if self.ensembling.shared_router else str(index)
             if self.ensembling.per_tensor:
@@ -96,6 +99,7 @@ class Ensemble:
         elif self.routers[key].width != width:
             widths = f"{self.routers[key].width} and {width}"
             raise ValueError(f"shared_router: one router cannot read widths of {widths} ({name})")
+        self._masks[name] = mask_of_group(self, name)  # type: ignore[arg-type]
         # Looked up after swapping: OPT's is a linear module itself.
         group = self.get_submodule(name)  # type: ignore[attr-defined]
         group.register_forward_pre_hook(partial(_choose, self, name, key), with_kwargs=True)
@@ -201,6 +205,7 @@ class Ensemble:
         self._check_override(arguments.get("coefficients"), samples_in(arguments))
         call = EnsembleCall(self, arguments)
         arguments.pop("coefficients", None)
+        arguments.pop(IS_PROMPT, None)
         call.head = self._chosen_head(arguments.pop("task", None))
         labels = arguments.get("labels")
         if not self.ensembling.heads:
@@ -257,7 +262,7 @@ class Ensemble:
     def _prefix(self, call: EnsembleCall, h: Tensor) -> Tensor:
         """Which tokens of h (samples, tokens, width) choose: (samples, tokens)."""
         real = call.real(h, in_decoder=False)
-        if call.fills_cache:
+        if call.fills_cache or call.is_prompt:
             return real
         return real & (real.cumsum(dim=1) <= self.ensembling.routing_tokens)
 
@@ -278,7 +283,7 @@ class Ensemble:
             shape = tuple(h.shape)
             raise ValueError(f"cannot tell samples apart in an input of shape {shape} of {name}")
         in_decoder = call.is_encoder_decoder and "decoder" in name.split(".")
-        real = call.real(h, in_decoder=in_decoder)
+        real = call.real(h, in_decoder=in_decoder, mask_name=self._masks[name])
         # An encoder, a classifier or a vision model predicts no next token: all tokens choose.
         if not call.generates or (call.is_encoder_decoder and not in_decoder):
             return mean(router(h).to(h.device), real)
@@ -306,6 +311,10 @@ class Ensemble:
         `past_key_values=` it takes all of them, as `generate` does. `ValueError` in `running`.
         """
         self(**inputs)  # type: ignore[operator]
+        return self._last_coefficients()
+
+    def _last_coefficients(self) -> Tensor:
+        """What the routers gave in the last pass: (samples, groups, experts)."""
         last = self._current.last or {}
         values = [last[name] for name in self.ensembling.groups]
         if any(value.ndim == 3 for value in values):
@@ -335,11 +344,44 @@ class Ensemble:
             raise ValueError(
                 "prefill_chunk_size: the whole prompt chooses in mode frozen; leave it out",
             )
-        if config.use_cache is False:
+        if config.use_cache is False and config.guidance_scale not in (None, 1):
             raise ValueError(
-                "use_cache=False: mode frozen keeps its choice in the cache; give coefficients=",
+                "guidance_scale with use_cache=False: nothing keeps the choice of the prompt "
+                "beside it; leave use_cache out, or give coefficients=",
             )
         return prepared
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+    ) -> Any:
+        is_decoder = not self.config.is_encoder_decoder  # type: ignore[attr-defined]
+        is_frozen = is_decoder and self.ensembling.mode == "frozen"
+        is_free = self.ensembling.router_layers and model_kwargs.get("coefficients") is None
+        if generation_config.use_cache is False and is_frozen and is_free:
+            model_kwargs[IS_PROMPT] = True
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args
+        )
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers' own; without a cache the prompt's choice goes along as `coefficients`.
+
+        Each step then passes over everything, and rows stay with their prompts, in beam search too.
+        """
+        if model_kwargs.pop(IS_PROMPT, False):
+            model_kwargs["coefficients"] = self._last_coefficients()
+        return super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, *args, **kwargs
+        )
 
 
 class TaskHeads(nn.ModuleList):

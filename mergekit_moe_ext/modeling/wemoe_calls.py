@@ -4,6 +4,7 @@ Routers give one set of coefficients per sample, the mean over its tokens. In a 
 and is in mode `running` they give one at every position, the mean over the tokens up to it.
 """
 
+import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from .configuration_wemoe import Ensembling
 from .host_cache import (
@@ -22,6 +24,8 @@ from .host_cache import (
     refuse_other_caches,
 )
 
+# An argument of `forward`, of `generate` alone: this pass goes over a prompt, of which all chooses.
+IS_PROMPT = "prompt_chooses"
 OUTSIDE = (
     "a weight-ensembling module must be called through its model, which knows samples and padding"
 )
@@ -32,6 +36,10 @@ _INPUTS = (
     "decoder_input_ids",
     "decoder_inputs_embeds",
 )
+# The arguments that tell padding, of tokens and of what an image was cut into (SigLIP 2).
+_TOKEN_MASK = "attention_mask"
+_IMAGE_MASK = "pixel_attention_mask"
+_TAKES_OTHERS = {"pixel_values", "input_features", "input_values", "query_embeds"}
 
 
 class Current(threading.local):
@@ -128,7 +136,7 @@ class EnsembleCall:
         self.is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         is_running = self.is_encoder_decoder or model.ensembling.mode == "running"
         self.runs = self.generates and is_running
-        self.mask = arguments.get("attention_mask")
+        self.masks = {name: arguments.get(name) for name in (_TOKEN_MASK, _IMAGE_MASK)}
         self.decoder_mask = arguments.get("decoder_attention_mask")
         self.override = arguments.get("coefficients")
         self.samples = samples_in(arguments)
@@ -139,6 +147,7 @@ class EnsembleCall:
         self.cache: Any = cache_in(arguments)
         self.keeps_no_cache = arguments.get("use_cache") is False
         self.uses_cache = self.cache is not None or arguments.get("use_cache") is True
+        self.is_prompt = bool(arguments.get(IS_PROMPT))
         if self.cache is not None and self.cache.is_compileable:
             raise ValueError(
                 "a static cache does not show which tokens are padding: leave cache_implementation "
@@ -186,7 +195,7 @@ class EnsembleCall:
             )
         # Running means without a cache start anew in every pass, which goes over the whole
         # sequence. A pass of the user's own with use_cache=False is not a step of a generation.
-        counts = self.uses_cache or not (self.runs or self.keeps_no_cache)
+        counts = self.uses_cache or self.is_prompt or not (self.runs or self.keeps_no_cache)
         if not self.past and not self.has_begun and counts:
             begin_sequences(self.model)
             self.has_begun = True
@@ -204,17 +213,43 @@ class EnsembleCall:
             filled_cache.__class__ = following(cache_class, Carrying)
         filled_cache.carried = self.carried
 
-    def real(self, h: Tensor, *, in_decoder: bool) -> Tensor:
+    def real(self, h: Tensor, *, in_decoder: bool, mask_name: str = _TOKEN_MASK) -> Tensor:
         """Booleans (samples, tokens): whether each token of h (samples, tokens, width) is not
         padding.
+
+        `mask_name` is the argument that says so (`mask_of_group`), outside a decoder beside an
+        encoder.
         """
         # The mask covers the cached tokens, too, of which an encoder has none. A mask of another
         # shape (4-D, say) does not tell padding.
-        mask = self.decoder_mask if in_decoder and self.is_encoder_decoder else self.mask
+        mask = self.masks[mask_name]
+        if in_decoder and self.is_encoder_decoder:
+            mask = self.decoder_mask
         past = 0 if self.is_encoder_decoder and not in_decoder else self.past
         if not isinstance(mask, Tensor) or mask.shape != (len(h), past + h.shape[1]):
             return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
         return mask[:, past:].bool().to(h.device)
+
+
+def mask_of_group(model: nn.Module, group: str) -> str:
+    """The argument of `forward` that says which tokens of this group's input are padding.
+
+    Of two towers each has its own tokens, and a text's mask says nothing of images. The tower of a
+    group is the innermost module around it that takes token ids, or something else in their place.
+    """
+    path = group.split(".")
+    for depth in range(len(path), 0, -1):
+        module = model.get_submodule(".".join(path[:depth]))
+        takes = set(inspect.signature(module.forward).parameters)
+        if "input_ids" in takes:
+            return _TOKEN_MASK
+        # A model inside another that takes neither, nor a mask (the visual part of Qwen2-VL).
+        is_model_of_its_own = isinstance(module, PreTrainedModel) and _TOKEN_MASK not in takes
+        if takes & _TAKES_OTHERS or is_model_of_its_own:
+            return _IMAGE_MASK
+    takes = set(inspect.signature(model.forward).parameters)
+    is_of_images_alone = _IMAGE_MASK in takes and "input_ids" not in takes
+    return _IMAGE_MASK if is_of_images_alone else _TOKEN_MASK
 
 
 def samples_in(arguments: dict[str, Any]) -> int | None:

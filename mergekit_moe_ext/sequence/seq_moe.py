@@ -68,6 +68,9 @@ class SeqMoe(StructuralMethod):
         donor = decoders[job.donor]
         manifests = {model: decoder.manifest for model, decoder in decoders.items()}
         headers = read_headers(job, configs, manifests)
+        # Where they share one head: the name that it has in a model which does not tie it, if any.
+        is_tied = all(decoder.is_tied for decoder in decoders.values())
+        headed = next((each for each in decoders.values() if each.is_tied == is_tied), donor)
         base = _base_expert(job)
         _check_task_vector_layers(options, donor.config.num_hidden_layers)
         patterns = _shared_patterns(donor, options)
@@ -84,7 +87,7 @@ class SeqMoe(StructuralMethod):
             embedding="shared" if options.embedding == "merged" else "separate",
             base_expert=base,
             hidden_size=donor.widths[0],
-            tie_word_embeddings=options.embedding == "merged" and donor.is_tied,
+            tie_word_embeddings=options.embedding == "merged" and is_tied,
             head_bias="bias" in donor.head,
             shared_parameters=patterns,
             task_vector_layers=options.task_vector_layers,
@@ -104,13 +107,17 @@ class SeqMoe(StructuralMethod):
                     copies[f"experts.{index}.trunk.{name}"] = copied(model, name)
                 elif index == 0:
                     shared[f"experts.0.trunk.{name}"] = donor.manifest.shared_tensor(name)
-        for part, tensors in (("embed_tokens", donor.embedding), ("lm_head", donor.head)):
-            for key, name in tensors.items():
-                if options.embedding == "merged":
-                    shared[f"{part}.{key}"] = donor.manifest.shared_tensor(name)
-                    continue
-                for index, model in enumerate(job.experts):
-                    copies[f"experts.{index}.{part}.{key}"] = copied(model, name)
+        if options.embedding == "merged":
+            for key, name in headed.embedding.items():
+                shared[f"embed_tokens.{key}"] = headed.manifest.shared_tensor(name)
+            for key, name in headed.head.items():
+                shared[f"lm_head.{key}"] = headed.manifest.shared_tensor(name)
+        else:
+            for index, model in enumerate(job.experts):
+                for key, name in decoders[model].embedding.items():
+                    copies[f"experts.{index}.embed_tokens.{key}"] = copied(model, name)
+                for key, name in decoders[model].head.items():
+                    copies[f"experts.{index}.lm_head.{key}"] = copied(model, name)
         return Plan(
             config=config,
             num_experts=len(job.experts),

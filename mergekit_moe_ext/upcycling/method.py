@@ -32,6 +32,7 @@ from mergekit_moe_ext.merging.sources import (
     output_dtype,
     read_configs,
     read_headers,
+    untied_if_any_is,
 )
 from mergekit_moe_ext.merging.tasks import Filled, StackedExperts
 from mergekit_moe_ext.upcycling.families import upcycling_for
@@ -105,10 +106,11 @@ class MoeMethod(StructuralMethod):
         family = upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
         check_same_size(job, configs)
         experts_per_token = _experts_per_token(job, family)
+        donor = untied_if_any_is(job, configs)
         config = family.output_config(
-            configs[job.donor], len(experts), experts_per_token, **_options_of_family(job, family)
+            donor, len(experts), experts_per_token, **_options_of_family(job, family)
         )
-        dense = manifest_of(configs[job.donor])
+        dense = manifest_of(donor)
         headers = read_headers(job, configs, dict.fromkeys(configs, dense))
         dtype = output_dtype(job, headers)
         config.dtype = dtype

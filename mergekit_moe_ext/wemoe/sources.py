@@ -11,7 +11,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import Manifest, hub_names, hub_state, manifest_from
 from mergekit_moe_ext.merging.method import Job
-from mergekit_moe_ext.merging.sources import Headers, check_same_size, read_configs, read_headers
+from mergekit_moe_ext.merging.sources import (
+    Headers,
+    check_same_size,
+    read_configs,
+    read_headers,
+    untied_if_any_is,
+)
 from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
 from mergekit_moe_ext.wemoe.clip_heads import (
     ClipHead,
@@ -82,6 +88,11 @@ def read_sources(job: Job, method: str) -> Sources:
     manifests |= {model: with_projection(manifests[model], configs[model]) for model in projecting}
     headers = read_headers(job, configs, manifests)
     network, state = networks[base]
+    untied = untied_if_any_is(job, configs)
+    if untied is not configs[base]:
+        configs[base] = untied
+        network, state = hub_state(untied)
+        manifests[base] = manifest_from(network, state)
     stored = hub_names(network, state)
     return Sources(base, configs, headers, network, manifests[base], stored, clip_heads, projecting)
 

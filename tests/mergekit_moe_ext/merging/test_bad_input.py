@@ -88,7 +88,10 @@ def refused(here, config, *fragments, **options):
         (document(models=["base", "./nowhere"]), ["./nowhere does not exist"]),
         (document(base="./nowhere"), ["./nowhere does not exist"]),
         (document(models=["base", {"model": "./math+./lora"}]), ["./lora does not exist"]),
-        (document(models=["base", {"model": "./math+./code"}]), ["--lora-merge-cache"]),
+        (
+            document(models=["base", {"model": "./math+./code"}]),
+            ["./code", "is no LoRA", "adapter_config.json"],
+        ),
         (
             document(models=["math", {"model": "./math", "parameters": {"weight": 2.0}}]),
             ["./math", "more than once", "agree"],

@@ -1,101 +1,16 @@
-"""What mergekit offers keeps working: LoRA sources, tokenizers, chat templates, mergekit-multi, the
+"""What mergekit offers keeps working: tokenizers, chat templates, mergekit-multi, the
 card.
 """
 
 import json
 
-import click
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import document, make_model, merge, read_tensors, run, same_files
+from tests.conftest import document, make_model, merge, read_tensors, run
 from tests.tokenizers import save_tokenizer
-
-
-def make_lora(base, path, seed):
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(path)
-
-
-@pytest.fixture
-def loras(here):
-    """./lora-a and ./lora-b on ./base."""
-    for seed, name in enumerate(("lora-a", "lora-b")):
-        make_lora(here / "base", here / name, seed)
-    return here
-
-
-LORA_MODELS = ["base", {"model": "./base+./lora-a"}, {"model": "./base+./lora-b"}]
-
-
-def test_lora_sources_equal_merged_ones(loras):
-    from peft import PeftModel
-
-    for name in ("lora-a", "lora-b"):
-        model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("base"), name)
-        model.merge_and_unload().save_pretrained(f"{name}-merged")
-    parameters = {"density": 0.8, "weight": 1.0}
-    loras_out = merge(
-        document("moe_ties", LORA_MODELS, parameters=parameters), "loras", lora_merge_cache="cache"
-    )
-    merged_out = merge(
-        document("moe_ties", ["base", "lora-a-merged", "lora-b-merged"], parameters=parameters)
-    )
-    expected, got = read_tensors(merged_out), read_tensors(loras_out)
-    assert expected.keys() == got.keys() and all(
-        torch.equal(expected[name], got[name]) for name in expected
-    )
-
-
-def test_an_interrupted_lora_merge_does_not_spoil_the_cache(loras, monkeypatch):
-    config = document("moe_linear", LORA_MODELS)
-    save = LlamaForCausalLM.save_pretrained
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_args, **_kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        merge(config, lora_merge_cache="cache")
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
-    assert merge(config, lora_merge_cache="cache").exists()
-    assert len(list((loras / "cache").iterdir())) == 2
-    # What mergekit itself leaves behind when it is interrupted: a directory without weights.
-    merged = sorted((loras / "cache").iterdir())[0]
-    (merged / "model.safetensors").unlink()
-    assert same_files(merge(config, "again", lora_merge_cache="cache"), loras / "out")
-
-
-def test_a_lora_that_unties_the_head_is_not_lost(here):
-    make_model(here / "tied", 0, tie_word_embeddings=True)
-    model = LlamaForCausalLM.from_pretrained("tied")
-    config = LoraConfig(
-        r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lm_head.modules_to_save" in name:
-                parameter.add_(1.0)
-    adapted.save_pretrained("headed")
-    merged = {"model": "./tied+./headed"}
-    with pytest.raises(
-        click.ClickException, match=r"lm_head\.weight of \./tied\+\./headed has no place"
-    ):
-        merge(document(models=["tied", merged], base="./tied"), lora_merge_cache="cache")
-    assert not (here / "out").exists()
-
-
-def test_a_lora_of_another_base_is_explained(loras):
-    make_model(loras / "wide", 0, hidden_size=64)
-    make_lora(loras / "wide", loras / "lora-wide", 0)
-    models = ["base", {"model": "./base+./lora-wide"}]
-    with pytest.raises(
-        click.ClickException, match=r"cannot merge the LoRA \./lora-wide .*: .*size mismatch"
-    ):
-        merge(document(models=models), lora_merge_cache="cache")
 
 
 @pytest.fixture

@@ -243,7 +243,7 @@ def test_each_token_costs_the_chosen_experts_alone(sources):
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
-        ({"use_cache": False}, "give coefficients="),
+        ({"use_cache": False, "guidance_scale": 2.0}, "guidance_scale.*give coefficients="),
         ({"prompt_lookup_num_tokens": 2}, "assisted generation|assisted decoding|stateful"),
         ({"coefficients": torch.ones(2, 5)}, r"\(2, 3\)"),
     ],
@@ -256,6 +256,26 @@ def test_refused(model, options, message):
 def test_an_assistant_is_refused(model, sources):
     with pytest.raises(ValueError, match=r"assisted generation|assisted decoding|stateful"):
         model.generate(words(1), assistant_model=sources[0], **GREEDY)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_without_a_cache_the_prompt_s_choice_stays(sources, routing, options):
+    """A prompt that is longer than the prefix of a plain pass; of a base whose generation_config
+    says `use_cache: false`, say.
+    """
+    model = routed(sources, routing, routing_tokens=4)
+    ids, mask = padded(words(4), (0, 3, 7, 1), "left")
+    expected = model.generate(ids, attention_mask=mask, **GREEDY, **options)
+    calls = Calls(model)
+    model.generation_config.use_cache = False
+    got = model.generate(ids, attention_mask=mask, **GREEDY, **options)
+    assert torch.equal(got, expected)
+    assert max(length for calls_of in calls.take() for _, length in calls_of) == 12 + 5
+    # a plain pass in between has its own prefix again
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask).coefficients
+    assert torch.equal(before, routed(sources, routing, routing_tokens=4)(ids, mask).coefficients)
 
 
 def test_uniform_needs_no_cache(sources):

@@ -261,6 +261,29 @@ def test_task_vector_with_frozen_parameters_and_without_gradients(tuned):
 
 
 @pytest.mark.parametrize("embedding", ["separate", "shared"])
+@pytest.mark.parametrize("rope_type", ["default", "dynamic"])
+def test_task_vector_of_a_model_that_was_made_or_moved_in_inference_mode(embedding, rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    sources = fine_tunes(3, rope_parameters=rope, max_position_embeddings=8)
+    shares = {"embed": sources[0].get_input_embeddings(), "head": sources[0].lm_head}
+    config = {"routing": "task_vector", "experts_per_sequence": 3}
+    config |= shares if embedding == "shared" else {}
+    ids = words(2)
+    expected = mixture(sources, **config)(ids).coefficients
+    moved = mixture(sources, **config)
+    with torch.inference_mode():
+        moved.double().float()
+        made = mixture(sources, **config)
+        for model in (moved, made):
+            assert next(model.parameters()).is_inference()
+            torch.testing.assert_close(model(ids.clone()).coefficients, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(made(ids).coefficients, expected)
+    with torch.inference_mode():  # which makes the frequencies of `dynamic` grow
+        assert made.generate(ids.clone(), max_new_tokens=2, do_sample=False).shape[1] == 14
+
+
+@pytest.mark.parametrize("embedding", ["separate", "shared"])
 @pytest.mark.parametrize("layers", [None, [0]])
 def test_task_vector_leaves_gradients_alone(tuned, embedding, layers):
     own = (

@@ -414,8 +414,8 @@ def test_generates_what_plain_passes_say(family, mode):
         uncached = model.generate(
             **batch, **GREEDY, pad_token_id=0, coefficients=given, use_cache=False
         )
-    else:
-        uncached = model.generate(**batch, **GREEDY, pad_token_id=0, use_cache=False)
+        assert torch.equal(uncached, out)
+    uncached = model.generate(**batch, **GREEDY, pad_token_id=0, use_cache=False)
     assert torch.equal(uncached, out)
 
 
@@ -478,8 +478,8 @@ def test_what_a_cache_carries_follows_its_rows():
                 cache.crop(1)
         cache.reset()
         if mode == "frozen":
-            with pytest.raises(ValueError, match="give coefficients="):
-                model.generate(ids, use_cache=False)
+            with pytest.raises(ValueError, match=r"guidance_scale.*give coefficients="):
+                model.generate(ids, use_cache=False, guidance_scale=2.0)
             with pytest.raises(ValueError, match="prefill_chunk_size"):
                 model.generate(ids, prefill_chunk_size=2)
 

@@ -1,7 +1,9 @@
 """The `moe` methods: what they write, compared with what cannot share their mistakes."""
 
 import json
+from pathlib import Path
 
+import click
 import pytest
 import torch
 from torch.nn import functional
@@ -254,14 +256,6 @@ def test_gates_have_the_architecture_s_initializer_range(tmp_path, monkeypatch):
         )
 
 
-def test_sources_of_several_dtypes_are_promoted(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_model(tmp_path / "base", 0, dtype=torch.bfloat16)
-    make_model(tmp_path / "math", 1)
-    out = merge(document(models=["base", "math"]))
-    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
-
-
 def test_without_a_seed_the_seed_is_the_one_on_the_card(here):
     config = document("moe_dare", parameters={"density": 0.5})
     merge(config, "other", random_seed=3)
@@ -283,6 +277,27 @@ def test_remote_code_of_a_source_is_not_the_output_s(here):
     edited_config(here, "remote", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     out = merge(document(models=["remote", "math"], base=None))
     assert "auto_map" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads"])
+def test_what_one_config_says_and_another_implies_is_the_same(tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math")):
+        make_model(tmp_path / name, seed, family="qwen2", num_key_value_heads=4)
+    expected = read_tensors(merge(document(models=["base", "math"]), "expected"))
+    config = json.loads(Path("math/config.json").read_text())
+    assert config.get("head_dim") is None
+    config |= {"head_dim": 8}
+    if key == "num_key_value_heads":
+        config |= {"num_key_value_heads": None}
+    Path("math/config.json").write_text(json.dumps(config))
+    got = read_tensors(merge(document(models=["base", "math"])))
+    assert expected.keys() == got.keys() and all(
+        torch.equal(expected[name], got[name]) for name in expected
+    )
+    Path("math/config.json").write_text(json.dumps(config | {"head_dim": 16}))
+    with pytest.raises(click.ClickException, match="`head_dim` is 16, not 8"):
+        merge(document(models=["base", "math"]), "other")
 
 
 def test_a_donor_that_names_no_architecture(here):

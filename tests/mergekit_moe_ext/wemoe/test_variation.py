@@ -252,6 +252,7 @@ def test_what_auto_cannot_measure_is_refused(here, tmp_path):
     document = wemoe(upscale="auto")
     document["models"][0]["model"] = "./base+./lora"
     (here / "lora").mkdir()
+    (here / "lora" / "adapter_config.json").write_text("{}")
     refused(
         here, document, "upscale: auto", "merge each LoRA", lora_merge_cache=str(tmp_path / "cache")
     )
