@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.staging import check_file
 
 
 def pyplot() -> Any:
@@ -19,17 +20,9 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def check_new_file(path: Path) -> None:
-    """`UserError` if the file exists or cannot be written."""
-    if path.exists():
-        raise UserError(f"{path} exists and is not overwritten; remove it or name another")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no directory {path.parent}")
-
-
 def check_new_figure(path: Path) -> None:
     """`UserError`, before any work, if the figure could not be written there."""
-    check_new_file(path)
+    check_file(path)
     formats = pyplot().figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
         raise UserError(f"{path}: figures are written as {', '.join(formats)}")

@@ -13,8 +13,9 @@ import click
 
 import mergekit_moe_ext
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
+from _mergekit_moe_ext_common.figures import check_new_figure
 from _mergekit_moe_ext_common.options import DeferredCommand, Reading, options_of
+from _mergekit_moe_ext_common.staging import check_file
 from mergekit_moe_ext import commands
 from mergekit_moe_ext.recipes import Adaptation, Recipe
 
@@ -134,7 +135,7 @@ def usage(
     if plot:
         check_new_figure(plot)
     if output:
-        check_new_file(output)
+        check_file(output)
     counted = commands.count_usage(
         model,
         data,
@@ -148,9 +149,9 @@ def usage(
     from mergekit_moe_ext.mixtures.plots import plot_usage
     from mergekit_moe_ext.mixtures.usage import table
 
+    click.echo(table(counted))  # first, so that it is seen even where the file cannot be written
     if output:
         counted.write(output)
-    click.echo(table(counted))
     if plot:
         plot_usage(counted, plot)
 

@@ -1,8 +1,9 @@
 """What the adapter's README.md says beyond PEFT's card: that loading it takes one more import."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from _mergekit_moe_ext_common.cards import in_markdown, renew_section, without_local_models
 
 _HEADING = "## Routed LoRA"
 
@@ -10,18 +11,18 @@ _HEADING = "## Routed LoRA"
 def extend(directory: str, experts: Sequence[str], general: Sequence[str], router: str) -> None:
     """Put our section into the card that PEFT has written: beside the adapter, or above one that
     has a name.
+
+    PEFT names the base model by its path; a path of this machine is taken out.
     """
     own, above = Path(directory) / "README.md", Path(directory).parent / "README.md"
     path = own if own.exists() else above
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if "library_name: peft" not in text:
         return
-    text = re.sub(rf"\n*{_HEADING}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
-    less = f", less the mean of {', '.join(general)}," if general else ""
+    less = f", less the mean of {', '.join(map(in_markdown, general))}," if general else ""
+    names = ", ".join(map(in_markdown, experts))
     lines = [
-        _HEADING,
-        "",
-        f"{len(experts)} LoRA experts ({', '.join(experts)}){less} and the router `{router}` in "
+        f"{len(experts)} LoRA experts ({names}){less} and the router {in_markdown(router)} in "
         "one adapter. `pip install mergekit-moe-ext`, and import `peft_routing` before loading; "
         "without it PEFT says `KeyError: 'ROUTED_LORA'`.",
         "",
@@ -31,6 +32,6 @@ def extend(directory: str, experts: Sequence[str], general: Sequence[str], route
         "",
         'model = PeftModel.from_pretrained(base_model, "this directory or repository")',
         "```",
-        "",
     ]
-    path.write_text(text.rstrip() + "\n\n" + "\n".join(lines), encoding="utf-8")
+    text = renew_section(without_local_models(text), _HEADING, lines)
+    path.write_text(text, encoding="utf-8")

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
+from _mergekit_moe_ext_common.figures import check_new_figure
 from _mergekit_moe_ext_common.options import DeferredCommand, Reading, fields_as_options, options_of
+from _mergekit_moe_ext_common.staging import check_file
 from peft_routing import commands
 from peft_routing.recipes import LEARNING_RATES, Recipe
 
@@ -268,7 +269,7 @@ def inspect(
     if plot:
         check_new_figure(plot)
     if output:
-        check_new_file(output)
+        check_file(output)
     inspected = commands.inspect(
         adapter,
         data,
@@ -279,9 +280,9 @@ def inspect(
     )
     from peft_routing import inspection
 
+    click.echo(inspection.table(inspected))  # first, so that it is seen even where the file fails
     if output:
         inspected.write(output)
-    click.echo(inspection.table(inspected))
     if plot:
         inspection.plot(inspected, plot)
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.card import model_in_markdown
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import output_dtype, read_configs, read_headers
 from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
@@ -237,11 +238,11 @@ def _projector(
 
 def _notes(job: Job, rows: Mapping[ModelReference, TokenRows], vocab_size: int) -> str:
     known = "\n".join(
-        f"- {model}: {int((rows[model].own >= 0).sum())} of {vocab_size}"
+        f"- {model_in_markdown(model)}: {int((rows[model].own >= 0).sum())} of {vocab_size}"
         for model in job.sources
         if model in rows
     )
-    return f"Tokens of {job.donor} that each source has:\n\n{known}"
+    return f"Tokens of {model_in_markdown(job.donor)} that each source has:\n\n{known}"
 
 
 HETERO_MOE = HeteroMoe(
