@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.staging import check_file
+from _mergekit_moe_ext_common.staging import check_new_file
 
 
 def pyplot() -> Any:
@@ -22,7 +22,7 @@ def pyplot() -> Any:
 
 def check_new_figure(path: Path) -> None:
     """`UserError`, before any work, if the figure could not be written there."""
-    check_file(path)
+    check_new_file(path)
     formats = pyplot().figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
         raise UserError(f"{path}: figures are written as {', '.join(formats)}")

@@ -111,7 +111,7 @@ def check_output(out_path: str) -> Path:
     return out
 
 
-def check_file(path: Path) -> None:
+def check_new_file(path: Path) -> None:
     """`UserError` if the file exists or cannot be written."""
     _check_name(path, path.name)
     if os.path.lexists(path):

@@ -15,7 +15,7 @@ import mergekit_moe_ext
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.figures import check_new_figure
 from _mergekit_moe_ext_common.options import DeferredCommand, Reading, options_of
-from _mergekit_moe_ext_common.staging import check_file
+from _mergekit_moe_ext_common.staging import check_new_file
 from mergekit_moe_ext import commands
 from mergekit_moe_ext.recipes import Adaptation, Recipe
 
@@ -135,7 +135,7 @@ def usage(
     if plot:
         check_new_figure(plot)
     if output:
-        check_file(output)
+        check_new_file(output)
     counted = commands.count_usage(
         model,
         data,

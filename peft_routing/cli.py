@@ -9,7 +9,7 @@ import click
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.figures import check_new_figure
 from _mergekit_moe_ext_common.options import DeferredCommand, Reading, fields_as_options, options_of
-from _mergekit_moe_ext_common.staging import check_file
+from _mergekit_moe_ext_common.staging import check_new_file
 from peft_routing import commands
 from peft_routing.recipes import LEARNING_RATES, Recipe
 
@@ -269,7 +269,7 @@ def inspect(
     if plot:
         check_new_figure(plot)
     if output:
-        check_file(output)
+        check_new_file(output)
     inspected = commands.inspect(
         adapter,
         data,

@@ -33,7 +33,7 @@ NAMES = (
     "=====",
     "---",
     "> quoted",
-    'quote " and \' quote',
+    "quote \" and ' quote",
 )
 
 
@@ -72,7 +72,7 @@ def test_a_name_stays_in_its_cell(name):
 @pytest.mark.parametrize("text", ["a: 1", "```\n# out\n```", "a\n````\nb\n`````"])
 def test_code_stays_in_its_block(text):
     tokens = MarkdownIt("commonmark").parse(fenced(text, "yaml") + "\n\nafter")
-    assert [token.type for token in tokens][0] == "fence"
+    assert tokens[0].type == "fence"
     assert tokens[0].content == text + "\n" and tokens[0].info == "yaml"
     assert tokens[2].content == "after"
 
@@ -127,7 +127,12 @@ def test_metadata_names_models_of_the_hub_alone():
 
 @pytest.mark.parametrize(
     "text",
-    ["# Card", "---\nbase_model: owner/name\n---\n# Card", "---\n: [\n---\n# Card", "---\n- a\n---\n"],
+    [
+        "# Card",
+        "---\nbase_model: owner/name\n---\n# Card",
+        "---\n: [\n---\n# Card",
+        "---\n- a\n---\n",
+    ],
 )
 def test_other_cards_stay_as_they_are(text):
     assert without_local_models(text) == text
