@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.staging import check_new_file
 
 
 def pyplot() -> Any:
@@ -17,14 +18,6 @@ def pyplot() -> Any:
     import matplotlib.pyplot
 
     return matplotlib.pyplot
-
-
-def check_new_file(path: Path) -> None:
-    """`UserError` if the file exists or cannot be written."""
-    if path.exists():
-        raise UserError(f"{path} exists and is not overwritten; remove it or name another")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no directory {path.parent}")
 
 
 def check_new_figure(path: Path) -> None:

@@ -5,15 +5,18 @@ What each of them trains, on what and by which Trainer, is its own; the steps ar
 """
 
 import json
+import math
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
+from _mergekit_moe_ext_common.cards import in_markdown
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import silence
 from _mergekit_moe_ext_common.options import Reading, TrainingOptions
@@ -105,9 +108,26 @@ class Run:
                     f"{earlier.get(name)}, not {value}"
                 )
 
-    def check_room(self, needed: int) -> None:
-        """`UserError` where the output's disk has fewer than `needed` bytes free."""
-        check_room(self.out, needed)
+    def check_room(
+        self,
+        output: int,
+        checkpoint: int,
+        arguments: TrainingArguments,
+        rows: int,
+    ) -> None:
+        """`UserError` where the disk lacks room for the output and the checkpoints before it.
+
+        `output` and `checkpoint` are their sizes in bytes; every part trains on so many `rows`, and
+        keeps its checkpoints until the output is written.
+        """
+        written = checkpoints_written(arguments, rows)
+        kept = min(written, arguments.save_total_limit or written)
+        number = kept * len(self.starts)
+        if written > kept:
+            number += 1  # the oldest goes when the next is whole
+        for part in self.starts:
+            number -= len(_complete_checkpoints(self.checkpoints / part))
+        check_room(self.out, output, max(0, number) * checkpoint)
 
     def train(self, trainer: Trainer, part: str = "") -> None:
         """Trains one part, from where it starts, and waits until all processes have.
@@ -150,6 +170,25 @@ class Run:
         (self.checkpoints / _SETTINGS).unlink(missing_ok=True)
         with suppress(OSError):
             self.checkpoints.rmdir()
+
+
+def checkpoints_written(arguments: TrainingArguments, rows: int) -> int:
+    """How many checkpoints one training on so many rows writes; none of its last step."""
+    steps = arguments.max_steps
+    if steps <= 0:
+        batch = arguments.per_device_train_batch_size * arguments.world_size
+        of_epoch = math.ceil(math.ceil(rows / batch) / arguments.gradient_accumulation_steps)
+        steps = math.ceil(arguments.num_train_epochs * of_epoch)
+    interval = arguments.save_steps
+    if interval < 1:
+        interval = math.ceil(interval * steps)
+    return max(0, (steps - 1) // int(interval))
+
+
+def checkpoint_bytes(model: torch.nn.Module) -> int:
+    """The size of what is trained in a checkpoint: it and Adam's two means of it, in float32."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return 3 * 4 * sum(parameter.numel() for parameter in trained)
 
 
 def _complete_checkpoints(directory: Path) -> list[Path]:
@@ -195,7 +234,8 @@ def before_and_after(measured: Losses | Measures, *, markdown: bool = False) -> 
     heading = [*labels, "before", "after"]
     if markdown:
         rule = "|" + "---|" * len(labels) + "---:|---:|"
-        lines = [f"| {' | '.join(row)} |" for row in [heading, *rows]]
+        escaped = [[in_markdown(cell) for cell in row] for row in [heading, *rows]]
+        lines = [f"| {' | '.join(row)} |" for row in escaped]
         return "\n".join([lines[0], rule, *lines[1:]])
     # Labels stand on the left, and numbers, of eight places or more, on the right of their column.
     columns = []

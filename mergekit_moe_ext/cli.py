@@ -14,7 +14,7 @@ import click
 
 import mergekit_moe_ext
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
+from _mergekit_moe_ext_common.figures import check_new_figure
 from _mergekit_moe_ext_common.options import (
     RESUME,
     DeferredCommand,
@@ -26,6 +26,7 @@ from _mergekit_moe_ext_common.options import (
     output_directory,
     training_options,
 )
+from _mergekit_moe_ext_common.staging import check_new_file
 from mergekit_moe_ext import commands
 from mergekit_moe_ext.recipes import Adaptation, Recipe
 
@@ -131,9 +132,9 @@ def usage(
     from mergekit_moe_ext.mixtures.plots import plot_usage
     from mergekit_moe_ext.mixtures.usage import table
 
+    click.echo(table(counted))  # first, so that it is seen even where the file cannot be written
     if output:
         counted.write(output)
-    click.echo(table(counted))
     if plot:
         plot_usage(counted, plot)
 

@@ -7,20 +7,16 @@ renames once.
 
 import functools
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
-from mergekit.common import ModelReference
 
 from mergekit_moe_ext.methods import METHODS
 
 LOG = logging.getLogger(__name__)
-# What mergekit's own tokenizer copy leaves behind.
-_BESIDE_TOKENIZER = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def register_methods(registry: ModuleType) -> None:
@@ -61,10 +57,11 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
 
     from _mergekit_moe_ext_common.staging import check_output, check_room, staged
     from mergekit_moe_ext.merging.card import write_card
+    from mergekit_moe_ext.merging.foreign_code import check_settings
     from mergekit_moe_ext.merging.loras import merge_loras
+    from mergekit_moe_ext.merging.outputs import complete_model
     from mergekit_moe_ext.merging.planner import PREPARED, prepare, structural_method
     from mergekit_moe_ext.merging.preflight import check_document, read_job
-    from mergekit_moe_ext.modeling import modeling_files
 
     @functools.wraps(stock)
     def run_merge(
@@ -79,6 +76,8 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
         job = read_job(merge_config, options, method)
         out = check_output(out_path)
         prepared = prepare(job)
+        donor = _folder_of_donor(job)
+        check_settings(donor, str(job.donor.model))
         check_room(out, prepared.plan.bytes)
         makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
         stock_config = merge_config.model_copy(
@@ -104,30 +103,50 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
                 PREPARED.reset(token)
                 LoaderCache.loaders.clear()
             if options.copy_tokenizer:
-                _copy_tokenizer_files(merge, job, directory, tokenizer_is_there=makes_tokenizer)
-            for code in modeling_files(prepared.plan.config.architectures[0]):
-                shutil.copy(code, directory / code.name)
+                _copy_tokenizer_files(
+                    merge, job, donor, directory, tokenizer_is_there=makes_tokenizer
+                )
             if options.write_model_card:
                 write_card(job, prepared.plan, directory, config_source or merge_config.to_yaml())
+            complete_model(
+                directory,
+                prepared.plan.config,
+                donor,
+                str(job.donor.model),
+                is_trusted=options.trust_remote_code,
+            )
 
     return run_merge
 
 
+def _folder_of_donor(job: Any) -> Path:
+    from _mergekit_moe_ext_common.staging import model_folder
+
+    model = job.donor.model
+    cache = job.merge_options.transformers_cache
+    return model_folder(model.path, revision=model.revision, cache_dir=cache)
+
+
 def _copy_tokenizer_files(
-    merge: Any, job: Any, directory: Path, *, tokenizer_is_there: bool
+    merge: Any, job: Any, donor: Path, directory: Path, *, tokenizer_is_there: bool
 ) -> None:
-    donor = Path(
-        ModelReference(model=job.donor.model).local_path(job.merge_options.transformers_cache)
-    )
+    from _mergekit_moe_ext_common.staging import copy_settings, copy_tokenizer, has_tokenizer
+    from mergekit_moe_ext.merging.sources import tokenizer_of
+
+    copy_settings(donor, directory)
     reads_images_alone = (donor / "preprocessor_config.json").exists() and not any(
         donor.glob("*token*")
     )
-    if not tokenizer_is_there and not reads_images_alone:
-        from_donor = job.config.model_copy(update={"base_model": job.donor})
-        try:
+    if tokenizer_is_there or reads_images_alone:
+        return
+    try:
+        if job.config.chat_template:
+            # mergekit loads the tokenizer, gives it the template and saves it.
+            from_donor = job.config.model_copy(update={"base_model": job.donor})
             merge._copy_tokenizer(from_donor, str(directory), job.merge_options)
-        except (OSError, ValueError, RuntimeError) as error:
-            LOG.warning("no tokenizer was copied: %s", str(error).splitlines()[0])
-    for name in _BESIDE_TOKENIZER:
-        if (donor / name).exists() and not (directory / name).exists():
-            shutil.copy(donor / name, directory / name)
+            return
+        copy_tokenizer(donor, directory)
+        if not has_tokenizer(directory):
+            tokenizer_of(job.donor, job.merge_options).save_pretrained(directory)
+    except (OSError, ValueError, RuntimeError) as error:
+        LOG.warning("no tokenizer was copied: %s", str(error).splitlines()[0])

@@ -3,7 +3,8 @@
 Importing this package is what makes PEFT know the adapter type `ROUTED_LORA`. PEFT itself is not
 imported for it: it is extended the moment that the program imports it.
 
-What the command `peft-route` does is here as functions: `compose`, `train`, `inspect`, `export`.
+What the command `peft-route` does is here as functions: `compose`, `train`, `inspect`, `export`;
+`save` is PEFT's `save_pretrained`, whole or not at all.
 """
 
 import importlib
@@ -15,7 +16,7 @@ from _mergekit_moe_ext_common.versions import warn_of_newer_hosts
 if TYPE_CHECKING:
     from _mergekit_moe_ext_common.errors import UserError
     from _mergekit_moe_ext_common.options import Reading
-    from peft_routing.commands import Exported, compose, export, inspect, train
+    from peft_routing.commands import Exported, compose, export, inspect, save, train
     from peft_routing.config import RoutedLoraConfig
     from peft_routing.given import given_coefficients
     from peft_routing.inspection import Inspection
@@ -38,6 +39,7 @@ __all__ = [
     "export",
     "given_coefficients",
     "inspect",
+    "save",
     "train",
 ]
 # Where each public name is, which is imported when the name is asked for.
@@ -55,6 +57,7 @@ _MODULES = {
     "export": "peft_routing.commands",
     "given_coefficients": "peft_routing.given",
     "inspect": "peft_routing.commands",
+    "save": "peft_routing.commands",
     "train": "peft_routing.commands",
 }
 

@@ -1,14 +1,18 @@
 """The section of an adapter's README.md that says how to load it, beside what PEFT's card says."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from _mergekit_moe_ext_common.cards import in_markdown, renew_section, without_local_models
 
 _HEADING = "## Routed LoRA"
 
 
 def extend(directory: str, experts: Sequence[str], general: Sequence[str], router: str) -> None:
-    """Puts our section into the card that PEFT has written."""
+    """Puts our section into the card that PEFT has written.
+
+    PEFT names the base model by its path; a path of this machine is taken out.
+    """
     # PEFT writes one card for all adapters of a model: above an adapter that has a name.
     path = Path(directory) / "README.md"
     if not path.exists():
@@ -16,12 +20,10 @@ def extend(directory: str, experts: Sequence[str], general: Sequence[str], route
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if "library_name: peft" not in text:
         return
-    text = re.sub(rf"\n*{_HEADING}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
-    less = f", less the mean of {', '.join(general)}," if general else ""
+    less = f", less the mean of {', '.join(map(in_markdown, general))}," if general else ""
+    names = ", ".join(map(in_markdown, experts))
     lines = [
-        _HEADING,
-        "",
-        f"{len(experts)} LoRA experts ({', '.join(experts)}){less} and the router `{router}` in "
+        f"{len(experts)} LoRA experts ({names}){less} and the router {in_markdown(router)} in "
         "one adapter. `pip install mergekit-moe-ext`, and import `peft_routing` before loading; "
         "without it PEFT says `KeyError: 'ROUTED_LORA'`.",
         "",
@@ -31,6 +33,6 @@ def extend(directory: str, experts: Sequence[str], general: Sequence[str], route
         "",
         'model = PeftModel.from_pretrained(base_model, "this directory or repository")',
         "```",
-        "",
     ]
-    path.write_text(text.rstrip() + "\n\n" + "\n".join(lines), encoding="utf-8")
+    text = renew_section(without_local_models(text), _HEADING, lines)
+    path.write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.figures import check_new_figure, check_new_file
+from _mergekit_moe_ext_common.figures import check_new_figure
 from _mergekit_moe_ext_common.options import (
     TRUST_REMOTE_CODE,
     DeferredCommand,
@@ -20,6 +20,7 @@ from _mergekit_moe_ext_common.options import (
     training_options,
     values_by_name,
 )
+from _mergekit_moe_ext_common.staging import check_new_file
 from peft_routing import commands
 from peft_routing.recipes import LEARNING_RATES, Recipe
 
@@ -251,9 +252,9 @@ def inspect(
     )
     from peft_routing import inspection
 
+    click.echo(inspection.table(inspected))  # first, so that it is seen even where the file fails
     if output:
         inspected.write(output)
-    click.echo(inspection.table(inspected))
     if plot:
         inspection.plot(inspected, plot)
 

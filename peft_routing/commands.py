@@ -14,6 +14,8 @@ from _mergekit_moe_ext_common.options import Reading
 from peft_routing.recipes import LEARNING_RATES, Recipe
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from peft_routing.config import RoutedLoraConfig
     from peft_routing.inspection import Inspection
     from peft_routing.training import Result
@@ -70,12 +72,12 @@ def compose(
     from transformers import set_seed
 
     from _mergekit_moe_ext_common.loading import load_config
-    from _mergekit_moe_ext_common.staging import check_output, staged
+    from _mergekit_moe_ext_common.staging import check_output
     from peft_routing.config import RoutedLoraConfig
     from peft_routing.loading import empty_model
 
     reading = Reading(trust_remote_code=trust_remote_code)
-    out = check_output(output)
+    check_output(output)
     try:
         config = RoutedLoraConfig(
             experts=experts, general_experts=general_experts, router=router, **routing
@@ -85,9 +87,33 @@ def compose(
         model = get_peft_model(model, config)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
-    with staged(out) as directory:
-        model.save_pretrained(str(directory))
+    save(model, output)
     return model.peft_config["default"]
+
+
+def save(model: "PeftModel", output: str, **options: Any) -> None:
+    """Save a PEFT model's adapters whole or not at all.
+
+    `model.save_pretrained` is PEFT's own and writes in place: stopped half-way, or on a full disk,
+    it leaves part of an adapter. This runs it in a hidden directory beside `output`, which one
+    rename then puts into place. `PeftModel.from_pretrained` reads both alike.
+
+    Args:
+        model: the PEFT model, with routed adapters or any other.
+        output: a directory that does not exist yet, or is empty.
+        options: what `save_pretrained` takes, `selected_adapters` for instance.
+
+    Raises `UserError` for an output that exists or cannot be written.
+
+    >>> from peft import PeftModel
+    >>> from transformers import AutoModelForCausalLM
+    >>> base = AutoModelForCausalLM.from_pretrained("base")
+    >>> save(PeftModel.from_pretrained(base, "routed"), "routed-again")
+    """
+    from _mergekit_moe_ext_common.staging import check_output, staged
+
+    with staged(check_output(output)) as directory:
+        model.save_pretrained(str(directory), **options)
 
 
 def train(

@@ -26,6 +26,7 @@ from _mergekit_moe_ext_common.data import (
 from _mergekit_moe_ext_common.figures import heat_map, pyplot
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.staging import new_file
 from peft_routing.layer import Experts
 from peft_routing.loading import base_of, load_adapter_config, load_routed
 
@@ -45,7 +46,9 @@ class Inspection:
     tasks: dict[str, dict[str, list[float]]]
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write the file, whole or not at all. `UserError` where it cannot be written."""
+        with new_file(path) as partial:
+            partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def inspect_adapter(
@@ -179,5 +182,6 @@ def plot(inspection: Inspection, path: Path) -> None:
     figure.suptitle(f"{Path(inspection.adapter).name}: {inspection.router}", fontsize=11)
     figure.tight_layout()
     figure.colorbar(image, ax=panels[0].tolist(), label="mean coefficient", fraction=0.03, pad=0.02)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=150, bbox_inches="tight")
     plt.close(figure)

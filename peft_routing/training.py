@@ -19,12 +19,18 @@ from datasets import Dataset
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainingArguments
 
+from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
 from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token
 from _mergekit_moe_ext_common.options import Reading
-from _mergekit_moe_ext_common.runs import Losses, Run, before_and_after, losses_before_and_after
-from _mergekit_moe_ext_common.staging import extend_card
+from _mergekit_moe_ext_common.runs import (
+    Losses,
+    Run,
+    before_and_after,
+    checkpoint_bytes,
+    losses_before_and_after,
+)
 from _mergekit_moe_ext_common.training import TokenTrainer, read_data
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.loading import base_of, load_adapter_config, load_routed
@@ -100,10 +106,12 @@ def train(
     run.begin(settings, resume=resume, parts=list(parts), finished=finished)
     results = [_read_result(run.checkpoints / part, parts[part]) for part in finished]
 
-    # Every learning rate keeps its adapter until the best is copied; checkpoints come on top.
-    run.check_room((2 + len(learning_rates)) * stored.stat().st_size)
     routed = load_routed(adapter, config, base, base_config, reading, is_trainable=True)
     _check_trainable(routed, config, first.device)
+    # Every learning rate keeps its adapter until the best is copied.
+    size = stored.stat().st_size
+    kept = (1 + len(learning_rates)) * size
+    run.check_room(kept, size + checkpoint_bytes(routed), first, len(training))
     batch = _batches(routed.get_base_model(), padding_token(tokenizer), first_label)
     for part, rate in parts.items():
         if part in finished:
@@ -241,7 +249,7 @@ def _card(
     lines = [
         "## Router training",
         "",
-        f"On {', '.join(data)}: {recipe.num_train_epochs:g} epochs, learning rate "
+        f"On {sources_in_markdown(data)}: {recipe.num_train_epochs:g} epochs, learning rate "
         f"{best.learning_rate:g} (of {rates}), seed {recipe.seed}, {processes} "
         f"process{'es' if processes > 1 else ''}.",
     ]

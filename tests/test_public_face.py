@@ -183,8 +183,8 @@ def test_the_examples_for_mixtures_run(everything):
 
 
 def test_the_examples_for_adapters_run(adapters):
-    run_examples(peft_routing, ["compose", "train", "inspect", "export"])
-    for directory in ("routed", "routed-trained", "experts/math"):
+    run_examples(peft_routing, ["compose", "train", "inspect", "export", "save"])
+    for directory in ("routed", "routed-trained", "experts/math", "routed-again"):
         assert (adapters / directory / "adapter_config.json").exists()
 
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from _mergekit_moe_ext_common.data import parse_sources
     from _mergekit_moe_ext_common.figures import (
         check_new_figure,
-        check_new_file,
         heat_map,
         pyplot,
     )
     from _mergekit_moe_ext_common.loading import load_config, silence
+    from _mergekit_moe_ext_common.staging import check_new_file
     from mergekit_moe_ext.analysis.batches import read_batches
     from mergekit_moe_ext.analysis.coefficients import EnsembleRouting, ensemble_routing
     from mergekit_moe_ext.analysis.landscape import HEADS, Landscape, loss_landscape
@@ -74,7 +74,7 @@ _MODULES = {
     "load_ensemble": "mergekit_moe_ext.wemoe.loading",
     "read_ensemble": "mergekit_moe_ext.wemoe.loading",
     "check_new_figure": "_mergekit_moe_ext_common.figures",
-    "check_new_file": "_mergekit_moe_ext_common.figures",
+    "check_new_file": "_mergekit_moe_ext_common.staging",
     "heat_map": "_mergekit_moe_ext_common.figures",
     "pyplot": "_mergekit_moe_ext_common.figures",
     "parse_sources": "_mergekit_moe_ext_common.data",

@@ -29,6 +29,7 @@ from mergekit_moe_ext.caem.checks import (
     number_of_experts,
 )
 from mergekit_moe_ext.caem.options import CaemModelOptions, CaemOptions
+from mergekit_moe_ext.merging.card import model_in_markdown
 from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import (
@@ -321,7 +322,7 @@ def _notes(
     """Two tables in Markdown: the entropy and the experts taken per layer and source, and the
     weights of the average.
     """
-    models = [str(model) for model in job.experts]
+    models = list(map(model_in_markdown, job.experts))
     lines = [
         "Normalised entropy of expert usage, and the experts taken:",
         "",
@@ -334,7 +335,7 @@ def _notes(
             cells.append(f"{entropy:.3f}: {len(indices)} ({', '.join(map(str, indices))})")
         lines.append(f"| {allocation.layer.router} | {' | '.join(cells)} |")
     columns = list(dict.fromkeys(job.experts))
-    names = " | ".join(map(str, columns))
+    names = " | ".join(map(model_in_markdown, columns))
     lines += ["", "Weights of the shared parameters:", "", f"| | {names} |"]
     lines.append("|---|" + "---:|" * len(columns))
     for stack, stack_weights in sorted(weights.items()):

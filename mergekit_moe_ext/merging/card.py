@@ -1,5 +1,6 @@
 """The model card of a structural merge. Unlike mergekit's own it never asks the Hub anything."""
 
+import json
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -9,9 +10,16 @@ import yaml
 from mergekit.common import ModelPath, ModelReference
 from transformers import PretrainedConfig
 
+from _mergekit_moe_ext_common.cards import (
+    fenced,
+    in_markdown,
+    is_on_hub,
+    last_part,
+    without_folders,
+)
 from mergekit_moe_ext.merging.method import Job, Plan
+from mergekit_moe_ext.modeling import modeling_files
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TEMPLATE = """---
 {metadata}---
 # {name}
@@ -35,17 +43,19 @@ Method: {method}{shared}.
 {notes}
 Seed {seed}; {versions}.
 
-```yaml
 {config_yaml}
-```
 """
 
 
 def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
-    """`README.md` and `mergekit_config.yml`, the names that mergekit uses."""
-    hub_ids = [
-        path.path for model in job.sources for path in (model.model, model.lora) if _on_hub(path)
-    ]
+    """`README.md` and `mergekit_config.yml`, the names that mergekit uses.
+
+    The second repeats the configuration as it is, so that the merge can be run again; in the first,
+    paths are cut down to their last parts.
+    """
+    paths = [path for model in job.sources for path in (model.model, model.lora) if path]
+    hub_ids = [path.path for path in paths if is_on_hub(path.path)]
+    architecture = (plan.config.architectures or [""])[0]
     spec = job.method.spec
     card = _TEMPLATE.format(
         metadata=yaml.safe_dump(
@@ -55,12 +65,12 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
                 "tags": ["mergekit", "merge", "moe"],
             }
         ),
-        name=directory.name,
-        architecture=plan.config.architectures[0],
+        name=in_markdown(directory.name),
+        architecture=architecture,
         loading=_loading(
             directory,
             _auto_class(plan.config),
-            remote_code=hasattr(plan.config, "auto_map"),
+            remote_code=bool(modeling_files(architecture)),
             tasks=list(getattr(plan.config, "ensembling", {}).get("heads", ())),
         ),
         experts=experts_in_words(plan),
@@ -71,7 +81,7 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
         notes=f"\n{plan.notes}\n" if plan.notes else "",
         seed=job.seed,
         versions=", ".join(f"{name} {version(name)}" for name in _VERSIONS),
-        config_yaml=config_yaml.rstrip(),
+        config_yaml=fenced(_published(config_yaml), "yaml"),
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
     (directory / "mergekit_config.yml").write_text(config_yaml, encoding="utf-8")
@@ -92,6 +102,15 @@ def experts_in_words(plan: Plan) -> str:
     return f"{experts}{per_layer}, {plan.experts_per_token} of them per {plan.routed_per}"
 
 
+def _published(config_yaml: str) -> str:
+    """A configuration as it is where it names no path of this machine, else without folders."""
+    document = yaml.safe_load(config_yaml)
+    published = without_folders(document)
+    if published == document:
+        return config_yaml
+    return yaml.safe_dump(published, sort_keys=False, allow_unicode=True)
+
+
 def renew_loading(
     directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[str] = ()
 ) -> None:
@@ -108,7 +127,7 @@ def renew_loading(
 
 def _loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[str]) -> str:
     """Of the model, and of the tokenizer or image processor beside it."""
-    arguments = f'"{directory.name}"'
+    arguments = json.dumps(directory.name)
     if remote_code:
         arguments += ", trust_remote_code=True"  # else transformers asks about the tokenizer's, too
     lines = [f"model = {auto}.from_pretrained({arguments})"]
@@ -116,7 +135,8 @@ def _loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[s
     if beside:
         lines.append(f"{beside[0]} = {beside[1]}.from_pretrained({arguments})")
     if len(tasks) > 1:
-        lines.append(f'# a head per task: model(..., task="{tasks[0]}"), or {", ".join(tasks[1:])}')
+        first, *others = map(json.dumps, tasks)
+        lines.append(f"# a head per task: model(..., task={first}), or {', '.join(others)}")
     return "\n".join(
         [f"from transformers import {auto}{f', {beside[1]}' if beside else ''}", "", *lines]
     )
@@ -124,14 +144,9 @@ def _loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[s
 
 def _auto_class(config: PretrainedConfig) -> str:
     """Which of transformers' Auto classes loads it."""
-    ours = [name for name in getattr(config, "auto_map", {}) if name != "AutoConfig"]
-    return (
-        ours[0]
-        if ours
-        else "AutoModelForSeq2SeqLM"
-        if config.is_encoder_decoder
-        else "AutoModelForCausalLM"
-    )
+    if modeling_files((config.architectures or [""])[0]):
+        return next(name for name in config.auto_map if name != "AutoConfig")
+    return "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
 
 
 def _merging(job: Job) -> str:
@@ -140,18 +155,25 @@ def _merging(job: Job) -> str:
     return f", shared parameters merged by {_with_reference(spec.name, spec.reference_url)}{base}"
 
 
-def _on_hub(path: ModelPath | None) -> bool:
-    """By its looks: of the form owner/name, and no such path here."""
-    return path is not None and bool(_HUB_ID.fullmatch(path.path)) and not Path(path.path).exists()
-
-
 def _with_reference(name: str, url: str | None) -> str:
     return f"[{name}]({url})" if url else name
 
 
+def model_in_markdown(model: ModelReference) -> str:
+    """A source for a card: by its id on the Hub, or by the last part of its path."""
+    return " + ".join(_shown(path) for path in (model.model, model.lora) if path)
+
+
+def _shown(path: ModelPath) -> str:
+    revision = f"@{path.revision}" if path.revision else ""
+    return in_markdown(last_part(path.path) + revision)
+
+
 def _linked(model: ModelReference) -> str:
+    paths = [path for path in (model.model, model.lora) if path]
     return " + ".join(
-        f"[{path}](https://huggingface.co/{path.path})" if _on_hub(path) else str(path)
-        for path in (model.model, model.lora)
-        if path is not None
+        f"[{_shown(path)}](https://huggingface.co/{path.path})"
+        if is_on_hub(path.path)
+        else _shown(path)
+        for path in paths
     )

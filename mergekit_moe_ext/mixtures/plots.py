@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from _mergekit_moe_ext_common.figures import heat_map, pyplot
+from _mergekit_moe_ext_common.staging import new_file
 from mergekit_moe_ext.mixtures.routers import PER_SEQUENCE, stack_of
 from mergekit_moe_ext.mixtures.usage import TaskUsage, Usage, routing_probability, share_of_choices
 
@@ -45,7 +46,8 @@ def plot_usage(usage: Usage, path: Path) -> None:
         figure.colorbar(image, cax=figure.add_subplot(grid[row, -1]), label="share of choices")
     figure.suptitle(f"Expert usage of {Path(usage.model).name}", fontsize=11)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=150)
     plt.close(figure)
 
 
@@ -85,7 +87,8 @@ def plot_allocation(
     panels[0][0].set_ylabel("MoE layer")
     figure.tight_layout()
     figure.colorbar(image, ax=panels[0].tolist(), label="share of choices", fraction=0.03, pad=0.02)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -15,7 +15,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from datasets import Dataset
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
+from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
 from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint, real_tokens
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import (
@@ -36,10 +36,11 @@ from _mergekit_moe_ext_common.runs import (
     Losses,
     Run,
     before_and_after,
+    checkpoint_bytes,
     losses_before_and_after,
     model_identity,
 )
-from _mergekit_moe_ext_common.staging import copy_files, extend_card
+from _mergekit_moe_ext_common.staging import copy_files, has_tokenizer, model_folder
 from _mergekit_moe_ext_common.training import (
     TokenTrainer,
     TrainedOnly,
@@ -48,6 +49,7 @@ from _mergekit_moe_ext_common.training import (
     restore_dtypes,
 )
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
+from mergekit_moe_ext.merging.outputs import complete_model
 from mergekit_moe_ext.mixtures.routers import load_balancing_loss, recorded, routers_of
 from mergekit_moe_ext.recipes import Recipe
 
@@ -128,9 +130,10 @@ def train(
     run.begin(_settings(model_path, part, training, recipe), resume=resume)
 
     model = load_model(model_path, config, reading, dtype="auto")
-    run.check_room(sum(parameter.nbytes for parameter in model.parameters()))
     dtypes = dtypes_of(model)
     _choose_parameters(model, part)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    run.check_room(size, checkpoint_bytes(model), arguments, len(training))
     _prepare_dtypes(model, recipe.bf16)
     batch = _batches(model, padding_token(tokenizer))
     _check_gradient(model, batch([training[0]]), part, recipe)
@@ -150,10 +153,20 @@ def train(
     losses = losses_before_and_after(trainer, held_out)
     restore_dtypes(model, dtypes)
     with run.finish() as directory:
-        copy_files(Path(model_path), directory)
+        source = model_folder(model_path)
+        copy_files(source, directory, tokenizer)
+        if not has_tokenizer(directory):
+            # Read again: the one that cut the texts has cutting among its settings now.
+            load_tokenizer(model_path, reading).save_pretrained(directory)
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
+        complete_model(
+            directory,
+            model.config,
+            source,
+            model_path,
+            is_trusted=reading.trust_remote_code,
+        )
         extend_card(directory, _card(part, data, run.settings, losses))
     return losses
 
@@ -265,7 +278,7 @@ def _card(
     losses: Losses,
 ) -> list[str]:
     subject = "the gates alone were" if part == "gates" else "all parameters were"
-    sources = ", ".join(data)
+    sources = sources_in_markdown(data)
     numbers = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in _ON_CARD)
     lines = [
         "## Training",

@@ -42,6 +42,7 @@ from _mergekit_moe_ext_common.loading import (
     silence,
 )
 from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.staging import new_file
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.mixtures.experts import experts_per_token
 from mergekit_moe_ext.mixtures.routers import (
@@ -88,9 +89,9 @@ class Usage(BaseModel):
     tasks: dict[str, TaskUsage]
 
     def write(self, path: Path) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        """Write the file, whole or not at all. `UserError` where it cannot be written."""
+        with new_file(path) as partial:
+            partial.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
 
 
 def read_usage(path: Path) -> Usage:

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.card import model_in_markdown
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import output_dtype, read_configs, read_headers
 from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
@@ -256,11 +257,11 @@ def _projector(
 
 def _notes(job: Job, rows: Mapping[ModelReference, TokenRows], vocab_size: int) -> str:
     """A list in Markdown: the number of the donor's tokens that each source has."""
-    lines = [f"Tokens of {job.donor} that each source has:", ""]
+    lines = [f"Tokens of {model_in_markdown(job.donor)} that each source has:", ""]
     for model in job.sources:
         if model in rows:
             number = int((rows[model].own >= 0).sum())
-            lines.append(f"- {model}: {number} of {vocab_size}")
+            lines.append(f"- {model_in_markdown(model)}: {number} of {vocab_size}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,6 @@ left out.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -22,6 +21,7 @@ from mergekit.options import MergeOptions
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
+from _mergekit_moe_ext_common.cards import extend_card, in_markdown, sources_in_markdown
 from _mergekit_moe_ext_common.data import Source, parse_sources
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import load_tokenizer
@@ -31,10 +31,11 @@ from _mergekit_moe_ext_common.runs import (
     Measures,
     Run,
     before_and_after,
+    checkpoint_bytes,
     first_and_last,
     model_identity,
 )
-from _mergekit_moe_ext_common.staging import copy_files, extend_card
+from _mergekit_moe_ext_common.staging import copy_files, model_folder
 from _mergekit_moe_ext_common.training import (
     dtypes_of,
     restore_dtypes,
@@ -43,6 +44,7 @@ from _mergekit_moe_ext_common.training import (
 )
 from mergekit_moe_ext.merging.card import renew_loading
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
+from mergekit_moe_ext.merging.outputs import complete_model
 from mergekit_moe_ext.modeling.configuration_wemoe import class_names
 from mergekit_moe_ext.recipes import Adaptation
 from mergekit_moe_ext.wemoe.inputs import (
@@ -108,9 +110,10 @@ def adapt(
         _announce(training, held_out)
 
     model = load_ensemble(model_path, architecture, config)
-    run.check_room(sum(tensor.nbytes for tensor in model.state_dict().values()))
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
     dtypes = dtypes_of(model.routers)
     _prepare_parameters(model)
+    run.check_room(size, checkpoint_bytes(model), arguments, rows=0)  # its steps are given
     measured = {task: held_out.get(task, rows) for task, rows in training.items()}
     batch = adaptation.per_device_train_batch_size * run.processes
     trainer = AdaptationTrainer(
@@ -130,11 +133,13 @@ def adapt(
     _report(trainer, results)
     restore_dtypes(model.routers, dtypes)
     with run.finish() as directory:
-        copy_files(Path(model_path).expanduser(), directory)
+        source = model_folder(model_path)
+        copy_files(source, directory)
         model.save_pretrained(directory)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
         heads = list(config.ensembling["heads"])
         renew_loading(directory, architecture._auto_class, remote_code=True, tasks=heads)
+        complete_model(directory, model.config, source, model_path)
         extend_card(directory, _card(data, run.settings, results, trainer, sorted(held_out)))
     return results
 
@@ -306,13 +311,15 @@ def _card(
     objective = _OBJECTIVES[settings["objective"]]
     text = (
         f"After merging, the routers were adapted with mergekit-moe-ext to lower the {objective} "
-        f"on {', '.join(data)}: {trainer.state.global_step} steps, learning rate "
+        f"on {sources_in_markdown(data)}: {trainer.state.global_step} steps, learning rate "
         f"{settings['learning_rate']}, {settings['per_device_train_batch_size']} rows of each task "
         f"per process, processes {settings['processes']}, seed {settings['seed']}."
     )
     for task, count in trainer.guarded_steps().items():
-        text += f" The collapse guard acted on {task} in {count} steps."
-    inputs = f"other inputs ({', '.join(held_out)})" if held_out else "the inputs adapted to"
+        text += f" The collapse guard acted on {in_markdown(task)} in {count} steps."
+    inputs = (
+        f"other inputs ({sources_in_markdown(held_out)})" if held_out else "the inputs adapted to"
+    )
     return [
         "## Adaptation",
         "",

@@ -3,23 +3,23 @@ of its base.
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from _mergekit_moe_ext_common.cards import extend_card, in_markdown
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.staging import (
     check_output,
     check_room,
     copy_files,
-    extend_card,
+    model_folder,
     staged,
 )
 from mergekit_moe_ext.merging.card import renew_loading
-from mergekit_moe_ext.modeling import modeling_files
+from mergekit_moe_ext.merging.outputs import complete_model
 from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
 from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
 from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
@@ -27,7 +27,6 @@ from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
 
 LOG = logging.getLogger(__name__)
-_REPLACED = ("config.json", "generation_config.json")  # besides the architecture's own code
 
 
 def unload(model_path: str, output: str, task: str | None = None) -> type[PreTrainedModel]:
@@ -57,12 +56,14 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
     stock = _stock(model, task)
     check_room(out, sum(p.nbytes for p in stock.parameters()))
     with staged(out) as directory:
-        copy_files(Path(model_path).expanduser(), directory)
-        for name in (*_REPLACED, *(code.name for code in modeling_files(architecture.__name__))):
-            (directory / name).unlink(missing_ok=True)
+        source = model_folder(model_path)
+        copy_files(source, directory)
+        # Unless the stock model generates, it has none.
+        (directory / "generation_config.json").unlink(missing_ok=True)
         stock.save_pretrained(directory)
+        complete_model(directory, stock.config, source, model_path)
         renew_loading(directory, auto_class_of(type(stock).__name__), remote_code=False)
-        head = f" with the head of {task}" if task else ""
+        head = f" with the head of {in_markdown(task)}" if task else ""
         what = (
             "Its coefficients were constants and are merged into the weights: a stock "
             f"{type(stock).__name__}{head}."

@@ -182,7 +182,7 @@ def test_names_that_look_like_patterns_are_names(tmp_path):
 def test_two_merges_to_one_output(tmp_path):
     with (
         staged(tmp_path / "out"),
-        pytest.raises(click.ClickException, match="another merge is writing"),
+        pytest.raises(click.ClickException, match="another command is writing"),
     ):
         staged(tmp_path / "out").__enter__()
     assert (tmp_path / "out").is_dir()
