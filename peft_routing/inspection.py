@@ -18,7 +18,7 @@ from _mergekit_moe_ext_common.figures import heat_map, pyplot
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
 from _mergekit_moe_ext_common.options import Reading
 from peft_routing.layer import Experts
-from peft_routing.loading import base_of, load_adapter_config, load_routed
+from peft_routing.loading import base_of, check_routed, load_adapter_config, load_routed
 
 # keys and values of a decoder's cross-attention, as T5, BART and most others call them
 _READS_THE_ENCODER = re.compile(
@@ -52,6 +52,7 @@ def inspect_adapter(
     silence(reading)
     config = load_adapter_config(adapter)
     base, base_config = base_of(base, config, reading)
+    headers = check_routed(adapter, config, base, base_config, reading)
     tokenizer = load_tokenizer(base, reading)
     sources = parse_sources(data)
     encoder_decoder = base_config.is_encoder_decoder
@@ -67,7 +68,8 @@ def inspect_adapter(
         for source in sources
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_routed(adapter, config, base, base_config, reading).to(device).eval()
+    model = load_routed(adapter, config, base, base_config, reading, headers=headers)
+    model = model.to(device).eval()
     tasks = {}
     for name, rows in texts.items():
         with _recorded(model) as means:

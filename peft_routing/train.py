@@ -23,11 +23,17 @@ from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token
 from _mergekit_moe_ext_common.options import Reading
-from _mergekit_moe_ext_common.runs import Losses, Run, before_and_after, losses_before_and_after
+from _mergekit_moe_ext_common.runs import (
+    Losses,
+    Run,
+    before_and_after,
+    divergence,
+    losses_before_and_after,
+)
 from _mergekit_moe_ext_common.staging import extend_card
 from _mergekit_moe_ext_common.training import TokenTrainer, read_data
 from peft_routing.config import RoutedLoraConfig
-from peft_routing.loading import base_of, load_adapter_config, load_routed
+from peft_routing.loading import base_of, check_routed, load_adapter_config, load_routed
 from peft_routing.recipes import LEARNING_RATES, Recipe
 
 _TRAINED = "trained"
@@ -76,6 +82,7 @@ def train(
         raise UserError(f"{complaint}: give one --learning-rate")
     config = _read_config(adapter, recipe)
     base, base_config = base_of(base, config, reading)
+    headers = check_routed(adapter, config, base, base_config, reading)
     tokenizer = load_tokenizer(base, reading)
     parts = {_part(rate): rate for rate in learning_rates}
     arguments = _arguments(run, recipe, parts, measure)
@@ -102,7 +109,9 @@ def train(
 
     # Every learning rate keeps its adapter until the best is copied; checkpoints come on top.
     run.check_room((2 + len(learning_rates)) * stored.stat().st_size)
-    routed = load_routed(adapter, config, base, base_config, reading, is_trainable=True)
+    routed = load_routed(
+        adapter, config, base, base_config, reading, headers=headers, is_trainable=True
+    )
     _check_trainable(routed, config, first.device)
     batch = _batches(routed.get_base_model(), padding_token(tokenizer), first_label)
     for part, rate in parts.items():
@@ -118,7 +127,12 @@ def train(
             eval_dataset=held_out or None,
         )
         run.train(trainer, part)
-        results.append(Result(rate, losses_before_and_after(trainer, held_out)))
+        losses = losses_before_and_after(trainer, held_out)
+        if not held_out:  # and then one learning rate
+            run.check_converged(trainer, losses, "take a lower --learning-rate")
+        elif divergence(trainer, losses):
+            losses = {name: (before, math.nan) for name, (before, _) in losses.items()}
+        results.append(Result(rate, losses))
         if run.is_main:
             _write_result(run.checkpoints / part, routed, results[-1])
 

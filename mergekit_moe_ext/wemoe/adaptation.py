@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from _mergekit_moe_ext_common import options as shared_options
 from _mergekit_moe_ext_common.data import Source, parse_sources
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.loading import load_tokenizer
+from _mergekit_moe_ext_common.loading import check_model, load_tokenizer
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.runs import (
     Losses,
@@ -91,6 +91,7 @@ def adapt(
     """
     run = Run(output or f"{model_path.rstrip('/')}-adapted", reading)
     architecture, config = read_ensemble(model_path)
+    check_model(model_path, config, reading, architecture=architecture)
     kind = _kind(model_path, architecture, config)
     if adaptation.learning_rate is None:
         adaptation = replace(adaptation, learning_rate=_learning_rate(kind, config))
@@ -128,8 +129,9 @@ def adapt(
         return None
 
     results = first_and_last(trainer.state.log_history, measured)
-    _report(trainer, results)
     restore_dtypes(model.routers, dtypes)
+    run.check_converged(trainer, results, "take a lower --learning-rate")
+    _report(trainer, results)
     with run.finish() as directory:
         copy_files(Path(model_path).expanduser(), directory)
         model.save_pretrained(directory)
