@@ -179,7 +179,7 @@ def damage(path: Path, error: Exception) -> str:
             "fetches it"
         )
     if not start:
-        return f"{path} is empty: fetch it again"
+        return f"{path} is empty: its copy or download stopped"
     if path.suffix == ".safetensors" and start.startswith(_PICKLES):
         return f"{path} is a pickle under the name of a safetensors file; pickles are not read"
     remedy = ""

@@ -327,8 +327,11 @@ def _check_values(model: str, loaded: Any, headers: Mapping[str, Stored]) -> Non
             "it was before its training diverged or its file was damaged"
         )
     for name, tensor in loaded.named_buffers():
+        if name in state or not tensor.is_floating_point():
+            continue
         # Masks are made of minus infinity.
-        if name not in state and not is_finite(tensor.nan_to_num(torch.inf, neginf=0.0)):
+        unmasked = tensor.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0.0)
+        if not is_finite(unmasked):
             raise UserError(
                 f"{name}, which {type(loaded).__name__} computes from the config of {model}, holds "
                 "NaN or infinity: mend the config (of a rotary embedding, its rope_parameters)"

@@ -34,7 +34,7 @@ def read_ensemble(path: str) -> tuple[type[PreTrainedModel], Any]:
         is_ensemble = architecture is not None and issubclass(architecture, Ensemble)
         config = architecture.config_class.from_pretrained(local) if is_ensemble else None
         if is_ensemble:
-            Ensembling(**config.ensembling)
+            config.ensembling = Ensembling(**config.ensembling).as_dict()
     if not is_ensemble:
         raise UserError(
             f"{path} is {name}, which has no routed task vectors: wemoe and ewemoe make such models"
