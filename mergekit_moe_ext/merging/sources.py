@@ -262,7 +262,8 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
     try:
         index = model.tensor_index(cache_dir=options.transformers_cache)
     except _UNREADABLE as error:
-        raise UserError(_why_unreadable(model, error)) from error
+        reason = _why_unreadable(model, error)
+        raise UserError(f"cannot read the weights of {model}: {reason}") from error
     shapes, dtypes = {}, {}
     for shard in index.shards:
         check_shard_name(Path(index.base_path, SAFE_WEIGHTS_INDEX_NAME), shard.filename)
@@ -283,7 +284,7 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
 def _why_unreadable(model: ModelReference, error: Exception) -> str:
     directory = Path(model.model.path)
     if not directory.is_dir():
-        return f"cannot read the weights of {model}: {_first_line(error)}"
+        return _first_line(error)
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         if (directory / name).exists():
             return damage(directory / name, error)

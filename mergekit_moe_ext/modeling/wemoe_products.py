@@ -77,10 +77,10 @@ class EnsembledLinear(nn.Module):
     def initialise(self, std: float) -> None:
         """Gives what was not loaded values: transformers' random base, and task vectors of 0."""
         initialization.normal_(self.weight, std=std)
-        for tensor in self.buffers():
-            initialization.zeros_(tensor)
         if self.bias is not None:
             initialization.zeros_(self.bias)
+        for name, tensor in self.named_buffers():
+            initialization.constant_(tensor, self.kept if name == "row_ends" else 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(samples, tokens, in) to (samples, tokens, out), weighed as the running call says."""
