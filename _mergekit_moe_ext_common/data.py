@@ -295,4 +295,12 @@ def decoder_inputs(model: Any, labels: torch.Tensor) -> torch.Tensor:
         raise UserError(
             f"{type(model).__name__} does not say what its decoder reads, so it is not run"
         )
-    return model.prepare_decoder_input_ids_from_labels(labels)
+    try:
+        return model.prepare_decoder_input_ids_from_labels(labels)
+    except (AttributeError, ValueError) as error:
+        starts = getattr(model.config, "decoder_start_token_id", None) is not None
+        key = "pad_token_id" if starts else "decoder_start_token_id"
+        raise UserError(
+            f"the config of the model does not say how its decoder starts: set `{key}` in "
+            "config.json (T5 and Switch Transformers start with the padding token)"
+        ) from error

@@ -1,43 +1,122 @@
-"""Loading a mixture of experts and its tokenizer with transformers, with errors for people."""
+"""The one door through which every command opens a model, its configuration and its tokenizer.
+
+transformers gives random values to what a checkpoint lacks, and goes on. Here a model is whole or
+it is an error, a sentence that says what is wrong, where, and what would be right:
+
+1. `load_config`: the configuration can be read, and its values have the right types and sizes.
+2. `check_model`, before anything is loaded: the files are safetensors, and by their headers every
+   tensor that the architecture has is there, in its shape, and no tensor has no place.
+3. `load_model`, once it is: no value is NaN or infinity.
+
+(A merge has checks of its own, since it reads no model as a whole.)
+"""
 
 import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+from transformers.core_model_loading import revert_weight_conversion
 
+from _mergekit_moe_ext_common.checkpoints import (
+    Stored,
+    check_regular,
+    damaged_file,
+    first_line,
+    is_finite,
+    no_weights,
+    non_finite_in,
+    read_headers,
+    weight_files,
+    wrapper_of,
+)
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
 
-
-def _expanded(model: str) -> str:
-    return str(Path(model).expanduser()) if model.startswith("~") else model
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Modules are made one by one, so that a number of them that is out of all proportion is not an
+# error of its own but a wait without end.
+_MOST_MODULES = 10_000
+_EITHER_IS_WRONG = "fetch the checkpoint again, or mend the config, whichever is wrong"
+_NUMBERS_OF_MODULES = re.compile(r"(layers?|experts)$")
 
 
 def load_config(model: str, reading: Reading) -> Any:
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise UserError(f"{model} does not exist")
-    try:
+    """The configuration of a model, a directory or a name on the Hub."""
+    check_directory(model)
+    with explained(f"cannot read the config of {model}", model):
+        values, _ = PreTrainedConfig.get_config_dict(_expanded(model))
+        check_numbers_of_modules(values, model)
         return AutoConfig.from_pretrained(
             _expanded(model), trust_remote_code=reading.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read the config of {model}: {str(error).splitlines()[0]}"
-        ) from error
+
+
+def check_directory(model: str) -> None:
+    """`UserError` where a path leads to no directory, or to one that holds no model."""
+    directory = _existing(model)
+    if directory is None:
+        return
+    if not (directory / "config.json").exists():
+        if (directory / "adapter_config.json").exists():
+            raise UserError(no_weights(model))
+        raise UserError(f"{model} has no config.json: it is no model")
+    # transformers takes its own defaults in place of one that it cannot read.
+    generation = damaged_file(directory, "generation_config.json")
+    if generation is not None:
+        raise UserError(generation)
+
+
+def _existing(model: str) -> Path | None:
+    """The directory of a model, whose files are files; None where it is on the Hub."""
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        check_regular(directory)
+        return directory
+    if model.startswith((".", "/", "~")):
+        raise UserError(f"{model} does not exist")
+    return None
+
+
+def check_numbers_of_modules(values: Mapping[str, Any], model: str) -> None:
+    """`UserError` for a configuration of so many layers or experts that nobody could build them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            check_numbers_of_modules(value, model)
+        is_number = isinstance(value, int) and _NUMBERS_OF_MODULES.search(key)
+        if is_number and not -1 <= value <= _MOST_MODULES:
+            raise UserError(
+                f"the config of {model} says {key}: {value}; no model has so many (-1 to "
+                f"{_MOST_MODULES} are taken)"
+            )
 
 
 def load_tokenizer(model: str, reading: Reading) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(
+    """The tokenizer of a model, a directory or a name on the Hub."""
+    directory = _existing(model)
+    with explained(f"cannot read the tokenizer of {model}", model):
+        tokenizer = AutoTokenizer.from_pretrained(
             _expanded(model), trust_remote_code=reading.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot read the tokenizer of {model}: {str(error).splitlines()[0]}"
-        ) from error
+    if directory and not any((directory / name).exists() for name in TOKENIZER_FILES):
+        # Some need no files (ByT5). Of others transformers makes up one that knows no words.
+        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+        if not words:
+            names = ", ".join(TOKENIZER_FILES)
+            raise UserError(f"{model} has no tokenizer, which is one of {names}: copy it there")
+    return tokenizer
 
 
 def padding_token(tokenizer: Any) -> int:
@@ -49,14 +128,249 @@ def padding_token(tokenizer: Any) -> int:
     )
 
 
-def load_model(model: str, config: Any, reading: Reading, **keywords: Any) -> Any:
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    try:
-        return auto.from_pretrained(
-            _expanded(model), config=config, trust_remote_code=reading.trust_remote_code, **keywords
+def check_model(
+    model: str, config: Any, reading: Reading, *, architecture: Any = None
+) -> Mapping[str, Stored]:
+    """The tensors in the files of a model, if they are what its configuration says.
+
+    Only headers are read, so that a command can call this before it does anything else.
+    `architecture` is a class of transformers or one of its Auto classes; by default the Auto class
+    of decoders or of encoder-decoders. `UserError` where a tensor is missing, has another shape or
+    has no place.
+    """
+    if getattr(config, "transformers_weights", None):
+        raise UserError(
+            f"the config of {model} names its file of weights itself (transformers_weights: "
+            f"{config.transformers_weights!r}): take that key out, and call the file "
+            "model.safetensors"
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {model}: {str(error).splitlines()[0]}") from error
+    headers = read_headers(weight_files(model))
+    # What a quantised model stores has names and shapes of its own.
+    if getattr(config, "quantization_config", None) is not None:
+        return headers
+    # Has transformers load tensors without memory, as the files describe theirs: so names are
+    # renamed, experts are stacked and weights are tied as they will be.
+    tensors = {
+        name: torch.empty(each.shape, dtype=each.dtype, device="meta")
+        for name, each in headers.items()
+    }
+    with explained(f"cannot build a model by the config of {model}", model), _silence():
+        empty = _empty(architecture or _auto_class(config), config, reading)
+        try:
+            loaded, report = type(empty).from_pretrained(
+                None,
+                config=empty.config,
+                state_dict=tensors,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except RuntimeError:  # single experts that cannot be stacked, and no report
+            doubtful = [name for name, _ in empty.named_parameters()]
+            _check_doubtful(model, empty, headers, doubtful)
+            raise
+    _check_report(model, loaded, headers, report)
+    _check_types(loaded, headers)
+    return headers
+
+
+def load_model(
+    model: str,
+    config: Any,
+    reading: Reading,
+    *,
+    architecture: Any = None,
+    headers: Mapping[str, Stored] | None = None,
+    **keywords: Any,
+) -> Any:
+    """The model, whole and finite; `keywords` are those of `from_pretrained`.
+
+    `headers` are what `check_model` has found, where it was called before; else it is called here.
+    `UserError` as the top of this file describes it.
+    """
+    if headers is None:
+        headers = check_model(model, config, reading, architecture=architecture)
+    with explained(f"cannot load {model}", model):
+        loaded, report = (architecture or _auto_class(config)).from_pretrained(
+            _expanded(model),
+            config=config,
+            trust_remote_code=reading.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **keywords,
+        )
+    _check_report(model, loaded, headers, report)
+    _check_values(model, loaded, headers)
+    return loaded
+
+
+def _auto_class(config: Any) -> Any:
+    is_pair = getattr(config, "is_encoder_decoder", False)
+    return AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
+
+
+def check_device(device: str) -> None:
+    """`UserError` where this machine has no device of that name; `auto` is none."""
+    if device == "auto":
+        return
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"there is no device {device!r} here ({first_line(error)}); auto and cpu are always "
+            "there"
+        ) from error
+    if place.type == "meta":
+        raise UserError(f"nothing is computed on the device {device!r}")
+
+
+def _empty(architecture: Any, config: Any, reading: Reading) -> Any:
+    """The architecture without memory."""
+    with torch.device("meta"):
+        if hasattr(architecture, "from_config"):  # an Auto class
+            return architecture.from_config(config, trust_remote_code=reading.trust_remote_code)
+        return architecture(config)
+
+
+def _check_report(
+    model: str, loaded: Any, headers: Mapping[str, Stored], report: Mapping[str, Any]
+) -> None:
+    """`UserError` where transformers' report of a loading says that not everything fits."""
+    missing = sorted(report["missing_keys"])
+    shapes = {name: tuple(there) for name, there, _ in sorted(report["mismatched_keys"])}
+    _check_doubtful(model, loaded, headers, {**dict.fromkeys(missing), **shapes})
+    kind = type(loaded).__name__
+    if missing:  # under other names than `_check_doubtful` expects
+        raise UserError(f"{_where(model, headers)} lacks {_counted(missing)}, which {kind} has")
+    for name, there in shapes.items():
+        here = tuple(loaded.state_dict()[name].shape)
+        raise UserError(
+            f"{name} of {_where(model, headers)} has the shape {there}, and {kind} by its "
+            f"config.json has {here}: {_EITHER_IS_WRONG}"
+        )
+    surplus = sorted(report["unexpected_keys"])
+    if surplus:
+        raise UserError(
+            f"{_where(model, headers)} holds {_counted(surplus)}, for which {kind} has no place by "
+            f"its config.json: {_EITHER_IS_WRONG}"
+        )
+
+
+def _check_doubtful(
+    model: str, loaded: Any, headers: Mapping[str, Stored], names: Collection[str]
+) -> None:
+    """`UserError` where the files lack what these tensors of a model are made of, or have it in
+    another shape.
+    """
+    state = loaded.state_dict()
+    chosen = {name: state[name] for name in names if name in state}
+    # Their names and shapes in the files: of stacked experts, say, those of each.
+    wanted = revert_weight_conversion(loaded, chosen)
+    kind = type(loaded).__name__
+    lacking = sorted(name for name in wanted if name not in headers)
+    if lacking:
+        wrapper = wrapper_of(headers, lacking)
+        if wrapper:
+            raise UserError(f"{_where(model, headers)}: {wrapper}")
+        raise UserError(
+            f"{_where(model, headers)} lacks {_counted(lacking)}, which {kind} has by its "
+            f"config.json: {_EITHER_IS_WRONG}"
+        )
+    for name, tensor in wanted.items():
+        there, here = headers[name].shape, tuple(tensor.shape)
+        if there != here:
+            raise UserError(
+                f"{name} of {headers[name].file} has the shape {there}, and {kind} by its "
+                f"config.json has {here}: {_EITHER_IS_WRONG}"
+            )
+
+
+def _where(model: str, headers: Mapping[str, Stored]) -> Path:
+    """The one file of weights, or the directory of several."""
+    files = sorted({each.file for each in headers.values()})
+    return files[0] if len(files) == 1 else Path(model).expanduser()
+
+
+def _counted(names: Sequence[str]) -> str:
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{others}"
+
+
+def _check_types(loaded: Any, headers: Mapping[str, Stored]) -> None:
+    """`UserError` where whole numbers are stored for what has fractions: they would be converted
+    in silence.
+    """
+    state = loaded.state_dict()
+    for name, each in headers.items():
+        if name in state and state[name].is_floating_point() and not each.dtype.is_floating_point:
+            raise UserError(
+                f"{name} of {each.file} is stored as {each.dtype}, and {type(loaded).__name__} "
+                "has fractions there: fetch the file again"
+            )
+
+
+def _check_values(model: str, loaded: Any, headers: Mapping[str, Stored]) -> None:
+    """`UserError` where a parameter or buffer of the model holds NaN or infinity."""
+    state = loaded.state_dict()
+    damaged = next((name for name, tensor in state.items() if not is_finite(tensor)), None)
+    if damaged is not None:
+        in_file = non_finite_in(headers)
+        if in_file is None:
+            raise UserError(
+                f"{damaged} of {model} does not fit into {state[damaged].dtype}, the dtype of its "
+                "config: its largest values become infinite; set `dtype` in config.json to "
+                "float32 or bfloat16"
+            )
+        raise UserError(
+            f"{in_file} of {headers[in_file].file} holds NaN or infinity: take the checkpoint as "
+            "it was before its training diverged or its file was damaged"
+        )
+    for name, tensor in loaded.named_buffers():
+        if name in state or not tensor.is_floating_point():
+            continue
+        # Masks are made of minus infinity.
+        unmasked = tensor.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0.0)
+        if not is_finite(unmasked):
+            raise UserError(
+                f"{name}, which {type(loaded).__name__} computes from the config of {model}, holds "
+                "NaN or infinity: mend the config (of a rotary embedding, its rope_parameters)"
+            )
+
+
+@contextmanager
+def explained(what: str, model: str) -> Iterator[None]:
+    """Whatever a damaged file makes transformers raise, as a `UserError`.
+
+    There is no list of what that may be: wrong types in a configuration alone raise a dozen kinds.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        directory = Path(model).expanduser()
+        reason = damaged_file(directory) or first_line(error)
+        raise UserError(f"{what}: {reason}") from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps transformers' own report of a rehearsal, and its bar, to itself."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    has_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _expanded(model: str) -> str:
+    return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
 def silence(reading: Reading) -> None:

@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 
 from _mergekit_moe_ext_common.cards import in_markdown
+from _mergekit_moe_ext_common.checkpoints import (
+    check_regular,
+    damaged_file,
+    is_finite,
+    read_headers,
+)
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import silence
 from _mergekit_moe_ext_common.options import Reading, TrainingOptions
@@ -92,6 +99,8 @@ class Run:
             self._check_settings()
             for part, paths in complete.items():
                 self.starts[part] = str(paths[-1]) if paths else None
+                if paths:
+                    _check_readable(paths[-1])
             return
         # Parts of other names, say of other learning rates, are an interrupted run as well.
         if is_begun or any(self.checkpoints.glob("*/checkpoint-*/trainer_state.json")):
@@ -100,6 +109,9 @@ class Run:
         self.starts = dict.fromkeys(parts)
 
     def _check_settings(self) -> None:
+        damaged = damaged_file(self.checkpoints, _SETTINGS)
+        if damaged:
+            raise UserError(f"{damaged}; remove {self.checkpoints}, and train without --resume")
         earlier = json.loads((self.checkpoints / _SETTINGS).read_text(encoding="utf-8"))
         for name, value in self.settings.items():
             if earlier.get(name) != value:
@@ -159,11 +171,30 @@ class Run:
         """Ends the group of processes: what is left to do, only the main one does."""
         PartialState().destroy_process_group()
 
+    def check_converged(self, trainer: Trainer, losses: Losses | Measures, advice: str) -> None:
+        """`UserError` where a training has diverged: nothing is written.
+
+        Checkpoints stay where they are.
+        """
+        what = divergence(trainer, losses)
+        if what is None:
+            return
+        if not any(_complete_checkpoints(self.checkpoints / part) for part in self.starts):
+            self._remove_checkpoints()
+            raise UserError(f"the training diverged: {what}; {advice}")
+        raise UserError(
+            f"the training diverged: {what}; {advice}, and remove {self.checkpoints}, which this "
+            "training left"
+        )
+
     @contextmanager
     def finish(self) -> Iterator[Path]:
         """Yields a directory that becomes the output, and then removes the checkpoints."""
         with staged(self.out) as directory:
             yield directory
+        self._remove_checkpoints()
+
+    def _remove_checkpoints(self) -> None:
         # What somebody else has put beside the checkpoints of several parts stays.
         for part in self.starts:
             shutil.rmtree(self.checkpoints / part, ignore_errors=True)
@@ -191,11 +222,53 @@ def checkpoint_bytes(model: torch.nn.Module) -> int:
     return 3 * 4 * sum(parameter.numel() for parameter in trained)
 
 
+def divergence(trainer: Trainer, losses: Losses | Measures) -> str | None:
+    """A sentence on the trained parameter or the loss that is not finite; None if all are."""
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and not is_finite(parameter):
+            return f"{name} holds NaN or infinity"
+    for name, values in losses.items():
+        pairs = [values] if isinstance(values, tuple) else values.values()
+        if not all(math.isfinite(after) for _, after in pairs):
+            return f"what was measured on {name} is not a number"
+    return None
+
+
 def _complete_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints that were written to their end, the last step last."""
     states = directory.glob("checkpoint-*/trainer_state.json")
-    paths = [state.parent for state in states]
-    return sorted(paths, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    paths = [state.parent for state in states if _step(state.parent).isdecimal()]
+    return sorted(paths, key=lambda path: int(_step(path)))
+
+
+def _step(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("checkpoint-")
+
+
+def _check_readable(checkpoint: Path) -> None:
+    """`UserError` for a checkpoint with a file that is damaged, or a pickle that would run code.
+
+    The state of the optimizer and of the random numbers are pickles of torch, which the Trainer
+    reads without running anything in them.
+    """
+    remedy = f"remove {checkpoint}, and --resume goes on from the one before it, if there is one"
+    check_regular(checkpoint)
+    damaged = damaged_file(checkpoint)
+    if damaged:
+        raise UserError(f"{damaged}; {remedy}")
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{checkpoint} has no safetensors file of what was trained; {remedy}")
+    read_headers(weights)
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+        try:
+            with safe_globals():
+                torch.load(path, map_location="meta", weights_only=True)
+        # Whatever a damaged pickle makes its reader raise.
+        except Exception as error:
+            raise UserError(
+                f"{path} is damaged, or holds more than tensors and numbers; {remedy}"
+            ) from error
 
 
 def model_identity(model: str) -> str:

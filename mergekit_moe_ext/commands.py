@@ -205,8 +205,10 @@ def count_usage(
     >>> list(usage.tasks)
     ['news']
     """
+    from _mergekit_moe_ext_common.loading import check_device
     from mergekit_moe_ext.mixtures import usage
 
+    check_device(device)
     reading = reading or Reading()
     texts = usage.read_texts(model, data, reading, max_samples)
     return usage.count_usage(model, texts, reading, batch_size=batch_size, device=device)

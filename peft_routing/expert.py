@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from _mergekit_moe_ext_common.checkpoints import check_finite, damage
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import explained
 
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
@@ -72,17 +74,22 @@ def read_expert(name: str, path: str) -> Expert:
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{where}: {config_file} is damaged: {error}") from error
+        raise UserError(f"{where}: {damage(config_file, error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: {config_file} holds no names with values")
     _check_config(config, where)
     weights = _file(path, SAFETENSORS_WEIGHTS_NAME, where)
     try:
         tensors = load_file(weights)
     except SafetensorError as error:
-        raise UserError(f"{where}: {weights} is damaged: {error}") from error
+        raise UserError(f"{where}: {damage(weights, error)}") from error
+    check_finite(tensors, f"{where}, in {weights.name},")
     factors = _pairs(tensors, where)
-    scalings = {
-        module: _scaling(config, module, a.shape[0], where) for module, (a, _) in factors.items()
-    }
+    with explained(f"{where}: {config_file} cannot be used", path):
+        scalings = {
+            module: _scaling(config, module, a.shape[0], where)
+            for module, (a, _) in factors.items()
+        }
     stated = {key: value for key, value in config.items() if value not in (None, {}, [])}
     return Expert(name, stated, factors, scalings)
 

@@ -28,7 +28,7 @@ from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, sile
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.staging import new_file
 from peft_routing.layer import Experts
-from peft_routing.loading import base_of, load_adapter_config, load_routed
+from peft_routing.loading import base_of, check_routed, load_adapter_config, load_routed
 
 # Keys and values of a decoder's cross-attention, as T5, BART and most others call them.
 _READS_THE_ENCODER = re.compile(
@@ -67,6 +67,7 @@ def inspect_adapter(
     silence(reading)
     config = load_adapter_config(adapter)
     base, base_config = base_of(base, config, reading)
+    headers = check_routed(adapter, config, base, base_config, reading)
     tokenizer = load_tokenizer(base, reading)
     texts = {}
     for source in parse_sources(data):
@@ -79,7 +80,8 @@ def inspect_adapter(
             encoder_decoder=base_config.is_encoder_decoder,
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_routed(adapter, config, base, base_config, reading).to(device).eval()
+    model = load_routed(adapter, config, base, base_config, reading, headers=headers)
+    model = model.to(device).eval()
     pad_token_id = padding_token(tokenizer)
     tasks = {}
     for name, rows in texts.items():

@@ -1,5 +1,6 @@
 """Finding a routed adapter's configuration and its base model, with errors for people."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,26 +8,29 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
+from _mergekit_moe_ext_common.checkpoints import Stored, check_finite, check_regular, read_headers
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.loading import load_config, load_model
+from _mergekit_moe_ext_common.loading import check_model, explained, load_config, load_model
 from _mergekit_moe_ext_common.options import Reading
 from peft_routing.config import RoutedLoraConfig
+from peft_routing.layer import RoutedLoraLayer
 
 
 def load_adapter_config(adapter: str) -> RoutedLoraConfig:
     """Of a routed adapter in a directory. `UserError` if it is none."""
+    directory = Path(adapter)
+    if directory.is_dir():
+        check_regular(directory)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        if not (Path(adapter) / name).is_file():
+        if not (directory / name).is_file():
             raise UserError(f"{adapter} has no {name}: name a directory that `compose` wrote")
-    try:
+    with explained(f"cannot read {adapter}", adapter):
         config = RoutedLoraConfig.from_pretrained(adapter)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{adapter}: {error}") from error
-    if not isinstance(config, RoutedLoraConfig) or not config.is_composed:
-        raise UserError(f"{adapter} holds no routed adapter; `peft-route compose` makes one")
+        if not isinstance(config, RoutedLoraConfig) or not config.is_composed:
+            raise UserError(f"{adapter} holds no routed adapter; `peft-route compose` makes one")
+    read_headers([directory / SAFETENSORS_WEIGHTS_NAME])
     return config
 
 
@@ -45,12 +49,27 @@ def load_routed(
     base_config: Any,
     reading: Reading,
     *,
+    headers: Mapping[str, Stored] | None = None,
     is_trainable: bool = False,
 ) -> Any:
-    """The base model with the adapter on it. `UserError` where they do not fit."""
-    return _put_on(
-        load_model(base, base_config, reading, dtype="auto"), adapter, config, base, is_trainable
-    )
+    """The base model with the adapter on it. `UserError` where they do not fit.
+
+    `headers` are what `check_routed` has found, where it was called before.
+    """
+    model = load_model(base, base_config, reading, headers=headers, dtype="auto")
+    return _put_on(model, adapter, config, base, is_trainable)
+
+
+def check_routed(
+    adapter: str, config: RoutedLoraConfig, base: str, base_config: Any, reading: Reading
+) -> Mapping[str, Stored]:
+    """The tensors of the base model, if they and those of the adapter are what they must be.
+
+    Of the base model only headers are read. `UserError` as above.
+    """
+    headers = check_model(base, base_config, reading)
+    load_on_empty(adapter, config, base, base_config, reading)
+    return headers
 
 
 def load_on_empty(
@@ -63,20 +82,53 @@ def load_on_empty(
 def _put_on(
     model: nn.Module, adapter: str, config: RoutedLoraConfig, base: str, is_trainable: bool
 ) -> Any:
-    try:
+    with explained(f"{adapter} does not fit {base}, a {type(model).__name__}", adapter):
         return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=is_trainable)
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        first, *more = str(error).splitlines()
-        reason = " ".join([first, *more[:1]])
+
+
+def check_adapter(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """`UserError` where a routed adapter's file lacks a tensor, has one for which there is no
+    place, or holds NaN or infinity.
+
+    `tensors` are what is to be loaded, by their names in the model. (Shapes are torch's to check.)
+    """
+    where = f"the routed adapter {adapter_name!r}"
+    wanted = _names_in(model, adapter_name)
+    lacking = [name for name in wanted if name not in tensors]
+    if lacking:
+        others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UserError(
-            f"{adapter} does not fit {base}, a {type(model).__name__}: {reason}"
-        ) from error
+            f"the file of {where} lacks {lacking[0]}{others}: fetch it again, or compose it again"
+        )
+    known = model.state_dict().keys()
+    surplus = [name for name in tensors if name not in known]
+    if surplus:
+        raise UserError(
+            f"the file of {where} holds {surplus[0]}, for which there is no place by its "
+            f"{CONFIG_NAME}: fetch both again"
+        )
+    check_finite(tensors, where)
+
+
+def _names_in(model: nn.Module, adapter_name: str) -> list[str]:
+    """Every tensor of a routed adapter, by its name in the model."""
+    names = []
+    for place, layer in model.named_modules():
+        if not isinstance(layer, RoutedLoraLayer):
+            continue
+        for kind in (*layer.adapter_layer_names, *layer.other_param_names):
+            of_adapters = getattr(layer, kind)
+            if adapter_name in of_adapters:
+                tensors = of_adapters[adapter_name].state_dict()
+                names += [f"{place}.{kind}.{adapter_name}.{tensor}" for tensor in tensors]
+    return names
 
 
 def empty_model(config: Any, reading: Reading) -> nn.Module:
     """The architecture on the meta device: names and shapes without weights."""
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
+    name = config.name_or_path
+    with explained(f"cannot build a model by the config of {name}", name), torch.device("meta"):
+        architecture = getattr(transformers, (config.architectures or [""])[0], None)
         if architecture is not None:
             return architecture(config)
         auto = transformers.AutoModelForCausalLM

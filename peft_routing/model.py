@@ -17,6 +17,7 @@ from peft_routing.expert import Expert, check_experts, layout, read_expert
 from peft_routing.exporting import truncated, write_experts, write_lora
 from peft_routing.hooks import refuse_mixed_batches, refuse_several_passes, unwatch, watch
 from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear, updates
+from peft_routing.loading import check_adapter
 from peft_routing.routers import Router, SharedRouter
 from peft_routing.routers.fixed import FixedRouter
 
@@ -204,6 +205,17 @@ class RoutedLoraModel(BaseTuner):
         self.peft_config[adapter_name] = config
         self._owners.pop(adapter_name, None)
         super().inject_adapter(model, adapter_name, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As PEFT's, which only warns of what is missing: `UserError` for a damaged adapter."""
+        tensors = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_adapter(model, adapter_name, tensors)
+        return tensors
 
     def _layers(self, adapter_name: str) -> list[RoutedLoraLinear]:
         return [

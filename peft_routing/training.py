@@ -29,11 +29,12 @@ from _mergekit_moe_ext_common.runs import (
     Run,
     before_and_after,
     checkpoint_bytes,
+    divergence,
     losses_before_and_after,
 )
 from _mergekit_moe_ext_common.training import TokenTrainer, read_data
 from peft_routing.config import RoutedLoraConfig
-from peft_routing.loading import base_of, load_adapter_config, load_routed
+from peft_routing.loading import base_of, check_routed, load_adapter_config, load_routed
 from peft_routing.recipes import LEARNING_RATES, Recipe
 
 _TRAINED = "trained"
@@ -82,6 +83,7 @@ def train(
         raise UserError(f"{complaint}: give one --learning-rate")
     config = _read_config(adapter, recipe)
     base, base_config = base_of(base, config, reading)
+    headers = check_routed(adapter, config, base, base_config, reading)
     tokenizer = load_tokenizer(base, reading)
     parts = {_part(rate): rate for rate in learning_rates}
     arguments = _arguments(run, recipe, parts, measure)
@@ -106,7 +108,9 @@ def train(
     run.begin(settings, resume=resume, parts=list(parts), finished=finished)
     results = [_read_result(run.checkpoints / part, parts[part]) for part in finished]
 
-    routed = load_routed(adapter, config, base, base_config, reading, is_trainable=True)
+    routed = load_routed(
+        adapter, config, base, base_config, reading, headers=headers, is_trainable=True
+    )
     _check_trainable(routed, config, first.device)
     # Every learning rate keeps its adapter until the best is copied.
     size = stored.stat().st_size
@@ -126,7 +130,12 @@ def train(
             eval_dataset=held_out or None,
         )
         run.train(trainer, part)
-        results.append(Result(rate, losses_before_and_after(trainer, held_out)))
+        losses = losses_before_and_after(trainer, held_out)
+        if not held_out:  # and then one learning rate
+            run.check_converged(trainer, losses, "take a lower --learning-rate")
+        elif divergence(trainer, losses):
+            losses = {name: (before, math.nan) for name, (before, _) in losses.items()}
+        results.append(Result(rate, losses))
         if run.is_main:
             _write_result(run.checkpoints / part, routed, results[-1])
 

@@ -4,6 +4,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
@@ -64,7 +66,8 @@ def run(tmp_path):
 def checkpoint(run, part, step):
     directory = run.checkpoints / part / f"checkpoint-{step}"
     directory.mkdir(parents=True)
-    (directory / "trainer_state.json").touch()
+    (directory / "trainer_state.json").write_text("{}")
+    save_file({"a": torch.zeros(1)}, directory / "trained.safetensors")
     return str(directory)
 
 

@@ -20,7 +20,20 @@ from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PretrainedConfig
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
+from _mergekit_moe_ext_common.checkpoints import (
+    check_regular,
+    check_shard_name,
+    damage,
+    no_weights,
+    wrapper_of,
+)
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
@@ -322,12 +335,17 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
     """What is in the files of a checkpoint. `UserError` for one that is missing, damaged or
     incomplete.
     """
+    directory = Path(model.model.path)
+    if directory.is_dir():
+        check_regular(directory)
     try:
         index = model.tensor_index(cache_dir=options.transformers_cache)
     except _UNREADABLE as error:
-        raise UserError(f"cannot read the weights of {model}: {first_line(error)}") from error
+        reason = _why_unreadable(model, error)
+        raise UserError(f"cannot read the weights of {model}: {reason}") from error
     shapes, dtypes = {}, {}
     for shard in index.shards:
+        check_shard_name(Path(index.base_path, SAFE_WEIGHTS_INDEX_NAME), shard.filename)
         path = Path(index.base_path, shard.filename)
         if not path.exists():
             raise UserError(f"{path} is missing, though the index of {model} names it")
@@ -335,11 +353,21 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
             for name, shape, dtype in _shard_headers(index, path):
                 shapes[name], dtypes[name] = shape, dtype
         except _UNREADABLE as error:
-            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+            raise UserError(damage(path, error)) from error
         lost = [name for name in shard.contained_keys if name not in shapes]
         if lost:
             raise UserError(f"{path} lacks {lost[0]}, though the index of {model} names it there")
     return Headers(shapes, dtypes)
+
+
+def _why_unreadable(model: ModelReference, error: Exception) -> str:
+    directory = Path(model.model.path)
+    if not directory.is_dir():
+        return first_line(error)
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        if (directory / name).exists():
+            return damage(directory / name, error)
+    return no_weights(model.model.path)
 
 
 def _without_prefix(headers: Headers, prefix: str) -> Headers:
@@ -381,7 +409,10 @@ def _check_headers(
         if name not in headers.shapes:
             if name in tied_here and any(other in headers.shapes for other in tied_here):
                 continue
-            raise UserError(f"{model} lacks the tensor {name}")
+            lacking = [each for each in wanted.shapes if each not in {*headers.shapes, *tied_here}]
+            wrapper = wrapper_of(headers.shapes, lacking)
+            hint = f": {wrapper}" if wrapper else ""
+            raise UserError(f"{model} lacks the tensor {name}{hint}")
         skip = 1 if name in wanted.vocabulary and vocabulary_may_differ else 0
         if headers.shapes[name][skip:] != shape[skip:]:
             raise UserError(

@@ -26,6 +26,7 @@ from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
 from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint, real_tokens
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import (
+    check_model,
     load_config,
     load_model,
     load_tokenizer,
@@ -114,6 +115,7 @@ def train(
     """
     run = Run(output or f"{model_path.rstrip('/')}-trained", reading)
     config = load_config(model_path, reading)
+    headers = check_model(model_path, config, reading)
     rate = LEARNING_RATES[part] if recipe.learning_rate is None else recipe.learning_rate
     # Nothing is gained from frozen weights in float32.
     bf16 = recipe.bf16 or (part == "gates" and config.dtype == torch.bfloat16)
@@ -129,7 +131,7 @@ def train(
         training, held_out = read_data(data, weights, eval_data, tokenizer, config, reading, recipe)
     run.begin(_settings(model_path, part, training, recipe), resume=resume)
 
-    model = load_model(model_path, config, reading, dtype="auto")
+    model = load_model(model_path, config, reading, headers=headers, dtype="auto")
     dtypes = dtypes_of(model)
     _choose_parameters(model, part)
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -152,6 +154,7 @@ def train(
 
     losses = losses_before_and_after(trainer, held_out)
     restore_dtypes(model, dtypes)
+    run.check_converged(trainer, losses, "take a lower --learning-rate")
     with run.finish() as directory:
         source = model_folder(model_path)
         copy_files(source, directory, tokenizer)

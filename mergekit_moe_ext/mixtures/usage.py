@@ -23,6 +23,7 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
+from _mergekit_moe_ext_common.checkpoints import Stored, first_line
 from _mergekit_moe_ext_common.data import (
     Source,
     collate,
@@ -35,6 +36,7 @@ from _mergekit_moe_ext_common.data import (
 )
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import (
+    check_model,
     load_config,
     load_model,
     load_tokenizer,
@@ -101,7 +103,14 @@ def read_usage(path: Path) -> Usage:
     except OSError as error:
         raise UserError(f"cannot read the usage file {path}: {error.strerror}") from error
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no usage file of this version: {error}") from error
+        reason = first_line(error)
+        if isinstance(error, pydantic.ValidationError):
+            first = error.errors(include_url=False)[0]
+            reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise UserError(
+            f"{path} is no usage file of this version ({reason}); "
+            "`mergekit-moe-ext usage MODEL --data SOURCE -o FILE` makes one"
+        ) from error
     for name, task in usage.tasks.items():
         if any(layer.tokens == 0 for layer in task.layers.values()) or not task.layers:
             raise UserError(f"{path} counted nothing for the task {name!r}")
@@ -163,6 +172,7 @@ def _sums_of_tokens(
                     **batch, use_cache=False
                 )  # without the head, whose logits nobody looks at
             for name, choice in choices.items():
+                _check_scores(name, choice.logits, choice.weights)
                 mask = tokens_routed_by(name, real).to(choice.experts.device)
                 yield (
                     name,
@@ -178,9 +188,19 @@ def _sums_of_sequences(
         weights = coefficients_of_sequences(
             model, {name: tensor.to(model.device) for name, tensor in batch.items()}
         )
+        _check_scores(PER_SEQUENCE, weights)
         number = weights.shape[-1]
         experts = torch.arange(number, device=weights.device).expand_as(weights)
         yield PER_SEQUENCE, _sums(experts.masked_fill(weights == 0, -1), weights, number)
+
+
+def _check_scores(router: str, *scores: torch.Tensor) -> None:
+    """`UserError` where a router's scores are no numbers: the largest of them mean nothing."""
+    if any(each.isnan().any() for each in scores):
+        raise UserError(
+            f"the scores of the router {router} are NaN on these texts, though no weight of the "
+            "model is: load it in a wider dtype (`dtype` in config.json)"
+        )
 
 
 def _sums(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -253,8 +273,9 @@ def format_table(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) ->
 
 @dataclass(frozen=True)
 class Texts:
-    """What usage is counted on, tokenised for a model."""
+    """What usage is counted on, tokenised for a model, whose tensors were checked."""
 
+    headers: Mapping[str, Stored]
     tokenizer: Any
     by_source: Mapping[Source, Dataset]
 
@@ -262,9 +283,11 @@ class Texts:
 def read_texts(
     model_path: str, data: Sequence[str], reading: Reading, max_samples: int | None = None
 ) -> Texts:
-    """`data` as `--data` names it. `UserError` for what cannot be read."""
+    """`data` as `--data` names it. `UserError` for what cannot be read, the model included."""
     silence(reading)
-    config, tokenizer = load_config(model_path, reading), load_tokenizer(model_path, reading)
+    config = load_config(model_path, reading)
+    headers = check_model(model_path, config, reading)
+    tokenizer = load_tokenizer(model_path, reading)
     by_source = {
         source: tokenise(
             load(source, max_samples),
@@ -276,7 +299,7 @@ def read_texts(
         )
         for source in parse_sources(data)
     }
-    return Texts(tokenizer, by_source)
+    return Texts(headers, tokenizer, by_source)
 
 
 def count_usage(
@@ -293,8 +316,9 @@ def count_usage(
     spread = (
         device == "auto" and accelerator.num_processes == 1 and accelerator.device.type != "cpu"
     )
+    device_map = "auto" if spread else None
     model = load_model(
-        model_path, config, reading, dtype="auto", device_map="auto" if spread else None
+        model_path, config, reading, headers=texts.headers, dtype="auto", device_map=device_map
     )
     router_names(model)  # is it a mixture of experts?
     if not spread:

@@ -151,6 +151,20 @@ class Ensemble:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As transformers' own, and then what is in modules of ours that no file held: task vectors
+        are 0, which leaves the base as it is.
+        """
+        super().initialize_weights()  # type: ignore[misc]
+        # A trunk initialises the modules inside it by rules of its own, which do not know ours.
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, EnsembledLinear):
+                config = self.config.get_text_config()  # type: ignore[attr-defined]
+                module.initialise(getattr(config, "initializer_range", None) or 0.02)
+            for weighed in getattr(module, "weighed", {}).values():
+                weighed.initialise()
+
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import initialization
 from transformers.pytorch_utils import Conv1D
 
 from .wemoe_calls import OUTSIDE, Current
@@ -73,6 +74,14 @@ class EnsembledLinear(nn.Module):
             self.register_buffer("row_ends", row_ends)
         if self.bias is not None:
             self.register_buffer("bias_vectors", torch.zeros(experts, *self.bias.shape, **like))
+
+    def initialise(self, std: float) -> None:
+        """Gives what was not loaded values: transformers' random base, and task vectors of 0."""
+        initialization.normal_(self.weight, std=std)
+        if self.bias is not None:
+            initialization.zeros_(self.bias)
+        for name, tensor in self.named_buffers():
+            initialization.constant_(tensor, self.kept if name == "row_ends" else 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output (samples, tokens, out) for x (samples, tokens, in), with the running call's

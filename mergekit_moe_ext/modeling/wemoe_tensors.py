@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization
 
 from .configuration_wemoe import vectors_of
 from .wemoe_calls import Current
@@ -33,6 +34,10 @@ class WeighedTensor:
         self.part = part
         self.group = group
         self.current = current
+
+    def initialise(self) -> None:
+        """Makes the task vectors 0 where they were not loaded."""
+        initialization.zeros_(getattr(self.module, vectors_of(self.part)))
 
     def read(self, base: Tensor) -> Tensor:
         """The parameter, in the shape of `base`; outside a forward pass `base` itself."""

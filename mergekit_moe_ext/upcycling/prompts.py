@@ -15,7 +15,10 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+
+from _mergekit_moe_ext_common.checkpoints import check_finite
+from _mergekit_moe_ext_common.loading import load_config, load_model
+from _mergekit_moe_ext_common.options import Reading
 
 LOG = logging.getLogger(__name__)
 Tokens = tuple[tuple[int, ...], ...]  # prompts, as token ids
@@ -123,16 +126,16 @@ class PromptStates(Task[torch.Tensor]):
         if self.mode == "cheap_embed":
             loader = source.lazy_loader(self.transformers_cache)
             embedding = loader.get_tensor(self.embedding)
+            check_finite({self.embedding: embedding}, self.model)
 
             def states(prompts: Tokens) -> torch.Tensor:
                 return embedding_states(embedding, prompts).expand(len(self.ffns), -1)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.local_path(self.transformers_cache),
-                dtype="auto",
-                device_map="auto" if self.device.startswith("cuda") else None,
-                trust_remote_code=self.trust_remote_code,
-            ).eval()
+            path = source.local_path(self.transformers_cache)
+            reading = Reading(trust_remote_code=self.trust_remote_code, quiet=self.quiet)
+            device_map = "auto" if self.device.startswith("cuda") else None
+            config = load_config(path, reading)
+            model = load_model(path, config, reading, dtype="auto", device_map=device_map)
 
             def states(prompts: Tokens) -> torch.Tensor:
                 return hidden_states(model, self.ffns, prompts, average=self.mode == "hidden_avg")

@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 from _mergekit_moe_ext_common.cards import extend_card, in_markdown, sources_in_markdown
 from _mergekit_moe_ext_common.data import Source, parse_sources
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.loading import load_tokenizer
+from _mergekit_moe_ext_common.loading import check_model, load_tokenizer
 from _mergekit_moe_ext_common.options import Reading, TrainingOptions
 from _mergekit_moe_ext_common.runs import (
     Losses,
@@ -92,6 +92,7 @@ def adapt(
     """
     run = Run(output or f"{model_path.rstrip('/')}-adapted", reading)
     architecture, config = read_ensemble(model_path)
+    check_model(model_path, config, reading, architecture=architecture)
     kind = _kind(model_path, architecture, config)
     if adaptation.learning_rate is None:
         adaptation = replace(adaptation, learning_rate=_learning_rate(kind, config))
@@ -130,8 +131,9 @@ def adapt(
         return None
 
     results = first_and_last(trainer.state.log_history, measured)
-    _report(trainer, results)
     restore_dtypes(model.routers, dtypes)
+    run.check_converged(trainer, results, "take a lower --learning-rate")
+    _report(trainer, results)
     with run.finish() as directory:
         source = model_folder(model_path)
         copy_files(source, directory)

@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, PretrainedConfig
+from transformers import CLIPModel, PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import load_config, load_model, load_tokenizer
+from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
 
@@ -195,14 +197,15 @@ def write_clip_head(
             raise UserError(f"the template {template!r} has no {{}} for the name of the class")
     if not templates or not classes or len(set(classes)) < len(classes):
         raise UserError("a head needs a template and names of classes, each of them once")
-    # transformers would load another model as a CLIP of random weights.
-    model_type = AutoConfig.from_pretrained(model_path).model_type
-    if model_type != "clip":
+    reading = Reading(quiet=quiet)
+    config = load_config(model_path, reading)
+    if config.model_type != "clip":
         raise UserError(
-            f"{model_path} is a model of type {model_type}, not a whole CLIP with its text tower"
+            f"{model_path} is a model of type {config.model_type}, not a whole CLIP with its text "
+            "tower"
         )
-    model = CLIPModel.from_pretrained(model_path).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = load_tokenizer(model_path, reading)
+    model = load_model(model_path, config, reading, architecture=CLIPModel)
     longest = model.config.text_config.max_position_embeddings
     embeds = []
     for name in tqdm(classes, desc="classes", disable=quiet):

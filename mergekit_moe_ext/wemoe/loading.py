@@ -8,7 +8,15 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import (
+    check_directory,
+    check_numbers_of_modules,
+    explained,
+    load_model,
+)
+from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.modeling import find_architecture
+from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling
 from mergekit_moe_ext.modeling.modeling_wemoe import Ensemble
 
 
@@ -16,21 +24,18 @@ def read_ensemble(path: str) -> tuple[type[PreTrainedModel], Any]:
     """The class and the configuration of the model. `UserError` if it is not a weight-ensembling
     model.
     """
-    local = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) and not local.is_dir():
-        raise UserError(f"{path} does not exist")
-    if local.is_dir() and not (local / "config.json").exists():
-        raise UserError(f"{path} has no config.json: it is not a model")
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(str(local))
+    check_directory(path)
+    local = str(Path(path).expanduser())
+    with explained(f"cannot read the config of {path}", path):
+        values, _ = PreTrainedConfig.get_config_dict(local)
+        check_numbers_of_modules(values, path)
         name = (values.get("architectures") or ["a model of no class"])[0]
         architecture: Any = find_architecture(name)
         is_ensemble = architecture is not None and issubclass(architecture, Ensemble)
-        config = architecture.config_class.from_pretrained(str(local)) if is_ensemble else None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read the config of {path}: {str(error).splitlines()[0]}"
-        ) from error
+        config: Any = None
+        if is_ensemble:
+            config = architecture.config_class.from_pretrained(local)
+            config.ensembling = Ensembling(**config.ensembling).as_dict()
     if not is_ensemble:
         raise UserError(
             f"{path} is {name}, which has no routed task vectors: wemoe and ewemoe make such models"
@@ -39,10 +44,5 @@ def read_ensemble(path: str) -> tuple[type[PreTrainedModel], Any]:
 
 
 def load_ensemble(path: str, architecture: type[PreTrainedModel], config: Any) -> Any:
-    """The model, in the dtype in which it is stored."""
-    try:
-        return architecture.from_pretrained(
-            str(Path(path).expanduser()), config=config, dtype="auto"
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+    """The model, whole and finite, in the dtype in which it is stored."""
+    return load_model(path, config, Reading(), architecture=architecture, dtype="auto")

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from accelerate import cpu_offload
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from mergekit_moe_ext.modeling import modeling_wemoe, wemoe_products
@@ -22,6 +23,7 @@ from tests.mergekit_moe_ext.ensembles import (
     by_tokens,
     inputs_of,
     padded,
+    stock_of,
 )
 
 PER_SAMPLE = [family for family in FAMILIES if family not in PAIRS]
@@ -685,3 +687,46 @@ def test_the_trainer_trains_routers_alone(tmp_path):
         name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
     }
     assert changed == {name for name in before if name.startswith("routers.")}
+
+
+INITIALISED = {
+    "dense": {},
+    "sparse": {"sparsity": 0.5},
+    "with biases": {"family": "gpt2"},
+    "every parameter": {"upscale": "all"},
+}
+
+
+@pytest.mark.parametrize("kind", INITIALISED)
+def test_what_no_file_holds_is_initialised(tmp_path, kind):
+    options = {"family": "llama", **INITIALISED[kind]}
+    family = options["family"]
+    model = build(**options)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    ours = ("vectors", ".values", ".columns", ".row_ends")
+    kept = {name: each for name, each in tensors.items() if not any(part in name for part in ours)}
+    assert len(kept) < len(tensors)
+    save_file(kept, file, {"format": "pt"})
+    # Memory that is given back and taken again is not 0 by chance.
+    litter = [torch.full((64, 64), 7.0) for _ in range(200)]
+    del litter
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+    assert not any(state[name].any() for name in tensors if "vectors" in name or "values" in name)
+    inputs = inputs_of(family)
+    assert torch.allclose(loaded(**inputs)[0], stock_of(model, family)(**inputs)[0], atol=1e-5)
+
+
+def test_a_base_that_no_file_holds_is_random_as_that_of_transformers(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    weight = type(model).from_pretrained(tmp_path).state_dict()[name]
+    assert 0.015 < weight.std() < 0.025 and abs(weight.mean()) < 0.005
