@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from transformers import (
@@ -377,4 +376,6 @@ def silence(reading: Reading) -> None:
     """No bars of transformers and datasets where the user, or another process's user, sees them."""
     if reading.quiet or int(os.environ.get("LOCAL_RANK", "0")) != 0:
         transformers.utils.logging.disable_progress_bar()
+        import datasets  # here, since a routed adapter is loaded without it
+
         datasets.disable_progress_bars()
