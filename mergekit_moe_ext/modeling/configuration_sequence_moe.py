@@ -28,6 +28,8 @@ class SequenceMoEConfig(PretrainedConfig):
             experts share.
         logit_softcaps: each expert's cap on logits (Gemma-2's `final_logit_softcapping`), or None.
         head_bias: whether the shared head has a bias.
+        tie_word_embeddings: whether the shared head is the shared embedding; experts that have
+            their own say so in their own configurations.
         routing_tokens: the number of tokens of a sequence that choose, outside `generate`, which
             takes the prompt.
         routing_prefix: `prefix`, or `sequence`: the whole sequence chooses, as in the paper, which
@@ -62,6 +64,7 @@ class SequenceMoEConfig(PretrainedConfig):
         shared_parameters: list[str] | None = None,
         logit_softcaps: list[float | None] | None = None,
         head_bias: bool = False,
+        tie_word_embeddings: bool = False,
         routing_tokens: int = 32,
         routing_prefix: str = "prefix",
         special_token_ids: list[int] | None = None,
@@ -86,6 +89,7 @@ class SequenceMoEConfig(PretrainedConfig):
         self.shared_parameters = shared_parameters or []
         self.logit_softcaps = logit_softcaps or [None] * len(self.experts)
         self.head_bias = head_bias
+        self.tie_word_embeddings = tie_word_embeddings
         self.routing_tokens = routing_tokens
         self.routing_prefix = routing_prefix
         self.special_token_ids = special_token_ids or []
@@ -100,6 +104,8 @@ class SequenceMoEConfig(PretrainedConfig):
             return
         if routing not in ROUTINGS:
             raise ValueError(f"routing={routing!r} is none of {', '.join(ROUTINGS)}")
+        if embedding not in ("shared", "separate"):
+            raise ValueError(f"embedding={embedding!r} is neither 'shared' nor 'separate'")
         number = len(self.experts)
         if not 1 <= experts_per_sequence <= number:
             raise ValueError(

@@ -63,19 +63,30 @@ class SequenceMoEOutput(CausalLMOutputWithPast):
 class Batch(NamedTuple):
     """Tokens (rows, length), with the mask over everything up to them, and their positions.
 
-    Mask and positions may be None.
+    Mask and positions may be None. In place of tokens, which are None then, there may be what the
+    shared embedding would make of some: (rows, length, width).
     """
 
-    tokens: Tensor
+    tokens: Any
     mask: Tensor | None
     positions: Tensor | None
+    embedded: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(rows, length)."""
+        return (self.tokens if self.embedded is None else self.embedded).shape[:2]
+
+    @property
+    def device(self) -> torch.device:
+        return (self.tokens if self.embedded is None else self.embedded).device
 
     @property
     def real(self) -> Tensor:
         """Which tokens are not padding: (rows, length)."""
         if self.mask is None:
-            return torch.ones_like(self.tokens, dtype=torch.bool)
-        return self.mask[:, -self.tokens.shape[1] :].bool()
+            return torch.ones(self.shape, dtype=torch.bool, device=self.device)
+        return self.mask[:, -self.shape[1] :].bool()
 
     def of(self, rows: Tensor) -> "Batch":
         return self._each(lambda part: part[rows])
@@ -87,9 +98,7 @@ class Batch(NamedTuple):
         return self._each(Tensor.clone)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        mask = None if self.mask is None else change(self.mask)
-        positions = None if self.positions is None else change(self.positions)
-        return Batch(change(self.tokens), mask, positions)
+        return Batch(*(None if part is None else change(part) for part in self))
 
 
 class SequenceMoECache(Cache):
@@ -194,13 +203,15 @@ class DecoderExpert(nn.Module):
     model, which caps mixtures.
     """
 
-    def __init__(self, config: PretrainedConfig, mixture: SequenceMoEConfig) -> None:
+    def __init__(self, config: PretrainedConfig, mixture: SequenceMoEConfig, name: str) -> None:
         super().__init__()
+        self.name = name  # for messages
         self.trunk: Any = getattr(transformers, config.architectures[0])(config)
         embedding = self.trunk.get_input_embeddings()
         head = self.trunk.get_output_embeddings()
         self.trunk.set_input_embeddings(None)
         self.trunk.set_output_embeddings(nn.Identity())
+        self.positions_in_table = _positions_in_table(self.trunk)
         parameters = inspect.signature(self.trunk.forward).parameters
         self.cache_name = name_of_cache(parameters) or OUTPUT_NAME
         self.takes = {"position_ids", "use_cache", self.cache_name} & set(parameters)
@@ -222,11 +233,14 @@ class DecoderExpert(nn.Module):
         cache: Cache | None = None,
         *,
         with_head: bool = False,
+        hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
         """(rows, length) to (rows, length, width), or to logits by the expert's own head.
 
         shared: what the shared embedding makes of the tokens, if the expert has none of its own.
+        hidden_states: a list that the decoder's own go into, a tensor per layer and the first.
         """
+        self._check_positions(batch, cache)
         if shared is None:
             x = self.embed_tokens(batch.tokens)
         else:
@@ -241,10 +255,41 @@ class DecoderExpert(nn.Module):
             "use_cache": cache is not None,
         }
         more = {name: more[name] for name in sorted(self.takes)}
-        y = self.trunk(inputs_embeds=x, attention_mask=batch.mask, **more).logits
+        if hidden_states is not None:
+            more["output_hidden_states"] = True
+        output = self.trunk(inputs_embeds=x, attention_mask=batch.mask, **more)
+        if hidden_states is not None:
+            hidden_states += output.hidden_states
+        y = output.logits
         if hasattr(self, "proj_out"):
             y = self.proj_out(y)
         return self.lm_head(y) if with_head else y
+
+    def _check_positions(self, batch: Batch, cache: Cache | None) -> None:
+        """`ValueError` for a text that is longer than the decoder's table of positions."""
+        limit = self.positions_in_table
+        length = batch.shape[1] + (0 if cache is None else cache.get_seq_length())
+        if limit is None or length <= limit:
+            return
+        # Padding takes no position.
+        if batch.positions is None or int(batch.positions.max()) >= limit:
+            raise ValueError(
+                f"the expert {self.name!r} has {limit} positions, and a sequence here has {length} "
+                "tokens: shorten it, or leave that expert out of the mixture"
+            )
+
+
+def _positions_in_table(trunk: PreTrainedModel) -> int | None:
+    """How many positions a decoder has that looks them up in a table; None for any other.
+
+    Some tables begin with a row or two for padding.
+    """
+    limit = getattr(trunk.config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    tables = [module for module in trunk.modules() if isinstance(module, nn.Embedding)]
+    has_table = any(limit <= table.num_embeddings <= limit + 2 for table in tables)
+    return limit if has_table else None
 
 
 class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
@@ -262,7 +307,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             # sdpa is only the default, which some decoders refuse.
             if config._attn_implementation not in (None, "sdpa"):
                 of_expert._attn_implementation = config._attn_implementation
-        self.experts: Any = nn.ModuleList(DecoderExpert(each, config) for each in configs)
+        self.experts: Any = nn.ModuleList()
+        for of_expert, name in zip(configs, config.expert_names, strict=True):
+            self.experts.append(DecoderExpert(of_expert, config, name))
         if config.embedding == "shared":
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
@@ -339,7 +386,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: SequenceMoECache | None = None,
@@ -348,18 +395,24 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         coefficients: Tensor | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss over `labels` outside the prefix.
 
         `coefficients` (batch, experts), or (1, experts) for all sequences, say how much each expert
         counts, instead of a choice; those with 0 are not run. `past_key_values=` is the cache's
-        name in transformers before 5.24, and is taken too.
+        name in transformers before 5.24, and is taken too. `inputs_embeds` (batch, length, width)
+        stand for what a shared embedding makes of tokens. `output_hidden_states` gives those of
+        each sequence's one expert; `ValueError` where a sequence has several.
         """
-        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+        if kwargs.pop("output_attentions", None) or self.config.output_attentions:
             raise ValueError(
-                "a sequence MoE has no hidden states or attentions: ask one of model.experts",
+                "a sequence MoE has no attentions: ask one of model.experts for its own"
             )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         kwargs = with_cache_renamed({**kwargs, "cache": cache}, {"cache": cache})
         cache = kwargs.pop("cache")
         if cache is not None and not isinstance(cache, SequenceMoECache):
@@ -368,14 +421,15 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         is_prompt = kwargs.pop(_IS_PROMPT, False) or cache is not None
-        positions = _positions(input_ids, attention_mask, position_ids)
-        batch = Batch(input_ids, attention_mask, positions)
+        self._check_inputs(input_ids, inputs_embeds, coefficients, cache)
+        positions = _positions(input_ids, inputs_embeds, attention_mask, position_ids)
+        batch = Batch(input_ids, attention_mask, positions, inputs_embeds)
         aux_loss: Tensor | None = None
         ran: dict[int, Any] = {}
         if cache is not None and cache.coefficients is not None:
             coefficients = cache.coefficients
         elif coefficients is not None:
-            coefficients = self._checked(coefficients, input_ids)
+            coefficients = self._checked(coefficients, batch.shape[0])
         else:
             # Uniform routing chooses nothing, so that a cache need not come back.
             # Nor must it where a pass of somebody's own says that it keeps none.
@@ -384,6 +438,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             prefix = self._prefix(batch, whole=is_prompt)
             keep = cache is not None or use_cache
             coefficients, aux_loss, ran = self._route(batch, prefix, keep=keep)
+            if output_hidden_states:
+                ran = {}  # which holds none
             if labels is not None and self._chooses_by_prefix():
                 kwargs = without_prefix_labels(
                     {**kwargs, "labels": labels}, prefix, training=self.training
@@ -391,7 +447,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 labels = kwargs.pop("labels")
         if cache is None and use_cache:
             cache = SequenceMoECache()
-        logits = self._logits(batch, coefficients, cache, ran, logits_to_keep)
+        states = _HiddenStates(batch, coefficients) if output_hidden_states else None
+        logits = self._logits(batch, coefficients, cache, ran, logits_to_keep, states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -402,6 +459,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             coefficients=coefficients,
             aux_loss=aux_loss,
+            hidden_states=None if states is None else states.of_batch(),
             **{OUTPUT_NAME: cache},
         )
         return output if return_dict is not False else output.to_tuple()
@@ -464,7 +522,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 "a router that keeps one expert gets no gradient, since the softmax over one is "
                 "always 1: set experts_per_sequence to 2 or more, or freeze the router"
             )
-        embedded = self.get_input_embeddings()(batch.tokens)
+        embedded = batch.embedded
+        if embedded is None:
+            embedded = self.get_input_embeddings()(batch.tokens)
         total = torch.where(prefix[..., None], embedded, 0).sum(dim=1)
         mean = total / prefix.sum(dim=1, keepdim=True).clamp(min=1)
         return self.router(mean.to(self.router.weight.dtype)).float()
@@ -485,7 +545,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
         Padding and special tokens are left out, and tokens after padding.
         """
-        special = torch.tensor(self.config.special_token_ids, device=batch.tokens.device)
+        special = torch.tensor(self.config.special_token_ids, device=batch.device)
         scored = prefix & ~torch.isin(batch.tokens, special)
         before = functional.pad(batch.real[:, :-1], (1, 0))
         return scored & before
@@ -508,7 +568,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         scored = self._scored(batch, prefix)[:, :length]
         # In `generate` the prefix is the whole prompt: the experts that are chosen need not run on
         # it once more.
-        is_whole = reuse and length == batch.tokens.shape[1]
+        is_whole = reuse and length == batch.shape[1]
         rows, columns = scored.nonzero(as_tuple=True)
         targets = batch.tokens[rows, columns]
         scores = []
@@ -555,7 +615,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             of_base, of_head = _outside_inference(base), {}
             if self.config.embedding == "shared":
                 of_head = _outside_inference(self.lm_head)
-            for row in range(len(batch.tokens)):
+            for row in range(batch.shape[0]):
                 comparison.start()
                 # Copies that share the parameters' memory: the parameters' own gradients, which
                 # belong to a training around this, are left alone.
@@ -565,13 +625,13 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
                     leaf = parameter.detach().requires_grad_()
                     leaf.register_post_accumulate_grad_hook(partial(comparison.take, name))
                     leaves[name] = leaf
-                one = batch.of(torch.tensor([row], device=batch.tokens.device)).copied()
+                one = batch.of(torch.tensor([row], device=batch.device)).copied()
                 if scored[row].any():
                     stand_ins = {**of_base, **leaves}
                     loss = self._loss_at_base(base, stand_ins, of_head, one, scored[row].clone())
                     loss.backward(inputs=list(leaves.values()))
                 similarities.append(comparison.cosines())
-        return torch.stack(similarities).to(batch.tokens.device)
+        return torch.stack(similarities).to(batch.device)
 
     def _is_compared(self, name: str) -> bool:
         inner = name.removeprefix("trunk.")
@@ -605,11 +665,20 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         targets = one.tokens[0, columns.to(one.tokens.device)]
         return functional.cross_entropy(logits[0, columns - 1].float(), targets)
 
-    def _run(self, index: int, batch: Batch, cache: Cache | None) -> Tensor:
-        return self.experts[index](batch, self._embedded(batch), cache)
+    def _run(
+        self,
+        index: int,
+        batch: Batch,
+        cache: Cache | None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        embedded = self._embedded(batch)
+        return self.experts[index](batch, embedded, cache, hidden_states=hidden_states)
 
     def _embedded(self, batch: Batch) -> Tensor | None:
-        return self.embed_tokens(batch.tokens) if self.config.embedding == "shared" else None
+        if batch.embedded is not None or self.config.embedding != "shared":
+            return batch.embedded
+        return self.embed_tokens(batch.tokens)
 
     def _head(self, index: int) -> Any:
         return self.lm_head if self.config.embedding == "shared" else self.experts[index].lm_head
@@ -625,6 +694,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         cache: SequenceMoECache | None,
         ran: dict[int, Any],
         logits_to_keep: int | Tensor,
+        states: "_HiddenStates | None",
     ) -> Tensor:
         """What the chosen experts give, added up, as logits at the positions to keep."""
         experts = _chosen(coefficients)
@@ -641,8 +711,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         heads_at_once = self.config.embedding == "shared"
         total: Any = None
         for index in experts:
-            rows = coefficients[:, index].nonzero()[:, 0].to(batch.tokens.device)
-            output = self._output(index, rows, batch, cache, ran)[:, positions]
+            rows = coefficients[:, index].nonzero()[:, 0].to(batch.device)
+            of_expert = None if states is None else states.of_rows(rows)
+            output = self._output(index, rows, batch, cache, ran, of_expert)[:, positions]
             if not heads_at_once:
                 output = self.experts[index].lm_head(output)
             if total is None:
@@ -652,7 +723,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             total = total.index_add(0, rows.to(total.device), weighed)
         if cache is not None:
             cache.coefficients = coefficients
-            cache.length += batch.tokens.shape[1]
+            cache.length += batch.shape[1]
         logits = self.lm_head(total) if heads_at_once else total
         if len(caps) == 1:
             return self._capped(logits, caps.pop())
@@ -669,12 +740,13 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         batch: Batch,
         cache: SequenceMoECache | None,
         ran: dict[int, Any],
+        hidden_states: list[Tensor] | None,
     ) -> Tensor:
         """What an expert gives for these rows of the batch, taken from `ran` if it is there.
 
         Its cache, which a call of the expert fills, goes into `cache`.
         """
-        is_all = len(rows) == len(batch.tokens)
+        is_all = len(rows) == batch.shape[0]
         of_expert = None
         if index in ran:
             # It ran on all rows, to be chosen; its cache keeps those that chose it.
@@ -687,23 +759,51 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 _, of_expert = cache.of_expert.get(index, (None, None))
                 if of_expert is None:
                     of_expert = DynamicCache(config=self.experts[index].trunk.config)
-            output = self._run(index, batch if is_all else batch.of(rows), of_expert)
+            part = batch if is_all else batch.of(rows)
+            output = self._run(index, part, of_expert, hidden_states)
         if cache is not None:
             cache.of_expert[index] = rows, of_expert
         return output
 
-    def _checked(self, coefficients: Tensor, tokens: Tensor) -> Tensor:
+    def _check_inputs(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        coefficients: Tensor | None,
+        cache: SequenceMoECache | None,
+    ) -> None:
+        """`ValueError` for embeddings where tokens are needed."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids= and inputs_embeds=")
+        if inputs_embeds is None:
+            return
+        if self.config.embedding != "shared":
+            raise ValueError(
+                "inputs_embeds=: each expert of this sequence MoE has an embedding of its own, so "
+                "that only input_ids= mean the same to all"
+            )
+        routing = self.config.routing
+        has_choice = coefficients is not None or (
+            cache is not None and cache.coefficients is not None
+        )
+        if routing in ("perplexity", "task_vector") and not has_choice:
+            raise ValueError(
+                f"inputs_embeds=: routing {routing!r} predicts the tokens of the prefix, for which "
+                "it needs input_ids=; or give coefficients="
+            )
+
+    def _checked(self, coefficients: Tensor, rows: int) -> Tensor:
         """The coefficients that were given, a row per sequence. `ValueError` if they do not fit."""
         number = len(self.experts)
         fits = coefficients.ndim == 2 and coefficients.shape[1] == number and len(coefficients) > 0
-        if not fits or len(tokens) % len(coefficients):
+        if not fits or rows % len(coefficients):
             raise ValueError(
                 f"coefficients are of shape {tuple(coefficients.shape)}; give "
-                f"({len(tokens)}, {number}), a row per sequence, or (1, {number}) for all"
+                f"({rows}, {number}), a row per sequence, or (1, {number}) for all"
             )
         if not coefficients.isfinite().all() or not coefficients.any(dim=1).all():
             raise ValueError("coefficients must be finite, and not all 0 for a sequence")
-        return coefficients.repeat_interleave(len(tokens) // len(coefficients), dim=0)
+        return coefficients.repeat_interleave(rows // len(coefficients), dim=0)
 
     def _prepare_cache_for_generation(
         self,
@@ -752,6 +852,44 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         """What transformers' own does, within which a sequence is begun once."""
         with generating(self, kwargs.get("guidance_scale")):
             return super().generate(*args, **kwargs)
+
+
+class _HiddenStates:
+    """Hidden states of a batch of which each sequence has one expert."""
+
+    def __init__(self, batch: Batch, coefficients: Tensor) -> None:
+        """`ValueError` where a sequence has several experts."""
+        if ((coefficients != 0).sum(dim=-1) > 1).any():
+            raise ValueError(
+                "output_hidden_states: hidden states are an expert's own, and a sequence here has "
+                "several experts; give coefficients= that choose one, or ask one of model.experts"
+            )
+        self.rows = batch.shape[0]
+        self.parts: list[tuple[Tensor, list[Tensor]]] = []
+
+    def of_rows(self, rows: Tensor) -> list[Tensor]:
+        """The list that an expert is to put those of these rows into, a tensor per layer."""
+        states: list[Tensor] = []
+        self.parts.append((rows, states))
+        return states
+
+    def of_batch(self) -> tuple[Tensor, ...]:
+        """A tensor (batch, length, width) per layer. `ValueError` where experts differ in size."""
+        shapes = {(len(states), states[0].shape[-1]) for _, states in self.parts}
+        if len(shapes) > 1:
+            raise ValueError(
+                "output_hidden_states: the sequences of this batch chose experts of different "
+                "numbers of layers or widths, whose hidden states do not fit into one tensor; give "
+                "one sequence at a time"
+            )
+        _, first = self.parts[0]
+        combined = []
+        for layer, like in enumerate(first):
+            whole = like.new_zeros(self.rows, *like.shape[1:])
+            for rows, states in self.parts:
+                whole = whole.index_copy(0, rows.to(whole.device), states[layer].to(whole))
+            combined.append(whole)
+        return tuple(combined)
 
 
 class _Comparison:
@@ -845,13 +983,19 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     return torch.full_like(scores, float("-inf")).scatter(-1, indices, values)
 
 
-def _positions(tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+def _positions(
+    tokens: Tensor | None,
+    embedded: Tensor | None,
+    mask: Tensor | None,
+    positions: Tensor | None,
+) -> Tensor | None:
     """Positions of the tokens, counted without padding; None where every token counts."""
+    given: Any = tokens if embedded is None else embedded
     if positions is not None:
-        return positions.expand(len(tokens), -1)
+        return positions.expand(len(given), -1)
     if mask is None:
         return None
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -given.shape[1] :]
 
 
 SequenceMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -308,7 +308,7 @@ def test_what_it_cannot_do_is_refused(model):
     with pytest.raises(ValueError, match="DynamicCache"):
         model(words(), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match=r"model\.experts"):
-        model(words(), output_hidden_states=True)
+        model(words(), output_attentions=True)
     with pytest.raises(ValueError, match="vocabulary"):
         model.resize_token_embeddings(200)
 
@@ -322,6 +322,7 @@ def test_what_it_cannot_do_is_refused(model):
         ({"routing": "uniform", "experts_per_sequence": 2}, "takes all 3 experts"),
         ({"routing_prefix": "half"}, "'prefix' nor 'sequence'"),
         ({"routing_tokens": 0}, "routing_tokens=0"),
+        ({"embedding": "merged"}, "'shared' nor 'separate'"),
     ],
 )
 def test_a_configuration_that_makes_no_sense(model, config, message):
