@@ -125,6 +125,11 @@ def updates(
     return less, [1.0] * len(less)
 
 
+def is_trained(router: nn.Module) -> bool:
+    """Whether a parameter of it is to get a gradient."""
+    return any(parameter.requires_grad for parameter in router.parameters())
+
+
 class RoutedLoraLayer(BaseTunerLayer):
     """What PEFT finds, freezes, moves, saves and deletes: experts are frozen, routers trained."""
 
@@ -142,6 +147,9 @@ class RoutedLoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        # The weight that the base layer shares with other modules, while it has one of its own. In
+        # a tuple, so that it is not this module's parameter.
+        self._shared_weight: tuple[nn.Parameter, ...] = ()
 
     def update_layer(self, adapter_name: str, config: RoutedLoraConfig, router: nn.Module) -> None:
         dtype = getattr(torch, config.expert_dtype or "float32")
@@ -204,6 +212,19 @@ class RoutedLoraLayer(BaseTunerLayer):
                 "it into the base model as it was before"
             )
 
+    def untie(self) -> None:
+        """Give the base layer a weight of its own, until the last adapter is unmerged."""
+        base = self.get_base_layer()
+        self._shared_weight = (base.weight,)
+        own = base.weight.detach().clone()
+        base.weight = nn.Parameter(own, requires_grad=base.weight.requires_grad)
+
+    def check_learns(self) -> None:
+        """`UserError` if an active router is to be trained, and cannot learn."""
+        for name in self.active_adapters:
+            if name in self.routed_lora_router and is_trained(self.router_of(name)):
+                self.router_of(name).check_learns()
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """In the shape of the base layer's weight. `UserError` if it depends on the input."""
         delta = self.experts_of(adapter).delta_weight(self.constant_coefficients(adapter))
@@ -246,12 +267,22 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
+        """Take the updates out of the base weight again, and share it again where it was shared."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         weight = self.get_base_layer().weight
         while self.merged_adapters:
             delta = self.get_delta_weight(self.merged_adapters.pop())
             weight.data = (weight.data - delta.to(weight.device)).to(weight.dtype)
+        if self._shared_weight:
+            self.get_base_layer().weight, *_ = self._shared_weight
+            self._shared_weight = ()
+
+    def train(self, mode: bool = True) -> "RoutedLoraLinear":
+        """As every module's. `UserError` where a router would be trained that cannot learn."""
+        if mode:
+            self.check_learns()
+        return super().train(mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -271,6 +302,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         instead = given.current()
         if instead is None:
             weights, kept = coefficients_at(self, router, x, name), router.kept
+            # A loop may train a model in evaluation mode; then the backward pass tells.
+            if weights.requires_grad and not router.learns and not torch.compiler.is_compiling():
+                weights.register_hook(lambda _: self.check_learns())
         else:
             weights, kept = instead.over(x, name, router.experts), None
         general = experts.site.general

@@ -106,6 +106,24 @@ class Router(nn.Module):
         is_ours = type(self).coefficients is Router.coefficients
         return self.k if is_ours and self.k < len(self.experts) else None
 
+    @property
+    def learns(self) -> bool:
+        """Whether a loss has a gradient for the choice: of a softmax over one, it has none."""
+        return type(self).coefficients is not Router.coefficients or self.k > 1
+
+    def check_learns(self) -> None:
+        """`UserError` where training would leave the router as it is."""
+        if self.learns:
+            return
+        if len(self.experts) == 1:
+            raise UserError(f"router={self.name!r} has nothing to learn: there is one expert")
+        raise UserError(
+            f"router={self.name!r} learns nothing with top_k=1: a softmax over the one that is "
+            "kept is always 1, and no loss has a gradient for it. Train with all experts, as the "
+            "paper does, or with top_k=2 or more, and keep one afterwards: "
+            "model.set_routing(top_k=1)"
+        )
+
     def scores(self, hidden: Tensor) -> Tensor:
         """(…, in_features) to (…, experts), or just (experts,) where the input does not matter."""
         raise NotImplementedError
