@@ -125,9 +125,10 @@ def updates(
     return less, [1.0] * len(less)
 
 
-def is_trained(router: nn.Module) -> bool:
-    """Whether a parameter of it is to get a gradient."""
-    return any(parameter.requires_grad for parameter in router.parameters())
+def warn_if_trained(router: Any) -> None:
+    """Say of a router that does not learn that training is in vain, if it is to be trained."""
+    if any(parameter.requires_grad for parameter in router.parameters()):
+        warnings.warn(router.why_it_learns_nothing, stacklevel=2)
 
 
 class RoutedLoraLayer(BaseTunerLayer):
@@ -219,12 +220,6 @@ class RoutedLoraLayer(BaseTunerLayer):
         own = base.weight.detach().clone()
         base.weight = nn.Parameter(own, requires_grad=base.weight.requires_grad)
 
-    def check_learns(self) -> None:
-        """`UserError` if an active router is to be trained, and cannot learn."""
-        for name in self.active_adapters:
-            if name in self.routed_lora_router and is_trained(self.router_of(name)):
-                self.router_of(name).check_learns()
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """In the shape of the base layer's weight. `UserError` if it depends on the input."""
         delta = self.experts_of(adapter).delta_weight(self.constant_coefficients(adapter))
@@ -278,12 +273,6 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             self.get_base_layer().weight, *_ = self._shared_weight
             self._shared_weight = ()
 
-    def train(self, mode: bool = True) -> "RoutedLoraLinear":
-        """As every module's. `UserError` where a router would be trained that cannot learn."""
-        if mode:
-            self.check_learns()
-        return super().train(mode)
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -302,9 +291,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         instead = given.current()
         if instead is None:
             weights, kept = coefficients_at(self, router, x, name), router.kept
-            # A loop may train a model in evaluation mode; then the backward pass tells.
+            # Whatever loop trains it, this is where a gradient arrives that is always 0.
             if weights.requires_grad and not router.learns and not torch.compiler.is_compiling():
-                weights.register_hook(lambda _: self.check_learns())
+                weights.register_hook(lambda _: warn_if_trained(router))
         else:
             weights, kept = instead.over(x, name, router.experts), None
         general = experts.site.general

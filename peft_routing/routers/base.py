@@ -111,13 +111,12 @@ class Router(nn.Module):
         """Whether a loss has a gradient for the choice: of a softmax over one, it has none."""
         return type(self).coefficients is not Router.coefficients or self.k > 1
 
-    def check_learns(self) -> None:
-        """`UserError` where training would leave the router as it is."""
-        if self.learns:
-            return
+    @property
+    def why_it_learns_nothing(self) -> str:
+        """What to say of a router that does not learn, and what to do instead."""
         if len(self.experts) == 1:
-            raise UserError(f"router={self.name!r} has nothing to learn: there is one expert")
-        raise UserError(
+            return f"router={self.name!r} has nothing to learn: there is one expert"
+        return (
             f"router={self.name!r} learns nothing with top_k=1: a softmax over the one that is "
             "kept is always 1, and no loss has a gradient for it. Train with all experts, as the "
             "paper does, or with top_k=2 or more, and keep one afterwards: "
