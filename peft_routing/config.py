@@ -32,6 +32,7 @@ _FIELDS_OF_ROUTERS = (
     "mlp_layers",
     "init_lambda",
 )
+CHANGEABLE = ("top_k", "router_temperature")  # in a model, by `set_routing`
 _OWN_TYPES = {
     "granularity": Granularity,
     "routing_tokens": int,
@@ -170,6 +171,45 @@ class RoutedLoraConfig(PeftConfig):
             for group in self.layout or ()
             for module in group["modules"]
         }
+
+    def lock(self) -> None:
+        """Refuse other values from now on: the modules of a model were made by these."""
+        self.__dict__["_is_locked"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. `UserError` where it would be saved and have no effect.
+
+        What PEFT's own configurations have can always be set.
+        """
+        is_ours = name in RoutedLoraConfig.__annotations__
+        if is_ours and self.__dict__.get("_is_locked") and value != getattr(self, name):
+            hint = (
+                "change a configuration before it is loaded: PeftConfig.from_pretrained, then "
+                "PeftModel.from_pretrained(base, directory, config=config)"
+            )
+            if name in CHANGEABLE:
+                hint = f"use model.set_routing({name}={value!r})"
+            raise UserError(
+                f"{name}={value!r} would change nothing in a model whose modules are made by this "
+                f"configuration: {hint}"
+            )
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """The configuration in a directory or on the Hub.
+
+        `UserError` for a keyword that is a field of it, since PEFT ignores these.
+        """
+        ignored = [name for name in kwargs if name in RoutedLoraConfig.__annotations__]
+        if ignored:
+            how = "with model.set_routing" if ignored[0] in CHANGEABLE else "on the configuration"
+            raise UserError(
+                f"{ignored[0]}= is not taken when an adapter is loaded: set it afterwards, {how}"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def _check_experts(self) -> None:
         if not self.experts:

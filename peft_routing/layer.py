@@ -125,6 +125,12 @@ def updates(
     return less, [1.0] * len(less)
 
 
+def warn_if_trained(router: Any) -> None:
+    """Say of a router that does not learn that training is in vain, if it is to be trained."""
+    if any(parameter.requires_grad for parameter in router.parameters()):
+        warnings.warn(router.why_it_learns_nothing, stacklevel=2)
+
+
 class RoutedLoraLayer(BaseTunerLayer):
     """What PEFT finds, freezes, moves, saves and deletes: experts are frozen, routers trained."""
 
@@ -142,6 +148,9 @@ class RoutedLoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        # The weight that the base layer shares with other modules, while it has one of its own. In
+        # a tuple, so that it is not this module's parameter.
+        self._shared_weight: tuple[nn.Parameter, ...] = ()
 
     def update_layer(self, adapter_name: str, config: RoutedLoraConfig, router: nn.Module) -> None:
         dtype = getattr(torch, config.expert_dtype or "float32")
@@ -204,6 +213,13 @@ class RoutedLoraLayer(BaseTunerLayer):
                 "it into the base model as it was before"
             )
 
+    def untie(self) -> None:
+        """Give the base layer a weight of its own, until the last adapter is unmerged."""
+        base = self.get_base_layer()
+        self._shared_weight = (base.weight,)
+        own = base.weight.detach().clone()
+        base.weight = nn.Parameter(own, requires_grad=base.weight.requires_grad)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """In the shape of the base layer's weight. `UserError` if it depends on the input."""
         delta = self.experts_of(adapter).delta_weight(self.constant_coefficients(adapter))
@@ -246,12 +262,16 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
+        """Take the updates out of the base weight again, and share it again where it was shared."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         weight = self.get_base_layer().weight
         while self.merged_adapters:
             delta = self.get_delta_weight(self.merged_adapters.pop())
             weight.data = (weight.data - delta.to(weight.device)).to(weight.dtype)
+        if self._shared_weight:
+            self.get_base_layer().weight, *_ = self._shared_weight
+            self._shared_weight = ()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -271,6 +291,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         instead = given.current()
         if instead is None:
             weights, kept = coefficients_at(self, router, x, name), router.kept
+            # Whatever loop trains it, this is where a gradient arrives that is always 0.
+            if weights.requires_grad and not router.learns and not torch.compiler.is_compiling():
+                weights.register_hook(lambda _: warn_if_trained(router))
         else:
             weights, kept = instead.over(x, name, router.experts), None
         general = experts.site.general

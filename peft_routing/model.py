@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -101,6 +102,36 @@ class RoutedLoraModel(BaseTuner):
             weights=weights,
         )
 
+    def set_routing(
+        self,
+        *,
+        top_k: int | None = None,
+        router_temperature: float | None = None,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Change how many experts keep a coefficient, or the softmax's temperature, in place.
+
+        What is not given stays as it is. It holds from the next forward pass on, though not for the
+        sequences of a cache that is filled, and is saved with the adapter. `UserError` for a value
+        that does not fit the router, before anything is changed.
+        """
+        stated: dict[str, Any] = {"top_k": top_k, "router_temperature": router_temperature}
+        stated = {option: value for option, value in stated.items() if value is not None}
+        if not stated:
+            raise UserError("set_routing: give top_k= or router_temperature=")
+        adapter_name = self._unmerged(adapter_name)
+        changed = dataclasses.replace(self.peft_config[adapter_name], **stated)
+        in_features = self._owners[adapter_name].in_features
+        like = changed.router_class(changed, changed.names, in_features)
+        # Not the modules: an optimiser may hold their parameters.
+        for layer in self._layers(adapter_name):
+            router = layer.router_of(adapter_name)
+            if isinstance(router, Router):
+                router.k = like.k
+                router.temperature = like.temperature
+        changed.lock()
+        self.peft_config[adapter_name] = changed
+
     def export_experts(self, directory: str, adapter_name: str | None = None) -> None:
         """Write each expert as an ordinary LoRA directory, its tensors as they came in.
 
@@ -132,15 +163,21 @@ class RoutedLoraModel(BaseTuner):
         write_lora(factors, config.base_model_name_or_path, config.task_type, directory)
         return error
 
-    def _taken_out(self, adapter_name: str | None) -> tuple[str, RoutedLoraConfig, list[Expert]]:
+    def _unmerged(self, adapter_name: str | None) -> str:
+        """The name of an adapter, the first active one if None. `UserError` if it is merged."""
         adapter_name = adapter_name or self.active_adapters[0]
         if adapter_name not in self.peft_config:
             raise UserError(
                 f"there is no adapter {adapter_name!r}; there are {', '.join(self.peft_config)}"
             )
-        config = self.peft_config[adapter_name]
         if any(adapter_name in layer.merged_adapters for layer in self._layers(adapter_name)):
             raise UserError(f"adapter {adapter_name!r} is merged: unmerge it first")
+        return adapter_name
+
+    def _taken_out(self, adapter_name: str | None) -> tuple[str, RoutedLoraConfig, list[Expert]]:
+        """An adapter's name, its configuration, and its experts with their factors."""
+        adapter_name = self._unmerged(adapter_name)
+        config = self.peft_config[adapter_name]
         described = {**config.experts, **config.general_experts}
         experts = [Expert(name, of_expert, {}, {}) for name, of_expert in described.items()]
         for layer in self._layers(adapter_name):
@@ -205,6 +242,7 @@ class RoutedLoraModel(BaseTuner):
         self.peft_config[adapter_name] = config
         self._owners.pop(adapter_name, None)
         super().inject_adapter(model, adapter_name, **kwargs)
+        config.lock()
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -282,31 +320,68 @@ class RoutedLoraModel(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        self._check_mergeable(adapter_names)
+        self._prepare_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        if merge:
-            self._check_mergeable(adapter_names)
+        untied = self._prepare_merge(adapter_names) if merge else []
         model = super()._unload_and_optionally_merge(
             merge, *args, adapter_names=adapter_names, **kwargs
         )
         unwatch(model, self._handles)
+        if untied:
+            _declare_untied(model)
         return model
 
-    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
-        """All of them, before a weight is changed."""
+    def _prepare_merge(self, adapter_names: list[str] | None) -> list[RoutedLoraLinear]:
+        """The layers whose weight other modules share; from now on they have one of their own.
+
+        `UserError` where an adapter cannot be merged, before a weight is changed.
+        """
+        layers = []
         for name in self.active_adapters if adapter_names is None else adapter_names:
             for layer in self._layers(name):
                 layer.check_mergeable(name)
+                layers.append(layer)
+        # The update is of one module. Through a weight that is tied it would reach the others, as
+        # from the head to the embedding.
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        numbers = Counter(id(parameter) for _, parameter in parameters)
+        tied = []
+        for layer in dict.fromkeys(layers):
+            if numbers[id(layer.get_base_layer().weight)] > 1:
+                tied.append(layer)
+        is_encoder_decoder = getattr(
+            getattr(self.model, "config", None), "is_encoder_decoder", False
+        )
+        if tied and is_encoder_decoder:
+            raise UserError(
+                f"{tied[0].key} shares its weight with the embeddings, and by that transformers "
+                "scales the logits of an encoder-decoder: the adapter cannot be merged there. Keep "
+                "it as an adapter, or write the mixture as one LoRA adapter with to_lora"
+            )
+        for layer in tied:
+            layer.untie()
+        return tied
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_mixed_batches(kwargs)
         refuse_several_passes(self.model, kwargs)
         yield
+
+
+def _declare_untied(model: Any) -> None:
+    """Have a model's configuration say that its head has a weight of its own.
+
+    PEFT says it too, and warns; but not of the configuration of a model of several modalities, and
+    what transformers keeps of it in the model would tie the weights again.
+    """
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def composed(

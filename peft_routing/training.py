@@ -160,6 +160,10 @@ def _read_config(adapter: str, recipe: Recipe) -> RoutedLoraConfig:
     if recipe.router_aux_loss:
         config.router_aux_loss_coef = recipe.router_aux_loss
         config.router_class.check(config)
+    # Of a router like the adapter's own only the choice matters, not its width.
+    router = config.router_class(config, config.names, in_features=1)
+    if not router.learns:
+        raise UserError(router.why_it_learns_nothing)
     return config
 
 

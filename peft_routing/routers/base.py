@@ -108,6 +108,23 @@ class Router(nn.Module):
         is_ours = type(self).coefficients is Router.coefficients
         return self.k if is_ours and self.k < len(self.experts) else None
 
+    @property
+    def learns(self) -> bool:
+        """Whether a loss has a gradient for the choice: of a softmax over one, it has none."""
+        return type(self).coefficients is not Router.coefficients or self.k > 1
+
+    @property
+    def why_it_learns_nothing(self) -> str:
+        """What to say of a router that does not learn, and what to do instead."""
+        if len(self.experts) == 1:
+            return f"router={self.name!r} has nothing to learn: there is one expert"
+        return (
+            f"router={self.name!r} learns nothing with top_k=1: a softmax over the one that is "
+            "kept is always 1, and no loss has a gradient for it. Train with all experts, as the "
+            "paper does, or with top_k=2 or more, and keep one afterwards: "
+            "model.set_routing(top_k=1)"
+        )
+
     def scores(self, hidden: Tensor) -> Tensor:
         """The scores (…, experts) of hidden states (…, in_features), or just (experts,) where the
         input does not matter.

@@ -58,6 +58,10 @@ class HierarchicalRouter(LinearRouter):
         if options.top_k is not None and options.top_k > count:
             raise UserError(f"top_k={options.top_k} counts clusters, and there are {count}")
 
+    @property
+    def learns(self) -> bool:
+        return self.k > 1 or len(self.clusters) == 1
+
     def labels(self, of: str) -> list[str]:
         return self.clusters if of == "cluster" else self.experts
 
