@@ -169,8 +169,8 @@ def training_options(output: str) -> Decorator:
             "weights",
             multiple=True,
             metavar="NAME=NUMBER",
-            help="Likelihood that a source is drawn, next to 1 for the others, whatever their "
-            "sizes; an epoch then ends when each was read once. [default: all rows of all sources "
+            help="Relative likelihood that a source is drawn, whatever its size; 1 for those not "
+            "named. An epoch then ends when each was read once. [default: all rows of all sources "
             "are read]",
         ),
         click.option(

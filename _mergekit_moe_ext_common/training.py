@@ -297,7 +297,8 @@ def with_predicted(encoded: Dataset, source: Source, first_label: int) -> Datase
 def _mixed(training: Mapping[str, Dataset], weights: Mapping[str, float], seed: int) -> Dataset:
     """Rows of all sources: without weights each row once, one source after the other.
 
-    With weights, rows are drawn from the sources at random until each source was read once.
+    With weights, rows are drawn from the sources at random until every source has been read through
+    at least once.
     """
     if len(training) == 1 or not weights:
         return concatenate_datasets(list(training.values()))

@@ -65,7 +65,9 @@ class CosineRouter(Router):
         scalings: Sequence[float],
         mixing: str,
     ) -> None:
-        """Each row starts as the mean of its expert's A: zeros would have no gradient."""
+        """Each row starts as the mean of its expert's A: a cosine with zeros has no direction, and
+        its gradient there is enormous.
+        """
         for row, (a, _b) in zip(self.weight, factors, strict=True):
             if len(a):  # an expert that has nothing at this module keeps its zeros
                 row.copy_(a.mean(dim=0))

@@ -113,6 +113,7 @@ def plan(
     from mergekit.options import MergeOptions
 
     from mergekit_moe_ext.merging.card import experts_in_words
+    from mergekit_moe_ext.merging.method import StructuralMethod
     from mergekit_moe_ext.merging.planner import merged_models, prepare, structural_method
     from mergekit_moe_ext.merging.preflight import read_job
     from mergekit_moe_ext.methods import METHODS
@@ -123,7 +124,7 @@ def plan(
         merge_config, _source = read_configuration(config)
     method = structural_method(merge_config.merge_method)
     if method is None:
-        names = ", ".join(each.spec.name for each in METHODS)
+        names = ", ".join(each.spec.name for each in METHODS if isinstance(each, StructuralMethod))
         raise UserError(
             f"{merge_config.merge_method} is not one of this package's structural methods: {names}"
         )
@@ -235,7 +236,7 @@ def train(
         output: the directory of the trained model; `<model>-trained` if None.
         recipe: how it is trained; `Recipe()` if None.
         reading: how texts are read; `Reading()` if None.
-        weights: the likelihood that a source is drawn, next to 1 for the others; without any, all
+        weights: a source's relative likelihood to be drawn, 1 for those not named; without any, all
             rows are read.
         eval_data: texts to measure on, in place of the held-out rows of the source of that name.
         resume: whether to go on after the last checkpoint of an interrupted training.

@@ -138,8 +138,8 @@ def train(
         recipe, reading: how it is trained and how texts are read; the defaults if None.
         learning_rates: AdamW's; of several, the one with the lowest held-out loss is kept.
         base: the base model, where it is not the one that the adapter names.
-        weights: how likely a source is drawn, next to 1 for the others; without any, all rows are
-        read.
+        weights: a source's relative likelihood to be drawn, 1 for those not named; without any,
+        all rows are read.
         eval_data: what is measured in place of the held-out rows of the source of that name.
         resume: go on after the last checkpoint of an interrupted training.
 

@@ -25,7 +25,9 @@ from peft_routing import given
 from peft_routing.calls import CALL, RoutedCall, input_in
 from peft_routing.config import RoutedLoraConfig
 
-_MIXED = "adapter_names: routed adapters do not mix in a batch; use set_adapter, a batch for each"
+_MIXED = (
+    "adapter_names: routed adapters do not mix in a batch; run one per adapter, after set_adapter"
+)
 _NOT_PER_SEQUENCE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
 # The ways into continuous batching; the first one goes through the second.
 _CONTINUOUS = ("generate_batch", "init_continuous_batching")

@@ -197,20 +197,21 @@ class RoutedLoraLayer(BaseTunerLayer):
         """(experts,), the general ones included. `UserError` if they depend on the input."""
         self.check_constant(adapter)
         experts = self.experts_of(adapter)
-        return with_general(self.router_of(adapter)(experts.A), experts.site.general)
+        # A router that does not look at its input takes anything of its width and device.
+        hidden = experts.A
+        return with_general(self.router_of(adapter)(hidden), experts.site.general)
 
     def check_mergeable(self, adapter: str) -> None:
         """`UserError` if there is no one update, or no plain weight to add it to."""
         self.check_constant(adapter)
         base = self.get_base_layer()
-        weight = getattr(
-            base, "weight", None
-        )  # GPTQ and AWQ have none; torchao's says that it is floating-point
+        # GPTQ and AWQ have none; torchao's says that it is floating-point.
+        weight = getattr(base, "weight", None)
         if type(weight) is not nn.Parameter or weight.dtype not in _CAN_BE_ADDED_TO:
             raise UserError(
                 f"adapter {adapter!r} cannot be merged: {self.key} is a {type(base).__name__} "
                 "without a plain weight, as quantised ones are. Keep it as an adapter, or merge "
-                "it into the base model as it was before"
+                "it into the base model before that is quantised"
             )
 
     def untie(self) -> None:

@@ -56,6 +56,8 @@ class Manifest:
     def shared_tensor(self, name: str) -> SharedTensor:
         """The tensor of this name, for models that all have this manifest."""
         in_vocabulary = name in self.vocabulary
+        # mergekit takes the embedding for the head, or the head for the embedding, where a source
+        # that ties them stores one alone.
         weight = WeightInfo(
             name=name,
             vocabulary_axis=0 if in_vocabulary else None,

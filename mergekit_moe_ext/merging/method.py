@@ -116,6 +116,8 @@ class Plan:
     """The origin of every tensor of the output, by its name in the output.
 
     config: the output's; its class is the one that transformers will load.
+    num_experts: the number of experts of a layer, for the card.
+    experts_per_token: the number of them that a token, sequence or sample passes (`routed_per`).
     shared: tensors that the shared method merges from their namesakes in all sources.
     copies: tensors of single sources.
     computed: tensors that a mergekit Task makes, which has their shape as its `shape`.

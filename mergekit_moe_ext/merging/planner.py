@@ -33,9 +33,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 class PlannedArchitecture(ModelArchitecture):
-    """A plan in place of the architecture of one model, in which form it passes through `run_merge`
-    to the planner.
-    """
+    """Carries a plan through mergekit's `run_merge`, in the place of a model's architecture."""
 
     job: Any
     plan: Any

@@ -1,7 +1,7 @@
 """The models that a merge reads: their configs, and the names, shapes and dtypes of their tensors.
 
-Everything here reads headers only, and everything that can be wrong with a source is found here,
-before any tensor is read.
+What can be wrong with a source is found here, from the headers of its files, before the merge reads
+any tensor. Only tensors that may be tied are compared by their values.
 """
 
 import copy

@@ -56,7 +56,8 @@ class Sources:
     def stored_name(self, name: str) -> str:
         if name not in self.stored:
             raise UserError(
-                f"{name} of {self.base} is not stored as it is used, so that it cannot be upscaled"
+                f"{name} of {self.base} is stored in another layout than the model uses, so it "
+                "cannot be upscaled"
             )
         return self.stored[name]
 

@@ -8,7 +8,7 @@ it is used:
 
         def __init__(self, config, experts, in_features):
             super().__init__(config, experts, in_features)
-            self.weight = nn.Parameter(torch.zeros(len(experts), in_features))
+            self.weight = nn.Parameter(torch.randn(len(experts), in_features))
 
         def scores(self, hidden):
             return functional.cosine_similarity(hidden[..., None, :], self.weight, dim=-1)

@@ -63,7 +63,7 @@ class Router(nn.Module):
         if isinstance(cls.options, tuple):
             cls.options = options_of_names(f"{cls.__name__}Options", cls.options)
         if "name" in cls.__dict__:
-            _ROUTERS[cls.name] = cls
+            _register(cls)
 
     def __init__(self, config: RouterSettings, experts: Sequence[str], in_features: int) -> None:
         super().__init__()
@@ -213,6 +213,20 @@ def all_routers() -> dict[str, type[Router]]:
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{__package__}.{module.name}")
     return dict(sorted(_ROUTERS.items()))
+
+
+def _register(router: type[Router]) -> None:
+    """Keep a router under its name. `UserError` if another class has that name."""
+    if not router.__module__.startswith(f"{__package__}."):
+        # Ours are all imported first: one that came later would take the place of a namesake.
+        other = all_routers().get(router.name)
+        # The same class may be defined again, as when a cell of a notebook is run twice.
+        if other is not None and other.__qualname__ != router.__qualname__:
+            raise UserError(
+                f"{router.__qualname__}: {other.__module__}.{other.__qualname__} has the name "
+                f"{router.name!r} already; choose another"
+            )
+    _ROUTERS[router.name] = router
 
 
 def find_router(name: str) -> type[Router]:

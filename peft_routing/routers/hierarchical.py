@@ -53,7 +53,9 @@ class HierarchicalRouter(LinearRouter):
             raise UserError("router='hierarchical' needs clusters={'math': 0, 'code': 0, 'fr': 1}")
         if options.clusters.keys() != config.experts.keys():
             wrong = min(options.clusters.keys() ^ config.experts.keys())
-            raise UserError(f"clusters: every expert has one, and {wrong!r} is only on one side")
+            raise UserError(
+                f"clusters must name exactly the experts; {wrong!r} is in only one of the two"
+            )
         count = len(set(options.clusters.values()))
         if options.top_k is not None and options.top_k > count:
             raise UserError(f"top_k={options.top_k} counts clusters, and there are {count}")

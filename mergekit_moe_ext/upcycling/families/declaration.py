@@ -25,11 +25,11 @@ class Stack:
 
     ffn: the dense FFN, a module. The gate reads its input.
     gate: the gate's tensor.
-    experts: an expert's tensor, by the dense tensor that it is.
-    stacked: the dense tensors that are joined along their first axis, by the tensor that holds the
-        result for all experts, one on another.
-    layers: the key of the config that holds the number of layers.
-    merged: the dense tensor of all sources that is merged, by the tensor that it becomes.
+    experts: {dense tensor: the expert's tensor that takes it}.
+    stacked: {tensor of all experts: the dense tensors of one expert}, which are joined along their
+        first axis.
+    layers: the key of the output's config that holds the number of layers.
+    merged: {tensor of the output: the dense tensor that is merged over the sources to make it}.
     zeros: tensors that start at zero.
     """
 
