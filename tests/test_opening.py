@@ -298,6 +298,14 @@ def test_a_whole_model_is_opened(here: Path, command: str) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_an_ensemble_of_an_older_version_is_opened(here: Path) -> None:
+    content = json.loads((here / "ensemble" / "config.json").read_text())
+    content["ensembling"]["init_std"] = content["ensembling"].pop("router_init_std", 0.01)
+    (here / "ensemble" / "config.json").write_text(json.dumps(content))
+    result = invoke("unload", COMMANDS["unload"][1])
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("damage", EVERYWHERE)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_a_damaged_model(here: Path, command: str, damage: str) -> None:
