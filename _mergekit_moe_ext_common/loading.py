@@ -12,7 +12,6 @@ it is an error, a sentence that says what is wrong, where, and what would be rig
 """
 
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,10 +45,11 @@ from _mergekit_moe_ext_common.options import Reading
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Modules are made one by one, so that a number of them that is out of all proportion is not an
-# error of its own but a wait without end.
-_MOST_MODULES = 10_000
+# error of its own but a wait without end. By how keys end: the most that are taken.
+_MOST_MODULES = {"layer": 1_000, "layers": 1_000, "experts": 10_000}
+_CHOSEN_EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k")
+_ALL_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EITHER_IS_WRONG = "fetch the checkpoint again, or mend the config, whichever is wrong"
-_NUMBERS_OF_MODULES = re.compile(r"(layers?|experts)$")
 
 
 def load_config(model: str, reading: Reading) -> Any:
@@ -90,16 +90,29 @@ def _existing(model: str) -> Path | None:
 
 
 def check_numbers_of_modules(values: Mapping[str, Any], model: str) -> None:
-    """`UserError` for a configuration of so many layers or experts that nobody could build them."""
+    """`UserError` for a configuration of so many layers or experts that nobody could build them, or
+    of more experts per token than there are.
+    """
     for key, value in values.items():
         if isinstance(value, Mapping):
             check_numbers_of_modules(value, model)
-        is_number = isinstance(value, int) and _NUMBERS_OF_MODULES.search(key)
-        if is_number and not -1 <= value <= _MOST_MODULES:
+        most = _MOST_MODULES.get(key.rpartition("_")[2])
+        if most and isinstance(value, int) and not -1 <= value <= most:
             raise UserError(
-                f"the config of {model} says {key}: {value}; no model has so many (-1 to "
-                f"{_MOST_MODULES} are taken)"
+                f"the config of {model} says {key}: {value}; no model has so many (-1 to {most} "
+                "are taken)"
             )
+    for chosen in _numbers(values, _CHOSEN_EXPERTS):
+        for number in _numbers(values, _ALL_EXPERTS):
+            if number > 0 and not 1 <= chosen <= number:
+                raise UserError(
+                    f"the config of {model} has a token choose {chosen} of {number} experts: mend "
+                    "the number per token"
+                )
+
+
+def _numbers(values: Mapping[str, Any], keys: Sequence[str]) -> list[int]:
+    return [values[key] for key in keys if isinstance(values.get(key), int)]
 
 
 def load_tokenizer(model: str, reading: Reading) -> Any:
@@ -109,6 +122,7 @@ def load_tokenizer(model: str, reading: Reading) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             _expanded(model), trust_remote_code=reading.trust_remote_code
         )
+        tokenizer("a")  # some are found to be damaged only when they are used
     if directory and not any((directory / name).exists() for name in TOKENIZER_FILES):
         # Some need no files (ByT5). Of others transformers makes up one that knows no words.
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
@@ -156,14 +170,15 @@ def check_model(
     with explained(f"cannot build a model by the config of {model}", model), _silence():
         empty = _empty(architecture or _auto_class(config), config, reading)
         try:
-            loaded, report = type(empty).from_pretrained(
-                None,
-                config=empty.config,
-                state_dict=tensors,
-                device_map="meta",
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            with torch.device("meta"):  # what is computed from the configuration, too
+                loaded, report = type(empty).from_pretrained(
+                    None,
+                    config=empty.config,
+                    state_dict=tensors,
+                    device_map="meta",
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
         except RuntimeError:  # single experts that cannot be stacked, and no report
             doubtful = [name for name, _ in empty.named_parameters()]
             _check_doubtful(model, empty, headers, doubtful)

@@ -193,6 +193,14 @@ OF_MIXTURES: dict[str, tuple[Damage, str]] = {
     ),
     "a layer too few": (configured(num_hidden_layers=2), "holds model.layers.2."),
     "no layers that can be built": (configured(num_hidden_layers=10**9), "num_hidden_layers: 10"),
+    "more experts per token than there are": (
+        configured(num_experts_per_tok=9),
+        "choose 9 of 4 experts",
+    ),
+    "a tokenizer without words": (
+        configured("tokenizer.json", model={"type": "WordLevel", "vocab": {}, "unk_token": "x"}),
+        "cannot read the tokenizer",
+    ),
     "a huge size": (configured(hidden_size=10**12), "Storage size calculation overflowed"),
     "a size of 0": (configured(num_attention_heads=0), "by the config of"),
     "an activation of no name": (configured(hidden_act="foo"), "KeyError: 'foo'"),
@@ -287,6 +295,14 @@ def check_refused(result: Result, expected: str, before: set[Path]) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_whole_model_is_opened(here: Path, command: str) -> None:
     result = invoke(command, COMMANDS[command][1])
+    assert result.exit_code == 0, result.output
+
+
+def test_an_ensemble_of_an_older_version_is_opened(here: Path) -> None:
+    content = json.loads((here / "ensemble" / "config.json").read_text())
+    content["ensembling"]["init_std"] = content["ensembling"].pop("router_init_std", 0.01)
+    (here / "ensemble" / "config.json").write_text(json.dumps(content))
+    result = invoke("unload", COMMANDS["unload"][1])
     assert result.exit_code == 0, result.output
 
 

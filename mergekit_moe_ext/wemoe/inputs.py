@@ -15,6 +15,7 @@ import torch
 from datasets import ClassLabel, Dataset, Image, Value
 from transformers import AutoImageProcessor
 
+from _mergekit_moe_ext_common.checkpoints import damaged_file
 from _mergekit_moe_ext_common.data import Source, fingerprint, tokenise
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
@@ -32,10 +33,13 @@ def load_image_processor(model_path: str, reading: Reading) -> Any:
         return AutoImageProcessor.from_pretrained(
             str(Path(model_path).expanduser()), trust_remote_code=reading.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    # Whatever a damaged file makes its reader raise.
+    except Exception as error:
+        damaged = damaged_file(Path(model_path).expanduser(), "*processor_config.json")
         raise UserError(
-            f"{model_path} has no image processor: put the preprocessor_config.json of its base "
-            "there"
+            damaged
+            or f"{model_path} has no image processor that can be read: put the "
+            "preprocessor_config.json of its base there"
         ) from error
 
 

@@ -35,7 +35,7 @@ def read_ensemble(path: str) -> tuple[type[PreTrainedModel], Any]:
         config: Any = None
         if is_ensemble:
             config = architecture.config_class.from_pretrained(local)
-            config.ensembling = Ensembling(**config.ensembling).as_dict()
+            config.ensembling = Ensembling.from_dict(config.ensembling).as_dict()
     if not is_ensemble:
         raise UserError(
             f"{path} is {name}, which has no routed task vectors: wemoe and ewemoe make such models"

@@ -5,6 +5,7 @@ by its logits.
 import copy
 import json
 import pickle
+import re
 import shutil
 import sys
 import warnings
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import RoutedLoraConfig
 from peft_routing.layer import RoutedLoraLinear
 from peft_routing.routers import all_routers
@@ -355,6 +357,54 @@ def test_loading_warns_of_no_missing_key(place: Place, saved: dict[str, Saved]) 
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         for adapter in saved.values():
             place.load(adapter.path)
+
+
+def damaged(saved: Saved, path: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    """A copy of the adapter whose tensors `change` has changed."""
+    shutil.copytree(saved.path, path)
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
+    change(tensors)
+    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+    return path
+
+
+def dropping(name: str) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize("label", ["linear", "global", "hierarchical"])
+def test_an_adapter_that_lacks_a_tensor_is_refused(
+    place: Place, saved: dict[str, Saved], label: str, tmp_path: Path
+) -> None:
+    names = sorted(read_tensors(saved[label].path))
+    of_experts = next(name for name in names if "routed_lora_experts" in name)
+    of_router = next(name for name in names if "routed_lora_router" in name)
+    for number, name in enumerate((of_experts, of_router)):
+        path = damaged(saved[label], tmp_path / str(number), dropping(name))
+        module, _, tensor = name.rpartition(".")
+        with pytest.raises(UserError, match=rf"lacks {re.escape(module)}\.default\.{tensor}"):
+            place.load(path)
+        # What was loaded before under another name is not taken for it.
+        model = place.load(saved[label].path, adapter_name="first")
+        with pytest.raises(UserError, match=rf"'second' lacks {re.escape(module)}\.second"):
+            model.load_adapter(path, "second")
+
+
+def test_an_adapter_with_other_tensors_or_nan_is_refused(
+    place: Place, saved: dict[str, Saved], tmp_path: Path
+) -> None:
+    name = next(iter(read_tensors(saved["linear"].path)))
+
+    def extend(tensors: dict[str, Tensor]) -> None:
+        tensors["base_model.model.model.layers.9.mlp.down_proj.routed_lora_experts.A"] = torch.ones(
+            2
+        )
+
+    with pytest.raises(UserError, match=r"holds base_model\.model\.model\.layers\.9"):
+        place.load(damaged(saved["linear"], tmp_path / "more", extend))
+    path = damaged(saved["linear"], tmp_path / "nan", lambda each: each[name].fill_(torch.nan))
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        place.load(path)
 
 
 # Saving
