@@ -348,7 +348,7 @@ def _describe(method: Any) -> None:
         for name, field in method.model_options_type.model_fields.items():
             default = f"{_default_in_words(field.is_required(), field.default)}, per model"
             _describe_parameter(name, field.annotation, default, field.description)
-        click.echo("  and every parameter of the shared method")
+        click.echo("  and every parameter of the shared method, which `methods` lists by its name")
     for parameter in spec.parameters:
         default = _default_in_words(parameter.required, parameter.default)
         _describe_parameter(parameter.name, parameter.value_type, default, parameter.description)
