@@ -253,11 +253,13 @@ class RoutedCall:
         return (mean_probability * frequency).sum() * scores.shape[-1]
 
     def end(self, output: Any) -> None:
-        """Leave the choice with the cache that the prompt filled. `UserError` if none was."""
+        """Leave the choice with the cache of a prompt. `UserError` if the model did not fill it."""
         if not self._is_prompt:
             return
         filled: Any = cache_in(output) if self._cache is None else self._cache
-        if filled is None or filled.get_seq_length() == 0:
+        if filled is None:
+            return  # if `generate` goes on, `begin_sequences` tells
+        if filled.get_seq_length() == 0:
             raise UserError(_NO_CACHE)
         if not isinstance(filled, RoutedCache):
             kind: Any = type(filled)

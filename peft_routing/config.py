@@ -166,11 +166,11 @@ class RoutedLoraConfig(PeftConfig):
         if not 0 <= self.router_aux_loss_coef < math.inf:
             raise UserError(f"router_aux_loss_coef={self.router_aux_loss_coef} is below 0")
         self.router_class.check(self)
-        self.sites = {
-            module: Site(tuple(group["ranks"]), tuple(group["scalings"]), len(self.general_experts))
-            for group in self.layout or ()
-            for module in group["modules"]
-        }
+        self.sites: dict[str, Site] = {}
+        for group in self.layout or ():
+            ranks, scalings = tuple(group["ranks"]), tuple(group["scalings"])
+            site = Site(ranks, scalings, general=len(self.general_experts))
+            self.sites |= dict.fromkeys(group["modules"], site)
 
     def lock(self) -> None:
         """Refuse other values from now on: the modules of a model were made by these."""
@@ -212,6 +212,7 @@ class RoutedLoraConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def _check_experts(self) -> None:
+        """`UserError` where there are none, or they cannot stand beside the general ones."""
         if not self.experts:
             raise UserError(
                 "a routed adapter needs experts: experts={'math': 'math/', 'code': 'code/'}"
@@ -271,6 +272,7 @@ class RoutedLoraConfig(PeftConfig):
 
     @property
     def router_class(self) -> type[Router]:
+        """The class that is registered under the router's name."""
         return find_router(self.router)
 
     @property
@@ -295,13 +297,15 @@ class RoutedLoraConfig(PeftConfig):
         """
         values = super().to_dict()
         for option in ("experts", "general_experts"):
-            values[option] = [
-                {"name": name, **(value if isinstance(value, dict) else {"path": value})}
-                for name, value in getattr(self, option).items()
-            ]
+            experts = []
+            for name, expert in getattr(self, option).items():
+                described = expert if isinstance(expert, dict) else {"path": expert}
+                experts.append({"name": name, **described})
+            values[option] = experts
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration as PEFT does, and what experts and router are in the card."""
         super().save_pretrained(save_directory, **kwargs)
         card.extend(save_directory, self.names, list(self.general_experts), self.router)
 

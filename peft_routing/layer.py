@@ -153,6 +153,7 @@ class RoutedLoraLayer(BaseTunerLayer):
         self._shared_weight: tuple[nn.Parameter, ...] = ()
 
     def update_layer(self, adapter_name: str, config: RoutedLoraConfig, router: nn.Module) -> None:
+        """Make room for an adapter's experts here, and put its router beside them."""
         dtype = getattr(torch, config.expert_dtype or "float32")
         self.routed_lora_experts[adapter_name] = Experts(
             config.sites[self.key],
@@ -205,7 +206,7 @@ class RoutedLoraLayer(BaseTunerLayer):
         """`UserError` if there is no one update, or no plain weight to add it to."""
         self.check_constant(adapter)
         base = self.get_base_layer()
-        # GPTQ and AWQ have none; torchao's says that it is floating-point.
+        # GPTQ and AWQ have none, and torchao's says that it is floating-point.
         weight = getattr(base, "weight", None)
         if type(weight) is not nn.Parameter or weight.dtype not in _CAN_BE_ADDED_TO:
             raise UserError(
@@ -248,9 +249,8 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
 
         `UserError` if it depends on the input, before anything is changed.
         """
-        names = [
-            n for n in check_adapters_to_merge(self, adapter_names) if n in self.routed_lora_experts
-        ]
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.routed_lora_experts]
         for name in names:
             self.check_mergeable(name)
         deltas = {name: self.get_delta_weight(name) for name in names}
@@ -275,6 +275,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             self._shared_weight = ()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of the active adapters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.merged:
@@ -288,6 +289,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         return result
 
     def _update(self, name: str, x: Tensor) -> Tensor:
+        """An adapter's update (…, out) of the hidden states (…, in)."""
         experts, router = self.experts_of(name), self.router_of(name)
         instead = given.current()
         if instead is None:

@@ -193,6 +193,10 @@ class RoutedLoraModel(BaseTuner):
     def _replace(
         self, adapter_name: str, config: RoutedLoraConfig, experts: Sequence[Expert], **changes: Any
     ) -> None:
+        """Put other experts into an adapter, whose router keeps all that it knows of the old ones.
+
+        `changes` are fields of the configuration. `UserError` before anything is changed.
+        """
         names = {
             expert.name: expert.config
             for expert in experts
@@ -222,6 +226,7 @@ class RoutedLoraModel(BaseTuner):
         experts: Sequence[Expert],
         **kwargs: Any,
     ) -> None:
+        """Layers for a composed configuration, with its experts, and a router that starts."""
         self._make_room(model, adapter_name, config, **kwargs)
         for layer in self._layers(adapter_name):
             site, inside = config.sites[layer.key], layer.experts_of(adapter_name)
@@ -256,6 +261,7 @@ class RoutedLoraModel(BaseTuner):
         return tensors
 
     def _layers(self, adapter_name: str) -> list[RoutedLoraLinear]:
+        """The modules that an adapter lies at."""
         return [
             module
             for module in self.model.modules()
@@ -281,6 +287,7 @@ class RoutedLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        """Put an adapter's experts and router at a module; PEFT calls it for each."""
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         router = self._router(adapter_name, peft_config, _get_in_out_features(base)[0])
         if isinstance(target, RoutedLoraLayer):
@@ -292,6 +299,7 @@ class RoutedLoraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _router(self, adapter_name: str, config: RoutedLoraConfig, in_features: int) -> nn.Module:
+        """A new router, or what stands in for the adapter's one, where it is shared."""
         kind = config.router_class
         if kind.is_shared and adapter_name in self._owners:
             return SharedRouter(self._owners[adapter_name])
@@ -320,6 +328,7 @@ class RoutedLoraModel(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
+        """Add the updates to the base model's weights. `UserError` before any is changed."""
         self._prepare_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -409,9 +418,11 @@ def composed(
 
 
 def _dtype(expert: Expert) -> torch.dtype:
-    return functools.reduce(
-        torch.promote_types, (t.dtype for pair in expert.factors.values() for t in pair)
-    )
+    """The widest dtype of an expert's factors."""
+    dtypes = []
+    for a, b in expert.factors.values():
+        dtypes += [a.dtype, b.dtype]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -419,6 +430,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
+    """How updates are mixed: as stated, else by the router's default where ranks allow it.
+
+    `UserError` where they do not allow what is stated.
+    """
     mixing: Mixing = config.mixing or config.router_class.mixing
     if mixing == "full" or config.general_experts:
         return "full"
@@ -463,4 +478,5 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
 
 
 def _weights(config: RoutedLoraConfig) -> dict[str, float]:
+    """The coefficients of `fixed` by expert."""
     return dict(zip(config.names, FixedRouter.weights_of(config, config.names), strict=True))
