@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from _mergekit_moe_ext_common import runs
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.options import Reading, Recipe
+from _mergekit_moe_ext_common.options import Reading, TrainingOptions
 from _mergekit_moe_ext_common.runs import (
     Run,
     before_and_after,
@@ -154,7 +154,9 @@ class Count(TrainerCallback):
     "length", [{"max_steps": 7}, {"num_train_epochs": 1.5, "gradient_accumulation_steps": 2}]
 )
 def test_as_many_checkpoints_are_foreseen_as_the_trainer_writes(run, length, save_steps):
-    recipe = Recipe(**length, save_steps=save_steps, per_device_train_batch_size=2, eval_steps=100)
+    recipe = TrainingOptions(
+        **length, save_steps=save_steps, per_device_train_batch_size=2, eval_steps=100
+    )
     arguments = run.arguments(recipe, learning_rate=0.1, measure=False)
     rows = [{"x": torch.ones(2), "labels": torch.ones(1)} for _ in range(15)]
     count = Count()
@@ -180,13 +182,17 @@ def test_a_checkpoint_has_what_is_trained_and_its_two_means():
 def test_room_is_wanted_for_the_checkpoints_that_lie_there_at_once(run, monkeypatch):
     wanted = []
     monkeypatch.setattr(runs, "check_room", lambda out, *sizes: wanted.append(sizes))
-    arguments = run.arguments(Recipe(max_steps=100, save_steps=10), learning_rate=1, measure=False)
+    arguments = run.arguments(
+        TrainingOptions(max_steps=100, save_steps=10), learning_rate=1, measure=False
+    )
     run.begin({}, resume=False, parts=["one", "two"])
     run.check_room(1000, 10, arguments, rows=5)
     checkpoint(run, "one", 10)
     checkpoint(run, "one", 20)
     run.check_room(1000, 10, arguments, rows=5)
-    few = run.arguments(Recipe(max_steps=10, save_steps=500), learning_rate=1, measure=False)
+    few = run.arguments(
+        TrainingOptions(max_steps=10, save_steps=500), learning_rate=1, measure=False
+    )
     run.check_room(1000, 10, few, rows=5)
     # Two of each part are kept, and one more is written before the oldest goes.
     assert wanted == [(1000, 50), (1000, 30), (1000, 0)]
