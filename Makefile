@@ -4,13 +4,14 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 NEWEST := .venv-newest/bin
 OLDEST := .venv-oldest/bin
+TRANSFORMERS_4 := .venv-transformers4/bin
 # A plain `torch` may resolve to a build with gigabytes of CUDA packages; this one is for CPUs.
 TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.7.0
 # Named after its torch, so that another torch is installed anew.
 OLDEST_INSTALLED := .venv-oldest/.installed-$(subst ==,-,$(OLDEST_TORCH))
 
-.PHONY: demo test hosts newest newest-installed oldest exchange lint bench robustness
+.PHONY: demo test hosts newest newest-installed oldest exchange transformers4 lint bench robustness
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -42,6 +43,13 @@ exchange: $(VENV)/.installed $(OLDEST_INSTALLED)
 	HF_MODULES_CACHE=$(CURDIR)/build/modules/old $(OLDEST)/python -m tests.exchange read build/exchange/new
 	HF_MODULES_CACHE=$(CURDIR)/build/modules/old $(OLDEST)/python -m tests.exchange write build/exchange/old
 	HF_MODULES_CACHE=$(CURDIR)/build/modules/new $(BIN)/python -m tests.exchange read build/exchange/old
+
+# Outputs are read by transformers 4 as they are by 5.
+transformers4: export TRANSFORMERS_4_PYTHON = $(CURDIR)/$(TRANSFORMERS_4)/python
+transformers4: $(VENV)/.installed
+	test -x $(TRANSFORMERS_4)/python || $(PYTHON) -m venv .venv-transformers4
+	$(TRANSFORMERS_4)/python -m pip install --quiet $(TORCH) 'transformers==4.57.*'
+	$(BIN)/python -m pytest tests/mergekit_moe_ext/merging/test_transformers4.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

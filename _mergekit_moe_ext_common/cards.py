@@ -47,8 +47,10 @@ def last_part(path: str) -> str:
     """A path of this machine as its last part; an id on the Hub, or any other text, as it is."""
     before_split = path.partition(":")[0]
     is_path = path.startswith(("/", "./", "../", "~")) or path in (".", "..")
-    if not is_path and "/" in path and not re.search(r"\s|://", path):
-        is_path = path.count("/") > 1 or _exists(path) or _exists(before_split)
+    if not is_path and "/" in path and "://" not in path:
+        # A sentence may have strokes in it, but then it has spaces, too.
+        is_path = path.count("/") > 1 and not re.search(r"\s", path)
+        is_path = is_path or _exists(path) or _exists(before_split)
     if not is_path:
         return path
     return Path(path).name if Path(path).name not in ("", "..") else Path(path).resolve().name

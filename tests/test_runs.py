@@ -6,10 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import TrainerCallback
 
+from _mergekit_moe_ext_common import runs
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.options import Reading
-from _mergekit_moe_ext_common.runs import Run, before_and_after, first_and_last
+from _mergekit_moe_ext_common.options import Reading, TrainingOptions
+from _mergekit_moe_ext_common.runs import (
+    Run,
+    before_and_after,
+    checkpoint_bytes,
+    checkpoints_written,
+    first_and_last,
+)
+from _mergekit_moe_ext_common.training import BarTrainer
 
 
 def test_a_table_of_losses():
@@ -128,3 +137,67 @@ def test_finishing_a_run_of_one_part_leaves_nothing(run):
     with run.finish():
         pass
     assert not run.checkpoints.exists()
+
+
+class Count(TrainerCallback):
+    """Counts the checkpoints that a Trainer writes."""
+
+    def __init__(self):
+        self.written = 0
+
+    def on_save(self, args, state, control, **kwargs):
+        self.written += 1
+
+
+@pytest.mark.parametrize("save_steps", [1, 3, 4, 0.3])
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 7}, {"num_train_epochs": 1.5, "gradient_accumulation_steps": 2}]
+)
+def test_as_many_checkpoints_are_foreseen_as_the_trainer_writes(run, length, save_steps):
+    recipe = TrainingOptions(
+        **length, save_steps=save_steps, per_device_train_batch_size=2, eval_steps=100
+    )
+    arguments = run.arguments(recipe, learning_rate=0.1, measure=False)
+    rows = [{"x": torch.ones(2), "labels": torch.ones(1)} for _ in range(15)]
+    count = Count()
+    trainer = BarTrainer(Line(), arguments, train_dataset=rows, callbacks=[count])
+    trainer.train()
+    assert checkpoints_written(arguments, len(rows)) == count.written > 0
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.frozen = torch.nn.Linear(2, 1).requires_grad_(False)
+
+    def forward(self, x, labels):
+        return {"loss": (self.layer(x) - labels).square().mean()}
+
+
+def test_a_checkpoint_has_what_is_trained_and_its_two_means():
+    assert checkpoint_bytes(Line()) == 3 * (2 + 1) * 4
+
+
+def test_room_is_wanted_for_the_checkpoints_that_lie_there_at_once(run, monkeypatch):
+    wanted = []
+    monkeypatch.setattr(runs, "check_room", lambda out, *sizes: wanted.append(sizes))
+    arguments = run.arguments(
+        TrainingOptions(max_steps=100, save_steps=10), learning_rate=1, measure=False
+    )
+    run.begin({}, resume=False, parts=["one", "two"])
+    run.check_room(1000, 10, arguments, rows=5)
+    checkpoint(run, "one", 10)
+    checkpoint(run, "one", 20)
+    run.check_room(1000, 10, arguments, rows=5)
+    few = run.arguments(
+        TrainingOptions(max_steps=10, save_steps=500), learning_rate=1, measure=False
+    )
+    run.check_room(1000, 10, few, rows=5)
+    # Two of each part are kept, and one more is written before the oldest goes.
+    assert wanted == [(1000, 50), (1000, 30), (1000, 0)]
+
+
+def test_names_stay_in_their_cells():
+    table = before_and_after({"a|b*\n": (1.0, 2.0)}, markdown=True)
+    assert table.splitlines()[-1] == "| a\\|b\\* | 1.0000 | 2.0000 |"

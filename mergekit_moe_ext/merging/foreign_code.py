@@ -46,8 +46,9 @@ def settle_code(
         if settled != stored:
             text = json.dumps(settled, indent=2, ensure_ascii=False)
             path.write_text(text + "\n", encoding="utf-8")
-    for reference in sorted(code.left_out):
-        LOG.warning("%s of %s is code and is left out of the output", reference, source_name)
+    if code.left_out:
+        names = ", ".join(sorted(code.left_out))
+        LOG.warning("code that %s names is left out of the output: %s", source_name, names)
     card = directory / "README.md"
     if card.exists():
         text = renew_section(card.read_text(encoding="utf-8"), HEADING, code.description())

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import peft_routing
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import RoutedLoraConfig
 from peft_routing.layer import RoutedLoraLinear
@@ -1182,3 +1183,41 @@ def test_unloading_leaves_nothing_of_ours(
     assert torch.equal(loss(bare), loss(base))
     again = learn(get_peft_model(bare, RoutedLoraConfig(experts=place.experts, **ROUTERS[label])))
     assert torch.equal(logits(again), saved[label].logits)
+
+
+def test_saving_is_whole_or_not_at_all(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = place.compose("linear")
+    expected = logits(model)
+
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("peft.peft_model.safe_save_file", stopped)
+        peft_routing.save(model, str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+    peft_routing.save(model, str(tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert torch.equal(logits(place.load(tmp_path / "out")), expected)
+    with pytest.raises(peft_routing.UserError, match="not empty and nothing in it is overwritten"):
+        peft_routing.save(model, str(tmp_path / "out"))
+
+
+def test_the_card_has_names_escaped_and_no_path(place: Place, tmp_path: Path) -> None:
+    name = "a`b|<i>*"
+    experts = {name: place.experts["math"], "code": place.experts["code"]}
+    model = get_peft_model(place.base(), RoutedLoraConfig(experts=experts, router="uniform"))
+    model.get_base_model().config._name_or_path = str(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "base_model" not in ModelCard(card).data.to_dict()
+    assert "(a\\`b\\|\\<i\\>\\*, code)" in card
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    model.get_base_model().config._name_or_path = "owner/base"
+    model.save_pretrained(tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "owner/base"

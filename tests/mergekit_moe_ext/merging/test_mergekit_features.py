@@ -124,7 +124,7 @@ def test_the_card_links_what_is_on_the_hub():
     assert _linked(reference) == (
         "[org/model@main](https://huggingface.co/org/model) + [org/lora](https://huggingface.co/org/lora)"
     )
-    assert _linked(ModelReference.parse("./local/model")) == "./local/model"
+    assert _linked(ModelReference.parse("./local/model")) == "model"
 
 
 def test_the_plan_command_merges_nothing(here):

@@ -483,3 +483,26 @@ def test_collate_pads_on_the_right():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[1, -100], [2, 3]]
+
+
+def test_the_counts_are_seen_even_where_the_file_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_moe(tmp_path / "moe", "mixtral", **FAMILIES["mixtral"])
+    write(tmp_path / "news.jsonl", words(1, 3))
+    command = ["usage", "moe", "--data", "news.jsonl", "--quiet", "-o"]
+    # Refused before the model is read.
+    for place, complaint in (("u" * 300, "File name too long"), ("moe", "is a directory")):
+        result = CliRunner().invoke(main, [*command, place])
+        assert result.exit_code != 0 and complaint in result.output
+        assert "expert 0" not in result.output
+
+    def full(path, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.replace", full)
+        result = CliRunner().invoke(main, [*command, "news.usage.json"])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "expert 0" in result.output
+    assert "cannot write news.usage.json: No space left on device" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moe", "news.jsonl"]
