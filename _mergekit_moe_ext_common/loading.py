@@ -71,7 +71,7 @@ def check_directory(model: str) -> None:
     if not (directory / "config.json").exists():
         if (directory / "adapter_config.json").exists():
             raise UserError(no_weights(model))
-        raise UserError(f"{model} has no config.json: it is no model")
+        raise UserError(f"{model} has no config.json: it is not a model")
     # transformers takes its own defaults in place of one that it cannot read.
     generation = damaged_file(directory, "generation_config.json")
     if generation is not None:
