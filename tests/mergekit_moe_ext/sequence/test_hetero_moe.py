@@ -721,8 +721,8 @@ def test_the_plan_command(here):
     assert result.returncode == 0, result.stderr
     for fact in (
         "SequenceMoEForCausalLM",
-        "./gpt2-shuffled: 80 of 100",
-        "./olmo2-shuffled: 96 of 100",
+        "- gpt2-shuffled: 80 of 100",
+        "- olmo2-shuffled: 96 of 100",
     ):
         assert fact in result.stdout, result.stdout
     assert nothing_left(here)

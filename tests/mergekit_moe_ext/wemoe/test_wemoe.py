@@ -597,7 +597,7 @@ def test_what_the_card_shows_runs(here, caplog):
     images: dict = {}
     exec(shown, images)
     assert type(images["processor"]).__name__.startswith("ViT") and "AutoTokenizer" not in shown
-    assert '# a head per task: model(..., task="sun"), or cars' in shown
+    assert '# a head per task: model(..., task="sun"), or "cars"' in shown
 
 
 def test_code_beside_the_base_is_not_the_output_s(here):
