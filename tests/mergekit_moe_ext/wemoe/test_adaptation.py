@@ -266,7 +266,7 @@ def test_images_are_measured_as_one_by_one(here, caplog):
         'AutoModelForImageClassification.from_pretrained("vit-2-adapted", trust_remote_code=True)'
         in card
     )
-    assert '("vit-2"' not in card and 'task="cars"), or sun' in card
+    assert '("vit-2"' not in card and 'task="sun"), or "cars"' in card
     assert (here / "vit-2-adapted" / "preprocessor_config.json").exists()
 
 
