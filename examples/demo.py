@@ -224,15 +224,10 @@ dtype: float32
 def merge(output: Path, base: Path, folders: dict[str, Path], quiet: bool) -> None:
     """Writes `config.yml` and runs `mergekit-yaml config.yml moe` on it."""
     (output / "config.yml").write_text(CONFIG.format(**{**folders, "base": base}))
-    # mergekit takes a merged LoRA that it finds in its cache without looking at the LoRA: begin
-    # with none.
-    with tempfile.TemporaryDirectory(dir=output) as merged_loras:
-        arguments = [str(output / "config.yml"), str(output / "moe")]
-        arguments += ["--lora-merge-cache", merged_loras]
-        arguments += ["--random-seed", str(SEED)]
-        if quiet:
-            arguments.append("--quiet")
-        run_command("mergekit-yaml", arguments, quiet)
+    arguments = [str(output / "config.yml"), str(output / "moe"), "--random-seed", str(SEED)]
+    if quiet:
+        arguments.append("--quiet")
+    run_command("mergekit-yaml", arguments, quiet)
 
 
 def run_command(name: str, arguments: list[str], quiet: bool) -> None:
