@@ -142,7 +142,9 @@ def no_weights(model: str) -> str:
             f"{SAFE_WEIGHTS_INDEX_NAME}, which says what each of them holds: fetch it from where "
             "they came from"
         )
-    pickles = [path for pattern in _PICKLE_NAMES for path in sorted(directory.glob(pattern))]
+    pickles: list[Path] = []
+    for pattern in _PICKLE_NAMES:
+        pickles += sorted(directory.glob(pattern))
     if pickles:
         return (
             f"{pickles[0]} is a pickle, which is not read, since reading one can run code: load "
@@ -189,13 +191,15 @@ def damage(path: Path, error: Exception) -> str:
 
 
 def damaged_file(directory: Path, *patterns: str) -> str | None:
-    """What is wrong with the first of the files of these names that cannot be read; None if all
-    can.
+    """A sentence on the first file of these names that cannot be read; None if all can be.
 
-    For where a reader has failed without saying at which file, and then of all small files.
+    It is for a reader that has failed without saying at which file. Without names, all small files
+    are looked at.
     """
-    patterns = patterns or ("*.json", "*.model")
-    for path in sorted(path for pattern in patterns for path in directory.glob(pattern)):
+    paths: list[Path] = []
+    for pattern in patterns or ("*.json", "*.model"):
+        paths += directory.glob(pattern)
+    for path in sorted(paths):
         if not path.is_file():
             continue
         with path.open("rb") as file:

@@ -307,8 +307,7 @@ def before_and_after(measured: Losses | Measures, *, markdown: bool = False) -> 
     heading = [*labels, "before", "after"]
     if markdown:
         rule = "|" + "---|" * len(labels) + "---:|---:|"
-        escaped = [[in_markdown(cell) for cell in row] for row in [heading, *rows]]
-        lines = [f"| {' | '.join(row)} |" for row in escaped]
+        lines = [f"| {' | '.join(map(in_markdown, row))} |" for row in [heading, *rows]]
         return "\n".join([lines[0], rule, *lines[1:]])
     # Labels stand on the left, and numbers, of eight places or more, on the right of their column.
     columns = []

@@ -452,7 +452,10 @@ def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
 
 def _module_of_several_ranks(experts: Sequence[Expert]) -> str | None:
     """The first module at which the experts differ in rank, 0 included, in alphabetical order."""
-    for module in sorted({module for expert in experts for module in expert.factors}):
+    modules: set[str] = set()
+    for expert in experts:
+        modules.update(expert.factors)
+    for module in sorted(modules):
         if len({expert.rank(module) for expert in experts}) > 1:
             return module
     return None

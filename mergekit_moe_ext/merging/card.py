@@ -53,8 +53,12 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
     The second repeats the configuration as it is, so that the merge can be run again; in the first,
     paths are cut down to their last parts.
     """
-    paths = [path for model in job.sources for path in (model.model, model.lora) if path]
-    hub_ids = [path.path for path in paths if is_on_hub(path.path)]
+    paths = []
+    for model in job.sources:
+        paths.append(model.model.path)
+        if model.lora is not None:
+            paths.append(model.lora.path)
+    hub_ids = [path for path in paths if is_on_hub(path)]
     architecture = (plan.config.architectures or [""])[0]
     spec = job.method.spec
     card = _TEMPLATE.format(

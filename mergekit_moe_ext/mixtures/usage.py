@@ -140,10 +140,12 @@ def count(
     bar = tqdm(
         starts, desc=source.name, unit="batch", disable=quiet or not accelerator.is_main_process
     )
-    batches = (
-        collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))], pad_token_id)
-        for start in bar
-    )
+
+    def batch_from(start: int) -> dict[str, torch.Tensor]:
+        end = min(start + batch_size, len(rows))
+        return collate([rows[index] for index in range(start, end)], pad_token_id)
+
+    batches = map(batch_from, bar)
     of_batches = _sums_of_sequences if routes_sequences(model) else _sums_of_tokens
     sums: dict[str, torch.Tensor] = {}
     for name, counted in of_batches(model, batches):
@@ -244,9 +246,9 @@ def routing_probability(task: TaskUsage) -> list[float]:
     with which experts are combined, softmax after top-k, which sum to one per token in most
     families. Layers must have equally many experts.
     """
-    per_layer = [
-        [weight / layer.tokens for weight in layer.weights] for layer in task.layers.values()
-    ]
+    per_layer = []
+    for layer in task.layers.values():
+        per_layer.append([weight / layer.tokens for weight in layer.weights])
     return [sum(values) / len(per_layer) for values in zip(*per_layer, strict=True)]
 
 
