@@ -149,4 +149,5 @@ def _copy_tokenizer_files(
         if not has_tokenizer(directory):
             tokenizer_of(job.donor, job.merge_options).save_pretrained(directory)
     except (OSError, ValueError, RuntimeError) as error:
-        LOG.warning("no tokenizer was copied: %s", str(error).splitlines()[0])
+        reason = str(error).splitlines()[0].rstrip(": ")
+        LOG.warning("no tokenizer was copied from %s: %s", job.donor.model, reason)
