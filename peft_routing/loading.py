@@ -82,8 +82,14 @@ def load_on_empty(
 def _put_on(
     model: nn.Module, adapter: str, config: RoutedLoraConfig, base: str, is_trainable: bool
 ) -> Any:
-    with explained(f"{adapter} does not fit {base}, a {type(model).__name__}", adapter):
-        return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=is_trainable)
+    misfit = f"{adapter} does not fit {base}, a {type(model).__name__}"
+    with explained(misfit, adapter):
+        try:
+            return PeftModel.from_pretrained(
+                model, adapter, config=config, is_trainable=is_trainable
+            )
+        except UserError as error:
+            raise UserError(f"{misfit}: {error.message}") from error
 
 
 def check_adapter(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:

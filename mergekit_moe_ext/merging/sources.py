@@ -212,7 +212,8 @@ def _size(config: PretrainedConfig, key: str) -> Any:
     """What a config says under a key of `_SIZES`, or implies by leaving it out."""
     value = getattr(config, key, None)
     heads = getattr(config, "num_attention_heads", None)
-    if value is not None or heads is None:
+    # Swin has a list of them, one for each stage, and nothing is implied.
+    if value is not None or not isinstance(heads, int):
         return value
     if key == "head_dim":
         return config.hidden_size // heads

@@ -80,8 +80,6 @@ def _old_keys(config: PretrainedConfig, stored: Mapping[str, Any]) -> Iterator[t
     for own_name, written_name in config.attribute_map.items():
         if own_name in own_names and written_name in stored:
             yield own_name, stored[written_name]
-    if "dtype" in stored:
-        yield "torch_dtype", stored["dtype"]
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -3,8 +3,8 @@
 A router of your own is a subclass of `Router` with a `name`, in any module that is imported before
 it is used:
 
-    class Cosine(Router):
-        name = "cosine"
+    class Angle(Router):
+        name = "angle"
 
         def __init__(self, config, experts, in_features):
             super().__init__(config, experts, in_features)

@@ -206,9 +206,10 @@ def test_one_source_is_that_source_bit_for_bit(tmp_path, monkeypatch, family, ro
         torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype
         for name, tensor in source.items()
     )
-    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
-        (tmp_path / "news/config.json").read_text()
-    )
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    of_source = json.loads((tmp_path / "news/config.json").read_text())
+    old_keys = {"rope_theta", "rope_scaling", "num_mtp_layers"}  # for readers with transformers 4
+    assert {key: value for key, value in config.items() if key not in old_keys} == of_source
 
 
 def test_a_model_and_its_renamed_copy_share_the_experts(tmp_path, monkeypatch):

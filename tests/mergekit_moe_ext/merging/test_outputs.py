@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
@@ -211,7 +212,8 @@ def test_a_card_has_names_escaped_and_no_paths(tmp_path, monkeypatch):
     out = merge(config, f"out {NAME}")
     card = (out / "README.md").read_text()
     assert str(tmp_path) not in card and "some where" not in card
-    assert str(folder) in (out / "mergekit_config.yml").read_text()
+    kept = yaml.safe_load((out / "mergekit_config.yml").read_text())
+    assert kept["base_model"] == str(folder / "base")
     assert f"0. {ESCAPED}\n" in card and f"# out {ESCAPED}\n" in card
     data = ModelCard(card).data.to_dict()
     assert data["base_model"] == [] and data["tags"] == ["mergekit", "merge", "moe"]

@@ -704,7 +704,7 @@ def test_the_command_merges(here):
     for fact in (
         "hetero_moe",
         "arxiv.org/abs/2502.00997",
-        "./gemma-shuffled: 89 of 100",
+        "gemma-shuffled: 89 of 100",
         "trust_remote_code=True",
     ):
         assert fact in card, card

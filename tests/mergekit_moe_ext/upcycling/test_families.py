@@ -243,7 +243,7 @@ def test_t5_becomes_a_switch_transformer(tmp_path, monkeypatch, capacity):
     [
         ("t5", {**T5, "feed_forward_proj": "gated-gelu"}, {}, "gated FFN"),
         ("t5", {**T5, "tie_word_embeddings": False}, {}, "not tied"),
-        ("t5", T5, {"experts_per_token": 2}, "always 1"),
+        ("t5", T5, {"experts_per_token": 2}, "always has 1"),
         ("t5", T5, {"gate_mode": "hidden"}, "has two"),
         ("llama", {}, {"expert_capacity": 4}, "MixtralForCausalLM has no `expert_capacity`"),
         ("qwen3", {**WINDOW, "max_window_layers": 2}, {}, "in all layers or in none"),

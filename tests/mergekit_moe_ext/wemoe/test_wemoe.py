@@ -285,13 +285,13 @@ def test_blocks_that_are_not_upscaled_are_merged_with_the_rest(here, layers, exp
         ({"upscale_layers": "0-"}, ["`upscale_layers`", "'0-'", "6-11 or 0,3,6"]),
         ({"upscale_layers": "2-1"}, ["`upscale_layers`", "go up"]),
         ({"upscale_layers": ""}, ["`upscale_layers`", "write all"]),
-        ({"upscale_layers": [0, 1]}, ["`upscale_layers`", "no list"]),
+        ({"upscale_layers": [0, 1]}, ["`upscale_layers`", "not a list"]),
         ({"upscale_layers": "0,3"}, ["./base", "upscale_layers", "no layer 3", "the last is 2"]),
         ({"upscale": "heads"}, ["`upscale`", "'heads'", "mlp"]),
         ({"router_layers": 3}, ["`router_layers`"]),
         ({"sparsity": 1.0}, ["`sparsity`", "less than 1"]),
         ({"init_lamda": 0.3}, ["`init_lamda`", "did you mean `init_lambda`"]),
-        ({"shared": "moe_ties"}, ["shared", "no tensor method"]),
+        ({"shared": "moe_ties"}, ["shared", "not a tensor method"]),
         ({"mode": "sliding"}, ["`mode`", "'frozen' or 'running'"]),
     ],
 )
@@ -301,7 +301,7 @@ def test_wrong_options_say_what_is_right(here, parameters, fragments):
 
 def test_a_base_must_be_named_and_must_not_be_a_source(here):
     refused(here, wemoe(base=None), "base_model")
-    refused(here, wemoe(("base", "math")), "`base_model:`", "not among `models:`")
+    refused(here, wemoe(("base", "math")), "`base_model:`", "must not be among `models:`")
     refused(here, wemoe(("nowhere", "math")), "nowhere", "does not exist")
 
 

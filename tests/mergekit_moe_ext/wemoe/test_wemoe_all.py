@@ -395,7 +395,10 @@ def test_layers_on_disk_give_the_same_logits(here):
         ({"router_layers": 1}, ["upscale: all", "router_layers: 1"]),
         ({"sparsity": 0.9}, ["upscale: all", "sparsity: 0.9", "write sparsity: 0"]),
         ({"method": "ewemoe"}, ["upscale: all", "sparsity: 0.9"]),
-        ({"upscale_layers": "0-1"}, ["upscale: all", "upscale_layers: 0-1", "leave it out"]),
+        (
+            {"upscale_layers": "0-1"},
+            ["upscale: all", "upscale_layers: 0-1", "leave `tokenizer` out"],
+        ),
     ],
 )
 def test_what_it_cannot_be_put_together_with_is_refused(here, parameters, fragments):
@@ -414,7 +417,7 @@ def test_vocabularies_are_not_aligned(here):
         "upscale: all",
         "tokenizer",
         "not aligned",
-        "leave it out",
+        "leave `tokenizer` out",
     )
     merge(document)
 
