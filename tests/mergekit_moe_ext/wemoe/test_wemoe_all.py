@@ -395,10 +395,7 @@ def test_layers_on_disk_give_the_same_logits(here):
         ({"router_layers": 1}, ["upscale: all", "router_layers: 1"]),
         ({"sparsity": 0.9}, ["upscale: all", "sparsity: 0.9", "write sparsity: 0"]),
         ({"method": "ewemoe"}, ["upscale: all", "sparsity: 0.9"]),
-        (
-            {"upscale_layers": "0-1"},
-            ["upscale: all", "upscale_layers: 0-1", "leave `tokenizer` out"],
-        ),
+        ({"upscale_layers": "0-1"}, ["upscale: all", "upscale_layers: 0-1", "leave it out"]),
     ],
 )
 def test_what_it_cannot_be_put_together_with_is_refused(here, parameters, fragments):
