@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from mergekit.options import MergeOptions
@@ -137,7 +138,11 @@ def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig
         raise UserError(f"{model} is a LoRA; write its base model before it: BASE+{model}")
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except StrictDataclassError as error:
+        # A wrong type or a value out of range; its second line says which.
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the config of {model}: {reason}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the config of {model}: {first_line(error)}") from error
     except KeyError as error:
         raise UserError(f"the config of {model} lacks {error}") from error

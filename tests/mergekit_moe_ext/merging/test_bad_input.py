@@ -159,6 +159,14 @@ def damaged(here):
     return here / "damaged"
 
 
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", []), ("rms_norm_eps", "x")])
+def test_a_config_with_a_wrong_value(here, key, value):
+    make_model(here / "odd", 1)
+    path = here / "odd" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    refused(here, document(models=["odd", "math"]), "cannot read the config of ./odd", key)
+
+
 def test_missing_shard(here, damaged):
     from transformers import LlamaForCausalLM
 
