@@ -335,7 +335,7 @@ def _as_saved(expert: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _unique_names(paths: Sequence[str]) -> list[str]:
-    """As much of the end of each path as tells them apart; numbers for a path that is there twice.
+    """The shortest ends of the paths that tell them apart; numbers for a path that is there twice.
 
     >>> _unique_names(["runs/math/final", "runs/code/final"])
     ['math-final', 'code-final']

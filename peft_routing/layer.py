@@ -223,7 +223,9 @@ class RoutedLoraLayer(BaseTunerLayer):
         base.weight = nn.Parameter(own, requires_grad=base.weight.requires_grad)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """In the shape of the base layer's weight. `UserError` if it depends on the input."""
+        """The update, in the shape of the base layer's weight. `UserError` if it depends on the
+        input.
+        """
         delta = self.experts_of(adapter).delta_weight(self.constant_coefficients(adapter))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 

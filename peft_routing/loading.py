@@ -19,7 +19,7 @@ from peft_routing.layer import RoutedLoraLayer
 
 
 def load_adapter_config(adapter: str) -> RoutedLoraConfig:
-    """Of a routed adapter in a directory. `UserError` if it is none."""
+    """The configuration of a routed adapter. `UserError` if the directory holds none."""
     directory = Path(adapter)
     if directory.is_dir():
         check_regular(directory)

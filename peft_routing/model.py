@@ -253,7 +253,7 @@ class RoutedLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
-        """As PEFT's, which only warns of what is missing: `UserError` for a damaged adapter."""
+        """PEFT's renaming, and a `UserError` for a damaged adapter, of which PEFT only warns."""
         tensors = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

@@ -130,7 +130,7 @@ def renew_loading(
 
 
 def _loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[str]) -> str:
-    """Of the model, and of the tokenizer or image processor beside it."""
+    """The lines of Python that load the model, and the tokenizer or image processor beside it."""
     arguments = json.dumps(directory.name)
     if remote_code:
         arguments += ", trust_remote_code=True"  # else transformers asks about the tokenizer's, too

@@ -61,7 +61,10 @@ def _as_read(config: PretrainedConfig, stored: Mapping[str, Any]) -> dict[str, A
 
 
 def _old_keys(config: PretrainedConfig, stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """In an order in which each can be added alone: scaling replaces what does not stand before."""
+    """The old keys and their values, in an order in which each can be added alone.
+
+    `rope_scaling` follows the other keys, since reading it replaces what was not set before.
+    """
     rope = stored.get("rope_parameters") or {}
     if "rope_type" in rope:
         yield "rope_theta", rope.get("rope_theta")

@@ -161,7 +161,7 @@ def count(
 def _sums_of_tokens(
     model: Any, batches: Iterable[dict[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Of every batch and router."""
+    """The name of each router and its sums, once for every batch."""
     with recorded(model) as choices:
         for batch in batches:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -185,7 +185,7 @@ def _sums_of_tokens(
 def _sums_of_sequences(
     model: Any, batches: Iterable[dict[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Of every batch. A row is a text."""
+    """The sums of the mixture's one router, once for every batch. A row is a text."""
     for batch in batches:
         weights = coefficients_of_sequences(
             model, {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -153,8 +153,8 @@ class Ensemble:
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As transformers' own, and then what is in modules of ours that no file held: task vectors
-        are 0, which leaves the base as it is.
+        """transformers' initialisation, and then that of our modules which no file held: their task
+        vectors are 0, which leaves the base as it is.
         """
         super().initialize_weights()  # type: ignore[misc]
         # A trunk initialises the modules inside it by rules of its own, which do not know ours.
