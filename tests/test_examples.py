@@ -124,8 +124,8 @@ def test_the_readme_s_routed_adapters_run(here):
     own: dict = {}
     exec(blocks[1], own)
     model = get_peft_model(make_base(), own["config"]).eval()
-    model.save_pretrained("cosine")
-    loaded = PeftModel.from_pretrained(make_base(), "cosine").eval()
+    model.save_pretrained("routed")
+    loaded = PeftModel.from_pretrained(make_base(), "routed").eval()
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     commands = re.findall(r"^peft-route (.*)$", readme, flags=re.MULTILINE)
     assert len(commands) == 3
