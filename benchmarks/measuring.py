@@ -1,4 +1,4 @@
-"""Seconds and memory of a piece of work, on a CPU or a GPU."""
+"""Seconds, memory and operations of a piece of work, on a CPU or a GPU."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def peak_extra_bytes(work: Callable[[], object], device: str) -> int:
@@ -66,3 +67,29 @@ def best_in_turn(
             best[name] = min(best[name], clock() - started)
         rounds += 1
     return best
+
+
+@torch.no_grad()
+def operations(work: Callable[[], object], device: str = "cpu") -> int:
+    """The number of operations in one run: on a GPU its kernels and copies, else the operations
+    of PyTorch that Python starts.
+
+    It is exact, where times are not. Of a small model the number of launches is what takes time.
+    """
+    work()  # what is made only once, like a table of sines, does not count
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    count = 0
+    for event in profiler.events():
+        if device == "cuda":
+            count += event.device_type == torch.autograd.DeviceType.CUDA
+            continue
+        parent = event.cpu_parent
+        is_within_another = parent is not None and parent.key.startswith("aten::")
+        count += event.key.startswith("aten::") and not is_within_another
+    return count

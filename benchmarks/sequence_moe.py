@@ -6,8 +6,10 @@
 Four random Llamas become one model with `embedding: separate`. The limit of a prefill with
 perplexity routing is one prefill of each source, with logits of the whole prompt, since every
 expert has to score it; ours then gives logits of the last token, as in `generate`. The limit of
-decoding with K experts is a step of each of K sources. Competitors take turns, and the best of
-their runs counts; memory is the peak beyond what is held before.
+decoding is a step of every source that a prompt of the batch chose, on the prompts that chose it;
+random experts are chosen about equally often, which is the hardest case. Competitors take turns,
+and the best of their runs counts; memory is the peak beyond what is held before. `operations` are
+those that Python starts in one call.
 """
 
 import sys
@@ -15,11 +17,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
-from measuring import best_seconds, peak_extra_bytes
+from measuring import best_seconds, operations, peak_extra_bytes
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -27,6 +29,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import mergekit_moe_ext  # noqa: F401  (registers the methods)
 
 EXPERTS = ("base", "math", "code", "law")
+
+
+class Figures(NamedTuple):
+    """The cost of one run: seconds, bytes beyond what was held before, and operations."""
+
+    seconds: float
+    extra: int
+    operations: int
 
 
 def make_sources(root: Path, layers: int) -> None:
@@ -70,15 +80,18 @@ def load(path: Path, device: str) -> Any:
 
 def measure(
     ours: Callable[[], object], limit: Callable[[], object], device: str, rounds: int
-) -> tuple[dict[str, float], dict[str, int]]:
-    """The best seconds and the peak extra bytes of each, taking turns."""
+) -> dict[str, Figures]:
+    """What each costs: the best of some runs, taking turns."""
     works = {"ours": ours, "limit": limit}
-    extra = {name: peak_extra_bytes(work, device) for name, work in works.items()}
-    best = dict.fromkeys(works, float("inf"))
+    figures = {}
+    for name, work in works.items():
+        extra = peak_extra_bytes(work, device)
+        figures[name] = Figures(float("inf"), extra, operations(work, device))
     for _ in range(rounds):
         for name, work in works.items():
-            best[name] = min(best[name], best_seconds(work, device, runs=1))
-    return best, extra
+            best = min(figures[name].seconds, best_seconds(work, device, runs=1))
+            figures[name] = figures[name]._replace(seconds=best)
+    return figures
 
 
 def decoding(model: Any, ids: torch.Tensor) -> Callable[[], None]:
@@ -118,18 +131,33 @@ def main(device: str, layers: int, batch: int, prompt: int, rounds: int) -> None
             f"{len(EXPERTS)} experts of {sources[0].num_parameters() / 1e6:.0f} M, {batch} x "
             f"{prompt} tokens"
         )
-        click.echo(f"{'':34}{'ms':>9}{'limit ms':>10}{'/ limit':>9}{'MB':>8}{'limit MB':>10}")
+        click.echo(
+            f"{'':34}{'ms':>9}{'limit ms':>10}{'/ limit':>9}{'MB':>8}{'limit MB':>10}"
+            f"{'operations':>12}{'limit':>8}"
+        )
         for routing, chosen in (("perplexity", 1), ("perplexity", 2), ("task_vector", 1)):
             model = load(merge(root, routing, chosen), device)
             prefills = [partial(source, ids, use_cache=True) for source in sources]
             limit = partial(run_all, prefills)
-            seconds, extra = measure(partial(prefill, model, ids), limit, device, rounds)
-            show(f"prefill, {routing}, K = {chosen}", seconds, extra)
+            figures = measure(partial(prefill, model, ids), limit, device, rounds)
+            show(f"prefill, {routing}, K = {chosen}", figures)
             if routing == "perplexity":
-                steps = [decoding(source, ids) for source in sources[:chosen]]
-                limit = partial(run_all, steps)
-                seconds, extra = measure(decoding(model, ids), limit, device, rounds * 4)
-                show(f"decoding, K = {chosen}", seconds, extra)
+                limit = partial(run_all, steps_of_sources(model, sources, ids))
+                figures = measure(decoding(model, ids), limit, device, rounds * 4)
+                show(f"decoding, K = {chosen}", figures)
+
+
+def steps_of_sources(
+    model: Any, sources: Sequence[Any], ids: torch.Tensor
+) -> list[Callable[[], None]]:
+    """A step of every source that a prompt chose, on the prompts that chose it."""
+    coefficients = model(ids, use_cache=True).coefficients
+    steps = []
+    for source, weights in zip(sources, coefficients.unbind(dim=1), strict=True):
+        rows = weights.nonzero()[:, 0].to(ids.device)
+        if len(rows):
+            steps.append(decoding(source, ids[rows]))
+    return steps
 
 
 def prefill(model: Any, ids: torch.Tensor) -> None:
@@ -143,12 +171,13 @@ def run_all(works: Sequence[Callable[[], object]]) -> None:
         work()
 
 
-def show(what: str, seconds: dict[str, float], extra: dict[str, int]) -> None:
-    ours = seconds["ours"]
-    limit = seconds["limit"]
+def show(what: str, figures: dict[str, Figures]) -> None:
+    ours = figures["ours"]
+    limit = figures["limit"]
     click.echo(
-        f"{what:34}{ours * 1e3:9.1f}{limit * 1e3:10.1f}{ours / limit:9.2f}"
-        f"{extra['ours'] / 1e6:8.0f}{extra['limit'] / 1e6:10.0f}"
+        f"{what:34}{ours.seconds * 1e3:9.1f}{limit.seconds * 1e3:10.1f}"
+        f"{ours.seconds / limit.seconds:9.2f}{ours.extra / 1e6:8.0f}{limit.extra / 1e6:10.0f}"
+        f"{ours.operations:12}{limit.operations:8}"
     )
 
 

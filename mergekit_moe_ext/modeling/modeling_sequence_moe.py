@@ -101,12 +101,27 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else change(part) for part in self))
 
 
+class Share(NamedTuple):
+    """The part of a batch that one expert computes: the rows that chose it, and how they weigh it.
+
+    `weights` is None where all rows of the batch have this expert alone, with the coefficient 1.
+    """
+
+    expert: int
+    rows: Tensor
+    is_all: bool
+    weights: Tensor | None
+
+
 class SequenceMoECache(Cache):
     """Per expert a cache of the sequences that chose it, and the choice itself."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.coefficients: Tensor | None = None  # (batch, experts)
+        # What follows from the coefficients. It is the same for every token that is generated, and
+        # finding it out makes a GPU wait.
+        self.shares: list[Share] = []
         # By expert, the rows of the batch that chose it, and their cache.
         self.of_expert: dict[int, tuple[Tensor, DynamicCache]] = {}
         self.length = 0
@@ -137,6 +152,7 @@ class SequenceMoECache(Cache):
 
     def reset(self) -> None:
         self.coefficients = None
+        self.shares = []
         self.of_expert = {}
         self.length = 0
 
@@ -158,6 +174,7 @@ class SequenceMoECache(Cache):
                 kept[expert] = here.nonzero()[:, 0], cache
         self.of_expert = kept
         self.coefficients = self.coefficients[indices.to(self.coefficients.device)]
+        self.shares = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -697,8 +714,10 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         states: "_HiddenStates | None",
     ) -> Tensor:
         """What the chosen experts give, added up, as logits at the positions to keep."""
-        experts = _chosen(coefficients)
-        caps = {self.config.logit_softcaps[index] for index in experts}
+        shares = cache.shares if cache is not None else []
+        if not shares:
+            shares = _shares(coefficients, batch.device)
+        caps = {self.config.logit_softcaps[share.expert] for share in shares}
         if len(caps) > 1 and ((coefficients != 0).sum(dim=-1) > 1).any():
             raise ValueError(
                 f"experts that cap their logits differently ({caps}) cannot be mixed: choose one",
@@ -710,19 +729,21 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         # linear, so that it is applied once, to the sum; heads of the experts' own come first.
         heads_at_once = self.config.embedding == "shared"
         total: Any = None
-        for index in experts:
-            rows = coefficients[:, index].nonzero()[:, 0].to(batch.device)
-            of_expert = None if states is None else states.of_rows(rows)
-            output = self._output(index, rows, batch, cache, ran, of_expert)[:, positions]
+        for share in shares:
+            of_expert = None if states is None else states.of_rows(share.rows)
+            output = self._output(share, batch, cache, ran, of_expert)[:, positions]
             if not heads_at_once:
-                output = self.experts[index].lm_head(output)
+                output = self.experts[share.expert].lm_head(output)
+            if share.weights is None:
+                total = output
+                continue
             if total is None:
                 total = output.new_zeros(len(coefficients), *output.shape[1:])
-            weights = coefficients[rows.to(coefficients.device), index].to(total)
-            weighed = weights[:, None, None] * output.to(total)
-            total = total.index_add(0, rows.to(total.device), weighed)
+            weighed = share.weights.to(total)[:, None, None] * output.to(total)
+            total = total.index_add(0, share.rows.to(total.device), weighed)
         if cache is not None:
             cache.coefficients = coefficients
+            cache.shares = shares
             cache.length += batch.shape[1]
         logits = self.lm_head(total) if heads_at_once else total
         if len(caps) == 1:
@@ -735,34 +756,34 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _output(
         self,
-        index: int,
-        rows: Tensor,
+        share: Share,
         batch: Batch,
         cache: SequenceMoECache | None,
         ran: dict[int, Any],
         hidden_states: list[Tensor] | None,
     ) -> Tensor:
-        """What an expert gives for these rows of the batch, taken from `ran` if it is there.
+        """What an expert gives for its rows of the batch, taken from `ran` if it is there.
 
         Its cache, which a call of the expert fills, goes into `cache`.
         """
-        is_all = len(rows) == batch.shape[0]
+        index = share.expert
         of_expert = None
         if index in ran:
             # It ran on all rows, to be chosen; its cache keeps those that chose it.
             output, of_expert = ran.pop(index)
-            output = output[rows.to(output.device)]
-            if of_expert is not None and not is_all:
-                of_expert.batch_select_indices(rows)
+            if not share.is_all:
+                output = output[share.rows.to(output.device)]
+                if of_expert is not None:
+                    of_expert.batch_select_indices(share.rows)
         else:
             if cache is not None:
                 _, of_expert = cache.of_expert.get(index, (None, None))
                 if of_expert is None:
                     of_expert = DynamicCache(config=self.experts[index].trunk.config)
-            part = batch if is_all else batch.of(rows)
+            part = batch if share.is_all else batch.of(share.rows)
             output = self._run(index, part, of_expert, hidden_states)
         if cache is not None:
-            cache.of_expert[index] = rows, of_expert
+            cache.of_expert[index] = share.rows, of_expert
         return output
 
     def _check_inputs(
@@ -971,8 +992,21 @@ def _outside_inference(module: nn.Module) -> dict[str, Tensor]:
     return {name: each.detach().clone() for name, each in named if each.is_inference()}
 
 
-def _chosen(coefficients: Tensor) -> list[int]:
-    return coefficients.any(dim=0).nonzero()[:, 0].tolist()
+def _shares(coefficients: Tensor, device: torch.device) -> list[Share]:
+    """The share of each expert that a sequence chose, with its rows on the batch's device."""
+    experts = coefficients.any(dim=0).nonzero()[:, 0].tolist()
+    # One expert that weighs 1 has the last word; coefficients that are trained keep their gradient.
+    if len(experts) == 1 and not coefficients.requires_grad:
+        is_alone = bool((coefficients[:, experts[0]] == 1).all())
+    else:
+        is_alone = False
+    shares = []
+    for expert in experts:
+        rows = coefficients[:, expert].nonzero()[:, 0]
+        weights = None if is_alone else coefficients[rows, expert]
+        is_all = len(rows) == len(coefficients)
+        shares.append(Share(expert, rows.to(device), is_all, weights))
+    return shares
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:

@@ -4,6 +4,7 @@ alone.
 
 import pytest
 import torch
+from measuring import operations
 
 from mergekit_moe_ext.modeling.modeling_sequence_moe import SequenceMoECache
 from tests.mergekit_moe_ext.sequences import Calls, dense, fine_tunes, mixture, only, padded, words
@@ -224,6 +225,33 @@ def test_rows_of_a_cache_can_be_selected_repeated_and_forgotten(sources):
     assert cache.get_seq_length() == 0 and cache.coefficients is None
     with pytest.raises(ValueError, match="assisted decoding"):
         cache.crop(1)
+
+
+def step_after(model, ids, **keywords):
+    """A function that takes one step after a prompt; the cache grows by a token per run."""
+    with torch.no_grad():
+        cache = model(ids, use_cache=True, **keywords).past_key_values
+
+    def step():
+        return model(ids[:, -1:], past_key_values=cache, use_cache=True)
+
+    return step
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_of_one_expert_is_one_of_its_source(sources, model, rows):
+    ids = words(rows)
+    ours = operations(step_after(model, ids, coefficients=only(1, 3)))
+    assert ours <= operations(step_after(sources[1], ids)) + 3
+
+
+def test_a_step_of_two_experts_is_one_of_each_on_its_rows(sources, model):
+    ids = words(4)
+    coefficients = only(1, 3, rows=4)
+    coefficients[2:] = only(2, 3)
+    ours = operations(step_after(model, ids, coefficients=coefficients))
+    of_sources = [operations(step_after(source, ids[:2])) for source in sources[1:]]
+    assert ours <= sum(of_sources) + 20
 
 
 def test_each_token_costs_the_chosen_experts_alone(sources):
