@@ -11,7 +11,7 @@ OLDEST_TORCH ?= torch==2.7.0
 # Named after its torch, so that another torch is installed anew.
 OLDEST_INSTALLED := .venv-oldest/.installed-$(subst ==,-,$(OLDEST_TORCH))
 
-.PHONY: demo test hosts newest newest-installed oldest exchange transformers4 lint bench robustness
+.PHONY: demo test hosts newest newest-installed oldest exchange transformers4 lint bench gpu robustness
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -64,6 +64,14 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/routed_lora_model.py
 	$(BIN)/python benchmarks/sequence_moe.py
 	$(BIN)/python benchmarks/wemoe.py
+
+# Everything that computes on a GPU against a CPU, and a table of what it costs there. On a machine
+# with a GPU, an environment that has its torch is given: make gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+GPU ?= cuda
+gpu:
+	$(GPU_PYTHON) -m pytest tests/gpu --device $(GPU) -n 0 -q
+	$(GPU_PYTHON) benchmarks/gpu.py --device $(GPU)
 
 # Damaged inputs and killed commands, for an hour or two.
 robustness: $(VENV)/.installed

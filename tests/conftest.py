@@ -48,6 +48,10 @@ ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}
 NAMES = ("base", "math", "code", "law")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="Device of tests/gpu: cuda, or cpu to try them without one.")
+
+
 def make_model(
     path: Path, seed: int, *, family: str = "llama", dtype: Any = torch.float32, **config: Any
 ) -> Path:
