@@ -306,10 +306,9 @@ class Ensemble:
             values = router(h).to(h.device)
             coefficients, call.left[name] = running_mean(values, real, *(earlier or ()))
             return coefficients
-        # Frozen: chosen once, and kept with the cache. Merged weights serve further steps where
-        # there is one sequence; for more, there would be a weight for each.
+        # Frozen: chosen once, and kept with the cache. So merged weights serve further steps.
         if earlier:
-            if keeps and len(h) == 1:
+            if keeps and not call.carried.rows_changed:
                 call.keeping.add(name)
             return earlier[0]
         coefficients = mean(router(h).to(h.device), self._prefix(call, h))

@@ -95,12 +95,15 @@ class Carried:
     values: coefficients, or totals and counts of running means, by group; the first axis is the
         sample.
     merged: merged weights and biases, by the `id` of their module.
+    rows_changed: whether the cache's rows were exchanged since the last pass, as a beam search does
+        after every token: merged weights would not last.
     can_be_cropped: whether tokens can be taken back from the cache.
     """
 
     values: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     merged: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     can_be_cropped: bool = True
+    rows_changed: bool = False
 
 
 class Carrying(FollowingCache):
@@ -109,14 +112,16 @@ class Carrying(FollowingCache):
     carried: Carried
 
     # Beam search drops and doubles sequences, and each keeps the coefficients that were chosen for
-    # its prompt. Merged weights belong to the one row that there was, and are dropped, unless
-    # nothing is carried by row: then they come from constants, which hold for any rows.
+    # its prompt. Merged weights belong to the rows that there were, and are dropped, unless nothing
+    # is carried by row: then they come from constants, which hold for any rows.
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         values = {}
         for group, tensors in self.carried.values.items():
             values[group] = tuple(change(tensor) for tensor in tensors)
         merged = {} if values else self.carried.merged
-        self.carried = Carried(values, merged, self.carried.can_be_cropped)
+        self.carried = Carried(
+            values, merged, self.carried.can_be_cropped, rows_changed=bool(values)
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         if not self.carried.can_be_cropped:
@@ -207,6 +212,7 @@ class EnsembleCall:
         if filled_cache is None:
             return
         self.carried.values |= self.left
+        self.carried.rows_changed = False
         # The object stays the one that the caller holds, so it is its class that changes.
         if not isinstance(filled_cache, Carrying):
             cache_class: Any = type(filled_cache)

@@ -92,12 +92,13 @@ class EnsembledLinear(nn.Module):
             raise RuntimeError(OUTSIDE)
         c = call.values[self.group].to(x.device, self.weight.dtype)
         # These coefficients hold for further passes with the same cache, which often have one
-        # token each: merged once, the weight costs such a pass one plain product.
-        if self.group in call.keeping:
-            if id(self) not in call.carried.merged:
-                shared = c if c.ndim == 1 else c[0]
-                call.carried.merged[id(self)] = self.merged(shared), self._merged_bias(shared)
-            return self._linear(x, *call.carried.merged[id(self)])
+        # token each: merged once, the weights cost such a pass one plain product.
+        if self.group in call.keeping and self._is_worth_keeping(c):
+            kept = call.carried.merged
+            if id(self) not in kept:
+                shared = c[0] if c.ndim > 1 and len(c) == 1 else c
+                kept[id(self)] = self.merged(shared), self._merged_bias(shared)
+            return self._linear(x, *kept[id(self)])
         # Some decoders flatten samples and tokens (OPT), so x is given its samples back, of which
         # constants see only one.
         by_sample = c if c.ndim > 1 else c[None]
@@ -121,16 +122,40 @@ class EnsembledLinear(nn.Module):
             return (self.vectors,)
         return self.values, self.columns, self.row_ends
 
+    def _is_worth_keeping(self, c: Tensor) -> bool:
+        """Whether merged weights of these samples are to be held for further passes."""
+        if c.ndim == 1 or len(c) == 1:
+            return True
+        # A pass without them reads the base's weight and all task vectors, and so as much as the
+        # weights of one sample more than there are vectors. Sparse vectors are less to read, and on
+        # a CPU their products are fast.
+        is_fast_as_it_is = self.kept is not None and self.weight.device.type == "cpu"
+        return not is_fast_as_it_is and len(c) <= c.shape[1] + 1
+
     def merged(self, c: Tensor) -> Tensor:
-        """The weight for coefficients (experts,)."""
-        tiles = _merged_tiles(c[None], self.weight, self._stored())
-        return torch.cat([weights[0] for _, _, weights in tiles])
+        """The weight for coefficients (experts,), or (samples, …) weights for (samples, experts)."""
+        by_sample = c if c.ndim > 1 else c[None]
+        weights = self.weight.new_empty(len(by_sample), *self.weight.shape)
+        for tile, samples, merged in _merged_tiles(by_sample, self.weight, self._stored()):
+            weights[samples, tile] = merged
+        return weights if c.ndim > 1 else weights[0]
 
     def _merged_bias(self, c: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias + c @ self.bias_vectors
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, weight.T if self.is_transposed else weight, bias)
+        """x by one weight for all samples, or by (samples, …) weights."""
+        if self.is_transposed:
+            weight = weight.mT
+        if weight.ndim == 2:
+            return functional.linear(x, weight, bias)
+        # Some decoders flatten samples and tokens (OPT).
+        by_sample = x.reshape(len(weight), -1, x.shape[-1])
+        if bias is None:
+            y = by_sample @ weight.mT
+        else:
+            y = torch.baddbmm(bias[:, None], by_sample, weight.mT)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _Product(torch.autograd.Function):

@@ -4,10 +4,12 @@ gradients.
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from measuring import operations
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
@@ -359,6 +361,44 @@ def test_while_one_sequence_is_decoded_its_merged_weights_are_kept(monkeypatch):
         atol=0,
         rtol=0,
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@torch.no_grad()
+def test_so_are_those_of_a_batch_until_its_rows_change(family):
+    model, batch = build(family), padded(inputs_of(family), "left")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    samples = len(ids)
+    assert samples <= len(model.ensembling.experts) + 1
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :-3], attention_mask=mask[:, :-3], past_key_values=cache)
+    coefficients = model._last_coefficients()
+    expected = model(ids, attention_mask=mask, coefficients=coefficients).logits
+    for end in (-2, -1):
+        step = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+        close(step.logits[:, 0], expected[:, end - 1])
+    linears = sum(len(linears) for linears in model.ensembling.groups.values())
+    assert len(cache.carried.merged) == linears
+    cache.reorder_cache(torch.arange(samples).flip(0))
+    step = model(ids[:, -1:].flip(0), attention_mask=mask.flip(0), past_key_values=cache)
+    close(step.logits[:, 0], expected[:, -1].flip(0))
+    assert not cache.carried.merged
+
+
+@torch.no_grad()
+def test_a_step_of_a_batch_is_one_of_the_base():
+    """But for the bookkeeping of a pass, and a product with a weight per row in place of one."""
+    model = build("llama")
+    ids = inputs_of("llama", samples=3)["input_ids"]
+    counts = []
+    for each in (model, stock_of(model, "llama")):
+        cache = DynamicCache(config=each.config)
+        each(ids[:, :5], past_key_values=cache)
+        each(ids[:, 5:6], past_key_values=cache)
+        counts.append(operations(partial(each, ids[:, 6:7], past_key_values=cache)))
+    ours, of_base = counts
+    linears = sum(len(linears) for linears in model.ensembling.groups.values())
+    assert ours <= of_base + 6 + 8 * linears
 
 
 @pytest.mark.parametrize("samples", [1, 3])
