@@ -4,13 +4,14 @@
 
 Each trial works in a directory of its own, on tiny models, in a fork of this process (so that the
 hosts are imported once), and is drawn from the seed and its number: `--only config:17` repeats one.
+A core does about two trials a second; where the temporary directory is in memory (`TMPDIR`), more.
 
 A mutation damages one file, runs one command on it, and is one of
 
     refused     one sentence, an exit status other than 0, nothing left behind
     accepted    exit status 0, and what was written is whole: a model loads with every tensor
                 there and finite, a JSON file is read and has no NaN
-    failed      a traceback, a death by signal, or no end within a minute
+    failed      a traceback, a death by signal, or no end in time (`--limit`)
     partial     refused, and something was left behind
     wrong       accepted, and what was written is not whole
 
@@ -19,6 +20,8 @@ whole. The exit status is 0 where nothing failed, was partial or was wrong.
 """
 
 import copy
+import gc
+import importlib
 import json
 import math
 import os
@@ -32,7 +35,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +62,21 @@ import mergekit_moe_ext.cli
 import peft_routing
 import peft_routing.cli
 
-SECONDS = 60  # that a command may take before it counts as hanging
+# What the commands import late, so that their forks find it imported.
+LATE = (
+    "datasets",
+    "mergekit.merge",
+    "mergekit_moe_ext.methods",
+    "mergekit_moe_ext.mixtures.training",
+    "mergekit_moe_ext.mixtures.usage",
+    "mergekit_moe_ext.upcycling.families.cohere",
+    "mergekit_moe_ext.wemoe.adaptation",
+    "mergekit_moe_ext.wemoe.unloading",
+    "peft_routing.inspection",
+    "peft_routing.training",
+    "scipy.io",
+    "transformers.trainer",
+)
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 16,
@@ -276,17 +293,22 @@ class End:
     text: str
 
 
-def run(line: str, directory: Path, kill: tuple[float, int] | None = None) -> End:
-    """Runs a command in a fork, in `directory`; `kill` is seconds and a signal."""
+def run(
+    line: str, directory: Path, kill: tuple[float, int] | None = None, limit: float = 180
+) -> End:
+    """Runs a command in a fork, in `directory`, for `limit` seconds at most.
+
+    `kill` is seconds and a signal.
+    """
     log = directory.parent / f"{directory.name}.log"
     child = os.fork()
     if child == 0:
         _become(line, directory, log)
-    deadline = time.monotonic() + (kill[0] if kill else SECONDS)
+    deadline = time.monotonic() + (kill[0] if kill else limit)
     status = _wait(child, deadline)
     if status is None and kill:
         os.kill(child, kill[1])
-        status = _wait(child, time.monotonic() + SECONDS)
+        status = _wait(child, time.monotonic() + limit)
     if status is None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -525,49 +547,65 @@ def judge(end: End, directory: Path, before: set[str], output: str) -> tuple[str
 
 @dataclass(frozen=True)
 class Trial:
-    """A mutation of a kind of file, or a kill of a command; drawn from its number and the seed."""
+    """A mutation of a kind of file, or a kill of a command; drawn from its number and the seed.
+
+    limit: the seconds that a command may take before it counts as hanging.
+    """
 
     kind: str
     number: int
     seed: int
+    limit: float
 
 
-def attempt(template: Path, trial: Trial) -> tuple[str, str]:
-    """The verdict on a trial, and what was seen."""
+@dataclass(frozen=True)
+class Outcome:
+    """The verdict on a trial, what was seen, and all that the command printed."""
+
+    verdict: str
+    seen: str
+    text: str
+
+
+def attempt(template: Path, trial: Trial) -> Outcome:
+    """A trial, tried."""
     draw = random.Random(f"{trial.seed}:{trial.kind}:{trial.number}")
     with tempfile.TemporaryDirectory(dir=template.parent) as root:
         directory = Path(root) / "work"
         shutil.copytree(template, directory)
         if trial.kind.startswith(KILL):
-            return _killed(trial.kind.removeprefix(KILL), directory, template, draw)
-        return _mutated(trial.kind, directory, draw)
+            return _killed(trial, directory, template, draw)
+        return _mutated(trial, directory, draw)
 
 
-def _mutated(kind: str, directory: Path, draw: random.Random) -> tuple[str, str]:
-    file, name = draw.choice(MUTATIONS[kind])
+def _mutated(trial: Trial, directory: Path, draw: random.Random) -> Outcome:
+    file, name = draw.choice(MUTATIONS[trial.kind])
     damage(directory / file, draw)
     before = {path.name for path in directory.iterdir()}
     command = COMMANDS[name]
-    end = run(command.line, directory)
+    end = run(command.line, directory, limit=trial.limit)
     verdict, seen = judge(end, directory, before, command.output)
-    return verdict, f"{name}, {file}: {seen}"
+    return Outcome(verdict, f"{name}, {file}: {seen}", end.text)
 
 
-def _killed(name: str, directory: Path, template: Path, draw: random.Random) -> tuple[str, str]:
+def _killed(trial: Trial, directory: Path, template: Path, draw: random.Random) -> Outcome:
+    name = trial.kind.removeprefix(KILL)
     command = COMMANDS[name]
     if name not in _seconds:
         _seconds[name] = _seconds_alone(command.line, template)
     signal_sent = draw.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
     moment = draw.random() * _seconds[name]
-    end = run(command.line, directory, (moment, signal_sent))
+    end = run(command.line, directory, (moment, signal_sent), limit=trial.limit)
     output = directory / command.output
     seen = f"{signal_sent.name} after {moment:.2f} of {_seconds[name]:.2f} s, status {end.status}"
     if end.status is None:
-        return "failed", f"no end after {seen}"
+        return Outcome("failed", f"no end after {seen}", end.text)
     if not output.exists():
-        return "absent", seen
+        return Outcome("absent", seen, end.text)
     fault = fault_of(output, directory)
-    return ("partial", f"{seen}: {fault}") if fault else ("whole", seen)
+    if fault:
+        return Outcome("partial", f"{seen}: {fault}", end.text)
+    return Outcome("whole", seen, end.text)
 
 
 def _seconds_alone(line: str, template: Path) -> float:
@@ -588,24 +626,62 @@ def _seconds_alone(line: str, template: Path) -> float:
 @click.option("--kills", type=int, default=100, show_default=True, help="Number of kills.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of all of them.")
 @click.option("--jobs", type=int, default=2, show_default=True, help="Number of trials at a time.")
-@click.option("--only", metavar="KIND:NUMBER", help="Trial to repeat, with its whole output.")
-def main(mutations: int, kills: int, seed: int, jobs: int, only: str | None) -> None:
+@click.option(
+    "--limit",
+    type=float,
+    default=180,
+    show_default=True,
+    help="Seconds that a command may take before it counts as hanging.",
+)
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice([*SHARES, KILL.strip()]),
+    help="Kind of trials, to the exclusion of others. May be repeated.",
+)
+@click.option("--verbose", is_flag=True, help="Print how every trial ended.")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="KIND:NUMBER",
+    help="Trial to repeat, with its whole output. May be repeated.",
+)
+def main(
+    mutations: int,
+    kills: int,
+    seed: int,
+    jobs: int,
+    limit: float,
+    kinds: Sequence[str],
+    verbose: bool,
+    only: Sequence[str],
+) -> None:
     """Try damaged inputs and kills, and print how each kind ended."""
     with tempfile.TemporaryDirectory(prefix="robustness-") as root:
         template = Path(root) / "template"
         template.mkdir()
         for variable in ("HF_HOME", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
             os.environ[variable] = str(Path(root) / variable)
+        for module in LATE:
+            importlib.import_module(module)
         make_template(template)
+        gc.freeze()  # so that a fork's collections do not copy all of this process's pages
         if only:
-            kind, number_of_trial = only.rsplit(":", 1)
-            click.echo(attempt(template, Trial(kind, int(number_of_trial), seed)))
+            for each in only:
+                kind, number_of_trial = each.rsplit(":", 1)
+                outcome = attempt(template, Trial(kind, int(number_of_trial), seed, limit))
+                click.echo(f"{outcome.text}\n{each} {outcome.verdict}: {outcome.seen}")
             return
-        trials = [Trial(kind, number, seed) for number, kind in enumerate(kinds_of(mutations))]
+        trials = []
+        for number, kind in enumerate(kinds_of(mutations)):
+            trials.append(Trial(kind, number, seed, limit))
         names = list(COMMANDS)
         for number in range(kills):
-            trials.append(Trial(KILL + names[number % len(names)], number, seed))
-        sys.exit(report(trials, template, jobs))
+            trials.append(Trial(KILL + names[number % len(names)], number, seed, limit))
+        if kinds:
+            trials = [trial for trial in trials if trial.kind.split()[0] in kinds]
+        sys.exit(report(trials, template, jobs, verbose=verbose))
 
 
 def kinds_of(count: int) -> list[str]:
@@ -615,23 +691,28 @@ def kinds_of(count: int) -> list[str]:
     return kinds
 
 
-def report(trials: list[Trial], template: Path, jobs: int) -> int:
+def report(trials: Sequence[Trial], template: Path, jobs: int, *, verbose: bool) -> int:
     """Runs all trials, prints each that went wrong and a table; returns the exit status."""
     verdicts: dict[str, Counter[str]] = {}
     bad = 0
+    started = time.monotonic()
     # Each trial forks, which only a process without threads can do safely: no pool of threads.
     with get_context("fork").Pool(jobs) as pool:
-        attempts = pool.imap(partial(attempt, template), trials)
-        for trial, (verdict, seen) in zip(trials, attempts, strict=True):
-            verdicts.setdefault(trial.kind, Counter())[verdict] += 1
-            if verdict in ("failed", "partial", "wrong"):
-                bad += 1
-                print(f"{trial.kind}:{trial.number} {verdict}: {seen}", flush=True)
+        outcomes = pool.imap(partial(attempt, template), trials)
+        for trial, outcome in zip(trials, outcomes, strict=True):
+            verdicts.setdefault(trial.kind, Counter())[outcome.verdict] += 1
+            is_bad = outcome.verdict in ("failed", "partial", "wrong")
+            bad += is_bad
+            if is_bad or verbose:
+                line = f"{trial.kind}:{trial.number} {outcome.verdict}: {outcome.seen}"
+                print(line, flush=True)
     columns = ["refused", "accepted", "absent", "whole", "failed", "partial", "wrong"]
     click.echo(f"{'kind':20}{'tried':>8}" + "".join(f"{column:>10}" for column in columns))
     for kind, counts in verdicts.items():
         cells = "".join(f"{counts[column]:10}" for column in columns)
         click.echo(f"{kind:20}{counts.total():8}{cells}")
+    seconds = time.monotonic() - started
+    click.echo(f"{len(trials)} trials in {seconds:.0f} s, {len(trials) / seconds:.1f} a second")
     return 1 if bad else 0
 
 

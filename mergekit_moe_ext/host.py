@@ -1,8 +1,8 @@
 """The seam to mergekit: the names in `mergekit.merge` that are replaced, and their replacements.
 
-Each replacement changes nothing for a stock method. For ours, `run_merge` checks everything first,
-runs the stock `run_merge` into a staging directory, adds card, tokenizer and processor files, and
-renames once.
+Each replacement changes nothing for a stock method, but for what is said of a method that does not
+exist. For ours, `run_merge` checks everything first, runs the stock `run_merge` into a staging
+directory, adds card, tokenizer and processor files, and renames once.
 """
 
 import functools
@@ -61,7 +61,7 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
     from mergekit_moe_ext.merging.loras import merge_loras
     from mergekit_moe_ext.merging.outputs import complete_model
     from mergekit_moe_ext.merging.planner import PREPARED, prepare, structural_method
-    from mergekit_moe_ext.merging.preflight import check_document, read_job
+    from mergekit_moe_ext.merging.preflight import check_document, read_job, tensor_method
 
     @functools.wraps(stock)
     def run_merge(
@@ -69,7 +69,11 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
     ) -> None:
         method = structural_method(merge_config.merge_method)
         if method is None:
-            stock(merge_config, out_path, options, config_source)
+            ours = tensor_method(merge_config.merge_method)
+            if ours is None:
+                stock(merge_config, out_path, options, config_source)
+            else:
+                _merge_tensors(stock, ours, merge_config, out_path, options, config_source)
             return
         if config_source:
             check_document(yaml.safe_load(config_source))
@@ -117,6 +121,37 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
             )
 
     return run_merge
+
+
+def _merge_tensors(
+    stock: Callable,
+    method: Any,
+    merge_config: Any,
+    out_path: str,
+    options: Any,
+    config_source: str | None,
+) -> None:
+    """The stock `run_merge` by a tensor method of ours, checked and staged."""
+    from mergekit.io.tasks import LoaderCache
+
+    from _mergekit_moe_ext_common.loading import explained
+    from _mergekit_moe_ext_common.staging import check_output, staged
+    from mergekit_moe_ext.merging.preflight import check_document, check_tensor_merge
+
+    if config_source:
+        check_document(yaml.safe_load(config_source))
+    check_tensor_merge(merge_config, options, method)
+    out = check_output(out_path)
+    # What mergekit cannot merge makes it raise exceptions of many kinds.
+    what = f"{method.spec.name} cannot merge these models"
+    with explained(what, str(merge_config.base_model)), staged(out) as directory:
+        # mergekit keeps loaders for the life of the process, so a second merge would read stale
+        # weights.
+        LoaderCache.loaders.clear()
+        try:
+            stock(merge_config, str(directory), options, config_source)
+        finally:
+            LoaderCache.loaders.clear()
 
 
 def _folder_of_donor(job: Any) -> Path:

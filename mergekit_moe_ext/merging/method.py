@@ -15,7 +15,11 @@ import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoadTensor
-from mergekit.merge_methods.base import MergeMethod, MergeMethodSpec
+from mergekit.merge_methods.base import (
+    FunctionalGroupMergeMethod,
+    MergeMethod,
+    MergeMethodSpec,
+)
 from mergekit.options import MergeOptions
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PretrainedConfig
@@ -151,6 +155,14 @@ class Plan:
     def bytes(self) -> int:
         """The size of the output's weights."""
         return self.dtype.itemsize * sum(math.prod(shape) for shape in self.shapes.values())
+
+
+class TensorMethod(FunctionalGroupMergeMethod):
+    """A tensor method of this package.
+
+    mergekit's own planner runs it; its configuration and its sources are checked before that, and
+    its output appears whole or not at all, like a structural method's.
+    """
 
 
 class StructuralMethod(MergeMethod):

@@ -24,7 +24,7 @@ from mergekit.plan import MergePlanner as StockMergePlanner
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import check_against, manifest_of
-from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod
+from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, RefuseNonfinite
 
 LOG = logging.getLogger(__name__)
@@ -123,6 +123,12 @@ class MergePlanner(StockMergePlanner):
     def _plan(self) -> None:
         if not isinstance(self.arch_info, PlannedArchitecture):
             super()._plan()
+            parameters = self.config.parameters or {}
+            if isinstance(self._method, TensorMethod) and not parameters.get("allow_nonfinite"):
+                for index, (weight, task) in enumerate(self._tensors):
+                    out_dtype = weight.force_dtype or self.config.out_dtype
+                    task = _refusing_nonfinite(task, weight.name, out_dtype)
+                    self._tensors[index] = (weight, task)
             return
         num_layers = _num_layers(self._plan_of_job)
         for name, tensor in self._plan_of_job.shared.items():
@@ -149,8 +155,25 @@ class MergePlanner(StockMergePlanner):
             merged_base=base,
             weights=self._plan_of_job.weights.get(name, {}),
         )
+        self.plan_tensor(weight, [weight] * len(models), models, reader)
+        weight, task = self._tensors.pop()
+        if not self._job.options.allow_nonfinite:
+            task = _refusing_nonfinite(task, name, self.config.out_dtype)
+        self._tensors.append((weight.model_copy(update={"name": name}), task))
+
+    def plan_tensor(
+        self,
+        weight: WeightInfo,
+        weights_in: list[WeightInfo],
+        models: list[ModelReference],
+        cfg_reader: ConfigReader,
+    ) -> None:
+        is_structural = isinstance(self.arch_info, PlannedArchitecture)
+        if not is_structural and not isinstance(self._method, TensorMethod):
+            super().plan_tensor(weight, weights_in, models, cfg_reader)
+            return
         try:
-            self.plan_tensor(weight, [weight] * len(models), models, reader)
+            super().plan_tensor(weight, weights_in, models, cfg_reader)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             raise UserError(
@@ -161,12 +184,6 @@ class MergePlanner(StockMergePlanner):
             raise UserError(
                 f"{self._method.spec.name} cannot merge {weight.name}: {error}"
             ) from error
-        weight, task = self._tensors.pop()
-        if not self._job.options.allow_nonfinite:
-            task = RefuseNonfinite(
-                tensor_task=_loading_finite(task), name=name, out_dtype=self.config.out_dtype
-            )
-        self._tensors.append((weight.model_copy(update={"name": name}), task))
 
     def plan_to_disk(self, out_path: str) -> list[Task]:
         tasks = super().plan_to_disk(out_path)
@@ -242,6 +259,11 @@ def _loading_finite(task: Any) -> Any:
     if type(task) is GatherTensors:
         return GatherFiniteTensors(**dict(task))
     return task.model_copy(update={"gather_tensors": _loading_finite(task.gather_tensors)})
+
+
+def _refusing_nonfinite(task: Any, name: str, out_dtype: str | None) -> RefuseNonfinite:
+    """The task that merges a tensor, with NaN and Inf refused in its inputs and its result."""
+    return RefuseNonfinite(tensor_task=_loading_finite(task), name=name, out_dtype=out_dtype)
 
 
 def structural_method(name: str) -> StructuralMethod | None:

@@ -5,20 +5,25 @@ are read and checked by pydantic; all other keys under `parameters:` must be the
 """
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    MergeConfiguration,
+    OutputSliceDefinition,
+)
 from mergekit.merge_methods import MergeMethod, registered_methods
 from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import TokenizerConfig
 
 from _mergekit_moe_ext_common.errors import UserError
-from mergekit_moe_ext.merging.method import Job, StructuralMethod
+from mergekit_moe_ext.merging.method import Job, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.planner import NEUTRAL_PARAMETERS, merged_models
-from mergekit_moe_ext.merging.sources import lacks_tokenizer
+from mergekit_moe_ext.merging.sources import check_source, lacks_tokenizer
 
 Options = TypeVar("Options", bound=pydantic.BaseModel)
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -32,11 +37,77 @@ def check_document(document: Any) -> None:
         raise UserError("the configuration is not a mapping of keys to values")
     # mergekit-multi reads `name`, which many configurations of single merges have, too.
     _check_keys(document, [*MergeConfiguration.model_fields, "name"], "the configuration")
-    for index, entry in enumerate(document.get("models") or []):
+    models = document.get("models")
+    for index, entry in enumerate(models if isinstance(models, list) else []):
         if isinstance(entry, Mapping):
             _check_keys(entry, InputModelDefinition.model_fields, f"models[{index}]")
     if isinstance(document.get("tokenizer"), Mapping):
         _check_keys(document["tokenizer"], TokenizerConfig.model_fields, "tokenizer")
+
+
+def tensor_method(name: str) -> TensorMethod | None:
+    """The tensor method of ours of this name; None if it is one of somebody else.
+
+    `UserError` where nobody has a method of this name.
+    """
+    methods = {method.spec.name: method for method in registered_methods()}
+    if name not in methods:
+        raise UserError(f"merge_method: {name!r} is not a merge method{_nearest(name, methods)}")
+    method = methods[name]
+    return method if isinstance(method, TensorMethod) else None
+
+
+def check_tensor_merge(
+    config: MergeConfiguration, merge_options: MergeOptions, method: TensorMethod
+) -> None:
+    """Check the parameters and the models of a merge by a tensor method of ours."""
+    _check_dtypes(config)
+    stated: set[str] = set()
+    keys = [*(parameter.name for parameter in method.spec.parameters), "allow_nonfinite"]
+    for where, parameters in _all_parameters(config):
+        _check_keys(parameters, keys, f"{where} ({method.spec.name})")
+        stated |= set(parameters)
+    _check_required(method, stated)
+    allow_nonfinite = (config.parameters or {}).get("allow_nonfinite", False)
+    if not isinstance(allow_nonfinite, bool):
+        raise UserError(f"`allow_nonfinite` is {allow_nonfinite!r}, neither true nor false")
+    for model in sorted(config.referenced_models(), key=str):
+        check_source(model, merge_options)
+
+
+def _all_parameters(config: MergeConfiguration) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every `parameters:` of a configuration, after words for where it stands."""
+    yield "parameters", config.parameters or {}
+    yield from _parameters_of_models(config.models or [], "")
+    yield from _parameters_of_slices(config.slices or [], "")
+    for name, module in (config.modules or {}).items():
+        yield f"modules.{name}.parameters", module.parameters or {}
+        yield from _parameters_of_models(module.models or [], f"modules.{name}.")
+        yield from _parameters_of_slices(module.slices or [], f"modules.{name}.")
+
+
+def _parameters_of_models(
+    models: Sequence[InputModelDefinition], prefix: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for index, entry in enumerate(models):
+        yield f"{prefix}models[{index}].parameters", entry.parameters or {}
+
+
+def _parameters_of_slices(
+    slices: Sequence[OutputSliceDefinition], prefix: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for index, entry in enumerate(slices):
+        where = f"{prefix}slices[{index}]"
+        yield f"{where}.parameters", entry.parameters or {}
+        for number, source in enumerate(entry.sources):
+            yield f"{where}.sources[{number}].parameters", source.parameters or {}
+
+
+def _check_dtypes(config: MergeConfiguration) -> None:
+    for key in ("dtype", "out_dtype"):
+        name = getattr(config, key)
+        if name and name.removeprefix("torch.") not in _DTYPES:
+            raise UserError(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
 
 
 def read_job(
@@ -48,10 +119,7 @@ def read_job(
     """
     if not config.models:
         raise UserError(f"{method.spec.name} takes `models:`, not slices or modules")
-    for key in ("dtype", "out_dtype"):
-        name = getattr(config, key)
-        if name and name.removeprefix("torch.") not in _DTYPES:
-            raise UserError(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
+    _check_dtypes(config)
     parameters = config.parameters or {}
     options: Any = _read_options(method.options_type, parameters, "`parameters:`")
     shared = _shared_method(method.shared_method_name(options))
@@ -169,12 +237,14 @@ def _check_shared_inputs(job: Job) -> None:
     stated: set[str] = set(job.config.parameters or {})
     for entry in job.config.models or []:
         stated |= set(entry.parameters or {})
-    for parameter in job.shared_method.spec.parameters:
-        has_value = parameter.name in stated or parameter.name in NEUTRAL_PARAMETERS
-        if parameter.required and not has_value:
-            raise UserError(
-                f"{job.shared_method.spec.name} needs `{parameter.name}` under `parameters:`"
-            )
+    _check_required(job.shared_method, stated | NEUTRAL_PARAMETERS.keys())
+
+
+def _check_required(method: MergeMethod, stated: Collection[str]) -> None:
+    """Check that every parameter that the method requires is stated somewhere."""
+    for parameter in method.spec.parameters:
+        if parameter.required and parameter.name not in stated:
+            raise UserError(f"{method.spec.name} needs `{parameter.name}` under `parameters:`")
 
 
 def _check_keys(values: Mapping[str, Any], keys: Collection[str], where: str) -> None:

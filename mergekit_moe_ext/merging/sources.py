@@ -109,6 +109,12 @@ def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
     return {model: _config_of(_stored(job, model), job.merge_options) for model in job.sources}
 
 
+def check_source(model: ModelReference, options: MergeOptions) -> None:
+    """`UserError` for a model, or a LoRA on one, that cannot be read."""
+    _config_of(model, options)
+    stored_headers(ModelReference(model=model.model), options)
+
+
 def _stored(job: Job, model: ModelReference) -> ModelReference:
     """Where a source's files are; of a LoRA those of the merged model, once there is one."""
     if model in job.merged_loras:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from mergekit.merge_methods.base import (
     BasePolicy,
-    FunctionalGroupMergeMethod,
     InputContract,
     MergeMethodSpec,
     ParameterScope,
@@ -19,7 +18,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_moe_ext.merging.method import Fraction
+from mergekit_moe_ext.merging.method import Fraction, TensorMethod
 from mergekit_moe_ext.tensor.kernels.drop import mask_key, merge_dare
 
 
@@ -44,7 +43,7 @@ def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
 
 _SHARED = ParameterScope.SHARED
 _NON_BASE = ParameterScope.NON_BASE
-DARE = FunctionalGroupMergeMethod(
+DARE = TensorMethod(
     MergeMethodSpec(
         name="dare",
         pretty_name="DARE",

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from mergekit.merge_methods.base import (
     BasePolicy,
-    FunctionalGroupMergeMethod,
     InputContract,
     MergeMethodSpec,
     ParameterScope,
@@ -15,7 +14,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_moe_ext.merging.method import Fraction
+from mergekit_moe_ext.merging.method import Fraction, TensorMethod
 from mergekit_moe_ext.tensor.kernels.ties import merge_ties
 
 
@@ -36,7 +35,7 @@ def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:
 
 _SHARED = ParameterScope.SHARED
 _NON_BASE = ParameterScope.NON_BASE
-FAST_TIES = FunctionalGroupMergeMethod(
+FAST_TIES = TensorMethod(
     MergeMethodSpec(
         name="fast_ties",
         pretty_name="TIES (linear time)",

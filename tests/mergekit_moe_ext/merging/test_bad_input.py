@@ -114,6 +114,49 @@ def test_configuration(here, config, fragments):
 @pytest.mark.parametrize(
     ("config", "fragments"),
     [
+        (document("moe_tie"), ["'moe_tie' is not a merge method", "did you mean `moe_ties`"]),
+        (document("slerpp"), ["'slerpp' is not a merge method", "did you mean `slerp`"]),
+        (document("fast_ties"), ["fast_ties needs `weight`"]),
+        (document("dare", parameters={"densty": 0.5}), ["`densty`", "did you mean `density`"]),
+        (
+            document("dare", models=[{"model": "./math", "parameters": {"rescale": True}}]),
+            ["`rescale`", "models[0].parameters (dare)"],
+        ),
+        (document("dare", dtipe="float32"), ["`dtipe`", "did you mean `dtype`"]),
+        (document("dare", base=None), ["dare", "requires a base"]),
+        (document("dare", parameters={"density": 80}), ["dare cannot merge", "80", "equal to 1"]),
+        (document("dare", parameters={"density": "much"}), ["dare cannot merge", "much"]),
+        (document("dare", parameters={"allow_nonfinite": "yes"}), ["'yes'", "true nor false"]),
+        (document("dare", out_dtype="int64"), ["out_dtype", "int64", "float32"]),
+        (document("dare", models=["math", "./nowhere"]), ["./nowhere does not exist"]),
+        (document("dare", tokenizer_source="./nowhere"), ["dare cannot merge these models"]),
+        (
+            {
+                "merge_method": "dare",
+                "base_model": "./base",
+                "slices": [
+                    {
+                        "parameters": {"wieght": 2.0},
+                        "sources": [
+                            {"model": "./base", "layer_range": [0, 1]},
+                            {"model": "./math", "layer_range": [0, 1]},
+                        ],
+                    }
+                ],
+            },
+            ["`wieght`", "slices[0].parameters (dare)", "did you mean `weight`"],
+        ),
+    ],
+)
+def test_configuration_of_a_dense_merge(here, config, fragments):
+    for entry in config.get("models", []):
+        entry["model"] = entry["model"].replace("././", "./")
+    refused(here, config, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("config", "fragments"),
+    [
         ({"hidden_size": 64}, ["./odd", "`hidden_size` is 64, not 32"]),
         ({"num_hidden_layers": 2}, ["`num_hidden_layers` is 2, not 3"]),
         ({"num_key_value_heads": 4}, ["`num_key_value_heads` is 4, not 2"]),
@@ -226,6 +269,30 @@ def test_nonfinite(here, damaged, value, name, dtype):
     assert sum(not tensor.isfinite().all() for tensor in read_tensors(out).values()) == 1
 
 
+@pytest.mark.parametrize("change", ["cut", "missing", "shape", "integers", "nan"])
+def test_damaged_source_of_a_dense_merge(here, damaged, change):
+    weights = damaged / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "shape":
+        tensors[name] = torch.zeros(32, 16)
+    elif change == "integers":
+        tensors[name] = tensors[name].int()
+    elif change == "nan":
+        tensors[name][0, 0] = float("nan")
+    save_file(tensors, weights, PLAIN)
+    if change == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+        name = "model.safetensors is damaged"
+    config = document("dare", models=["math", "damaged"])
+    refused(here, config, name)
+    if change == "nan":
+        out = merge({**config, "parameters": {"allow_nonfinite": True}})
+        assert not read_tensors(out)[name].isfinite().all()
+
+
 def test_quantised_source(here, damaged):
     config = json.loads((damaged / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -327,6 +394,8 @@ def test_the_real_command_prints_one_line_and_no_traceback(here):
         ("merge_method: [", "bad.yml"),
         ("- 1", "not a mapping"),
         ("merge_method: moe", "models"),
+        ("merge_method: moe\nmodels: 0.5", "models"),
+        ("merge_method: moe_tie\nmodels: [{model: ./base}]", "did you mean `moe_ties`"),
         ("merge_method: moe\nmodels: [{model: ./base}]\nparameters: {shared: {a: 1}}", "shared"),
     ],
 )
