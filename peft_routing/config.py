@@ -46,12 +46,13 @@ class Site:
     """The experts at one adapted module; rank 0 is an expert that has nothing there.
 
     The last `general` are general experts: their mean update is subtracted from that of each other
-    expert.
+    expert. Where any expert has a bias (LoRA's `lora_bias`), all have one, those without it 0.
     """
 
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
     general: int = 0
+    has_biases: bool = False
 
 
 @dataclass
@@ -169,7 +170,8 @@ class RoutedLoraConfig(PeftConfig):
         self.sites: dict[str, Site] = {}
         for group in self.layout or ():
             ranks, scalings = tuple(group["ranks"]), tuple(group["scalings"])
-            site = Site(ranks, scalings, general=len(self.general_experts))
+            has_biases = group.get("has_biases", False)
+            site = Site(ranks, scalings, len(self.general_experts), has_biases)
             self.sites |= dict.fromkeys(group["modules"], site)
 
     def lock(self) -> None:

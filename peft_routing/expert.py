@@ -1,40 +1,38 @@
 """Ordinary LoRA adapters as experts: how they are read, and whether they fit a model."""
 
-import json
+import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+import peft
 from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from _mergekit_moe_ext_common.checkpoints import check_finite, damage
+from _mergekit_moe_ext_common.checkpoints import check_finite
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import explained
+from peft_routing.adapter_files import read_config, read_tensors
+from peft_routing.base_tensors import check_base_tensors, is_output_embedding
 
 PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+_FACTOR = re.compile(r"(.+)\.lora_([AB])\.(weight|bias)")
+_NAMED_FACTOR = re.compile(r"(.+\.lora_[AB])(?:\.([^.]+))?\.(weight|bias)")
 _CANNOT_BE_ROUTED = {
     "use_dora": "DoRA divides by the norm of the merged weight, so its updates do not add up",
     "modules_to_save": "whole modules cannot be mixed",
-    "lora_bias": "biases are not routed",
     "target_parameters": "its updates are of parameters, not of linear modules",
     "layer_replication": "its layers are not those of the base model",
     "trainable_token_indices": "embeddings have no hidden state to route by",
@@ -51,85 +49,65 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class Expert:
-    """A LoRA adapter: A (rank, in), B (out, rank) and the scaling of B A, by module."""
+    """A LoRA adapter: A (rank, in), B (out, rank) and the scaling of B A, by module.
+
+    biases: what is added to B A x before the scaling (out), where the adapter has such.
+    """
 
     name: str
     config: dict[str, Any]
     factors: dict[str, tuple[Tensor, Tensor]]
     scalings: dict[str, float]
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
     def rank(self, module: str) -> int:
         """The rank of the update at a module, 0 where there is none."""
         return self.factors[module][0].shape[0] if module in self.factors else 0
 
 
-def read_expert(name: str, path: str) -> Expert:
-    """The expert in a directory, or in `owner/name[/subfolder]` on the Hub.
+def read_expert(name: str, path: str, model: nn.Module) -> Expert:
+    """The expert in a directory, or in `owner/name[/subfolder]` on the Hub, for a base model.
 
-    Weights are read from safetensors only: nothing is unpickled. `UserError` for what cannot be
-    routed, `FileNotFoundError` for what is not there.
+    The names of its modules are those of the model, as PEFT would find them. `UserError` for what
+    cannot be routed, `FileNotFoundError` for what is not there.
     """
     where = f"expert {name!r} ({path})"
-    config_file = _file(path, CONFIG_NAME, where)
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{where}: {damage(config_file, error)}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{where}: {config_file} holds no names with values")
-    _check_config(config, where)
-    weights = _file(path, SAFETENSORS_WEIGHTS_NAME, where)
-    try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{where}: {damage(weights, error)}") from error
-    check_finite(tensors, f"{where}, in {weights.name},")
-    factors = _pairs(tensors, where)
-    with explained(f"{where}: {config_file} cannot be used", path):
+    config = read_config(path, where)
+    _check_config(config, path, where)
+    _warn_of_unknown_fields(config, where)
+    # A model says by this how its modules were once called, where its code came with it.
+    key_mapping = getattr(model, "_checkpoint_conversion_mapping", {})
+    tensors = read_tensors(path, where, key_mapping)
+    check_finite(tensors, where)
+    _check_whole(tensors, where)
+    tensors = _without_adapter_name(tensors, where)
+    with explained(f"{where} does not fit a {type(model).__name__}", path):
+        # PEFT's own step, for models whose modules transformers itself has moved.
+        tensors = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    factors, biases, others = _parts(tensors, where)
+    check_base_tensors(others, model, path, where)
+    if not factors:
+        raise UserError(f"{where}: its file of weights holds no LoRA factors")
+    if biases and not config.get("lora_bias"):
+        raise UserError(
+            f"{where}: it has a bias at {min(biases)}, and {CONFIG_NAME} says lora_bias: false"
+        )
+    with explained(f"{where}: {CONFIG_NAME} cannot be used", path):
         scalings = {
             module: _scaling(config, module, a.shape[0], where)
             for module, (a, _) in factors.items()
         }
     stated = {key: value for key, value in config.items() if value not in (None, {}, [])}
-    return Expert(name, stated, factors, scalings)
+    return Expert(name, stated, factors, scalings, biases)
 
 
-def _file(path: str, name: str, where: str) -> Path:
-    """A file of an adapter, downloaded where it is on the Hub."""
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        if not (directory / name).is_file():
-            hint = ""
-            if name == SAFETENSORS_WEIGHTS_NAME and (directory / "adapter_model.bin").exists():
-                hint = (
-                    "; adapter_model.bin is a pickle: load it with PEFT once and save it as "
-                    "safetensors"
-                )
-            raise FileNotFoundError(f"{where}: {directory} has no {name}{hint}")
-        return directory / name
-    owner, _, rest = path.partition("/")
-    repository, _, subfolder = rest.partition("/")
-    if path.startswith((".", "/", "~")) or not repository:
-        raise FileNotFoundError(f"{where}: there is no such directory")
-    try:
-        return Path(hf_hub_download(f"{owner}/{repository}", name, subfolder=subfolder or None))
-    except (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OSError,
-    ) as error:
-        raise FileNotFoundError(
-            f"{where}: no such directory, and no {name} on the Hub: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _check_config(config: dict[str, Any], where: str) -> None:
+def _check_config(config: dict[str, Any], path: str, where: str) -> None:
     """`UserError` for an adapter whose update is not a sum of B A at linear modules."""
-    if config.get("peft_type") != "LORA":
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
         raise UserError(
-            f"{where}: its peft_type is {config.get('peft_type')}; only LORA adapters are routed"
+            f"{where}: its peft_type is {peft_type}; only LORA adapters are routed"
+            f"{_way_to_lora(peft_type, path)}"
         )
     for key, reason in _CANNOT_BE_ROUTED.items():
         if config.get(key):
@@ -146,32 +124,105 @@ def _check_config(config: dict[str, Any], where: str) -> None:
         )
 
 
-def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (rank, in) and B (out, rank) of each module. `UserError` for any other tensor."""
+def _way_to_lora(peft_type: Any, path: str) -> str:
+    """What to say of an adapter of another type: how it becomes a LoRA, if it can."""
+    if peft_type == "ROUTED_LORA":
+        return f": `peft-route export {path} -o experts/` writes the experts of this one as such"
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
+    layer = getattr(tuner, "tuner_layer_cls", BaseTunerLayer)
+    kinds = () if layer in (BaseTunerLayer, LoraLayer) else (layer, *layer.__subclasses__())
+    if any("supports_lora_conversion" in vars(kind) for kind in kinds):
+        return (
+            f": peft.save_as_lora('lora/', PeftModel.from_pretrained(base, {path!r}), rank=16) "
+            "writes it as one"
+        )
+    return ", and PEFT cannot write this type as one"
+
+
+def _warn_of_unknown_fields(config: Mapping[str, Any], where: str) -> None:
+    """A warning where another PEFT wrote a field that says something and is not known here."""
+    known = {each.name for each in dataclasses.fields(LoraConfig)}
+    unknown = []
+    for key, value in config.items():
+        if key not in known and value not in (None, False, {}, []):
+            unknown.append(f"{key}={value!r}")
+    if unknown:
+        warnings.warn(
+            f"{where}: {CONFIG_NAME} says {', '.join(unknown)}, which PEFT {peft.__version__} does "
+            "not know; it is ignored, as PEFT does",
+            stacklevel=3,
+        )
+
+
+def _check_whole(tensors: Mapping[str, Tensor], where: str) -> None:
+    """`UserError` for factors of which there is only what one process held of them, or nothing."""
+    in_parts = []
+    for key, tensor in tensors.items():
+        is_factor = ".lora_A." in key or ".lora_B." in key
+        if not tensor.numel() or (is_factor and key.endswith(".weight") and tensor.ndim < 2):
+            in_parts.append(key)
+    if in_parts:
+        first = in_parts[0]
+        others = f" and {len(in_parts) - 1} more" if len(in_parts) > 1 else ""
+        raise UserError(
+            f"{where} cannot be routed: {first}{others} has the shape "
+            f"{tuple(tensors[first].shape)}: DeepSpeed ZeRO-3 or FSDP saved it without gathering "
+            "its parts. Rebuild it from the training checkpoint (zero_to_fp32.py), or save it "
+            "again with stage3_gather_16bit_weights_on_model_save: true"
+        )
+
+
+def _without_adapter_name(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors as `save_pretrained` names them: `lora_A.weight` for `lora_A.default.weight`,
+    which is the name in `model.state_dict()`.
+
+    `UserError` where the file holds several adapters.
+    """
+    renamed = {}
+    adapters = set()
+    for key, tensor in tensors.items():
+        match = _NAMED_FACTOR.fullmatch(key)
+        if match is None:
+            renamed[key] = tensor
+            continue
+        adapters.add(match[2] or "")
+        renamed[f"{match[1]}.{match[3]}"] = tensor
+    if len(adapters) > 1:
+        names = ", ".join(repr(name) for name in sorted(adapters))
+        raise UserError(
+            f"{where} cannot be routed: its file holds several adapters, {names}: save each in a "
+            "directory of its own"
+        )
+    return renamed
+
+
+_Parts = tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]
+
+
+def _parts(tensors: Mapping[str, Tensor], where: str) -> _Parts:
+    """A (rank, in) and B (out, rank) of each module, the bias (out) of B where it has one, and the
+    other tensors by their keys. `UserError` for factors that do not fit each other.
+    """
     halves: dict[str, dict[str, Tensor]] = {}
-    # Embeddings come first: beside their factors a file may hold the base model's own embedding,
-    # and the reason for the factors says more.
-    for key in tensors:
+    biases = {}
+    others = {}
+    for key, tensor in tensors.items():
+        # Embeddings have other reasons than the tensors beside their factors.
         if "lora_embedding" in key:
             reason = "embeddings have no hidden state to route by"
             raise UserError(f"{where} cannot be routed: {key}: {reason}")
-    for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
         if match is None:
-            reason = "it is not a LoRA factor"
-            if ".base_layer." in key:
-                reason = (
-                    "it is the base model's own; save the adapter with save_embedding_layers=False"
-                )
-            raise UserError(f"{where} cannot be routed: {key}: {reason}")
-        if tensor.ndim != 2:
+            others[key] = tensor
+        elif match[3] == "bias":
+            biases[match[1]] = tensor
+        elif tensor.ndim != 2:
             raise UserError(
                 f"{where} cannot be routed: {key} has {tensor.ndim} dimensions; only linear "
                 "modules are"
             )
-        halves.setdefault(match[1], {})[match[2]] = tensor
-    if not halves:
-        raise UserError(f"{where}: {SAFETENSORS_WEIGHTS_NAME} is empty")
+        else:
+            halves.setdefault(match[1], {})[match[2]] = tensor
     for module, pair in halves.items():
         if len(pair) == 1:
             raise UserError(f"{where}: {module} has lora_{min(pair)} but not the other factor")
@@ -180,7 +231,8 @@ def _pairs(tensors: dict[str, Tensor], where: str) -> dict[str, tuple[Tensor, Te
                 f"{where}: {module}: A is {tuple(pair['A'].shape)} and B is "
                 f"{tuple(pair['B'].shape)}"
             )
-    return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
+    factors = {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
+    return factors, biases, others
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int, where: str) -> float:
@@ -216,6 +268,7 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
     for expert in experts:
         for name, (a, b) in expert.factors.items():
             where = f"expert {expert.name!r}: {name}"
+            _check_not_inside(name, modules, where)
             if name not in modules:
                 last = name.rpartition(".")[2]
                 alike = next((other for other in modules if other.endswith(last)), None)
@@ -229,12 +282,31 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
                     f"{where} is a {type(base).__name__}; only linear modules are routed"
                 )
             in_features, out_features = _get_in_out_features(base)
+            if b.shape[0] != out_features and is_output_embedding(model, modules[name]):
+                raise UserError(
+                    f"{where}: it was trained on a vocabulary of {b.shape[0]} tokens, and the base "
+                    f"model has {out_features}: resize the base as for its training "
+                    f"(base.resize_token_embeddings({b.shape[0]})), save it, and name that instead"
+                )
             if (a.shape[1], b.shape[0]) != (in_features, out_features):
                 raise UserError(
                     f"{where} maps {a.shape[1]} to {b.shape[0]}, and {in_features} to "
                     f"{out_features} in the base model"
                 )
     _warn_of_other_bases(experts, model.__dict__.get("name_or_path"))
+
+
+def _check_not_inside(name: str, modules: Mapping[str, nn.Module], where: str) -> None:
+    """`UserError` for a part of a module that computes with its weights itself."""
+    inner = name.replace(".base_layer", "")
+    for around in (inner, inner.rpartition(".")[0]):
+        if isinstance(modules.get(around), nn.MultiheadAttention):
+            raise UserError(
+                f"{where} is a MultiheadAttention, which multiplies by its weights itself and "
+                "calls no linear module, so that there is no hidden state to route by"
+            )
+    if inner != name:
+        raise UserError(f"{where} is an update of a parameter, not of a linear module")
 
 
 def _warn_of_other_bases(experts: Sequence[Expert], base_name: str | None) -> None:
@@ -266,18 +338,20 @@ def _is_linear(module: nn.Module) -> bool:
 
 def layout(experts: Sequence[Expert], model: nn.Module) -> list[dict[str, Any]]:
     """The modules that any expert changes, in the model's order, grouped by the experts' ranks and
-    scalings there, as a configuration saves them.
+    scalings there, and by whether any has a bias, as a configuration saves them.
     """
     touched: set[str] = set()
     for expert in experts:
         touched.update(expert.factors)
-    groups: dict[tuple[Any, Any], list[str]] = {}
+    groups: dict[tuple[Any, Any, bool], list[str]] = {}
     for name, _ in model.named_modules():
         if name in touched:
             ranks = tuple(expert.rank(name) for expert in experts)
             scalings = tuple(float(expert.scalings.get(name, 0.0)) for expert in experts)
-            groups.setdefault((ranks, scalings), []).append(name)
-    return [
-        {"modules": modules, "ranks": list(ranks), "scalings": list(scalings)}
-        for (ranks, scalings), modules in groups.items()
-    ]
+            has_biases = any(name in expert.biases for expert in experts)
+            groups.setdefault((ranks, scalings, has_biases), []).append(name)
+    described = []
+    for (ranks, scalings, has_biases), modules in groups.items():
+        group = {"modules": modules, "ranks": list(ranks), "scalings": list(scalings)}
+        described.append({**group, "has_biases": True} if has_biases else group)
+    return described

@@ -42,37 +42,61 @@ def write_experts(experts: Sequence[Expert], directory: str) -> None:
             factors = {}
             for module, (a, b) in expert.factors.items():
                 factors[module] = (a.to(dtype), b.to(dtype))
-            _write_lora(factors, config, out / folder)
+            biases = {module: bias.to(dtype) for module, bias in expert.biases.items()}
+            write_adapter(factors, biases, config, out / folder)
 
 
-def write_lora(factors: Factors, base: str | None, task_type: Any, directory: str) -> None:
-    """Writes one LoRA adapter whose updates are B A.
+def write_lora(
+    factors: Factors,
+    biases: Mapping[str, Tensor],
+    base: str | None,
+    task_type: Any,
+    directory: str,
+) -> None:
+    """Writes one LoRA adapter whose updates are B A plus a bias.
 
     The scaling is 1: alpha equals the rank, at every module.
     """
+    with staged(check_output(directory)) as out:
+        config = lora_config(factors, base, task_type, lora_bias=bool(biases))
+        if biases:  # PEFT has a bias at all modules or at none
+            nothing = {module: b.new_zeros(len(b)) for module, (_, b) in factors.items()}
+            biases = {**nothing, **biases}
+        write_adapter(factors, biases, config, out)
+
+
+def lora_config(
+    factors: Factors,
+    base: str | None,
+    task_type: Any,
+    scaling: float = 1,
+    lora_bias: bool = False,
+) -> dict[str, Any]:
+    """The configuration of a LoRA adapter with these factors and one scaling at all modules."""
     # PEFT has one rank for all modules and patterns for the others, so the most frequent one is it.
     ranks = {module: a.shape[0] for module, (a, _) in factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: other for module, other in ranks.items() if other != rank}
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank,
+        lora_alpha=rank * scaling,
         rank_pattern=others,
-        alpha_pattern=dict(others),
+        alpha_pattern={module: other * scaling for module, other in others.items()},
+        lora_bias=lora_bias,
         target_modules=sorted(ranks),
         base_model_name_or_path=base,
         task_type=task_type,
         inference_mode=True,
     )
-    values = {
+    return {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
     }
-    with staged(check_output(directory)) as out:
-        _write_lora(factors, values, out)
 
 
-def _write_lora(factors: Factors, config: Mapping[str, Any], out: Path) -> None:
+def write_adapter(
+    factors: Factors, biases: Mapping[str, Tensor], config: Mapping[str, Any], out: Path
+) -> None:
     """Writes the two files of a LoRA adapter."""
     out.mkdir(exist_ok=True)
     (out / CONFIG_NAME).write_text(
@@ -82,6 +106,8 @@ def _write_lora(factors: Factors, config: Mapping[str, Any], out: Path) -> None:
     for module, (a, b) in factors.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous().cpu()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous().cpu()
+    for module, bias in biases.items():
+        tensors[f"{PREFIX}{module}.lora_B.bias"] = bias.contiguous().cpu()
     save_file(tensors, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 

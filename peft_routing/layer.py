@@ -37,6 +37,9 @@ class Experts(nn.Module):
         rank = sum(site.ranks)
         self.A = nn.Parameter(torch.zeros(rank, in_features, dtype=dtype), requires_grad=False)
         self.B = nn.Parameter(torch.zeros(rank, out_features, dtype=dtype), requires_grad=False)
+        if site.has_biases:
+            biases = torch.zeros(len(site.ranks), out_features, dtype=dtype)
+            self.biases = nn.Parameter(biases, requires_grad=False)
         self._of_one_rank = len(set(site.ranks)) == 1
         owners = torch.arange(len(site.ranks)).repeat_interleave(torch.tensor(site.ranks))
         self.register_buffer("owners", owners, persistent=False)
@@ -50,6 +53,16 @@ class Experts(nn.Module):
         self._parameters["A"] = nn.Parameter(a, requires_grad=False)
         self._parameters["B"] = nn.Parameter(b, requires_grad=False)
 
+    def fill_biases(self, biases: Tensor) -> None:
+        """Put each expert's bias in (experts, out), on the CPU or where they are."""
+        self._parameters["biases"] = nn.Parameter(biases.to(self.biases.dtype), requires_grad=False)
+
+    def biases_of_all(self) -> list[Tensor]:
+        """The bias (out,) of each expert, as views; zeros where there are none."""
+        if self.site.has_biases:
+            return list(self.biases)
+        return [self.B.new_zeros(self.B.shape[1])] * len(self.site.ranks)
+
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """A (rank, in) and B (out, rank) of each expert, as views."""
         ranks = list(self.site.ranks)
@@ -62,6 +75,13 @@ class Experts(nn.Module):
         """
         # Coefficients and scalings are small: they are multiplied here, not with the hidden states.
         scaled = coefficients * self.scalings(coefficients.dtype, coefficients.device)
+        update = self._mixed(x, coefficients, scaled, kept)
+        if self.site.has_biases:
+            update = update + scaled.to(self.biases.dtype) @ self.biases
+        return update
+
+    def _mixed(self, x: Tensor, coefficients: Tensor, scaled: Tensor, kept: int | None) -> Tensor:
+        """The update (…, out) without biases; `scaled` are the coefficients times the scalings."""
         if not self._of_one_rank:
             return mixing.dense_of_mixed_ranks(x, self.A, self.B, scaled, self.owners)
         weigh = mixing.full if self.mixing == "full" else mixing.low_rank
@@ -89,6 +109,13 @@ class Experts(nn.Module):
         count = len(self.site.ranks)
         a = (a.unflatten(0, (count, -1)) * coefficients[:, None, None]).sum(dim=0)
         return a, (b.unflatten(1, (count, -1)) * scaled[:, None]).sum(dim=1)
+
+    @torch.no_grad()
+    def merged_bias(self, coefficients: Tensor) -> Tensor:
+        """(out,), in float32 or wider, for coefficients (experts,)."""
+        dtype = torch.promote_types(self.biases.dtype, torch.float32)
+        coefficients = coefficients.to(dtype)
+        return (coefficients * self.scalings(dtype, coefficients.device)) @ self.biases.to(dtype)
 
     @torch.no_grad()
     def delta_weight(self, coefficients: Tensor) -> Tensor:
@@ -214,6 +241,11 @@ class RoutedLoraLayer(BaseTunerLayer):
                 "without a plain weight, as quantised ones are. Keep it as an adapter, or merge "
                 "it into the base model before that is quantised"
             )
+        if self.experts_of(adapter).site.has_biases and base.bias is None:
+            raise UserError(
+                f"adapter {adapter!r} cannot be merged: its experts have a bias at {self.key}, "
+                "which has none itself. Keep it as an adapter"
+            )
 
     def untie(self) -> None:
         """Give the base layer a weight of its own, until the last adapter is unmerged."""
@@ -228,6 +260,15 @@ class RoutedLoraLayer(BaseTunerLayer):
         """
         delta = self.experts_of(adapter).delta_weight(self.constant_coefficients(adapter))
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def _add_bias(self, adapter: str, sign: int) -> None:
+        """Add the experts' merged bias to that of the base layer, or take it out (sign -1)."""
+        experts = self.experts_of(adapter)
+        if not experts.site.has_biases:
+            return
+        bias = self.get_base_layer().bias
+        delta = experts.merged_bias(self.constant_coefficients(adapter))
+        bias.data = (bias.data + sign * delta.to(bias.device)).to(bias.dtype)
 
 
 class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
@@ -262,6 +303,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             if safe_merge and not merged.isfinite().all():
                 raise UserError(f"merging adapter {name!r} into {self.key} gives NaN or infinity")
             weight.data = merged.to(weight.dtype)
+            self._add_bias(name, sign=1)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -270,8 +312,10 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         weight = self.get_base_layer().weight
         while self.merged_adapters:
-            delta = self.get_delta_weight(self.merged_adapters.pop())
+            name = self.merged_adapters.pop()
+            delta = self.get_delta_weight(name)
             weight.data = (weight.data - delta.to(weight.device)).to(weight.dtype)
+            self._add_bias(name, sign=-1)
         if self._shared_weight:
             self.get_base_layer().weight, *_ = self._shared_weight
             self._shared_weight = ()

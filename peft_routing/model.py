@@ -53,7 +53,7 @@ class RoutedLoraModel(BaseTuner):
             self._make_room(model, adapter_name, config, **kwargs)
         else:
             paths = {**config.experts, **config.general_experts}
-            experts = [read_expert(name, path) for name, path in paths.items()]
+            experts = [read_expert(name, path, model) for name, path in paths.items()]
             self._put_in(model, adapter_name, composed(config, experts, model), experts, **kwargs)
 
     def add_expert(
@@ -80,7 +80,7 @@ class RoutedLoraModel(BaseTuner):
             raise UserError(
                 f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical"
             )
-        experts.insert(len(config.experts), read_expert(name, path))
+        experts.insert(len(config.experts), read_expert(name, path, self.model))
         self._replace(adapter_name, config, experts, clusters=clusters, weights=weights)
 
     def remove_expert(self, name: str, adapter_name: str | None = None) -> None:
@@ -152,15 +152,19 @@ class RoutedLoraModel(BaseTuner):
         """
         adapter_name, config, _ = self._taken_out(adapter_name)
         factors = {}
+        biases = {}
         for layer in self._layers(adapter_name):
             coefficients = layer.constant_coefficients(adapter_name)
-            factors[layer.key] = layer.experts_of(adapter_name).merged_factors(coefficients)
+            inside = layer.experts_of(adapter_name)
+            factors[layer.key] = inside.merged_factors(coefficients)
+            if inside.site.has_biases:
+                biases[layer.key] = inside.merged_bias(coefficients)
         error = 0.0
         if rank is not None:
             if rank < 1:
                 raise UserError(f"rank={rank} is below 1")
             factors, error = truncated(factors, rank)
-        write_lora(factors, config.base_model_name_or_path, config.task_type, directory)
+        write_lora(factors, biases, config.base_model_name_or_path, config.task_type, directory)
         return error
 
     def _unmerged(self, adapter_name: str | None) -> str:
@@ -182,12 +186,17 @@ class RoutedLoraModel(BaseTuner):
         experts = [Expert(name, of_expert, {}, {}) for name, of_expert in described.items()]
         for layer in self._layers(adapter_name):
             site = config.sites[layer.key]
-            pairs = layer.experts_of(adapter_name).factors()
+            inside = layer.experts_of(adapter_name)
+            pairs = inside.factors()
             for expert, pair, rank, scaling in zip(
                 experts, pairs, site.ranks, site.scalings, strict=True
             ):
                 if rank:
                     expert.factors[layer.key], expert.scalings[layer.key] = pair, scaling
+            # Where one expert has a bias there is room for one of each; some never had it.
+            for expert, bias in zip(experts, inside.biases_of_all(), strict=True):
+                if expert.config.get("lora_bias") and layer.key in expert.factors:
+                    expert.biases[layer.key] = bias
         return adapter_name, config, experts
 
     def _replace(
@@ -234,6 +243,10 @@ class RoutedLoraModel(BaseTuner):
             device = torch.device("cpu") if inside.owners.is_meta else inside.owners.device
             factors = [expert.factors.get(layer.key, empty) for expert in experts]
             inside.fill([(a.to(device), b.to(device)) for a, b in factors])
+            if site.has_biases:
+                none = torch.zeros(layer.out_features)
+                biases = [expert.biases.get(layer.key, none).to(device) for expert in experts]
+                inside.fill_biases(torch.stack(biases))
             router = layer.router_of(adapter_name)
             if isinstance(router, Router):
                 router.start(*updates(inside.factors(), site), config.mixing or "full")
