@@ -133,7 +133,7 @@ class EnsembledLinear(nn.Module):
         return not is_fast_as_it_is and len(c) <= c.shape[1] + 1
 
     def merged(self, c: Tensor) -> Tensor:
-        """The weight for coefficients (experts,), or (samples, …) weights for (samples, experts)."""
+        """The weight for coefficients (experts,); one per sample for (samples, experts)."""
         by_sample = c if c.ndim > 1 else c[None]
         weights = self.weight.new_empty(len(by_sample), *self.weight.shape)
         for tile, samples, merged in _merged_tiles(by_sample, self.weight, self._stored()):

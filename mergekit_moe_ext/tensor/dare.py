@@ -19,7 +19,8 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_moe_ext.merging.method import Fraction, TensorMethod
-from mergekit_moe_ext.tensor.kernels.drop import mask_key, merge_dare
+from mergekit_moe_ext.tensor.kernels.drop import mask_key
+from mergekit_moe_ext.tensor.kernels.on_gpu import merge_dare
 
 
 def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_moe_ext.merging.method import Fraction, TensorMethod
-from mergekit_moe_ext.tensor.kernels.ties import merge_ties
+from mergekit_moe_ext.tensor.kernels.on_gpu import merge_ties
 
 
 def _merge(group: TensorGroup, **parameters: Any) -> torch.Tensor:

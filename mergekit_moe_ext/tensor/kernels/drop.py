@@ -40,8 +40,26 @@ def random_mask(key: int, piece: slice, density: float, device: torch.device) ->
     index = torch.arange(piece.stop - piece.start, dtype=torch.int32, device=device)
     hashed = _mix(index.add_(_signed(piece.start + key)))
     hashed = _mix(hashed.add_(_signed((key >> 32) + (piece.start >> 32) * 0x3C6EF373)))
-    # A signed hash is uniform over [-2**31, 2**31), of which `density` lies below this bound.
-    return hashed < min(round(density * 2**32) - 2**31, 2**31 - 1)
+    return hashed < hash_bound(density)
+
+
+def hash_bound(density: float) -> int:
+    """The bound below which `density` of all signed 32-bit hashes lie: all of them from 1 on."""
+    if density >= 1:
+        return 2**31
+    return min(round(max(density, 0) * 2**32) - 2**31, 2**31 - 1)
+
+
+def rescaled(weights: Sequence[float], densities: Sequence[float]) -> list[float]:
+    """The factor of what is kept of each task vector: its weight divided by its density.
+
+    So the expected sum is what it was before elements were dropped. With a density of 0 nothing is
+    left to rescale.
+    """
+    factors = []
+    for weight, density in zip(weights, densities, strict=True):
+        factors.append(weight / min(density, 1.0) if density > 0 else 0.0)
+    return factors
 
 
 def merge_dare(
@@ -62,11 +80,7 @@ def merge_dare(
     """
     flat_base = base.reshape(-1)
     flat_tensors = [tensor.reshape(-1) for tensor in tensors]
-    # Dividing by the density keeps the expected sum what it was before elements were dropped. With
-    # a density of 0 nothing is left to rescale.
-    factors = []
-    for weight, density in zip(weights, densities, strict=True):
-        factors.append(weight / min(density, 1.0) if density > 0 else 0.0)
+    factors = rescaled(weights, densities)
     wide = torch.promote_types(base.dtype, torch.float32)
     result = torch.empty_like(flat_base)
     for piece in chunks(flat_base):

@@ -26,6 +26,10 @@ _INTEGERS = {
     torch.float64: torch.int64,
 }
 Magnitudes = Callable[[slice], torch.Tensor]
+CountBracket = Callable[[int, int], tuple[int, int, torch.Tensor | None]]
+Counted = Callable[
+    [torch.Tensor, torch.Tensor | None, int, int, int], tuple[int, int, torch.Tensor]
+]
 _SAMPLE = 1 << 16  # about this many elements of a tensor are sampled
 _MOST_COLLECTED = 16  # at most 1/16 of a tensor is collected at once
 
@@ -63,6 +67,19 @@ class Threshold:
             trimmed[first] += values[first].where(equal, 0)
         return trimmed
 
+    def rule(self, dtype: torch.dtype) -> tuple[int, int]:
+        """The magnitude and the end by which integers alone decide as `trim` does.
+
+        Among values of this dtype, NaN is always kept, unless nothing is.
+        """
+        largest = torch.iinfo(_INTEGERS[dtype]).max
+        if self.magnitude > largest:
+            return largest, 0
+        infinity = int(torch.tensor(math.inf, dtype=dtype).view(_INTEGERS[dtype]))
+        if self.magnitude > infinity:
+            return infinity, 0
+        return self.magnitude, self.end
+
 
 KEEP_ALL = Threshold(-1)
 KEEP_NONE = Threshold(2**63)
@@ -87,11 +104,15 @@ def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def magnitude_threshold(
-    tensor: torch.Tensor, density: float, base: torch.Tensor | None = None
+    tensor: torch.Tensor,
+    density: float,
+    base: torch.Tensor | None = None,
+    counted: Counted | None = None,
 ) -> Threshold:
     """The threshold by which `trim` keeps elements of `tensor`, or of `tensor - base`.
 
-    The difference is made chunk by chunk and never held whole.
+    The difference is made chunk by chunk and never held whole. `counted` is a kernel that counts
+    and collects in place of PyTorch's operations.
     """
     numel = tensor.numel()
     if density >= 1:
@@ -104,8 +125,15 @@ def magnitude_threshold(
     def magnitudes(piece: slice) -> torch.Tensor:
         return _magnitudes(flat[piece] if flat_base is None else flat[piece] - flat_base[piece])
 
+    def count_bracket(low: int, high: int) -> tuple[int, int, torch.Tensor | None]:
+        room = max(1 << 16, numel // _MOST_COLLECTED)
+        if counted is None:
+            return _count(magnitudes, flat, low, high, room)
+        above, inside, collected = counted(flat, flat_base, low, high, room)
+        return above, inside, collected if low < high and inside <= room else None
+
     with torch.no_grad():
-        return _select(magnitudes, flat, max(1, int(density * numel)))
+        return _select(magnitudes, count_bracket, flat, max(1, int(density * numel)))
 
 
 def _magnitudes(values: torch.Tensor) -> torch.Tensor:
@@ -113,7 +141,9 @@ def _magnitudes(values: torch.Tensor) -> torch.Tensor:
     return values.detach().abs().view(_INTEGERS[values.dtype])
 
 
-def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold:
+def _select(
+    magnitudes: Magnitudes, count_bracket: CountBracket, flat: torch.Tensor, count: int
+) -> Threshold:
     """The threshold that keeps `count` elements; 1 <= count < numel."""
     # The threshold lies between `least` and `most`, ends included. Each turn tries a narrower
     # bracket [low, high], of which the counts tell whether the threshold lies above, below or
@@ -122,7 +152,7 @@ def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold
     most = torch.iinfo(magnitudes(slice(0, 1)).dtype).max
     low, high = _bracket(magnitudes, flat.numel(), count, most)
     while True:
-        above, inside, collected = _count(magnitudes, flat, low, high)
+        above, inside, collected = count_bracket(low, high)
         if above >= count:
             least = high + 1
         elif above + inside < count:
@@ -141,11 +171,19 @@ def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold
     ties = count - above
     equal = inside
     if collected is not None:
-        magnitude = int(collected.kthvalue(inside - ties + 1).values)
+        magnitude = _kth(collected, inside - ties + 1)
         ties -= int((collected > magnitude).count_nonzero())
         equal = int((collected == magnitude).count_nonzero())
     end = _end(magnitudes, flat, magnitude, ties) if ties < equal else flat.numel()
     return Threshold(magnitude, end)
+
+
+def _kth(values: torch.Tensor, k: int) -> int:
+    """The k-th smallest value, counted from 1."""
+    # On a GPU one block of threads works on `kthvalue`, and all of them sort.
+    if values.device.type == "cpu":
+        return int(values.kthvalue(k).values)
+    return int(values.sort().values[k - 1])
 
 
 def _bracket(magnitudes: Magnitudes, numel: int, count: int, most: int) -> tuple[int, int]:
@@ -168,13 +206,11 @@ def _bracket(magnitudes: Magnitudes, numel: int, count: int, most: int) -> tuple
 
 
 def _count(
-    magnitudes: Magnitudes, flat: torch.Tensor, low: int, high: int
+    magnitudes: Magnitudes, flat: torch.Tensor, low: int, high: int, room: int
 ) -> tuple[int, int, torch.Tensor | None]:
     """The number of elements above `high`, the number in [low, high], and these themselves; None in
     their place where they are many or the bracket is a single value.
     """
-    room = max(1 << 16, flat.numel() // _MOST_COLLECTED)
-
     # numpy compares, counts and selects several times faster than torch does on a CPU
     on_cpu = flat.device.type == "cpu"
     count_true: Callable[[Any], Any] = np.count_nonzero if on_cpu else torch.count_nonzero
