@@ -15,9 +15,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
-from peft.utils.transformers_weight_conversion import (
-    convert_peft_adapter_state_dict_for_transformers,
-)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,8 +23,8 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import explained
 from peft_routing.adapter_files import read_config, read_tensors
 from peft_routing.base_tensors import check_base_tensors, is_output_embedding
+from peft_routing.moved import PREFIX, in_names_of
 
-PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.(weight|bias)")
 _NAMED_FACTOR = re.compile(r"(.+\.lora_[AB])(?:\.([^.]+))?\.(weight|bias)")
 _CANNOT_BE_ROUTED = {
@@ -82,8 +79,7 @@ def read_expert(name: str, path: str, model: nn.Module) -> Expert:
     _check_whole(tensors, where)
     tensors = _without_adapter_name(tensors, where)
     with explained(f"{where} does not fit a {type(model).__name__}", path):
-        # PEFT's own step, for models whose modules transformers itself has moved.
-        tensors = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+        tensors = in_names_of(model, tensors)
     factors, biases, others = _parts(tensors, where)
     check_base_tensors(others, model, path, where)
     if not factors:
@@ -127,7 +123,7 @@ def _check_config(config: dict[str, Any], path: str, where: str) -> None:
 def _way_to_lora(peft_type: Any, path: str) -> str:
     """What to say of an adapter of another type: how it becomes a LoRA, if it can."""
     if peft_type == "ROUTED_LORA":
-        return f": `peft-route export {path} -o experts/` writes the experts of this one as such"
+        return f": peft-route export {path} -o experts/ writes the experts of this one as such"
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
     layer = getattr(tuner, "tuner_layer_cls", BaseTunerLayer)
     kinds = () if layer in (BaseTunerLayer, LoraLayer) else (layer, *layer.__subclasses__())
