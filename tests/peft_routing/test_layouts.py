@@ -255,6 +255,21 @@ def with_another_embedding(path: Path) -> tuple[Any, Path]:
     return make_base(), path
 
 
+def on_fused_experts(path: Path) -> tuple[Any, Path]:
+    """As transformers 4 named a Mixtral's experts, each of which was a module."""
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 1}
+    base = make_base("mixtral", **sizes)
+    save_lora(path, 5, base=copy.deepcopy(base), target_modules=["q_proj"])
+    tensors = {}
+    for expert in range(2):
+        for name, (inner, outer) in {"w1": (32, 48), "w2": (48, 32), "w3": (32, 48)}.items():
+            key = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.ones(4, inner)
+            tensors[f"{key}.lora_B.weight"] = torch.ones(outer, 4)
+    rewrite(path, lambda _: tensors)
+    return base, path
+
+
 def two_adapters(path: Path) -> tuple[Any, Path]:
     _, path = named_keys(path, "math")
     rewrite(path, lambda old: {**old, **{k.replace("math", "code"): v for k, v in old.items()}})
@@ -346,6 +361,7 @@ REFUSED: dict[str, Callable[[Path], tuple[Any, Path]]] = {
     "`trainable_token_indices`": saying(trainable_token_indices=[3]),
     "a LoRA of the embedding": on_the_embedding,
     "a LoRA of a convolution": holding(as_convolution),
+    "a LoRA of the experts of a mixture (transformers 4's Mixtral, Qwen2-MoE)": on_fused_experts,
     "a LoRA of `MultiheadAttention`": on_attention("attention"),
     "a larger vocabulary": on_a_larger_vocabulary,
     "the same, without the embedding in the file": on_a_larger_head,
