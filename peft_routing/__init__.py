@@ -3,8 +3,8 @@
 Importing this package is what makes PEFT know the adapter type `ROUTED_LORA`. PEFT itself is not
 imported for it: it is extended the moment that the program imports it.
 
-What the command `peft-route` does is here as functions: `compose`, `train`, `inspect`, `export`;
-`save` is PEFT's `save_pretrained`, whole or not at all.
+What the command `peft-route` does is here as functions: `compose`, `train`, `inspect`, `export`,
+`import_mttl`; `save` is PEFT's `save_pretrained`, whole or not at all.
 """
 
 import importlib
@@ -16,7 +16,15 @@ from _mergekit_moe_ext_common.versions import warn_of_newer_hosts
 if TYPE_CHECKING:
     from _mergekit_moe_ext_common.errors import UserError
     from _mergekit_moe_ext_common.options import Reading
-    from peft_routing.commands import Exported, compose, export, inspect, save, train
+    from peft_routing.commands import (
+        Exported,
+        compose,
+        export,
+        import_mttl,
+        inspect,
+        save,
+        train,
+    )
     from peft_routing.config import RoutedLoraConfig
     from peft_routing.given import given_coefficients
     from peft_routing.inspection import Inspection
@@ -38,6 +46,7 @@ __all__ = [
     "compose",
     "export",
     "given_coefficients",
+    "import_mttl",
     "inspect",
     "save",
     "train",
@@ -56,6 +65,7 @@ _MODULES = {
     "compose": "peft_routing.commands",
     "export": "peft_routing.commands",
     "given_coefficients": "peft_routing.given",
+    "import_mttl": "peft_routing.commands",
     "inspect": "peft_routing.commands",
     "save": "peft_routing.commands",
     "train": "peft_routing.commands",

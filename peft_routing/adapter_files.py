@@ -24,6 +24,9 @@ from torch import Tensor
 from _mergekit_moe_ext_common.checkpoints import damage
 from _mergekit_moe_ext_common.errors import UserError
 
+# What torch says of a pickle that names anything but tensors and plain values.
+_CODE = ("GLOBAL", "Can only build", "Can only create", "unrecognized function")
+
 
 def adapters_in(directory: str) -> dict[str, str]:
     """Every subdirectory that holds an adapter, by its name, in the order of the names.
@@ -83,7 +86,7 @@ def read_tensors(path: str, where: str, key_mapping: Mapping[str, str]) -> dict[
 
 
 def read_pickle(file: Path, where: str) -> Any:
-    """What `torch.save` wrote, on the CPU. `UserError` if it is more than tensors and plain values."""
+    """What `torch.save` wrote, on the CPU. `UserError` if that is more than tensors and values."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -95,7 +98,7 @@ def _unreadable(file: Path, error: Exception) -> str:
 
     A damaged one makes torch raise a dozen kinds, all of whose messages say how to run its code.
     """
-    if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+    if isinstance(error, pickle.UnpicklingError) and any(each in str(error) for each in _CODE):
         return (
             f"{file} holds more than tensors, and to read the rest would run code that comes with "
             "it: load it with the program that wrote it, where you trust it, and save the tensors "

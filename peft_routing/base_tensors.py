@@ -14,8 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from _mergekit_moe_ext_common.checkpoints import read_headers, weight_files
 from _mergekit_moe_ext_common.errors import UserError
-
-_PREFIX = "base_model.model."
+from peft_routing.moved import PREFIX, name_in
 
 
 def check_base_tensors(
@@ -34,7 +33,9 @@ def check_base_tensors(
         "into the base model; name that one instead"
     )
     for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX).replace(".base_layer", "")
+        name = key.removeprefix(PREFIX).replace(".base_layer", "")
+        if name not in of_base:
+            name = name_in(model, name)
         if name not in of_base:
             raise UserError(f"{where} cannot be routed: {key}: it is not a LoRA factor")
         own = of_base[name]

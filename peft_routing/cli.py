@@ -47,6 +47,7 @@ def main() -> None:
 def compose(
     base: str,
     experts: tuple[str, ...],
+    experts_from: str | None,
     general: tuple[str, ...],
     router: str,
     router_options: tuple[str, ...],
@@ -63,10 +64,13 @@ def compose(
     DIR is a directory or a repository on the Hub. The result loads with PeftModel.from_pretrained
     after `import peft_routing`.
     """
+    if not experts and not experts_from:
+        raise UserError("there are no experts: name them with --expert, or --experts-from")
     composed = commands.compose(
         base,
         _experts("--expert", experts),
         output,
+        experts_from=experts_from,
         router=router,
         general_experts=_experts("--general-expert", general),
         seed=seed,
@@ -94,9 +98,14 @@ def _compose_command() -> click.Command:
             "--expert",
             "experts",
             multiple=True,
-            required=True,
             metavar="[NAME=]DIR",
             help="LoRA adapter that becomes an expert. May be repeated.",
+        ),
+        click.option(
+            "--experts-from",
+            metavar="DIR",
+            help="Directory of LoRA adapters: every subdirectory that holds one becomes an expert "
+            "of its name.",
         ),
         click.option(
             "--general-expert",
@@ -301,6 +310,26 @@ def export(
         return
     accuracy = f", relative error of the updates {exported.error:.4f}" if rank else ""
     click.echo(f"{output}: one LoRA adapter{accuracy}")
+
+
+@main.command("import-mttl")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option("-o", "--output", type=click.Path(), required=True, help="Directory to write.")
+def import_mttl(files: tuple[str, ...], output: str) -> None:
+    """Write the experts of a library of mttl as LoRA directories, for `compose --experts-from`.
+
+    FILE is NAME.ckpt, with NAME.meta beside it, or a directory of these. No code in them is run.
+    All experts get the scaling of the first by name, as in mttl.
+    """
+    scalings = commands.import_mttl(files, output)
+    first, scaling = next(iter(scalings.items()))
+    click.echo(f"{output}: {len(scalings)} experts, scaling {scaling:g}")
+    others = [name for name, own in scalings.items() if own != scaling]
+    if others:
+        click.echo(
+            f"{len(others)} experts, {others[0]} among them, were trained with another scaling; in "
+            f"mttl, too, they have that of {first}"
+        )
 
 
 def _experts(option: str, texts: Sequence[str]) -> dict[str, str] | list[str]:

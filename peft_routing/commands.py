@@ -41,6 +41,7 @@ def compose(
     *,
     router: str = "arrow",
     general_experts: Mapping[str, str] | Sequence[str] = (),
+    experts_from: str | None = None,
     seed: int = 42,
     trust_remote_code: bool = False,
     **routing: Any,
@@ -54,6 +55,8 @@ def compose(
         output: the directory of the routed adapter.
         router: where the coefficients come from.
         general_experts: adapters whose mean update is subtracted from each expert's (GenKnowSub).
+        experts_from: a directory, of which every subdirectory that holds an adapter is one more
+        expert, by its name and in the order of the names.
         seed: for a router that starts at random.
         trust_remote_code: run code that comes with the base model (danger).
         routing: any other field of `RoutedLoraConfig`: `top_k`, `granularity`, `mixing` …
@@ -73,11 +76,13 @@ def compose(
 
     from _mergekit_moe_ext_common.loading import load_config
     from _mergekit_moe_ext_common.staging import check_output
-    from peft_routing.config import RoutedLoraConfig
+    from peft_routing.config import RoutedLoraConfig, experts_by_name
     from peft_routing.loading import empty_model
 
     reading = Reading(trust_remote_code=trust_remote_code)
     check_output(output)
+    if experts_from is not None:
+        experts = _joined(experts_by_name("experts", experts), experts_from)
     try:
         config = RoutedLoraConfig(
             experts=experts, general_experts=general_experts, router=router, **routing
@@ -89,6 +94,19 @@ def compose(
         raise UserError(str(error)) from error
     save(model, output)
     return model.peft_config["default"]
+
+
+def _joined(experts: Mapping[str, str], directory: str) -> dict[str, str]:
+    """The experts and those in a directory. `UserError` where a name is in both."""
+    from peft_routing.adapter_files import adapters_in
+
+    more = adapters_in(directory)
+    both = experts.keys() & more.keys()
+    if both:
+        raise UserError(
+            f"an expert is named {min(both)!r}, and so is a subdirectory of {directory}: rename one"
+        )
+    return {**experts, **more}
 
 
 def save(model: "PeftModel", output: str, **options: Any) -> None:
@@ -114,6 +132,24 @@ def save(model: "PeftModel", output: str, **options: Any) -> None:
 
     with staged(check_output(output)) as directory:
         model.save_pretrained(str(directory), **options)
+
+
+def import_mttl(files: Sequence[str], output: str) -> dict[str, float]:
+    """Write the experts of a library of mttl as LoRA directories, which `experts_from` takes.
+
+    mttl gives all experts of a library the scaling of the first by name; so do these.
+
+    Args:
+        files: NAME.ckpt, with NAME.meta beside each, or directories of these.
+        output: the directory to write, with a subdirectory per expert.
+
+    Returns each expert's own scaling by its name; the first one's holds for all.
+
+    Raises `UserError` for what is no library of LoRAs, and for an output that exists.
+    """
+    from peft_routing.mttl import import_library
+
+    return import_library(files, output)
 
 
 def train(

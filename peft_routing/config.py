@@ -150,7 +150,7 @@ class RoutedLoraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.ROUTED_LORA
         for option in ("experts", "general_experts"):
-            setattr(self, option, _by_name(option, getattr(self, option)))
+            setattr(self, option, experts_by_name(option, getattr(self, option)))
         for option, declared in _OWN_TYPES.items():
             setattr(self, option, read_value(option, declared, getattr(self, option)))
         self._check_experts()
@@ -312,11 +312,11 @@ class RoutedLoraConfig(PeftConfig):
         card.extend(save_directory, self.names, list(self.general_experts), self.router)
 
 
-def _by_name(option: str, experts: Any) -> dict[str, Any]:
+def experts_by_name(option: str, experts: Any) -> dict[str, Any]:
     """Each expert's directory or configuration by its name. `UserError` for anything else."""
     if isinstance(experts, dict):
         return {
-            str(name): value if isinstance(value, dict) else str(value)
+            str(name): value if isinstance(value, dict) else _as_text(value)
             for name, value in experts.items()
         }
     if isinstance(experts, str) or not isinstance(experts, Sequence):
@@ -326,8 +326,15 @@ def _by_name(option: str, experts: Any) -> dict[str, Any]:
         )
     if all(isinstance(expert, dict) for expert in experts):
         return dict(map(_as_saved, experts))
-    paths = [str(path) for path in experts]
+    paths = [_as_text(path) for path in experts]
     return dict(zip(_unique_names(paths), paths, strict=True))
+
+
+def _as_text(path: Any) -> str:
+    """A directory as text; a `Path` so that it cannot be taken for a repository on the Hub."""
+    text = str(path)
+    is_relative = isinstance(path, PurePath) and not path.is_absolute()
+    return f"./{text}" if is_relative and not text.startswith((".", "~")) else text
 
 
 def _as_saved(expert: dict[str, Any]) -> tuple[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
-from peft.utils.transformers_weight_conversion import (
-    convert_peft_adapter_state_dict_for_transformers,
-)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,8 +23,8 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import explained
 from peft_routing.adapter_files import read_config, read_tensors
 from peft_routing.base_tensors import check_base_tensors, is_output_embedding
+from peft_routing.moved import PREFIX, in_names_of
 
-PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.(weight|bias)")
 _NAMED_FACTOR = re.compile(r"(.+\.lora_[AB])(?:\.([^.]+))?\.(weight|bias)")
 _CANNOT_BE_ROUTED = {
@@ -82,9 +79,9 @@ def read_expert(name: str, path: str, model: nn.Module) -> Expert:
     _check_whole(tensors, where)
     tensors = _without_adapter_name(tensors, where)
     with explained(f"{where} does not fit a {type(model).__name__}", path):
-        # PEFT's own step, for models whose modules transformers itself has moved.
-        tensors = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+        tensors = in_names_of(model, tensors)
     factors, biases, others = _parts(tensors, where)
+    _check_places(factors, model, where)
     check_base_tensors(others, model, path, where)
     if not factors:
         raise UserError(f"{where}: its file of weights holds no LoRA factors")
@@ -127,8 +124,8 @@ def _check_config(config: dict[str, Any], path: str, where: str) -> None:
 def _way_to_lora(peft_type: Any, path: str) -> str:
     """What to say of an adapter of another type: how it becomes a LoRA, if it can."""
     if peft_type == "ROUTED_LORA":
-        return f": `peft-route export {path} -o experts/` writes the experts of this one as such"
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
+        return f": peft-route export {path} -o experts/ writes the experts of this one as such"
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(str(peft_type))
     layer = getattr(tuner, "tuner_layer_cls", BaseTunerLayer)
     kinds = () if layer in (BaseTunerLayer, LoraLayer) else (layer, *layer.__subclasses__())
     if any("supports_lora_conversion" in vars(kind) for kind in kinds):
@@ -163,12 +160,12 @@ def _check_whole(tensors: Mapping[str, Tensor], where: str) -> None:
             in_parts.append(key)
     if in_parts:
         first = in_parts[0]
-        others = f" and {len(in_parts) - 1} more" if len(in_parts) > 1 else ""
+        others = f", and {len(in_parts) - 1} more are like it" if len(in_parts) > 1 else ""
         raise UserError(
-            f"{where} cannot be routed: {first}{others} has the shape "
-            f"{tuple(tensors[first].shape)}: DeepSpeed ZeRO-3 or FSDP saved it without gathering "
-            "its parts. Rebuild it from the training checkpoint (zero_to_fp32.py), or save it "
-            "again with stage3_gather_16bit_weights_on_model_save: true"
+            f"{where} cannot be routed: {first} has the shape {tuple(tensors[first].shape)}"
+            f"{others}: DeepSpeed ZeRO-3 or FSDP saved it without gathering its parts. Rebuild it "
+            "from the training checkpoint (zero_to_fp32.py), or save it again with "
+            "stage3_gather_16bit_weights_on_model_save: true"
         )
 
 
@@ -235,6 +232,26 @@ def _parts(tensors: Mapping[str, Tensor], where: str) -> _Parts:
     return factors, biases, others
 
 
+def _check_places(names: Iterable[str], model: nn.Module, where: str) -> None:
+    """`UserError` where a factor belongs to what is no module that is called with hidden states."""
+    modules = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
+    for name in names:
+        inner = name.replace(".base_layer", "")
+        for around in (inner, inner.rpartition(".")[0]):
+            if isinstance(modules.get(around), nn.MultiheadAttention):
+                raise UserError(
+                    f"{where} cannot be routed: {name} is a MultiheadAttention, which multiplies "
+                    "by its weights itself and calls no linear module, so that there is no hidden "
+                    "state to route by"
+                )
+        # Where PEFT puts a LoRA around another one, as of the fused experts of a mixture.
+        if inner != name:
+            raise UserError(
+                f"{where} cannot be routed: {name} is an update of a parameter, not of a linear "
+                "module"
+            )
+
+
 def _scaling(config: dict[str, Any], module: str, rank: int, where: str) -> float:
     """The scaling of a module's update: alpha / r, or alpha / sqrt(r) for rsLoRA.
 
@@ -268,7 +285,6 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
     for expert in experts:
         for name, (a, b) in expert.factors.items():
             where = f"expert {expert.name!r}: {name}"
-            _check_not_inside(name, modules, where)
             if name not in modules:
                 last = name.rpartition(".")[2]
                 alike = next((other for other in modules if other.endswith(last)), None)
@@ -294,19 +310,6 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
                     f"{out_features} in the base model"
                 )
     _warn_of_other_bases(experts, model.__dict__.get("name_or_path"))
-
-
-def _check_not_inside(name: str, modules: Mapping[str, nn.Module], where: str) -> None:
-    """`UserError` for a part of a module that computes with its weights itself."""
-    inner = name.replace(".base_layer", "")
-    for around in (inner, inner.rpartition(".")[0]):
-        if isinstance(modules.get(around), nn.MultiheadAttention):
-            raise UserError(
-                f"{where} is a MultiheadAttention, which multiplies by its weights itself and "
-                "calls no linear module, so that there is no hidden state to route by"
-            )
-    if inner != name:
-        raise UserError(f"{where} is an update of a parameter, not of a linear module")
 
 
 def _warn_of_other_bases(experts: Sequence[Expert], base_name: str | None) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.staging import check_output, staged
-from peft_routing.expert import PREFIX, Expert
+from peft_routing.expert import Expert
+from peft_routing.moved import PREFIX
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 

@@ -1,0 +1,45 @@
+"""Names of modules that transformers has moved since an adapter was trained, as in models of images
+and texts, whose decoder was `language_model.model` and is `model.language_model`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+)
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+PREFIX = "base_model.model."
+
+
+def in_names_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter, their keys with the names that the modules have in a model.
+
+    Keys whose modules are not there are left as they are.
+    """
+    converted = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict(tensors))
+    # PEFT converts where the renaming is registered for the model's type. For some, Qwen2-VL among
+    # them, it is registered for the class.
+    modules = {name.replace(".base_layer", "") for name, _ in model.named_modules()}
+    renamed = {}
+    for key, tensor in converted.items():
+        module, factor, rest = key.removeprefix(PREFIX).partition(".lora_")
+        if factor and module not in modules:
+            moved = name_in(model, f"{module}.weight").removesuffix(".weight")
+            if moved in modules:
+                key = f"{PREFIX}{moved}{factor}{rest}"
+        renamed[key] = tensor
+    return renamed
+
+
+def name_in(model: Any, name: str) -> str:
+    """The name that transformers gives a tensor of a checkpoint when it loads it into a model."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return name
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    return rename_source_key(name, renamings, [])[0]
