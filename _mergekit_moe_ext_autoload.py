@@ -224,7 +224,7 @@ def _learn_adapter_type(_peft_type: str) -> None:
     importlib.import_module("peft_routing.registration").register(sys.modules["peft"])
 
 
-class _LearningTable(dict):  # type: ignore[type-arg]
+class _LearningTable(dict):
     """A table of a host in which a type of ours is entered when it is asked for.
 
     `types` are how the names of our types begin, `package` is imported for them, and `learn` enters
