@@ -40,9 +40,9 @@ exchange: export HF_HUB_OFFLINE = 1
 exchange: $(VENV)/.installed $(OLDEST_INSTALLED)
 	rm -rf build/exchange build/modules
 	HF_MODULES_CACHE=$(CURDIR)/build/modules/new $(BIN)/python -m tests.exchange write build/exchange/new
-	HF_MODULES_CACHE=$(CURDIR)/build/modules/old $(OLDEST)/python -m tests.exchange read build/exchange/new
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 HF_MODULES_CACHE=$(CURDIR)/build/modules/old $(OLDEST)/python -m tests.exchange read build/exchange/new
 	HF_MODULES_CACHE=$(CURDIR)/build/modules/old $(OLDEST)/python -m tests.exchange write build/exchange/old
-	HF_MODULES_CACHE=$(CURDIR)/build/modules/new $(BIN)/python -m tests.exchange read build/exchange/old
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 HF_MODULES_CACHE=$(CURDIR)/build/modules/new $(BIN)/python -m tests.exchange read build/exchange/old
 
 # Outputs are read by transformers 4 as they are by 5.
 transformers4: export TRANSFORMERS_4_PYTHON = $(CURDIR)/$(TRANSFORMERS_4)/python

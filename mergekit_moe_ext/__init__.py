@@ -1,9 +1,9 @@
 """Merge methods for mergekit that build and merge mixtures of experts.
 
-Importing this package makes the methods known to mergekit, so that `mergekit.merge.run_merge` takes
-them. (Where torch's autoload is on, which is the default, they are known already.) It also makes
-the architectures of `modeling/` known to transformers, so that its Auto classes load them without
-`trust_remote_code`. Neither host is imported for this: each is extended at the moment when the
+Where torch's autoload is on, which is the default, nothing has to be imported: mergekit has the
+methods, so that `mergekit.merge.run_merge` takes them, and transformers' Auto classes load the
+architectures of `modeling/` without `trust_remote_code`. Importing this package does the same where
+the autoload is off. Neither host is imported for this: each is extended at the moment when the
 program imports it.
 
 >>> import mergekit_moe_ext

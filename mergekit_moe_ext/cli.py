@@ -268,12 +268,27 @@ def methods(names: tuple[str, ...]) -> None:
         _describe(by_name[name])
 
 
+# What a process that imports its host alone finds there.
+_FRESH = {
+    "a fresh mergekit process has our methods": (
+        "import mergekit.merge, mergekit.merge_methods as m; m.get('moe')"
+    ),
+    "a fresh PEFT process has our adapter type": (
+        "import peft; peft.PEFT_TYPE_TO_TUNER_MAPPING['ROUTED_LORA']"
+    ),
+    "a fresh transformers process has our architectures": (
+        "from transformers import CONFIG_MAPPING as types, AutoModelForCausalLM as auto\n"
+        "for name in ('sequence_moe', 'wemoe_llama'): auto._model_mapping[types[name]]"
+    ),
+}
+
+
 @main.command()
 def doctor() -> None:
-    """Check that the versions fit, that `mergekit-yaml` finds this package, and that generation is
-    right here.
+    """Check that the versions fit, that mergekit, PEFT and transformers find this package, and that
+    generation is right here.
     """
-    from _mergekit_moe_ext_autoload import mergekit_is_known
+    from _mergekit_moe_ext_autoload import KNOWN, is_known, known_versions
     from _mergekit_moe_ext_common.versions import (
         TESTED,
         installed,
@@ -289,25 +304,31 @@ def doctor() -> None:
     remark = remark_on_native_adapters(versions)
     if remark:
         click.echo(f"note  {remark}")
-    # In processes of their own: one as mergekit-yaml starts, in which nothing imports this package,
-    # and the others as a user's program does.
-    fresh = _started("-c", "import mergekit.merge, mergekit.merge_methods as m; m.get('moe')")
+    # In processes of their own: as mergekit-yaml and other tools start, in which nothing imports
+    # this package, and as a user's program does.
+    fresh_processes = {name: _started("-c", code) for name, code in _FRESH.items()}
     selftests = [
         _started("-m", f"{name}.selftest") for name in ("mergekit_moe_ext", "peft_routing")
     ]
-    _, why_not_found = fresh.communicate()
-    checks = {
-        "this mergekit is one that we know (>=0.1.5,<0.2)": (
-            versions["mergekit"] is not None and mergekit_is_known()
-        ),
+    checks = {}
+    for host in KNOWN:
+        checks[f"this {host} is one that we know ({known_versions(host)})"] = versions[
+            host
+        ] is not None and is_known(host)
+    checks |= {
         "torch's autoload is on (TORCH_DEVICE_BACKEND_AUTOLOAD is not 0)": (
             os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
         ),
         "torch finds our entry point": any(
             point.name == "mergekit_moe_ext" for point in entry_points(group="torch.backends")
         ),
-        "a fresh mergekit process has our methods": fresh.returncode == 0,
     }
+    reasons = []
+    for name, process in fresh_processes.items():
+        _, errors = process.communicate()
+        checks[name] = process.returncode == 0
+        if process.returncode:
+            reasons.append(errors.strip())
     for check, passed in checks.items():
         click.echo(f"{'ok  ' if passed else 'FAIL'}  {check}")
     for selftest in selftests:
@@ -316,10 +337,12 @@ def doctor() -> None:
     is_found = all(checks.values())
     is_right = not any(selftest.returncode for selftest in selftests)
     if not is_found:
-        click.echo(why_not_found.strip())
+        click.echo("\n".join(reasons))
         click.echo(
-            "mergekit-yaml will say `Unimplemented merge method`. `mergekit-moe-ext yaml` works as "
-            "long as the versions fit; else reinstall with "
+            "A host that does not find this package says `Unimplemented merge method` (mergekit), "
+            "`KeyError: 'ROUTED_LORA'` (PEFT) or asks for trust_remote_code (transformers). As "
+            "long as the versions fit, `mergekit-moe-ext yaml`, `import peft_routing` and "
+            "`import mergekit_moe_ext` work; else reinstall with "
             "`pip install --force-reinstall --no-deps mergekit-moe-ext`."
         )
     if not is_right:

@@ -1,7 +1,8 @@
 """Routed adapters for PEFT: many LoRA experts on one base model, mixed per input by a router.
 
-Importing this package is what makes PEFT know the adapter type `ROUTED_LORA`. PEFT itself is not
-imported for it: it is extended the moment that the program imports it.
+PEFT knows the adapter type `ROUTED_LORA` where torch's autoload is on, which is the default.
+Importing this package makes it known where that is off. PEFT itself is not imported for it: it is
+extended the moment that the program imports it.
 
 What the command `peft-route` does is here as functions: `compose`, `train`, `inspect`, `export`,
 `import_mttl`; `save` is PEFT's `save_pretrained`, whole or not at all.

@@ -6,7 +6,7 @@ code.
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,20 @@ def read_config(path: str, where: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{where}: {file} holds no names with values")
     return config
+
+
+def common_task(paths: Sequence[str]) -> str | None:
+    """The task that all adapters were made for.
+
+    None where they differ, or where one cannot be read, of which composing says why.
+    """
+    tasks = set()
+    for path in paths:
+        try:
+            tasks.add(read_config(path, path).get("task_type"))
+        except (OSError, UserError):
+            return None
+    return tasks.pop() if len(tasks) == 1 else None
 
 
 def read_tensors(path: str, where: str, key_mapping: Mapping[str, str]) -> dict[str, Tensor]:

@@ -24,11 +24,10 @@ def extend(directory: str, experts: Sequence[str], general: Sequence[str], route
     names = ", ".join(map(in_markdown, experts))
     lines = [
         f"{len(experts)} LoRA experts ({names}){less} and the router {in_markdown(router)} in "
-        "one adapter. `pip install mergekit-moe-ext`, and import `peft_routing` before loading; "
-        "without it PEFT says `KeyError: 'ROUTED_LORA'`.",
+        "one adapter. After `pip install mergekit-moe-ext` it loads as every adapter does; without "
+        "that package PEFT says `KeyError: 'ROUTED_LORA'`.",
         "",
         "```python",
-        "import peft_routing",
         "from peft import PeftModel",
         "",
         'model = PeftModel.from_pretrained(base_model, "this directory or repository")',

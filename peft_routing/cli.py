@@ -61,8 +61,7 @@ def compose(
     """Put LoRA adapters and a router into one adapter for the model BASE, of which only the
     configuration is read.
 
-    DIR is a directory or a repository on the Hub. The result loads with PeftModel.from_pretrained
-    after `import peft_routing`.
+    DIR is a directory or a repository on the Hub. The result loads with PeftModel.from_pretrained.
     """
     if not experts and not experts_from:
         raise UserError("there are no experts: name them with --expert, or --experts-from")

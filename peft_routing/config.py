@@ -7,7 +7,7 @@ and `layout` says what lies in which module.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from peft import PeftConfig
 
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import card
+from peft_routing.adapter_files import common_task
 from peft_routing.routers.base import Granularity, Router, find_router
 from peft_routing.routers.options import read_value, saved_options
 from peft_routing.types import PeftType
@@ -174,6 +175,46 @@ class RoutedLoraConfig(PeftConfig):
             site = Site(ranks, scalings, len(self.general_experts), has_biases)
             self.sites |= dict.fromkeys(group["modules"], site)
 
+    @property
+    def task_type(self) -> Any:
+        """The task that is stated, else the one that all experts were made for.
+
+        By it PEFT chooses the class of the model, before the experts are composed. Their files are
+        not read while the configuration itself is made.
+        """
+        task = self.__dict__.get("_task_type")
+        is_made = "sites" in self.__dict__
+        if task is None and is_made and not self.is_composed:
+            task = common_task([*self.experts.values(), *self.general_experts.values()])
+        return task
+
+    @task_type.setter
+    def task_type(self, task: Any) -> None:
+        self.__dict__["_task_type"] = task
+
+    @property
+    def source(self) -> "RoutedLoraConfig | None":
+        """The configuration that names the experts' directories; None where they came inside."""
+        if not self.is_composed:
+            return self
+        as_given = self.__dict__.get("_as_given")
+        return None if as_given is None else replace(self, **as_given)
+
+    def become(self, composed: "RoutedLoraConfig") -> None:
+        """Take the values of this configuration, composed; `source` remembers what they were."""
+        as_given = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value != getattr(composed, each.name):
+                as_given[each.name] = value
+        self.__dict__.update(composed.__dict__)
+        self.__dict__["_as_given"] = as_given
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the modules of a model were made by this configuration."""
+        return self.__dict__.get("_is_locked", False)
+
     def lock(self) -> None:
         """Refuse other values from now on: the modules of a model were made by these."""
         self.__dict__["_is_locked"] = True
@@ -184,7 +225,7 @@ class RoutedLoraConfig(PeftConfig):
         What PEFT's own configurations have can always be set.
         """
         is_ours = name in RoutedLoraConfig.__annotations__
-        if is_ours and self.__dict__.get("_is_locked") and value != getattr(self, name):
+        if is_ours and self.is_locked and value != getattr(self, name):
             hint = (
                 "change a configuration before it is loaded: PeftConfig.from_pretrained, then "
                 "PeftModel.from_pretrained(base, directory, config=config)"

@@ -49,12 +49,19 @@ class RoutedLoraModel(BaseTuner):
         Where the configuration names directories, the experts are read and checked before that.
         """
         config = self.peft_config[adapter_name]
-        if config.is_composed:
+        source = config.source
+        if source is None:
             self._make_room(model, adapter_name, config, **kwargs)
         else:
-            paths = {**config.experts, **config.general_experts}
+            paths = {**source.experts, **source.general_experts}
             experts = [read_expert(name, path, model) for name, path in paths.items()]
-            self._put_in(model, adapter_name, composed(config, experts, model), experts, **kwargs)
+            made = composed(source, experts, model)
+            # The object that was given is kept, unless another model holds it.
+            if config.is_locked:
+                config = made
+            else:
+                config.become(made)
+            self._put_in(model, adapter_name, config, experts, **kwargs)
 
     def add_expert(
         self,

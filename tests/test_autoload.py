@@ -1,5 +1,5 @@
-"""How mergekit finds us, in real processes: every order of imports, and every way it can go
-wrong."""
+"""How our hosts find us, in real processes: every order of imports, and every way it can go
+wrong. What they then do is in `test_stock_tools.py`."""
 
 import os
 import subprocess
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.version import Version
 
+from _mergekit_moe_ext_autoload import KNOWN
+from _mergekit_moe_ext_common.versions import TESTED
 from tests.conftest import BIN, document, read_tensors, run, same_files
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +139,49 @@ def test_the_ways_to_run_a_merge_agree(configured):
         tensor.equal(got[name]) for name, tensor in expected.items()
     )
     assert refused.returncode != 0 and "Unimplemented merge method moe_ties" in refused.stderr
+
+
+# As PEFT and transformers would be if they were newer than we know.
+NEWER = """
+import importlib.metadata
+installed = importlib.metadata.version
+importlib.metadata.version = lambda name: {newer!r}.get(name) or installed(name)
+import torch, peft, transformers
+"""
+
+
+def test_an_unknown_peft_is_left_alone_and_told_only_who_asks_for_our_type():
+    code = NEWER.format(newer={"peft": "0.22.0"})
+    idle = python(code + "assert 'LORA' in peft.PEFT_TYPE_TO_CONFIG_MAPPING")
+    assert idle.returncode == 0 and "Warning" not in idle.stderr, idle.stderr
+    asked = (
+        "assert 'ROUTED_LORA' not in peft.PEFT_TYPE_TO_CONFIG_MAPPING\n"
+        "assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get('ROUTED_LORA') is None\n"
+        "assert 'peft_routing' not in sys.modules\n"
+        "try: peft.get_peft_config({'peft_type': 'ROUTED_LORA'})\n"
+        "except KeyError as error: assert 'it knows >=0.21.2,<0.22' in str(error.__cause__)\n"
+        "else: raise AssertionError\n"
+    )
+    result = python(code + "import sys\n" + asked)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("RuntimeWarning") == 1, result.stderr
+    assert "`import peft_routing` has it tried nonetheless" in result.stderr
+    tried = "import peft_routing\nassert 'ROUTED_LORA' in peft.PEFT_TYPE_TO_CONFIG_MAPPING"
+    result = python(code + tried)
+    assert result.returncode == 0 and "RuntimeWarning" not in result.stderr, result.stderr
+
+
+def test_an_unknown_transformers_is_left_alone():
+    asked = "assert 'wemoe_llama' not in transformers.CONFIG_MAPPING"
+    result = python(NEWER.format(newer={"transformers": "6.0.0"}) + asked)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("RuntimeWarning") == 1 and "it knows >=5.21,<6" in result.stderr
+
+
+def test_the_autoload_knows_the_versions_that_were_tested():
+    for host, (first, end) in KNOWN.items():
+        oldest, newest = map(Version, TESTED[host])
+        assert Version(first) == oldest and newest < Version(end)
 
 
 # The tests below install into an environment of their own, which borrows everything but this

@@ -12,8 +12,6 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import mergekit_moe_ext  # noqa: F401  (registers the methods and architectures)
-import peft_routing  # noqa: F401  (registers the adapter type)
 from tests.conftest import document, make_model, merge, read_tensors, run
 from tests.mergekit_moe_ext.mixtures.test_usage import FAMILIES, make_moe, words, write
 from tests.peft_routing.adapters import make_base, save_experts

@@ -105,12 +105,14 @@ def test_hosts_know_us_in_every_order_of_imports(package, first, autoload):
     assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
 
 
-def test_hosts_are_left_alone_where_the_package_is_not_imported():
+def test_hosts_are_left_alone_where_nothing_of_ours_is_asked_for():
     code = (
-        "import torch, peft, sys\nfrom transformers import AutoModelForCausalLM\n"
+        "import torch, peft, sys\nfrom transformers import CONFIG_MAPPING, AutoModelForCausalLM\n"
+        "assert 'LORA' in peft.PEFT_TYPE_TO_CONFIG_MAPPING and 'ours' not in CONFIG_MAPPING\n"
         "assert not {'mergekit_moe_ext', 'peft_routing'} & sys.modules.keys()"
     )
-    assert python(code).returncode == 0
+    result = python(code)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("name", ["mergekit_moe_ext", "mergekit_moe_ext.analysis", "peft_routing"])

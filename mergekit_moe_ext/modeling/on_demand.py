@@ -3,12 +3,12 @@
 
 There is a `WEMoE<X>` for every class X of transformers, so they are not registered one by one.
 Instead the mapping in which an Auto class looks for registered classes becomes one that makes them
-on demand. The code that makes them is imported only then, so that extending costs nothing.
-Iterating over such a mapping gives the classes that were made so far, and the sequence MoE's.
+on demand; configurations are entered when the autoload's table is asked for one. The code that
+makes them is imported only then, so that extending costs nothing. Iterating over such a mapping
+gives the classes that were made so far.
 """
 
 import importlib
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +33,20 @@ _WRITTEN_OUT = {
 }
 
 
-def extend_configurations(auto: Any) -> None:
-    """Add our model types to `transformers.models.auto.configuration_auto`. Classes that others
-    have registered stay.
+def add_configuration(auto: Any, model_type: str) -> None:
+    """Enter one of our model types in `transformers.models.auto.configuration_auto`.
+
+    Nothing is entered for a type that is not ours, or that transformers has by itself.
     """
     mapping = auto.CONFIG_MAPPING
-    if not isinstance(mapping._extra_content, _Configs):
-        mapping._extra_content = _Configs(mapping)
+    base = model_type.removeprefix(_PREFIX)
+    if model_type in mapping._mapping:
+        return
+    if model_type == _SEQUENCE:
+        mapping._extra_content[model_type] = _ours("configuration_sequence_moe").SequenceMoEConfig
+    elif model_type.startswith(_PREFIX) and base in mapping._mapping:
+        config_class = _ours("configuration_wemoe").config_class
+        mapping._extra_content[model_type] = config_class(mapping[base])
 
 
 def extend_models(auto: ModuleType) -> None:
@@ -58,49 +65,6 @@ def extend_models(auto: ModuleType) -> None:
 
 def _ours(module: str) -> Any:
     return importlib.import_module(f"{_HERE}.{module}")
-
-
-class _Configs(dict[str, "type[PretrainedConfig]"]):
-    """Configurations by model type. `stock` is transformers' mapping, which looks here for model
-    types that it does not have.
-    """
-
-    def __init__(self, stock: Any) -> None:
-        super().__init__(stock._extra_content)
-        self._stock = stock
-
-    def __contains__(self, model_type: object) -> bool:
-        if super().__contains__(model_type) or model_type == _SEQUENCE:
-            return True
-        return (
-            isinstance(model_type, str)
-            and model_type.startswith(_PREFIX)
-            and model_type.removeprefix(_PREFIX) in self._stock._mapping
-        )
-
-    def __missing__(self, model_type: str) -> "type[PretrainedConfig]":
-        if model_type == _SEQUENCE:
-            self[model_type] = _ours("configuration_sequence_moe").SequenceMoEConfig
-        else:
-            base = self._stock[model_type.removeprefix(_PREFIX)]
-            self[model_type] = _ours("configuration_wemoe").config_class(base)
-        return self[model_type]
-
-    def _with_sequences(self) -> "_Configs":
-        self[_SEQUENCE]
-        return self
-
-    def __iter__(self) -> Iterator[str]:
-        return dict.__iter__(self._with_sequences())
-
-    def keys(self) -> "KeysView[str]":  # type: ignore[override]
-        return dict.keys(self._with_sequences())
-
-    def values(self) -> "ValuesView[type[PretrainedConfig]]":  # type: ignore[override]
-        return dict.values(self._with_sequences())
-
-    def items(self) -> "ItemsView[str, type[PretrainedConfig]]":  # type: ignore[override]
-        return dict.items(self._with_sequences())
 
 
 class _Models(dict["type[PretrainedConfig]", Any]):

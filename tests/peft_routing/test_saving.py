@@ -22,6 +22,7 @@ from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
     PeftModel,
+    PeftModelForCausalLM,
     get_peft_model,
     load_peft_weights,
     set_peft_model_state_dict,
@@ -240,7 +241,7 @@ def test_routers_differ_in_logits(place: Place, saved: dict[str, Saved], narrow:
 # Loading
 
 FRESH = """
-import json, sys
+import sys
 from pathlib import Path
 
 from peft import PeftModel
@@ -254,20 +255,6 @@ adapters = sorted((root / "moved").iterdir())
 def base():
     return AutoModelForCausalLM.from_pretrained(root / "base")
 
-errors = {}
-for way, load in {
-    "PeftModel": lambda: PeftModel.from_pretrained(base(), adapters[0]),
-    "native": lambda: AutoModelForCausalLM.from_pretrained(adapters[0]),
-}.items():
-    try:
-        load()
-    except Exception as error:
-        errors[way] = [type(error).__name__, *map(str, error.args)]
-assert "peft_routing" not in sys.modules
-(out / "errors.json").write_text(json.dumps(errors))
-
-import peft_routing
-
 logits = {path.name: PeftModel.from_pretrained(base(), path)(**inputs).logits for path in adapters}
 save_file(logits, out / "logits.safetensors")
 """
@@ -275,7 +262,7 @@ save_file(logits, out / "logits.safetensors")
 
 @pytest.fixture(scope="module")
 def fresh(place: Place, saved: dict[str, Saved]) -> Path:
-    """What a new process said before `import peft_routing`, and every adapter's logits after it."""
+    """Every adapter's logits in a new process, which imports nothing of ours."""
     out = place.root / "fresh"
     out.mkdir()
     save_file({"input_ids": IDS, "attention_mask": MASK}, out / "inputs.safetensors")
@@ -288,13 +275,6 @@ def test_a_fresh_process_gives_equal_logits(saved: dict[str, Saved], fresh: Path
     theirs = load_file(fresh / "logits.safetensors")
     assert theirs.keys() == saved.keys()
     assert [label for label in saved if not torch.equal(theirs[label], saved[label].logits)] == []
-
-
-@pytest.mark.parametrize("way", ["PeftModel", "native"])
-def test_without_our_import_it_is_a_key_error(fresh: Path, way: str) -> None:
-    if way == "native":
-        skip_without_native_adapters()
-    assert json.loads((fresh / "errors.json").read_text())[way] == ["KeyError", "ROUTED_LORA"]
 
 
 def native(place: Place, path: Path, **kwargs: Any) -> Any:
@@ -488,21 +468,21 @@ def lines(card: Path) -> list[str]:
     return card.read_text(encoding="utf-8").splitlines()
 
 
-def test_the_card_says_what_to_import_once(place: Place, tmp_path: Path) -> None:
+def test_the_card_says_how_to_load_once(place: Place, tmp_path: Path) -> None:
     model = place.compose("linear")
     for _ in range(2):
         model.save_pretrained(tmp_path)
-        assert lines(tmp_path / "README.md").count("import peft_routing") == 1
+        assert lines(tmp_path / "README.md").count("from peft import PeftModel") == 1
     place.load(tmp_path).save_pretrained(tmp_path)
-    assert lines(tmp_path / "README.md").count("import peft_routing") == 1
+    assert lines(tmp_path / "README.md").count("from peft import PeftModel") == 1
     assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
 
 
-def test_the_card_of_a_named_adapter_says_what_to_import(
+def test_the_card_of_a_named_adapter_says_how_to_load(
     place: Place, saved: dict[str, Saved], tmp_path: Path
 ) -> None:
     place.load(saved["linear"].path, adapter_name="other").save_pretrained(tmp_path)
-    assert lines(tmp_path / "README.md").count("import peft_routing") == 1
+    assert lines(tmp_path / "README.md").count("from peft import PeftModel") == 1
 
 
 def test_the_card_lists_the_experts_that_are_there(place: Place, tmp_path: Path) -> None:
@@ -512,17 +492,47 @@ def test_the_card_lists_the_experts_that_are_there(place: Place, tmp_path: Path)
     model.add_expert("law", place.experts["law"])
     model.save_pretrained(tmp_path)
     assert "math, code, law" in (tmp_path / "README.md").read_text()
-    assert lines(tmp_path / "README.md").count("import peft_routing") == 1
+    assert lines(tmp_path / "README.md").count("from peft import PeftModel") == 1
 
 
 def test_the_users_config_can_be_used_again(place: Place) -> None:
     config = RoutedLoraConfig(experts=place.experts, router="arrow")
     first = get_peft_model(place.base(), config)
-    assert config.experts == place.experts
-    assert not config.is_composed
+    assert first.peft_config["default"] is config
     second = get_peft_model(place.base(), config)
+    assert second.peft_config["default"] == config
+    assert second.peft_config["default"] is not config  # which is the first model's
     assert torch.equal(logits(first), logits(second))
     assert not torch.equal(logits(first), logits(place.base()))
+    first.unload()
+    third = get_peft_model(place.base(), config)
+    assert torch.equal(logits(third), logits(second))
+
+
+@pytest.mark.parametrize("stated", [None, "CAUSAL_LM"])
+def test_composing_and_loading_give_the_same_class(
+    place: Place, tmp_path: Path, stated: str | None
+) -> None:
+    config = RoutedLoraConfig(experts=place.experts, router="arrow", task_type=stated)
+    model = get_peft_model(place.base(), config)
+    assert type(model) is PeftModelForCausalLM and config.task_type == "CAUSAL_LM"
+    model.save_pretrained(tmp_path)
+    assert type(place.load(tmp_path)) is PeftModelForCausalLM
+
+
+def test_experts_without_a_common_task_leave_it_open(place: Place, tmp_path: Path) -> None:
+    other = save_lora(tmp_path / "other", 7, task_type=None)
+    experts = {**place.experts, "other": str(other)}
+    model = get_peft_model(place.base(), RoutedLoraConfig(experts=experts, router="uniform"))
+    assert type(model) is PeftModel and model.peft_config["default"].task_type is None
+    model.save_pretrained(tmp_path / "routed")
+    assert type(place.load(tmp_path / "routed")) is PeftModel
+
+
+def test_a_configuration_is_made_without_reading_experts() -> None:
+    experts = {"math": "nowhere/", "code": "./neither"}
+    assert RoutedLoraConfig(experts=experts).task_type is None
+    assert RoutedLoraConfig(experts=experts, task_type="SEQ_CLS").task_type == "SEQ_CLS"
 
 
 def test_several_adapters_are_saved_each_on_its_own(

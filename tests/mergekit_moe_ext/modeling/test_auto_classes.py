@@ -1,5 +1,5 @@
-"""transformers' Auto classes and pipelines load weight-ensembling models once this package is
-imported.
+"""transformers' Auto classes and pipelines load weight-ensembling models where this package is
+installed.
 """
 
 import sys
@@ -133,6 +133,7 @@ def test_transformers_own_registries_work_as_before():
         assert name not in CONFIG_MAPPING
     with pytest.raises(KeyError):
         CONFIG_MAPPING["wemoe_nothing"]
+    assert CONFIG_MAPPING["sequence_moe"].model_type == "sequence_moe"
     assert set(CONFIG_MAPPING) == set(CONFIG_MAPPING.keys()) >= {"vit", "wemoe_vit", "sequence_moe"}
     models = AutoModelForCausalLM._model_mapping
     assert models[LlamaConfig] is LlamaForCausalLM and PretrainedConfig not in models
