@@ -38,6 +38,7 @@ _OWN_TYPES = {
     "granularity": Granularity,
     "routing_tokens": int,
     "mixing": Mixing | None,
+    "mixing_by_default": bool,
     "router_aux_loss_coef": float,
 }
 
@@ -101,8 +102,8 @@ class RoutedLoraConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Mix the updates (full), or both factors apart (low_rank). Default: low_rank "
-            "where ranks and targets agree, as in the paper; full otherwise, for arrow, and with "
-            "general experts."
+            "where the experts agree in ranks and targets and share their initial A, as in the "
+            "paper; full otherwise, for arrow, and with general experts."
         },
     )
     router_temperature: float | None = field(
@@ -140,6 +141,10 @@ class RoutedLoraConfig(PeftConfig):
     layout: list[dict[str, Any]] | None = field(
         default=None,
         metadata={"help": "Modules with each expert's rank and scaling; written by composing."},
+    )
+    mixing_by_default: bool = field(
+        default=False,
+        metadata={"help": "Whether `mixing` was not stated; written by composing."},
     )
     expert_dtype: str | None = field(
         default=None, metadata={"help": "Dtype of the experts; written by composing."}

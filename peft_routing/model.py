@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from torch import nn
 
 from _mergekit_moe_ext_common.errors import UserError
-from peft_routing.config import Mixing, RoutedLoraConfig
+from peft_routing.config import RoutedLoraConfig
+from peft_routing.default_mixing import mixing_of
 from peft_routing.expert import Expert, check_experts, layout, read_expert
 from peft_routing.exporting import truncated, write_experts, write_lora
 from peft_routing.hooks import refuse_mixed_batches, refuse_several_passes, unwatch, watch
@@ -21,8 +21,6 @@ from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear, updates
 from peft_routing.loading import check_adapter
 from peft_routing.routers import Router, SharedRouter
 from peft_routing.routers.fixed import FixedRouter
-
-LOG = logging.getLogger(__name__)
 
 
 class RoutedLoraModel(BaseTuner):
@@ -432,7 +430,8 @@ def composed(
         general_experts={name: described[name] for name in config.general_experts},
         layout=layout(experts, model),
         expert_dtype=_name(dtype),
-        mixing=_mixing(config, experts),
+        mixing=mixing_of(config, experts),
+        mixing_by_default=config.mixing is None or config.mixing_by_default,
         task_type=config.task_type or (tasks.pop() if len(tasks) == 1 else None),
     )
 
@@ -447,38 +446,6 @@ def _dtype(expert: Expert) -> torch.dtype:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _mixing(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
-    """How updates are mixed: as stated, else by the router's default where ranks allow it.
-
-    `UserError` where they do not allow what is stated.
-    """
-    mixing: Mixing = config.mixing or config.router_class.mixing
-    if mixing == "full" or config.general_experts:
-        return "full"
-    differing = _module_of_several_ranks(experts)
-    if differing is None:
-        return mixing
-    ranks = ", ".join(f"{expert.name} {expert.rank(differing)}" for expert in experts)
-    if config.mixing == "low_rank":
-        raise UserError(
-            f"mixing='low_rank' needs one rank per module; {differing} has {ranks}. Compose with "
-            "mixing='full'"
-        )
-    LOG.info("mixing is full: low_rank needs one rank per module, and %s has %s", differing, ranks)
-    return "full"
-
-
-def _module_of_several_ranks(experts: Sequence[Expert]) -> str | None:
-    """The first module at which the experts differ in rank, 0 included, in alphabetical order."""
-    modules: set[str] = set()
-    for expert in experts:
-        modules.update(expert.factors)
-    for module in sorted(modules):
-        if len({expert.rank(module) for expert in experts}) > 1:
-            return module
-    return None
 
 
 def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:

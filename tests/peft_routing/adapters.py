@@ -45,8 +45,10 @@ def make_base(family: str = "llama", dtype: Any = torch.float32, **config: Any) 
     return AutoModelForCausalLM.from_config(made).to(dtype).eval()
 
 
-def save_lora(path: Path, seed: int, base: Any = None, **config: Any) -> Path:
-    """A LoRA adapter with random factors, both of them."""
+def save_lora(
+    path: Path, seed: int, base: Any = None, *, a_seed: int | None = None, **config: Any
+) -> Path:
+    """A LoRA adapter with random factors, both of them. Adapters of one `a_seed` share their A."""
     config = {
         "r": 4,
         "lora_alpha": 8,
@@ -56,10 +58,12 @@ def save_lora(path: Path, seed: int, base: Any = None, **config: Any) -> Path:
     }
     model = get_peft_model(make_base() if base is None else base, LoraConfig(**config))
     generator = torch.Generator().manual_seed(seed)
+    of_a = generator if a_seed is None else torch.Generator().manual_seed(a_seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                drawn_from = of_a if ".lora_A" in name else generator
+                parameter.copy_(torch.randn(parameter.shape, generator=drawn_from) * 0.2)
     model.save_pretrained(path)
     return path
 

@@ -962,7 +962,7 @@ def test_the_default_is_full_where_ranks_or_targets_differ(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, first: dict, second: dict, mixing: str
 ) -> None:
     experts = {
-        name: str(save_lora(tmp_path / name, seed, base=fresh_base(), **config))
+        name: str(save_lora(tmp_path / name, seed, base=fresh_base(), a_seed=0, **config))
         for seed, (name, config) in enumerate((("a", first), ("b", second)))
     }
     with caplog.at_level(logging.INFO, logger="peft_routing"):
@@ -972,6 +972,37 @@ def test_the_default_is_full_where_ranks_or_targets_differ(
     assert len(said) == (mixing == "full") and all("mixing is full" in line for line in said)
     explicit = route(experts, fresh_base(), 3, router="layer", mixing=mixing)
     assert torch.equal(logits_of(routed, **batch("none")), logits_of(explicit, **batch("none")))
+
+
+@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("shared", [0.0, 0.3, 0.9])
+def test_low_rank_is_the_default_where_it_keeps_the_mean_update(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int, shared: float
+) -> None:
+    """The update of `uniform` against the mean of the experts' updates, from their files. Each A is
+    a part of one A, and a part of its own.
+    """
+    experts = {}
+    for seed in range(count):
+        path = save_lora(tmp_path / str(seed), seed, base=fresh_base())
+        tensors = load_file(path / "adapter_model.safetensors")
+        of_one = torch.Generator().manual_seed(99)
+        for name, tensor in tensors.items():
+            if "lora_A" in name:
+                one = torch.randn(tensor.shape, generator=of_one) * 0.2
+                tensors[name] = shared**0.5 * one + (1 - shared) ** 0.5 * tensor
+        save_file(tensors, path / "adapter_model.safetensors")
+        experts[str(seed)] = str(path)
+    routed = route(experts, fresh_base(), count, router="uniform")
+    mixing = routed.peft_config["default"].mixing
+    assert mixing == ("low_rank" if shared == 0.9 else "full")
+    said = [record.message for record in caplog.records if record.name.startswith("peft_routing")]
+    assert len(said) == (mixing == "full") and all("initial A" in line for line in said)
+    for module, parts in parts_by_peft(experts).items():
+        mean = sum(part.update for part in parts) / count
+        update = routed.get_submodule(f"base_model.model.{module}").get_delta_weight("default")
+        kept = torch.nn.functional.cosine_similarity(update.double().flatten(), mean.flatten(), 0)
+        assert kept > (0.89 if mixing == "low_rank" else 0.999999)
 
 
 def test_arrow_mixes_in_full_by_default(experts: dict[str, str]) -> None:

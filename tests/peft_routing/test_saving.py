@@ -4,6 +4,7 @@ by its logits.
 
 import copy
 import json
+import logging
 import pickle
 import re
 import shutil
@@ -185,7 +186,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     root = tmp_path_factory.mktemp("saving")
     make_base().save_pretrained(root / "base")
     base = AutoModelForCausalLM.from_pretrained(root / "base").eval()
-    return Place(root, save_experts(root / "experts"), base)
+    # of one A, so that those routers that mix in low rank by default do
+    return Place(root, save_experts(root / "experts", a_seed=4), base)
 
 
 @dataclass(frozen=True)
@@ -965,12 +967,38 @@ def unchanged(model: Any, change: Callable[[], Any], error: Any, match: str) -> 
     assert torch.equal(logits(model), before)
 
 
-def test_low_rank_mixing_refuses_another_rank(
-    place: Place, saved: dict[str, Saved], odd: str
+def test_stated_low_rank_mixing_refuses_another_rank(
+    place: Place, odd: str, tmp_path: Path
 ) -> None:
-    model = place.load(saved["linear"].path)
-    assert model.peft_config["default"].mixing == "low_rank"
+    model = reloaded(place, place.compose("linear", mixing="low_rank", learned=True), tmp_path)
     unchanged(model, lambda: model.add_expert("odd", odd), ValueError, "low_rank.*law 4, odd 0")
+
+
+@pytest.mark.parametrize("newcomer", ["odd", "stranger"])
+def test_low_rank_by_default_falls_back_to_full(
+    place: Place, odd: str, newcomer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trained router stays, also after the adapter was saved: by hand, the same rows in an
+    adapter that was composed with full mixing.
+    """
+    paths = {"odd": odd, "stranger": str(save_lora(tmp_path / "stranger", 8))}
+    model = reloaded(place, place.compose("linear", learned=True), tmp_path / "three")
+    assert model.peft_config["default"].mixing == "low_rank"
+    learned = rows(model)
+    with caplog.at_level(logging.WARNING, logger="peft_routing"):
+        model.add_expert("new", paths[newcomer])
+    assert ["mixing is now full, and was low_rank" in line for line in caplog.messages] == [True]
+    by_hand = place.compose("linear-full", top_k=2)
+    with torch.no_grad():
+        for layer in layers(by_hand):
+            for expert, row in zip(NAMES, layer.router_of("default").weight, strict=True):
+                row.copy_(learned[layer.key, "weight", expert])
+    by_hand.add_expert("new", paths[newcomer])
+    assert torch.equal(logits(model), logits(by_hand))
+    again = reloaded(place, model, tmp_path / "four")
+    assert torch.equal(logits(again), logits(model))
+    again.remove_expert("new")
+    assert again.peft_config["default"].mixing == "full"
 
 
 def test_the_last_expert_stays(place: Place, saved: dict[str, Saved]) -> None:
