@@ -11,6 +11,7 @@ it is an error, a sentence that says what is wrong, where, and what would be rig
 (A merge has checks of its own, since it reads no model as a whole.)
 """
 
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,8 +57,7 @@ def load_config(model: str, reading: Reading) -> Any:
     """The configuration of a model, a directory or a name on the Hub."""
     check_directory(model)
     with explained(f"cannot read the config of {model}", model):
-        values, _ = PreTrainedConfig.get_config_dict(_expanded(model))
-        check_numbers_of_modules(values, model)
+        read_values(_expanded(model))
         return AutoConfig.from_pretrained(
             _expanded(model), trust_remote_code=reading.trust_remote_code
         )
@@ -89,13 +89,50 @@ def _existing(model: str) -> Path | None:
     return None
 
 
-def check_numbers_of_modules(values: Mapping[str, Any], model: str) -> None:
+def read_values(model: str, revision: str | None = None) -> dict[str, Any]:
+    """The values in a model's config.json.
+
+    `UserError` for those that transformers takes, and with which nobody could build, run or save a
+    model.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    if not isinstance(values.get("auto_map", {}), Mapping | None):
+        raise UserError(
+            f"the config of {model} says auto_map: {values['auto_map']!r}, which is no mapping of "
+            "classes: take that key out"
+        )
+    _check_numbers_of_modules(values, model)
+    _check_fractions(values, model)
+    return values
+
+
+def _check_fractions(values: Mapping[str, Any], model: str) -> None:
+    """`UserError` for NaN, a probability of dropout that is none, and an epsilon below 0."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _check_fractions(value, model)
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
+            if not isinstance(number, int | float):
+                continue
+            complaint = ""
+            if math.isnan(number):
+                complaint = "which is no number"
+            elif ("dropout" in key or key.endswith("pdrop")) and not 0 <= number <= 1:
+                complaint = "which is no probability"
+            elif key.endswith(("eps", "epsilon")) and number < 0:
+                complaint = "which must not be negative"
+            if complaint:
+                raise UserError(f"the config of {model} says {key}: {value}, {complaint}")
+
+
+def _check_numbers_of_modules(values: Mapping[str, Any], model: str) -> None:
     """`UserError` for a configuration of so many layers or experts that nobody could build them, or
     of more experts per token than there are.
     """
     for key, value in values.items():
         if isinstance(value, Mapping):
-            check_numbers_of_modules(value, model)
+            _check_numbers_of_modules(value, model)
         most = _MOST_MODULES.get(key.rpartition("_")[2])
         if most and isinstance(value, int) and not -1 <= value <= most:
             raise UserError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal
 
+import torch
 from peft import PeftConfig
 
 from _mergekit_moe_ext_common.errors import UserError
@@ -174,11 +175,36 @@ class RoutedLoraConfig(PeftConfig):
             raise UserError(f"router_aux_loss_coef={self.router_aux_loss_coef} is below 0")
         self.router_class.check(self)
         self.sites: dict[str, Site] = {}
-        for group in self.layout or ():
-            ranks, scalings = tuple(group["ranks"]), tuple(group["scalings"])
+        if self.layout is not None:
+            self._read_layout(self.layout)
+
+    def _read_layout(self, layout: Any) -> None:
+        """What lies in which module, by the module's name.
+
+        `UserError` where that, or a description of an expert, is not what `compose` writes.
+        """
+        described = {**self.experts, **self.general_experts}
+        for name, of_expert in described.items():
+            dtype = of_expert.get("dtype") if isinstance(of_expert, dict) else None
+            if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+                raise UserError(f"the expert {name!r} has the dtype {dtype!r}, which is none")
+        for group in layout:
+            modules, ranks, scalings = (group[key] for key in ("modules", "ranks", "scalings"))
+            is_whole = (
+                isinstance(modules, list)
+                and all(isinstance(module, str) for module in modules)
+                and len(ranks) == len(scalings) == len(described)
+                and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
+                and all(isinstance(each, int | float) and math.isfinite(each) for each in scalings)
+            )
+            if not is_whole:
+                raise UserError(
+                    "each part of `layout` has names of modules, and a rank and a scaling for each "
+                    f"of {len(described)} experts, which {group} has not"
+                )
             has_biases = group.get("has_biases", False)
-            site = Site(ranks, scalings, len(self.general_experts), has_biases)
-            self.sites |= dict.fromkeys(group["modules"], site)
+            site = Site(tuple(ranks), tuple(scalings), len(self.general_experts), has_biases)
+            self.sites |= dict.fromkeys(modules, site)
 
     @property
     def task_type(self) -> Any:

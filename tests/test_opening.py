@@ -92,6 +92,17 @@ def configured(file: str = "config.json", **values: Any) -> Damage:
     return damage
 
 
+def edited(key: str, **values: Any) -> Damage:
+    """Changes the first entry of a list in the configuration of an adapter."""
+
+    def damage(path: Path) -> None:
+        content = json.loads((path / "adapter_config.json").read_text())
+        content[key][0] |= values
+        (path / "adapter_config.json").write_text(json.dumps(content))
+
+    return damage
+
+
 def both(first: Damage, second: Damage) -> Damage:
     def damage(path: Path) -> None:
         first(path)
@@ -161,6 +172,7 @@ EVERYWHERE: dict[str, tuple[Damage, str]] = {
     "a download stopped": (halved("model.safetensors"), "model.safetensors is damaged"),
     "a layer too many": (configured(num_hidden_layers=9), "lacks model.layers."),
     "a word as a number": (configured(hidden_size="32"), "'hidden_size'"),
+    "NaN in the config": (configured(attention_dropout=math.nan), "attention_dropout: nan"),
     "a pickle": (as_pickle, "pytorch_model.bin is a pickle"),
 }
 OF_MIXTURES: dict[str, tuple[Damage, str]] = {
@@ -201,6 +213,9 @@ OF_MIXTURES: dict[str, tuple[Damage, str]] = {
         configured("tokenizer.json", model={"type": "WordLevel", "vocab": {}, "unk_token": "x"}),
         "cannot read the tokenizer",
     ),
+    "a dropout that is none": (configured(attention_dropout=2.0), "no probability"),
+    "a negative epsilon": (configured(rms_norm_eps=-1.0), "must not be negative"),
+    "foreign code in a list": (configured(auto_map=[]), "auto_map: []"),
     "a huge size": (configured(hidden_size=10**12), "Storage size calculation overflowed"),
     "a size of 0": (configured(num_attention_heads=0), "by the config of"),
     "an activation of no name": (configured(hidden_act="foo"), "KeyError: 'foo'"),
@@ -339,6 +354,9 @@ OF_ADAPTERS: dict[str, tuple[Damage, str]] = {
     "half a config": (halved("adapter_config.json"), "adapter_config.json is damaged"),
     "a config of another kind": (written("adapter_config.json", b"[]"), "cannot read routed"),
     "a layout of another kind": (configured("adapter_config.json", layout=7), "cannot read"),
+    "a layout without scalings": (edited("layout", scalings={}), "each part of `layout`"),
+    "a rank that is none": (edited("layout", ranks=[2.5, 2]), "each part of `layout`"),
+    "an expert's dtype that is none": (edited("experts", dtype=-1), "the dtype -1"),
 }
 
 

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import explained
 from mergekit_moe_ext.modeling import find_architecture
 
 
@@ -76,11 +77,14 @@ def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torc
     """A model of the one class in `config.architectures`, without memory, and its state dict in hub
     layout.
     """
+    where = config.name_or_path or "a source"
+    if not config.architectures:
+        raise UserError(f"the config of {where} names no class under `architectures`")
     name = config.architectures[0]
     model_class = find_architecture(name) or getattr(transformers, name, None)
     if model_class is None:
         raise UserError(f"{name} is not an architecture of transformers")
-    with torch.device("meta"):
+    with explained(f"cannot build {name} by the config of {where}", where), torch.device("meta"):
         model = model_class(config)
     return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))
 

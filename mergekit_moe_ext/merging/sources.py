@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from mergekit.options import MergeOptions
@@ -36,6 +35,7 @@ from _mergekit_moe_ext_common.checkpoints import (
     wrapper_of,
 )
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import explained, read_values
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
 
@@ -142,16 +142,14 @@ def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig
         and not Path(model.model.path, "config.json").exists()
     ):
         raise UserError(f"{model} is a LoRA; write its base model before it: BASE+{model}")
-    try:
+    with explained(f"cannot read the config of {model}", model.model.path):
+        read_values(model.model.path, model.model.revision)
         config = model.config(trust_remote_code=options.trust_remote_code)
-    except StrictDataclassError as error:
-        # A wrong type or a value out of range; its second line says which.
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the config of {model}: {reason}") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read the config of {model}: {first_line(error)}") from error
-    except KeyError as error:
-        raise UserError(f"the config of {model} lacks {error}") from error
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"the config of {model} says architectures: {names!r}, not a list of a class's name"
+        )
     if getattr(config, "quantization_config", None):
         raise UserError(f"{model} is quantised; merge the weights that it was quantised from")
     return config

@@ -75,8 +75,8 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
     """The MoE layers of a model, in order. `UserError` for a model that is not a mixture of
     experts, or one of an unknown form.
     """
-    architecture = config.architectures[0]
     model, state = hub_state(config)
+    architecture = type(model).__name__
     routers = routers_of(model)
     number = num_experts(config)
     _, doubled = hub_state(with_num_experts(config, 2 * number))

@@ -202,12 +202,29 @@ def damaged(here):
     return here / "damaged"
 
 
-@pytest.mark.parametrize(("key", "value"), [("hidden_act", []), ("rms_norm_eps", "x")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", []),
+        ("rms_norm_eps", "x"),
+        ("attention_dropout", float("nan")),
+        ("architectures", [-0.5]),
+        ("num_hidden_layers", 10**9),
+    ],
+)
 def test_a_config_with_a_wrong_value(here, key, value):
     make_model(here / "odd", 1)
     path = here / "odd" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    refused(here, document(models=["odd", "math"]), "cannot read the config of ./odd", key)
+    refused(here, document(models=["odd", "math"]), "the config of ./odd", key)
+
+
+def test_a_config_by_which_no_model_can_be_built(here):
+    make_model(here / "odd", 1)
+    path = here / "odd" / "config.json"
+    rope = {"rope_theta": {"a": 1}, "rope_type": "default"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": rope}))
+    refused(here, document("seq_moe", models=["odd"], base=None), "by the config of ./odd")
 
 
 def test_missing_shard(here, damaged):
