@@ -18,9 +18,9 @@ from peft_routing.expert import Expert
 
 LOG = logging.getLogger(__name__)
 # The mean cosine from which on experts share their A: from there low-rank mixing keeps at least 0.89
-# of the norm, of however many experts. Four trained experts from one A had the cosines 0.99, 0.93,
-# 0.72 and 0.50, the longer they were trained (kept: 0.99, 0.96, 0.88 and 0.79); from an A each, 0.00
-# (0.49).
+# of the norm, of however many experts. Four experts from one A had the cosines 0.99, 0.93, 0.72 and
+# 0.50, the longer they were trained (kept: 0.99, 0.96, 0.88 and 0.79), and from an A each 0.00
+# (kept: 0.49).
 SHARED_A = 0.8
 
 
