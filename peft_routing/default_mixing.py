@@ -17,7 +17,7 @@ from peft_routing.config import Mixing, RoutedLoraConfig
 from peft_routing.expert import Expert
 
 LOG = logging.getLogger(__name__)
-# The mean cosine from which on experts share their A: from there low-rank mixing keeps at least 0.89
+# The mean cosine from which on experts share their A: from there low-rank mixing keeps 0.89 or more
 # of the norm, of however many experts. Four experts from one A had the cosines 0.99, 0.93, 0.72 and
 # 0.50, the longer they were trained (kept: 0.99, 0.96, 0.88 and 0.79), and from an A each 0.00
 # (kept: 0.49).
