@@ -14,6 +14,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from click.testing import CliRunner
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 from peft_routing import RoutedLoraConfig, UserError, compose
+from peft_routing.cli import main
 from peft_routing.expert import _CANNOT_BE_ROUTED
 from tests.conftest import TINY
 from tests.peft_routing.adapters import make_base, save_lora
@@ -576,6 +579,20 @@ def test_a_pickle_of_something_else_is_refused(content: Any, tmp_path: Path) -> 
         routed(base, {"odd": path})
 
 
+def test_a_pickle_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, path = a_pickle(tmp_path / "odd")
+
+    def download(repository: str, name: str, subfolder: str | None = None) -> str:
+        if not (path / name).exists():
+            raise EntryNotFoundError(f"{repository} has no {name}")
+        return str(path / name)
+
+    monkeypatch.setattr("peft_routing.adapter_files.hf_hub_download", download)
+    expected = logits(stock(base, path))
+    model = routed(base, {"one": "someone/odd"})
+    torch.testing.assert_close(logits(model), expected, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -747,6 +764,13 @@ def test_every_subdirectory_that_holds_an_adapter(
     compose("base", {n: f"experts/{n}" for n in config.names}, "named", router="layer")
     for name in (CONFIG, WEIGHTS):
         assert Path("routed", name).read_bytes() == Path("named", name).read_bytes()
+
+    command = ["compose", "base", "--experts-from", "experts", "--router", "layer", "-o", "said"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0 and "3 experts (code, law, math)" in result.output, result.output
+    assert Path("said", CONFIG).read_bytes() == Path("named", CONFIG).read_bytes()
+    result = CliRunner().invoke(main, ["compose", "base", "-o", "never"])
+    assert result.exit_code == 1 and "name them with --expert, or --experts-from" in result.output
 
     shutil.copytree("experts/law", "more")
     config = compose("base", {"more": "more"}, "four", experts_from="experts", router="layer")
