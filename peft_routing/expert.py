@@ -25,7 +25,7 @@ from peft_routing.adapter_files import read_config, read_tensors
 from peft_routing.base_tensors import check_base_tensors, is_output_embedding
 from peft_routing.moved import PREFIX, in_names_of
 
-_FACTOR = re.compile(r"(.+)\.lora_([AB])\.(weight|bias)")
+_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|B\.bias)")
 _NAMED_FACTOR = re.compile(r"(.+\.lora_[AB])(?:\.([^.]+))?\.(weight|bias)")
 _CANNOT_BE_ROUTED = {
     "use_dora": "DoRA divides by the norm of the merged weight, so its updates do not add up",
@@ -211,7 +211,7 @@ def _parts(tensors: Mapping[str, Tensor], where: str) -> _Parts:
         match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
         if match is None:
             others[key] = tensor
-        elif match[3] == "bias":
+        elif match[2] is None:
             biases[match[1]] = tensor
         elif tensor.ndim != 2:
             raise UserError(
@@ -227,6 +227,11 @@ def _parts(tensors: Mapping[str, Tensor], where: str) -> _Parts:
             raise UserError(
                 f"{where}: {module}: A is {tuple(pair['A'].shape)} and B is "
                 f"{tuple(pair['B'].shape)}"
+            )
+    for module, bias in biases.items():
+        if module not in halves or bias.shape != halves[module]["B"].shape[:1]:
+            raise UserError(
+                f"{where}: {module} has a bias {tuple(bias.shape)}, and no B of as many rows"
             )
     factors = {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
     return factors, biases, others

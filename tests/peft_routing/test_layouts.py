@@ -725,6 +725,27 @@ def test_a_bias_that_the_configuration_denies_is_refused(tmp_path: Path) -> None
         routed(base, {"odd": path})
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda key, value: (key.replace("q_proj", "k_proj"), value), "and no B of as many rows"),
+        (lambda key, value: (key, value[1:]), r"has a bias \(\d+,\), and no B of as many rows"),
+        (lambda key, value: (key.replace("lora_B", "lora_A"), value), "is not a LoRA factor"),
+    ],
+)
+def test_a_bias_that_fits_no_factor_is_refused(
+    change: Callable[[str, Tensor], tuple[str, Tensor]], reason: str, tmp_path: Path
+) -> None:
+    base, path = with_biases(tmp_path / "odd")
+    changed = {}
+    for key, value in load_file(path / WEIGHTS).items():
+        new = change(key, value) if key.endswith(".bias") else (key, value)
+        changed[new[0]] = new[1]
+    rewrite(path, lambda _: changed)
+    with pytest.raises(UserError, match=reason):
+        routed(base, {"odd": path})
+
+
 # Where adapters are
 
 
