@@ -1,7 +1,7 @@
 """The two files of a LoRA adapter: where they are, and what is in them.
 
-Nothing is unpickled: `adapter_model.bin` is read by `torch.load(weights_only=True)`, which runs no
-code.
+No code that comes with a file is run: `adapter_model.bin` is read by
+`torch.load(weights_only=True)`, which takes tensors and plain values alone.
 """
 
 import json
