@@ -133,6 +133,7 @@ def tokenise(
     *,
     columns: Columns = USUAL_COLUMNS,
     max_length: int | None,
+    vocabulary: int | None = None,
     encoder_decoder: bool = False,
     completions_only: bool = False,
 ) -> Dataset:
@@ -140,7 +141,8 @@ def tokenise(
 
     Labels are an encoder-decoder's targets or, with `completions_only`, a decoder's last answer of
     a chat or target after an input, with -100 for what comes before it. Empty rows are left out.
-    `UserError` for missing columns, and for a row that cannot be read.
+    `UserError` for missing columns, and for a row that cannot be read or has a token that is not
+    among the first `vocabulary` ones, which the model knows.
     """
     present = data.column_names
     cut = {"truncation": max_length is not None, "max_length": max_length}
@@ -187,11 +189,19 @@ def tokenise(
             return {"input_ids": tokenizer(row[columns.text] or "", **cut)["input_ids"]}
 
     def encode_or_explain(row: dict[str, Any], number: int) -> dict[str, list[int]]:
+        where = f"row {number} of {source} (data {source.name!r})"
         try:
-            return encode(row)
+            encoded = encode(row)
         except (TypeError, ValueError, KeyError, TemplateError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"row {number} of {source} (data {source.name!r}): {reason}") from error
+            raise UserError(f"{where}: {reason}") from error
+        largest = max((token for ids in encoded.values() for token in ids), default=0)
+        if vocabulary is not None and largest >= vocabulary:
+            raise UserError(
+                f"{where}: the tokenizer makes the token {largest} of it, and the model knows "
+                f"{vocabulary} tokens: this is not its tokenizer"
+            )
+        return encoded
 
     encoded = data.map(
         encode_or_explain,

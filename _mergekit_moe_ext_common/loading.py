@@ -169,13 +169,20 @@ def load_tokenizer(model: str, reading: Reading) -> Any:
     return tokenizer
 
 
-def padding_token(tokenizer: Any) -> int:
-    """Any that exists, where the tokenizer has none: padding is masked."""
-    return (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id or 0
-    )
+def vocabulary_of(config: Any) -> int | None:
+    """The number of tokens that a model knows; None where its configuration does not say."""
+    size = getattr(config, "vocab_size", None)
+    if size is None and hasattr(config, "get_text_config"):
+        size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def padding_token(tokenizer: Any, vocabulary: int | None) -> int:
+    """Any that the model knows, where the tokenizer has none such: padding is masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None and (vocabulary is None or token < vocabulary):
+            return token
+    return 0
 
 
 def check_model(

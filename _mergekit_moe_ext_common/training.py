@@ -25,6 +25,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from _mergekit_moe_ext_common.data import Source, load, pack, parse_sources, tokenise
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import vocabulary_of
 from _mergekit_moe_ext_common.options import Reading, TrainingOptions
 
 _TRAINED = "trained.safetensors"
@@ -235,6 +236,7 @@ def read_data(
             tokenizer,
             columns=reading.columns,
             max_length=None if recipe.packing else reading.max_length,
+            vocabulary=vocabulary_of(config),
             encoder_decoder=config.is_encoder_decoder,
             completions_only=completions_only,
         )

@@ -681,6 +681,7 @@ def main(
             trials.append(Trial(KILL + names[number % len(names)], number, seed, limit))
         if kinds:
             trials = [trial for trial in trials if trial.kind.split()[0] in kinds]
+        random.Random(seed).shuffle(trials)  # one that is stopped has tried all kinds
         sys.exit(report(trials, template, jobs, verbose=verbose))
 
 

@@ -24,7 +24,12 @@ from _mergekit_moe_ext_common.data import (
     tokenise,
 )
 from _mergekit_moe_ext_common.figures import heat_map, pyplot
-from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, silence
+from _mergekit_moe_ext_common.loading import (
+    load_tokenizer,
+    padding_token,
+    silence,
+    vocabulary_of,
+)
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.staging import new_file
 from peft_routing.layer import Experts
@@ -77,12 +82,13 @@ def inspect_adapter(
             tokenizer,
             columns=reading.columns,
             max_length=reading.max_length,
+            vocabulary=vocabulary_of(base_config),
             encoder_decoder=base_config.is_encoder_decoder,
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_routed(adapter, config, base, base_config, reading, headers=headers)
     model = model.to(device).eval()
-    pad_token_id = padding_token(tokenizer)
+    pad_token_id = padding_token(tokenizer, vocabulary_of(base_config))
     tasks = {}
     for name, rows in texts.items():
         batches = DataLoader(rows, batch_size, collate_fn=lambda rows: collate(rows, pad_token_id))

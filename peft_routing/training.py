@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
 from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token
+from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, vocabulary_of
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.runs import (
     Losses,
@@ -116,7 +116,8 @@ def train(
     size = stored.stat().st_size
     kept = (1 + len(learning_rates)) * size
     run.check_room(kept, size + checkpoint_bytes(routed), first, len(training))
-    batch = _batches(routed.get_base_model(), padding_token(tokenizer), first_label)
+    pad_token_id = padding_token(tokenizer, vocabulary_of(base_config))
+    batch = _batches(routed.get_base_model(), pad_token_id, first_label)
     for part, rate in parts.items():
         if part in finished:
             continue

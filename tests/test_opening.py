@@ -423,6 +423,21 @@ def test_a_model_without_a_tokenizer_is_refused(here: Path) -> None:
     check_refused(invoke("usage", COMMANDS["usage"][1]), "tokenizer", set(Path().rglob("*")))
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "unload"])
+def test_the_tokenizer_of_another_model(here: Path, command: str) -> None:
+    """Tokens that the model does not know are refused, unless they are padding alone."""
+    model, line = COMMANDS[command]
+    size = json.loads((here / model / "config.json").read_text())["vocab_size"]
+    save_tokenizer(here / model, size + 1, ("<pad>",), pad_token="<pad>")
+    result = invoke(command, line)
+    assert result.exit_code == 0, result.output
+    shutil.rmtree(here / "out", ignore_errors=True)
+    save_tokenizer(here / model, size + 8, ("far",))
+    write(here / "texts.jsonl", [{"text": f"w1 w2 {'w3 far ' * 8}"}] * 6)
+    expected = f"the token {size + 7} of it, and the model knows {size} tokens"
+    check_refused(invoke(command, line), expected, set(Path().rglob("*")))
+
+
 def open_(path: Path) -> Any:
     return load_model(str(path), load_config(str(path), READING), READING, dtype="auto")
 

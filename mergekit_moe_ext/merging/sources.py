@@ -360,11 +360,15 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
         if not path.exists():
             raise UserError(f"{path} is missing, though the index of {model} names it")
         try:
-            for name, shape, dtype in _shard_headers(index, path):
-                shapes[name], dtypes[name] = shape, dtype
+            stored = list(_shard_headers(index, path))
         except _UNREADABLE as error:
             raise UserError(damage(path, error)) from error
-        lost = [name for name in shard.contained_keys if name not in shapes]
+        for name, shape, dtype in stored:
+            if name not in index.tensor_paths and not name.endswith(_NOT_PARAMETERS):
+                raise UserError(f"{path} holds {name}, which the index of {model} does not name")
+            shapes[name], dtypes[name] = shape, dtype
+        names = {name for name, _, _ in stored}
+        lost = [name for name in shard.contained_keys if name not in names]
         if lost:
             raise UserError(f"{path} lacks {lost[0]}, though the index of {model} names it there")
     return Headers(shapes, dtypes)

@@ -31,6 +31,7 @@ from _mergekit_moe_ext_common.loading import (
     load_model,
     load_tokenizer,
     padding_token,
+    vocabulary_of,
 )
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.runs import (
@@ -137,7 +138,7 @@ def train(
     size = sum(parameter.nbytes for parameter in model.parameters())
     run.check_room(size, checkpoint_bytes(model), arguments, len(training))
     _prepare_dtypes(model, recipe.bf16)
-    batch = _batches(model, padding_token(tokenizer))
+    batch = _batches(model, padding_token(tokenizer, vocabulary_of(config)))
     _check_gradient(model, batch([training[0]]), part, recipe)
     trainer = MoeTrainer(
         model,

@@ -42,6 +42,7 @@ from _mergekit_moe_ext_common.loading import (
     load_tokenizer,
     padding_token,
     silence,
+    vocabulary_of,
 )
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.staging import new_file
@@ -297,6 +298,7 @@ def read_texts(
             tokenizer,
             columns=reading.columns,
             max_length=reading.max_length,
+            vocabulary=vocabulary_of(config),
             encoder_decoder=config.is_encoder_decoder,
         )
         for source in parse_sources(data)
@@ -330,7 +332,7 @@ def count_usage(
             model,
             tokens,
             source,
-            pad_token_id=padding_token(texts.tokenizer),
+            pad_token_id=padding_token(texts.tokenizer, vocabulary_of(config)),
             batch_size=batch_size,
             accelerator=accelerator,
             quiet=reading.quiet,

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor
 from _mergekit_moe_ext_common.checkpoints import damaged_file
 from _mergekit_moe_ext_common.data import Source, fingerprint, tokenise
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import vocabulary_of
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.modeling.configuration_wemoe import class_names
 from mergekit_moe_ext.recipes import Adaptation
@@ -62,6 +63,7 @@ def model_inputs(
         prepare,
         columns=reading.columns,
         max_length=reading.max_length,
+        vocabulary=vocabulary_of(config),
         encoder_decoder=kind == "encoder-decoder",
     )
 
@@ -88,7 +90,12 @@ def classified(
     else:
         texts = len(rows)
         rows = tokenise(
-            rows, source, prepare, columns=reading.columns, max_length=reading.max_length
+            rows,
+            source,
+            prepare,
+            columns=reading.columns,
+            max_length=reading.max_length,
+            vocabulary=vocabulary_of(config),
         )
         if len(rows) < texts:
             raise UserError(

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import EvalPrediction
 
 from _mergekit_moe_ext_common.data import collate, decoder_inputs
-from _mergekit_moe_ext_common.loading import padding_token
+from _mergekit_moe_ext_common.loading import padding_token, vocabulary_of
 from mergekit_moe_ext.wemoe.inputs import Kind
 from mergekit_moe_ext.wemoe.objective import entropy
 
@@ -43,7 +43,7 @@ class Predictions:
             images = [row[self.image_column].convert("RGB") for row in rows]
             tensors = dict(self.prepare(images, return_tensors="pt"))
         else:
-            tensors = collate(rows, padding_token(self.prepare))
+            tensors = collate(rows, padding_token(self.prepare, vocabulary_of(self.model.config)))
         if self.kind == "encoder-decoder":
             tensors["decoder_input_ids"] = decoder_inputs(self.model, tensors["labels"])
         return tensors if labels is None else {**tensors, "labels": labels}

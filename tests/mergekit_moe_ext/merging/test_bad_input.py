@@ -237,6 +237,25 @@ def test_missing_shard(here, damaged):
     refused(here, document(models=["base", "damaged"]), shard.name, "is missing", "./damaged")
 
 
+def test_an_index_that_does_not_fit_its_shards(here, damaged):
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM.from_pretrained(damaged).save_pretrained(damaged, max_shard_size="20KB")
+    (damaged / "model.safetensors").unlink()
+    index = damaged / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    names = content["weight_map"]
+    shards = list(names.values())
+    moved = min(name for name in names if shards.count(names[name]) > 1)
+    names[moved] = next(shard for shard in shards if shard != names[moved])
+    index.write_text(json.dumps(content))
+    refused(here, document(models=["base", "damaged"]), moved, "the index of ./damaged")
+    del names[moved]
+    index.write_text(json.dumps(content))
+    expected = f"holds {moved}, which the index of ./damaged does not name"
+    refused(here, document(models=["base", "damaged"]), expected)
+
+
 def test_truncated_shard(here, damaged):
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
