@@ -41,7 +41,7 @@ _SIGNS_OF_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 class RoutedCache(FollowingCache):
-    """A cache that carries the coefficients (rows, experts) of its rows, by adapter and module."""
+    """A cache that carries the coefficients (rows, experts) of its rows, by adapter and router."""
 
     routed_lora: dict[tuple[str, str], Tensor]
 
@@ -88,7 +88,7 @@ class RoutedCall:
         # An empty cache is about to be filled by the prompt. Classifier-free guidance runs a prompt
         # of its own within `generate`, and has the model make the cache.
         if self._cache is not None:
-            self._is_prompt = self._cache.get_seq_length() == 0
+            self._is_prompt = bool(self._cache.get_seq_length() == 0)  # a tensor's, if static
         else:
             makes_cache = per_sequence and arguments.get("use_cache") is True
             self._is_prompt = makes_cache and is_generating(model)
@@ -97,13 +97,13 @@ class RoutedCall:
         has_no_cache = self._cache is None and arguments.get("use_cache") is False
         self._grows_without_cache = has_no_cache and "logits_to_keep" in arguments
 
-    def choose(self, router: Any, x: Tensor, adapter: str, layer: Any) -> Tensor:
+    def choose(self, router: Any, x: Tensor, adapter: str) -> Tensor:
         """The coefficients (…, experts) of a router that depends on its input x.
 
         They can be broadcast over the tokens of x. `UserError` where a choice per sequence cannot
         be made, or was not made for the sequences of the cache.
         """
-        key = adapter, layer.key
+        key = adapter, router.group
         documents = None
         if router.granularity == "token":
             scores = router.scores(x)
@@ -228,10 +228,20 @@ class RoutedCall:
         """Which tokens of x (batch, length, …) are not padding; None for all of them."""
         if self._mask is None or (self._is_encoder_decoder and self._mask.shape != x.shape[:2]):
             return None  # the mask is the encoder's
-        if isinstance(self._mask, Tensor) and self._mask.shape == x.shape[:2]:
-            return self._mask.bool().to(x.device)
-        is_tensor = isinstance(self._mask, Tensor)
-        shape = tuple(self._mask.shape) if is_tensor else type(self._mask).__name__
+        mask = self._mask
+        # Layers of several kinds have a mask each, which leave out the same padding.
+        if isinstance(mask, dict):
+            mask = next(iter(mask.values()), None)
+        if isinstance(mask, Tensor) and mask.shape == x.shape[:2]:
+            return mask.bool().to(x.device)
+        # For a static cache `generate` makes (batch, 1, tokens, places in the cache) of the mask.
+        # No token sees padding, not even from the same place, and every other token sees itself.
+        is_of_prompt = isinstance(mask, Tensor) and mask.ndim == 4 and self._is_prompt
+        if is_of_prompt and is_generating(self.model) and mask.shape[2] == x.shape[1]:
+            sees_itself = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+            real = sees_itself if mask.dtype == torch.bool else sees_itself == 0
+            return real.expand(len(x), -1).to(x.device)
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UserError(
             "routing needs an attention mask of shape (batch, tokens) to leave out padding; it is "
             f"{shape} for an input of shape {tuple(x.shape)}"
@@ -294,11 +304,26 @@ def coefficients_at(layer: Any, router: Any, x: Tensor, adapter: str) -> Tensor:
     They are (experts,), or (…, experts) to be broadcast over the tokens of x. `RuntimeError` where
     routing is per sequence, and a part of the model is called alone.
     """
-    if not router.depends_on_input or (router.granularity == "token" and not router.is_balanced):
+    if not router.depends_on_input:
+        return router(x).to(x.device)  # a router of several modules may lie on another device
+    choice = router.choice
+    if choice is None:
+        return _chosen_by(router, x, adapter)
+    now = choice.now
+    if now.coefficients is None:
+        choice.check_reader(router, x, layer.key)
+        now.coefficients = _chosen_by(router, x, adapter)
+    return choice.over(x, layer.key, router.granularity)
+
+
+def _chosen_by(router: Any, x: Tensor, adapter: str) -> Tensor:
+    """What a router that depends on its input x chooses; see `coefficients_at`."""
+    is_balanced = router.is_balanced and router.training
+    if router.granularity == "token" and not is_balanced:
         return router(x)
     call = CALL.get()
     if call is not None:
-        return call.choose(router, x, adapter, layer)
+        return call.choose(router, x, adapter)
     if router.granularity == "sequence":
         raise RuntimeError(
             "routing per sequence needs the whole model to be called, not a part of it",

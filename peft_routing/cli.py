@@ -28,6 +28,7 @@ _ROUTING = (
     "top_k",
     "granularity",
     "routing_tokens",
+    "router_granularity",
     "mixing",
     "router_temperature",
     "init",

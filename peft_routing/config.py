@@ -17,7 +17,7 @@ from peft import PeftConfig
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import card
 from peft_routing.adapter_files import common_task
-from peft_routing.routers.base import Granularity, Router, find_router
+from peft_routing.routers.base import Granularity, Router, RouterGranularity, find_router
 from peft_routing.routers.options import read_value, saved_options
 from peft_routing.types import PeftType
 
@@ -37,6 +37,7 @@ _FIELDS_OF_ROUTERS = (
 CHANGEABLE = ("top_k", "router_temperature")  # in a model, by `set_routing`
 _OWN_TYPES = {
     "granularity": Granularity,
+    "router_granularity": RouterGranularity | None,
     "routing_tokens": int,
     "mixing": Mixing | None,
     "mixing_by_default": bool,
@@ -97,6 +98,13 @@ class RoutedLoraConfig(PeftConfig):
         default=32,
         metadata={
             "help": "Length of a prefix in a plain forward pass; `generate` uses the prompt."
+        },
+    )
+    router_granularity: RouterGranularity | None = field(
+        default=None,
+        metadata={
+            "help": "Router per module, per block (a decoder layer, say), or one for the model. "
+            "Default: module; model for global."
         },
     )
     mixing: Mixing | None = field(
@@ -358,6 +366,16 @@ class RoutedLoraConfig(PeftConfig):
     def routes_sequences(self) -> bool:
         """Whether a choice is made per sequence, and depends on the input at all."""
         return self.granularity == "sequence" and self.router_class.uses_input(self)
+
+    @property
+    def modules_per_router(self) -> RouterGranularity:
+        """The modules that have a router in common: as stated, or the router's default."""
+        return self.router_granularity or self.router_class.router_granularity
+
+    @property
+    def shares_choices(self) -> bool:
+        """Whether several modules follow one choice that depends on the input."""
+        return self.modules_per_router != "module" and self.router_class.uses_input(self)
 
     @property
     def is_composed(self) -> bool:

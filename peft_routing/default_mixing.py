@@ -46,8 +46,8 @@ def mixing_of(config: RoutedLoraConfig, experts: Sequence[Expert]) -> Mixing:
         cosine = mean_cosine_of_a(experts)
         if cosine < SHARED_A:
             obstacle = (
-                "the experts do not share their initial A (mean cosine "
-                f"{cosine:.2f}, below {SHARED_A}), so that low_rank would lose part of the update"
+                f"the experts do not share their initial A (mean cosine {cosine:.2f}, below "
+                f"{SHARED_A}), so that low_rank would lose part of the update"
             )
     if not obstacle:
         return mixing
@@ -73,7 +73,8 @@ def _different_ranks(experts: Sequence[Expert]) -> str:
 
 
 def mean_cosine_of_a(experts: Sequence[Expert]) -> float:
-    """The mean cosine between the A of two experts, over pairs and modules; 1 for one expert.
+    """The mean cosine between the A of two experts, over pairs and modules, 0 where it is negative
+    and 1 for one expert.
 
     The experts have one rank per module.
     """
@@ -92,4 +93,4 @@ def mean_cosine_of_a(experts: Sequence[Expert]) -> float:
         # looked at by itself.
         products = total.square().sum() - squares
         cosines.append(products / (len(experts) * (len(experts) - 1)))
-    return torch.stack(cosines).mean().item()
+    return torch.stack(cosines).mean().clamp(min=0).item()

@@ -24,6 +24,7 @@ from _mergekit_moe_ext_common.prefix_labels import (
 from peft_routing import given
 from peft_routing.calls import CALL, RoutedCall, input_in
 from peft_routing.config import RoutedLoraConfig
+from peft_routing.sharing import SharedChoice, choices_held, give_choices, open_choices
 
 _MIXED = (
     "adapter_names: routed adapters do not mix in a batch; run one per adapter, after set_adapter"
@@ -50,6 +51,27 @@ def watch(model: Any) -> list[Any]:
         model.register_forward_pre_hook(_enter, with_kwargs=True),
         model.register_forward_hook(_leave, with_kwargs=True, always_call=True),
     ]
+
+
+def share(model: nn.Module, config: RoutedLoraConfig, routers: dict[str, Any]) -> list[Any]:
+    """Have modules that have a router in common share its choice; returns the hooks' handles."""
+    handles = []
+    for module, choice in give_choices(model, config, routers):
+        handles += [
+            module.register_forward_pre_hook(partial(_begin_choice, choice)),
+            module.register_forward_hook(partial(_end_choice, choice), always_call=True),
+        ]
+    return handles
+
+
+def _begin_choice(choice: SharedChoice, module: nn.Module, args: Any) -> None:
+    choice.begin()
+    if module.training and not torch.compiler.is_compiling():
+        _keep_in_checkpoints(module, choice)
+
+
+def _end_choice(choice: SharedChoice, module: nn.Module, args: Any, output: Any) -> None:
+    choice.end()
 
 
 def unwatch(model: Any, handles: Sequence[Any]) -> None:
@@ -123,10 +145,11 @@ def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
         raise UserError(_MIXED)
 
 
-def refuse_several_passes(model: Any, kwargs: dict[str, Any]) -> None:
-    """`UserError` where `generate` would add a draft to the prompt, or cut it.
+def refuse_unkept_choices(model: Any, kwargs: dict[str, Any]) -> None:
+    """`UserError` where `generate` could not choose by the prompt, or not keep the choice.
 
-    The prompt must be the first pass.
+    It would add a draft to the prompt, or cut it; its mask would not say what is padding; or its
+    code would be compiled whole, which cannot ask the cache.
     """
     if kwargs.get("coefficients") is not None or given.current() is not None:
         return
@@ -137,6 +160,17 @@ def refuse_several_passes(model: Any, kwargs: dict[str, Any]) -> None:
             raise UserError(
                 f"{name}: routing per sequence chooses by the first pass, which must be the prompt",
             )
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim != 2:
+        raise UserError(
+            "attention_mask: routing per sequence needs one of shape (batch, tokens) to leave out "
+            f"padding; it is {tuple(mask.shape)}"
+        )
+    if getattr(_setting(model, kwargs, "compile_config"), "fullgraph", False):
+        raise UserError(
+            "compile_config: routing per sequence asks the cache for its choice, which cannot be "
+            "compiled with fullgraph=True. Use fullgraph=False, or granularity='token'"
+        )
 
 
 def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
@@ -151,7 +185,8 @@ def _followed(model: Any) -> dict[str, RoutedLoraConfig]:
     for name, config in getattr(model, "peft_config", {}).items():
         if not isinstance(config, RoutedLoraConfig):
             continue
-        if config.routes_sequences or config.router_aux_loss_coef:
+        # A load is balanced in training alone. Compiled code cannot follow a pass.
+        if config.routes_sequences or (config.router_aux_loss_coef and model.training):
             followed[name] = config
     return followed
 
@@ -266,31 +301,51 @@ def _share(model: Any, arguments: dict[str, Any]) -> Any:
     return (labels != IGNORED).sum() / items
 
 
-def _keep_in_checkpoints(model: nn.Module) -> None:
-    """Have gradient checkpointing run layers within the call that they belong to.
+def _keep_in_checkpoints(model: nn.Module, choice: SharedChoice | None = None) -> None:
+    """Have gradient checkpointing run layers within the call that they belong to, and with a choice
+    that modules of the model share.
 
     It runs them again when the forward pass is over.
     """
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is not None and not isinstance(function, _InCall):
-            module._gradient_checkpointing_func = _InCall(function)  # type: ignore[assignment]
+        if function is None:
+            continue
+        if not isinstance(function, _InCall):
+            function = _InCall(function)
+            module._gradient_checkpointing_func = function  # type: ignore[assignment]
+        if choice is not None and all(choice is not known for known in function.choices):
+            function.choices.append(choice)
 
 
 class _InCall:
-    """A checkpointing function whose layers find the call, and the given coefficients, again."""
+    """A checkpointing function whose layers find the call again, and the coefficients that were
+    given, or chosen in an earlier layer.
+    """
 
     def __init__(self, checkpoint: Callable):
         self.checkpoint = checkpoint
+        self.choices: list[SharedChoice] = []  # that layers on both sides of this function share
+
+    @property
+    def _is_reentrant(self) -> bool:
+        return bool(getattr(self.checkpoint, "keywords", {}).get("use_reentrant"))
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         call = CALL.get()
         override = given.current()
+        choices = open_choices(self.choices)
+        if choices and override is None and self._is_reentrant:
+            raise UserError(
+                "router_granularity='model': reentrant gradient checkpointing lets no gradient of "
+                "other blocks through to the router. Train with "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
 
         def in_call(*args: Any, **kwargs: Any) -> Any:
             token = CALL.set(call)
             try:
-                with given.held(override):
+                with given.held(override), choices_held(choices):
                     return function(*args, **kwargs)
             finally:
                 CALL.reset(token)

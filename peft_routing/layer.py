@@ -18,7 +18,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import given, mixing
 from peft_routing.calls import coefficients_at
 from peft_routing.config import RoutedLoraConfig, Site
-from peft_routing.routers import Constant
+from peft_routing.routers import Constant, SharedRouter
 
 _CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -194,7 +194,9 @@ class RoutedLoraLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def router_of(self, adapter: str) -> Any:
-        return self.routed_lora_router[adapter]
+        """The adapter's router for this module, which may lie at another."""
+        router = self.routed_lora_router[adapter]
+        return router.owner if isinstance(router, SharedRouter) else router
 
     def experts_of(self, adapter: str) -> Any:
         return self.routed_lora_experts[adapter]
@@ -227,7 +229,8 @@ class RoutedLoraLayer(BaseTunerLayer):
         experts = self.experts_of(adapter)
         # A router that does not look at its input takes anything of its width and device.
         hidden = experts.A
-        return with_general(self.router_of(adapter)(hidden), experts.site.general)
+        coefficients = self.router_of(adapter)(hidden).to(hidden.device)
+        return with_general(coefficients, experts.site.general)
 
     def check_mergeable(self, adapter: str) -> None:
         """`UserError` if there is no one update, or no plain weight to add it to."""

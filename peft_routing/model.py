@@ -16,11 +16,18 @@ from peft_routing.config import RoutedLoraConfig
 from peft_routing.default_mixing import mixing_of
 from peft_routing.expert import Expert, check_experts, layout, read_expert
 from peft_routing.exporting import truncated, write_experts, write_lora
-from peft_routing.hooks import refuse_mixed_batches, refuse_several_passes, unwatch, watch
+from peft_routing.hooks import (
+    refuse_mixed_batches,
+    refuse_unkept_choices,
+    share,
+    unwatch,
+    watch,
+)
 from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear, updates
 from peft_routing.loading import check_adapter
 from peft_routing.routers import Router, SharedRouter
 from peft_routing.routers.fixed import FixedRouter
+from peft_routing.sharing import check_groups, check_prototypes, check_readers, group_of
 
 
 class RoutedLoraModel(BaseTuner):
@@ -37,7 +44,9 @@ class RoutedLoraModel(BaseTuner):
     def __init__(
         self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any
     ) -> None:
+        # Of the adapter that is being put in, each router by its modules' group.
         self._owners: dict[str, Router] = {}
+        self._handles_of: dict[str, list[Any]] = {}  # of the hooks for an adapter's shared choices
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self._handles = watch(self.model)
 
@@ -126,14 +135,12 @@ class RoutedLoraModel(BaseTuner):
             raise UserError("set_routing: give top_k= or router_temperature=")
         adapter_name = self._unmerged(adapter_name)
         changed = dataclasses.replace(self.peft_config[adapter_name], **stated)
-        in_features = self._owners[adapter_name].in_features
-        like = changed.router_class(changed, changed.names, in_features)
-        # Not the modules: an optimiser may hold their parameters.
-        for layer in self._layers(adapter_name):
-            router = layer.router_of(adapter_name)
-            if isinstance(router, Router):
-                router.k = like.k
-                router.temperature = like.temperature
+        routers = self._routers(adapter_name)
+        # Not the modules are replaced: an optimiser may hold their parameters.
+        for router in routers.values():
+            like = changed.router_class(changed, changed.names, router.in_features)
+            router.k = like.k
+            router.temperature = like.temperature
         changed.lock()
         self.peft_config[adapter_name] = changed
 
@@ -221,16 +228,16 @@ class RoutedLoraModel(BaseTuner):
         )
         changed = composed(changed, experts, self.model)
         layers = self._layers(adapter_name)
-        owner = self._owners[adapter_name]
-        before = {layer.key: layer.router_of(adapter_name) for layer in layers}
-        changed.router_class(changed, changed.names, owner.in_features).check_rows(owner)
+        check_readers(self.model, config, changed)
+        before = self._routers(adapter_name)
+        example = next(iter(before.values()))
+        changed.router_class(changed, changed.names, example.in_features).check_rows(example)
         for layer in layers:
             del layer.routed_lora_router[adapter_name], layer.routed_lora_experts[adapter_name]
         self._put_in(self.model, adapter_name, changed, experts)
-        for layer in self._layers(adapter_name):
-            router = layer.router_of(adapter_name)
-            if isinstance(router, Router) and layer.key in before:
-                router.take(owner if router.is_shared else before[layer.key])
+        for group, router in self._routers(adapter_name).items():
+            if group in before:
+                router.take(before[group])
 
     def _put_in(
         self,
@@ -252,8 +259,8 @@ class RoutedLoraModel(BaseTuner):
                 none = torch.zeros(layer.out_features)
                 biases = [expert.biases.get(layer.key, none).to(device) for expert in experts]
                 inside.fill_biases(torch.stack(biases))
-            router = layer.router_of(adapter_name)
-            if isinstance(router, Router):
+            router = layer.routed_lora_router[adapter_name]
+            if isinstance(router, Router):  # and not what stands for that of another module
                 router.start(*updates(inside.factors(), site), config.mixing or "full")
             layer._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -263,9 +270,29 @@ class RoutedLoraModel(BaseTuner):
         """Layers for a composed configuration, with empty experts."""
         _check_model(config, model)
         self.peft_config[adapter_name] = config
-        self._owners.pop(adapter_name, None)
+        self._stop_sharing(adapter_name)
+        self._owners = {}
         super().inject_adapter(model, adapter_name, **kwargs)
+        self._owners = {}
+        self._handles_of[adapter_name] = share(model, config, self._routers(adapter_name))
         config.lock()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, as PEFT does, and leave nothing of it on the model."""
+        super().delete_adapter(adapter_name)
+        self._stop_sharing(adapter_name)
+
+    def _stop_sharing(self, adapter_name: str) -> None:
+        for handle in self._handles_of.pop(adapter_name, []):
+            handle.remove()
+
+    def _routers(self, adapter_name: str) -> dict[str, Router]:
+        """An adapter's routers by the group of modules that each is for."""
+        routers = {}
+        for layer in self._layers(adapter_name):
+            router = layer.router_of(adapter_name)
+            routers[router.group] = router
+        return routers
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -307,7 +334,7 @@ class RoutedLoraModel(BaseTuner):
     ) -> None:
         """Put an adapter's experts and router at a module; PEFT calls it for each."""
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        router = self._router(adapter_name, peft_config, _get_in_out_features(base)[0])
+        router = self._router(peft_config, current_key, _get_in_out_features(base)[0])
         if isinstance(target, RoutedLoraLayer):
             target.update_layer(adapter_name, peft_config, router)
             return
@@ -316,13 +343,15 @@ class RoutedLoraModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _router(self, adapter_name: str, config: RoutedLoraConfig, in_features: int) -> nn.Module:
-        """A new router, or what stands in for the adapter's one, where it is shared."""
-        kind = config.router_class
-        if kind.is_shared and adapter_name in self._owners:
-            return SharedRouter(self._owners[adapter_name])
-        self._owners[adapter_name] = kind(config, config.names, in_features)
-        return self._owners[adapter_name]
+    def _router(self, config: RoutedLoraConfig, module: str, in_features: int) -> nn.Module:
+        """A new router for a module, or what stands for the one that lies at an earlier module."""
+        group = group_of(module, config)
+        if group in self._owners:
+            return SharedRouter(self._owners[group])
+        router = config.router_class(config, config.names, in_features)
+        router.group = group
+        self._owners[group] = router
+        return router
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -358,6 +387,8 @@ class RoutedLoraModel(BaseTuner):
             merge, *args, adapter_names=adapter_names, **kwargs
         )
         unwatch(model, self._handles)
+        for name in list(self._handles_of):
+            self._stop_sharing(name)
         if untied:
             _declare_untied(model)
         return model
@@ -396,7 +427,7 @@ class RoutedLoraModel(BaseTuner):
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_mixed_batches(kwargs)
-        refuse_several_passes(self.model, kwargs)
+        refuse_unkept_choices(self.model, kwargs)
         yield
 
 
@@ -424,7 +455,7 @@ def composed(
     described = {
         expert.name: {"dtype": _name(_dtype(expert)), **expert.config} for expert in experts
     }
-    return dataclasses.replace(  # type: ignore[call-arg]
+    changed = dataclasses.replace(  # type: ignore[call-arg]
         config,
         experts={name: described[name] for name in config.experts},
         general_experts={name: described[name] for name in config.general_experts},
@@ -432,8 +463,11 @@ def composed(
         expert_dtype=_name(dtype),
         mixing=mixing_of(config, experts),
         mixing_by_default=config.mixing is None or config.mixing_by_default,
+        router_granularity=config.modules_per_router,
         task_type=config.task_type or (tasks.pop() if len(tasks) == 1 else None),
     )
+    check_prototypes(model, changed, experts)
+    return changed
 
 
 def _dtype(expert: Expert) -> torch.dtype:
@@ -457,6 +491,7 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
             f"this adapter is for another model: {len(absent)} of its {len(config.sites)} modules "
             f"are not in the base model, {absent[0]} among them"
         )
+    check_groups(model, config)
     if config.granularity == "sequence" and getattr(
         getattr(model, "config", None), "is_encoder_decoder", False
     ):

@@ -19,6 +19,7 @@ from peft_routing.routers.options import (
 from peft_routing.routers.tensors import largest, wide
 
 Granularity = Literal["token", "sequence"]
+RouterGranularity = Literal["module", "block", "model"]
 _ROUTERS: dict[str, type["Router"]] = {}
 
 
@@ -29,6 +30,7 @@ class RouterSettings(Protocol):
 
     experts: Any
     granularity: Granularity
+    router_granularity: RouterGranularity | None
     routing_tokens: int
     router_aux_loss_coef: float
 
@@ -50,13 +52,18 @@ class Router(nn.Module):
     name: ClassVar[str]
     # A dataclass, or the options' names alone: then any value is taken, and None is the default.
     options: ClassVar[Any] = RouterOptions
-    is_shared: ClassVar[bool] = False  # one for the whole model, not one per adapted module
+    # The default of `router_granularity`: one per adapted module, per block, or for the model.
+    router_granularity: ClassVar[RouterGranularity] = "module"
     is_simplex: ClassVar[bool] = True  # coefficients are a softmax; the load can be balanced
     # The default of `mixing`, where the experts' ranks and targets agree.
     mixing: ClassVar[Literal["full", "low_rank"]] = "low_rank"
     top_k: ClassVar[int | None] = None  # the default of the option; all experts if None
     # The parameters with a row per "expert" or per "cluster".
     rows: ClassVar[dict[str, str]] = {"weight": "expert"}
+    # The modules that an adapter's router is for, and their choice, where it is for several and
+    # depends on the input (`sharing`).
+    group: str = ""
+    choice: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -91,6 +98,13 @@ class Router(nn.Module):
     def uses_input(cls, config: RouterSettings) -> bool:
         """Whether coefficients depend on the input: if not, the adapter can be merged."""
         return True
+
+    @classmethod
+    def starts_from_experts(cls, config: RouterSettings) -> bool:
+        """Whether `start` takes the rows from the experts, each of which then needs an update at
+        the module that the router reads.
+        """
+        return False
 
     @classmethod
     def check(cls, config: RouterSettings) -> None:
@@ -189,22 +203,17 @@ class Router(nn.Module):
 
 
 class SharedRouter(nn.Module):
-    """A stand-in for a model's one router, whose parameters lie in the first module."""
+    """What stands in the place of a router that several modules share, in all but the first of
+    these, where it lies with its parameters.
+    """
 
     def __init__(self, owner: Router) -> None:
         super().__init__()
         self._owner = (owner,)  # a tuple, so that its parameters are not this module's as well
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "_owner":  # while being copied
-                raise
-            return getattr(self._owner[0], name)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self._owner[0](hidden).to(hidden.device)
+    @property
+    def owner(self) -> Router:
+        return self._owner[0]
 
 
 def all_routers() -> dict[str, type[Router]]:

@@ -48,6 +48,10 @@ class LinearRouter(Router):
             )
 
     @classmethod
+    def starts_from_experts(cls, config: RouterSettings) -> bool:
+        return cls.start_and_score(config)[0]
+
+    @classmethod
     def start_and_score(cls, config: RouterSettings) -> tuple[bool, bool]:
         """Whether rows start as Arrow's do, and whether scores are absolute values.
 
