@@ -27,6 +27,12 @@ from _mergekit_moe_ext_common.checkpoints import (
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import silence
 from _mergekit_moe_ext_common.options import Reading, TrainingOptions
+from _mergekit_moe_ext_common.sharding import (
+    check_launch,
+    is_split_wanted,
+    make_whole,
+    warn_of_missing_processes,
+)
 from _mergekit_moe_ext_common.staging import check_output, check_room, staged
 from _mergekit_moe_ext_common.training import MEASURES, training_arguments
 
@@ -42,8 +48,13 @@ class Run:
     checkpoints of its own. Methods are called in the order in which they stand here.
     """
 
-    def __init__(self, output: str, reading: Reading) -> None:
-        """Nothing is written yet. `UserError` where `output` cannot be."""
+    def __init__(self, output: str, reading: Reading, *, splits: bool = False) -> None:
+        """Nothing is written yet. `UserError` where `output` cannot be.
+
+        `splits` says that the model may be split between processes; each trainer then is one of
+        `TrainedOnly`. `UserError` where accelerate was told to split one that may not be, or in another way.
+        """
+        check_launch(splits=splits)
         silence(reading)
         self.out = check_output(output)
         self.checkpoints = self.out.with_name(f"{self.out.name}.checkpoints")
@@ -51,6 +62,7 @@ class Run:
         # How many processes there are, and which one writes, only the Trainer's arguments know.
         self.is_main = True
         self.processes = 1
+        self.is_split = False
         self._reading = reading
         self.settings: dict[str, Any] = {}
 
@@ -74,6 +86,7 @@ class Run:
         )
         self.is_main = arguments.should_save
         self.processes = arguments.world_size
+        self.is_split = is_split_wanted() and self.processes > 1
         return arguments
 
     def begin(
@@ -90,7 +103,8 @@ class Run:
         need no training any more. `UserError` where there is an interrupted run and it is not to be
         resumed, and where there is none, or another one, and it is.
         """
-        self.settings = {**settings, "processes": self.processes}
+        warn_of_missing_processes(self.processes)
+        self.settings = {**settings, "processes": self.processes, "fsdp": self.is_split}
         complete = {part: _complete_checkpoints(self.checkpoints / part) for part in parts}
         is_begun = bool(finished) or any(complete.values())
         if resume:
@@ -144,13 +158,8 @@ class Run:
     def train(self, trainer: Trainer, part: str = "") -> None:
         """Trains one part, from where it starts, and waits until all processes have.
 
-        `UserError` where the model would be split between processes.
+        A model that was split between processes is whole in the main one afterwards, for saving.
         """
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise UserError(
-                "FSDP and DeepSpeed are not supported yet: every process holds the whole model; "
-                "use `accelerate launch --multi_gpu`"
-            )
         if self.is_main:
             self._keep_settings()
         trainer.train(resume_from_checkpoint=self.starts[part])
@@ -160,6 +169,8 @@ class Run:
         trainer.accelerator.wait_for_everyone()
         trainer.model_wrapped = trainer.model
         trainer.accelerator.free_memory()
+        if self.is_split:
+            make_whole(trainer.model, keeps=self.is_main)
 
     def _keep_settings(self) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -21,14 +21,23 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import is_torch_bf16_gpu_available
 
 from _mergekit_moe_ext_common.data import Source, load, pack, parse_sources, tokenise
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import vocabulary_of
 from _mergekit_moe_ext_common.options import Reading, TrainingOptions
+from _mergekit_moe_ext_common.sharding import (
+    keep_dtypes,
+    load_optimizer,
+    part_of,
+    reduce_unused,
+    reshard,
+    save_optimizer,
+    split_on_cpu,
+)
 
-_TRAINED = "trained.safetensors"
 MEASURES = ("entropy", "accuracy", "loss")
 
 
@@ -43,32 +52,86 @@ class BarTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.add_callback(Progress())
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        split_on_cpu(self.accelerator)
+        self.is_fsdp_enabled = self.accelerator.is_fsdp2
+        if self.is_fsdp_enabled:
+            keep_dtypes(self.accelerator)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        # Of a model that is split accelerate leaves this to FSDP's policy.
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        reduce_unused(self.model)
+        return prepared
+
 
 class TrainedOnly:
     """A mixin for a Trainer whose checkpoints hold only the parameters that are trained.
 
-    They are stored in float32, by their names in the model.
+    They are stored in float32, by their names in the model. Of a model that is split between
+    processes each of them writes its part, and reads it again.
     """
+
+    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._save(output_dir)
 
     def _save(
         self: Any,
         output_dir: str | None = None,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        if not (self.is_fsdp_enabled or self.args.should_save):
+            return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        parameters = _trainable_parameters(self.model)
-        tensors = {name: each.detach().contiguous() for name, each in parameters.items()}
-        save_file(tensors, directory / _TRAINED)
+        reshard(self.model)
+        tensors = {}
+        for name, parameter in _trainable_parameters(self.model).items():
+            tensors[name] = part_of(parameter.detach()).contiguous()
+        save_file(tensors, directory / self._file("trained", "safetensors"))
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        directory = Path(output_dir)
+        save_optimizer(self.optimizer, directory / self._file("optimizer", "pt"))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), directory / SCHEDULER_NAME)
+        # What is written next says that the checkpoint is complete.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        tensors = load_file(Path(resume_from_checkpoint) / _TRAINED)
+        path = Path(resume_from_checkpoint) / self._file("trained", "safetensors")
+        tensors = load_file(path) if path.exists() else {}
         parameters = _trainable_parameters(self.model)
         if tensors.keys() != parameters.keys():
             raise UserError(f"{resume_from_checkpoint} is a checkpoint of another training")
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+                part_of(parameter.detach()).copy_(tensors[name])
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        if checkpoint is None:
+            return
+        load_optimizer(self.optimizer, Path(checkpoint) / self._file("optimizer", "pt"))
+        state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(state)
+
+    def _file(self: Any, name: str, suffix: str) -> str:
+        """The name of a file of a checkpoint, with this process's part of it if there are parts."""
+        if not self.is_fsdp_enabled:
+            return f"{name}.{suffix}"
+        return f"{name}-{self.args.process_index + 1}-of-{self.args.world_size}.{suffix}"
 
 
 def _trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

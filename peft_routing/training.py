@@ -32,7 +32,7 @@ from _mergekit_moe_ext_common.runs import (
     divergence,
     losses_before_and_after,
 )
-from _mergekit_moe_ext_common.training import TokenTrainer, read_data
+from _mergekit_moe_ext_common.training import TokenTrainer, TrainedOnly, read_data
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.loading import base_of, check_routed, load_adapter_config, load_routed
 from peft_routing.recipes import LEARNING_RATES, Recipe
@@ -41,6 +41,10 @@ _TRAINED = "trained"
 _RESULT = "result.json"
 Rows = Sequence[dict[str, Any]]
 Batch = dict[str, torch.Tensor]
+
+
+class RouterTrainer(TrainedOnly, TokenTrainer):
+    """The Trainer, whose checkpoints hold the router alone."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def train(
     the training is complete, and `resume` goes on from there. Where there are several processes,
     their group is gone afterwards. `UserError` for what cannot be trained.
     """
-    run = Run(output or f"{adapter.rstrip('/')}-trained", reading)
+    run = Run(output or f"{adapter.rstrip('/')}-trained", reading, splits=True)
     measure = bool(recipe.held_out or eval_data)
     if len(learning_rates) > 1 and not measure:
         complaint = "without held-out rows no learning rate can be chosen"
@@ -108,9 +112,12 @@ def train(
     run.begin(settings, resume=resume, parts=list(parts), finished=finished)
     results = [_read_result(run.checkpoints / part, parts[part]) for part in finished]
 
-    routed = load_routed(
-        adapter, config, base, base_config, reading, headers=headers, is_trainable=True
-    )
+    def start() -> Any:
+        return load_routed(
+            adapter, config, base, base_config, reading, headers=headers, is_trainable=True
+        )
+
+    routed = start()
     _check_trainable(routed, config, first.device)
     # Every learning rate keeps its adapter until the best is copied.
     size = stored.stat().st_size
@@ -121,9 +128,13 @@ def train(
     for part, rate in parts.items():
         if part in finished:
             continue
-        routed.load_adapter(adapter, "default", is_trainable=True)  # each from the same start
+        # Each from the same start. What was split once stays so.
+        if routed is None:
+            routed = start()
+        else:
+            routed.load_adapter(adapter, "default", is_trainable=True)
         routed.train()
-        trainer = TokenTrainer(
+        trainer = RouterTrainer(
             routed,
             arguments[part],
             data_collator=batch,
@@ -131,19 +142,21 @@ def train(
             eval_dataset=held_out or None,
         )
         run.train(trainer, part)
-        losses = losses_before_and_after(trainer, held_out)
-        if not held_out:  # and then one learning rate
-            run.check_converged(trainer, losses, "take a lower --learning-rate")
-        elif divergence(trainer, losses):
-            losses = {name: (before, math.nan) for name, (before, _) in losses.items()}
-        results.append(Result(rate, losses))
         if run.is_main:
+            losses = losses_before_and_after(trainer, held_out)
+            if not held_out:  # and then one learning rate
+                run.check_converged(trainer, losses, "take a lower --learning-rate")
+            elif divergence(trainer, losses):
+                losses = {name: (before, math.nan) for name, (before, _) in losses.items()}
+            results.append(Result(rate, losses))
             _write_result(run.checkpoints / part, routed, results[-1])
+        if run.is_split:
+            routed = None
 
     run.end_group()
-    ranking = _ranking(results)
     if not run.is_main:
         return []
+    ranking = _ranking(results)
     with run.finish() as directory:
         trained = run.checkpoints / _part(ranking[0].learning_rate) / _TRAINED
         shutil.copytree(trained, directory, dirs_exist_ok=True)

@@ -114,7 +114,7 @@ def train(
     training is complete; `resume` goes on from the last one. Where there are several processes,
     their group is gone afterwards. `UserError` for what cannot be trained.
     """
-    run = Run(output or f"{model_path.rstrip('/')}-trained", reading)
+    run = Run(output or f"{model_path.rstrip('/')}-trained", reading, splits=True)
     config = load_config(model_path, reading)
     headers = check_model(model_path, config, reading)
     rate = LEARNING_RATES[part] if recipe.learning_rate is None else recipe.learning_rate
