@@ -78,6 +78,19 @@ def common_task(paths: Sequence[str]) -> str | None:
     return tasks.pop() if len(tasks) == 1 else None
 
 
+def read_labels(path: str) -> tuple[str, ...]:
+    """The names of the classes, by the model's configuration beside an adapter, if there is one.
+
+    Names that transformers made up (LABEL_0 …) say nothing.
+    """
+    try:
+        config = json.loads(_file(path, "config.json", path).read_text(encoding="utf-8"))
+        names = [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return ()
+    return () if names == [f"LABEL_{index}" for index in range(len(names))] else tuple(names)
+
+
 def read_tensors(path: str, where: str, key_mapping: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors of an adapter by their names; errors as of `read_config`.
 

@@ -35,6 +35,7 @@ _ROUTING = (
     "score",
     "mlp_layers",
     "init_lambda",
+    "head",
 )
 _BASE = click.option("--base", help="Base model. [default: the one that the adapter names]")
 

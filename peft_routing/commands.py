@@ -47,7 +47,7 @@ def compose(
     **routing: Any,
 ) -> "RoutedLoraConfig":
     """Put LoRA adapters and a router into one adapter for a base model, of which only the
-    configuration is read.
+    configuration is read (with `head="new"` its weights, too).
 
     Args:
         base: the model, a directory or a name on the Hub.
@@ -59,7 +59,7 @@ def compose(
         expert, by its name and in the order of the names.
         seed: for a router that starts at random.
         trust_remote_code: run code that comes with the base model (danger).
-        routing: any other field of `RoutedLoraConfig`: `top_k`, `granularity`, `mixing` …
+        routing: any other field of `RoutedLoraConfig`: `top_k`, `granularity`, `mixing`, `head` …
 
     Returns the configuration of the routed adapter: its experts, the modules that they lie at, its
     mixing.
@@ -77,7 +77,7 @@ def compose(
     from _mergekit_moe_ext_common.loading import load_config
     from _mergekit_moe_ext_common.staging import check_output
     from peft_routing.config import RoutedLoraConfig, experts_by_name
-    from peft_routing.loading import empty_model
+    from peft_routing.loading import base_for_composing
 
     reading = Reading(trust_remote_code=trust_remote_code)
     check_output(output)
@@ -87,9 +87,15 @@ def compose(
         config = RoutedLoraConfig(
             experts=experts, general_experts=general_experts, router=router, **routing
         )
-        model = empty_model(load_config(base, reading), reading)
+        model = base_for_composing(base, load_config(base, reading), config, reading)
         set_seed(seed)
+        asked = config.head
         model = get_peft_model(model, config)
+        if asked is None and model.peft_config["default"].head == "new":
+            raise UserError(
+                "the experts are of a task whose head PEFT has trained and saved with the router, "
+                "and none has one: say head='new' (--head new), so that the base model's is read"
+            )
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
     save(model, output)

@@ -34,6 +34,7 @@ _FIELDS_OF_ROUTERS = (
     "mlp_layers",
     "init_lambda",
 )
+HEADS = ("mean", "new", "own")  # what `head` may be besides the name of an expert
 CHANGEABLE = ("top_k", "router_temperature")  # in a model, by `set_routing`
 _OWN_TYPES = {
     "granularity": Granularity,
@@ -147,6 +148,17 @@ class RoutedLoraConfig(PeftConfig):
         default=0.0,
         metadata={"help": "Weight of the load-balancing loss, averaged over modules, in training."},
     )
+    head: str | None = field(
+        default=None,
+        metadata={
+            "help": "Head of a classifier, where experts have their own: an expert's name, mean, "
+            "new (trained with the router) or own (all, chosen by task= in forward)."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that PEFT trains and saves whole, beside the router."},
+    )
     layout: list[dict[str, Any]] | None = field(
         default=None,
         metadata={"help": "Modules with each expert's rank and scaling; written by composing."},
@@ -169,6 +181,7 @@ class RoutedLoraConfig(PeftConfig):
         for option, declared in _OWN_TYPES.items():
             setattr(self, option, read_value(option, declared, getattr(self, option)))
         self._check_experts()
+        self._check_head()
         self._read_router_options()
         for option in ("top_k", "routing_tokens"):
             number = getattr(self, option)
@@ -263,7 +276,8 @@ class RoutedLoraConfig(PeftConfig):
 
         What PEFT's own configurations have can always be set.
         """
-        is_ours = name in RoutedLoraConfig.__annotations__
+        # PEFT's classes of some tasks set `modules_to_save`, and do when the modules are made.
+        is_ours = name in RoutedLoraConfig.__annotations__ and name != "modules_to_save"
         if is_ours and self.is_locked and value != getattr(self, name):
             hint = (
                 "change a configuration before it is loaded: PeftConfig.from_pretrained, then "
@@ -308,6 +322,18 @@ class RoutedLoraConfig(PeftConfig):
             raise UserError(
                 "general experts are subtracted from updates, which mixing='low_rank' never "
                 "forms: use full"
+            )
+
+    def _check_head(self) -> None:
+        """`UserError` for a head that nothing has, or a word that names an expert as well."""
+        if self.head is None:
+            return
+        if self.head in HEADS and self.head in self.experts:
+            raise UserError(f"head={self.head!r} names an expert as well: give that another name")
+        if self.head not in (*HEADS, *self.experts):
+            raise UserError(
+                f"head={self.head!r} is none of the experts ({', '.join(self.experts)}) and none "
+                f"of {', '.join(HEADS)}"
             )
 
     def _read_router_options(self) -> None:
@@ -394,6 +420,8 @@ class RoutedLoraConfig(PeftConfig):
                 described = expert if isinstance(expert, dict) else {"path": expert}
                 experts.append({"name": name, **described})
             values[option] = experts
+        if self.modules_to_save is not None:  # PEFT adds the same names whenever it loads them
+            values["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -21,15 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from _mergekit_moe_ext_common.checkpoints import check_finite
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import explained
-from peft_routing.adapter_files import read_config, read_tensors
+from peft_routing.adapter_files import read_config, read_labels, read_tensors
 from peft_routing.base_tensors import check_base_tensors, is_output_embedding
 from peft_routing.moved import PREFIX, in_names_of
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|B\.bias)")
+_NAMED_HEAD = re.compile(r"(.+)\.modules_to_save\.[^.]+\.(.+)")
 _NAMED_FACTOR = re.compile(r"(.+\.lora_[AB])(?:\.([^.]+))?\.(weight|bias)")
 _CANNOT_BE_ROUTED = {
     "use_dora": "DoRA divides by the norm of the merged weight, so its updates do not add up",
-    "modules_to_save": "whole modules cannot be mixed",
     "target_parameters": "its updates are of parameters, not of linear modules",
     "layer_replication": "its layers are not those of the base model",
     "trainable_token_indices": "embeddings have no hidden state to route by",
@@ -49,6 +49,8 @@ class Expert:
     """A LoRA adapter: A (rank, in), B (out, rank) and the scaling of B A, by module.
 
     biases: what is added to B A x before the scaling (out), where the adapter has such.
+    head: the tensors of the modules that PEFT saved whole beside it, by their names in the model.
+    labels: the names of the classes, where they are known.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Expert:
     factors: dict[str, tuple[Tensor, Tensor]]
     scalings: dict[str, float]
     biases: dict[str, Tensor] = field(default_factory=dict)
+    head: dict[str, Tensor] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     def rank(self, module: str) -> int:
         """The rank of the update at a module, 0 where there is none."""
@@ -82,6 +86,8 @@ def read_expert(name: str, path: str, model: nn.Module) -> Expert:
         tensors = in_names_of(model, tensors)
     factors, biases, others = _parts(tensors, where)
     _check_places(factors, model, where)
+    head = _head(others, config.get("modules_to_save") or ())
+    others = {key: others[key] for key in others if key.removeprefix(PREFIX) not in head}
     check_base_tensors(others, model, path, where)
     if not factors:
         raise UserError(f"{where}: its file of weights holds no LoRA factors")
@@ -95,7 +101,22 @@ def read_expert(name: str, path: str, model: nn.Module) -> Expert:
             for module, (a, _) in factors.items()
         }
     stated = {key: value for key, value in config.items() if value not in (None, {}, [])}
-    return Expert(name, stated, factors, scalings, biases)
+    labels = read_labels(path) if head else ()
+    return Expert(name, stated, factors, scalings, biases, head, labels)
+
+
+def _head(others: Mapping[str, Tensor], modules_to_save: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of the modules that were saved whole, by their names in the model."""
+    head = {}
+    for key, tensor in others.items():
+        name = key.removeprefix(PREFIX)
+        # PEFT takes every module whose name ends like one of these.
+        module = name
+        while "." in module:
+            module = module.rpartition(".")[0]
+            if module.endswith(tuple(modules_to_save)):
+                head[name] = tensor
+    return head
 
 
 def _check_config(config: dict[str, Any], path: str, where: str) -> None:
@@ -180,7 +201,8 @@ def _without_adapter_name(tensors: Mapping[str, Tensor], where: str) -> dict[str
     for key, tensor in tensors.items():
         match = _NAMED_FACTOR.fullmatch(key)
         if match is None:
-            renamed[key] = tensor
+            head = _NAMED_HEAD.fullmatch(key)
+            renamed[f"{head[1]}.{head[2]}" if head else key] = tensor
             continue
         adapters.add(match[2] or "")
         renamed[f"{match[1]}.{match[3]}"] = tensor

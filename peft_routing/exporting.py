@@ -40,11 +40,12 @@ def write_experts(experts: Sequence[Expert], directory: str) -> None:
             # `dtype` is ours: the experts of an adapter are kept in the widest, and go back here.
             config = dict(expert.config)
             dtype = getattr(torch, config.pop("dtype"))
+            config.pop("head", None)
             factors = {}
             for module, (a, b) in expert.factors.items():
                 factors[module] = (a.to(dtype), b.to(dtype))
             biases = {module: bias.to(dtype) for module, bias in expert.biases.items()}
-            write_adapter(factors, biases, config, out / folder)
+            write_adapter(factors, biases, config, out / folder, expert.head)
 
 
 def write_lora(
@@ -53,17 +54,20 @@ def write_lora(
     base: str | None,
     task_type: Any,
     directory: str,
+    head: Mapping[str, Tensor],
+    modules_to_save: Sequence[str] | None,
 ) -> None:
-    """Writes one LoRA adapter whose updates are B A plus a bias.
+    """Writes one LoRA adapter whose updates are B A plus a bias, with the tensors of its head.
 
     The scaling is 1: alpha equals the rank, at every module.
     """
     with staged(check_output(directory)) as out:
         config = lora_config(factors, base, task_type, lora_bias=bool(biases))
+        config["modules_to_save"] = modules_to_save
         if biases:  # PEFT has a bias at all modules or at none
             nothing = {module: b.new_zeros(len(b)) for module, (_, b) in factors.items()}
             biases = {**nothing, **biases}
-        write_adapter(factors, biases, config, out)
+        write_adapter(factors, biases, config, out, head)
 
 
 def lora_config(
@@ -96,7 +100,11 @@ def lora_config(
 
 
 def write_adapter(
-    factors: Factors, biases: Mapping[str, Tensor], config: Mapping[str, Any], out: Path
+    factors: Factors,
+    biases: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    out: Path,
+    head: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes the two files of a LoRA adapter."""
     out.mkdir(exist_ok=True)
@@ -109,6 +117,8 @@ def write_adapter(
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous().cpu()
     for module, bias in biases.items():
         tensors[f"{PREFIX}{module}.lora_B.bias"] = bias.contiguous().cpu()
+    for name, tensor in (head or {}).items():
+        tensors[f"{PREFIX}{name}"] = tensor.contiguous().cpu()
     save_file(tensors, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 

@@ -21,7 +21,7 @@ from _mergekit_moe_ext_common.prefix_labels import (
     predicted_labels,
     without_prefix_labels,
 )
-from peft_routing import given
+from peft_routing import given, own_heads
 from peft_routing.calls import CALL, RoutedCall, input_in
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.sharing import SharedChoice, choices_held, give_choices, open_choices
@@ -212,6 +212,7 @@ def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Start following a forward pass; what it returns are the pass's arguments."""
     refuse_mixed_batches(kwargs)
+    kwargs = own_heads.enter(model, kwargs)
     kwargs, coefficients = _given(kwargs)
     if any(isinstance(value, Cache) and name != OUTPUT_NAME for name, value in kwargs.items()):
         kwargs = with_cache_renamed(kwargs, inspect.signature(type(model).forward).parameters)
@@ -256,6 +257,17 @@ def _given(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
 
 def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """End following a forward pass; what it returns takes the place of the output."""
+    chosen = own_heads.leave(model)
+    if chosen is None or chosen.labels is None or output is None:
+        return _left(model, args, kwargs, output)
+    kwargs = {**kwargs, "labels": chosen.labels}
+    output = own_heads.with_loss(model, chosen.labels, kwargs.get("num_items_in_batch"), output)
+    changed = _left(model, args, kwargs, output)
+    return output if changed is None else changed
+
+
+def _left(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """What takes the place of the output, by the router; None where nothing does."""
     if given.leave(model) or not _followed(model):
         return None
     call = CALL.get()

@@ -89,6 +89,7 @@ def inspect_adapter(
     model = load_routed(adapter, config, base, base_config, reading, headers=headers)
     model = model.to(device).eval()
     pad_token_id = padding_token(tokenizer, vocabulary_of(base_config))
+    any_head = {"task": config.names[0]} if config.head == "own" else {}
     tasks = {}
     for name, rows in texts.items():
         batches = DataLoader(rows, batch_size, collate_fn=lambda rows: collate(rows, pad_token_id))
@@ -100,7 +101,7 @@ def inspect_adapter(
                     labels = inputs.pop("labels")
                     inputs["decoder_input_ids"] = decoder_inputs(model.get_base_model(), labels)
                 with torch.no_grad():
-                    model(**inputs, use_cache=False)
+                    model(**inputs, **any_head, use_cache=False)
         tasks[name] = means.result()
     return Inspection(str(adapter), config.router, config.names, tasks)
 

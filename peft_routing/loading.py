@@ -1,6 +1,6 @@
 """Finding a routed adapter's configuration and its base model, with errors for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,16 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import check_model, explained, load_config, load_model
 from _mergekit_moe_ext_common.options import Reading
 from peft_routing.config import RoutedLoraConfig
+from peft_routing.expert import PREFIX, read_expert
+from peft_routing.heads import shapes_of
 from peft_routing.layer import RoutedLoraLayer
+
+# The class that PEFT's adapters of a task are on, whatever the base model was saved as.
+CLASSES: dict[Any, Any] = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+}
 
 
 def load_adapter_config(adapter: str) -> RoutedLoraConfig:
@@ -56,7 +65,14 @@ def load_routed(
 
     `headers` are what `check_routed` has found, where it was called before.
     """
-    model = load_model(base, base_config, reading, headers=headers, dtype="auto")
+    model = load_model(
+        base,
+        base_config,
+        reading,
+        architecture=CLASSES.get(config.task_type),
+        headers=headers,
+        dtype="auto",
+    )
     return _put_on(model, adapter, config, base, is_trainable)
 
 
@@ -67,16 +83,61 @@ def check_routed(
 
     Of the base model only headers are read. `UserError` as above.
     """
-    headers = check_model(base, base_config, reading)
     load_on_empty(adapter, config, base, base_config, reading)
-    return headers
+    return check_model(base, base_config, reading, architecture=CLASSES.get(config.task_type))
 
 
 def load_on_empty(
     adapter: str, config: RoutedLoraConfig, base: str, base_config: Any, reading: Reading
 ) -> Any:
-    """The adapter on its base model's architecture, without its weights. `UserError` as above."""
-    return _put_on(empty_model(base_config, reading), adapter, config, base, is_trainable=False)
+    """The adapter on its base model's architecture, without its weights. `UserError` as above.
+
+    From now on `base_config` says as many labels as the adapter's head has.
+    """
+    shapes = {}
+    if config.head != "own":  # heads of any size go beside the base model's
+        for name, stored in read_headers([Path(adapter) / SAFETENSORS_WEIGHTS_NAME]).items():
+            shapes[name.removeprefix(PREFIX)] = stored.shape
+    model = empty_with_head(base_config, reading, config.task_type, shapes)
+    return _put_on(model, adapter, config, base, is_trainable=False)
+
+
+def base_for_composing(
+    base: str, base_config: Any, config: RoutedLoraConfig, reading: Reading
+) -> nn.Module:
+    """The model that a routed adapter of experts is composed on: its names and shapes, or the
+    whole of it where its own head becomes the adapter's.
+
+    It has the class, and the number of labels, that the experts were trained with.
+    """
+    if config.head is None:
+        return empty_model(base_config, reading)
+    architecture = CLASSES.get(config.task_type)
+    if config.head == "new":
+        return load_model(base, base_config, reading, architecture=architecture, dtype="auto")
+    model = empty_model(base_config, reading, architecture)
+    if config.head == "own":  # heads of any size go beside the base model's
+        return model
+    source = config.head if config.head in config.experts else config.names[0]
+    shapes = shapes_of(read_expert(source, config.experts[source], model))
+    return empty_with_head(base_config, reading, config.task_type, shapes)
+
+
+def empty_with_head(
+    base_config: Any, reading: Reading, task_type: Any, shapes: Mapping[str, Sequence[int]]
+) -> nn.Module:
+    """The architecture for a task on the meta device, with a head of as many labels as its tensors
+    of these shapes have. `base_config` is changed to say so.
+    """
+    model = empty_model(base_config, reading, CLASSES.get(task_type))
+    if task_type not in CLASSES:
+        return model
+    for name, tensor in model.state_dict().items():
+        shape = shapes.get(name, tensor.shape)
+        if tuple(shape) != tuple(tensor.shape) and tuple(shape[1:]) == tuple(tensor.shape[1:]):
+            base_config.num_labels = shape[0]
+            return empty_model(base_config, reading, CLASSES[task_type])
+    return model
 
 
 def _put_on(
@@ -130,10 +191,15 @@ def _names_in(model: nn.Module, adapter_name: str) -> list[str]:
     return names
 
 
-def empty_model(config: Any, reading: Reading) -> nn.Module:
-    """The architecture on the meta device: names and shapes without weights."""
+def empty_model(config: Any, reading: Reading, auto_class: Any = None) -> nn.Module:
+    """The architecture on the meta device: names and shapes without weights.
+
+    It is that of the configuration, or what an Auto class makes of it.
+    """
     name = config.name_or_path
     with explained(f"cannot build a model by the config of {name}", name), torch.device("meta"):
+        if auto_class is not None:
+            return auto_class.from_config(config, trust_remote_code=reading.trust_remote_code)
         architecture = getattr(transformers, (config.architectures or [""])[0], None)
         if architecture is not None:
             return architecture(config)

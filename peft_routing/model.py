@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from torch import nn
 
 from _mergekit_moe_ext_common.errors import UserError
+from peft_routing import heads
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.default_mixing import mixing_of
 from peft_routing.expert import Expert, check_experts, layout, read_expert
@@ -59,6 +60,7 @@ class RoutedLoraModel(BaseTuner):
         source = config.source
         if source is None:
             self._make_room(model, adapter_name, config, **kwargs)
+            heads.make_room(model, adapter_name)
         else:
             paths = {**source.experts, **source.general_experts}
             experts = [read_expert(name, path, model) for name, path in paths.items()]
@@ -69,6 +71,7 @@ class RoutedLoraModel(BaseTuner):
             else:
                 config.become(made)
             self._put_in(model, adapter_name, config, experts, **kwargs)
+            heads.fill(model, adapter_name, config, experts)
 
     def add_expert(
         self,
@@ -94,7 +97,10 @@ class RoutedLoraModel(BaseTuner):
             raise UserError(
                 f"router={config.router!r}: give weight= for fixed, cluster= for hierarchical"
             )
-        experts.insert(len(config.experts), read_expert(name, path, self.model))
+        added = read_expert(name, path, self.model)
+        if config.head == "mean":
+            heads.check_added(added, config, self.model)
+        experts.insert(len(config.experts), added)
         self._replace(adapter_name, config, experts, clusters=clusters, weights=weights)
 
     def remove_expert(self, name: str, adapter_name: str | None = None) -> None:
@@ -114,6 +120,8 @@ class RoutedLoraModel(BaseTuner):
             [e for e in experts if e.name != name],
             clusters=clusters,
             weights=weights,
+            # The head that it gave stays, as the adapter's own.
+            head="new" if config.head == name else config.head,
         )
 
     def set_routing(
@@ -149,9 +157,10 @@ class RoutedLoraModel(BaseTuner):
 
         The directories are `<directory>/<name>`.
 
-        General experts too; nothing is subtracted from anything.
+        General experts too; nothing is subtracted from anything. An expert gets the head that it
+        has here, which is its own only for `head="own"`.
         """
-        write_experts(self._taken_out(adapter_name)[2], directory)
+        write_experts(self._to_export(adapter_name)[2], directory)
 
     def to_lora(
         self, directory: str, adapter_name: str | None = None, *, rank: int | None = None
@@ -162,7 +171,8 @@ class RoutedLoraModel(BaseTuner):
         With it, every update is the closest one of that rank. Returns the relative error.
         `UserError` where coefficients depend on the input.
         """
-        adapter_name, config, _ = self._taken_out(adapter_name)
+        adapter_name, config, experts = self._to_export(adapter_name)
+        self._check_one_head(adapter_name)
         factors = {}
         biases = {}
         for layer in self._layers(adapter_name):
@@ -176,8 +186,25 @@ class RoutedLoraModel(BaseTuner):
             if rank < 1:
                 raise UserError(f"rank={rank} is below 1")
             factors, error = truncated(factors, rank)
-        write_lora(factors, biases, config.base_model_name_or_path, config.task_type, directory)
+        write_lora(
+            factors,
+            biases,
+            config.base_model_name_or_path,
+            config.task_type,
+            directory,
+            experts[0].head,
+            config.modules_to_save,
+        )
         return error
+
+    def _check_one_head(self, adapter_name: str) -> None:
+        """`UserError` where every expert has its own head: without the adapter there is one."""
+        config = self.peft_config[adapter_name]
+        if config.head == "own":
+            raise UserError(
+                f"adapter {adapter_name!r} has a head per expert, and a merged model has one: "
+                f"compose with head= one of {', '.join(config.names)}, 'mean' or 'new'"
+            )
 
     def _unmerged(self, adapter_name: str | None) -> str:
         """The name of an adapter, the first active one if None. `UserError` if it is merged."""
@@ -195,7 +222,7 @@ class RoutedLoraModel(BaseTuner):
         adapter_name = self._unmerged(adapter_name)
         config = self.peft_config[adapter_name]
         described = {**config.experts, **config.general_experts}
-        experts = [Expert(name, of_expert, {}, {}) for name, of_expert in described.items()]
+        experts = [Expert(name, dict(of_expert), {}, {}) for name, of_expert in described.items()]
         for layer in self._layers(adapter_name):
             site = config.sites[layer.key]
             inside = layer.experts_of(adapter_name)
@@ -209,6 +236,18 @@ class RoutedLoraModel(BaseTuner):
             for expert, bias in zip(experts, inside.biases_of_all(), strict=True):
                 if expert.config.get("lora_bias") and layer.key in expert.factors:
                     expert.biases[layer.key] = bias
+        if config.head == "own":
+            heads.take_out(self.model, adapter_name, experts)
+        return adapter_name, config, experts
+
+    def _to_export(self, adapter_name: str | None) -> tuple[str, RoutedLoraConfig, list[Expert]]:
+        """As `_taken_out`, with the modules that PEFT saves whole."""
+        adapter_name, config, experts = self._taken_out(adapter_name)
+        heads.take_out(self.model, adapter_name, experts)
+        for expert in experts:
+            expert.config.pop("modules_to_save", None)
+            if expert.head:
+                expert.config["modules_to_save"] = config.modules_to_save
         return adapter_name, config, experts
 
     def _replace(
@@ -226,7 +265,12 @@ class RoutedLoraModel(BaseTuner):
         changed = dataclasses.replace(
             config, experts=names, layout=None, expert_dtype=None, **changes
         )
+        # Whoever gave the one head, it is the adapter's now, and may have been trained.
+        source = changed.head
+        if source not in (None, "own"):
+            changed = dataclasses.replace(changed, head="new")
         changed = composed(changed, experts, self.model)
+        changed = dataclasses.replace(changed, head=source, modules_to_save=config.modules_to_save)
         layers = self._layers(adapter_name)
         check_readers(self.model, config, changed)
         before = self._routers(adapter_name)
@@ -235,6 +279,8 @@ class RoutedLoraModel(BaseTuner):
         for layer in layers:
             del layer.routed_lora_router[adapter_name], layer.routed_lora_experts[adapter_name]
         self._put_in(self.model, adapter_name, changed, experts)
+        if changed.head == "own":
+            heads.fill(self.model, adapter_name, changed, experts)
         for group, router in self._routers(adapter_name).items():
             if group in before:
                 router.take(before[group])
@@ -275,6 +321,8 @@ class RoutedLoraModel(BaseTuner):
         super().inject_adapter(model, adapter_name, **kwargs)
         self._owners = {}
         self._handles_of[adapter_name] = share(model, config, self._routers(adapter_name))
+        if config.head == "own":
+            heads.make_own(model, adapter_name, config)
         config.lock()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -382,7 +430,11 @@ class RoutedLoraModel(BaseTuner):
     def _unload_and_optionally_merge(
         self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> Any:
+        if merge:
+            for name in self.active_adapters if adapter_names is None else adapter_names:
+                self._check_one_head(name)
         untied = self._prepare_merge(adapter_names) if merge else []
+        heads.switch_off_own(self.model)
         model = super()._unload_and_optionally_merge(
             merge, *args, adapter_names=adapter_names, **kwargs
         )
@@ -452,9 +504,12 @@ def composed(
     check_experts(experts, model)
     dtype = functools.reduce(torch.promote_types, map(_dtype, experts))
     tasks = {expert.config.get("task_type") for expert in experts}
-    described = {
-        expert.name: {"dtype": _name(_dtype(expert)), **expert.config} for expert in experts
-    }
+    task_type = config.task_type or (tasks.pop() if len(tasks) == 1 else None)
+    described = {}
+    for expert in experts:
+        described[expert.name] = {"dtype": _name(_dtype(expert)), **expert.config}
+        if config.head == "own" and expert.name in config.experts:
+            described[expert.name]["head"] = heads.shapes_of(expert)
     changed = dataclasses.replace(  # type: ignore[call-arg]
         config,
         experts={name: described[name] for name in config.experts},
@@ -464,7 +519,8 @@ def composed(
         mixing=mixing_of(config, experts),
         mixing_by_default=config.mixing is None or config.mixing_by_default,
         router_granularity=config.modules_per_router,
-        task_type=config.task_type or (tasks.pop() if len(tasks) == 1 else None),
+        task_type=task_type,
+        **heads.completed(config, experts, model, task_type),
     )
     check_prototypes(model, changed, experts)
     return changed
@@ -492,6 +548,12 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
             f"are not in the base model, {absent[0]} among them"
         )
     check_groups(model, config)
+    if config.head is not None and not heads.base_heads(model, config.modules_to_save or ()):
+        raise UserError(
+            f"this adapter has a head ({', '.join(config.modules_to_save or ())}), for which a "
+            f"{type(model).__name__} has no place: load the base model with the class for "
+            f"{config.task_type or 'its task'}, such as AutoModelForSequenceClassification"
+        )
     if config.granularity == "sequence" and getattr(
         getattr(model, "config", None), "is_encoder_decoder", False
     ):

@@ -34,7 +34,7 @@ from _mergekit_moe_ext_common.runs import (
 )
 from _mergekit_moe_ext_common.training import TokenTrainer, TrainedOnly, read_data
 from peft_routing.config import RoutedLoraConfig
-from peft_routing.loading import base_of, check_routed, load_adapter_config, load_routed
+from peft_routing.loading import CLASSES, base_of, check_routed, load_adapter_config, load_routed
 from peft_routing.recipes import LEARNING_RATES, Recipe
 
 _TRAINED = "trained"
@@ -171,6 +171,11 @@ def _part(learning_rate: float) -> str:
 
 def _read_config(adapter: str, recipe: Recipe) -> RoutedLoraConfig:
     config = load_adapter_config(adapter)
+    if config.task_type in CLASSES:
+        raise UserError(
+            f"{adapter} is for classifying ({config.task_type}), and this trains on texts without "
+            "labels: train it as PEFT's adapters are, by transformers' Trainer"
+        )
     if recipe.router_aux_loss:
         config.router_aux_loss_coef = recipe.router_aux_loss
         config.router_class.check(config)
