@@ -347,7 +347,9 @@ class _InCall:
         call = CALL.get()
         override = given.current()
         choices = open_choices(self.choices)
-        if choices and override is None and self._is_reentrant:
+        # A choice of an earlier layer; one that is yet to be made is made in here.
+        is_made = any(coefficients is not None for _, coefficients in choices)
+        if is_made and override is None and self._is_reentrant:
             raise UserError(
                 "router_granularity='model': reentrant gradient checkpointing lets no gradient of "
                 "other blocks through to the router. Train with "

@@ -114,7 +114,7 @@ def test_a_merged_adapter_is_left_alone(experts):
         ("granularity", "sequence", "before it is loaded"),
         ("routing_tokens", 4, "before it is loaded"),
         ("router_aux_loss_coef", 0.1, "before it is loaded"),
-        ("mixing", "full", "before it is loaded"),
+        ("mixing", "low_rank", "before it is loaded"),
     ],
 )
 def test_an_assignment_that_would_have_no_effect_is_refused(experts, tmp_path, name, value, how):
