@@ -458,6 +458,8 @@ def _as_text(path: Any) -> str:
 def _as_saved(expert: dict[str, Any]) -> tuple[str, Any]:
     """The name of an expert, and its directory or, where it is inside, its LoRA configuration."""
     config = {key: value for key, value in expert.items() if key != "name"}
+    if not isinstance(expert.get("name"), str):
+        raise UserError(f"an expert has the name {expert.get('name')!r}, which is no text")
     return expert["name"], config.get("path", config)
 
 

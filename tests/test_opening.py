@@ -356,6 +356,7 @@ OF_ADAPTERS: dict[str, tuple[Damage, str]] = {
     "a layout of another kind": (configured("adapter_config.json", layout=7), "cannot read"),
     "a layout without scalings": (edited("layout", scalings={}), "each part of `layout`"),
     "a rank that is none": (edited("layout", ranks=[2.5, 2]), "each part of `layout`"),
+    "an expert's name that is none": (edited("experts", name=True), "the name True"),
     "an expert's dtype that is none": (edited("experts", dtype=-1), "the dtype -1"),
 }
 
