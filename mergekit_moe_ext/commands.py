@@ -166,6 +166,7 @@ def read_configuration(path: str | Path) -> "tuple[MergeConfiguration, str]":
 
 
 def _validated(document: Any, name: str) -> "MergeConfiguration":
+    import pydantic
     from mergekit.config import MergeConfiguration
 
     from mergekit_moe_ext.merging.preflight import check_document
@@ -173,6 +174,10 @@ def _validated(document: Any, name: str) -> "MergeConfiguration":
     try:
         check_document(document)
         return MergeConfiguration.model_validate(document)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{name}: {place}: {first['msg']}") from error
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{name}: {error}") from error
 
