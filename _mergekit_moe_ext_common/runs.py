@@ -51,8 +51,8 @@ class Run:
     def __init__(self, output: str, reading: Reading, *, splits: bool = False) -> None:
         """Nothing is written yet. `UserError` where `output` cannot be.
 
-        `splits` says that the model may be split between processes; each trainer then is one of
-        `TrainedOnly`. `UserError` where accelerate was told to split one that may not be, or in another way.
+        `splits` says that the model may be split between processes: each trainer is a
+        `TrainedOnly`. `UserError` where accelerate was told to do what this training cannot.
         """
         check_launch(splits=splits)
         silence(reading)

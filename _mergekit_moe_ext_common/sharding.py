@@ -1,9 +1,10 @@
 """Models that are split between processes: FSDP2 as accelerate and the Trainer set it up.
 
-accelerate reads its settings from the environment, where `accelerate launch` puts them. A checkpoint
-of a split model is one file of weights and one of optimizer states per process, each with that
-process's part of what is trained. (accelerate's own would hold what is frozen as well, and an index
-that is a pickle.)
+accelerate reads its settings from the environment, where `accelerate launch` puts them.
+
+A checkpoint of a split model is one file of weights and one of optimizer states per process, each
+with that process's part of what is trained. (accelerate's own would hold what is frozen as well,
+and an index that is a pickle.)
 """
 
 import logging

@@ -34,17 +34,36 @@ SPECIAL_TOKENS = {
     "bos_token_id": 1,
     "eos_token_id": 1,
 }  # some families' defaults are beyond 96
-# `accelerate launch` starts one process only where there is no GPU
-TWO_PROCESSES = (
-    "torchrun",
-    "--nproc-per-node",
-    "2",
-    "--rdzv-backend",
-    "c10d",
-    "--rdzv-endpoint",
-    "localhost:0",
-)
+
+
+def processes(number: int) -> tuple[str, ...]:
+    """What starts so many: `accelerate launch` starts one only where there is no GPU."""
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    return ("torchrun", "--nproc-per-node", str(number), *meeting)
+
+
+TWO_PROCESSES = processes(2)
 ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+# As `accelerate launch --use_fsdp --fsdp_version 2` sets them.
+SPLIT_ON_CPU = {**ON_CPU, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+# A program that runs another module's command line until a step of its training.
+INTERRUPTED = """
+import runpy, sys
+from _mergekit_moe_ext_common.training import BarTrainer
+
+module, last = sys.argv[1], int(sys.argv[2])
+del sys.argv[1:3]
+stock, steps = BarTrainer.training_step, []
+
+def interrupted(self, *arguments, **keywords):
+    steps.append(len(steps))
+    if len(steps) == last:
+        raise KeyboardInterrupt
+    return stock(self, *arguments, **keywords)
+
+BarTrainer.training_step = interrupted
+runpy.run_module(module, run_name="__main__")
+"""
 NAMES = ("base", "math", "code", "law")
 
 

@@ -1,7 +1,6 @@
 """Runs: the table of before and after, and which training an interrupted one is taken for."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from _mergekit_moe_ext_common.runs import (
     first_and_last,
 )
 from _mergekit_moe_ext_common.training import BarTrainer
+from tests.conftest import run as run_command
 
 
 def test_a_table_of_losses():
@@ -81,7 +81,9 @@ def checkpoint(run, part, step):
 
 
 def keep(run, **settings):
-    (run.checkpoints / "settings.json").write_text(json.dumps({**settings, "processes": 1}))
+    (run.checkpoints / "settings.json").write_text(
+        json.dumps({**settings, "processes": 1, "fsdp": False})
+    )
 
 
 def test_a_run_starts_where_each_part_was_interrupted(run):
@@ -109,13 +111,59 @@ def test_nothing_to_resume_is_an_error(run):
     run.begin({}, resume=True, parts=["one"], finished=["one"])  # trained, and not yet written
 
 
-@pytest.mark.parametrize("host", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_a_model_that_would_be_split_is_refused(run, host):
-    trainer = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False)
-    setattr(trainer, host, True)
-    with pytest.raises(UserError, match="FSDP and DeepSpeed are not supported"):
-        run.train(trainer)
-    assert not run.checkpoints.exists()
+@pytest.mark.parametrize(
+    ("environment", "splits", "complaint"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, True, "DeepSpeed is not supported; use FSDP2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, False, "DeepSpeed .* --multi_gpu"),
+        ({"ACCELERATE_USE_FSDP": "true"}, True, "version 1 .* `fsdp_version: 2`"),
+        ({"ACCELERATE_USE_FSDP": "True", "FSDP_VERSION": "1"}, True, "version 1 .*--fsdp_version"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, False, "FSDP is not .*--multi_gpu"),
+        (
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_ACTIVATION_CHECKPOINTING": "true",
+            },
+            True,
+            "--gradient-checkpointing",
+        ),
+    ],
+)
+def test_what_accelerate_cannot_be_told_is_refused(
+    tmp_path, monkeypatch, environment, splits, complaint
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=complaint):
+        Run(str(tmp_path / "out"), Reading(quiet=True), splits=splits)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_processes_that_were_not_started_are_missed(run, number, tmp_path):
+    """`accelerate launch --cpu` starts one process; a program beside it says so."""
+    script = tmp_path / "begin.py"
+    script.write_text(
+        "from _mergekit_moe_ext_common.options import Reading, TrainingOptions\n"
+        "from _mergekit_moe_ext_common.runs import Run\n"
+        "run = Run('there', Reading(quiet=True))\n"
+        "run.arguments(TrainingOptions(), learning_rate=1, measure=False)\n"
+        "run.begin({}, resume=False)\n"
+    )
+    command = ("accelerate", "launch", "--cpu", "--num_processes", str(number), str(script))
+    result = run_command(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    complaint = "accelerate was asked for several processes and has started one"
+    assert (complaint in result.stderr) == (number == 2)
+
+
+def test_processes_that_the_environment_counts_are_missed(run, monkeypatch, caplog):
+    run.begin({}, resume=False)
+    assert not caplog.records
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    run.begin({}, resume=False)
+    assert "OMPI_COMM_WORLD_SIZE asks for 4 processes, and there is 1" in caplog.text
 
 
 def test_finishing_removes_checkpoints_and_leaves_what_others_put_there(run):

@@ -31,7 +31,7 @@ from peft_routing.inspection import inspect_adapter
 from peft_routing.layer import Experts
 from peft_routing.loading import load_routed
 from peft_routing.training import Recipe, train
-from tests.conftest import ON_CPU, TWO_PROCESSES, read_tensors, run
+from tests.conftest import INTERRUPTED, ON_CPU, SPLIT_ON_CPU, TWO_PROCESSES, read_tensors, run
 from tests.peft_routing.adapters import make_base, save_experts, save_lora
 from tests.tokenizers import save_tokenizer
 
@@ -396,6 +396,33 @@ def test_two_processes_train_as_one(here, granularity):
         assert torch.allclose(tensor, got[name], atol=1e-5), name
         assert torch.equal(tensor, before[name]) == ("routed_lora_router" not in name)
     assert one.stdout == two.stdout
+
+
+def test_a_split_model_that_was_interrupted_and_resumed_trains_as_a_whole_one(here):
+    """Two learning rates; the second is interrupted after its checkpoint."""
+    (here / "interrupted.py").write_text(INTERRUPTED)
+    options = ["train", "routed", "--data", "news.jsonl", "--data", "law.jsonl", "--quiet"]
+    options += ["--learning-rate", "0.01", "--learning-rate", "0.001", "--held-out", "2"]
+    options += ["--max-steps", "3", "--per-device-train-batch-size"]
+    one = run("peft-route", *options, "4", "-o", "one", env=ON_CPU)
+    assert one.returncode == 0, one.stderr
+    options += ["2", "-o", "two", "--save-steps", "2"]
+    command = (*TWO_PROCESSES, "interrupted.py", "peft_routing", "6")
+    stopped = run(*command, *options, env=SPLIT_ON_CPU)
+    assert stopped.returncode != 0 and not (here / "two").exists()
+    (checkpoint,) = (here / "two.checkpoints").glob("*/checkpoint-2")
+    parts = [checkpoint / f"trained-{part}-of-2.safetensors" for part in (1, 2)]
+    assert all(path.exists() for path in parts)
+    two = run(*TWO_PROCESSES, "-m", "peft_routing", *options, "--resume", env=SPLIT_ON_CPU)
+    assert two.returncode == 0, two.stderr
+    assert one.stdout == two.stdout
+    names = sorted(path.name for path in (here / "one").iterdir())
+    assert names == sorted(path.name for path in (here / "two").iterdir())
+    expected, got, before = (read_tensors(here / name) for name in ("one", "two", "routed"))
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(tensor, got[name], atol=1e-5), name
+        assert torch.equal(tensor, before[name]) == ("routed_lora_router" not in name)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(here):

@@ -8,6 +8,7 @@ import click
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -18,7 +19,16 @@ from mergekit_moe_ext.mixtures import training
 from mergekit_moe_ext.mixtures.routers import Choice, load_balancing_loss, recorded
 from mergekit_moe_ext.mixtures.training import train
 from mergekit_moe_ext.recipes import Recipe
-from tests.conftest import ON_CPU, TWO_PROCESSES, make_model, read_tensors, run
+from tests.conftest import (
+    INTERRUPTED,
+    ON_CPU,
+    SPLIT_ON_CPU,
+    TWO_PROCESSES,
+    make_model,
+    processes,
+    read_tensors,
+    run,
+)
 from tests.mergekit_moe_ext.mixtures.test_usage import FAMILIES, SWITCH, make_moe, words, write
 from tests.tokenizers import save_tokenizer
 
@@ -269,6 +279,78 @@ def test_two_processes_train_as_one(moe):
         assert (tensor - second[name]).abs().max() < 1e-5, name
     moved = [name for name in first if not torch.equal(first[name], before[name])]
     assert len(moved) == len(first)
+
+
+def same_files(one, two):
+    """The same files, the same config, and tensors of the same names, dtypes and values."""
+    assert sorted(path.name for path in one.iterdir()) == sorted(
+        path.name for path in two.iterdir()
+    )
+    assert (one / "config.json").read_bytes() == (two / "config.json").read_bytes()
+    expected, got = read_tensors(one), read_tensors(two)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == got[name].dtype
+        assert (tensor - got[name]).abs().max() < 1e-5, name
+
+
+OF_A_SPLIT = ["--data", "news.jsonl", "--data", "law.jsonl", "--quiet", "--max-length", "24"]
+OF_A_SPLIT += ["--learning-rate", "0.001", "--held-out", "3", "--max-steps", "3"]
+
+
+def test_a_model_split_between_four_processes_trains_as_a_whole_one(moe):
+    """The gates, with a frozen rest, under the load-balancing loss; the embedding is tied."""
+    config = {**FAMILIES["mixtral"], "tie_word_embeddings": True}
+    make_moe(moe / "tied", "mixtral", **config)
+    arguments = ["train", "tied", "--train", "gates", *OF_A_SPLIT, "--router-aux-loss", "0.01"]
+    arguments += ["--gradient-checkpointing", "--per-device-train-batch-size"]
+    command = (*processes(4), "-m", "mergekit_moe_ext")
+    four = run(*command, *arguments, "1", "-o", "four", cwd=moe, env=SPLIT_ON_CPU)
+    assert four.returncode == 0, four.stderr
+    one = run("mergekit-moe-ext", *arguments, "4", "-o", "one", cwd=moe, env=ON_CPU)
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == four.stdout
+    same_files(moe / "one", moe / "four")
+    before, after = read_tensors(moe / "tied"), read_tensors(moe / "four")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(ROUTER)}
+
+
+def test_a_split_model_that_was_interrupted_and_resumed_trains_as_a_whole_one(moe):
+    (moe / "interrupted.py").write_text(INTERRUPTED)
+    AutoModelForCausalLM.from_pretrained("moe", dtype=torch.bfloat16).save_pretrained("moe")
+    arguments = ["train", "moe", "--train", "all", *OF_A_SPLIT]
+    one = run(
+        "mergekit-moe-ext",
+        *arguments,
+        "--per-device-train-batch-size",
+        "4",
+        "-o",
+        "one",
+        cwd=moe,
+        env=ON_CPU,
+    )
+    assert one.returncode == 0, one.stderr
+    arguments += ["--per-device-train-batch-size", "2", "--save-steps", "2", "-o", "two"]
+    command = (*TWO_PROCESSES, "interrupted.py", "mergekit_moe_ext", "3")
+    stopped = run(*command, *arguments, cwd=moe, env=SPLIT_ON_CPU)
+    assert stopped.returncode != 0 and not (moe / "two").exists()
+    checkpoint = moe / "two.checkpoints" / "checkpoint-2"
+    whole = read_tensors(moe / "one")
+    for part in (1, 2):  # each process has written half of every tensor
+        kept = load_file(checkpoint / f"trained-{part}-of-2.safetensors")
+        numbers = sum(tensor.numel() for tensor in kept.values())
+        assert numbers == sum(tensor.numel() for tensor in whole.values()) / 2
+        assert (checkpoint / f"optimizer-{part}-of-2.pt").exists()
+    resumed = (*TWO_PROCESSES, "-m", "mergekit_moe_ext", *arguments, "--resume")
+    refused = run(*resumed, cwd=moe, env=ON_CPU)
+    assert refused.returncode != 0 and "had another fsdp: True, not False" in refused.stderr
+    two = run(*resumed, cwd=moe, env=SPLIT_ON_CPU)
+    assert two.returncode == 0, two.stderr
+    assert one.stdout == two.stdout
+    # bfloat16 rounds what differs in the last bits of float32.
+    same_files(moe / "one", moe / "two")
+    assert not (moe / "two.checkpoints").exists()
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(moe):
