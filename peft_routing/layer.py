@@ -23,6 +23,25 @@ from peft_routing.routers import Constant, SharedRouter
 _CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+class Source:
+    """A tensor in its present state: whether what was made of it still holds."""
+
+    __slots__ = ("address", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.address = tensor.data_ptr()
+        self.version = tensor._version  # torch counts the changes in place
+
+    def holds_for(self, tensor: Tensor) -> bool:
+        """Whether this tensor is the one, unchanged."""
+        return (
+            tensor is self.tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.address
+        )
+
+
 class Experts(nn.Module):
     """The frozen factors of all experts at one module."""
 
@@ -40,6 +59,9 @@ class Experts(nn.Module):
         if site.has_biases:
             biases = torch.zeros(len(site.ranks), out_features, dtype=dtype)
             self.biases = nn.Parameter(biases, requires_grad=False)
+        # Whether the configuration states no dtype, so that products have that of the input.
+        self.follows_base = False
+        self._cast: tuple[Source, Source, Tensor, Tensor] | None = None
         self._of_one_rank = len(set(site.ranks)) == 1
         owners = torch.arange(len(site.ranks)).repeat_interleave(torch.tensor(site.ranks))
         self.register_buffer("owners", owners, persistent=False)
@@ -63,6 +85,44 @@ class Experts(nn.Module):
             return list(self.biases)
         return [self.B.new_zeros(self.B.shape[1])] * len(self.site.ranks)
 
+    def dtype_of_products(self, x: Tensor, result: Tensor) -> torch.dtype:
+        """The dtype in which products with the experts are computed, for a module with this input
+        and output.
+        """
+        if not self.follows_base:
+            return self.A.dtype
+        # A GPU multiplies in bfloat16 many times as fast as in float32, and what it rounds is no
+        # more than what the base model rounds. Most CPUs are slower in bfloat16.
+        is_half = x.dtype == torch.bfloat16 and result.dtype == torch.bfloat16
+        if is_half and x.device.type != "cpu":
+            return torch.bfloat16
+        return torch.promote_types(self.A.dtype, x.dtype)
+
+    def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B; in another dtype than theirs, copies that are made once."""
+        a, b = self.A, self.B
+        if dtype == a.dtype:
+            return a, b
+        if torch.compiler.is_compiling() or a.is_inference() or b.is_inference():
+            return a.to(dtype), b.to(dtype)
+        made = self._cast
+        if made is None or not (made[0].holds_for(a) and made[1].holds_for(b)):
+            with torch.inference_mode(False), torch.no_grad():
+                made = Source(a), Source(b), a.to(dtype), b.to(dtype)
+            self._cast = made
+        return made[2], made[3]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._cast = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cast = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cast": None}
+
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """A (rank, in) and B (out, rank) of each expert, as views."""
         ranks = list(self.site.ranks)
@@ -82,15 +142,16 @@ class Experts(nn.Module):
 
     def _mixed(self, x: Tensor, coefficients: Tensor, scaled: Tensor, kept: int | None) -> Tensor:
         """The update (…, out) without biases; `scaled` are the coefficients times the scalings."""
+        a, b = self.factors_in(x.dtype)
         if not self._of_one_rank:
-            return mixing.dense_of_mixed_ranks(x, self.A, self.B, scaled, self.owners)
+            return mixing.dense_of_mixed_ranks(x, a, b, scaled, self.owners)
         weigh = mixing.full if self.mixing == "full" else mixing.low_rank
-        arguments = x, self.A, self.B, coefficients, scaled, weigh
+        arguments = x, a, b, coefficients, scaled, weigh
         if kept is None:
             return mixing.dense(*arguments)
         # Where few experts are chosen, touching only these may be faster; measured costs decide.
         gradients = torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad)
-        way = mixing.cheapest(x, self.A, self.B, len(self.site.ranks), kept, gradients=gradients)
+        way = mixing.cheapest(x, a, b, len(self.site.ranks), kept, gradients=gradients)
         if way == "dense":
             return mixing.dense(*arguments)
         return mixing.of_chosen(*arguments, kept, way)
@@ -164,6 +225,7 @@ class RoutedLoraLayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("routed_lora_router",)
     other_param_names: tuple[str, ...] = ("routed_lora_experts",)
     get_base_layer: Callable[[], Any]
+    _get_base_layer_device_and_dtype: Callable[[Any], tuple[Any, Any]]
     _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
     active_adapters: list[str]
 
@@ -181,14 +243,17 @@ class RoutedLoraLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: RoutedLoraConfig, router: nn.Module) -> None:
         """Make room for an adapter's experts here, and put its router beside them."""
-        dtype = getattr(torch, config.expert_dtype or "float32")
-        self.routed_lora_experts[adapter_name] = Experts(
+        follows_base = config.expert_dtype == "auto"
+        dtype = torch.promote_types(self._base_dtype(), torch.float32)
+        experts = Experts(
             config.sites[self.key],
             self.in_features,
             self.out_features,
             config.mixing or "full",
-            dtype,
+            dtype if follows_base else getattr(torch, config.expert_dtype),
         )
+        experts.follows_base = follows_base
+        self.routed_lora_experts[adapter_name] = experts
         self.routed_lora_router[adapter_name] = router
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -201,10 +266,30 @@ class RoutedLoraLayer(BaseTunerLayer):
     def experts_of(self, adapter: str) -> Any:
         return self.routed_lora_experts[adapter]
 
+    def _base_dtype(self) -> torch.dtype:
+        """The dtype that PEFT gives a LoRA of this module; float32 for integers, as PEFT's."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype in _CAN_BE_ADDED_TO else torch.float32
+
+    def cast_adapter(self, adapter_name: str, *, to_base: bool) -> None:
+        """Cast an adapter to the dtype of the base layer, or out of half precision.
+
+        Experts with a dtype of their own keep it.
+        """
+        experts = self.experts_of(adapter_name)
+        own = list(self.router_of(adapter_name).parameters())
+        if experts.follows_base:
+            own += experts.parameters()
+        for parameter in own:
+            if to_base:
+                parameter.data = parameter.data.to(self._base_dtype())
+            elif parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """A move to the device alone: experts keep their dtype, and routers are float32."""
+        """A move to the device alone: `cast_adapter` is told which dtype."""
         base = self.get_base_layer()
         device = device or next((t.device for t in (*base.parameters(), *base.buffers())), None)
         for adapters in (self.routed_lora_experts, self.routed_lora_router):
@@ -332,13 +417,15 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
+        dtype = result.dtype
         for name in self.active_adapters:
             if name in self.routed_lora_experts:
-                result = result + self._update(name, x).to(result.dtype)
-        return result
+                # As PEFT's LoRA, in the wider dtype of the two: rounded once, at the end.
+                result = result + self._update(name, x, result)
+        return result.to(dtype)
 
-    def _update(self, name: str, x: Tensor) -> Tensor:
-        """An adapter's update (…, out) of the hidden states (…, in)."""
+    def _update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """An adapter's update (…, out) of the hidden states (…, in), to be added to the result."""
         experts, router = self.experts_of(name), self.router_of(name)
         instead = given.current()
         if instead is None:
@@ -350,9 +437,8 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             weights, kept = instead.over(x, name, router.experts), None
         general = experts.site.general
         kept = None if kept is None else kept + general
-        return experts(
-            self._cast_input_dtype(x, experts.A.dtype), with_general(weights, general), kept
-        )
+        x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
+        return experts(x, with_general(weights, general), kept)
 
     def __repr__(self) -> str:
         return "routed_lora." + super().__repr__()

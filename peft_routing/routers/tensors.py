@@ -1,14 +1,43 @@
 """Arithmetic that routers, mixing and choosers share: dtypes, constants, largest scores."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def wide(values: Tensor) -> Tensor:
     """The values in float32, or as they are where that is wider."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which scores are computed: float32, or the widest of the tensors'."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which products are computed in the dtype of their factors."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The products of a router, in float32 or wider, whatever the model computes in.
+
+    Rows and scores in half precision choose other experts where two are nearly alike.
+    """
+    dtype = wide_dtype(hidden, weight)
+    with without_autocast(hidden.device):
+        return functional.linear(
+            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
 
 
 def over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
