@@ -5,8 +5,10 @@ the sum of their ranks. A forward pass is z = x Aᵀ, z weighed by the coefficie
 `mixing` has three ways to compute it.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,28 +20,11 @@ from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import given, mixing
 from peft_routing.calls import coefficients_at
 from peft_routing.config import RoutedLoraConfig, Site
+from peft_routing.fused import Fused
 from peft_routing.routers import Constant, SharedRouter
+from peft_routing.routers.tensors import Source
 
 _CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class Source:
-    """A tensor in its present state: whether what was made of it still holds."""
-
-    __slots__ = ("address", "tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.address = tensor.data_ptr()
-        self.version = tensor._version  # torch counts the changes in place
-
-    def holds_for(self, tensor: Tensor) -> bool:
-        """Whether this tensor is the one, unchanged."""
-        return (
-            tensor is self.tensor
-            and tensor._version == self.version
-            and tensor.data_ptr() == self.address
-        )
 
 
 class Experts(nn.Module):
@@ -62,7 +47,7 @@ class Experts(nn.Module):
         # Whether the configuration states no dtype, so that products have that of the input.
         self.follows_base = False
         self._cast: tuple[Source, Source, Tensor, Tensor] | None = None
-        self._of_one_rank = len(set(site.ranks)) == 1
+        self.is_of_one_rank = len(set(site.ranks)) == 1
         owners = torch.arange(len(site.ranks)).repeat_interleave(torch.tensor(site.ranks))
         self.register_buffer("owners", owners, persistent=False)
 
@@ -143,7 +128,7 @@ class Experts(nn.Module):
     def _mixed(self, x: Tensor, coefficients: Tensor, scaled: Tensor, kept: int | None) -> Tensor:
         """The update (…, out) without biases; `scaled` are the coefficients times the scalings."""
         a, b = self.factors_in(x.dtype)
-        if not self._of_one_rank:
+        if not self.is_of_one_rank:
             return mixing.dense_of_mixed_ranks(x, a, b, scaled, self.owners)
         weigh = mixing.full if self.mixing == "full" else mixing.low_rank
         arguments = x, a, b, coefficients, scaled, weigh
@@ -256,6 +241,7 @@ class RoutedLoraLayer(BaseTunerLayer):
         self.routed_lora_experts[adapter_name] = experts
         self.routed_lora_router[adapter_name] = router
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._active_before = None
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def router_of(self, adapter: str) -> Any:
@@ -277,7 +263,7 @@ class RoutedLoraLayer(BaseTunerLayer):
         Experts with a dtype of their own keep it.
         """
         experts = self.experts_of(adapter_name)
-        own = list(self.router_of(adapter_name).parameters())
+        own = list(self.routed_lora_router[adapter_name].parameters())
         if experts.follows_base:
             own += experts.parameters()
         for parameter in own:
@@ -359,6 +345,20 @@ class RoutedLoraLayer(BaseTunerLayer):
         bias.data = (bias.data + sign * delta.to(bias.device)).to(bias.dtype)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An active adapter at a module; `fused` is the short way, where there is one.
+
+    `router_here` is the router, or what stands here for that of another module.
+    """
+
+    name: str
+    experts: Experts
+    router: Any
+    router_here: Any
+    fused: Fused | None
+
+
 class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     """`nn.Linear`, `Conv1D`, or what a quantised model has in their place."""
 
@@ -373,6 +373,8 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         super().__init__()
         RoutedLoraLayer.__init__(self, base_layer, key)
         self._active_adapter = adapter_name
+        self._active_before: Any = None
+        self._known: list[Adapter] = []
         self.update_layer(adapter_name, config, router)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -418,15 +420,52 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         if self.disable_adapters or self.merged:
             return result
         dtype = result.dtype
+        # As in PEFT's LoRA the sum is in the wider dtype of the two, and rounded at the end.
+        is_plain = not torch.compiler.is_compiling() and given.current() is None
+        for adapter in self._here():
+            added = adapter.fused.added_to(result, x) if is_plain and adapter.fused else None
+            result = result + self._update(adapter, x, result) if added is None else added
+        return result if result.dtype == dtype else result.to(dtype)
+
+    def _here(self) -> list["Adapter"]:
+        """The active adapters that lie here, looked up anew where anything has changed."""
+        if torch.compiler.is_compiling():
+            return self._look_up(can_fuse=False)
+        if self._active_before != self._active_adapter or not self._are_here(self._known):
+            self._known = self._look_up(can_fuse=True)
+            self._active_before = copy.copy(self._active_adapter)
+        return self._known
+
+    def _are_here(self, adapters: list["Adapter"]) -> bool:
+        """Whether these adapters' modules are those that lie here now."""
+        modules = self._modules  # PyTorch's own way to a module takes several times as long
+        experts: Any = modules["routed_lora_experts"]
+        routers: Any = modules["routed_lora_router"]
+        for adapter in adapters:
+            if experts._modules.get(adapter.name) is not adapter.experts:
+                return False
+            if routers._modules.get(adapter.name) is not adapter.router_here:
+                return False
+        return True
+
+    def _look_up(self, *, can_fuse: bool) -> list["Adapter"]:
+        adapters = []
         for name in self.active_adapters:
             if name in self.routed_lora_experts:
-                # As PEFT's LoRA, in the wider dtype of the two: rounded once, at the end.
-                result = result + self._update(name, x, result)
-        return result.to(dtype)
+                experts, router = self.experts_of(name), self.router_of(name)
+                is_fused = can_fuse and Fused.fits(experts, router)
+                fused = Fused(experts, router) if is_fused else None
+                here = self.routed_lora_router[name]
+                adapters.append(Adapter(name, experts, router, here, fused))
+        return adapters
 
-    def _update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what is looked up, of which a copy has its own."""
+        return {**self.__dict__, "_active_before": None, "_known": []}
+
+    def _update(self, adapter: "Adapter", x: Tensor, result: Tensor) -> Tensor:
         """An adapter's update (…, out) of the hidden states (…, in), to be added to the result."""
-        experts, router = self.experts_of(name), self.router_of(name)
+        name, experts, router = adapter.name, adapter.experts, adapter.router
         instead = given.current()
         if instead is None:
             weights, kept = coefficients_at(self, router, x, name), router.kept

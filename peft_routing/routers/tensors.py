@@ -63,9 +63,41 @@ class Constant:
         return self._tensors[key]
 
 
+class Source:
+    """A tensor in its present state: whether what was made of it still holds."""
+
+    __slots__ = ("address", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.address = tensor.data_ptr()
+        self.version = tensor._version  # torch counts the changes in place
+
+    def holds_for(self, tensor: Tensor) -> bool:
+        """Whether this tensor is the one, unchanged."""
+        return (
+            tensor is self.tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.address
+        )
+
+
+# Up to so many scores it is cheaper to take out the smallest than to put in the largest. Where two
+# are equal the two choose differently, so that the number of scores alone decides.
+FEW = 32
+
+
 def largest(scores: Tensor, k: int) -> Tensor:
     """The scores with minus infinity in place of all but the k largest of the last dimension."""
-    if k == scores.shape[-1]:
+    count = scores.shape[-1]
+    if k == count:
         return scores
+    if count <= FEW:
+        return scores.scatter(-1, smallest(scores, count - k), float("-inf"))
     values, indices = scores.topk(k, dim=-1)
     return torch.full_like(scores, float("-inf")).scatter(-1, indices, values)
+
+
+def smallest(scores: Tensor, count: int, dim: int = -1) -> Tensor:
+    """The places of so many of the smallest scores along a dimension, in any order."""
+    return scores.topk(count, dim=dim, largest=False, sorted=False).indices
