@@ -49,6 +49,11 @@ class Experts(nn.Module):
         self._cast: tuple[Source, Source, Tensor, Tensor] | None = None
         self.is_of_one_rank = len(set(site.ranks)) == 1
         owners = torch.arange(len(site.ranks)).repeat_interleave(torch.tensor(site.ranks))
+        self._owners: list[int] = []  # the same for Python
+        for expert, of_expert in enumerate(site.ranks):
+            self._owners += [expert] * of_expert
+        # Numbers of experts that coefficients chose last, and of their rows of A and B.
+        self._few: tuple[Any, list[Tensor]] | None = None
         self.register_buffer("owners", owners, persistent=False)
 
     def fill(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -106,7 +111,7 @@ class Experts(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cast": None}
+        return {**self.__dict__, "_cast": None, "_few": None}
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """A (rank, in) and B (out, rank) of each expert, as views."""
@@ -140,6 +145,57 @@ class Experts(nn.Module):
         if way == "dense":
             return mixing.dense(*arguments)
         return mixing.of_chosen(*arguments, kept, way)
+
+    def of_one_each(self, x: Tensor, chosen: given.Chosen, has_rows: bool) -> Tensor:
+        """The update (…, out) where each row of x (…, in) has one expert, or all have the same.
+
+        Each expert is computed for its own rows alone.
+        """
+        rows = x if has_rows else x[None]
+        order, groups = chosen.groups(len(rows), x.device)
+        a, b = self.factors_in(x.dtype)
+        sorted_rows = rows if order is None else rows.index_select(0, order)
+        updates = []
+        start = 0
+        for expert, coefficient, count in groups:
+            first = sum(self.site.ranks[:expert])
+            of_expert = slice(first, first + self.site.ranks[expert])
+            factor = coefficient * self.site.scalings[expert]
+            if self.mixing == "low_rank":
+                factor *= coefficient  # once for each of the two factors
+            z = sorted_rows[start : start + count] @ a[of_expert].T
+            updates.append((z * factor) @ b[of_expert])
+            start += count
+        if order is None:
+            return updates[0] if has_rows else updates[0][0]
+        update = rows.new_zeros(*rows.shape[:-1], b.shape[1])
+        if updates:
+            update = update.index_copy(0, order, torch.cat(updates))
+        return update if has_rows else update[0]
+
+    def of_few(self, x: Tensor, coefficients: Tensor, experts: Sequence[int]) -> Tensor:
+        """The update (…, out), where no other experts than these, of all, have a coefficient."""
+        key = tuple(experts), x.device
+        if self._few is None or self._few[0] != key:
+            wanted = set(experts)
+            slots = [place for place, owner in enumerate(self._owners) if owner in wanted]
+            position = {expert: index for index, expert in enumerate(experts)}
+            owners = [position[self._owners[slot]] for slot in slots]
+            with torch.inference_mode(False):
+                tensors = [
+                    torch.tensor(numbers, dtype=torch.long, device=x.device)
+                    for numbers in (experts, slots, owners)
+                ]
+            self._few = key, tensors
+        chosen, slots, owners = self._few[1]
+        a, b = self.factors_in(x.dtype)
+        a, b = a.index_select(0, slots), b.index_select(0, slots)
+        coefficients = coefficients.index_select(-1, chosen)
+        scalings = self.scalings(coefficients.dtype, coefficients.device)
+        scaled = coefficients * scalings.index_select(0, chosen)
+        if self.mixing == "full":
+            return mixing.dense_of_mixed_ranks(x, a, b, scaled, owners)
+        return mixing.dense(x, a, b, coefficients, scaled, mixing.low_rank)
 
     @torch.no_grad()
     def merged_factors(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -466,15 +522,23 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     def _update(self, adapter: "Adapter", x: Tensor, result: Tensor) -> Tensor:
         """An adapter's update (…, out) of the hidden states (…, in), to be added to the result."""
         name, experts, router = adapter.name, adapter.experts, adapter.router
-        instead = given.current()
-        if instead is None:
-            weights, kept = coefficients_at(self, router, x, name), router.kept
-            # Whatever loop trains it, this is where a gradient arrives that is always 0.
-            if weights.requires_grad and not router.learns and not torch.compiler.is_compiling():
-                weights.register_hook(lambda _: warn_if_trained(router))
-        else:
-            weights, kept = instead.over(x, name, router.experts), None
         general = experts.site.general
+        instead = given.current()
+        if instead is not None:
+            weights = instead.over(x, name, router.experts)
+            x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
+            chosen = None if torch.compiler.is_compiling() else instead.chosen
+            if chosen is None:
+                return experts(x, with_general(weights, general))
+            if chosen.is_one_each and not general:
+                return experts.of_one_each(x, chosen, has_rows=weights.ndim > 1)
+            count = len(router.experts)
+            all_chosen = [*chosen.experts, *range(count, count + general)]
+            return experts.of_few(x, with_general(weights, general), all_chosen)
+        weights, kept = coefficients_at(self, router, x, name), router.kept
+        # Whatever loop trains it, this is where a gradient arrives that is always 0.
+        if weights.requires_grad and not router.learns and not torch.compiler.is_compiling():
+            weights.register_hook(lambda _: warn_if_trained(router))
         kept = None if kept is None else kept + general
         x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
         return experts(x, with_general(weights, general), kept)
