@@ -53,7 +53,7 @@ class Fused:
             and router.granularity == "token"
             and getattr(router, "choice", None) is None  # of other modules as well
             and experts.is_of_one_rank
-            and not experts.site.general
+            and not (experts.site.general or experts.site.has_biases)
             and sum(experts.site.ranks) > 0
         )
 

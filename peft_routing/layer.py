@@ -174,20 +174,10 @@ class Experts(nn.Module):
         return update if has_rows else update[0]
 
     def of_few(self, x: Tensor, coefficients: Tensor, experts: Sequence[int]) -> Tensor:
-        """The update (…, out), where no other experts than these, of all, have a coefficient."""
-        key = tuple(experts), x.device
-        if self._few is None or self._few[0] != key:
-            wanted = set(experts)
-            slots = [place for place, owner in enumerate(self._owners) if owner in wanted]
-            position = {expert: index for index, expert in enumerate(experts)}
-            owners = [position[self._owners[slot]] for slot in slots]
-            with torch.inference_mode(False):
-                tensors = [
-                    torch.tensor(numbers, dtype=torch.long, device=x.device)
-                    for numbers in (experts, slots, owners)
-                ]
-            self._few = key, tensors
-        chosen, slots, owners = self._few[1]
+        """The update (…, out) of x (…, in), where of the coefficients (…, all experts) only those
+        of these experts are not 0.
+        """
+        chosen, slots, owners = self._places_of(experts, x.device)
         a, b = self.factors_in(x.dtype)
         a, b = a.index_select(0, slots), b.index_select(0, slots)
         coefficients = coefficients.index_select(-1, chosen)
@@ -196,6 +186,26 @@ class Experts(nn.Module):
         if self.mixing == "full":
             return mixing.dense_of_mixed_ranks(x, a, b, scaled, owners)
         return mixing.dense(x, a, b, coefficients, scaled, mixing.low_rank)
+
+    def _places_of(self, experts: Sequence[int], device: torch.device) -> list[Tensor]:
+        """The numbers of these experts, of their rows of A and B, and for each of these rows whose
+        it is of these experts.
+        """
+        key = tuple(experts), device
+        if self._few is None or self._few[0] != key:
+            slots = []
+            owners = []
+            for place, owner in enumerate(self._owners):
+                if owner in experts:
+                    slots.append(place)
+                    owners.append(list(experts).index(owner))
+            with torch.inference_mode(False):
+                places = [
+                    torch.tensor(numbers, dtype=torch.long, device=device)
+                    for numbers in (list(experts), slots, owners)
+                ]
+            self._few = key, places
+        return self._few[1]
 
     @torch.no_grad()
     def merged_factors(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -528,7 +538,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             weights = instead.over(x, name, router.experts)
             x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
             chosen = None if torch.compiler.is_compiling() else instead.chosen
-            if chosen is None:
+            if chosen is None or experts.site.has_biases:
                 return experts(x, with_general(weights, general))
             if chosen.is_one_each and not general:
                 return experts.of_one_each(x, chosen, has_rows=weights.ndim > 1)

@@ -22,7 +22,7 @@ def make_layer(
     rank: int = 3,
     *,
     router: str = "arrow",
-    mixing: str = "full",
+    mixing: Any = "full",
     scalings: tuple[float, ...] | None = None,
     dtype: torch.dtype = torch.float64,
     **options: Any,
@@ -142,7 +142,7 @@ def cast_there_and_back(layer: RoutedLoraLinear) -> None:
     layer.to(torch.bfloat16).double()
 
 
-def disabled(layer: RoutedLoraLinear) -> None:
+def disabled(layer: Any) -> None:
     layer.enable_adapters(False)
 
 
@@ -210,7 +210,7 @@ def test_it_takes_at_most_three_operations_more_than_a_lora(
     router: str, count: int, shape: tuple[int, ...]
 ) -> None:
     base = nn.ModuleDict({"linear": nn.Linear(IN, OUT)})
-    lora = get_peft_model(base, LoraConfig(r=3, target_modules=["linear"])).eval()
+    lora: Any = get_peft_model(base, LoraConfig(r=3, target_modules=["linear"])).eval()
     layer = make_layer(count, router=router, top_k=min(3, count), dtype=torch.float32)
     x = torch.randn(*shape, IN)
     of_lora = operations(lora.base_model.model["linear"], x)

@@ -18,7 +18,7 @@ IN, OUT, COUNT = 6, 10, 8
 RANKS = {"equal": (2,) * COUNT, "mixed": (2, 0, 3, 1, 2, 4, 0, 1)}
 
 
-def make_layer(ranks: tuple[int, ...], mixing: str, general: int = 0) -> RoutedLoraLinear:
+def make_layer(ranks: tuple[int, ...], mixing: Any, general: int = 0) -> RoutedLoraLinear:
     torch.manual_seed(0)
     names = {f"e{index}": f"e{index}" for index in range(COUNT)}
     config = RoutedLoraConfig(experts=names, router="linear", mixing=mixing)
