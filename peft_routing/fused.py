@@ -51,7 +51,6 @@ class Fused:
             isinstance(router, LinearRouter)
             and has_methods_of_base(type(router))
             and router.granularity == "token"
-            and getattr(router, "choice", None) is None  # of other modules as well
             and experts.is_of_one_rank
             and not (experts.site.general or experts.site.has_biases)
             and sum(experts.site.ranks) > 0
@@ -107,8 +106,8 @@ class Fused:
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             self._of_router = None  # some optimisers change the rows without torch's counting it
             return False
-        if router.is_balanced and router.training:
-            return False
+        if (router.is_balanced and router.training) or router.choice is not None:
+            return False  # the choice is counted, or made for other modules as well
         is_watched = router._forward_hooks or router._forward_pre_hooks
         return not is_watched and not torch.is_autocast_enabled(x.device.type)
 
