@@ -62,6 +62,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/caem.py
 	$(BIN)/python benchmarks/routed_lora.py
 	$(BIN)/python benchmarks/routed_lora_model.py
+	$(BIN)/python benchmarks/routed_lora_dtypes.py
 	$(BIN)/python benchmarks/sequence_moe.py
 	$(BIN)/python benchmarks/wemoe.py
 

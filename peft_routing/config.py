@@ -22,6 +22,7 @@ from peft_routing.routers.options import read_value, saved_options
 from peft_routing.types import PeftType
 
 Mixing = Literal["full", "low_rank"]
+ExpertDtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 # Options of routers that have a field of their own. A new option has none: it stands in
 # `router_options`.
 _FIELDS_OF_ROUTERS = (
@@ -43,6 +44,7 @@ _OWN_TYPES = {
     "mixing": Mixing | None,
     "mixing_by_default": bool,
     "router_aux_loss_coef": float,
+    "expert_dtype": ExpertDtype,
 }
 
 
@@ -167,8 +169,12 @@ class RoutedLoraConfig(PeftConfig):
         default=False,
         metadata={"help": "Whether `mixing` was not stated; written by composing."},
     )
-    expert_dtype: str | None = field(
-        default=None, metadata={"help": "Dtype of the experts; written by composing."}
+    expert_dtype: ExpertDtype = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of the experts. Default: as PEFT keeps a LoRA; products are in bfloat16 "
+            "where a GPU runs the base model in it."
+        },
     )
 
     target_modules: ClassVar[None] = None  # PEFT asks; `layout` says it exactly

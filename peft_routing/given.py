@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,48 @@ from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers import over_tokens, wide
 
 _NOW = threading.local()
+
+
+class Chosen:
+    """Which experts coefficients (sets, experts) choose: those that are not 0."""
+
+    def __init__(self, coefficients: Tensor) -> None:
+        self.sets: list[list[float]] = coefficients.tolist()
+        self.count = coefficients.shape[-1]
+        self._groups: dict[Any, Any] = {}
+        self.experts: list[int] = []  # of any set
+        self.is_one_each = True
+        for index in range(self.count):
+            if any(of_set[index] for of_set in self.sets):
+                self.experts.append(index)
+        for of_set in self.sets:
+            if sum(coefficient != 0 for coefficient in of_set) > 1:
+                self.is_one_each = False
+
+    def groups(
+        self, rows: int, device: torch.device
+    ) -> tuple[Tensor | None, list[tuple[int, float, int]]]:
+        """The rows of a batch sorted by their one expert, and the groups that they form.
+
+        A group is an expert, its coefficient and a number of rows. Rows are None where all of them
+        are one group; those without an expert are left out.
+        """
+        key = rows, device
+        if key not in self._groups:
+            members: dict[tuple[int, float], list[int]] = {}
+            for row in range(rows):
+                for expert, coefficient in enumerate(self.sets[row * len(self.sets) // rows]):
+                    if coefficient:
+                        members.setdefault((expert, coefficient), []).append(row)
+            ordered = sorted(members.items())
+            groups = [(expert, coefficient, len(of)) for (expert, coefficient), of in ordered]
+            order: list[int] = []
+            for _, of_group in ordered:
+                order += of_group
+            is_all = len(groups) == 1 and len(order) == rows
+            places = None if is_all else torch.tensor(order, dtype=torch.long, device=device)
+            self._groups[key] = places, groups
+        return self._groups[key]
 
 
 @dataclass(frozen=True)
@@ -30,6 +73,17 @@ class Given:
     model: Any = None
     batch_size: int | None = None
     outer: "Given | None" = None
+
+    @cached_property
+    def chosen(self) -> Chosen | None:
+        """Which experts have a coefficient, looked up once for all modules; None where it is of no
+        use: where the others' gradients are wanted, or most experts are chosen.
+        """
+        if self.coefficients.requires_grad:
+            return None
+        chosen = Chosen(self.coefficients.detach().reshape(-1, self.coefficients.shape[-1]))
+        is_few = 2 * len(chosen.experts) <= chosen.count
+        return chosen if is_few or chosen.is_one_each else None
 
     def over(self, x: Tensor, adapter: str, experts: Sequence[str]) -> Tensor:
         """The coefficients for the input `x` of a module with these experts.

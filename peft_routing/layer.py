@@ -5,8 +5,10 @@ the sum of their ranks. A forward pass is z = x Aᵀ, z weighed by the coefficie
 `mixing` has three ways to compute it.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import given, mixing
 from peft_routing.calls import coefficients_at
 from peft_routing.config import RoutedLoraConfig, Site
+from peft_routing.fused import Fused
 from peft_routing.routers import Constant, SharedRouter
+from peft_routing.routers.tensors import Source
 
 _CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -40,8 +44,16 @@ class Experts(nn.Module):
         if site.has_biases:
             biases = torch.zeros(len(site.ranks), out_features, dtype=dtype)
             self.biases = nn.Parameter(biases, requires_grad=False)
-        self._of_one_rank = len(set(site.ranks)) == 1
+        # Whether the configuration states no dtype, so that products have that of the input.
+        self.follows_base = False
+        self._cast: tuple[Source, Source, Tensor, Tensor] | None = None
+        self.is_of_one_rank = len(set(site.ranks)) == 1
         owners = torch.arange(len(site.ranks)).repeat_interleave(torch.tensor(site.ranks))
+        self._owners: list[int] = []  # the same for Python
+        for expert, of_expert in enumerate(site.ranks):
+            self._owners += [expert] * of_expert
+        # Numbers of experts that coefficients chose last, and of their rows of A and B.
+        self._few: tuple[Any, list[Tensor]] | None = None
         self.register_buffer("owners", owners, persistent=False)
 
     def fill(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -63,6 +75,44 @@ class Experts(nn.Module):
             return list(self.biases)
         return [self.B.new_zeros(self.B.shape[1])] * len(self.site.ranks)
 
+    def dtype_of_products(self, x: Tensor, result: Tensor) -> torch.dtype:
+        """The dtype in which products with the experts are computed, for a module with this input
+        and output.
+        """
+        if not self.follows_base:
+            return self.A.dtype
+        # A GPU multiplies in bfloat16 many times as fast as in float32, and what it rounds is no
+        # more than what the base model rounds. Most CPUs are slower in bfloat16.
+        is_half = x.dtype == torch.bfloat16 and result.dtype == torch.bfloat16
+        if is_half and x.device.type != "cpu":
+            return torch.bfloat16
+        return torch.promote_types(self.A.dtype, x.dtype)
+
+    def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B; in another dtype than theirs, copies that are made once."""
+        a, b = self.A, self.B
+        if dtype == a.dtype:
+            return a, b
+        if torch.compiler.is_compiling() or a.is_inference() or b.is_inference():
+            return a.to(dtype), b.to(dtype)
+        made = self._cast
+        if made is None or not (made[0].holds_for(a) and made[1].holds_for(b)):
+            with torch.inference_mode(False), torch.no_grad():
+                made = Source(a), Source(b), a.to(dtype), b.to(dtype)
+            self._cast = made
+        return made[2], made[3]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._cast = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cast = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cast": None, "_few": None}
+
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """A (rank, in) and B (out, rank) of each expert, as views."""
         ranks = list(self.site.ranks)
@@ -82,18 +132,80 @@ class Experts(nn.Module):
 
     def _mixed(self, x: Tensor, coefficients: Tensor, scaled: Tensor, kept: int | None) -> Tensor:
         """The update (…, out) without biases; `scaled` are the coefficients times the scalings."""
-        if not self._of_one_rank:
-            return mixing.dense_of_mixed_ranks(x, self.A, self.B, scaled, self.owners)
+        a, b = self.factors_in(x.dtype)
+        if not self.is_of_one_rank:
+            return mixing.dense_of_mixed_ranks(x, a, b, scaled, self.owners)
         weigh = mixing.full if self.mixing == "full" else mixing.low_rank
-        arguments = x, self.A, self.B, coefficients, scaled, weigh
+        arguments = x, a, b, coefficients, scaled, weigh
         if kept is None:
             return mixing.dense(*arguments)
         # Where few experts are chosen, touching only these may be faster; measured costs decide.
         gradients = torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad)
-        way = mixing.cheapest(x, self.A, self.B, len(self.site.ranks), kept, gradients=gradients)
+        way = mixing.cheapest(x, a, b, len(self.site.ranks), kept, gradients=gradients)
         if way == "dense":
             return mixing.dense(*arguments)
         return mixing.of_chosen(*arguments, kept, way)
+
+    def of_one_each(self, x: Tensor, chosen: given.Chosen, has_rows: bool) -> Tensor:
+        """The update (…, out) where each row of x (…, in) has one expert, or all have the same.
+
+        Each expert is computed for its own rows alone.
+        """
+        rows = x if has_rows else x[None]
+        order, groups = chosen.groups(len(rows), x.device)
+        a, b = self.factors_in(x.dtype)
+        sorted_rows = rows if order is None else rows.index_select(0, order)
+        updates = []
+        start = 0
+        for expert, coefficient, count in groups:
+            first = sum(self.site.ranks[:expert])
+            of_expert = slice(first, first + self.site.ranks[expert])
+            factor = coefficient * self.site.scalings[expert]
+            if self.mixing == "low_rank":
+                factor *= coefficient  # once for each of the two factors
+            z = sorted_rows[start : start + count] @ a[of_expert].T
+            updates.append((z * factor) @ b[of_expert])
+            start += count
+        if order is None:
+            return updates[0] if has_rows else updates[0][0]
+        update = rows.new_zeros(*rows.shape[:-1], b.shape[1])
+        if updates:
+            update = update.index_copy(0, order, torch.cat(updates))
+        return update if has_rows else update[0]
+
+    def of_few(self, x: Tensor, coefficients: Tensor, experts: Sequence[int]) -> Tensor:
+        """The update (…, out) of x (…, in), where of the coefficients (…, all experts) only those
+        of these experts are not 0.
+        """
+        chosen, slots, owners = self._places_of(experts, x.device)
+        a, b = self.factors_in(x.dtype)
+        a, b = a.index_select(0, slots), b.index_select(0, slots)
+        coefficients = coefficients.index_select(-1, chosen)
+        scalings = self.scalings(coefficients.dtype, coefficients.device)
+        scaled = coefficients * scalings.index_select(0, chosen)
+        if self.mixing == "full":
+            return mixing.dense_of_mixed_ranks(x, a, b, scaled, owners)
+        return mixing.dense(x, a, b, coefficients, scaled, mixing.low_rank)
+
+    def _places_of(self, experts: Sequence[int], device: torch.device) -> list[Tensor]:
+        """The numbers of these experts, of their rows of A and B, and for each of these rows whose
+        it is of these experts.
+        """
+        key = tuple(experts), device
+        if self._few is None or self._few[0] != key:
+            slots = []
+            owners = []
+            for place, owner in enumerate(self._owners):
+                if owner in experts:
+                    slots.append(place)
+                    owners.append(list(experts).index(owner))
+            with torch.inference_mode(False):
+                places = [
+                    torch.tensor(numbers, dtype=torch.long, device=device)
+                    for numbers in (list(experts), slots, owners)
+                ]
+            self._few = key, places
+        return self._few[1]
 
     @torch.no_grad()
     def merged_factors(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,6 +276,7 @@ class RoutedLoraLayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("routed_lora_router",)
     other_param_names: tuple[str, ...] = ("routed_lora_experts",)
     get_base_layer: Callable[[], Any]
+    _get_base_layer_device_and_dtype: Callable[[Any], tuple[Any, Any]]
     _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
     active_adapters: list[str]
 
@@ -181,16 +294,20 @@ class RoutedLoraLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: RoutedLoraConfig, router: nn.Module) -> None:
         """Make room for an adapter's experts here, and put its router beside them."""
-        dtype = getattr(torch, config.expert_dtype or "float32")
-        self.routed_lora_experts[adapter_name] = Experts(
+        follows_base = config.expert_dtype == "auto"
+        dtype = torch.promote_types(self._base_dtype(), torch.float32)
+        experts = Experts(
             config.sites[self.key],
             self.in_features,
             self.out_features,
             config.mixing or "full",
-            dtype,
+            dtype if follows_base else getattr(torch, config.expert_dtype),
         )
+        experts.follows_base = follows_base
+        self.routed_lora_experts[adapter_name] = experts
         self.routed_lora_router[adapter_name] = router
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._active_before = None
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def router_of(self, adapter: str) -> Any:
@@ -201,10 +318,30 @@ class RoutedLoraLayer(BaseTunerLayer):
     def experts_of(self, adapter: str) -> Any:
         return self.routed_lora_experts[adapter]
 
+    def _base_dtype(self) -> torch.dtype:
+        """The dtype that PEFT gives a LoRA of this module; float32 for integers, as PEFT's."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype in _CAN_BE_ADDED_TO else torch.float32
+
+    def cast_adapter(self, adapter_name: str, *, to_base: bool) -> None:
+        """Cast an adapter to the dtype of the base layer, or out of half precision.
+
+        Experts with a dtype of their own keep it.
+        """
+        experts = self.experts_of(adapter_name)
+        own = list(self.routed_lora_router[adapter_name].parameters())
+        if experts.follows_base:
+            own += experts.parameters()
+        for parameter in own:
+            if to_base:
+                parameter.data = parameter.data.to(self._base_dtype())
+            elif parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """A move to the device alone: experts keep their dtype, and routers are float32."""
+        """A move to the device alone: `cast_adapter` is told which dtype."""
         base = self.get_base_layer()
         device = device or next((t.device for t in (*base.parameters(), *base.buffers())), None)
         for adapters in (self.routed_lora_experts, self.routed_lora_router):
@@ -274,6 +411,20 @@ class RoutedLoraLayer(BaseTunerLayer):
         bias.data = (bias.data + sign * delta.to(bias.device)).to(bias.dtype)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An active adapter at a module; `fused` is the short way, where there is one.
+
+    `router_here` is the router, or what stands here for that of another module.
+    """
+
+    name: str
+    experts: Experts
+    router: Any
+    router_here: Any
+    fused: Fused | None
+
+
 class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     """`nn.Linear`, `Conv1D`, or what a quantised model has in their place."""
 
@@ -288,6 +439,8 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         super().__init__()
         RoutedLoraLayer.__init__(self, base_layer, key)
         self._active_adapter = adapter_name
+        self._active_before: Any = None
+        self._known: list[Adapter] = []
         self.update_layer(adapter_name, config, router)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -332,27 +485,73 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
+        dtype = result.dtype
+        # As in PEFT's LoRA the sum is in the wider dtype of the two, and rounded at the end.
+        is_plain = not torch.compiler.is_compiling() and given.current() is None
+        for adapter in self._here():
+            added = adapter.fused.added_to(result, x) if is_plain and adapter.fused else None
+            result = result + self._update(adapter, x, result) if added is None else added
+        return result if result.dtype == dtype else result.to(dtype)
+
+    def _here(self) -> list["Adapter"]:
+        """The active adapters that lie here, looked up anew where anything has changed."""
+        if torch.compiler.is_compiling():
+            return self._look_up(can_fuse=False)
+        if self._active_before != self._active_adapter or not self._are_here(self._known):
+            self._known = self._look_up(can_fuse=True)
+            self._active_before = copy.copy(self._active_adapter)
+        return self._known
+
+    def _are_here(self, adapters: list["Adapter"]) -> bool:
+        """Whether these adapters' modules are those that lie here now."""
+        modules = self._modules  # PyTorch's own way to a module takes several times as long
+        experts: Any = modules["routed_lora_experts"]
+        routers: Any = modules["routed_lora_router"]
+        for adapter in adapters:
+            if experts._modules.get(adapter.name) is not adapter.experts:
+                return False
+            if routers._modules.get(adapter.name) is not adapter.router_here:
+                return False
+        return True
+
+    def _look_up(self, *, can_fuse: bool) -> list["Adapter"]:
+        adapters = []
         for name in self.active_adapters:
             if name in self.routed_lora_experts:
-                result = result + self._update(name, x).to(result.dtype)
-        return result
+                experts, router = self.experts_of(name), self.router_of(name)
+                is_fused = can_fuse and Fused.fits(experts, router)
+                fused = Fused(experts, router) if is_fused else None
+                here = self.routed_lora_router[name]
+                adapters.append(Adapter(name, experts, router, here, fused))
+        return adapters
 
-    def _update(self, name: str, x: Tensor) -> Tensor:
-        """An adapter's update (…, out) of the hidden states (…, in)."""
-        experts, router = self.experts_of(name), self.router_of(name)
-        instead = given.current()
-        if instead is None:
-            weights, kept = coefficients_at(self, router, x, name), router.kept
-            # Whatever loop trains it, this is where a gradient arrives that is always 0.
-            if weights.requires_grad and not router.learns and not torch.compiler.is_compiling():
-                weights.register_hook(lambda _: warn_if_trained(router))
-        else:
-            weights, kept = instead.over(x, name, router.experts), None
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what is looked up, of which a copy has its own."""
+        return {**self.__dict__, "_active_before": None, "_known": []}
+
+    def _update(self, adapter: "Adapter", x: Tensor, result: Tensor) -> Tensor:
+        """An adapter's update (…, out) of the hidden states (…, in), to be added to the result."""
+        name, experts, router = adapter.name, adapter.experts, adapter.router
         general = experts.site.general
+        instead = given.current()
+        if instead is not None:
+            weights = instead.over(x, name, router.experts)
+            x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
+            chosen = None if torch.compiler.is_compiling() else instead.chosen
+            if chosen is None or experts.site.has_biases:
+                return experts(x, with_general(weights, general))
+            if chosen.is_one_each and not general:
+                return experts.of_one_each(x, chosen, has_rows=weights.ndim > 1)
+            count = len(router.experts)
+            all_chosen = [*chosen.experts, *range(count, count + general)]
+            return experts.of_few(x, with_general(weights, general), all_chosen)
+        weights, kept = coefficients_at(self, router, x, name), router.kept
+        # Whatever loop trains it, this is where a gradient arrives that is always 0.
+        if weights.requires_grad and not router.learns and not torch.compiler.is_compiling():
+            weights.register_hook(lambda _: warn_if_trained(router))
         kept = None if kept is None else kept + general
-        return experts(
-            self._cast_input_dtype(x, experts.A.dtype), with_general(weights, general), kept
-        )
+        x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
+        return experts(x, with_general(weights, general), kept)
 
     def __repr__(self) -> str:
         return "routed_lora." + super().__repr__()

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Mixing = Literal["full", "low_rank"]
+SparseWay = Literal["gathered", "grouped"]
 Way = Literal["dense", "gathered", "grouped"]
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Milliseconds per unit of `work`, as `python benchmarks/routed_lora_rule.py` measured them on one
@@ -87,7 +88,7 @@ def of_chosen(
     scaled: Tensor,
     weigh: Weigh,
     k: int,
-    way: Literal["gathered", "grouped"],
+    way: SparseWay,
 ) -> Tensor:
     """The update (…, out), where at most k coefficients of a token are not 0.
 
@@ -103,6 +104,25 @@ def of_chosen(
     coefficients = coefficients.gather(-1, chosen)
     scaled = scaled.gather(-1, chosen)
 
+    update = of_pairs(tokens, a, b, chosen, coefficients, scaled, weigh, count, way)
+    return update.view(*x.shape[:-1], b.shape[-1])
+
+
+def of_pairs(
+    tokens: Tensor,
+    a: Tensor,
+    b: Tensor,
+    chosen: Tensor,
+    coefficients: Tensor,
+    scaled: Tensor,
+    weigh: Weigh,
+    count: int,
+    way: SparseWay,
+) -> Tensor:
+    """The update (tokens, out) of tokens (tokens, in), each with its k of `count` experts `chosen`
+    (tokens, k) and their coefficients, alone and times the scaling, (tokens, k).
+    """
+
     def weigh_chosen(z: Tensor) -> Tensor:
         return weigh(z, coefficients, scaled)
 
@@ -110,7 +130,7 @@ def of_chosen(
     a = a.unflatten(0, (count, rank))
     b = b.unflatten(0, (count, rank))
     compute = _gathered if way == "gathered" else _grouped
-    return compute(tokens, a, b, chosen, weigh_chosen).view(*x.shape[:-1], b.shape[-1])
+    return compute(tokens, a, b, chosen, weigh_chosen)
 
 
 def _gathered(
@@ -172,8 +192,11 @@ def cheapest(x: Tensor, a: Tensor, b: Tensor, experts: int, k: int, *, gradients
 
     With `gradients` it is not `gathered`, whose copies would be kept for the backward pass.
     """
-    # Costs differ by orders of magnitude with the numbers of tokens and experts and with the
-    # widths, and an estimate of a few multiplications is cheap enough to be made in every call.
+    # A GPU computes every expert sooner than it finds out which ones to leave out. On a CPU costs
+    # differ by orders of magnitude with the numbers of tokens and experts and with the widths, and
+    # an estimate of a few multiplications is cheap enough to be made in every call.
+    if x.device.type != "cpu":
+        return "dense"
     tokens = x.shape[:-1].numel()
     rank = a.shape[0] // experts
     of_each_way = work(tokens, experts, rank, k, a.shape[1] + b.shape[1])
@@ -214,8 +237,7 @@ def _cost(way: Way, units: Sequence[float]) -> float:
 def can_be_grouped(x: Tensor, a: Tensor, b: Tensor, rank: int) -> bool:
     """Whether torch's grouped product works on these tensors, and is used for them.
 
-    Their rows must be multiples of 16 bytes, and compiled code supports bfloat16 alone. On a GPU
-    it was not measured, and so is not used there.
+    Their rows must be multiples of 16 bytes, and compiled code supports bfloat16 alone.
     """
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling():

@@ -262,9 +262,7 @@ class RoutedLoraModel(BaseTuner):
             for expert in experts
             if expert.name not in config.general_experts
         }
-        changed = dataclasses.replace(
-            config, experts=names, layout=None, expert_dtype=None, **changes
-        )
+        changed = dataclasses.replace(config, experts=names, layout=None, **changes)
         # Whoever gave the one head, it is the adapter's now, and may have been trained.
         source = changed.head
         if source not in (None, "own"):
@@ -300,14 +298,15 @@ class RoutedLoraModel(BaseTuner):
             empty = (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0))
             device = torch.device("cpu") if inside.owners.is_meta else inside.owners.device
             factors = [expert.factors.get(layer.key, empty) for expert in experts]
-            inside.fill([(a.to(device), b.to(device)) for a, b in factors])
+            factors = [(a.to(device), b.to(device)) for a, b in factors]
+            inside.fill(factors)
             if site.has_biases:
                 none = torch.zeros(layer.out_features)
                 biases = [expert.biases.get(layer.key, none).to(device) for expert in experts]
                 inside.fill_biases(torch.stack(biases))
             router = layer.routed_lora_router[adapter_name]
             if isinstance(router, Router):  # and not what stands for that of another module
-                router.start(*updates(inside.factors(), site), config.mixing or "full")
+                router.start(*updates(factors, site), config.mixing or "full")
             layer._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _make_room(
@@ -414,11 +413,11 @@ class RoutedLoraModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Only the router: experts are not trained."""
-        for layer in self._layers(adapter_name) if autocast_adapter_dtype else ():
-            for parameter in layer.router_of(adapter_name).parameters():
-                if parameter.dtype in (torch.float16, torch.bfloat16):
-                    parameter.data = parameter.data.float()
+        """Cast an adapter as PEFT casts a LoRA: out of half precision, or to the dtype of the base
+        model's modules. A stated `expert_dtype` stays.
+        """
+        for layer in self._layers(adapter_name):
+            layer.cast_adapter(adapter_name, to_base=not autocast_adapter_dtype)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -502,7 +501,6 @@ def composed(
     `UserError` if they do not fit.
     """
     check_experts(experts, model)
-    dtype = functools.reduce(torch.promote_types, map(_dtype, experts))
     tasks = {expert.config.get("task_type") for expert in experts}
     task_type = config.task_type or (tasks.pop() if len(tasks) == 1 else None)
     described = {}
@@ -515,7 +513,6 @@ def composed(
         experts={name: described[name] for name in config.experts},
         general_experts={name: described[name] for name in config.general_experts},
         layout=layout(experts, model),
-        expert_dtype=_name(dtype),
         mixing=mixing_of(config, experts),
         mixing_by_default=config.mixing is None or config.mixing_by_default,
         router_granularity=config.modules_per_router,

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -164,6 +164,20 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.coefficients(self.scores(hidden))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """A cast or a move of the whole model; out of float32 it does not cast a router.
+
+        `model.half()` means the model's arithmetic. Rounded, a router chooses other experts.
+        """
+
+        def keeping_float32(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if tensor.dtype == torch.float32 and applied.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(applied.device)
+            return applied
+
+        return super()._apply(keeping_float32, recurse)
 
     def start(
         self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str

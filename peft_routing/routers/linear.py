@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers.base import Router, RouterSettings
 from peft_routing.routers.options import RouterOptions
 from peft_routing.routers.prototypes import top_right_singular_vectors
+from peft_routing.routers.tensors import linear
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LinearRouter(Router):
         return from_arrow, absolute
 
     def scores(self, hidden: Tensor) -> Tensor:
-        products = functional.linear(hidden.to(self.weight.dtype), self.weight)
+        products = linear(hidden, self.weight)
         return products.abs() if self.absolute else products
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers.base import Router, RouterSettings
-from peft_routing.routers.tensors import wide
+from peft_routing.routers.tensors import linear, wide
 
 # The paper writes a variance of 0.01. With that, coefficients would start far from lambda for
 # hidden states of the usual size, while the paper wants them "approximately equal". Its authors'
@@ -71,10 +71,9 @@ class MlpRouter(Router):
     def scores(self, hidden: Tensor) -> Tensor:
         if not self.layers:
             return self.bias_out
-        hidden = hidden.to(self.weight_out.dtype)
         if self.layers == 2:
-            hidden = functional.relu(functional.linear(hidden, self.weight_in, self.bias_in))
-        return functional.linear(hidden, self.weight_out, self.bias_out)
+            hidden = functional.relu(linear(hidden, self.weight_in, self.bias_in))
+        return linear(hidden, self.weight_out, self.bias_out)
 
     def coefficients(self, scores: Tensor) -> Tensor:
         scores = wide(scores)

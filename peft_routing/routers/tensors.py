@@ -1,14 +1,43 @@
 """Arithmetic that routers, mixing and choosers share: dtypes, constants, largest scores."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def wide(values: Tensor) -> Tensor:
     """The values in float32, or as they are where that is wider."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which scores are computed: float32, or the widest of the tensors'."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which products are computed in the dtype of their factors."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The products of a router, in float32 or wider, whatever the model computes in.
+
+    Rows and scores in half precision choose other experts where two are nearly alike.
+    """
+    dtype = wide_dtype(hidden, weight)
+    with without_autocast(hidden.device):
+        return functional.linear(
+            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
 
 
 def over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
@@ -34,9 +63,41 @@ class Constant:
         return self._tensors[key]
 
 
+class Source:
+    """A tensor in its present state: whether what was made of it still holds."""
+
+    __slots__ = ("address", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.address = tensor.data_ptr()
+        self.version = tensor._version  # torch counts the changes in place
+
+    def holds_for(self, tensor: Tensor) -> bool:
+        """Whether this tensor is the one, unchanged."""
+        return (
+            tensor is self.tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.address
+        )
+
+
+# Up to so many scores it is cheaper to take out the smallest than to put in the largest. Where two
+# are equal the two choose differently, so that the number of scores alone decides.
+FEW = 32
+
+
 def largest(scores: Tensor, k: int) -> Tensor:
     """The scores with minus infinity in place of all but the k largest of the last dimension."""
-    if k == scores.shape[-1]:
+    count = scores.shape[-1]
+    if k == count:
         return scores
+    if count <= FEW:
+        return scores.scatter(-1, smallest(scores, count - k), float("-inf"))
     values, indices = scores.topk(k, dim=-1)
     return torch.full_like(scores, float("-inf")).scatter(-1, indices, values)
+
+
+def smallest(scores: Tensor, count: int, dim: int = -1) -> Tensor:
+    """The places of so many of the smallest scores along a dimension, in any order."""
+    return scores.topk(count, dim=dim, largest=False, sorted=False).indices

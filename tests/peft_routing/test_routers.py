@@ -1155,6 +1155,7 @@ def test_bfloat16_is_near_float32(low_experts: dict[str, str], name: str, mixing
             make_base(dtype=torch.bfloat16, **SMALL).to(dtype),
             3,
             mixing=mixing,
+            expert_dtype=str(dtype).removeprefix("torch."),
             **ALL[name],
         )
         for dtype in (torch.bfloat16, torch.float32)

@@ -750,14 +750,14 @@ def dtypes(model: Any) -> dict[str, set[torch.dtype]]:
 
 @pytest.mark.parametrize("of_base", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("of_experts", [torch.float32, torch.bfloat16], ids=str)
-def test_dtypes_stay_as_they_are(
+def test_experts_are_kept_in_float32(
     place: Place,
     in_dtype: dict[torch.dtype, dict[str, str]],
     of_base: torch.dtype,
     of_experts: torch.dtype,
     tmp_path: Path,
 ) -> None:
-    wanted = {"experts": {of_experts}, "router": {torch.float32}, "base": {of_base}}
+    wanted = {"experts": {torch.float32}, "router": {torch.float32}, "base": {of_base}}
     make_base(dtype=of_base).save_pretrained(tmp_path / "base")
 
     def base() -> Any:
@@ -767,8 +767,9 @@ def test_dtypes_stay_as_they_are(
     model = learn(get_peft_model(base(), config))
     assert dtypes(model) == wanted
     model.save_pretrained(tmp_path / "routed")
-    for name, tensor in read_tensors(tmp_path / "routed").items():
-        assert tensor.dtype == (torch.float32 if "routed_lora_router" in name else of_experts)
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "routed").values()} == {
+        torch.float32
+    }
     loaded = [
         PeftModel.from_pretrained(base(), tmp_path / "routed", low_cpu_mem_usage=low)
         for low in (False, True)
@@ -782,16 +783,35 @@ def test_dtypes_stay_as_they_are(
         assert torch.equal(logits(other), logits(model))
 
 
-def test_experts_of_two_dtypes_become_the_wider(
-    place: Place, in_dtype: dict[torch.dtype, dict[str, str]]
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_without_autocast_an_adapter_has_the_dtype_of_its_base(
+    place: Place, half: torch.dtype, low: bool, tmp_path: Path
 ) -> None:
-    experts = {"math": in_dtype[torch.bfloat16]["math"], "code": place.experts["code"]}
-    model = get_peft_model(place.base(), RoutedLoraConfig(experts=experts, router="layer"))
-    assert dtypes(model) == {
-        "experts": {torch.float32},
-        "router": {torch.float32},
-        "base": {torch.float32},
-    }
+    config = RoutedLoraConfig(experts=place.experts, router="linear")
+    model = get_peft_model(make_base(dtype=half), config, autocast_adapter_dtype=False)
+    wanted = {"experts": {half}, "router": {half}, "base": {half}}
+    assert dtypes(learn(model)) == wanted
+    model.save_pretrained(tmp_path / "routed")
+    loaded = PeftModel.from_pretrained(
+        make_base(dtype=half),
+        tmp_path / "routed",
+        autocast_adapter_dtype=False,
+        low_cpu_mem_usage=low,
+    )
+    assert dtypes(loaded) == wanted
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_stated_dtype_is_kept(place: Place, tmp_path: Path) -> None:
+    config = RoutedLoraConfig(experts=place.experts, router="linear", expert_dtype="bfloat16")
+    model = learn(get_peft_model(make_base(dtype=torch.bfloat16), config))
+    wanted = {"experts": {torch.bfloat16}, "router": {torch.float32}, "base": {torch.bfloat16}}
+    assert dtypes(model) == wanted
+    model.save_pretrained(tmp_path / "routed")
+    loaded = PeftModel.from_pretrained(make_base(dtype=torch.bfloat16), tmp_path / "routed")
+    assert dtypes(loaded) == wanted
+    assert torch.equal(logits(loaded), logits(model))
 
 
 # Copies
