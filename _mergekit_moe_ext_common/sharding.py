@@ -185,7 +185,7 @@ def make_whole(model: nn.Module, *, keeps: bool) -> None:
             if not isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in whole:
-                tensor = parameter.detach().full_tensor()
+                tensor = parameter.full_tensor().detach()
                 if keeps:
                     whole[id(parameter)] = nn.Parameter(tensor.cpu(), parameter.requires_grad)
                 else:
