@@ -108,8 +108,11 @@ class Fused:
             return False
         if (router.is_balanced and router.training) or router.choice is not None:
             return False  # the choice is counted, or made for other modules as well
-        is_watched = router._forward_hooks or router._forward_pre_hooks
-        return not is_watched and not torch.is_autocast_enabled(x.device.type)
+        # A hook waits for a call of its module, and this way calls neither.
+        for module in (router, self.experts):
+            if module._forward_hooks or module._forward_pre_hooks:
+                return False
+        return not torch.is_autocast_enabled(x.device.type)
 
     def _coefficients(self, scores: Tensor) -> Tensor:
         """The coefficients (tokens, experts, 1) of scores (tokens, experts, 1), which are lost."""

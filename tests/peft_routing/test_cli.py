@@ -94,7 +94,8 @@ def test_composing_without_the_base_models_weights_equals_composing_with_them(he
     ).eval()
     assert loaded.peft_config["default"].names == ["math", "code", "law"]
     assert loaded.peft_config["default"].base_model_name_or_path == "base"
-    assert torch.equal(loaded(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=IDS).logits, expected(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize("router", sorted(OPTIONS))

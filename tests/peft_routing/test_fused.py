@@ -228,3 +228,18 @@ def test_which_routers_go_this_way() -> None:
         layer.routed_lora_router["default"] = kind(config, config.names, IN)
         (adapter,) = layer._here()
         assert (adapter.fused is not None) is expected
+
+
+@pytest.mark.parametrize("part", ["experts_of", "router_of"])
+def test_a_hook_sees_every_call(part: str) -> None:
+    layer = make_layer()
+    x = torch.randn(5, IN, dtype=torch.float64)
+    calls: list[object] = []
+    with torch.no_grad():
+        layer(x)
+        watched = getattr(layer, part)("default")
+        handle = watched.register_forward_pre_hook(lambda *_arguments: calls.append(1))
+        layer(x)
+        handle.remove()
+        layer(x)
+    assert len(calls) == 1
