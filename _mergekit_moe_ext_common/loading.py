@@ -134,6 +134,8 @@ def _check_numbers_of_modules(values: Mapping[str, Any], model: str) -> None:
         if isinstance(value, Mapping):
             _check_numbers_of_modules(value, model)
         most = _MOST_MODULES.get(key.rpartition("_")[2])
+        if key.endswith("feature_layer"):  # the place of one, counted from either end
+            continue
         if most and isinstance(value, int) and not -1 <= value <= most:
             raise UserError(
                 f"the config of {model} says {key}: {value}; no model has so many (-1 to {most} "
