@@ -67,12 +67,13 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/wemoe.py
 
 # Everything that computes on a GPU against a CPU, and a table of what it costs there. On a machine
-# with a GPU, an environment that has its torch is given: make gpu GPU_PYTHON=python3
+# with a GPU, give an environment that has its torch, pytest, pytest-xdist and this package:
+# python3 -m pip install --editable '.[test]'; make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 GPU ?= cuda
 gpu:
 	$(GPU_PYTHON) -m pytest tests/gpu tests/mergekit_moe_ext/tensor --device $(GPU) -n 0 -q
-	$(GPU_PYTHON) benchmarks/gpu.py --device $(GPU)
+	$(GPU_PYTHON) benchmarks/gpu.py --device $(GPU) $(if $(filter cpu,$(GPU)),--small)
 
 # Damaged inputs and killed commands, for an hour or two.
 robustness: $(VENV)/.installed

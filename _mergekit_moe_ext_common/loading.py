@@ -13,6 +13,7 @@ it is an error, a sentence that says what is wrong, where, and what would be rig
 
 import math
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 # Modules are made one by one, so that a number of them that is out of all proportion is not an
 # error of its own but a wait without end. By how keys end: the most that are taken.
 _MOST_MODULES = {"layer": 1_000, "layers": 1_000, "experts": 10_000}
+_DROPOUT = re.compile(r"(dropout|pdrop)(_(prob|rate|p))?$")
+_EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
 _CHOSEN_EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k")
 _ALL_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EITHER_IS_WRONG = "fetch the checkpoint again, or mend the config, whichever is wrong"
@@ -118,9 +121,9 @@ def _check_fractions(values: Mapping[str, Any], model: str) -> None:
             complaint = ""
             if math.isnan(number):
                 complaint = "which is no number"
-            elif ("dropout" in key or key.endswith("pdrop")) and not 0 <= number <= 1:
+            elif _DROPOUT.search(key) and not 0 <= number <= 1:
                 complaint = "which is no probability"
-            elif key.endswith(("eps", "epsilon")) and number < 0:
+            elif _EPSILON.search(key) and number < 0:
                 complaint = "which must not be negative"
             if complaint:
                 raise UserError(f"the config of {model} says {key}: {value}, {complaint}")

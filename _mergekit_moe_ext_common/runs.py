@@ -86,7 +86,8 @@ class Run:
         )
         self.is_main = arguments.should_save
         self.processes = arguments.world_size
-        self.is_split = is_split_wanted() and self.processes > 1
+        # accelerate sets FSDP up in a group of one process as well.
+        self.is_split = is_split_wanted() and torch.distributed.is_initialized()
         return arguments
 
     def begin(

@@ -40,7 +40,7 @@ def is_split_wanted() -> bool:
 
 
 def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+    return os.environ.get(variable, "").lower() == "true"  # as accelerate reads it
 
 
 def check_launch(*, splits: bool) -> None:

@@ -83,7 +83,8 @@ def llama(device: str, small: bool) -> Any:
         num_attention_heads=4 if small else 32,
         num_key_value_heads=4,
     )
-    model = LlamaForCausalLM(config).to(device, torch.bfloat16)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
     return model.eval().requires_grad_(False)
 
 
@@ -105,7 +106,7 @@ def compiled_generation(model: Any, ids: torch.Tensor) -> Work:
 
 
 def routed_models(device: str, small: bool) -> Iterator[Comparison]:
-    base = llama("cpu", small)
+    base = llama("meta", small)
     targets = sorted({name.rpartition(".")[2] for name in linear_modules(base)})
     ids = torch.randint(2, base.config.vocab_size, (1, 512), device=device)
     for count in (8, 32):

@@ -100,6 +100,11 @@ def read_tensors(path: str, where: str, key_mapping: Mapping[str, str]) -> dict[
     try:
         file = _file(path, SAFETENSORS_WEIGHTS_NAME, where)
     except FileNotFoundError as error:
+        # That the Hub was not reached is no reason to take other weights.
+        cause = error.__cause__
+        is_absent = cause is None or isinstance(cause, EntryNotFoundError)
+        if not is_absent or isinstance(cause, LocalEntryNotFoundError):
+            raise
         try:
             file = _file(path, WEIGHTS_NAME, where)
         except FileNotFoundError:

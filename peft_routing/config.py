@@ -215,10 +215,18 @@ class RoutedLoraConfig(PeftConfig):
             dtype = of_expert.get("dtype") if isinstance(of_expert, dict) else None
             if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
                 raise UserError(f"the expert {name!r} has the dtype {dtype!r}, which is none")
+        if not isinstance(layout, list) or not all(isinstance(group, dict) for group in layout):
+            raise UserError(f"`layout` is a list of mappings, not {layout!r:.80}")
         for group in layout:
-            modules, ranks, scalings = (group[key] for key in ("modules", "ranks", "scalings"))
+            modules = group.get("modules")
+            ranks = group.get("ranks")
+            scalings = group.get("scalings")
+            has_biases = group.get("has_biases", False)
             is_whole = (
                 isinstance(modules, list)
+                and isinstance(ranks, list)
+                and isinstance(scalings, list)
+                and isinstance(has_biases, bool)
                 and all(isinstance(module, str) for module in modules)
                 and len(ranks) == len(scalings) == len(described)
                 and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
@@ -229,7 +237,6 @@ class RoutedLoraConfig(PeftConfig):
                     "each part of `layout` has names of modules, and a rank and a scaling for each "
                     f"of {len(described)} experts, which {group} has not"
                 )
-            has_biases = group.get("has_biases", False)
             site = Site(tuple(ranks), tuple(scalings), len(self.general_experts), has_biases)
             self.sites |= dict.fromkeys(modules, site)
 

@@ -167,7 +167,7 @@ def _warn_of_unknown_fields(config: Mapping[str, Any], where: str) -> None:
     if unknown:
         warnings.warn(
             f"{where}: {CONFIG_NAME} says {', '.join(unknown)}, which PEFT {peft.__version__} does "
-            "not know; it is ignored, as PEFT does",
+            "not know and ignores, and so is ignored here",
             stacklevel=3,
         )
 

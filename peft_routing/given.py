@@ -7,8 +7,7 @@ ContextVar, which torch.compile cannot read.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from peft_routing.routers import over_tokens, wide
 _NOW = threading.local()
 
 
-class Chosen:
+class ChosenExperts:
     """Which experts coefficients (sets, experts) choose: those that are not 0."""
 
     def __init__(self, coefficients: Tensor) -> None:
@@ -73,17 +72,26 @@ class Given:
     model: Any = None
     batch_size: int | None = None
     outer: "Given | None" = None
+    # What follows from them, by how often they were changed.
+    _chosen_at: dict[int, ChosenExperts | None] = field(default_factory=dict, compare=False)
 
-    @cached_property
-    def chosen(self) -> Chosen | None:
+    @property
+    def chosen(self) -> ChosenExperts | None:
         """Which experts have a coefficient, looked up once for all modules; None where it is of no
         use: where the others' gradients are wanted, or most experts are chosen.
         """
         if self.coefficients.requires_grad:
             return None
-        chosen = Chosen(self.coefficients.detach().reshape(-1, self.coefficients.shape[-1]))
-        is_few = 2 * len(chosen.experts) <= chosen.count
-        return chosen if is_few or chosen.is_one_each else None
+        # Their owner may change them in place between two calls, which torch counts.
+        is_counted = not self.coefficients.is_inference()
+        version = self.coefficients._version if is_counted else 0
+        if version not in self._chosen_at:
+            sets = self.coefficients.detach().reshape(-1, self.coefficients.shape[-1])
+            chosen = ChosenExperts(sets)
+            is_of_use = 2 * len(chosen.experts) <= chosen.count or chosen.is_one_each
+            self._chosen_at.clear()
+            self._chosen_at[version] = chosen if is_of_use else None
+        return self._chosen_at[version]
 
     def over(self, x: Tensor, adapter: str, experts: Sequence[str]) -> Tensor:
         """The coefficients for the input `x` of a module with these experts.

@@ -341,7 +341,8 @@ class _InCall:
 
     @property
     def _is_reentrant(self) -> bool:
-        return bool(getattr(self.checkpoint, "keywords", {}).get("use_reentrant"))
+        # What says nothing has torch's default, which has been both.
+        return getattr(self.checkpoint, "keywords", {}).get("use_reentrant") is not False
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         call = CALL.get()

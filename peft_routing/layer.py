@@ -20,7 +20,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import given, mixing
 from peft_routing.calls import coefficients_at
 from peft_routing.config import RoutedLoraConfig, Site
-from peft_routing.fused import Fused
+from peft_routing.fused import Fused, is_watched
 from peft_routing.routers import Constant, SharedRouter
 from peft_routing.routers.tensors import Source
 
@@ -146,7 +146,7 @@ class Experts(nn.Module):
             return mixing.dense(*arguments)
         return mixing.of_chosen(*arguments, kept, way)
 
-    def of_one_each(self, x: Tensor, chosen: given.Chosen, has_rows: bool) -> Tensor:
+    def of_one_each(self, x: Tensor, chosen: given.ChosenExperts, has_rows: bool) -> Tensor:
         """The update (…, out) where each row of x (…, in) has one expert, or all have the same.
 
         Each expert is computed for its own rows alone.
@@ -538,7 +538,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             weights = instead.over(x, name, router.experts)
             x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
             chosen = None if torch.compiler.is_compiling() else instead.chosen
-            if chosen is None or experts.site.has_biases:
+            if chosen is None or experts.site.has_biases or is_watched(experts):
                 return experts(x, with_general(weights, general))
             if chosen.is_one_each and not general:
                 return experts.of_one_each(x, chosen, has_rows=weights.ndim > 1)

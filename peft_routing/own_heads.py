@@ -80,16 +80,16 @@ def active_in(wrapper: Any) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class TaskOfPass:
     """The task of a forward pass, and its labels, where the model's own loss cannot take them."""
 
     model: Any
     task: Any
     labels: Tensor | None
-    outer: "Chosen | None"
+    outer: "TaskOfPass | None"
 
 
-def _current() -> Chosen | None:
+def _current() -> TaskOfPass | None:
     return getattr(_NOW, "chosen", None)
 
 
@@ -123,7 +123,7 @@ def enter(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         # The base model's loss is for as many classes as its own head has.
         if _classes(of_base) != _classes(heads[experts.index(task)]):
             labels = own.pop("labels", labels)
-    _NOW.chosen = Chosen(model, task, labels, _current())
+    _NOW.chosen = TaskOfPass(model, task, labels, _current())
     return own
 
 
@@ -141,7 +141,7 @@ def _classes(head: nn.Module) -> list[int]:
     return [len(tensor) for tensor in head.state_dict().values() if tensor.ndim]
 
 
-def leave(model: Any) -> Chosen | None:
+def leave(model: Any) -> TaskOfPass | None:
     """End the model's forward pass; returns what `enter` had chosen for it."""
     chosen = _current()
     if chosen is None or chosen.model is not model:

@@ -21,7 +21,7 @@ from peft_routing.expert import Expert
 _BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?\d+(?=\.)")
 
 
-class _Chosen:
+class _Held:
     """Whether a choice can be made, and the coefficients once it is made."""
 
     is_open = False
@@ -36,11 +36,11 @@ class SharedChoice(threading.local):
 
     # An object of its own: compiled code loses what it sets on a `threading.local` itself wherever
     # its graph is broken.
-    now: _Chosen
+    now: _Held
 
     def __init__(self, where: str) -> None:
         self.where = where
-        self.now = _Chosen()
+        self.now = _Held()
 
     def __reduce__(self) -> Any:
         return SharedChoice, (self.where,)
@@ -59,7 +59,8 @@ class SharedChoice(threading.local):
         """`UserError` where this module cannot be the one whose input x is read."""
         if not self.now.is_open:
             raise UserError(
-                f"{module} shares its router: call {self.where}, or a module that contains it"
+                f"{module} was called alone, and its router's choice is made within a call of "
+                f"{self.where}: call that, or a module that contains it"
             )
         if x.shape[-1] != router.in_features:
             raise UserError(
@@ -92,16 +93,16 @@ class SharedChoice(threading.local):
         )
 
 
-Chosen = list[tuple[SharedChoice, Tensor | None]]
+HeldChoices = list[tuple[SharedChoice, Tensor | None]]
 
 
-def open_choices(choices: Sequence[SharedChoice]) -> Chosen:
+def open_choices(choices: Sequence[SharedChoice]) -> HeldChoices:
     """Those of the choices that hold now, with their coefficients."""
     return [(choice, choice.now.coefficients) for choice in choices if choice.now.is_open]
 
 
 @contextmanager
-def choices_held(chosen: Chosen) -> Iterator[None]:
+def choices_held(chosen: HeldChoices) -> Iterator[None]:
     """A context in which choices of a pass that is over hold again.
 
     Gradient checkpointing repeats a part of a pass. In the pass itself nothing is changed.

@@ -63,8 +63,9 @@ def check_tensor_merge(
     """Check the parameters and the models of a merge by a tensor method of ours."""
     _check_dtypes(config)
     stated: set[str] = set()
-    keys = [*(parameter.name for parameter in method.spec.parameters), "allow_nonfinite"]
+    names = [parameter.name for parameter in method.spec.parameters]
     for where, parameters in _all_parameters(config):
+        keys = [*names, "allow_nonfinite"] if where == "parameters" else names
         _check_keys(parameters, keys, f"{where} ({method.spec.name})")
         stated |= set(parameters)
     _check_required(method, stated)

@@ -444,6 +444,11 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         aux_loss: Tensor | None = None
         ran: dict[int, Any] = {}
         if cache is not None and cache.coefficients is not None:
+            if cache.batch_size != batch.shape[0]:
+                raise ValueError(
+                    f"this cache is of {cache.batch_size} sequences, and the input of "
+                    f"{batch.shape[0]}: start with an empty one"
+                )
             coefficients = cache.coefficients
         elif coefficients is not None:
             coefficients = self._checked(coefficients, batch.shape[0])
@@ -995,7 +1000,8 @@ def _outside_inference(module: nn.Module) -> dict[str, Tensor]:
 def _shares(coefficients: Tensor, device: torch.device) -> list[Share]:
     """The share of each expert that a sequence chose, with its rows on the batch's device."""
     experts = coefficients.any(dim=0).nonzero()[:, 0].tolist()
-    # One expert that weighs 1 has the last word; coefficients that are trained keep their gradient.
+    # The output of one expert that weighs 1 is the result as it is. Coefficients that are trained
+    # keep their gradient.
     if len(experts) == 1 and not coefficients.requires_grad:
         is_alone = bool((coefficients[:, experts[0]] == 1).all())
     else:

@@ -5,6 +5,7 @@ which is cheaper depends on how many tokens share a set of coefficients. Neither
 weight nor a whole sparse task vector is ever made dense: both are processed in tiles of rows.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -93,8 +94,9 @@ class EnsembledLinear(nn.Module):
         c = call.values[self.group].to(x.device, self.weight.dtype)
         # These coefficients hold for further passes with the same cache, which often have one
         # token each: merged once, the weights cost such a pass one plain product.
-        if self.group in call.keeping and self._is_worth_keeping(c):
-            kept = call.carried.merged
+        kept = call.carried.merged
+        can_keep = self.group in call.keeping
+        if can_keep and (id(self) in kept or self._is_worth_keeping(c)):
             if id(self) not in kept:
                 shared = c[0] if c.ndim > 1 and len(c) == 1 else c
                 kept[id(self)] = self.merged(shared), self._merged_bias(shared)
@@ -130,7 +132,9 @@ class EnsembledLinear(nn.Module):
         # weights of one sample more than there are vectors. Sparse vectors are less to read, and on
         # a CPU their products are fast.
         is_fast_as_it_is = self.kept is not None and self.weight.device.type == "cpu"
-        return not is_fast_as_it_is and len(c) <= c.shape[1] + 1
+        if is_fast_as_it_is or len(c) > c.shape[1] + 1:
+            return False
+        return _has_room(len(c) * self.weight.nbytes, self.weight.device)
 
     def merged(self, c: Tensor) -> Tensor:
         """The weight for coefficients (experts,); one per sample for (samples, experts)."""
@@ -393,6 +397,19 @@ def _tiles(
             dense = vectors[0 if is_sum else index]
             dense.index_add_(0, places[index, stretch], values[index, stretch])
         yield tile, base_rows, vectors.unflatten(1, base_rows.shape)
+
+
+def _has_room(size: int, device: torch.device) -> bool:
+    """Whether so many bytes leave a quarter of the device's memory free."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    elif device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        page = os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * page
+        total = os.sysconf("SC_PHYS_PAGES") * page
+    else:
+        return False
+    return free - size >= total / 4
 
 
 def _is_sparse_faster(x: Tensor, c: Tensor) -> bool:

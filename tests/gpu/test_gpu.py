@@ -240,7 +240,7 @@ def write_rows() -> None:
     write(Path("rows.jsonl"), [{"text": row["text"] * 4} for row in words(0, 24)])
 
 
-TRAINING = "--max-steps 3 --held-out 4 --learning-rate 0.01 --quiet"
+TRAINING = "--max-steps 3 --held-out 4 --learning-rate 0.0001 --quiet"
 
 
 def test_training_and_counting(here: Path, device: str) -> None:
@@ -257,7 +257,10 @@ def test_adapting_and_unloading(dense: Path, device: str) -> None:
     merge(document("wemoe", models=NAMES[1:]), "ensemble")
     merge(document("wemoe", models=NAMES[1:], parameters={"router_layers": 0}), "constant")
     write_rows()
-    on_both("mergekit-moe-ext adapt ensemble --data text=rows.jsonl --steps 3 --quiet", device)
+    on_both(
+        "mergekit-moe-ext adapt ensemble --data text=rows.jsonl --steps 3 --learning-rate 0.0001 --quiet",
+        device,
+    )
     command("mergekit-moe-ext unload constant -o stock")
 
 

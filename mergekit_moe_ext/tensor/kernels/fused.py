@@ -48,8 +48,8 @@ def _relu(value):
 
 @triton.jit
 def _elected(total):
-    """The sign of a sum, 1 for zero and NaN for NaN."""
-    return tl.where(total != total, total, tl.where(total >= 0, 1.0, -1.0))
+    """The sign of a sum, 1 for zero and for NaN, whose sign is 0 in PyTorch."""
+    return tl.where(total < 0, -1.0, 1.0)
 
 
 @triton.jit

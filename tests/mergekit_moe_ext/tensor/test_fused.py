@@ -85,6 +85,7 @@ def test_what_is_not_finite(dtype: torch.dtype) -> None:
     sources[0][::7] = torch.nan
     sources[1][::11] = torch.inf
     sources[2][::13] = -torch.inf
+    sources[0][::17] = -torch.inf  # beside an infinity of the other sign, now and then
     for density in (0.05, 0.5):  # of the first source, NaN alone are more than a twentieth
         arguments = base, sources, [1.0, 0.7, -0.3], [density] * 3
         expected = ties.merge_ties(*arguments, normalize=True, scale=0.5)
