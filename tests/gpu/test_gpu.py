@@ -257,10 +257,8 @@ def test_adapting_and_unloading(dense: Path, device: str) -> None:
     merge(document("wemoe", models=NAMES[1:]), "ensemble")
     merge(document("wemoe", models=NAMES[1:], parameters={"router_layers": 0}), "constant")
     write_rows()
-    on_both(
-        "mergekit-moe-ext adapt ensemble --data text=rows.jsonl --steps 3 --learning-rate 0.0001 --quiet",
-        device,
-    )
+    adapting = "mergekit-moe-ext adapt ensemble --data text=rows.jsonl --steps 3 --quiet"
+    on_both(f"{adapting} --learning-rate 0.0001", device)
     command("mergekit-moe-ext unload constant -o stock")
 
 
