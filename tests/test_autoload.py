@@ -31,18 +31,9 @@ IMPORTED_FIRST = [
     "import torch",
     "import transformers, peft",
     "import mergekit_moe_ext",
-    "import mergekit_moe_ext.cli",
-    "import mergekit_moe_ext.methods",
     "import mergekit_moe_ext.merging.method",
-    "import mergekit_moe_ext.merging.card",
-    "import mergekit.common",
-    "import mergekit.config",
-    "import mergekit.plan",
-    "import mergekit.architecture",
     "import mergekit.merge_methods",
-    "import mergekit.merge_methods.registry",
     "import mergekit.merge_methods.sce",
-    "import mergekit.moe",
     "import mergekit.scripts.run_yaml",
 ]
 
