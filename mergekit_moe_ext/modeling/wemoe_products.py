@@ -94,13 +94,13 @@ class EnsembledLinear(nn.Module):
         c = call.values[self.group].to(x.device, self.weight.dtype)
         # These coefficients hold for further passes with the same cache, which often have one
         # token each: merged once, the weights cost such a pass one plain product.
-        kept = call.carried.merged
-        can_keep = self.group in call.keeping
-        if can_keep and (id(self) in kept or self._is_worth_keeping(c)):
-            if id(self) not in kept:
+        if self.group in call.keeping:
+            kept = call.carried.merged
+            if id(self) not in kept and self._is_worth_keeping(c):
                 shared = c[0] if c.ndim > 1 and len(c) == 1 else c
                 kept[id(self)] = self.merged(shared), self._merged_bias(shared)
-            return self._linear(x, *kept[id(self)])
+            if id(self) in kept:
+                return self._linear(x, *kept[id(self)])
         # Some decoders flatten samples and tokens (OPT), so x is given its samples back, of which
         # constants see only one.
         by_sample = c if c.ndim > 1 else c[None]

@@ -316,6 +316,17 @@ def test_a_model_split_between_four_processes_trains_as_a_whole_one(moe):
     assert changed == {name for name in before if name.endswith(ROUTER)}
 
 
+def test_a_group_of_one_process_writes_a_whole_model(moe):
+    """accelerate splits a model between one process, too, as on a machine with one GPU."""
+    arguments = ["train", "moe", "--train", "gates", *OF_A_SPLIT]
+    command = (*processes(1), "-m", "mergekit_moe_ext")
+    split = run(*command, *arguments, "-o", "split", cwd=moe, env=SPLIT_ON_CPU)
+    assert split.returncode == 0, split.stderr
+    plain = run("mergekit-moe-ext", *arguments, "-o", "plain", cwd=moe, env=ON_CPU)
+    assert plain.stdout == split.stdout
+    same_files(moe / "plain", moe / "split")
+
+
 def test_a_split_model_that_was_interrupted_and_resumed_trains_as_a_whole_one(moe):
     (moe / "interrupted.py").write_text(INTERRUPTED)
     AutoModelForCausalLM.from_pretrained("moe", dtype=torch.bfloat16).save_pretrained("moe")
