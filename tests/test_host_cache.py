@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import DynamicCache, GenerationMixin
 
 import _mergekit_moe_ext_common.host_cache as common_seam
@@ -149,7 +150,9 @@ def test_a_cache_is_taken_by_every_name(name, argument, experts):
 
     def step(tokens, until, cache):
         if argument == "positional":
-            return model(tokens, mask[:, :until], None, cache)
+            # PEFT's class for language models has an order of arguments of its own.
+            called = model.base_model if isinstance(model, PeftModel) else model
+            return called(tokens, mask[:, :until], None, cache)
         return model(tokens, attention_mask=mask[:, :until], **{argument: cache})
 
     cache = empty_cache(model)
