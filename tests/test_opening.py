@@ -353,7 +353,7 @@ OF_ADAPTERS: dict[str, tuple[Damage, str]] = {
     "a pointer": (written("adapter_model.safetensors", LFS), "Git LFS pointer"),
     "half a config": (halved("adapter_config.json"), "adapter_config.json is damaged"),
     "a config of another kind": (written("adapter_config.json", b"[]"), "cannot read routed"),
-    "a layout of another kind": (configured("adapter_config.json", layout=7), "cannot read"),
+    "a layout of another kind": (configured("adapter_config.json", layout=7), "is a list of mappings"),
     "a layout without scalings": (edited("layout", scalings={}), "each part of `layout`"),
     "a rank that is none": (edited("layout", ranks=[2.5, 2]), "each part of `layout`"),
     "an expert's name that is none": (edited("experts", name=True), "the name True"),
@@ -514,7 +514,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
     checkpoint = tmp_path / "out.checkpoints" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text("{}")
-    (checkpoint.parent / "settings.json").write_text('{"processes": 1}')
+    (checkpoint.parent / "settings.json").write_text('{"processes": 1, "fsdp": false}')
     run = Run("out", READING)
     with pytest.raises(UserError, match="no safetensors file of what was trained"):
         run.begin({}, resume=True)
