@@ -353,7 +353,7 @@ OF_ADAPTERS: dict[str, tuple[Damage, str]] = {
     "a pointer": (written("adapter_model.safetensors", LFS), "Git LFS pointer"),
     "half a config": (halved("adapter_config.json"), "adapter_config.json is damaged"),
     "a config of another kind": (written("adapter_config.json", b"[]"), "cannot read routed"),
-    "a layout of another kind": (configured("adapter_config.json", layout=7), "is a list of mappings"),
+    "a layout of another kind": (configured("adapter_config.json", layout=7), "list of mappings"),
     "a layout without scalings": (edited("layout", scalings={}), "each part of `layout`"),
     "a rank that is none": (edited("layout", ranks=[2.5, 2]), "each part of `layout`"),
     "an expert's name that is none": (edited("experts", name=True), "the name True"),
