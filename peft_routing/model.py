@@ -241,7 +241,7 @@ class RoutedLoraModel(BaseTuner):
         return adapter_name, config, experts
 
     def _to_export(self, adapter_name: str | None) -> tuple[str, RoutedLoraConfig, list[Expert]]:
-        """As `_taken_out`, with the modules that PEFT saves whole."""
+        """The adapter's name, configuration and experts, with the modules that PEFT saves whole."""
         adapter_name, config, experts = self._taken_out(adapter_name)
         heads.take_out(self.model, adapter_name, experts)
         for expert in experts:
@@ -403,9 +403,9 @@ class RoutedLoraModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """As PEFT's, but for layers of ours, which are where they belong already.
+        """Put a module in, as PEFT does; layers of ours are where they belong already.
 
-        PEFT would send them after a base model on the meta device.
+        PEFT would send these after a base model on the meta device.
         """
         if isinstance(new_module, RoutedLoraLayer):
             setattr(parent, child_name, new_module)

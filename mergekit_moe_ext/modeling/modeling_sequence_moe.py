@@ -865,7 +865,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers' own; without a cache the prompt's choice goes along as `coefficients`.
+        """Hand on what transformers does, and without a cache the choice as `coefficients`.
 
         Each step then passes over everything, and rows stay with their prompts, in beam search too.
         """

@@ -171,7 +171,7 @@ class Ensemble:
         gradient_checkpointing_func: Any = checkpoint,
         **kwargs: Any,
     ) -> None:
-        """As transformers' own; layers run again as part of the forward pass they belong to."""
+        """Switch it as transformers does; a layer runs again within the pass it belongs to."""
         # A router whose group is a checkpointed layer itself runs before that layer's checkpoint;
         # a reentrant one has a graph of its own, in which the router's coefficients are constants.
         groups = () if self.ensembling.per_tensor else self.ensembling.groups
@@ -386,7 +386,7 @@ class Ensemble:
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers' own; without a cache the prompt's choice goes along as `coefficients`.
+        """Hand on what transformers does, and without a cache the choice as `coefficients`.
 
         Each step then passes over everything, and rows stay with their prompts, in beam search too.
         """
