@@ -328,8 +328,10 @@ def _check_doubtful(
     """
     state = loaded.state_dict()
     chosen = {name: state[name] for name in names if name in state}
-    # Their names and shapes in the files: of stacked experts, say, those of each.
-    wanted = revert_weight_conversion(loaded, chosen)
+    # Their names and shapes in the files: of stacked experts, say, those of each. A config of no
+    # experts at all makes transformers divide nothing by nothing.
+    with explained(f"cannot tell by its config what the files of {model} must hold", model):
+        wanted = revert_weight_conversion(loaded, chosen)
     kind = type(loaded).__name__
     lacking = sorted(name for name in wanted if name not in headers)
     if lacking:

@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import mergekit_moe_ext  # noqa: F401  (registers the methods)
+from tests.forking import command_of, program_of, run_forked, same_imports
 
 # These hold for every process that a test starts, too.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -139,7 +140,20 @@ def merge(config: dict, out: str = "out", **options: Any) -> Path:
 
 
 def run(*command: str | Path, **keywords: Any) -> subprocess.CompletedProcess:
-    """Run a command; one that is installed with the package is found by its name."""
+    """Run a command; one that is installed with the package is found by its name, and runs in a
+    fork (`tests/forking.py`).
+    """
+    arguments = [str(argument) for argument in command]
+    environment = keywords.get("env", os.environ)
+    installed = command_of(arguments[0])
+    if installed and same_imports(environment):
+        directory = Path(keywords.get("cwd", Path.cwd()))
+        return run_forked(program_of(installed), arguments, environment, directory, 300)
+    return start(*command, **keywords)
+
+
+def start(*command: str | Path, **keywords: Any) -> subprocess.CompletedProcess:
+    """Run a command in a process that imports everything itself."""
     program = BIN / str(command[0])
     return subprocess.run(
         [str(program if program.exists() else command[0]), *map(str, command[1:])],

@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from _mergekit_moe_ext_autoload import KNOWN
 from _mergekit_moe_ext_common.versions import TESTED
-from tests.conftest import BIN, document, read_tensors, run, same_files
+from tests.conftest import BIN, document, read_tensors, same_files, start
 
 ROOT = Path(__file__).parents[1]
 LIVE = """
@@ -39,7 +39,7 @@ IMPORTED_FIRST = [
 
 
 def python(code, **environment):
-    return run("python", "-c", code, env={**os.environ, **environment})
+    return start("python", "-c", code, env={**os.environ, **environment})
 
 
 @pytest.mark.parametrize("first", IMPORTED_FIRST)
@@ -97,7 +97,7 @@ def test_stock_methods_write_the_same_files_as_without_us(configured):
     for out, autoload in (("with", "1"), ("without", "0")):
         (configured / out).mkdir()
         environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
-        result = run("mergekit-yaml", "linear.yml", f"{out}/merged", env=environment)
+        result = start("mergekit-yaml", "linear.yml", f"{out}/merged", env=environment)
         assert result.returncode == 0, result.stderr
     assert same_files(configured / "with" / "merged", configured / "without" / "merged")
     # mergekit's card lists the models in the order of a set
@@ -116,10 +116,10 @@ def test_the_ways_to_run_a_merge_agree(configured):
         "config = MergeConfiguration.model_validate(yaml.safe_load(open('ties.yml')))\n"
         "run_merge(config, 'bound', MergeOptions())"
     )
-    stock = run("mergekit-yaml", "ties.yml", "stock")
-    ours = run("mergekit-moe-ext", "yaml", "ties.yml", "ours", env=off)
-    bound = run("python", "-c", bound_before, env=off)
-    refused = run("mergekit-yaml", "ties.yml", "refused", env=off)
+    stock = start("mergekit-yaml", "ties.yml", "stock")
+    ours = start("mergekit-moe-ext", "yaml", "ties.yml", "ours", env=off)
+    bound = start("python", "-c", bound_before, env=off)
+    refused = start("mergekit-yaml", "ties.yml", "refused", env=off)
     assert stock.returncode == ours.returncode == bound.returncode == 0, (
         stock.stderr + ours.stderr + bound.stderr
     )
@@ -179,14 +179,18 @@ def test_the_autoload_knows_the_versions_that_were_tested():
 # package.
 
 
-@pytest.fixture(scope="module", params=[[], ["-e"]], ids=["wheel", "editable"])
+WHEEL: list[str] = []
+EDITABLE = ["-e"]
+
+
+@pytest.fixture(scope="module", params=[WHEEL, EDITABLE], ids=["wheel", "editable"])
 def fresh(request, tmp_path_factory):
     import sysconfig
     import venv
 
     home = tmp_path_factory.mktemp("fresh")
     source = home / "source"
-    files = run("git", "-C", ROOT, "ls-files", "-co", "--exclude-standard").stdout.split()
+    files = start("git", "-C", ROOT, "ls-files", "-co", "--exclude-standard").stdout.split()
     for name in files:
         if name.startswith(
             ("mergekit_moe_ext/", "peft_routing/", "_mergekit", "pyproject", "README", "LICENSE")
@@ -196,7 +200,7 @@ def fresh(request, tmp_path_factory):
     venv.create(home / "env", with_pip=False)
     python = home / "env" / "bin" / "python"
     site = Path(
-        run(
+        start(
             python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"
         ).stdout.strip()
     )
@@ -211,13 +215,13 @@ def fresh(request, tmp_path_factory):
         "--no-deps",
         "--no-build-isolation",
     ]
-    installed = run(*pip, "-q", *request.param, source, env={**os.environ, "PIP_NO_INDEX": "1"})
+    installed = start(*pip, "-q", *request.param, source, env={**os.environ, "PIP_NO_INDEX": "1"})
     assert installed.returncode == 0, installed.stderr
     return python, site, source
 
 
 def in_fresh(python, code, cwd=None):
-    return run(python, "-W", "default::RuntimeWarning", "-c", code, cwd=cwd or python.parent)
+    return start(python, "-W", "default::RuntimeWarning", "-c", code, cwd=cwd or python.parent)
 
 
 def test_a_fresh_install_is_found(fresh, configured):
@@ -225,13 +229,14 @@ def test_a_fresh_install_is_found(fresh, configured):
     found = in_fresh(python, LIVE + "\nimport mergekit_moe_ext; print(mergekit_moe_ext.__file__)")
     assert found.returncode == 0, found.stderr
     assert str(ROOT) not in found.stdout
-    merged = run(python, BIN / "mergekit-yaml", "ties.yml", "out", cwd=configured)
+    merged = start(python, BIN / "mergekit-yaml", "ties.yml", "out", cwd=configured)
     assert merged.returncode == 0, merged.stderr
     assert (configured / "out" / "model.safetensors").exists()
-    doctor = run(python.parent / "mergekit-moe-ext", "doctor", cwd=configured)
+    doctor = start(python.parent / "mergekit-moe-ext", "doctor", cwd=configured)
     assert doctor.returncode == 0, doctor.stdout
 
 
+@pytest.mark.parametrize("fresh", [WHEEL], ids=["wheel"], indirect=True)
 def test_an_unknown_mergekit_turns_us_off_with_one_warning(fresh):
     python, site, _source = fresh
     unknown = site / "mergekit-0.2.0.dist-info"
@@ -241,7 +246,7 @@ def test_an_unknown_mergekit_turns_us_off_with_one_warning(fresh):
         result = in_fresh(
             python, "import mergekit.merge as m; assert not hasattr(m.run_merge, '__wrapped__')"
         )
-        doctor = run(python.parent / "mergekit-moe-ext", "doctor", cwd=site)
+        doctor = start(python.parent / "mergekit-moe-ext", "doctor", cwd=site)
     finally:
         (unknown / "METADATA").unlink()
         unknown.rmdir()
@@ -250,6 +255,7 @@ def test_an_unknown_mergekit_turns_us_off_with_one_warning(fresh):
     assert doctor.returncode == 1 and "FAIL  this mergekit" in doctor.stdout
 
 
+@pytest.mark.parametrize("fresh", [WHEEL], ids=["wheel"], indirect=True)
 def test_a_broken_install_leaves_torch_and_mergekit_alone(fresh):
     python, site, source = fresh
     package = next(

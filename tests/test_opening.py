@@ -209,6 +209,10 @@ OF_MIXTURES: dict[str, tuple[Damage, str]] = {
         configured(num_experts_per_tok=9),
         "choose 9 of 4 experts",
     ),
+    "no experts": (
+        configured(num_local_experts=0, num_experts_per_tok=0),
+        "cannot tell by its config",
+    ),
     "a tokenizer without words": (
         configured("tokenizer.json", model={"type": "WordLevel", "vocab": {}, "unk_token": "x"}),
         "cannot read the tokenizer",

@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_moe_ext.selftest import sequence_mixture, weight_ensembling_model
-from tests.conftest import run
+from tests.conftest import start
 from tests.peft_routing.adapters import (
     has_native_adapters,
     make_base,
@@ -96,7 +96,7 @@ def test_lm_eval_measures_what_this_package_made(made, tmp_path, monkeypatch, na
         file.writelines(f"{json.dumps(row)}\n" for row in rows())
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TASK))
     model = "pretrained=base,peft=routed" if name == "routed" else f"pretrained={name}"
-    done = run(
+    done = start(
         *(
             sys.executable,
             "-m",
@@ -136,5 +136,5 @@ def test_nothing_has_to_be_imported(made, first):
     told = ["native"] if has_native_adapters() else []
     if first != FIRST[0]:
         told.append("briefly")
-    done = run(sys.executable, *STRICT, "-c", SCRIPT, first, *told, cwd=made, env=OFFLINE)
+    done = start(sys.executable, *STRICT, "-c", SCRIPT, first, *told, cwd=made, env=OFFLINE)
     assert done.returncode == 0, done.stderr

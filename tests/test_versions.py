@@ -15,7 +15,7 @@ from _mergekit_moe_ext_common import selftest, versions
 from _mergekit_moe_ext_common.versions import TESTED, verdict
 from mergekit_moe_ext.selftest import sequence_mixture, weight_ensembling_model
 from peft_routing.selftest import routed_adapter
-from tests.conftest import run
+from tests.conftest import start
 
 ROOT = Path(__file__).parents[1]
 MODELS = {
@@ -102,12 +102,12 @@ def test_a_newer_host_gives_one_warning_and_no_more():
         "import _mergekit_moe_ext_common.versions as v; v.TESTED['transformers'] = ('4.0.0', "
         "'4.1.0'); import mergekit_moe_ext, peft_routing"
     )
-    said = run("python", "-W", "always", "-c", code).stderr
+    said = start("python", "-W", "always", "-c", code).stderr
     assert said.count("was not tested with transformers") == 1
     assert "(tested up to 4.1.0)" in said and "mergekit-moe-ext doctor" in said
-    result = run("python", "-W", "error::UserWarning", "-c", code)
+    result = start("python", "-W", "error::UserWarning", "-c", code)
     assert result.returncode == 0, result.stderr
-    quiet = run(
+    quiet = start(
         "python",
         "-W",
         "always",
@@ -139,7 +139,7 @@ def test_the_selftest_notices_a_choice_that_is_made_anew(name, monkeypatch):
 
 
 def test_the_doctor_says_what_is_installed_and_tries_it():
-    result = run("mergekit-moe-ext", "doctor")
+    result = start("mergekit-moe-ext", "doctor")
     assert result.returncode == 0, result.stdout
     for host, found in versions.installed().items():
         assert re.search(
@@ -163,7 +163,7 @@ def test_the_doctor_fails_where_generation_is_wrong(tmp_path):
         "    GenerationMixin._update_model_kwargs_for_generation = losing\n"
     )
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    result = run("mergekit-moe-ext", "doctor", env={**os.environ, "PYTHONPATH": paths})
+    result = start("mergekit-moe-ext", "doctor", env={**os.environ, "PYTHONPATH": paths})
     assert result.returncode == 1
     assert result.stdout.count("FAIL") == 3 and "did not come back" in result.stdout
     assert "pip install 'transformers==" in result.stdout

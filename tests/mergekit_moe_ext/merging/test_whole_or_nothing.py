@@ -1,11 +1,12 @@
 """The output appears whole or not at all, whatever happens, and running again succeeds."""
 
+import os
 import random
 import resource
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import click
 import pytest
@@ -13,8 +14,9 @@ import yaml
 
 from _mergekit_moe_ext_common.staging import check_room, staged
 from tests.conftest import BIN, document, merge, same_files
+from tests.forking import program_from, run_forked
 
-# In a fresh process: raise a signal when a function is called for the n-th time.
+# In a process of its own: raise a signal when a function is called for the n-th time.
 KILLER = """
 import importlib, os, signal, sys
 import mergekit.merge
@@ -86,14 +88,14 @@ def merge_until(where: str, nth: int, number: signal.Signals) -> subprocess.Comp
     """A merge in a process of its own that gets a signal when a function is called for the n-th
     time.
     """
-    command = [sys.executable, "-c", KILLER, where, str(nth), str(int(number))]
-    return subprocess.run(command, capture_output=True, timeout=120)
+    arguments = ["-c", where, str(nth), str(int(number))]
+    return run_forked(program_from(KILLER), arguments, os.environ, Path.cwd(), 120)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed(ready, whole, stage):
     process = merge_until(*STAGES[stage], signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert not (ready / "out").exists()
     runs_again(ready, whole)
 
