@@ -27,6 +27,7 @@ from transformers import PretrainedConfig
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import SharedTensor
 from mergekit_moe_ext.merging.tasks import LoadFiniteTensor
+from mergekit_moe_ext.merging.views import View
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -128,6 +129,7 @@ class Plan:
     dtype: that of the computed tensors, and in general of all.
     weights: by shared tensor, the `weight` of each model, where the method sets it; 1 elsewhere.
     integers: the computed tensors that keep their own dtype.
+    views: how sources are read whose files hold tensors in another form than the merge takes.
     notes: Markdown for the card and for `mergekit-moe-ext plan`.
     draw: writes a figure, for `mergekit-moe-ext plan --plot`.
     """
@@ -141,6 +143,7 @@ class Plan:
     dtype: torch.dtype
     weights: Mapping[str, Mapping[ModelReference, float]] = field(default_factory=dict)
     integers: frozenset[str] = frozenset()
+    views: Mapping[ModelReference, View] = field(default_factory=dict)
     routed_per: Literal["token", "sequence", "sample"] = "token"
     notes: str = ""
     draw: Callable[[Path], None] | None = None

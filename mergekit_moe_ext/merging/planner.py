@@ -26,6 +26,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import check_against, manifest_of
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, RefuseNonfinite
+from mergekit_moe_ext.merging.views import install_views
 
 LOG = logging.getLogger(__name__)
 NEUTRAL_PARAMETERS = {"weight": 1.0}
@@ -102,6 +103,7 @@ class MergePlanner(StockMergePlanner):
                 "place, without staging; import mergekit_moe_ext first, or leave torch's autoload "
                 "on"
             )
+        install_views(self._plan_of_job.views)
         # Where the YAML names no dtype, mergekit writes a tensor in the dtype of its first source.
         # Sources of different dtypes have float32 or wider in common (`output_dtype`), and reading
         # all tensors so loses nothing. Sources of one narrower dtype are read as they are: what

@@ -10,13 +10,13 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from mergekit.common import ModelPath, ModelReference
-from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PretrainedConfig
@@ -38,6 +38,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import explained, read_values
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
+from mergekit_moe_ext.merging.views import Derivation, View, derived_shapes, seen_through
 
 LOG = logging.getLogger(__name__)
 # Config keys that must agree for tensors of the sources to be merged with each other. The
@@ -50,6 +51,7 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
     "hidden_act",
+    "attention_bias",
 )
 # Config keys that say how the tensors are used; where they differ, the output does as the donor
 # does.
@@ -91,17 +93,29 @@ class Headers:
 
     dtypes: by torch's names for them.
     prefix: a text that all names in the files begin with, and that is left out here.
+    view: what makes the tensors that the files hold in another form.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     prefix: str = ""
+    view: View = ()
 
     @property
     def dtype(self) -> str:
         """The dtype of most of its tensors."""
         names = list(self.dtypes.values())
         return max(set(names), key=names.count)
+
+    def seen_through(self, layer: tuple[Derivation, ...]) -> "Headers":
+        """The headers with one more layer of a view on top."""
+        if not layer:
+            return self
+        shapes = derived_shapes(self.shapes, layer)
+        dtypes = {name: self.dtypes[name] for name in shapes if name in self.dtypes}
+        for derivation in layer:
+            dtypes |= dict.fromkeys(derivation.names, self.dtypes[derivation.origin])
+        return replace(self, shapes=shapes, dtypes=dtypes, view=(*self.view, layer))
 
 
 def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
@@ -220,6 +234,8 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
 def _size(config: PretrainedConfig, key: str) -> Any:
     """What a config says under a key of `_SIZES`, or implies by leaving it out."""
     value = getattr(config, key, None)
+    if key == "attention_bias":
+        return bool(value)
     heads = getattr(config, "num_attention_heads", None)
     # Swin has a list of them, one for each stage, and nothing is implied.
     if value is not None or not isinstance(heads, int):
@@ -273,6 +289,16 @@ def read_headers(
         for name in wanted.tied & headers[model].shapes.keys():
             _check_really_tied(model, stored, name, wanted, job.merge_options)
     return headers
+
+
+def loader_of(job: Job, model: ModelReference, view: View) -> LazyTensorLoader:
+    """A loader of a source's tensors, as its view shows them, for what is read before the merge."""
+    options = job.merge_options
+    stored = ModelReference(model=_stored(job, model).model)
+    loader = stored.lazy_loader(
+        cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle
+    )
+    return seen_through(loader, view)
 
 
 def output_dtype(job: Job, headers: Mapping[ModelReference, Headers]) -> torch.dtype:

@@ -7,6 +7,7 @@ layer gets a gate, which starts as `gate_mode` says; MergeME, like BTX before it
 afterwards.
 """
 
+import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ from mergekit_moe_ext.merging.sources import (
     untied_if_any_is,
 )
 from mergekit_moe_ext.merging.tasks import Filled, StackedExperts
+from mergekit_moe_ext.upcycling.dense import check_dropped, rewritten, rewritten_manifest
 from mergekit_moe_ext.upcycling.families import upcycling_for
 from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
 from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates
@@ -110,10 +112,17 @@ class MoeMethod(StructuralMethod):
         config = family.output_config(
             donor, len(experts), experts_per_token, **_options_of_family(job, family)
         )
-        dense = manifest_of(donor)
-        headers = read_headers(job, configs, dict.fromkeys(configs, dense))
-        dtype = output_dtype(job, headers)
+        manifests = _manifests(donor, configs)
+        stored = read_headers(job, configs, manifests)
+        dtype = output_dtype(job, stored)
         config.dtype = dtype
+        headers = {}
+        for model, source in stored.items():
+            check_dropped(job, model, source, family, configs[model])
+            layer = rewritten(family, configs[model], source.shapes, dtype)
+            headers[model] = source.seen_through(layer)
+        dense = manifests[job.donor]
+        dense = rewritten_manifest(dense, rewritten(family, donor, dense.shapes, dtype))
         if job.merge_options.unsafe_truncate_embeddings:
             config.vocab_size = _smallest_vocabulary(headers.values(), dense)
             dense = dense.with_vocabulary(config.vocab_size)
@@ -124,7 +133,7 @@ class MoeMethod(StructuralMethod):
         computed: dict[str, Any] = {
             **_stacked_experts(job, layers, dense, dtype),
             **initial_gates(job, config, layers, dense.embedding, dtype),
-            **_zeros(layers, config, dtype),
+            **_filled(layers, config, dtype),
         }
         return Plan(
             config=config,
@@ -134,7 +143,39 @@ class MoeMethod(StructuralMethod):
             copies=_copied_experts(job, layers, headers),
             computed=computed,
             dtype=dtype,
+            views={model: source.view for model, source in headers.items()},
+            notes=_notes(family, configs),
         )
+
+
+def _manifests(
+    donor: PretrainedConfig, configs: Mapping[ModelReference, PretrainedConfig]
+) -> dict[ModelReference, Manifest]:
+    """The manifest of every source; those of one model type have one and the same.
+
+    Head and embedding are tied as in `donor`, so that a head of its own has a place everywhere if
+    it has one in the output.
+    """
+    by_type = {donor.model_type: manifest_of(donor)}
+    manifests = {}
+    for model, config in configs.items():
+        if config.model_type not in by_type:
+            tied_alike = copy.deepcopy(config)
+            tied_alike.tie_word_embeddings = donor.tie_word_embeddings
+            by_type[config.model_type] = manifest_of(tied_alike)
+        manifests[model] = by_type[config.model_type]
+    return manifests
+
+
+def _notes(family: Upcycling, configs: Mapping[ModelReference, PretrainedConfig]) -> str:
+    """A sentence for the card and the plan where the sources are of several architectures."""
+    architectures = list(dict.fromkeys(family.dense.get(c.model_type) for c in configs.values()))
+    if len(architectures) < 2 or None in architectures:  # the latter under --allow-crimes
+        return ""
+    return (
+        f"The sources are of several architectures ({', '.join(map(str, architectures))}), which "
+        f"compute alike once their tensors have the names and forms of {family.moe}."
+    )
 
 
 def _experts_per_token(job: Job, family: Upcycling) -> int:
@@ -203,17 +244,22 @@ def _shared_tensors(
     return shared
 
 
-def _zeros(
+def _filled(
     layers: Sequence[tuple[Stack, int]], config: PretrainedConfig, dtype: torch.dtype
 ) -> dict[str, Filled]:
-    """The tensors that start at zero, by their names in the output."""
-    names = []
+    """The tensors that have one value everywhere, by their names in the output."""
+    values: dict[str, float] = {}
     for stack, layer in layers:
-        names += [template.format(layer=layer) for template in stack.zeros]
-    if not names:  # building a manifest takes a while
+        constants = {**dict.fromkeys(stack.zeros, 0.0), **stack.constants}
+        for template, value in constants.items():
+            values[template.format(layer=layer)] = value
+    if not values:  # building a manifest takes a while
         return {}
     shapes = manifest_of(config).shapes
-    return {name: Filled(name=name, shape=shapes[name], dtype=str(dtype)) for name in names}
+    tensors = {}
+    for name, value in values.items():
+        tensors[name] = Filled(name=name, shape=shapes[name], dtype=str(dtype), value=value)
+    return tensors
 
 
 def _copied_experts(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Task
+from mergekit.io.tasks import LoaderCache
 from tqdm import tqdm
 
 from _mergekit_moe_ext_common.checkpoints import check_finite
@@ -122,15 +123,14 @@ class PromptStates(Task[torch.Tensor]):
         return {}
 
     def execute(self, **_kwargs: object) -> torch.Tensor:
-        source = self.model.merged(self.lora_merge_cache, self.trust_remote_code)
         if self.mode == "cheap_embed":
-            loader = source.lazy_loader(self.transformers_cache)
-            embedding = loader.get_tensor(self.embedding)
+            embedding = LoaderCache().get(self.model).get_tensor(self.embedding)
             check_finite({self.embedding: embedding}, self.model)
 
             def states(prompts: Tokens) -> torch.Tensor:
                 return embedding_states(embedding, prompts).expand(len(self.ffns), -1)
         else:
+            source = self.model.merged(self.lora_merge_cache, self.trust_remote_code)
             path = source.local_path(self.transformers_cache)
             reading = Reading(trust_remote_code=self.trust_remote_code, quiet=self.quiet)
             device_map = "auto" if self.device.startswith("cuda") else None

@@ -1,8 +1,9 @@
 """The declaration of a family: the dense architecture, the MoE that holds it, and where FFNs go."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from transformers import PretrainedConfig
 
 # Values of the dense model only. `model_type` in particular: passed on it would stay the dense one
@@ -31,6 +32,7 @@ class Stack:
     layers: the key of the output's config that holds the number of layers.
     merged: {tensor of the output: the dense tensor that is merged over the sources to make it}.
     zeros: tensors that start at zero.
+    constants: {tensor of the output: the value that all its elements have}.
     """
 
     ffn: str
@@ -40,6 +42,26 @@ class Stack:
     layers: str = "num_hidden_layers"
     merged: Mapping[str, str] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
+    constants: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What a tensor of the dense model becomes before anything is merged.
+
+    All names are hub names with {layer} in them, or names outside the layers.
+
+    name: the dense tensor; where a model has none of this name, nothing is done.
+    becomes: the tensors that it becomes, of which a later one may keep its name. One that the model
+        has itself stays the model's own. Where there are none, the tensor has no place in the
+        output, and a source in which it is not zero everywhere is refused.
+    make: a function of the dense tensor and the dense config that gives these, in this order. It
+        must take tensors on torch's meta device.
+    """
+
+    name: str
+    becomes: tuple[str, ...] = ()
+    make: Callable[[torch.Tensor, PretrainedConfig], Sequence[torch.Tensor]] = lambda *_: ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +76,8 @@ class Upcycling:
     experts_per_token: the number of experts that a token passes, if the architecture leaves no
         choice.
     options: the names of options of the merge that only this architecture has.
+    rewritings: by model type, the tensors of dense models that are stored or used in another way
+        than the MoE's. All other names are those of the dense architecture.
     """
 
     dense: Mapping[str, str]
@@ -63,6 +87,7 @@ class Upcycling:
     refuse: Callable[[PretrainedConfig], str | None]
     experts_per_token: int | None = None
     options: frozenset[str] = frozenset()
+    rewritings: Mapping[str, tuple[Rewriting, ...]] = field(default_factory=dict)
 
 
 def moe_config(

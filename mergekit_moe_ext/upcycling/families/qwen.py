@@ -1,4 +1,5 @@
-"""Qwen2, Seed-OSS and Ministral to Qwen2-MoE, and Qwen3 to Qwen3-MoE.
+"""Qwen2, Seed-OSS and Ministral to Qwen2-MoE, and Qwen3 to Qwen3-MoE or, where some of its layers
+have a sliding window, to Mellum.
 
 By default transformers does not normalise the weights of the chosen experts, which an upcycled
 model needs.
@@ -73,6 +74,25 @@ def _qwen3_config(
     )
 
 
+def _mellum_config(
+    dense: PretrainedConfig, num_experts: int, experts_per_token: int
+) -> PretrainedConfig:
+    from transformers import MellumConfig  # not in every version that is supported
+
+    return moe_config(
+        MellumConfig,
+        dense,
+        drop=("max_window_layers", "use_sliding_window"),
+        architectures=["MellumForCausalLM"],
+        num_experts=num_experts,
+        num_experts_per_tok=experts_per_token,
+        moe_intermediate_size=dense.intermediate_size,
+        norm_topk_prob=True,
+        # Mellum has one set of them for each type of layers.
+        rope_parameters=dict.fromkeys(sorted(set(dense.layer_types)), dense.rope_parameters),
+    )
+
+
 def _refuse_mixed_windows(dense: PretrainedConfig) -> str | None:
     if len(set(dense.layer_types)) > 1:
         return (
@@ -115,4 +135,12 @@ QWEN3_MOE = Upcycling(
     stacks=(Stack(ffn=_FFN, experts=EXPERTS, gate=GATE),),
     output_config=_qwen3_config,
     refuse=_refuse_mixed_windows,
+)
+
+MELLUM = Upcycling(
+    dense={"qwen3": "Qwen3ForCausalLM"},
+    moe="MellumForCausalLM",
+    stacks=QWEN3_MOE.stacks,
+    output_config=_mellum_config,
+    refuse=lambda dense: None,
 )

@@ -162,11 +162,15 @@ def test_configuration_of_a_dense_merge(here, config, fragments):
         ({"num_key_value_heads": 4}, ["`num_key_value_heads` is 4, not 2"]),
         ({"hidden_act": "gelu"}, ["`hidden_act` is 'gelu', not 'silu'"]),
         ({"vocab_size": 80}, ["`vocab_size` is 80, not 96", "tokenizer: {source: union}"]),
-        ({"attention_bias": True}, ["./odd", "`attention_bias: true` has no place in Mixtral"]),
+        ({"attention_bias": True}, ["./odd", "`attention_bias` is True, not False"]),
         ({"mlp_bias": True}, ["./odd", "`mlp_bias: true` has no place in Mixtral"]),
         (
-            {"family": "mistral"},
-            ["./odd", "model_type is 'mistral', not 'llama'", "--allow-crimes"],
+            {"family": "qwen3"},
+            ["./odd", "model_type is 'qwen3', not 'llama'", "--allow-crimes"],
+        ),
+        (
+            {"family": "mistral", "sliding_window": 16},
+            ["./odd (mistral) and ./base (llama)", "`sliding_window` is 16", "--allow-crimes"],
         ),
     ],
 )
@@ -176,7 +180,7 @@ def test_source_of_another_shape(here, config, fragments):
 
 
 def test_mistral_and_llama_mix_when_asked_to(here):
-    make_model(here / "odd", 1, family="mistral")
+    make_model(here / "odd", 1, family="mistral", sliding_window=16)
     assert (merge(document(models=["base", "odd"]), allow_crimes=True) / "config.json").exists()
 
 
@@ -190,7 +194,7 @@ def test_unsupported_family_names_the_supported(here):
         here,
         document(models=["gpt"], base=None, parameters={"experts_per_token": 1}),
         "GPT2LMHeadModel",
-        "LlamaForCausalLM (to MixtralForCausalLM)",
+        "LlamaForCausalLM (to MixtralForCausalLM or GraniteMoeForCausalLM)",
         "MistralForCausalLM",
     )
 

@@ -19,6 +19,14 @@ from tests.conftest import document, make_model, merge, read_tensors, run
 TOKENS = torch.arange(1, 41).reshape(2, 20) * 7 % 96
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+# The texts of 20 tokens are longer than the original 16.
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+}
 CASES = [
     ("qwen2", {}, "Qwen2MoeForCausalLM"),
     ("qwen2", {**WINDOW, "max_window_layers": 0}, "Qwen2MoeForCausalLM"),
@@ -59,6 +67,33 @@ CASES = [
     ),
     ("ernie4_5", {}, "Ernie4_5_MoeForCausalLM"),
     ("hunyuan_v1_dense", {"attention_bias": True, "head_dim": 8}, "HunYuanMoEV1ForCausalLM"),
+    ("llama", {"attention_bias": True}, "GraniteMoeForCausalLM"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1]}, "GraniteMoeSWAForCausalLM"),
+    (
+        "smollm3",
+        {
+            "no_rope_layer_interval": 2,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+        "GraniteMoeSWAForCausalLM",
+    ),
+    ("cohere", {"logit_scale": 0.3}, "Cohere2MoeForCausalLM"),
+    ("cohere", {"attention_bias": True}, "Cohere2MoeForCausalLM"),
+    ("phi3", {}, "MixtralForCausalLM"),
+    ("phi3", {"sliding_window": 5}, "MixtralForCausalLM"),
+    (
+        "phi3",
+        {"rope_parameters": LONG, "original_max_position_embeddings": 16, "head_dim": 8},
+        "MixtralForCausalLM",
+    ),
+    ("phi3", {"rope_parameters": PARTIAL}, "Glm4MoeForCausalLM"),
+    ("glm", {"rope_parameters": PARTIAL}, "Glm4MoeForCausalLM"),
+    ("glm", {"head_dim": 8, "attention_bias": False}, "Glm4MoeForCausalLM"),
+    ("gemma", {"head_dim": 8}, "MixtralForCausalLM"),
+    ("qwen3", {**WINDOW, "max_window_layers": 2}, "MellumForCausalLM"),
+    ("qwen3", {**WINDOW, "layer_types": MIXED_LAYERS}, "MellumForCausalLM"),
 ]
 SHAPES = [
     {},
@@ -80,6 +115,8 @@ def test_equal_sources_give_the_dense_model(tmp_path, monkeypatch, family, confi
     config = {**shape, **config}
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][: config.get("num_hidden_layers", 3)]
+    if moe == "MellumForCausalLM" and config.get("num_hidden_layers") == 1:
+        moe = "Qwen3MoeForCausalLM"  # a single layer is no mixture of layers
     make_model(tmp_path / "base", 1, family=family, **config)
     out = merge(document("moe_ties", ["base"] * 3))
     dense = AutoModelForCausalLM.from_pretrained("base")
@@ -92,12 +129,15 @@ def test_equal_sources_give_the_dense_model(tmp_path, monkeypatch, family, confi
     )
     assert torch.allclose(logits(dense), logits(loaded), atol=1e-5)
     tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert tied == (dense.lm_head.weight is dense.model.embed_tokens.weight)
+    # Of a Gemma the embedding is scaled, and the head is not.
+    is_tied = dense.lm_head.weight is dense.model.embed_tokens.weight and family != "gemma"
+    assert tied == is_tied
 
 
 def test_all_load_where_this_package_is_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     families = ["qwen2", "qwen3", "olmo2", "granite", "cohere2", "ernie4_5", "hunyuan_v1_dense"]
+    families += ["smollm3", "cohere", "phi3", "glm", "gemma"]
     for family in families:
         make_model(tmp_path / family, 1, family=family, head_dim=8)
         merge(document("moe_linear", [family] * 2, base=None), f"{family}-moe")
@@ -170,6 +210,83 @@ def test_the_shared_expert_of_qwen2_moe_is_merged_and_silent(tmp_path, monkeypat
         assert torch.allclose(merged, (base[name] + math[name]) / 2)
     assert not got["model.layers.1.mlp.shared_expert.down_proj.weight"].any()
     assert not got["model.layers.1.mlp.shared_expert_gate.weight"].any()
+
+
+def one_function_in_four_architectures(root):
+    """A Llama, and a Mistral, a Phi-3 and a Qwen2 that compute what it does."""
+    shape = {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    make_model(root / "llama", 1, **shape)
+    weights = AutoModelForCausalLM.from_pretrained(root / "llama").state_dict()
+    for family in ("mistral", "qwen2", "phi3"):
+        other = {**shape, "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
+        make_model(root / family, 1, family=family, **other)
+        model = AutoModelForCausalLM.from_pretrained(root / family)
+        state = {
+            name: torch.zeros_like(tensor)
+            for name, tensor in model.state_dict().items()
+            if name.endswith("bias")
+        }
+        state |= weights
+        if family == "phi3":
+            for layer in range(3):
+                for fused, parts in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
+                    module = f"model.layers.{layer}.{fused.split('.')[0]}"
+                    rows = [state.pop(f"{module}.{part}_proj.weight") for part in parts]
+                    state[f"model.layers.{layer}.{fused}_proj.weight"] = torch.cat(rows)
+        model.load_state_dict(state)
+        model.save_pretrained(root / family)
+
+
+def test_architectures_that_compute_alike_mix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_function_in_four_architectures(tmp_path)
+    sources = ["llama", "mistral", "qwen2", "phi3"]
+    out = merge(document("moe_linear", sources, base="llama"))
+    dense, moe = (AutoModelForCausalLM.from_pretrained(path) for path in ("llama", out))
+    assert type(moe).__name__ == "MixtralForCausalLM"
+    assert torch.allclose(logits(dense), logits(moe), atol=1e-5)
+    card = (out / "README.md").read_text()
+    assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Phi3ForCausalLM" in card
+    # A Qwen2 of which a bias is not zero is no Llama.
+    qwen = AutoModelForCausalLM.from_pretrained("qwen2")
+    qwen.model.layers[1].self_attn.k_proj.bias.data[3] = 0.5
+    qwen.save_pretrained("qwen2")
+    with pytest.raises(
+        click.ClickException, match=r"layers\.1\.self_attn\.k_proj\.bias of \./qwen2"
+    ):
+        merge(document("moe_linear", sources, base="llama"), "other")
+    make_model(tmp_path / "mistral", 1, family="mistral", head_dim=8, rms_norm_eps=1e-3)
+    with pytest.raises(click.ClickException, match="compute alike: `rms_norm_eps`"):
+        merge(document("moe_linear", ["llama", "mistral"], base=None), "other")
+
+
+def test_a_bfloat16_gemma_is_folded_in_the_dtype_of_the_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "gemma", 1, family="gemma", head_dim=8, dtype=torch.bfloat16)
+    dense = AutoModelForCausalLM.from_pretrained("gemma", dtype=torch.float32)
+    exact = merge(document("moe_linear", ["gemma"] * 2, base=None, dtype="float32"), "exact")
+    mixture = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32)
+    assert torch.allclose(logits(dense), logits(mixture), atol=1e-5)
+    # In bfloat16 the embedding is what the model itself computes, and norms are rounded.
+    rounded = read_tensors(merge(document("moe_linear", ["gemma"] * 2, base=None), "rounded"))
+    source = read_tensors(tmp_path / "gemma")
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
+    embedded = AutoModelForCausalLM.from_pretrained("gemma").model.embed_tokens(TOKENS)
+    assert torch.equal(rounded["model.embed_tokens.weight"][TOKENS], embedded)
+    assert torch.equal(rounded["lm_head.weight"], source["model.embed_tokens.weight"])
+    assert torch.equal(rounded["model.norm.weight"], source["model.norm.weight"] + 1)
+
+
+def test_a_gemma_with_a_head_of_its_own_keeps_it(tmp_path, monkeypatch):
+    """Beside one that ties it: the output's head is the mean of both heads."""
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "tied", 1, family="gemma", head_dim=8)
+    make_model(tmp_path / "untied", 2, family="gemma", head_dim=8, tie_word_embeddings=False)
+    tied, untied = read_tensors(tmp_path / "tied"), read_tensors(tmp_path / "untied")
+    head = (tied["model.embed_tokens.weight"] + untied["lm_head.weight"]) / 2
+    for base in ("tied", "untied"):
+        out = merge(document("moe_linear", ["tied", "untied"], base=base), f"from-{base}")
+        assert torch.allclose(read_tensors(out)["lm_head.weight"], head)
 
 
 T5 = {
@@ -246,13 +363,21 @@ def test_t5_becomes_a_switch_transformer(tmp_path, monkeypatch, capacity):
         ("t5", T5, {"experts_per_token": 2}, "always has 1"),
         ("t5", T5, {"gate_mode": "hidden"}, "has two"),
         ("llama", {}, {"expert_capacity": 4}, "MixtralForCausalLM has no `expert_capacity`"),
-        ("qwen3", {**WINDOW, "max_window_layers": 2}, {}, "in all layers or in none"),
+        ("gemma", {"attention_bias": True}, {}, "no place in Mixtral"),
+        ("cohere", {"use_qk_norm": True}, {}, "Command R"),
+        ("smollm3", {"mlp_bias": True}, {}, "no place in GraniteMoe"),
+        (
+            "phi3",
+            {"rope_parameters": PARTIAL, "sliding_window": 5},
+            {},
+            "turn only a part of each head.*nor: .*no place in GLM4-MoE",
+        ),
         ("granite", {"mlp_bias": True}, {}, "no place in GraniteMoe"),
         ("ernie4_5", {"use_bias": True}, {}, "no place in Ernie"),
         ("seed_oss", {"attention_out_bias": True}, {}, "no place in Qwen2-MoE"),
         ("cwm", {"attention_bias": True}, {}, "no place in Qwen2-MoE"),
         ("olmo3", {"layer_types": MIXED_LAYERS}, {}, "some of its layers have a sliding window"),
-        ("gpt2", {}, {}, "supported: LlamaForCausalLM"),
+        ("gpt2", {}, {}, "supported: .*LlamaForCausalLM"),
     ],
 )
 def test_what_has_no_place_is_refused(tmp_path, monkeypatch, family, config, parameters, complaint):
