@@ -33,6 +33,7 @@ from .host_cache import (
     name_of_cache,
     with_cache_renamed,
 )
+from .padding import inferred_masks
 from .prefix_labels import without_prefix_labels
 from .sequence_cache import SequenceMoECache, select_rows
 
@@ -66,13 +67,15 @@ class Batch(NamedTuple):
     """Tokens (rows, length), with the mask over everything up to them, and their positions.
 
     Mask and positions may be None. In place of tokens, which are None then, there may be what the
-    shared embedding would make of some: (rows, length, width).
+    shared embedding would make of some: (rows, length, width). `may_choose` (rows, length) says
+    which tokens may, where the mask does not.
     """
 
     tokens: Any
     mask: Tensor | None
     positions: Tensor | None
     embedded: Tensor | None = None
+    may_choose: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -86,6 +89,8 @@ class Batch(NamedTuple):
     @property
     def real(self) -> Tensor:
         """Which tokens are not padding: (rows, length)."""
+        if self.may_choose is not None:
+            return self.may_choose.bool()
         if self.mask is None:
             return torch.ones(self.shape, dtype=torch.bool, device=self.device)
         return self.mask[:, -self.shape[1] :].bool()
@@ -408,8 +413,11 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = SequenceMoECache()
         self._check_inputs(input_ids, inputs_embeds, coefficients, cache)
+        may_choose = None
+        if attention_mask is None and position_ids is None:
+            attention_mask, may_choose = self._inferred_masks(input_ids, cache)
         positions = _positions(input_ids, inputs_embeds, attention_mask, position_ids)
-        batch = Batch(input_ids, attention_mask, positions, inputs_embeds)
+        batch = Batch(input_ids, attention_mask, positions, inputs_embeds, may_choose)
         aux_loss: Tensor | None = None
         ran: dict[int, Any] = {}
         if cache is not None and cache.coefficients is not None:
@@ -452,6 +460,28 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             **{OUTPUT_NAME: cache},
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _inferred_masks(
+        self,
+        tokens: Tensor | None,
+        cache: SequenceMoECache | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The masks, of attention and of choosing, of tokens that came without any.
+
+        Padding stays what it was in the steps that follow with a cache.
+        """
+        if tokens is None:
+            return None, None
+        if cache is not None and cache.length:
+            if cache.mask is None:
+                return None, None
+            new = cache.length + tokens.shape[1] - cache.mask.shape[1]
+            cache.mask = functional.pad(cache.mask, (0, new), value=1)
+            return cache.mask, None
+        masks = inferred_masks(tokens, self.config, self.config.special_token_ids)
+        if cache is not None:
+            cache.mask = masks.attention
+        return masks
 
     # Where a cache is filled, as `generate` does, the whole input is a prompt, and what is
     # predicted comes later. A plain pass goes over prompt and answer at once: only a part that is

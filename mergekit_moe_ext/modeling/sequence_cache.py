@@ -28,6 +28,8 @@ class SequenceMoECache(Cache):
         # By expert, the rows of the batch that chose it, and their cache.
         self.of_expert: dict[int, tuple[Tensor, Cache]] = {}
         self.length = 0
+        # (batch, length) of tokens that came without a mask and have padding at an end.
+        self.mask: Tensor | None = None
 
     def new(self, config: PretrainedConfig) -> Cache:
         """An empty cache for an expert of this configuration."""
@@ -70,12 +72,15 @@ class SequenceMoECache(Cache):
         for _, cache in self.of_expert.values():
             cache.crop(tokens_to_remove)
             self.length = int(cache.get_seq_length())
+        if self.mask is not None:
+            self.mask = self.mask[:, : self.length]
 
     def reset(self) -> None:
         self.coefficients = None
         self.shares = []
         self.of_expert = {}
         self.length = 0
+        self.mask = None
 
     # Beam search drops and doubles sequences of the batch, and each takes its choice along. An
     # expert's cache holds some of the sequences only, so that a sequence's place in it is not its
@@ -96,6 +101,8 @@ class SequenceMoECache(Cache):
         self.of_expert = kept
         self.coefficients = self.coefficients[indices.to(self.coefficients.device)]
         self.shares = []
+        if self.mask is not None:
+            self.mask = self.mask[indices.to(self.mask.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
