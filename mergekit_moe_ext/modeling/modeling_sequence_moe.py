@@ -522,7 +522,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         # A heuristic that has no token to predict in a prefix says nothing: all experts alike.
         if self.config.routing in ("perplexity", "task_vector"):
             is_blind = ~self._scored(batch, prefix).any(dim=1, keepdim=True)
-            alike = self._without_choice(coefficients)
+            alike = torch.full_like(coefficients, 1 / number)
             coefficients = torch.where(is_blind.to(coefficients.device), alike, coefficients)
         # As in a mixture of FFNs: how often an expert is chosen times its probability before the
         # choice, which alone has a gradient. 1 at balance.
@@ -546,17 +546,6 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         total = torch.where(prefix[..., None], embedded, 0).sum(dim=1)
         mean = total / prefix.sum(dim=1, keepdim=True).clamp(min=1)
         return self.router(mean.to(self.router.weight.dtype)).float()
-
-    def _without_choice(self, like: Tensor) -> Tensor:
-        """Coefficients of all experts alike.
-
-        Where experts cap their logits differently, and so cannot be mixed, the base has all.
-        """
-        if len(set(self.config.logit_softcaps)) > 1:
-            alone = torch.zeros_like(like)
-            alone[:, self.config.base_expert] = 1
-            return alone
-        return torch.full_like(like, 1 / len(self.experts))
 
     def _scored(self, batch: Batch, prefix: Tensor) -> Tensor:
         """Which tokens of the prefix a heuristic predicts: (batch, length).
@@ -715,45 +704,41 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor,
         states: DecoderStates,
     ) -> Tensor:
-        """What the chosen experts give, added up, as logits at the positions to keep."""
+        """What the chosen experts give, added up, as logits at the positions to keep.
+
+        MergeME 3.2 adds up representations, which its head then makes logits of. A head is linear,
+        so that this is a sum of logits, weighed by the coefficients: `combine="logits"`. With
+        `combine="probabilities"` the experts' probabilities are added up, and these are logarithms.
+        """
         shares = cache.shares if cache is not None else []
         if not shares:
             shares = _shares(coefficients, batch.device)
-        caps = {self.config.logit_softcaps[share.expert] for share in shares}
-        if len(caps) > 1 and ((coefficients != 0).sum(dim=-1) > 1).any():
-            raise ValueError(
-                f"experts that cap their logits differently ({caps}) cannot be mixed: choose one",
-            )
         positions: Any = logits_to_keep
         if isinstance(logits_to_keep, int):
             positions = slice(-logits_to_keep, None)
+        adds_probabilities = self.config.combine == "probabilities"
+        # A cap that is the same for all bounds the sum, as that of a model with one head does.
+        # Otherwise each expert's logits are capped as its source caps them.
+        caps_each = adds_probabilities or len(set(self.config.logit_softcaps)) > 1
+        has_one_head = self.config.embedding == "shared" and not caps_each
         # Each expert runs on the sequences that chose it, and on these alone. A shared head is
-        # linear, so that it is applied once, to the sum; heads of the experts' own come first.
-        heads_at_once = self.config.embedding == "shared"
+        # applied once, to the sum, unless something comes between.
         total: Any = None
         for share in shares:
             output = self._output(share, batch, cache, ran, states)[:, positions]
-            if not heads_at_once:
-                output = self.experts[share.expert].lm_head(output)
-            if share.weights is None:
-                total = output
-                continue
-            if total is None:
-                total = output.new_zeros(len(coefficients), *output.shape[1:])
-            weighed = share.weights.to(total)[:, None, None] * output.to(total)
-            total = total.index_add(0, share.rows.to(total.device), weighed)
+            if not has_one_head:
+                output = self._head(share.expert)(output)
+            if caps_each:
+                output = self._capped(output, self.config.logit_softcaps[share.expert])
+            if adds_probabilities:
+                output = torch.log_softmax(output.float(), dim=-1).to(output.dtype)
+            total = _added(total, output, share, len(coefficients), adds_probabilities)
         if cache is not None:
             cache.coefficients = coefficients
             cache.shares = shares
             cache.length += batch.shape[1]
-        logits = self.lm_head(total) if heads_at_once else total
-        if len(caps) == 1:
-            return self._capped(logits, caps.pop())
-        # Each sequence has chosen one expert, whose cap holds for it.
-        capped = []
-        for row, index in zip(logits, coefficients.abs().argmax(dim=-1).tolist(), strict=True):
-            capped.append(self._capped(row, self.config.logit_softcaps[index]))
-        return torch.stack(capped)
+        logits = self.lm_head(total) if has_one_head else total
+        return logits if caps_each else self._capped(logits, self.config.logit_softcaps[0])
 
     def _output(
         self,
@@ -829,6 +814,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if not coefficients.isfinite().all() or not coefficients.any(dim=1).all():
             raise ValueError("coefficients must be finite, and not all 0 for a sequence")
+        if self.config.combine == "probabilities" and (coefficients < 0).any():
+            raise ValueError("coefficients of probabilities (combine) cannot be negative")
         return coefficients.repeat_interleave(rows // len(coefficients), dim=0)
 
     def _prepare_cache_for_generation(
@@ -996,6 +983,31 @@ def _shares(coefficients: Tensor, device: torch.device) -> list[Share]:
         is_all = len(rows) == len(coefficients)
         shares.append(Share(expert, rows.to(device), is_all, weights))
     return shares
+
+
+def _added(
+    total: Tensor | None,
+    output: Tensor,
+    share: Share,
+    rows: int,
+    in_logarithms: bool,
+) -> Tensor:
+    """The total so far (rows, …), with the weighed output of an expert for those that chose it.
+
+    Either both are logarithms of what is added up, or neither is.
+    """
+    if share.weights is None:
+        return output
+    weights = share.weights.to(output)[:, None, None]
+    if total is None:
+        start = float("-inf") if in_logarithms else 0
+        total = output.new_full((rows, *output.shape[1:]), start)
+    indices = share.rows.to(total.device)
+    if not in_logarithms:
+        return total.index_add(0, indices, (weights * output).to(total))
+    so_far = total[indices]
+    added = torch.logaddexp(so_far, (weights.log() + output).to(total))
+    return total.index_copy(0, indices, added)
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
