@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
+COMBINATIONS = ("logits", "probabilities")
 ROUTINGS = ("perplexity", "task_vector", "learned", "uniform")
 
 
@@ -27,6 +28,8 @@ class SequenceMoEConfig(PretrainedConfig):
         shared_parameters: patterns (`re.search`) of the names of a decoder's parameters that all
             experts share.
         logit_softcaps: each expert's cap on logits (Gemma-2's `final_logit_softcapping`), or None.
+        combine: the quantity of the chosen experts that is added up, `logits` (the paper) or
+            `probabilities`, of which the model then gives the logarithms as its logits.
         head_bias: whether the shared head has a bias.
         tie_word_embeddings: whether the shared head is the shared embedding; experts that have
             their own say so in their own configurations.
@@ -71,6 +74,7 @@ class SequenceMoEConfig(PretrainedConfig):
         base_expert: int = 0,
         task_vector_layers: list[int] | None = None,
         router_aux_loss_coef: float = 0.0,
+        combine: str = "logits",
         initializer_range: float = 0.02,
         use_cache: bool = True,
         **kwargs: Any,
@@ -96,6 +100,7 @@ class SequenceMoEConfig(PretrainedConfig):
         self.base_expert = base_expert
         self.task_vector_layers = task_vector_layers
         self.router_aux_loss_coef = router_aux_loss_coef
+        self.combine = combine
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         kwargs.pop("num_hidden_layers", None)
@@ -119,6 +124,8 @@ class SequenceMoEConfig(PretrainedConfig):
             raise ValueError(
                 f"routing_prefix={routing_prefix!r} is neither 'prefix' nor 'sequence'",
             )
+        if combine not in COMBINATIONS:
+            raise ValueError(f"combine={combine!r} is none of {', '.join(COMBINATIONS)}")
         if routing_tokens < 1:
             raise ValueError(f"routing_tokens={routing_tokens} is below 1")
 

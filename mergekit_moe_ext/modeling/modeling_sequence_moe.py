@@ -9,7 +9,7 @@ be predicted.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -20,10 +20,11 @@ import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
-from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_sequence_moe import SequenceMoEConfig
+from .decoder_states import ATTENTIONS, HIDDEN_STATES, DecoderStates
 from .host_cache import (
     OUTPUT_NAME,
     begin_sequences,
@@ -32,7 +33,9 @@ from .host_cache import (
     name_of_cache,
     with_cache_renamed,
 )
+from .padding import inferred_masks
 from .prefix_labels import without_prefix_labels
+from .sequence_cache import SequenceMoECache, select_rows
 
 # An argument of `forward`, of `generate` alone: this pass goes over a prompt, of which all chooses.
 _IS_PROMPT = "prompt_chooses"
@@ -64,13 +67,15 @@ class Batch(NamedTuple):
     """Tokens (rows, length), with the mask over everything up to them, and their positions.
 
     Mask and positions may be None. In place of tokens, which are None then, there may be what the
-    shared embedding would make of some: (rows, length, width).
+    shared embedding would make of some: (rows, length, width). `may_choose` (rows, length) says
+    which tokens may, where the mask does not.
     """
 
     tokens: Any
     mask: Tensor | None
     positions: Tensor | None
     embedded: Tensor | None = None
+    may_choose: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -84,6 +89,8 @@ class Batch(NamedTuple):
     @property
     def real(self) -> Tensor:
         """Which tokens are not padding: (rows, length)."""
+        if self.may_choose is not None:
+            return self.may_choose.bool()
         if self.mask is None:
             return torch.ones(self.shape, dtype=torch.bool, device=self.device)
         return self.mask[:, -self.shape[1] :].bool()
@@ -111,78 +118,6 @@ class Share(NamedTuple):
     rows: Tensor
     is_all: bool
     weights: Tensor | None
-
-
-class SequenceMoECache(Cache):
-    """Per expert a cache of the sequences that chose it, and the choice itself."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.coefficients: Tensor | None = None  # (batch, experts)
-        # What follows from the coefficients. It is the same for every token that is generated, and
-        # finding it out makes a GPU wait.
-        self.shares: list[Share] = []
-        # By expert, the rows of the batch that chose it, and their cache.
-        self.of_expert: dict[int, tuple[Tensor, DynamicCache]] = {}
-        self.length = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    @property
-    def batch_size(self) -> int:
-        return -1 if self.coefficients is None else len(self.coefficients)
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Whether each layer is linear: one that is not.
-
-        From transformers 5.24 a cache without any counts as one that knows no length.
-        """
-        return [False]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(
-            "a sequence MoE cannot take tokens back, as assisted decoding does: the prompt chose",
-        )
-
-    def reset(self) -> None:
-        self.coefficients = None
-        self.shares = []
-        self.of_expert = {}
-        self.length = 0
-
-    # Beam search drops and doubles sequences of the batch, and each takes its choice along. An
-    # expert's cache holds some of the sequences only, so that a sequence's place in it is not its
-    # place in the batch; the new batch's sequences are looked up there (-1: not this expert's), and
-    # an expert that no sequence chooses any more loses its cache.
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.coefficients is None:
-            return
-        kept = {}
-        for expert, (rows, cache) in self.of_expert.items():
-            place_of_row = torch.full((len(self.coefficients),), -1, device=rows.device)
-            place_of_row[rows] = torch.arange(len(rows), device=rows.device)
-            places = place_of_row[indices.to(rows.device)]
-            here = places >= 0
-            if here.any():
-                cache.batch_select_indices(places[here])
-                kept[expert] = here.nonzero()[:, 0], cache
-        self.of_expert = kept
-        self.coefficients = self.coefficients[indices.to(self.coefficients.device)]
-        self.shares = []
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.coefficients is not None:
-            rows = torch.arange(len(self.coefficients))
-            self.batch_select_indices(rows.repeat_interleave(repeats))
 
 
 class Projector(nn.Module):
@@ -226,8 +161,9 @@ class DecoderExpert(nn.Module):
         self.trunk: Any = getattr(transformers, config.architectures[0])(config)
         embedding = self.trunk.get_input_embeddings()
         head = self.trunk.get_output_embeddings()
-        self.trunk.set_input_embeddings(None)
-        self.trunk.set_output_embeddings(nn.Identity())
+        self._leave_out_vocabulary()
+        # The mixture itself says what is tied in it.
+        self.trunk._tied_weights_keys = None
         self.positions_in_table = _positions_in_table(self.trunk)
         parameters = inspect.signature(self.trunk.forward).parameters
         self.cache_name = name_of_cache(parameters) or OUTPUT_NAME
@@ -250,12 +186,13 @@ class DecoderExpert(nn.Module):
         cache: Cache | None = None,
         *,
         with_head: bool = False,
-        hidden_states: list[Tensor] | None = None,
+        outputs: Mapping[str, Any] | None = None,
+        take: Callable[[Any], None] | None = None,
     ) -> Tensor:
         """(rows, length) to (rows, length, width), or to logits by the expert's own head.
 
         shared: what the shared embedding makes of the tokens, if the expert has none of its own.
-        hidden_states: a list that the decoder's own go into, a tensor per layer and the first.
+        outputs: arguments that ask the decoder for hidden states, say; `take` is given its output.
         """
         self._check_positions(batch, cache)
         if shared is None:
@@ -272,15 +209,27 @@ class DecoderExpert(nn.Module):
             "use_cache": cache is not None,
         }
         more = {name: more[name] for name in sorted(self.takes)}
-        if hidden_states is not None:
-            more["output_hidden_states"] = True
+        more |= outputs or {}
         output = self.trunk(inputs_embeds=x, attention_mask=batch.mask, **more)
-        if hidden_states is not None:
-            hidden_states += output.hidden_states
+        if take is not None:
+            take(output)
         y = output.logits
         if hasattr(self, "proj_out"):
             y = self.proj_out(y)
         return self.lm_head(y) if with_head else y
+
+    def _leave_out_vocabulary(self) -> None:
+        self.trunk.set_input_embeddings(None)
+        self.trunk.set_output_embeddings(nn.Identity())
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
+        """Do what transformers does to the embedding and the head of the expert's own."""
+        self.trunk.set_input_embeddings(self.embed_tokens)
+        self.trunk.set_output_embeddings(self.lm_head)
+        self.trunk.resize_token_embeddings(*args, **kwargs)
+        self.embed_tokens = self.trunk.get_input_embeddings()
+        self.lm_head = self.trunk.get_output_embeddings()
+        self._leave_out_vocabulary()
 
     def _check_positions(self, batch: Batch, cache: Cache | None) -> None:
         """`ValueError` for a text that is longer than the decoder's table of positions."""
@@ -315,7 +264,6 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = SequenceMoEConfig
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _is_stateful = True  # assisted decoding is refused by transformers
 
     def __init__(self, config: SequenceMoEConfig) -> None:
         super().__init__(config)
@@ -344,14 +292,23 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> Any:
         """The shared embedding; the base expert's, where each has its own."""
-        if self.config.embedding == "shared":
-            return self.embed_tokens
-        return self.experts[self.config.base_expert].embed_tokens
+        return self._with_vocabulary().embed_tokens
 
     def get_output_embeddings(self) -> Any:
+        """The shared head; the base expert's, where each has its own."""
+        return self._with_vocabulary().lm_head
+
+    def _with_vocabulary(self) -> Any:
+        """The module whose embedding and head are taken for the model's."""
         if self.config.embedding == "shared":
-            return self.lm_head
-        return self.experts[self.config.base_expert].lm_head
+            return self
+        return self.experts[self.config.base_expert]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._with_vocabulary().embed_tokens = value
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self._with_vocabulary().lm_head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
         """Start embeddings and heads that were taken out of a decoder as that decoder says.
@@ -371,10 +328,25 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         layers.
         """
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "a sequence MoE keeps its vocabulary: change that of the sources, and merge again",
-        )
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        """Resize the vocabulary as transformers does, of every expert that has one of its own."""
+        size = (new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.config.embedding == "shared":
+            super().resize_token_embeddings(*size)
+        else:
+            for expert in self.experts:
+                expert.resize_token_embeddings(*size)
+        embedding = self.get_input_embeddings()
+        self.config.vocab_size = embedding.num_embeddings
+        for values in self.config.experts:
+            values["vocab_size"] = embedding.num_embeddings
+        self.tie_weights()
+        return embedding
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """The names of parameters that are stored once, by the names of their copies.
@@ -413,7 +385,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         coefficients: Tensor | None = None,
         return_dict: bool | None = None,
         inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits, and the loss over `labels` outside the prefix.
@@ -421,15 +394,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         `coefficients` (batch, experts), or (1, experts) for all sequences, say how much each expert
         counts, instead of a choice; those with 0 are not run. `past_key_values=` is the cache's
         name in transformers before 5.24, and is taken too. `inputs_embeds` (batch, length, width)
-        stand for what a shared embedding makes of tokens. `output_hidden_states` gives those of
-        each sequence's one expert; `ValueError` where a sequence has several.
+        stand for what a shared embedding makes of tokens. `output_hidden_states` and
+        `output_attentions` give, per layer, those of each sequence's expert; of several experts
+        their sum, weighed by the coefficients; `ValueError` where their sizes differ.
         """
-        if kwargs.pop("output_attentions", None) or self.config.output_attentions:
-            raise ValueError(
-                "a sequence MoE has no attentions: ask one of model.experts for its own"
-            )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         kwargs = with_cache_renamed({**kwargs, "cache": cache}, {"cache": cache})
         cache = kwargs.pop("cache")
         if cache is not None and not isinstance(cache, SequenceMoECache):
@@ -438,9 +410,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         is_prompt = kwargs.pop(_IS_PROMPT, False) or cache is not None
+        if cache is None and use_cache:
+            cache = SequenceMoECache()
         self._check_inputs(input_ids, inputs_embeds, coefficients, cache)
+        may_choose = None
+        if attention_mask is None and position_ids is None:
+            attention_mask, may_choose = self._inferred_masks(input_ids, cache)
         positions = _positions(input_ids, inputs_embeds, attention_mask, position_ids)
-        batch = Batch(input_ids, attention_mask, positions, inputs_embeds)
+        batch = Batch(input_ids, attention_mask, positions, inputs_embeds, may_choose)
         aux_loss: Tensor | None = None
         ran: dict[int, Any] = {}
         if cache is not None and cache.coefficients is not None:
@@ -458,18 +435,15 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             if self.config.routing != "uniform" and (is_prompt or use_cache):
                 begin_sequences(self)
             prefix = self._prefix(batch, whole=is_prompt)
-            keep = cache is not None or use_cache
-            coefficients, aux_loss, ran = self._route(batch, prefix, keep=keep)
-            if output_hidden_states:
+            coefficients, aux_loss, ran = self._route(batch, prefix, cache)
+            if output_hidden_states or output_attentions:
                 ran = {}  # which holds none
             if labels is not None and self._chooses_by_prefix():
                 kwargs = without_prefix_labels(
                     {**kwargs, "labels": labels}, prefix, training=self.training
                 )
                 labels = kwargs.pop("labels")
-        if cache is None and use_cache:
-            cache = SequenceMoECache()
-        states = _HiddenStates(batch, coefficients) if output_hidden_states else None
+        states = DecoderStates(batch.shape[0], output_hidden_states, output_attentions)
         logits = self._logits(batch, coefficients, cache, ran, logits_to_keep, states)
         loss = None
         if labels is not None:
@@ -481,10 +455,33 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             coefficients=coefficients,
             aux_loss=aux_loss,
-            hidden_states=None if states is None else states.of_batch(),
+            hidden_states=states.of_batch(HIDDEN_STATES),
+            attentions=states.of_batch(ATTENTIONS),
             **{OUTPUT_NAME: cache},
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _inferred_masks(
+        self,
+        tokens: Tensor | None,
+        cache: SequenceMoECache | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The masks, of attention and of choosing, of tokens that came without any.
+
+        Padding stays what it was in the steps that follow with a cache.
+        """
+        if tokens is None:
+            return None, None
+        if cache is not None and cache.length:
+            if cache.mask is None:
+                return None, None
+            new = cache.length + tokens.shape[1] - cache.mask.shape[1]
+            cache.mask = functional.pad(cache.mask, (0, new), value=1)
+            return cache.mask, None
+        masks = inferred_masks(tokens, self.config, self.config.special_token_ids)
+        if cache is not None:
+            cache.mask = masks.attention
+        return masks
 
     # Where a cache is filled, as `generate` does, the whole input is a prompt, and what is
     # predicted comes later. A plain pass goes over prompt and answer at once: only a part that is
@@ -502,12 +499,11 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         batch: Batch,
         prefix: Tensor,
-        *,
-        keep: bool,
+        cache: SequenceMoECache | None,
     ) -> tuple[Tensor, Tensor | None, dict[int, Any]]:
         """Coefficients (batch, experts), the load-balancing loss, and what experts gave already.
 
-        That is by expert, for all of the batch, with its cache if `keep`.
+        That is by expert, for all of the batch, with a cache to go into `cache` if there is one.
         """
         number = len(self.experts)
         k = self.config.experts_per_sequence
@@ -519,14 +515,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             scores = self._router_scores(batch, prefix)
         elif self.config.routing == "perplexity":
             reuse = not self.training and not torch.is_grad_enabled()
-            scores, ran = self._inverse_perplexities(batch, prefix, keep=keep, reuse=reuse)
+            scores, ran = self._inverse_perplexities(batch, prefix, cache, reuse=reuse)
         else:
             scores = self._task_vector_similarities(batch, prefix)
         coefficients = torch.softmax(_largest(scores, k), dim=-1)
         # A heuristic that has no token to predict in a prefix says nothing: all experts alike.
         if self.config.routing in ("perplexity", "task_vector"):
             is_blind = ~self._scored(batch, prefix).any(dim=1, keepdim=True)
-            alike = self._without_choice(coefficients)
+            alike = torch.full_like(coefficients, 1 / number)
             coefficients = torch.where(is_blind.to(coefficients.device), alike, coefficients)
         # As in a mixture of FFNs: how often an expert is chosen times its probability before the
         # choice, which alone has a gradient. 1 at balance.
@@ -551,17 +547,6 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         mean = total / prefix.sum(dim=1, keepdim=True).clamp(min=1)
         return self.router(mean.to(self.router.weight.dtype)).float()
 
-    def _without_choice(self, like: Tensor) -> Tensor:
-        """Coefficients of all experts alike.
-
-        Where experts cap their logits differently, and so cannot be mixed, the base has all.
-        """
-        if len(set(self.config.logit_softcaps)) > 1:
-            alone = torch.zeros_like(like)
-            alone[:, self.config.base_expert] = 1
-            return alone
-        return torch.full_like(like, 1 / len(self.experts))
-
     def _scored(self, batch: Batch, prefix: Tensor) -> Tensor:
         """Which tokens of the prefix a heuristic predicts: (batch, length).
 
@@ -577,14 +562,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         batch: Batch,
         prefix: Tensor,
+        cache: SequenceMoECache | None,
         *,
-        keep: bool,
         reuse: bool,
     ) -> tuple[Tensor, dict[int, Any]]:
         """1 / PPL(x | expert) of the prefix (batch, experts) in float32, and what experts gave.
 
-        The latter is by expert, with its cache if `keep`, and empty unless it is to be reused and
-        the prefix was the whole input.
+        The latter is by expert, with a cache to go into `cache` if there is one, and empty unless
+        it is to be reused and the prefix was the whole input.
         """
         length = int(prefix.any(dim=0).nonzero().max()) + 1 if prefix.any() else 0
         scored = self._scored(batch, prefix)[:, :length]
@@ -596,9 +581,11 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         scores = []
         ran: dict[int, Any] = {}
         for index, expert in enumerate(self.experts):
-            cache = DynamicCache(config=expert.trunk.config) if keep and is_whole else None
+            of_expert = None
+            if cache is not None and is_whole:
+                of_expert = cache.new(expert.trunk.config)
             with _evaluating(expert):
-                output = self._run(index, batch.until(length), cache)
+                output = self._run(index, batch.until(length), of_expert)
             # The logits of all positions, over a large vocabulary, would take more memory than
             # anything else here: they are made for some positions at a time.
             cap = self.config.logit_softcaps[index]
@@ -614,7 +601,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             mean_losses = losses.sum(dim=1) / scored.sum(dim=1).clamp(min=1)
             scores.append(torch.exp(-mean_losses))
             if is_whole:
-                ran[index] = output, cache
+                ran[index] = output, of_expert
         return torch.stack(scores, dim=-1).nan_to_num(0.0), ran
 
     # Appendix C of MergeME: an expert fits a sequence where its task vector, here base minus
@@ -692,10 +679,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         index: int,
         batch: Batch,
         cache: Cache | None,
-        hidden_states: list[Tensor] | None = None,
+        **more: Any,
     ) -> Tensor:
-        embedded = self._embedded(batch)
-        return self.experts[index](batch, embedded, cache, hidden_states=hidden_states)
+        return self.experts[index](batch, self._embedded(batch), cache, **more)
 
     def _embedded(self, batch: Batch) -> Tensor | None:
         if batch.embedded is not None or self.config.embedding != "shared":
@@ -716,48 +702,43 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         cache: SequenceMoECache | None,
         ran: dict[int, Any],
         logits_to_keep: int | Tensor,
-        states: "_HiddenStates | None",
+        states: DecoderStates,
     ) -> Tensor:
-        """What the chosen experts give, added up, as logits at the positions to keep."""
+        """What the chosen experts give, added up, as logits at the positions to keep.
+
+        MergeME 3.2 adds up representations, which its head then makes logits of. A head is linear,
+        so that this is a sum of logits, weighed by the coefficients: `combine="logits"`. With
+        `combine="probabilities"` the experts' probabilities are added up, and these are logarithms.
+        """
         shares = cache.shares if cache is not None else []
         if not shares:
             shares = _shares(coefficients, batch.device)
-        caps = {self.config.logit_softcaps[share.expert] for share in shares}
-        if len(caps) > 1 and ((coefficients != 0).sum(dim=-1) > 1).any():
-            raise ValueError(
-                f"experts that cap their logits differently ({caps}) cannot be mixed: choose one",
-            )
         positions: Any = logits_to_keep
         if isinstance(logits_to_keep, int):
             positions = slice(-logits_to_keep, None)
+        adds_probabilities = self.config.combine == "probabilities"
+        # A cap that is the same for all bounds the sum, as that of a model with one head does.
+        # Otherwise each expert's logits are capped as its source caps them.
+        caps_each = adds_probabilities or len(set(self.config.logit_softcaps)) > 1
+        has_one_head = self.config.embedding == "shared" and not caps_each
         # Each expert runs on the sequences that chose it, and on these alone. A shared head is
-        # linear, so that it is applied once, to the sum; heads of the experts' own come first.
-        heads_at_once = self.config.embedding == "shared"
+        # applied once, to the sum, unless something comes between.
         total: Any = None
         for share in shares:
-            of_expert = None if states is None else states.of_rows(share.rows)
-            output = self._output(share, batch, cache, ran, of_expert)[:, positions]
-            if not heads_at_once:
-                output = self.experts[share.expert].lm_head(output)
-            if share.weights is None:
-                total = output
-                continue
-            if total is None:
-                total = output.new_zeros(len(coefficients), *output.shape[1:])
-            weighed = share.weights.to(total)[:, None, None] * output.to(total)
-            total = total.index_add(0, share.rows.to(total.device), weighed)
+            output = self._output(share, batch, cache, ran, states)[:, positions]
+            if not has_one_head:
+                output = self._head(share.expert)(output)
+            if caps_each:
+                output = self._capped(output, self.config.logit_softcaps[share.expert])
+            if adds_probabilities:
+                output = torch.log_softmax(output.float(), dim=-1).to(output.dtype)
+            total = _added(total, output, share, len(coefficients), adds_probabilities)
         if cache is not None:
             cache.coefficients = coefficients
             cache.shares = shares
             cache.length += batch.shape[1]
-        logits = self.lm_head(total) if heads_at_once else total
-        if len(caps) == 1:
-            return self._capped(logits, caps.pop())
-        # Each sequence has chosen one expert, whose cap holds for it.
-        capped = []
-        for row, index in zip(logits, coefficients.abs().argmax(dim=-1).tolist(), strict=True):
-            capped.append(self._capped(row, self.config.logit_softcaps[index]))
-        return torch.stack(capped)
+        logits = self.lm_head(total) if has_one_head else total
+        return logits if caps_each else self._capped(logits, self.config.logit_softcaps[0])
 
     def _output(
         self,
@@ -765,7 +746,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         batch: Batch,
         cache: SequenceMoECache | None,
         ran: dict[int, Any],
-        hidden_states: list[Tensor] | None,
+        states: DecoderStates,
     ) -> Tensor:
         """What an expert gives for its rows of the batch, taken from `ran` if it is there.
 
@@ -779,14 +760,18 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             if not share.is_all:
                 output = output[share.rows.to(output.device)]
                 if of_expert is not None:
-                    of_expert.batch_select_indices(share.rows)
+                    select_rows(of_expert, share.rows)
         else:
             if cache is not None:
                 _, of_expert = cache.of_expert.get(index, (None, None))
                 if of_expert is None:
-                    of_expert = DynamicCache(config=self.experts[index].trunk.config)
+                    of_expert = cache.new(self.experts[index].trunk.config)
             part = batch if share.is_all else batch.of(share.rows)
-            output = self._run(index, part, of_expert, hidden_states)
+            more: dict[str, Any] = {}
+            if states.arguments:
+                more["outputs"] = states.arguments
+                more["take"] = partial(states.take, share.rows, share.weights)
+            output = self._run(index, part, of_expert, **more)
         if cache is not None:
             cache.of_expert[index] = share.rows, of_expert
         return output
@@ -829,6 +814,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if not coefficients.isfinite().all() or not coefficients.any(dim=1).all():
             raise ValueError("coefficients must be finite, and not all 0 for a sequence")
+        if self.config.combine == "probabilities" and (coefficients < 0).any():
+            raise ValueError("coefficients of probabilities (combine) cannot be negative")
         return coefficients.repeat_interleave(rows // len(coefficients), dim=0)
 
     def _prepare_cache_for_generation(
@@ -838,10 +825,11 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         *args: Any,
     ) -> Any:
         """Put a cache of our own kind among the arguments; nothing else keeps a choice."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: "
-                "a sequence MoE keeps its choice in a cache of its own; leave it out"
+                f"cache_implementation={kind!r}: a sequence MoE keeps its choice in a cache of its "
+                "own, which is 'dynamic' or 'static'"
             )
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
@@ -856,7 +844,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
                     )
                 model_kwargs[_IS_PROMPT] = True
         elif cache_in(model_kwargs) is None:
-            model_kwargs[OUTPUT_NAME] = SequenceMoECache()
+            # Static: room for all tokens that this `generate` may come to, from its last argument.
+            length = args[-1] if kind == "static" else None
+            model_kwargs[OUTPUT_NAME] = SequenceMoECache(length)
 
     def _update_model_kwargs_for_generation(
         self,
@@ -873,49 +863,29 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["coefficients"] = outputs.coefficients
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
+    # The first pass of assisted decoding goes over the prompt and guesses at what follows, which
+    # must not choose. So the prompt is passed over once before, and the choice put into the cache.
+    # It is not left among the arguments, all of which transformers hands to the assistant as well.
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What transformers' own does, the prompt having chosen first."""
+        cache = cache_in(kwargs)
+        given = kwargs.pop("coefficients", None)
+        if isinstance(cache, SequenceMoECache) and cache.coefficients is None:
+            if given is None:
+                embedded, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+                tokens = input_ids if embedded is None else None
+                self._check_inputs(tokens, embedded, None, cache)
+                positions = _positions(tokens, embedded, mask, None)
+                batch = Batch(tokens, mask, positions, embedded)
+                given, _, _ = self._route(batch, self._prefix(batch, whole=True), None)
+            cache.coefficients = self._checked(given, len(input_ids))
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
+
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What transformers' own does, within which a sequence is begun once."""
         with generating(self, kwargs.get("guidance_scale")):
             return super().generate(*args, **kwargs)
-
-
-class _HiddenStates:
-    """Hidden states of a batch of which each sequence has one expert."""
-
-    def __init__(self, batch: Batch, coefficients: Tensor) -> None:
-        """`ValueError` where a sequence has several experts."""
-        if ((coefficients != 0).sum(dim=-1) > 1).any():
-            raise ValueError(
-                "output_hidden_states: hidden states are an expert's own, and a sequence here has "
-                "several experts; give coefficients= that choose one, or ask one of model.experts"
-            )
-        self.rows = batch.shape[0]
-        self.parts: list[tuple[Tensor, list[Tensor]]] = []
-
-    def of_rows(self, rows: Tensor) -> list[Tensor]:
-        """The list that an expert is to put those of these rows into, a tensor per layer."""
-        states: list[Tensor] = []
-        self.parts.append((rows, states))
-        return states
-
-    def of_batch(self) -> tuple[Tensor, ...]:
-        """A tensor (batch, length, width) per layer. `ValueError` where experts differ in size."""
-        shapes = {(len(states), states[0].shape[-1]) for _, states in self.parts}
-        if len(shapes) > 1:
-            raise ValueError(
-                "output_hidden_states: the sequences of this batch chose experts of different "
-                "numbers of layers or widths, whose hidden states do not fit into one tensor; give "
-                "one sequence at a time"
-            )
-        _, first = self.parts[0]
-        combined = []
-        for layer, like in enumerate(first):
-            whole = like.new_zeros(self.rows, *like.shape[1:])
-            for rows, states in self.parts:
-                whole = whole.index_copy(0, rows.to(whole.device), states[layer].to(whole))
-            combined.append(whole)
-        return tuple(combined)
 
 
 class _Comparison:
@@ -1013,6 +983,31 @@ def _shares(coefficients: Tensor, device: torch.device) -> list[Share]:
         is_all = len(rows) == len(coefficients)
         shares.append(Share(expert, rows.to(device), is_all, weights))
     return shares
+
+
+def _added(
+    total: Tensor | None,
+    output: Tensor,
+    share: Share,
+    rows: int,
+    in_logarithms: bool,
+) -> Tensor:
+    """The total so far (rows, …), with the weighed output of an expert for those that chose it.
+
+    Either both are logarithms of what is added up, or neither is.
+    """
+    if share.weights is None:
+        return output
+    weights = share.weights.to(output)[:, None, None]
+    if total is None:
+        start = float("-inf") if in_logarithms else 0
+        total = output.new_full((rows, *output.shape[1:]), start)
+    indices = share.rows.to(total.device)
+    if not in_logarithms:
+        return total.index_add(0, indices, (weights * output).to(total))
+    so_far = total[indices]
+    added = torch.logaddexp(so_far, (weights.log() + output).to(total))
+    return total.index_copy(0, indices, added)
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:

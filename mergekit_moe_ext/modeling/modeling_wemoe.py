@@ -218,6 +218,8 @@ class Ensemble:
         arguments = with_cache_renamed(arguments, signature.parameters)
         self._check_override(arguments.get("coefficients"), samples_in(arguments))
         call = EnsembleCall(self, arguments)
+        if self.ensembling.router_layers and "attention_mask" in signature.parameters:
+            arguments = call.with_inferred_mask(arguments)
         arguments.pop("coefficients", None)
         arguments.pop(IS_PROMPT, None)
         call.head = self._chosen_head(arguments.pop("task", None))

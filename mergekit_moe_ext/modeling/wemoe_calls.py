@@ -23,6 +23,7 @@ from .host_cache import (
     following,
     refuse_other_caches,
 )
+from .padding import inferred_masks
 
 # An argument of `forward`, of `generate` alone: this pass goes over a prompt, of which all chooses.
 IS_PROMPT = "prompt_chooses"
@@ -98,12 +99,14 @@ class Carried:
     rows_changed: whether the cache's rows were exchanged since the last pass, as a beam search does
         after every token: merged weights would not last.
     can_be_cropped: whether tokens can be taken back from the cache.
+    mask: the mask (rows, tokens) of tokens that came without one and have padding at an end.
     """
 
     values: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     merged: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     can_be_cropped: bool = True
     rows_changed: bool = False
+    mask: Tensor | None = None
 
 
 class Carrying(FollowingCache):
@@ -118,9 +121,13 @@ class Carrying(FollowingCache):
         values = {}
         for group, tensors in self.carried.values.items():
             values[group] = tuple(change(tensor) for tensor in tensors)
-        merged = {} if values else self.carried.merged
+        mask = self.carried.mask
         self.carried = Carried(
-            values, merged, self.carried.can_be_cropped, rows_changed=bool(values)
+            values,
+            {} if values else self.carried.merged,
+            self.carried.can_be_cropped,
+            rows_changed=bool(values),
+            mask=None if mask is None else change(mask),
         )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -130,6 +137,9 @@ class Carrying(FollowingCache):
                 "cropped (as assisted generation does)"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
+        if self.carried.mask is not None:
+            length = int(self.get_seq_length())  # type: ignore[attr-defined]
+            self.carried.mask = self.carried.mask[:, :length]
 
 
 class EnsembleCall:
@@ -183,6 +193,28 @@ class EnsembleCall:
                 self.values[name] = self.override[0, index]
         if self.override is None and self.cache is not None and not torch.is_grad_enabled():
             self.keeping = set(model.ensembling.groups)
+
+    def with_inferred_mask(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, with a mask where tokens came without one and have padding at an end.
+
+        It holds for the steps that follow with the cache, too.
+        """
+        tokens = arguments.get("input_ids")
+        is_told = any(arguments.get(name) is not None for name in (_TOKEN_MASK, "position_ids"))
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or is_told:
+            return arguments
+        if self.past and not self.is_encoder_decoder:
+            if self.carried.mask is None:
+                return arguments
+            new = self.past + tokens.shape[1] - self.carried.mask.shape[1]
+            attention = functional.pad(self.carried.mask, (0, new), value=1)
+            self.masks[_TOKEN_MASK] = attention
+        else:
+            attention, self.masks[_TOKEN_MASK] = inferred_masks(
+                tokens, self.model.config.get_text_config()
+            )
+        self.carried.mask = attention
+        return arguments if attention is None else {**arguments, _TOKEN_MASK: attention}
 
     @property
     def fills_cache(self) -> bool:

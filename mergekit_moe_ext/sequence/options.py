@@ -39,6 +39,11 @@ class SequenceOptions(MethodOptions):
         description="tokens that choose: prefix, the first ones, or sequence, all of them, as in "
         "the paper, which leaks later tokens into the prediction of earlier ones",
     )
+    combine: Literal["logits", "probabilities"] = Field(
+        "logits",
+        description="quantity of the chosen experts that is added up: logits (the paper), or "
+        "probabilities, which is for experts whose logits are of different scales",
+    )
     router_aux_loss_coef: float = Field(
         0.0,
         ge=0,
@@ -72,12 +77,6 @@ def sequence_config(
         )
     if options.router_aux_loss_coef and options.routing != "learned":
         raise UserError("router_aux_loss_coef is for routing: learned; no other routing is trained")
-    softcaps = [expert.softcap for expert in experts]
-    if len(set(softcaps)) > 1 and chosen > 1:
-        raise UserError(
-            f"the experts cap their logits differently ({', '.join(map(str, softcaps))}), so that "
-            "no two of them can be mixed: take experts_per_sequence: 1"
-        )
     values = {}
     for key in _DONOR_KEYS:
         if getattr(donor, key, None) is not None:
@@ -94,7 +93,8 @@ def sequence_config(
         vocab_size=donor.vocab_size,
         routing=options.routing,
         experts_per_sequence=chosen,
-        logit_softcaps=softcaps,
+        logit_softcaps=[expert.softcap for expert in experts],
+        combine=options.combine,
         routing_tokens=options.routing_tokens,
         routing_prefix=options.routing_prefix,
         router_aux_loss_coef=options.router_aux_loss_coef,

@@ -223,8 +223,18 @@ def test_rows_of_a_cache_can_be_selected_repeated_and_forgotten(sources):
     torch.testing.assert_close(step, whole[:, -2:], atol=1e-4, rtol=1e-4)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.coefficients is None
-    with pytest.raises(ValueError, match="assisted decoding"):
-        cache.crop(1)
+
+
+def test_a_cache_can_take_tokens_back(model):
+    ids, coefficients = words(3), torch.cat([only(1, 3), only(0, 3), torch.full((1, 3), 1 / 3)])
+    cache = SequenceMoECache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, coefficients=coefficients)
+        cache.crop(-4)
+        assert cache.get_seq_length() == 8
+        again = model(ids[:, 8:], past_key_values=cache).logits
+        whole = model(ids, coefficients=coefficients).logits
+    torch.testing.assert_close(again, whole[:, 8:], atol=1e-4, rtol=1e-4)
 
 
 def step_after(model, ids, **keywords):
@@ -268,11 +278,9 @@ def test_each_token_costs_the_chosen_experts_alone(sources):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
         ({"use_cache": False, "guidance_scale": 2.0}, "guidance_scale.*give coefficients="),
-        ({"prompt_lookup_num_tokens": 2}, "assisted generation|assisted decoding|stateful"),
         ({"coefficients": torch.ones(2, 5)}, r"\(2, 3\)"),
     ],
 )
@@ -281,9 +289,38 @@ def test_refused(model, options, message):
         model.generate(words(2), **{**GREEDY, **options})
 
 
-def test_an_assistant_is_refused(model, sources):
-    with pytest.raises(ValueError, match=r"assisted generation|assisted decoding|stateful"):
-        model.generate(words(1), assistant_model=sources[0], **GREEDY)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_guesses_of_an_assistant_do_not_choose(sources, routing):
+    model = routed(sources, routing)
+    ids = words(1).repeat(1, 2)  # so that there is something to look up
+    options = {"return_dict_in_generate": True, **GREEDY}
+    alone = model.generate(ids, **options)
+    assistants = [
+        {"assistant_model": sources[1]},
+        {"assistant_model": routed(sources[:2], routing)},
+        {"prompt_lookup_num_tokens": 3},
+    ]
+    for assistant in assistants:
+        made = model.generate(ids, **assistant, **options)
+        assert torch.equal(made.sequences, alone.sequences)
+        torch.testing.assert_close(
+            made.past_key_values.coefficients, alone.past_key_values.coefficients
+        )
+    given = model.generate(
+        ids, assistant_model=sources[1], coefficients=only(2, 3), **options
+    ).sequences
+    assert torch.equal(given, model.generate(ids, coefficients=only(2, 3), **GREEDY))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_a_static_cache_gives_the_same(family, options):
+    config = {"head_dim": 8, "sliding_window": 6} if family == "gemma2" else {}
+    model = mixture([dense(seed, family, **config) for seed in range(3)], experts_per_sequence=1)
+    ids, mask = padded(words(4), (0, 3, 7, 1), "left")
+    options = {"attention_mask": mask, **options, **GREEDY}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

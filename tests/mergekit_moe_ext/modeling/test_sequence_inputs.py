@@ -55,15 +55,94 @@ def test_the_configuration_asks_for_hidden_states_too(sources):
     assert [step[-1].shape[1] for step in made.hidden_states] == [12, 1, 1, 1]
 
 
-def test_hidden_states_that_nobody_has_are_refused(sources):
-    with pytest.raises(ValueError, match="has several experts"):
-        mixture(sources)(words(2), output_hidden_states=True)
-    deeper = [dense(0), dense(1, num_hidden_layers=3)]
+def test_states_of_several_experts_are_weighed(sources):
+    """Hidden states and attentions, against those of the sources alone."""
+    model, ids = mixture(sources), words(2)
+    coefficients = torch.tensor([[0.25, 0.0, 0.75], [0.0, 1.0, 0.0]])
+    for each in (model, *sources):
+        each.set_attn_implementation("eager")
+    more = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        got = model(ids, coefficients=coefficients, **more)
+        of_sources = [source(ids, **more) for source in sources]
+    for name, number in (("hidden_states", 3), ("attentions", 2)):
+        assert len(got[name]) == number
+        for layer, ours in enumerate(got[name]):
+            expected = torch.zeros_like(ours)
+            for index, output in enumerate(of_sources):
+                for row in range(2):
+                    expected[row] += coefficients[row, index] * output[name][layer][row]
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+    for each in (model, *sources):
+        each.set_attn_implementation("sdpa")
+
+
+def test_attentions_by_the_configuration_and_while_generating(sources):
+    model = mixture(sources, experts_per_sequence=1)
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with torch.no_grad():
+        attentions = model(words()).attentions
+        torch.testing.assert_close(attentions[1].sum(-1), torch.ones(4, 4, 12))
+    made = model.generate(words(), return_dict_in_generate=True, output_attentions=True, **GREEDY)
+    assert [step[0].shape[-1] for step in made.attentions] == [12, 13, 14, 15]
+
+
+def test_a_gradient_passes_through_the_states_of_an_expert_alone(sources):
+    output = mixture(sources)(words(), coefficients=only(1, 3), output_hidden_states=True)
+    output.hidden_states[1].retain_grad()
+    output.logits.sum().backward()
+    assert output.hidden_states[1].grad.abs().sum() > 0
+
+
+def test_states_of_different_sizes_are_refused():
     both = torch.cat([only(0, 2), only(1, 2)])
-    model = mixture(deeper)
-    with pytest.raises(ValueError, match="one sequence at a time"):
-        model(words(2), coefficients=both, output_hidden_states=True)
-    assert len(model(words(1), coefficients=both[1:], output_hidden_states=True).hidden_states) == 4
+    for more, message in (({"num_hidden_layers": 3}, "numbers of layers"), ({}, "sizes")):
+        model = mixture([dense(0), dense(1, hidden_size=64, **more)])
+        with pytest.raises(ValueError, match=message):
+            model(words(2), coefficients=both, output_hidden_states=True)
+        alone = model(words(1), coefficients=both[1:], output_hidden_states=True).hidden_states
+        assert alone[-1].shape[-1] == 64
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_vocabulary_is_resized_in_every_expert(tmp_path, is_shared, tied):
+    sources = [dense(seed, tie_word_embeddings=tied) for seed in range(2)]
+    make = shared if is_shared else mixture
+    model = make(sources, routing="uniform", tie_word_embeddings=is_shared and tied)
+    ids = words()
+    with torch.no_grad():
+        before = model(ids).logits
+    size = before.shape[-1]
+    embedding = model.resize_token_embeddings(size + 10)
+    assert embedding is model.get_input_embeddings() and embedding.num_embeddings == size + 10
+    assert (model.get_output_embeddings().weight is embedding.weight) == tied
+    ids[:, -1] = size + 9
+    with torch.no_grad():
+        after = model(ids).logits
+    assert after.shape[-1] == size + 10
+    torch.testing.assert_close(after[:, :-1, :size], before[:, :-1])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, after)
+    again.resize_token_embeddings(size)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids % size).logits[:, :-1], before[:, :-1])
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_embeddings_and_heads_can_be_set(sources, is_shared):
+    model = (shared if is_shared else mixture)(sources, base_expert=1)
+    embedding, head = torch.nn.Embedding(96, 32), torch.nn.Linear(32, 96)
+    model.set_input_embeddings(embedding)
+    model.set_output_embeddings(head)
+    assert model.get_input_embeddings() is embedding and model.get_output_embeddings() is head
+    expected = torch.cat([source.lm_head.weight for source in sources[::2]])
+    if not is_shared:  # those of the other experts stay
+        others = torch.cat([model.experts[index].lm_head.weight for index in (0, 2)])
+        assert torch.equal(others, expected)
 
 
 @pytest.mark.parametrize("routing", ["learned", "uniform"])

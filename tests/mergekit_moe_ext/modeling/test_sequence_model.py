@@ -128,16 +128,54 @@ def test_a_cap_on_logits_bounds_the_mixture():
     )
 
 
-def test_different_caps_on_logits_can_be_chosen_between_but_not_mixed():
-    sources = [dense(0), dense(1, "gemma2", head_dim=8, final_logit_softcapping=3.0)]
-    model, ids = mixture(sources, experts_per_sequence=1), words(2)
-    got = model(ids, coefficients=torch.eye(2)).logits
-    torch.testing.assert_close(got[0], logits_of(sources[0], ids)[0], **CLOSE)
-    torch.testing.assert_close(got[1], logits_of(sources[1], ids)[1], **CLOSE)
-    with pytest.raises(ValueError, match="cap their logits differently"):
-        model(ids, coefficients=torch.tensor([[0.5, 0.5]]))
-    one_word = model(ids[:, :1])  # nothing to choose by, and nothing that could be mixed
-    assert one_word.logits.isfinite().all()
+CAPPED = [(0, "llama", {}), (1, "gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0})]
+
+
+def test_logits_that_are_capped_differently_are_capped_before_they_are_mixed():
+    sources = [dense(seed, family, **config) for seed, family, config in CAPPED]
+    model, ids = mixture(sources, experts_per_sequence=1), words(3)
+    coefficients = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.25, 0.75]])
+    got = model(ids, coefficients=coefficients).logits
+    first, second = (logits_of(source, ids) for source in sources)
+    torch.testing.assert_close(got[0], first[0], **CLOSE)
+    torch.testing.assert_close(got[1], second[1], **CLOSE)
+    torch.testing.assert_close(got[2], 0.25 * first[2] + 0.75 * second[2], **CLOSE)
+    alone = model(ids[2:], coefficients=coefficients[2:]).logits
+    torch.testing.assert_close(got[2:], alone, **CLOSE)
+    assert model(ids[:, :1]).coefficients.tolist() == [[0.5, 0.5]] * 3  # nothing to choose by
+
+
+@pytest.mark.parametrize("embedding", ["separate", "shared"])
+def test_probabilities_are_mixed_where_that_is_asked_for(embedding):
+    sources = [dense(seed, family, **config) for seed, family, config in CAPPED]
+    ends = []
+    if embedding == "shared":
+        ends = [sources[0].get_input_embeddings(), sources[0].get_output_embeddings()]
+    model = mixture(sources, *ends, combine="probabilities")
+    ids = words(3)
+    each = [model(ids, coefficients=only(expert, 2)).logits for expert in range(2)]
+    if embedding == "separate":
+        for logits, source in zip(each, sources, strict=True):
+            torch.testing.assert_close(logits.exp(), logits_of(source, ids).softmax(-1), **CLOSE)
+    coefficients = torch.tensor([[1.0, 0.0], [0.25, 0.75], [0.9, 0.1]])
+    got = model(ids, coefficients=coefficients).logits
+    for row, (first, second) in enumerate(coefficients.tolist()):
+        expected = first * each[0][row].exp() + second * each[1][row].exp()
+        torch.testing.assert_close(got[row].exp(), expected, **CLOSE)
+    with pytest.raises(ValueError, match="cannot be negative"):
+        model(ids, coefficients=torch.tensor([[1.5, -0.5]]))
+
+
+def test_a_loss_of_mixed_probabilities_trains_router_and_experts(sources):
+    model = mixture(sources[:2], routing="learned", combine="probabilities", routing_tokens=2)
+    model.train()
+    ids = words()
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    by_hand = output.logits[:, 1:-1].exp().gather(-1, ids[:, 2:, None]).log()
+    torch.testing.assert_close(output.loss, -by_hand.mean(), **CLOSE)
+    for parameter in (model.router.weight, *model.experts.parameters()):
+        assert parameter.grad.isfinite().all() and parameter.grad.any()
 
 
 @pytest.mark.parametrize("routing", ["perplexity", "task_vector", "learned", "uniform"])
@@ -307,10 +345,6 @@ def test_coefficients_of_a_wrong_shape(model, coefficients, message):
 def test_what_it_cannot_do_is_refused(model):
     with pytest.raises(ValueError, match="DynamicCache"):
         model(words(), past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match=r"model\.experts"):
-        model(words(), output_attentions=True)
-    with pytest.raises(ValueError, match="vocabulary"):
-        model.resize_token_embeddings(200)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +356,7 @@ def test_what_it_cannot_do_is_refused(model):
         ({"routing": "uniform", "experts_per_sequence": 2}, "takes all 3 experts"),
         ({"routing_prefix": "half"}, "'prefix' nor 'sequence'"),
         ({"routing_tokens": 0}, "routing_tokens=0"),
+        ({"combine": "words"}, "combine='words'"),
         ({"embedding": "merged"}, "'shared' nor 'separate'"),
     ],
 )

@@ -419,3 +419,53 @@ def test_perplexity_without_training_leaves_the_gradient_of_the_chosen(sources):
     assert gradients[0].keys() == gradients[1].keys() != set()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5)
+
+
+def _spread_router(model):
+    """Router weights so large that one token more shows in the coefficients."""
+    if model.config.routing == "learned":
+        torch.nn.init.normal_(model.router.weight)
+
+
+@pytest.mark.parametrize("routing", ["perplexity", "task_vector", "learned"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_without_a_mask_does_not_choose(tuned, routing, side):
+    model = mixture(tuned, routing=routing, routing_tokens=8)
+    _spread_router(model)
+    ids, mask = padded(words(4), (0, 3, 7, 9), side)
+    expected, got = model(ids, attention_mask=mask), model(ids)
+    torch.testing.assert_close(got.coefficients, expected.coefficients)
+    torch.testing.assert_close(got.logits[mask.bool()], expected.logits[mask.bool()])
+
+
+@torch.no_grad()
+def test_padding_without_a_mask_stays_padding_in_the_steps_that_follow(tuned):
+    model = mixture(tuned)
+    ids, mask = padded(words(4), (0, 3, 7, 1), "left")
+    cache = model(ids[:, :-2], use_cache=True).past_key_values
+    cache.batch_select_indices(torch.tensor([2, 1]))
+    one = model(ids[[2, 1], -2:-1], past_key_values=cache).logits
+    two = model(ids[[2, 1], -1:], past_key_values=cache).logits
+    whole = model(ids, attention_mask=mask, coefficients=model(ids[:, :-2]).coefficients).logits
+    torch.testing.assert_close(torch.cat([one, two], dim=1), whole[[2, 1], -2:])
+
+
+@pytest.mark.parametrize("routing", ["perplexity", "task_vector", "learned"])
+@torch.no_grad()
+def test_a_padding_token_that_ends_texts_as_well(tuned, routing):
+    """It is seen as any other token is; but behind a text it does not choose."""
+    model = mixture(tuned, routing=routing, pad_token_id=EOS, routing_tokens=12)
+    _spread_router(model)
+    ids = words(3)
+    for row, number in enumerate((5, 2, 0)):
+        ids[row, 12 - number :] = EOS
+    got = model(ids)
+    for row, length in enumerate((7, 10, 12)):
+        alone = model(ids[row : row + 1, :length])
+        torch.testing.assert_close(got.coefficients[row : row + 1], alone.coefficients)
+    seen = model(ids, attention_mask=torch.ones_like(ids), coefficients=got.coefficients)
+    assert torch.equal(seen.logits, got.logits)
+    begun = torch.cat([torch.full((3, 1), EOS), ids], dim=1)  # as GPT-2's texts begin
+    whole = model(begun, attention_mask=torch.ones_like(begun), coefficients=got.coefficients)
+    assert torch.equal(model(begun, coefficients=got.coefficients).logits, whole.logits)

@@ -86,6 +86,55 @@ def test_padding_has_no_part_in_the_mean(family, side, path):
     close(model(**inputs)[0][real], by_samples(model, family, inputs, limit)[real])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+@torch.no_grad()
+def test_padding_without_a_mask_has_no_part_in_the_mean(family, side):
+    model, inputs = build(family, routing_tokens=4), padded(inputs_of(family), side)
+    model.config.pad_token_id = 0
+    expected = model(**inputs)[0]
+    got = model(**{name: value for name, value in inputs.items() if name != "attention_mask"})[0]
+    real = inputs["attention_mask"].bool() if family in ("llama", "gpt2") else ...
+    close(got[real], expected[real])
+
+
+@pytest.mark.parametrize("mode", ["frozen", "running"])
+@torch.no_grad()
+def test_padding_without_a_mask_stays_padding_in_the_steps_that_follow(mode):
+    model, inputs = build("llama", mode=mode), padded(inputs_of("llama"), "left")
+    model.config.pad_token_id = 0
+    ids = inputs["input_ids"]
+    outputs = []
+    for masks in ([inputs["attention_mask"][:, :7], inputs["attention_mask"]], [None, None]):
+        first = model(input_ids=ids[:, :7], attention_mask=masks[0], use_cache=True)
+        cache = first.past_key_values
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        mask = None if masks[1] is None else masks[1][[2, 0, 1]]
+        rows = ids[[2, 0, 1]]
+        outputs.append(
+            model(input_ids=rows[:, 7:], attention_mask=mask, past_key_values=cache).logits
+        )
+    close(*outputs)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@torch.no_grad()
+def test_a_padding_token_that_ends_texts_as_well(family):
+    """It is seen as any other token is; but behind a text it does not choose."""
+    model = build(family, routing_tokens=20)
+    model.config.pad_token_id = model.config.eos_token_id = 1
+    ids = inputs_of(family)["input_ids"].clamp(min=2)
+    ids[1:, 6:] = 1
+    chosen = model.coefficients(input_ids=ids)
+    alone = model.coefficients(input_ids=ids[1:, :6])
+    if family == "gpt2":  # in which no token sees later ones
+        close(chosen[1:], alone)
+    else:
+        mask = torch.ones_like(ids)
+        everything = model(input_ids=ids, attention_mask=mask, coefficients=chosen).logits
+        close(model(input_ids=ids, coefficients=chosen).logits, everything)
+
+
 @torch.no_grad()
 def test_batches_too_large_to_merge_at_once_are_split(monkeypatch):
     model, inputs = build("vit"), inputs_of("vit", samples=5)

@@ -631,15 +631,18 @@ def test_decoders_that_cannot_be_experts(here, family):
         )
 
 
-@pytest.mark.parametrize("embedding", ["average", "separate"])
-def test_caps_on_logits_that_differ_cannot_be_mixed(here, embedding):
-    models, message = (
-        ["llama", "gemma2"],
-        r"cap their logits differently \(None, 3\.0\).*experts_per_sequence: 1",
-    )
-    refused(here, message, models=models, parameters={"embedding": embedding})
-    routing = {"routing": "perplexity", "experts_per_sequence": 1, "embedding": embedding}
-    load(merge(document("hetero_moe", models, "./llama", parameters=routing)))
+@pytest.mark.parametrize("combine", ["logits", "probabilities"])
+def test_experts_that_cap_differently_are_mixed_by_a_learned_router(here, combine):
+    models = ["llama", "gemma2"]
+    model = load(hetero(models, embedding="separate", routing="learned", combine=combine))
+    assert model.config.combine == combine and model.config.experts_per_sequence == 2
+    ids = ids_of()
+    first, second = (logits_of(model, ids, coefficients=row[None]) for row in torch.eye(2))
+    assert second.max() < 3 or combine == "probabilities"
+    got = logits_of(model, ids, coefficients=torch.tensor([[0.3, 0.7]]))
+    if combine == "probabilities":
+        got, first, second = got.exp(), first.exp(), second.exp()
+    torch.testing.assert_close(got, 0.3 * first + 0.7 * second, **CLOSE)
 
 
 def test_experts_that_cap_alike_are_mixed(here):
