@@ -9,7 +9,7 @@ learn completions only; where there are both, `messages` are read and not `text`
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ _BUILDERS = {
 _PART = r"\w+(?:\[[^\]]*\])?"
 _SPLIT = re.compile(rf"(.+?):({_PART}(?:\+{_PART})*)")
 _NAME = re.compile(r"([\w.-]+)=(.+)")
+Encoder = Callable[[dict[str, Any]], dict[str, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,59 @@ def tokenise(
     `UserError` for missing columns, and for a row that cannot be read or has a token that is not
     among the first `vocabulary` ones, which the model knows.
     """
-    present = data.column_names
+    encode = _encoder(
+        source,
+        data.column_names,
+        tokenizer,
+        columns,
+        max_length,
+        encoder_decoder=encoder_decoder,
+        completions_only=completions_only,
+    )
+
+    def encode_or_explain(row: dict[str, Any], number: int) -> dict[str, list[int]]:
+        where = f"row {number} of {source} (data {source.name!r})"
+        try:
+            encoded = encode(row)
+        except (TypeError, ValueError, KeyError, TemplateError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{where}: {reason}") from error
+        largest = max((token for ids in encoded.values() for token in ids), default=0)
+        if vocabulary is not None and largest >= vocabulary:
+            raise UserError(
+                f"{where}: the tokenizer makes the token {largest} of it, and the model knows "
+                f"{vocabulary} tokens: this is not its tokenizer"
+            )
+        return encoded
+
+    encoded = data.map(
+        encode_or_explain,
+        with_indices=True,
+        remove_columns=data.column_names,
+        desc=f"tokenising {source.name}",
+    )
+    encoded = encoded.filter(
+        lambda row: all(len(ids) > 0 for ids in row.values()), desc="leaving out empty rows"
+    )
+    if len(encoded) == 0:
+        raise UserError(f"{source} (data {source.name!r}) has no tokens")
+    return encoded
+
+
+def _encoder(
+    source: Source,
+    present: Sequence[str],
+    tokenizer: Any,
+    columns: Columns,
+    max_length: int | None,
+    *,
+    encoder_decoder: bool,
+    completions_only: bool,
+) -> Encoder:
+    """The function that makes tokens of a row, by the columns that are present.
+
+    `UserError` for missing columns.
+    """
     cut = {"truncation": max_length is not None, "max_length": max_length}
     if encoder_decoder:
         _require((columns.input, columns.target), present, source, "an encoder-decoder needs")
@@ -188,33 +241,7 @@ def tokenise(
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
             return {"input_ids": tokenizer(row[columns.text] or "", **cut)["input_ids"]}
 
-    def encode_or_explain(row: dict[str, Any], number: int) -> dict[str, list[int]]:
-        where = f"row {number} of {source} (data {source.name!r})"
-        try:
-            encoded = encode(row)
-        except (TypeError, ValueError, KeyError, TemplateError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{where}: {reason}") from error
-        largest = max((token for ids in encoded.values() for token in ids), default=0)
-        if vocabulary is not None and largest >= vocabulary:
-            raise UserError(
-                f"{where}: the tokenizer makes the token {largest} of it, and the model knows "
-                f"{vocabulary} tokens: this is not its tokenizer"
-            )
-        return encoded
-
-    encoded = data.map(
-        encode_or_explain,
-        with_indices=True,
-        remove_columns=present,
-        desc=f"tokenising {source.name}",
-    )
-    encoded = encoded.filter(
-        lambda row: all(len(ids) > 0 for ids in row.values()), desc="leaving out empty rows"
-    )
-    if len(encoded) == 0:
-        raise UserError(f"{source} (data {source.name!r}) has no tokens")
-    return encoded
+    return encode
 
 
 def _completion(
@@ -282,6 +309,30 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torc
     }
     if "labels" in rows[0]:
         batch["labels"] = padded("labels", -100)
+    return batch
+
+
+def training_batches(
+    model: Any, pad_token_id: int, first_label: int = 1
+) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """A data collator: batches as `collate` makes them, with `labels`.
+
+    Where rows have none, they are the tokens themselves. An encoder-decoder gets what its decoder
+    reads; a decoder's labels before `first_label`, which it is not to predict, are -100.
+    """
+
+    def batch(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        tensors = collate(rows, pad_token_id)
+        if "labels" not in tensors:
+            is_padding = tensors["attention_mask"] == 0
+            tensors["labels"] = tensors["input_ids"].masked_fill(is_padding, -100)
+        if model.config.is_encoder_decoder:
+            # Held-out losses are computed from logits, without labels to make these from.
+            tensors["decoder_input_ids"] = decoder_inputs(model, tensors["labels"])
+        else:
+            tensors["labels"][:, :first_label] = -100
+        return tensors
+
     return batch
 
 

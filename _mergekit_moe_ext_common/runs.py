@@ -128,6 +128,7 @@ class Run:
         if damaged:
             raise UserError(f"{damaged}; remove {self.checkpoints}, and train without --resume")
         earlier = json.loads((self.checkpoints / _SETTINGS).read_text(encoding="utf-8"))
+        earlier.setdefault("fsdp", False)  # runs of earlier versions, which split no model
         for name, value in self.settings.items():
             if earlier.get(name) != value:
                 raise UserError(

@@ -20,7 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainingArguments
 
 from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
-from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint
+from _mergekit_moe_ext_common.data import fingerprint, training_batches
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, vocabulary_of
 from _mergekit_moe_ext_common.options import Reading
@@ -39,8 +39,6 @@ from peft_routing.recipes import LEARNING_RATES, Recipe
 
 _TRAINED = "trained"
 _RESULT = "result.json"
-Rows = Sequence[dict[str, Any]]
-Batch = dict[str, torch.Tensor]
 
 
 class RouterTrainer(TrainedOnly, TokenTrainer):
@@ -81,17 +79,13 @@ def train(
     their group is gone afterwards. `UserError` for what cannot be trained.
     """
     run = Run(output or f"{adapter.rstrip('/')}-trained", reading, splits=True)
-    measure = bool(recipe.held_out or eval_data)
-    if len(learning_rates) > 1 and not measure:
-        complaint = "without held-out rows no learning rate can be chosen"
-        raise UserError(f"{complaint}: give one --learning-rate")
+    parts = {_part(rate): rate for rate in learning_rates}
+    arguments = _arguments(run, recipe, parts, measure=bool(recipe.held_out or eval_data))
+    first = next(iter(arguments.values()))
     config = _read_config(adapter, recipe)
     base, base_config = base_of(base, config, reading)
     headers = check_routed(adapter, config, base, base_config, reading)
     tokenizer = load_tokenizer(base, reading)
-    parts = {_part(rate): rate for rate in learning_rates}
-    arguments = _arguments(run, recipe, parts, measure)
-    first = next(iter(arguments.values()))
     first_label = 1 if config.granularity == "token" else config.routing_tokens
     with first.main_process_first(desc="reading the data"):
         training, held_out = read_data(
@@ -112,46 +106,25 @@ def train(
     run.begin(settings, resume=resume, parts=list(parts), finished=finished)
     results = [_read_result(run.checkpoints / part, parts[part]) for part in finished]
 
-    def start() -> Any:
+    def load() -> Any:
         return load_routed(
             adapter, config, base, base_config, reading, headers=headers, is_trainable=True
         )
 
-    routed = start()
+    routed = load()
     _check_trainable(routed, config, first.device)
     # Every learning rate keeps its adapter until the best is copied.
     size = stored.stat().st_size
     kept = (1 + len(learning_rates)) * size
     run.check_room(kept, size + checkpoint_bytes(routed), first, len(training))
     pad_token_id = padding_token(tokenizer, vocabulary_of(base_config))
-    batch = _batches(routed.get_base_model(), pad_token_id, first_label)
-    for part, rate in parts.items():
-        if part in finished:
-            continue
-        # Each from the same start. What was split once stays so.
-        if routed is None:
-            routed = start()
-        else:
-            routed.load_adapter(adapter, "default", is_trainable=True)
-        routed.train()
-        trainer = RouterTrainer(
-            routed,
-            arguments[part],
-            data_collator=batch,
-            train_dataset=training,
-            eval_dataset=held_out or None,
-        )
-        run.train(trainer, part)
-        if run.is_main:
-            losses = losses_before_and_after(trainer, held_out)
-            if not held_out:  # and then one learning rate
-                run.check_converged(trainer, losses, "take a lower --learning-rate")
-            elif divergence(trainer, losses):
-                losses = {name: (before, math.nan) for name, (before, _) in losses.items()}
-            results.append(Result(rate, losses))
-            _write_result(run.checkpoints / part, routed, results[-1])
-        if run.is_split:
-            routed = None
+    data_of_all = {
+        "data_collator": training_batches(routed.get_base_model(), pad_token_id, first_label),
+        "train_dataset": training,
+        "eval_dataset": held_out or None,
+    }
+    unfinished = {part: rate for part, rate in parts.items() if part not in finished}
+    results += _train_each(run, unfinished, arguments, data_of_all, adapter, routed, load)
 
     run.end_group()
     if not run.is_main:
@@ -162,6 +135,36 @@ def train(
         shutil.copytree(trained, directory, dirs_exist_ok=True)
         extend_card(directory, _card(data, recipe, ranking, run.processes))
     return ranking
+
+
+def _train_each(
+    run: Run,
+    parts: Mapping[str, float],
+    arguments: Mapping[str, TrainingArguments],
+    data: Mapping[str, Any],
+    adapter: str,
+    routed: Any,
+    load: Callable[[], Any],
+) -> list[Result]:
+    """Trains at the learning rate of each part; the results, in the main process alone.
+
+    `data` are the Trainer's arguments for it, and `routed` is what `load` loads.
+    """
+    results = []
+    for part, rate in parts.items():
+        # Each from the same start. What was split once stays so.
+        if routed is None:
+            routed = load()
+        else:
+            routed.load_adapter(adapter, "default", is_trainable=True)
+        routed.train()
+        trainer = RouterTrainer(routed, arguments[part], **data)
+        run.train(trainer, part)
+        if run.is_main:
+            results.append(_write_result(run, part, rate, trainer, data["eval_dataset"] or {}))
+        if run.is_split:
+            routed = None
+    return results
 
 
 def _part(learning_rate: float) -> str:
@@ -190,9 +193,16 @@ def _arguments(
     run: Run,
     recipe: Recipe,
     parts: Mapping[str, float],
+    *,
     measure: bool,
 ) -> dict[str, TrainingArguments]:
-    """The Trainer's arguments for each learning rate."""
+    """The Trainer's arguments for each learning rate.
+
+    `UserError` where there are several of them and nothing is measured.
+    """
+    if len(parts) > 1 and not measure:
+        complaint = "without held-out rows no learning rate can be chosen"
+        raise UserError(f"{complaint}: give one --learning-rate")
     arguments = {}
     for part, rate in parts.items():
         arguments[part] = run.arguments(
@@ -231,34 +241,33 @@ def _check_trainable(routed: Any, config: RoutedLoraConfig, device: torch.device
         )
 
 
-def _batches(model: Any, pad_token_id: int, first_label: int) -> Callable[[Rows], Batch]:
-    """A data collator whose `labels` are -100 for padding and, of a decoder, for the prefix."""
-
-    def batch(rows: Rows) -> Batch:
-        tensors = collate(rows, pad_token_id)
-        if "labels" not in tensors:
-            is_padding = tensors["attention_mask"] == 0
-            tensors["labels"] = tensors["input_ids"].masked_fill(is_padding, -100)
-        if model.config.is_encoder_decoder:
-            # Held-out losses are computed from logits, without labels to make these from.
-            tensors["decoder_input_ids"] = decoder_inputs(model, tensors["labels"])
-        else:
-            tensors["labels"][:, :first_label] = -100
-        return tensors
-
-    return batch
-
-
 def _read_result(directory: Path, learning_rate: float) -> Result:
     pairs = json.loads((directory / _RESULT).read_text(encoding="utf-8"))
     losses = {name: (before, after) for name, (before, after) in pairs.items()}
     return Result(learning_rate, losses)
 
 
-def _write_result(directory: Path, routed: Any, result: Result) -> None:
-    """The adapter goes first: where there is a result, its training is finished."""
-    routed.save_pretrained(str(directory / _TRAINED))
-    (directory / _RESULT).write_text(json.dumps(result.losses), encoding="utf-8")
+def _write_result(
+    run: Run,
+    part: str,
+    learning_rate: float,
+    trainer: RouterTrainer,
+    held_out: Mapping[str, Dataset],
+) -> Result:
+    """The result of a training that has ended, which is written with the adapter.
+
+    `UserError` where it has diverged and was the only one.
+    """
+    losses = losses_before_and_after(trainer, held_out)
+    if not held_out:  # and then one learning rate
+        run.check_converged(trainer, losses, "take a lower --learning-rate")
+    elif divergence(trainer, losses):
+        losses = {name: (before, math.nan) for name, (before, _) in losses.items()}
+    # The adapter goes first: where there is a result, its training is finished.
+    directory = run.checkpoints / part
+    trainer.model.save_pretrained(str(directory / _TRAINED))
+    (directory / _RESULT).write_text(json.dumps(losses), encoding="utf-8")
+    return Result(learning_rate, losses)
 
 
 def _ranking(results: Sequence[Result]) -> list[Result]:

@@ -103,6 +103,14 @@ def test_a_run_starts_where_each_part_was_interrupted(run):
     assert run.starts == {"one": last, "two": None}
 
 
+def test_a_run_from_before_models_could_be_split_is_resumed(run):
+    run.begin({}, resume=False)
+    last = checkpoint(run, "", 1)
+    (run.checkpoints / "settings.json").write_text(json.dumps({"seed": 1, "processes": 1}))
+    run.begin({"seed": 1}, resume=True)
+    assert run.starts == {"": last}
+
+
 def test_nothing_to_resume_is_an_error(run):
     with pytest.raises(UserError, match="no checkpoint"):
         run.begin({}, resume=True)
