@@ -12,7 +12,7 @@ import torch
 # Small enough to stay in the CPU's caches from one operation to the next, and large enough that the
 # threads of an operation, which wait for each other at its end, do so rarely: on a busy machine
 # each such wait may take longer than the work.
-_CPU_CHUNK = 1 << 20
+_CPU_CHUNK = 1 << 19
 _ACCELERATOR_CHUNK = 1 << 24
 
 

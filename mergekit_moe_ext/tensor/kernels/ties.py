@@ -37,7 +37,8 @@ def merge_ties(
         base_piece = flat_base[piece]
         values = []
         for tensor, threshold, weight in zip(flat_tensors, thresholds, weights, strict=True):
-            values.append(threshold.trim(tensor[piece] - base_piece, piece.start) * weight)
+            value = threshold.trim(tensor[piece] - base_piece, piece.start)
+            values.append(value if weight == 1 else value * weight)
         mixed = elected_sum(values, weights if normalize else None)
         result[piece] = base_piece + (mixed if scale == 1 else mixed * scale)
     return result.view(base.shape)
@@ -55,25 +56,28 @@ def elected_sum(
     tensor([ 3., -3.])
     """
     # Comparisons and `where` cost several times what arithmetic does on a CPU. So a value times the
-    # elected sign is positive where the two agree, and relu drops the rest.
-    sign = torch.sign(torch.sign(_sum(values)) + 0.5)  # 1 for zero
-    agreeing = [torch.relu(value * sign) for value in values]
-    total = _sum(agreeing) * sign
+    # elected sign is positive where the two agree, and relu drops the rest. Operations on 16-bit
+    # numbers cost as much, so the values, which float32 holds as they are, are widened once.
+    dtype = values[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    wide_values = [value.to(wide) for value in values]
+    sign = _sum(wide_values).sign_().add_(0.5).sign_()  # 1 for zero
+    agreeing = [(value * sign).relu_() for value in wide_values]
+    total = _sum(agreeing).mul_(sign).to(dtype)
     if weights is None:
         return total
     # Where no value agrees, total and divisor are zero; the divisor then becomes 1.
     agreeing_weights = []
     for value, weight in zip(agreeing, weights, strict=True):
-        agreeing_weights.append(torch.sign(value) * weight)
-    divisor = _sum(agreeing_weights)
+        rounded = torch.tensor(weight, dtype=dtype).item()
+        agreeing_weights.append(torch.sign(value) * rounded)
+    divisor = _sum(agreeing_weights).to(dtype)
     return total / (divisor + (1 - torch.sign(divisor).abs()))
 
 
 def _sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum, from the first on, in float32 or wider and rounded once, as torch sums a stack."""
-    dtype = values[0].dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    total = values[0].to(wide)
+    """The sum, from the first on, as torch sums a stack; a tensor of its own."""
+    total = values[0].clone()
     for value in values[1:]:
-        total = total + value
-    return total.to(dtype)
+        total += value
+    return total

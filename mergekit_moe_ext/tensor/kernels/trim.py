@@ -9,7 +9,7 @@ takes, never the result.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,18 +53,18 @@ class Threshold:
         if self.magnitude > torch.iinfo(integer).max:
             return torch.zeros_like(values)
         # hardshrink, one fast operation, keeps what is strictly larger than its bound, and every
-        # NaN. Where all values equal to the threshold stay, the bound is the next smaller float.
-        equal_are_kept = self.end >= start + len(values)
-        bound = torch.tensor(self.magnitude - equal_are_kept, dtype=integer)
-        largest_dropped = bound.view(values.dtype).item()
-        if math.isnan(largest_dropped):
-            return functional.hardshrink(values, math.inf)
-        trimmed = functional.hardshrink(values, largest_dropped)
-        # `end` lies in this piece: the values equal to the threshold before it are put back.
-        if start < self.end < start + len(values):
-            first = slice(0, self.end - start)
-            equal = _magnitudes(values[first]) == self.magnitude
-            trimmed[first] += values[first].where(equal, 0)
+        # NaN. So before `end`, where values equal to the threshold stay, the bound is the next
+        # smaller float.
+        split = min(max(self.end - start, 0), len(values))
+        trimmed = torch.empty_like(values)
+        for part, magnitude in (
+            (slice(0, split), self.magnitude - 1),
+            (slice(split, len(values)), self.magnitude),
+        ):
+            largest_dropped = torch.tensor(magnitude, dtype=integer).view(values.dtype).item()
+            # NaN as a bound would keep everything.
+            bound = math.inf if math.isnan(largest_dropped) else largest_dropped
+            trimmed[part] = functional.hardshrink(values[part], bound)
         return trimmed
 
     def rule(self, dtype: torch.dtype) -> tuple[int, int]:
@@ -171,19 +171,18 @@ def _select(
     ties = count - above
     equal = inside
     if collected is not None:
-        magnitude = _kth(collected, inside - ties + 1)
+        (magnitude,) = _order_statistics(collected, [inside - ties])
         ties -= int((collected > magnitude).count_nonzero())
         equal = int((collected == magnitude).count_nonzero())
     end = _end(magnitudes, flat, magnitude, ties) if ties < equal else flat.numel()
     return Threshold(magnitude, end)
 
 
-def _kth(values: torch.Tensor, k: int) -> int:
-    """The k-th smallest value, counted from 1."""
-    # On a GPU one block of threads works on `kthvalue`, and all of them sort.
+def _order_statistics(values: torch.Tensor, ranks: Sequence[int]) -> list[int]:
+    """The values of these ranks, counted from 0, the smallest first."""
     if values.device.type == "cpu":
-        return int(values.kthvalue(k).values)
-    return int(values.sort().values[k - 1])
+        return np.partition(values.numpy(), ranks)[ranks].tolist()
+    return values.sort().values[ranks].tolist()  # what selects on a GPU uses a part of it
 
 
 def _bracket(magnitudes: Magnitudes, numel: int, count: int, most: int) -> tuple[int, int]:
@@ -192,17 +191,16 @@ def _bracket(magnitudes: Magnitudes, numel: int, count: int, most: int) -> tuple
     """
     # The stride is odd, so that the sample does not stay in a few columns of a matrix, whose widths
     # are mostly powers of two.
-    sample = magnitudes(slice(0, numel, numel // _SAMPLE | 1)).sort(descending=True).values
+    sample = magnitudes(slice(0, numel, numel // _SAMPLE | 1))
     size = len(sample)
     # The number of sampled elements above the threshold is binomial: four standard deviations hold
     # it almost always, and the 2 helps where the deviation is tiny.
     expected = count / numel * size
     margin = 4 * math.sqrt(expected * (1 - count / numel)) + 2
-    first = math.floor(expected - margin)
-    last = math.ceil(expected + margin)
-    low = int(sample[last]) if last < size else 0
-    high = int(sample[first]) if first >= 0 else most
-    return low, high
+    first = size - 1 - math.floor(expected - margin)
+    last = size - 1 - math.ceil(expected + margin)
+    low, high = _order_statistics(sample, [max(last, 0), min(first, size - 1)])
+    return (low if last >= 0 else 0), (high if first < size else most)
 
 
 def _count(
@@ -225,7 +223,8 @@ def _count(
         above += int(count_true(is_above))
         # Once there are too many to collect, the rest is only counted.
         if low < high and inside <= room:
-            collected.append(torch.as_tensor(values[is_inside]))
+            indices = np.flatnonzero(is_inside) if on_cpu else is_inside
+            collected.append(torch.as_tensor(values[indices]))
             inside += len(collected[-1])
         else:
             inside += int(count_true(is_inside))
@@ -236,9 +235,12 @@ def _count(
 def _end(magnitudes: Magnitudes, flat: torch.Tensor, magnitude: int, ties: int) -> int:
     """The flat index before which exactly `ties` elements have this magnitude."""
     for piece in chunks(flat):
-        equal = magnitudes(piece) == magnitude
-        here = int(equal.count_nonzero())
-        if here >= ties:
-            return piece.start + int(equal.nonzero()[ties - 1]) + 1
-        ties -= here
+        # torch's own comparing and finding take several times as long on a CPU
+        if flat.device.type == "cpu":
+            equal = torch.as_tensor(np.flatnonzero(magnitudes(piece).numpy() == magnitude))
+        else:
+            equal = (magnitudes(piece) == magnitude).nonzero().reshape(-1)
+        if len(equal) >= ties:
+            return piece.start + int(equal[ties - 1]) + 1
+        ties -= len(equal)
     raise AssertionError("fewer elements have the threshold's magnitude than were counted")
