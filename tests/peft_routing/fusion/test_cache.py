@@ -125,7 +125,7 @@ def test_a_damaged_file_and_numbers_that_are_none_are_refused(tmp_path):
         cache.read(subject, texts)
     path = cache.path(subject, texts)
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match="is damaged: .* remove it"):
+    with pytest.raises(UserError, match=r"is damaged: .* remove it"):
         cache.read(subject, texts)
     path.unlink()
 
