@@ -4,6 +4,7 @@ wrong with those that cannot be read.
 Nothing is unpickled, and no tensor is read, apart from those that `check_finite` is given or finds.
 """
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -67,6 +68,33 @@ def weight_files(model: str) -> list[Path]:
     if index is None:
         raise UserError(no_weights(model))
     return _shards_of(model, index)
+
+
+def model_fingerprint(model: str) -> str:
+    """The sha256 of a model's configuration and weights, wherever they lie.
+
+    Every byte is read. `UserError` as of `weight_files`.
+    """
+    config = _file_of(model, "config.json")
+    if config is None:
+        raise UserError(f"{model} has no config.json: it is not a model")
+    return sha256_of([config, *weight_files(model)])
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """The sha256 of files, one after the other. `UserError` for one that cannot be read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        # Each file goes in by its own sum, so that it matters where one ends.
+        own = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    own.update(chunk)
+        except OSError as error:
+            raise UserError(damage(path, error)) from error
+        digest.update(own.digest())
+    return digest.hexdigest()
 
 
 def _file_of(model: str, name: str) -> Path | None:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 
-from _mergekit_moe_ext_common.checkpoints import damage
+from _mergekit_moe_ext_common.checkpoints import damage, sha256_of
 from _mergekit_moe_ext_common.errors import UserError
 
 # What torch says of a pickle that names anything but tensors and plain values.
@@ -97,8 +97,21 @@ def read_tensors(path: str, where: str, key_mapping: Mapping[str, str]) -> dict[
     `key_mapping` is what PEFT takes under that name: patterns of old names of modules, and new
     names.
     """
+    file = weights_file(path, where)
     try:
-        file = _file(path, SAFETENSORS_WEIGHTS_NAME, where)
+        tensors = load_peft_weights(str(file.parent), device="cpu", key_mapping=dict(key_mapping))
+    except Exception as error:
+        raise UserError(f"{where}: {_unreadable(file, error)}") from error
+    _check_tensors(tensors, f"{where}: {file}")
+    return tensors
+
+
+def weights_file(path: str, where: str) -> Path:
+    """The file of an adapter's tensors, safetensors where there is one; errors as of
+    `read_config`.
+    """
+    try:
+        return _file(path, SAFETENSORS_WEIGHTS_NAME, where)
     except FileNotFoundError as error:
         # That the Hub was not reached is no reason to take other weights.
         cause = error.__cause__
@@ -106,15 +119,14 @@ def read_tensors(path: str, where: str, key_mapping: Mapping[str, str]) -> dict[
         if not is_absent or isinstance(cause, LocalEntryNotFoundError):
             raise
         try:
-            file = _file(path, WEIGHTS_NAME, where)
+            return _file(path, WEIGHTS_NAME, where)
         except FileNotFoundError:
             raise error from None
-    try:
-        tensors = load_peft_weights(str(file.parent), device="cpu", key_mapping=dict(key_mapping))
-    except Exception as error:
-        raise UserError(f"{where}: {_unreadable(file, error)}") from error
-    _check_tensors(tensors, f"{where}: {file}")
-    return tensors
+
+
+def fingerprint(path: str, where: str) -> str:
+    """The sha256 of an adapter's configuration and tensors; errors as of `read_config`."""
+    return sha256_of([_file(path, CONFIG_NAME, where), weights_file(path, where)])
 
 
 def read_pickle(file: Path, where: str) -> Any:

@@ -1,0 +1,175 @@
+"""Ensembles of probabilities, by arithmetic on log-probabilities (Trade-offs 3).
+
+All functions take log-probabilities (tokens, experts) in nats and are computed in float64. A loss
+is the sum over tokens of a weight times minus the log-probability of the mixture; `Table.weights`
+makes it the mean over tasks of the mean over tokens.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MOST_BETA = 2.0  # beyond 1 a posterior is more certain than Bayes' rule
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Learned coefficients.
+
+    coefficients: (experts,), not negative, of sum 1.
+    loss: the loss that was minimised.
+    certificate: what the loss is at most above the least one, in nats.
+    steps: the number of updates.
+    """
+
+    coefficients: Tensor
+    loss: float
+    certificate: float
+    steps: int
+
+
+def uniform(experts: int) -> Tensor:
+    """(experts,): equal coefficients (3.1)."""
+    return torch.full((experts,), 1 / experts, dtype=torch.float64)
+
+
+def mixture(log_probabilities: Tensor, coefficients: Tensor) -> Tensor:
+    """(tokens,): the log-probability of the sum of coefficients times probabilities (2.2)."""
+    return torch.logsumexp(log_probabilities.double() + coefficients.double().log(), dim=1)
+
+
+def loss_of(log_probabilities: Tensor, weights: Tensor) -> float:
+    """The loss of a fusion by its log-probabilities (tokens,)."""
+    return -(weights * log_probabilities.double()).sum().item()
+
+
+def learned(
+    log_probabilities: Tensor,
+    weights: Tensor,
+    *,
+    start: Tensor | None = None,
+    tolerance: float = 1e-7,
+    most_steps: int = 20_000,
+) -> Learned:
+    """The coefficients of the least loss (3.2.1), which is a convex problem.
+
+    The update is lambda_i <- lambda_i g_i with g_i = sum over tokens of w_t P_ti / (P lambda)_t. It
+    has no step size, and the loss never rises. Coefficients are optimal when all g_i <= 1, and the
+    loss is at most log max g above the least one, which is the certificate. It stops where that is
+    `tolerance`, or after `most_steps`.
+
+    Args:
+        weights: (tokens,), not negative, of sum 1.
+        start: (experts,) to start from, of sum 1; uniform if None. What is 0 there stays 0.
+    """
+    probabilities = _relative(log_probabilities)
+    coefficients = uniform(probabilities.shape[1]) if start is None else start.double()
+    steps = 0
+    while True:
+        gains = probabilities.T @ (weights / (probabilities @ coefficients))
+        certificate = max(0.0, math.log(gains.max().item()))
+        if certificate <= tolerance or steps == most_steps:
+            break
+        coefficients = coefficients * gains
+        coefficients = coefficients / coefficients.sum()  # 1 but for rounding
+        steps += 1
+    loss = loss_of(mixture(log_probabilities, coefficients), weights)
+    return Learned(coefficients, loss, certificate, steps)
+
+
+def _relative(log_probabilities: Tensor) -> Tensor:
+    """The probabilities of each token over the largest of any expert, which cancels in gains."""
+    log_probabilities = log_probabilities.double()
+    return (log_probabilities - log_probabilities.amax(dim=1, keepdim=True)).exp()
+
+
+def sparse(
+    log_probabilities: Tensor, weights: Tensor, whole: Learned, *, tolerance: float = 0.01
+) -> Learned:
+    """Learned coefficients of the fewest experts, by `whole`, that lose at most `tolerance` nats.
+
+    Experts with the smallest coefficients of `whole` are dropped, and the others' are learned
+    again. With one expert more the loss is never higher, so that the number is found by halving.
+    """
+    order = whole.coefficients.argsort(descending=True)
+
+    def of_largest(count: int) -> Learned:
+        kept = order[:count]
+        again = learned(log_probabilities[:, kept], weights)
+        coefficients = torch.zeros_like(whole.coefficients)
+        coefficients[kept] = again.coefficients
+        return Learned(coefficients, again.loss, again.certificate, again.steps)
+
+    too_few = 0
+    best = whole
+    enough = len(order)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        solution = of_largest(middle)
+        if solution.loss <= whole.loss + tolerance:
+            enough = middle
+            best = solution
+        else:
+            too_few = middle
+    return best
+
+
+def posterior(
+    log_probabilities: Tensor, texts_of: Tensor, prior: Tensor, beta: float = 1.0
+) -> Tensor:
+    """(tokens,): the log-probability of a mixture whose coefficients follow each text.
+
+    Before a text's token t they are proportional to prior_i times the product, over the tokens s
+    before it, of p_i(x_s)^beta. With beta 0 they are the prior. With beta 1, Bayes' rule, a text
+    loses at most -log prior_i nats in all against any expert i.
+
+    Args:
+        texts_of: (tokens,), the text of each token; those of a text are one after the other.
+        prior: (experts,), of sum 1.
+        beta: how much what was read counts.
+    """
+    values = log_probabilities.double()
+    # The sum over the tokens before: of all texts, less what it was where this text begins.
+    before = values.cumsum(dim=0) - values
+    is_first = torch.ones(len(values), dtype=torch.bool)
+    is_first[1:] = texts_of[1:] != texts_of[:-1]
+    text = is_first.long().cumsum(dim=0) - 1
+    before = before - before[is_first][text]
+    coefficients = torch.log_softmax(prior.double().log() + beta * before, dim=1)
+    return torch.logsumexp(coefficients + values, dim=1)
+
+
+def learned_beta(
+    log_probabilities: Tensor, texts_of: Tensor, prior: Tensor, weights: Tensor
+) -> float:
+    """The beta between 0 and 2 of the least loss, to 0.01, by golden sections.
+
+    The loss need not be convex in beta, so that it may be a local minimum.
+    """
+
+    def loss(beta: float) -> float:
+        return loss_of(posterior(log_probabilities, texts_of, prior, beta), weights)
+
+    return _least(loss, 0.0, _MOST_BETA, 0.01)
+
+
+def _least(loss: Callable[[float], float], low: float, high: float, width: float) -> float:
+    """Where a function of one minimum is least, to within `width`."""
+    ratio = (math.sqrt(5) - 1) / 2
+    left = high - ratio * (high - low)
+    right = low + ratio * (high - low)
+    at_left = loss(left)
+    at_right = loss(right)
+    while high - low > width:
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = loss(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = loss(right)
+    return (low + high) / 2
