@@ -342,9 +342,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             for expert in self.experts:
                 expert.resize_token_embeddings(*size)
         embedding = self.get_input_embeddings()
-        self.config.vocab_size = embedding.num_embeddings
+        self.vocab_size = self.config.vocab_size = embedding.num_embeddings
         for values in self.config.experts:
-            values["vocab_size"] = embedding.num_embeddings
+            values["vocab_size"] = self.vocab_size
         self.tie_weights()
         return embedding
 

@@ -30,14 +30,16 @@ from transformers.conversion_mapping import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_wemoe import Ensembling, config_class
-from .host_cache import generating, with_cache_renamed
+from .host_cache import cache_in, generating, with_cache_renamed
 from .prefix_labels import without_prefix_labels
 from .wemoe_calls import (
     IS_PROMPT,
     OUTSIDE,
+    Carried,
     CoefficientRouter,
     Current,
     EnsembleCall,
+    carry,
     mask_of_group,
     mean,
     running_mean,
@@ -51,9 +53,6 @@ _PREFIX = "WEMoE"
 
 class Ensemble:
     """What `WEMoE<X>` has besides what `<X>` has."""
-
-    # transformers refuses assisted decoding then, which mixes prompt and guesses.
-    _is_stateful = True
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_architecture(type(self), config)
@@ -381,6 +380,35 @@ class Ensemble:
             generation_config, model_kwargs, *args
         )
 
+    # The first pass of assisted decoding goes over the prompt and guesses at what follows, which
+    # must not choose. So the prompt is passed over once before, and the choice put into the cache.
+    # It is not left among the arguments, all of which transformers hands to the assistant as well.
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What transformers' own does, the prompt having chosen first."""
+        cache = cache_in(kwargs)
+        is_empty = cache is not None and cache.get_seq_length() == 0
+        if is_empty and self.ensembling.router_layers:
+            is_decoder = not self.config.is_encoder_decoder  # type: ignore[attr-defined]
+            if not is_decoder or self.ensembling.mode == "running":
+                raise ValueError(
+                    "assisted decoding takes tokens back, which a running mean cannot; leave it "
+                    "out, or use mode frozen"
+                )
+            chosen = kwargs.pop("coefficients", None)
+            if chosen is None:
+                inputs = {"inputs_embeds": kwargs.get("inputs_embeds")}
+                if inputs["inputs_embeds"] is None:
+                    inputs = {"input_ids": input_ids}
+                self(  # type: ignore[operator]
+                    **inputs, attention_mask=kwargs.get("attention_mask"), **{IS_PROMPT: True}
+                )
+                chosen = self._last_coefficients()
+            values = {}
+            for index, name in enumerate(self.ensembling.groups):
+                values[name] = (chosen[:, index],)
+            carry(cache, Carried(values, is_ahead=True))
+        return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
+
     def _update_model_kwargs_for_generation(
         self,
         outputs: Any,
@@ -525,9 +553,16 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def check_architecture(asked: type, config: Any) -> None:
-    """`ValueError` where the checkpoint of this configuration is one of another class."""
+    """`ValueError` where the checkpoint of this configuration is one of another class.
+
+    A checkpoint of the trunk alone will do, as everywhere: transformers names what it lacks.
+    """
     architectures = getattr(config, "architectures", None) or []
-    if architectures and not any(each.__name__ in architectures for each in asked.__mro__):
+    known = [each.__name__ for each in asked.__mro__]
+    trunk = transformers.MODEL_MAPPING.get(type(config).__base__, None)
+    if trunk is not None:
+        known.append(trunk.__name__)
+    if architectures and not set(known) & set(architectures):
         auto_map = getattr(config, "auto_map", None) or {}
         auto = next((name for name in auto_map if name != "AutoConfig"), "its class")
         raise ValueError(f"this is a {architectures[0]}, which {auto} loads")

@@ -100,6 +100,7 @@ class Carried:
         after every token: merged weights would not last.
     can_be_cropped: whether tokens can be taken back from the cache.
     mask: the mask (rows, tokens) of tokens that came without one and have padding at an end.
+    is_ahead: whether the values were chosen before the first pass that fills the cache.
     """
 
     values: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -107,6 +108,7 @@ class Carried:
     can_be_cropped: bool = True
     rows_changed: bool = False
     mask: Tensor | None = None
+    is_ahead: bool = False
 
 
 class Carrying(FollowingCache):
@@ -142,6 +144,14 @@ class Carrying(FollowingCache):
             self.carried.mask = self.carried.mask[:, :length]
 
 
+def carry(cache: Any, carried: Carried) -> None:
+    """Have a cache carry this. It stays the object that its holder has; its class changes."""
+    if not isinstance(cache, Carrying):
+        cache_class: Any = type(cache)
+        cache.__class__ = following(cache_class, Carrying)
+    cache.carried = carried
+
+
 class EnsembleCall:
     """One forward pass of the whole model, or of its encoder alone."""
 
@@ -171,8 +181,10 @@ class EnsembleCall:
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
         # What this pass leaves behind is kept apart from what it was handed: gradient
         # checkpointing runs layers again, and these must not count their tokens twice.
-        carried = getattr(self.cache, "carried", None) if self.past else None
-        self.carried: Carried = carried or Carried(can_be_cropped=not self.runs)
+        carried = getattr(self.cache, "carried", None)
+        if carried is None or not (self.past or carried.is_ahead):
+            carried = Carried(can_be_cropped=not self.runs)
+        self.carried: Carried = carried
         self.left: dict[str, tuple[Tensor, ...]] = {}
         # By group: (experts,), (samples, experts) or (samples, tokens, experts).
         self.values: dict[str, Tensor] = {}
@@ -230,6 +242,8 @@ class EnsembleCall:
             raise ValueError(
                 "this cache was not filled by the routers of this model: start with an empty one",
             )
+        if self.carried.is_ahead:
+            return self.carried.values[name]
         # Running means without a cache start anew in every pass, which goes over the whole
         # sequence. A pass of the user's own with use_cache=False is not a step of a generation.
         counts = self.uses_cache or self.is_prompt or not (self.runs or self.keeps_no_cache)
@@ -245,11 +259,8 @@ class EnsembleCall:
             return
         self.carried.values |= self.left
         self.carried.rows_changed = False
-        # The object stays the one that the caller holds, so it is its class that changes.
-        if not isinstance(filled_cache, Carrying):
-            cache_class: Any = type(filled_cache)
-            filled_cache.__class__ = following(cache_class, Carrying)
-        filled_cache.carried = self.carried
+        self.carried.is_ahead = False
+        carry(filled_cache, self.carried)
 
     def real(self, h: Tensor, *, in_decoder: bool, mask_name: str = _TOKEN_MASK) -> Tensor:
         """Booleans (samples, tokens): whether each token of h (samples, tokens, width) is not

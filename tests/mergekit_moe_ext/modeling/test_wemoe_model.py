@@ -819,3 +819,34 @@ def test_a_base_that_no_file_holds_is_random_as_that_of_transformers(tmp_path):
     save_file(tensors, file, {"format": "pt"})
     weight = type(model).from_pretrained(tmp_path).state_dict()[name]
     assert 0.015 < weight.std() < 0.025 and abs(weight.mean()) < 0.005
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+def test_guesses_of_an_assistant_do_not_choose(sparsity):
+    model = build("llama", sparsity=sparsity)
+    ids = inputs_of("llama", samples=1)["input_ids"].repeat(1, 2)  # there is something to look up
+    alone = model.generate(ids, **GREEDY)
+    assistants = [
+        {"assistant_model": stock_of(model, "llama")},
+        {"assistant_model": copy.deepcopy(model)},
+        {"prompt_lookup_num_tokens": 3},
+    ]
+    chosen = model._last_coefficients()
+    for assistant in assistants:
+        assert torch.equal(model.generate(ids, **assistant, **GREEDY), alone)
+        close(model._last_coefficients(), chosen, atol=1e-6)
+    given = {"coefficients": torch.full_like(chosen, 0.9), **GREEDY}
+    assert torch.equal(model.generate(ids, **assistants[0], **given), model.generate(ids, **given))
+    running = build("llama", mode="running")
+    with pytest.raises(ValueError, match="running mean cannot; leave it out"):
+        running.generate(ids, prompt_lookup_num_tokens=3, **GREEDY)
+
+
+def test_a_trunk_alone_loads_and_says_what_it_lacks(tmp_path):
+    model = build("llama")
+    model.base_model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    expected = {name for name, _ in model.named_parameters() if not name.startswith("model.")}
+    assert set(info["missing_keys"]) == expected
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, model.model.get_parameter(name))
