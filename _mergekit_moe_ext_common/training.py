@@ -42,15 +42,26 @@ MEASURES = ("entropy", "accuracy", "loss")
 
 
 class BarTrainer(Trainer):
-    """The Trainer with a bar, lines that a person can read, and no checkpoint of the last step."""
+    """The Trainer with a bar, lines that a person can read, and no checkpoint of the last step.
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    It leaves the model's configuration as it was. (The stock Trainer turns `use_cache` off.)
+    """
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        # Read here, since the stock Trainer changes it when it is made.
+        self._uses_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(model, *args, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(NoLastCheckpoint())
         if not self.args.disable_tqdm:
             self.add_callback(Progress())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        if self._uses_cache is not None:
+            self.model.config.use_cache = self._uses_cache
+        return output
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -28,7 +28,7 @@ from _mergekit_moe_ext_common.options import (
 )
 from _mergekit_moe_ext_common.staging import check_new_file
 from mergekit_moe_ext import commands
-from mergekit_moe_ext.recipes import Adaptation, Recipe
+from mergekit_moe_ext.recipes import Adaptation, Part, Recipe
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -143,17 +143,19 @@ def usage(
 @click.argument("model")
 @click.option(
     "--train",
-    "part",
-    type=click.Choice(["gates", "all"]),
+    "parts",
+    type=click.Choice(get_args(Part)),
+    multiple=True,
     required=True,
-    help="Parameters that are trained.",
+    help="Part that is trained: the router, which may be called gates; the projectors of a "
+    "sequence MoE; or all. May be repeated.",
 )
 @training_options("Directory of the trained model. [default: MODEL-trained]")
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
 def train(
     model: str,
-    part: Any,
+    parts: tuple[Any, ...],
     data: tuple[str, ...],
     weights: tuple[str, ...],
     eval_data: tuple[str, ...],
@@ -162,7 +164,10 @@ def train(
     recipe: Recipe,
     reading: Reading,
 ) -> None:
-    """Train the gates of the mixture MODEL, or all of it, on texts.
+    """Train the router of the mixture MODEL, its projectors, or all of it, on texts.
+
+    MODEL is a mixture of experts, or a sequence MoE (seq_moe, hetero_moe), of which each text
+    chooses whole models by its first tokens; these tokens take no loss.
 
     SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a
     split if you like: math=math.jsonl, owner/name:train[:1%]. The result is written whole, and
@@ -173,7 +178,7 @@ def train(
     losses = commands.train(
         model,
         data,
-        part,
+        parts,
         output=output_dir,
         recipe=recipe,
         reading=reading,

@@ -7,13 +7,13 @@ Hosts are imported inside the functions, so that importing this file costs nothi
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.recipes import Adaptation, Recipe
+from mergekit_moe_ext.recipes import Adaptation, Part, Recipe
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -223,7 +223,7 @@ def count_usage(
 def train(
     model: str,
     data: Sequence[str],
-    part: Literal["gates", "all"],
+    part: Part | Sequence[Part],
     *,
     output: str | None = None,
     recipe: Recipe | None = None,
@@ -232,12 +232,13 @@ def train(
     eval_data: Sequence[str] = (),
     resume: bool = False,
 ) -> Losses | None:
-    """Train the gates of a mixture of experts, or all of it, on texts.
+    """Train the router of a mixture of experts, its projectors, or all of it, on texts.
 
     Args:
         model: a directory, or a name on the Hub. It is left as it is.
         data: `[NAME=]SOURCE[:SPLIT]`, each a file, a directory or a dataset on the Hub.
-        part: the parameters that are trained.
+        part: the parameters that are trained: `router`, which may be called `gates`, `projectors`
+            of a sequence MoE, a list of both, or `all`.
         output: the directory of the trained model; `<model>-trained` if None.
         recipe: how it is trained; `Recipe()` if None.
         reading: how texts are read; `Reading()` if None.

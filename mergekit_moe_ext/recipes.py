@@ -5,6 +5,9 @@ from typing import Literal
 
 from _mergekit_moe_ext_common.options import TrainingOptions, option
 
+# What `train` can be asked to train; gates and router are two names of one thing.
+Part = Literal["gates", "router", "projectors", "all"]
+
 
 @dataclass(frozen=True)
 class Recipe(TrainingOptions):
@@ -14,17 +17,26 @@ class Recipe(TrainingOptions):
 
     learning_rate: float | None = option(
         None,
-        "Initial learning rate of AdamW. [default: 1e-5 for all (MergeME), 1e-3 for gates]",
+        "Initial learning rate of AdamW. [default: 1e-5 for all (MergeME), else 1e-3]",
         at_least=0,
     )
+    router_learning_rate: float | None = option(
+        None, "Learning rate of the router or gates. [default: --learning-rate]", at_least=0
+    )
+    projector_learning_rate: float | None = option(
+        None, "Learning rate of projectors. [default: --learning-rate]", at_least=0
+    )
     weight_decay: float = option(0.01, "AdamW's weight decay (MergeME's).", at_least=0)
-    router_aux_loss: float = option(
-        0.0, "Weight of the load-balancing loss, per layer (MergeME trains without).", at_least=0
+    router_aux_loss: float | None = option(
+        None,
+        "Weight of the load-balancing loss, per layer. [default: a sequence MoE's own "
+        "router_aux_loss_coef, else 0; MergeME trains without]",
+        at_least=0,
     )
     bf16: bool = option(
         False,
-        "Compute in bfloat16, as autocast does; what is trained is kept in float32. Always on for "
-        "the gates of a model that is stored in bfloat16.",
+        "Compute in bfloat16, as autocast does; what is trained is kept in float32. Always on "
+        "where only parts are trained of a model that is stored in bfloat16.",
     )
 
 

@@ -41,9 +41,11 @@ class Choice:
     experts: torch.Tensor
 
 
-def routes_sequences(model: Any) -> bool:
-    """Whether it is a sequence MoE, of this package's class or of a copy beside its weights."""
-    return model.config.model_type == SequenceMoEConfig.model_type
+def routes_sequences(config: Any) -> bool:
+    """Whether it is the configuration of a sequence MoE, of this package's class or of a copy
+    beside its weights.
+    """
+    return config.model_type == SequenceMoEConfig.model_type
 
 
 def coefficients_of_sequences(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -59,7 +61,7 @@ def coefficients_of_sequences(model: Any, batch: Mapping[str, torch.Tensor]) -> 
 
 def router_names(model: nn.Module) -> list[str]:
     """The names of a model's routers, in order. `UserError` if it is not a mixture of experts."""
-    return [PER_SEQUENCE] if routes_sequences(model) else list(routers_of(model))
+    return [PER_SEQUENCE] if routes_sequences(model.config) else list(routers_of(model))
 
 
 def stack_of(name: str) -> str:

@@ -1,10 +1,12 @@
-"""Training a mixture of experts, its gates or all of it, on several sources at once.
+"""Training a mixture of experts, parts or all of it, on several sources at once.
 
-That is MergeME 3.1 and appendix A. The Hugging Face Trainer does the work, on one process or, under
-`accelerate launch`, on many. Ours differs from it where a mixture of experts would go wrong:
+That is MergeME 3.1, 3.2 and appendix A. The Hugging Face Trainer does the work, on one process or,
+under `accelerate launch`, on many. Ours differs from it where a mixture of experts would go wrong:
 
 - The loss is the mean over all tokens of a step, whatever the processes, accumulation steps and
-  padding. The load-balancing loss is averaged over them, not added up.
+  padding. The tokens by which a text chose its experts are none of them.
+- The load-balancing loss is averaged over processes and accumulation steps, not added up. That of
+  a sequence MoE is of all texts of a step, since a batch has few.
 - Held-out losses hold no load-balancing loss.
 - A checkpoint holds what is trained, in float32, by the names in the model. (The stock Trainer
   writes a fused expert as single experts, and on resuming drops them for names that it does not
@@ -12,10 +14,11 @@ That is MergeME 3.1 and appendix A. The Hugging Face Trainer does the work, on o
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -23,7 +26,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
-from _mergekit_moe_ext_common.data import collate, decoder_inputs, fingerprint, real_tokens
+from _mergekit_moe_ext_common.data import fingerprint, real_tokens, training_batches
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import (
     check_model,
@@ -52,24 +55,63 @@ from _mergekit_moe_ext_common.training import (
 )
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.outputs import complete_model
-from mergekit_moe_ext.mixtures.routers import load_balancing_loss, recorded, routers_of
+from mergekit_moe_ext.mixtures.parts import (
+    Part,
+    chosen_parts,
+    freeze_others,
+    learning_rates,
+    parts_to_train,
+)
+from mergekit_moe_ext.mixtures.routers import load_balancing_loss, recorded, routes_sequences
+from mergekit_moe_ext.mixtures.sequences import (
+    balance_of_texts,
+    check_sequences,
+    count_choices,
+    first_predicted,
+    recorded_scores,
+)
 from mergekit_moe_ext.recipes import Recipe
 
 LOG = logging.getLogger(__name__)
-Part = Literal["gates", "all"]
-LEARNING_RATES: dict[Part, float] = {"gates": 1e-3, "all": 1e-5}
+LEARNING_RATE_OF_ALL = 1e-5  # MergeME's
+LEARNING_RATE_OF_PARTS = 1e-3
 _ON_CARD = ("learning_rate", "weight_decay", "seed", "processes")
+_ON_CARD_IF_STATED = ("router_learning_rate", "projector_learning_rate", "router_aux_loss")
 
 
 class MoeTrainer(TrainedOnly, TokenTrainer):
-    """The Trainer as the top of this file describes it."""
+    """The Trainer as the top of this file describes it, for routers that choose per token."""
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, router_aux_loss: float, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        router_aux_loss: float | None,
+        learning_rates: Mapping[str, float],
+        **kwargs: Any,
+    ):
+        """`learning_rates` are by the names of the parameters."""
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the tokens of a step
-        self._router_aux_loss = router_aux_loss
+        self._router_aux_loss = router_aux_loss or 0.0
+        self._learning_rates = learning_rates
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """transformers' own, whose groups are divided by learning rates."""
+        super().create_optimizer(model)
+        named = (self.model if model is None else model).named_parameters()
+        rates = {id(parameter): self._learning_rates[name] for name, parameter in named}
+        groups = []
+        for group in self.optimizer.param_groups:
+            # One without parameters stays: checkpoints of earlier versions hold it, too.
+            by_rate: dict[float, list[torch.nn.Parameter]] = {} if group["params"] else {0.0: []}
+            for parameter in group["params"]:
+                by_rate.setdefault(rates[id(parameter)], []).append(parameter)
+            for rate, parameters in by_rate.items():
+                groups.append({**group, "params": parameters, "lr": rate})
+        self.optimizer.param_groups = groups
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -81,7 +123,7 @@ class MoeTrainer(TrainedOnly, TokenTrainer):
         is_balanced = bool(self._router_aux_loss) and model.training
         # Choices are recorded only here, and not when gradient checkpointing runs the layers again:
         # what it recomputes would stay.
-        recording: Any = recorded(self.model) if is_balanced else nullcontext({})
+        recording: Any = self.recorded_choices() if is_balanced else nullcontext({})
         with recording as choices:
             outputs = model(**_without_labels(inputs), use_cache=False)
         losses, counts = self.token_losses(outputs.logits, inputs["labels"])
@@ -90,15 +132,43 @@ class MoeTrainer(TrainedOnly, TokenTrainer):
         tokens = counts.sum() if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / tokens * self.accelerator.num_processes
         if is_balanced:
-            balance = load_balancing_loss(choices, real_tokens(inputs))
-            loss = loss + self._router_aux_loss * balance / self.current_gradient_accumulation_steps
+            loss = loss + self._router_aux_loss * self.balance(choices, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def recorded_choices(self) -> Any:
+        """A context with what `balance` needs of the next forward pass."""
+        return recorded(self.model)
+
+    def balance(self, choices: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a batch adds to the load-balancing loss of its step, a scalar."""
+        loss = load_balancing_loss(choices, real_tokens(inputs))
+        return loss / self.current_gradient_accumulation_steps
+
+
+class SequenceTrainer(MoeTrainer):
+    """The Trainer as the top of this file describes it, for a router that chooses per text."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of a step; how many of its texts choose each expert is counted here."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self._router_aux_loss:
+            counts = count_choices(self.model, batches, self.args.device)
+            self._choices_of_step = self.accelerator.reduce(counts)
+        return batches, items
+
+    def recorded_choices(self) -> Any:
+        return recorded_scores(self.model)
+
+    def balance(self, choices: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        k = self.model.config.experts_per_sequence
+        loss = balance_of_texts(choices[0], self._choices_of_step, k)
+        return loss * self.accelerator.num_processes  # which the Trainer divides by
 
 
 def train(
     model_path: str,
     output: str | None,
-    part: Part,
+    part: Part | Sequence[Part],
     data: Sequence[str],
     reading: Reading,
     recipe: Recipe,
@@ -114,13 +184,21 @@ def train(
     training is complete; `resume` goes on from the last one. Where there are several processes,
     their group is gone afterwards. `UserError` for what cannot be trained.
     """
-    run = Run(output or f"{model_path.rstrip('/')}-trained", reading, splits=True)
     config = load_config(model_path, reading)
+    is_sequence_moe = routes_sequences(config)
+    # A process runs only the experts that its texts chose, and what is split needs all processes.
+    run = Run(output or f"{model_path.rstrip('/')}-trained", reading, splits=not is_sequence_moe)
     headers = check_model(model_path, config, reading)
-    rate = LEARNING_RATES[part] if recipe.learning_rate is None else recipe.learning_rate
-    # Nothing is gained from frozen weights in float32.
-    bf16 = recipe.bf16 or (part == "gates" and config.dtype == torch.bfloat16)
-    recipe = replace(recipe, learning_rate=rate, bf16=bf16)
+    chosen = chosen_parts(part, config)
+    parts = parts_to_train(chosen, config, headers, recipe)
+    rate = recipe.learning_rate
+    if rate is None:
+        rate = LEARNING_RATE_OF_ALL if "rest" in parts else LEARNING_RATE_OF_PARTS
+    recipe = _settled(recipe, config, rate, is_partial="rest" not in parts)
+    first_label = 1
+    if is_sequence_moe:
+        check_sequences(config, reading, recipe)
+        first_label = first_predicted(config)
     arguments = run.arguments(
         recipe,
         learning_rate=rate,
@@ -129,24 +207,29 @@ def train(
     )
     tokenizer = load_tokenizer(model_path, reading)
     with arguments.main_process_first(desc="reading the data"):
-        training, held_out = read_data(data, weights, eval_data, tokenizer, config, reading, recipe)
-    run.begin(_settings(model_path, part, training, recipe), resume=resume)
+        training, held_out = read_data(
+            data, weights, eval_data, tokenizer, config, reading, recipe, first_label=first_label
+        )
+    run.begin(_settings(model_path, chosen, training, recipe), resume=resume)
 
     model = load_model(model_path, config, reading, headers=headers, dtype="auto")
     dtypes = dtypes_of(model)
-    _choose_parameters(model, part)
+    freeze_others(model, parts)
     size = sum(parameter.nbytes for parameter in model.parameters())
     run.check_room(size, checkpoint_bytes(model), arguments, len(training))
     _prepare_dtypes(model, recipe.bf16)
-    batch = _batches(model, padding_token(tokenizer, vocabulary_of(config)))
-    _check_gradient(model, batch([training[0]]), part, recipe)
-    trainer = MoeTrainer(
+    pad_token_id = padding_token(tokenizer, vocabulary_of(config))
+    batch = training_batches(model, pad_token_id, first_label)
+    if not is_sequence_moe:
+        _check_gradient(model, batch([training[0]]), parts, recipe)
+    trainer = (SequenceTrainer if is_sequence_moe else MoeTrainer)(
         model,
         arguments,
         data_collator=batch,
         train_dataset=training,
         eval_dataset=held_out or None,
         router_aux_loss=recipe.router_aux_loss,
+        learning_rates=learning_rates(model, recipe, rate),
     )
     run.train(trainer)
     run.end_group()
@@ -157,47 +240,52 @@ def train(
     restore_dtypes(model, dtypes)
     run.check_converged(trainer, losses, "take a lower --learning-rate")
     with run.finish() as directory:
-        source = model_folder(model_path)
-        copy_files(source, directory, tokenizer)
-        if not has_tokenizer(directory):
-            # Read again: the one that cut the texts has cutting among its settings now.
-            load_tokenizer(model_path, reading).save_pretrained(directory)
-        model.save_pretrained(directory)
-        trainer.state.save_to_json(str(directory / "trainer_state.json"))
-        complete_model(
-            directory,
-            model.config,
-            source,
-            model_path,
-            is_trusted=reading.trust_remote_code,
-        )
-        extend_card(directory, _card(part, data, run.settings, losses))
+        _write(directory, trainer, model_path, tokenizer, reading)
+        extend_card(directory, _card(chosen, data, run.settings, losses))
     return losses
 
 
-def _settings(model_path: str, part: Part, training: Dataset, recipe: Recipe) -> dict[str, Any]:
+def _settled(recipe: Recipe, config: Any, learning_rate: float, *, is_partial: bool) -> Recipe:
+    """The recipe with what it leaves to the model and to the parts that are trained."""
+    weight = config.router_aux_loss_coef if routes_sequences(config) else 0.0
+    return replace(
+        recipe,
+        learning_rate=learning_rate,
+        router_aux_loss=weight if recipe.router_aux_loss is None else recipe.router_aux_loss,
+        # Nothing is gained from frozen weights in float32.
+        bf16=recipe.bf16 or (is_partial and config.dtype == torch.bfloat16),
+    )
+
+
+def _settings(
+    model_path: str, chosen: Sequence[str], training: Dataset, recipe: Recipe
+) -> dict[str, Any]:
     reference = ModelReference.model_validate(model_path)
     return {
         "model": model_identity(model_path),
-        "train": part,
+        "train": ", ".join(chosen),
         "weights": checkpoint_fingerprint(reference, MergeOptions()),
         "data": fingerprint(training),
         **asdict(recipe),
     }
 
 
-def _choose_parameters(model: Any, part: Part) -> None:
-    """Turns gradients off for all parameters that are not trained."""
-    # Asked for also where all is trained: a model without routers is not a mixture of experts.
-    routers = routers_of(model)
-    if part == "all":
-        return
-    trainable = set()
-    for router in routers.values():
-        trainable |= {id(parameter) for parameter in router.parameters()}
-    for parameter in model.parameters():
-        # What the architecture itself keeps fixed stays so.
-        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trainable)
+def _write(
+    directory: Path, trainer: MoeTrainer, model_path: str, tokenizer: Any, reading: Reading
+) -> None:
+    """Writes the trained model with the files of the model that it was, the tokenizer's as they
+    were read.
+    """
+    source = model_folder(model_path)
+    copy_files(source, directory, tokenizer)
+    if not has_tokenizer(directory):
+        # Read again: the one that cut the texts has cutting among its settings now.
+        load_tokenizer(model_path, reading).save_pretrained(directory)
+    model = trainer.model
+    model.save_pretrained(directory)
+    trainer.state.save_to_json(str(directory / "trainer_state.json"))
+    is_trusted = reading.trust_remote_code
+    complete_model(directory, model.config, source, model_path, is_trusted=is_trusted)
 
 
 def _prepare_dtypes(model: Any, bf16: bool) -> None:
@@ -210,21 +298,6 @@ def _prepare_dtypes(model: Any, bf16: bool) -> None:
             parameter.data = parameter.data.float()
 
 
-def _batches(model: Any, pad_token_id: int) -> Any:
-    """A data collator with the tokens themselves as a decoder's `labels`, else the targets."""
-
-    def batch(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        tensors = collate(rows, pad_token_id)
-        if "labels" in tensors:
-            tensors["decoder_input_ids"] = decoder_inputs(model, tensors["labels"])
-        else:
-            is_padding = tensors["attention_mask"] == 0
-            tensors["labels"] = tensors["input_ids"].masked_fill(is_padding, -100)
-        return tensors
-
-    return batch
-
-
 def _without_labels(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
@@ -232,7 +305,7 @@ def _without_labels(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 def _check_gradient(
     model: Any,
     batch: dict[str, torch.Tensor],
-    part: Part,
+    parts: Collection[str],
     recipe: Recipe,
 ) -> None:
     """Finds gates that keep one expert and give it all the weight: no loss has a gradient for them.
@@ -263,7 +336,7 @@ def _check_gradient(
             f"{name} does), so the loss has no gradient for them; give --router-aux-loss, or merge "
             "with experts_per_token: 2"
         )
-        if part == "gates":
+        if "rest" not in parts:
             raise UserError(complaint)
         LOG.warning("%s", complaint)
         return
@@ -276,14 +349,21 @@ def _gradient_norm(value: torch.Tensor, parameters: Sequence[torch.Tensor]) -> f
 
 
 def _card(
-    part: Part,
+    chosen: Sequence[str],
     data: Sequence[str],
     settings: Mapping[str, Any],
     losses: Losses,
 ) -> list[str]:
-    subject = "the gates alone were" if part == "gates" else "all parameters were"
+    subjects = {
+        "gates": "the gates alone were",
+        "router": "the router alone was",
+        "projectors": "the projectors alone were",
+        "all": "all parameters were",
+    }
+    subject = "projectors and router were" if len(chosen) > 1 else subjects[chosen[0]]
     sources = sources_in_markdown(data)
-    numbers = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in _ON_CARD)
+    names = [*_ON_CARD, *[name for name in _ON_CARD_IF_STATED if settings[name]]]
+    numbers = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in names)
     lines = [
         "## Training",
         "",

@@ -147,7 +147,7 @@ def count(
         return collate([rows[index] for index in range(start, end)], pad_token_id)
 
     batches = map(batch_from, bar)
-    of_batches = _sums_of_sequences if routes_sequences(model) else _sums_of_tokens
+    of_batches = _sums_of_sequences if routes_sequences(model.config) else _sums_of_tokens
     sums: dict[str, torch.Tensor] = {}
     for name, counted in of_batches(model, batches):
         sums[name] = sums[name] + counted if name in sums else counted

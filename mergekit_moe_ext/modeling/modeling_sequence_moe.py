@@ -532,6 +532,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             aux_loss = number * (frequency * probability).sum()
         return coefficients, aux_loss, ran
 
+    def router_scores(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What a learned router makes of each sequence in a plain pass: (batch, experts), float32.
+
+        The largest `experts_per_sequence` of a sequence are the experts that it chooses.
+        """
+        batch = Batch(input_ids, attention_mask, None)
+        return self._router_scores(batch, self._prefix(batch, whole=False))
+
     def _router_scores(self, batch: Batch, prefix: Tensor) -> Tensor:
         """What the router makes of the prefix's mean embedding: (batch, experts) in float32."""
         k = self.config.experts_per_sequence
@@ -545,7 +553,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             embedded = self.get_input_embeddings()(batch.tokens)
         total = torch.where(prefix[..., None], embedded, 0).sum(dim=1)
         mean = total / prefix.sum(dim=1, keepdim=True).clamp(min=1)
-        return self.router(mean.to(self.router.weight.dtype)).float()
+        # In the precision of the router: rounded scores would flip choices that are nearly even.
+        with torch.autocast(mean.device.type, enabled=False):
+            return self.router(mean.to(self.router.weight.dtype)).float()
 
     def _scored(self, batch: Batch, prefix: Tensor) -> Tensor:
         """Which tokens of the prefix a heuristic predicts: (batch, length).

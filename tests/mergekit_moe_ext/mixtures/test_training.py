@@ -611,7 +611,9 @@ def test_one_expert_whose_weight_is_its_probability_has_a_gradient(tmp_path, mon
         (["--data", "news.jsonl", "--held-out", "0", "--resume"], "no checkpoint"),
         (["--data", "news.jsonl", "--lr-scheduler-type", "wrong"], "is not a valid SchedulerType"),
         (["--data", "news.jsonl", "--held-out", "0", "--eval-steps", "0"], "must be above 0"),
-        (["--data", "news.jsonl", "--train", "experts"], "is not one of 'gates', 'all'"),
+        (["--data", "news.jsonl", "--train", "experts"], "is not one of 'gates', 'router', "),
+        (["--data", "news.jsonl", "--train", "projectors"], "this model has no projectors"),
+        (["--data", "news.jsonl", "--projector-learning-rate", "1"], "no projectors to train"),
     ],
 )
 def test_mistakes_are_found_before_work_starts(moe, arguments, complaint):
