@@ -34,6 +34,8 @@ class PlannedMerge:
     bytes: the size of the weights.
     mixture: the number of experts and how many of them are chosen, in words.
     shared: the number of tensors that the shared method merges, from `shared_models` and `base`.
+    shared_defaults: the shared method's parameters that the configuration does not state, in words,
+        where they are other than that method's own.
     copied: the number of tensors that are copied from single sources.
     computed: the number of tensors that are made anew.
     donor: the model that config and tokenizer come from.
@@ -51,6 +53,7 @@ class PlannedMerge:
     shared_method: str
     shared_models: tuple[str, ...]
     base: str | None
+    shared_defaults: str
     copied: int
     computed: int
     seed: int
@@ -80,6 +83,8 @@ class PlannedMerge:
             lines.append(
                 f"shared    {self.shared} tensors by {self.shared_method} from {models}{base}"
             )
+            if self.shared_defaults:
+                lines.append(f"          by default: {self.shared_defaults}")
         lines.append(f"copied    {self.copied} tensors")
         lines.append(f"computed  {self.computed} tensors, seed {self.seed}")
         lines.append(f"config and tokenizer from {self.donor}")
@@ -112,7 +117,7 @@ def plan(
     """
     from mergekit.options import MergeOptions
 
-    from mergekit_moe_ext.merging.card import experts_in_words
+    from mergekit_moe_ext.merging.card import defaults_in_words, experts_in_words
     from mergekit_moe_ext.merging.method import StructuralMethod
     from mergekit_moe_ext.merging.planner import merged_models, prepare, structural_method
     from mergekit_moe_ext.merging.preflight import read_job
@@ -143,6 +148,7 @@ def plan(
         shared_method=job.shared_method.spec.name,
         shared_models=tuple(map(str, models)),
         base=str(base) if base else None,
+        shared_defaults=defaults_in_words(job, planned),
         copied=len(planned.copies),
         computed=len(planned.computed),
         seed=job.seed,

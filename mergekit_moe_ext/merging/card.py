@@ -79,7 +79,7 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
         ),
         experts=experts_in_words(plan),
         method=_with_reference(spec.pretty_name, spec.reference_url),
-        shared=_merging(job) if plan.shared else "",
+        shared=_merging(job, plan) if plan.shared else "",
         sources="Experts" if len(job.experts) == plan.num_experts else "Sources",
         listed="\n".join(f"{i}. {_linked(model)}" for i, model in enumerate(job.experts)),
         notes=f"\n{plan.notes}\n" if plan.notes else "",
@@ -104,6 +104,17 @@ def experts_in_words(plan: Plan) -> str:
     per_layer = " per layer" if plan.routed_per == "token" else ""
     experts = "1 expert" if plan.num_experts == 1 else f"{plan.num_experts} experts"
     return f"{experts}{per_layer}, {plan.experts_per_token} of them per {plan.routed_per}"
+
+
+def defaults_in_words(job: Job, plan: Plan) -> str:
+    """The values by which the shared method merges and that the configuration does not state."""
+    stated = job.config.parameters or {}
+    words = []
+    for name, value in plan.shared_defaults.items():
+        if name not in stated:
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value).lower()
+            words.append(f"{name} {shown}")
+    return ", ".join(words)
 
 
 def _published(config_yaml: str) -> str:
@@ -153,10 +164,13 @@ def _auto_class(config: PretrainedConfig) -> str:
     return "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
 
 
-def _merging(job: Job) -> str:
+def _merging(job: Job, plan: Plan) -> str:
     base = f" with {_linked(job.base)} as base" if job.base else ""
     spec = job.shared_method.spec
-    return f", shared parameters merged by {_with_reference(spec.name, spec.reference_url)}{base}"
+    merged_by = _with_reference(spec.name, spec.reference_url)
+    defaults = defaults_in_words(job, plan)
+    by_default = f" (by default: {defaults})" if defaults else ""
+    return f", shared parameters merged by {merged_by}{base}{by_default}"
 
 
 def _with_reference(name: str, url: str | None) -> str:

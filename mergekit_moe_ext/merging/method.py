@@ -128,6 +128,8 @@ class Plan:
     computed: tensors that a mergekit Task makes, which has their shape as its `shape`.
     dtype: that of the computed tensors, and in general of all.
     weights: by shared tensor, the `weight` of each model, where the method sets it; 1 elsewhere.
+    shared_defaults: the shared method's parameters where the configuration states none, in place of
+        that method's own defaults.
     integers: the computed tensors that keep their own dtype.
     views: how sources are read whose files hold tensors in another form than the merge takes.
     notes: Markdown for the card and for `mergekit-moe-ext plan`.
@@ -142,6 +144,7 @@ class Plan:
     computed: Mapping[str, Any]
     dtype: torch.dtype
     weights: Mapping[str, Mapping[ModelReference, float]] = field(default_factory=dict)
+    shared_defaults: Mapping[str, Any] = field(default_factory=dict)
     integers: frozenset[str] = frozenset()
     views: Mapping[ModelReference, View] = field(default_factory=dict)
     routed_per: Literal["token", "sequence", "sample"] = "token"

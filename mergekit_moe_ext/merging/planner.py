@@ -55,12 +55,13 @@ def prepare(job: Job) -> PlannedArchitecture:
 
 
 class SharedConfigReader(ConfigReader):
-    """A reader of the shared method's parameters, in which one that is required but not set has its
-    neutral value.
+    """A reader of the shared method's parameters, in which one that is not set has the structural
+    method's default, and one that is required has its neutral value.
     """
 
     merged_base: ModelReference | None
     weights: Mapping[ModelReference, float]  # those that the structural method sets
+    defaults: Mapping[str, Any]
 
     @property
     def base_model(self) -> ModelReference | None:
@@ -68,10 +69,10 @@ class SharedConfigReader(ConfigReader):
 
     def parameter_sources(self, model: ModelReference | None = None) -> Iterable[Any]:
         yield from super().parameter_sources(model)
-        neutral = dict(NEUTRAL_PARAMETERS)
+        unstated = {**NEUTRAL_PARAMETERS, **self.defaults}
         if model in self.weights:
-            neutral["weight"] = self.weights[model]
-        yield neutral
+            unstated["weight"] = self.weights[model]
+        yield unstated
 
 
 def merged_models(job: Job) -> tuple[list[ModelReference], ModelReference | None]:
@@ -156,6 +157,7 @@ class MergePlanner(StockMergePlanner):
             t=_gradient_position(weight.name, num_layers),
             merged_base=base,
             weights=self._plan_of_job.weights.get(name, {}),
+            defaults=self._plan_of_job.shared_defaults,
         )
         self.plan_tensor(weight, [weight] * len(models), models, reader)
         weight, task = self._tensors.pop()

@@ -43,6 +43,11 @@ from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
 _BTX = "https://arxiv.org/abs/2403.07816"
+# By tensor method: its parameters in MergeME's experiments (appendix A).
+_PARAMETERS_OF_MERGEME: dict[str, dict[str, Any]] = {
+    "fast_ties": {"density": 0.8, "normalize": False},
+    "dare": {"density": 0.8},
+}
 
 
 class MoeOptions(MethodOptions):
@@ -89,6 +94,8 @@ class MoeMethod(StructuralMethod):
 
     def __init__(self, name: str, pretty_name: str, reference_url: str, shared: str | None = None):
         merged_by = f"the {shared} method" if shared else "the method that `shared` names"
+        if shared in _PARAMETERS_OF_MERGEME:
+            merged_by += " as in MergeME (density 0.8, lambda 1/fine-tunes, no normalisation)"
         super().__init__(
             name,
             pretty_name,
@@ -143,6 +150,7 @@ class MoeMethod(StructuralMethod):
             copies=_copied_experts(job, layers, headers),
             computed=computed,
             dtype=dtype,
+            shared_defaults=_mergeme_defaults(job, self._shared),
             views={model: source.view for model, source in headers.items()},
             notes=_notes(family, configs),
         )
@@ -176,6 +184,18 @@ def _notes(family: Upcycling, configs: Mapping[ModelReference, PretrainedConfig]
         f"The sources are of several architectures ({', '.join(map(str, architectures))}), which "
         f"compute alike once their tensors have the names and forms of {family.moe}."
     )
+
+
+def _mergeme_defaults(job: Job, spelling: str | None) -> dict[str, Any]:
+    """The parameters by which MergeME merges shared parameters with a tensor method, for the
+    spellings of `moe` that stand for it; empty for the others.
+
+    `lambda` is 1/3 for the paper's three fine-tunes: the sum of task vectors becomes their mean.
+    """
+    if spelling not in _PARAMETERS_OF_MERGEME:
+        return {}
+    number = sum(model != job.base for model in job.sources)
+    return {**_PARAMETERS_OF_MERGEME[spelling], "lambda": 1 / max(1, number)}
 
 
 def _experts_per_token(job: Job, family: Upcycling) -> int:

@@ -1,5 +1,6 @@
 """The `moe` methods: what they write, compared with what cannot share their mistakes."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+import mergekit_moe_ext
 from tests.conftest import NAMES, document, make_model, merge, read_tensors, run, same_files
 
 TOKENS = torch.arange(1, 41).reshape(2, 20) * 7 % 96
@@ -61,6 +63,73 @@ def test_moe_ties_is_the_stock_ties_of_the_shared_parameters(here):
     got = read_tensors(merge(document("moe_ties", parameters=PAPER, dtype="float32")))
     for name, tensor in without_ffn(read_tensors(stock)).items():
         assert torch.equal(got[name], tensor), name
+
+
+def test_moe_ties_without_parameters_is_the_papers(here):
+    """MergeME 3.1.2 in a plain loop over values: trim to 80 percent, elect the sign of the larger
+    total magnitude, sum what agrees with it, and scale by 1/3 (appendix A). The base, an expert as
+    well, is no task vector.
+    """
+    got = read_tensors(merge(document("moe_ties", dtype="float32")))
+    base, *tuned = (read_tensors(here / name) for name in NAMES)
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.norm.weight"):
+        start = base[name].flatten()
+        trimmed = []
+        for tensors in tuned:
+            vector = (tensors[name].flatten() - start).tolist()
+            in_order = sorted(range(len(vector)), key=lambda index: -abs(vector[index]))
+            for index in in_order[int(0.8 * len(vector)) :]:
+                vector[index] = 0.0
+            trimmed.append(vector)
+        expected = start.clone()
+        for index, values in enumerate(zip(*trimmed, strict=True)):
+            sign = 1 if sum(values) > 0 else -1
+            expected[index] += sum(value for value in values if value * sign > 0) / 3
+        torch.testing.assert_close(got[name].flatten(), expected)
+
+
+def test_moe_dare_without_parameters_is_the_papers(here):
+    """Every value of the update is a third of a sum over some of the sources' task vectors, each
+    divided by 0.8; a fifth of all summands are left out.
+    """
+    got = read_tensors(merge(document("moe_dare", dtype="float32"), random_seed=1))
+    base, *tuned = (read_tensors(here / name) for name in NAMES)
+    name = "model.embed_tokens.weight"
+    vectors = [tensors[name] - base[name] for tensors in tuned]
+    distance = torch.full_like(base[name], torch.inf)
+    number_kept = torch.zeros_like(base[name])
+    for kept in itertools.product((0, 1), repeat=3):
+        update = sum(k * vector / 0.8 / 3 for k, vector in zip(kept, vectors, strict=True))
+        error = (got[name] - base[name] - update).abs()
+        number_kept[error < distance] = sum(kept)
+        distance = torch.minimum(distance, error)
+    assert distance.max() < 1e-6
+    assert abs(number_kept.mean() / 3 - 0.8) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "line"),
+    [
+        ("moe_ties", {}, "by default: density 0.8, normalize false, lambda 0.3333"),
+        ("moe_dare", {"density": 0.5}, "by default: lambda 0.3333"),
+        ("moe_ties", {"density": 0.5, "normalize": True, "lambda": 1.0}, None),
+        ("moe", {"shared": "fast_ties"}, None),
+    ],
+)
+def test_defaults_are_in_the_plan_and_on_the_card(here, method, parameters, line):
+    config = document(method, parameters=parameters)
+    printed = str(mergekit_moe_ext.plan(config))
+    card = (merge(config) / "README.md").read_text()
+    for text in (printed, card):
+        assert line in text if line else "by default" not in text
+
+
+def test_moe_with_a_shared_method_keeps_that_methods_defaults(here):
+    stated = {"density": 1.0, "normalize": True, "lambda": 1.0}
+    got = read_tensors(merge(document("moe", parameters={"shared": "fast_ties"}), "got"))
+    expected = read_tensors(merge(document("moe_ties", parameters=stated), "expected"))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
 def test_moe_dare_depends_on_the_random_seed(here):
