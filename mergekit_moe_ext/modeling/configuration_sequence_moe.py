@@ -30,7 +30,7 @@ class SequenceMoEConfig(PretrainedConfig):
         logit_softcaps: each expert's cap on logits (Gemma-2's `final_logit_softcapping`), or None.
         combine: the quantity of the chosen experts that is added up, `logits` (the paper) or
             `probabilities`, of which the model then gives the logarithms as its logits.
-        head_bias: whether the shared head has a bias.
+        head_bias: whether the shared head, or the head of every expert, has a bias.
         tie_word_embeddings: whether the shared head is the shared embedding; experts that have
             their own say so in their own configurations.
         routing_tokens: the number of tokens of a sequence that choose, outside `generate`, which

@@ -171,6 +171,8 @@ class DecoderExpert(nn.Module):
         if mixture.embedding == "separate":
             self.embed_tokens = embedding
             self.lm_head = head
+            if mixture.head_bias and head.bias is None:
+                head.bias = nn.Parameter(torch.zeros(head.out_features))
             return
         scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
         self.scale = float(scale)

@@ -16,6 +16,7 @@ from mergekit.graph import Task
 from pydantic import Field
 from torch import Tensor
 
+from _mergekit_moe_ext_common.cards import in_markdown
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.card import model_in_markdown
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
@@ -25,6 +26,7 @@ from mergekit_moe_ext.modeling import SequenceMoEConfig
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
 from mergekit_moe_ext.sequence.options import SequenceOptions, learned_router, sequence_config
 from mergekit_moe_ext.sequence.vocabulary import (
+    AlignedBias,
     AlignedRows,
     AveragedRows,
     TokenRows,
@@ -45,6 +47,13 @@ class HeteroMoeOptions(SequenceOptions):
         description="embedding and head of the experts: shared, and the average of all sources' "
         "(average, the paper) or the base model's (donor), or each expert's own, without "
         "projectors (separate)",
+    )
+    spelled_tokens: Literal["share", "mean", "unavailable"] | None = Field(
+        None,
+        description="probability, with embedding: separate, of a token that an expert has to "
+        "spell: share (a part of its first piece's, which all tokens that begin with it share), "
+        "mean (what the mean of its pieces' rows gives) or unavailable (next to none) [default: "
+        "share]",
     )
     projector: Literal["linear", "mlp"] | None = Field(
         None,
@@ -97,9 +106,9 @@ class HeteroMoe(StructuralMethod):
             expert_values.update(vocab_size=config.vocab_size, pad_token_id=None)
         dtype = output_dtype(job, headers)
         config.dtype = dtype
-        rows = align_vocabularies(job, configs, stand_ins=is_separate)
+        rows = align_vocabularies(job, configs)
         if is_separate:
-            computed = _own_vocabularies(job, decoders, rows, config.vocab_size, dtype)
+            computed = _own_vocabularies(job, decoders, rows, config, dtype)
         else:
             _check_heads(job, decoders)
             computed = _shared_vocabulary(job, decoders, rows, config, dtype)
@@ -146,6 +155,10 @@ def _check(job: Job) -> None:
         for key in ("projector", "projector_init"):
             if getattr(options, key) is not None:
                 raise UserError(f"embedding: separate has no projectors: leave {key} out")
+    elif options.spelled_tokens is not None:
+        raise UserError(
+            "spelled_tokens is for embedding: separate; a shared head has a row for every token"
+        )
 
 
 def _averaged_models(job: Job) -> list[ModelReference]:
@@ -188,21 +201,55 @@ def _own_vocabularies(
     job: Job,
     decoders: Mapping[ModelReference, Decoder],
     rows: Mapping[ModelReference, TokenRows],
-    vocab_size: int,
+    config: SequenceMoEConfig,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Every expert's own embedding and head, with their rows in the order of the donor's tokens."""
-    tasks = {}
+    """Every expert's own embedding and head, with their rows in the order of the donor's tokens.
+
+    The configuration is told of heads that get a bias, and of those that are tied no more.
+    """
+    shares = job.options.spelled_tokens in (None, "share")
+    biases = {}
+    for model, of_model in rows.items():
+        if shares:
+            biases[model] = of_model.shares()
+        else:
+            with_stand_ins = job.options.spelled_tokens == "mean"
+            biases[model] = of_model.availability(with_stand_ins=with_stand_ins)
+    config.head_bias = any(bias.any() for bias in biases.values())
+    tasks: dict[str, Any] = {}
     for index, model in enumerate(job.experts):
         decoder = decoders[model]
-        for part, tensors in (("embed_tokens", decoder.embedding), ("lm_head", decoder.head)):
+        of_model = rows[model]
+        head = {"weight": decoder.head_weight}
+        head_rows = of_model
+        if shares and of_model.stand_ins:
+            # A spelled token reads as the mean of its pieces, and is written as its first one.
+            head_rows = of_model.first_pieces()
+            config.experts[index]["tie_word_embeddings"] = False
+        elif decoder.is_tied:
+            head = {}
+        if "bias" in decoder.head and not config.head_bias:
+            head["bias"] = decoder.head["bias"]
+        parts = (("embed_tokens", decoder.embedding, of_model), ("lm_head", head, head_rows))
+        for part, tensors, part_rows in parts:
             for key, name in tensors.items():
                 tasks[f"experts.{index}.{part}.{key}"] = AlignedRows(
                     source=job.load(model, name, str(dtype)),
-                    rows=rows[model],
-                    shape=(vocab_size, *decoder.manifest.shapes[name][1:]),
+                    rows=part_rows,
+                    shape=(config.vocab_size, *decoder.manifest.shapes[name][1:]),
                     dtype=str(dtype),
                 )
+        if config.head_bias:
+            own_bias = decoder.head.get("bias")
+            tasks[f"experts.{index}.lm_head.bias"] = AlignedBias(
+                name=f"experts.{index}.lm_head.bias",
+                source=job.load(model, own_bias, str(dtype)) if own_bias else None,
+                rows=head_rows,
+                of_rows=biases[model],
+                shape=(config.vocab_size,),
+                dtype=str(dtype),
+            )
     return tasks
 
 
@@ -256,12 +303,17 @@ def _projector(
 
 
 def _notes(job: Job, rows: Mapping[ModelReference, TokenRows], vocab_size: int) -> str:
-    """A list in Markdown: the number of the donor's tokens that each source has."""
-    lines = [f"Tokens of {model_in_markdown(job.donor)} that each source has:", ""]
+    """A list in Markdown: what each source has of the donor's tokens, with examples."""
+    donor = model_in_markdown(job.donor)
+    lines = [f"The {vocab_size} tokens of {donor}, as each source has them:", ""]
     for model in job.sources:
-        if model in rows:
-            number = int((rows[model].own >= 0).sum())
-            lines.append(f"- {model_in_markdown(model)}: {number} of {vocab_size}")
+        of_model = rows[model]
+        parts = [f"{int((of_model.own >= 0).sum())} its own"]
+        numbers = {"spelled": len(of_model.spelled), "missing": len(of_model.missing)}
+        for kind, number in numbers.items():
+            examples = in_markdown(", ".join(of_model.examples.get(kind, ())))
+            parts.append(f"{number} {kind}" + (f" ({examples})" if examples else ""))
+        lines.append(f"- {model_in_markdown(model)}: {', '.join(parts)}")
     return "\n".join(lines)
 
 

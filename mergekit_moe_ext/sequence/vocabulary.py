@@ -1,28 +1,33 @@
-"""One vocabulary for models with different tokenizers: the row of each model's embedding that
-stands for a token.
-
-Rows are matched by the tokens' strings, with mergekit's own tokenizer machinery.
+"""One vocabulary for models with different tokenizers: the rows of each model's embedding and head
+that stand for a token of the donor's.
 """
 
 import itertools
+import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
-from mergekit.tokenizer.build import build_tokenizer
 from torch import Tensor
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import lacks_tokenizer, tokenizer_of
+from mergekit_moe_ext.sequence.tokens import ROLES, Tokens
 
-_ROLES = ("unk_token", "pad_token", "bos_token", "eos_token")  # the last of a token's roles counts
+# Added to the logit of a token that a model does not predict: a factor of 2e-9. Together such
+# tokens take nothing that can be seen, and the loss of a text that has one stays finite.
+UNLIKELY = -20.0
+# The first tokens of a vocabulary are special, or single bytes, and not its most frequent ones.
+_NUMBER_OF_RARE_TOKENS = 300
+_EXAMPLES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,96 +36,155 @@ class TokenRows:
 
     own: (vocabulary,), the row of each token; -1 where the model lacks it.
     stand_ins: for tokens that it lacks, the rows whose mean stands in for them.
+    spelled: those of them that the rows write whole, in their order.
+    examples: for people, some tokens that are `spelled` and some that are `missing`.
     """
 
     own: Tensor
     stand_ins: Mapping[int, Sequence[int]]
+    spelled: frozenset[int] = frozenset()
+    examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[int]:
+        """The tokens that the model cannot write."""
+        lacking = (self.own < 0).nonzero()[:, 0].tolist()
+        return [token for token in lacking if token not in self.spelled]
+
+    def first_pieces(self) -> "TokenRows":
+        """The same rows, with the first of its stand-ins alone for each token that has any."""
+        return replace(self, stand_ins={token: bag[:1] for token, bag in self.stand_ins.items()})
+
+    def shares(self) -> Tensor:
+        """(vocabulary,) in float32: the logarithm of a lacking token's part of the probability of
+        its first stand-in, which all tokens that begin with that row share; 0 for tokens that the
+        model has, and `UNLIKELY` for those that nothing stands in for.
+
+        Nothing but the order of the donor's vocabulary says how often a token is used, and
+        tokenizers number tokens from the most frequent on. As in Zipf's law, a part is inversely
+        proportional to the token's number.
+        """
+        by_first: dict[int, list[int]] = defaultdict(list)
+        for token, row in enumerate(self.own.tolist()):
+            if row >= 0:
+                by_first[row].append(token)
+        for token, bag in self.stand_ins.items():
+            by_first[bag[0]].append(token)
+        logarithms = torch.full(self.own.shape, UNLIKELY)
+        for tokens in by_first.values():
+            frequencies = 1 / (torch.tensor(tokens) + _NUMBER_OF_RARE_TOKENS)
+            logarithms[tokens] = (frequencies / frequencies.sum()).log()
+        logarithms[self.own >= 0] = 0
+        return logarithms
+
+    def availability(self, *, with_stand_ins: bool) -> Tensor:
+        """(vocabulary,) in float32: 0 for tokens that the model has, and those that something
+        stands in for or not; `UNLIKELY` for all others.
+        """
+        logits = torch.full(self.own.shape, UNLIKELY)
+        logits[self.own >= 0] = 0
+        if with_stand_ins:
+            logits[list(self.stand_ins)] = 0
+        return logits
 
 
 def align_vocabularies(
-    job: Job, configs: Mapping[ModelReference, PretrainedConfig], *, stand_ins: bool
+    job: Job, configs: Mapping[ModelReference, PretrainedConfig]
 ) -> dict[ModelReference, TokenRows]:
     """Every source's rows for the donor's tokens.
 
-    With `stand_ins` a token that a model lacks is replaced by the model's token of the same role
-    (end of text …), else by the tokens into which its own tokenizer splits the text. `UserError`
-    for a source without a tokenizer, for one that shares no token with the donor, and for a donor
-    whose tokenizer has more tokens than its embedding.
+    `UserError` for a source without a tokenizer, for one that shares no token with the donor, and
+    for a donor whose tokenizer has more words than its embedding.
     """
-    tokenizers = {model: _tokenizer(job, model) for model in configs}
-    try:
-        alignment = build_tokenizer(
-            base_model=job.donor,
-            referenced_models=list(configs),
-            tokenizer_source="base",
-            trust_remote_code=job.merge_options.trust_remote_code,
-            add_tokens=[],
-        )
-    except RuntimeError as error:
-        raise UserError(f"the tokenizer of {job.donor} cannot be used: {error}") from error
+    tokens = {model: _tokens(job, model) for model in configs}
+    of_donor = tokens[job.donor]
     size = configs[job.donor].vocab_size
+    beyond = [token for token in of_donor.bytes_of if token >= size]
+    if beyond:
+        raise UserError(
+            f"the tokenizer of {job.donor} has a token {beyond[0]}, but its embedding has only "
+            f"{size} rows"
+        )
     rows = {}
-    for model in configs:
+    for model, config in configs.items():
         # The donor keeps all of its rows, those beyond its tokenizer included.
         if model == job.donor:
             rows[model] = TokenRows(torch.arange(size), {})
             continue
-        own = torch.full((size,), -1)
-        for token_id, row in alignment.permutations[model].items():
-            if token_id < size:
-                own[token_id] = row
-        if not (own >= 0).any():
+        rows[model] = rows_of(of_donor, tokens[model], size, config.vocab_size)
+        words = torch.tensor(list(of_donor.bytes_of))
+        if not (rows[model].own[words] >= 0).any():
             raise UserError(
                 f"{model} shares no token with {job.donor}: one tokenizer cannot serve both"
             )
-        lacking = (own < 0).nonzero()[:, 0].tolist() if stand_ins else []
-        bags = {}
-        for token, bag in _stand_ins(tokenizers[job.donor], tokenizers[model], lacking).items():
-            # A tokenizer may have more tokens than its model has rows.
-            bag_rows = [row for row in bag if row < configs[model].vocab_size]
-            if bag_rows:
-                bags[token] = bag_rows
-        rows[model] = TokenRows(own, bags)
     return rows
 
 
-def _tokenizer(job: Job, model: ModelReference) -> PreTrainedTokenizerBase:
+def _tokens(job: Job, model: ModelReference) -> Tokens:
     if lacks_tokenizer(model):
-        raise UserError(f"{model} has no tokenizer, and tokens are matched by their strings")
+        raise UserError(f"{model} has no tokenizer, and tokens are matched by what they stand for")
     try:
-        return tokenizer_of(model, job.merge_options)
+        return Tokens(tokenizer_of(model, job.merge_options))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"the tokenizer of {model} cannot be read, and tokens are matched by their strings: "
-            f"{str(error).splitlines()[0]}"
+            f"the tokenizer of {model} cannot be read, and tokens are matched by what they stand "
+            f"for: {str(error).splitlines()[0]}"
         ) from error
 
 
-def _stand_ins(
-    donor: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, lacking: Sequence[int]
-) -> dict[int, list[int]]:
-    """The model's own tokens that stand in for each token of the donor that it lacks."""
-    roles = {}
-    for role in _ROLES:
-        if getattr(donor, role) is not None and getattr(own, role) is not None:
-            roles[getattr(donor, f"{role}_id")] = getattr(own, f"{role}_id")
-    stand_ins = {token: [roles[token]] for token in lacking if token in roles}
-    texts = {}
-    for token in lacking:
-        if token < len(donor) and token not in roles:
-            texts[token] = donor.decode([token])
-    if texts:
-        spellings = own(list(texts.values()), add_special_tokens=False)["input_ids"]
-        stand_ins |= dict(zip(texts, spellings, strict=True))
-    return stand_ins
+def rows_of(donor: Tokens, model: Tokens, size: int, number_of_rows: int) -> TokenRows:
+    """The rows of a model with so many rows for the `size` tokens of a donor."""
+    own = torch.full((size,), -1)
+    # A tokenizer may have more tokens than its model has rows.
+    for text, token in donor.special.items():
+        row = _row_of_special(donor, model, text, token)
+        if token < size and row is not None and row < number_of_rows:
+            own[token] = row
+    stand_ins = {}
+    spelled = set()
+    examples: dict[str, list[str]] = {"spelled": [], "missing": []}
+    for text, token in donor.special.items():
+        if token < size and own[token] < 0:
+            examples["missing"].append(text)
+    for token, content in donor.bytes_of.items():
+        row = model.number_of(content)
+        if row is not None and row < number_of_rows:
+            own[token] = row
+            continue
+        spelling = model.spell(content)
+        bag = [row for row in spelling.tokens if row < number_of_rows]
+        if bag:
+            stand_ins[token] = bag
+        if spelling.is_whole and len(bag) == len(spelling.tokens):
+            spelled.add(token)
+            pieces = " ".join(_quoted(model.bytes_of[piece]) for piece in bag)
+            examples["spelled"].append(f"{_quoted(content)} as {pieces}")
+        else:
+            examples["missing"].append(_quoted(content))
+    shown = {kind: texts[:_EXAMPLES] for kind, texts in examples.items()}
+    return TokenRows(own, stand_ins, frozenset(spelled), shown)
+
+
+def _quoted(content: bytes) -> str:
+    """The bytes of a token as people read them."""
+    return json.dumps(content.decode(errors="backslashreplace"), ensure_ascii=False)
+
+
+def _row_of_special(donor: Tokens, model: Tokens, text: str, token: int) -> int | None:
+    """The model's row of a special token: of the same text, else of the same role."""
+    if text in model.special:
+        return model.special[text]
+    row = None
+    for role in ROLES:
+        if donor.roles.get(role) == token and role in model.roles:
+            row = model.roles[role]
+    return row
 
 
 class AlignedRows(Task[Tensor]):
     """A tensor with a row per token, its rows in the donor's order.
 
-    A token that it lacks gets the mean of its stand-ins. Without stand-ins it gets the mean of all
-    rows, so that the head finds it no more likely than the average token; with zeros it would win
-    wherever logits are negative.
+    A token that it lacks gets the mean of its stand-ins; without stand-ins the mean of all rows.
     """
 
     source: LoadTensor
@@ -134,21 +198,50 @@ class AlignedRows(Task[Tensor]):
     def execute(self, **_kwargs: object) -> Tensor:
         tensor = self.source.execute()
         assert tensor is not None
-        own = self.rows.own.to(tensor.device)
-        aligned = tensor[own.clamp(min=0)]
-        if (own < 0).any():
-            aligned[own < 0] = tensor.mean(dim=0, dtype=torch.float32).to(tensor)
-        if self.rows.stand_ins:
-            # The means of bags of different sizes, all bags end to end and where each one starts.
-            tokens = torch.tensor(list(self.rows.stand_ins), device=tensor.device)
-            bags = list(self.rows.stand_ins.values())
-            bag_rows = list(itertools.chain.from_iterable(bags))
-            flat = torch.tensor(bag_rows, dtype=torch.long, device=tensor.device)
-            starts = torch.tensor([0, *map(len, bags)], device=tensor.device).cumsum(dim=0)[:-1]
-            table = tensor.float().reshape(len(tensor), -1)
-            means = functional.embedding_bag(flat, table, starts, mode="mean")
-            aligned[tokens] = means.reshape(len(tokens), *tensor.shape[1:]).to(tensor)
-        return aligned.to(dtype_from_name(self.dtype))
+        return aligned(tensor, self.rows).to(dtype_from_name(self.dtype))
+
+
+class AlignedBias(Task[Tensor]):
+    """What is added to a head's logits, a number per token of the donor's: the source's own bias,
+    if it has one, and what its rows call for (`TokenRows.bias`).
+    """
+
+    name: str
+    source: LoadTensor | None
+    rows: Any  # TokenRows
+    of_rows: Any  # a tensor (vocabulary,)
+    shape: tuple[int, ...]
+    dtype: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {}
+
+    def execute(self, **_kwargs: object) -> Tensor:
+        bias = self.of_rows
+        if self.source is not None:
+            tensor = self.source.execute()
+            assert tensor is not None
+            bias = bias + aligned(tensor, self.rows).to(bias)
+        return bias.to(dtype_from_name(self.dtype))
+
+
+def aligned(tensor: Tensor, rows: TokenRows) -> Tensor:
+    """(rows of a model, …) to (tokens of the donor, …): own rows, or means of stand-ins."""
+    own = rows.own.to(tensor.device)
+    result = tensor[own.clamp(min=0)]
+    if (own < 0).any():
+        result[own < 0] = tensor.mean(dim=0, dtype=torch.float32).to(tensor)
+    if rows.stand_ins:
+        # The means of bags of different sizes, all bags end to end and where each one starts.
+        tokens = torch.tensor(list(rows.stand_ins), device=tensor.device)
+        bags = list(rows.stand_ins.values())
+        bag_rows = list(itertools.chain.from_iterable(bags))
+        flat = torch.tensor(bag_rows, dtype=torch.long, device=tensor.device)
+        starts = torch.tensor([0, *map(len, bags)], device=tensor.device).cumsum(dim=0)[:-1]
+        table = tensor.float().reshape(len(tensor), -1)
+        means = functional.embedding_bag(flat, table, starts, mode="mean")
+        result[tokens] = means.reshape(len(tokens), *tensor.shape[1:]).to(tensor)
+    return result
 
 
 class AveragedRows(Task[Tensor]):

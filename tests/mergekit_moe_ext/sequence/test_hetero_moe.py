@@ -707,7 +707,7 @@ def test_the_command_merges(here):
     for fact in (
         "hetero_moe",
         "arxiv.org/abs/2502.00997",
-        "gemma-shuffled: 89 of 100",
+        "gemma-shuffled: 89 its own, 0 spelled, 11 missing",
         "trust_remote_code=True",
     ):
         assert fact in card, card
@@ -724,8 +724,8 @@ def test_the_plan_command(here):
     assert result.returncode == 0, result.stderr
     for fact in (
         "SequenceMoEForCausalLM",
-        "- gpt2-shuffled: 80 of 100",
-        "- olmo2-shuffled: 96 of 100",
+        "- gpt2-shuffled: 80 its own, 0 spelled, 20 missing",
+        "- olmo2-shuffled: 96 its own, 0 spelled, 4 missing",
     ):
         assert fact in result.stdout, result.stdout
     assert nothing_left(here)

@@ -1,12 +1,18 @@
-"""Rows of different tokenizers brought together: against loops over the tokens' strings."""
+"""Rows of different tokenizers brought together: against loops over the tokens' strings, and
+against the sources' own probabilities.
+"""
 
 import click
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mergekit_moe_ext
+from mergekit_moe_ext.sequence.tokens import Tokens
+from mergekit_moe_ext.sequence.vocabulary import rows_of
 from tests.conftest import document, make_model, merge, read_tensors
 from tests.mergekit_moe_ext.sequence.decoders import SPECIAL, save_source, vocabulary
+from tests.mergekit_moe_ext.sequence.subwords import corpus, tokenizer_of_kind
 from tests.tokenizers import save_words
 
 # What each source has of its own: width, order and words. Its embedding may be longer than its
@@ -141,9 +147,8 @@ def stood_in(family, donor):
 @pytest.mark.parametrize("donor", ["llama", "gpt2"])
 def test_a_separate_embedding_has_a_row_for_every_token_of_the_donor(here, donor):
     families = ["llama", "gpt2", "gemma"]
-    got = read_tensors(
-        merge(document("hetero_moe", families, f"./{donor}", parameters={"embedding": "separate"}))
-    )
+    parameters = {"embedding": "separate", "spelled_tokens": "mean"}
+    got = read_tensors(merge(document("hetero_moe", families, f"./{donor}", parameters=parameters)))
     for index, family in enumerate(families):
         embedding, head = matrices(family)[:2] if family == donor else stood_in(family, donor)
         torch.testing.assert_close(got[f"experts.{index}.embed_tokens.weight"], embedding)
@@ -231,7 +236,7 @@ def nothing_left(directory):
 def test_a_source_without_a_tokenizer(here, family, embedding):
     """For many a family transformers makes up an empty tokenizer instead."""
     make_model(here / "bare", 1, family=family)
-    message = r"\./bare has no tokenizer, and tokens are matched by their strings"
+    message = r"\./bare has no tokenizer, and tokens are matched by what they stand for"
     for base in ("./llama", "./bare"):
         with pytest.raises(click.ClickException, match=message):
             merge(
@@ -264,10 +269,184 @@ def test_tokenizers_that_share_no_token(here, embedding):
 def test_a_donor_whose_tokenizer_has_more_tokens_than_its_embedding(here):
     save_source("short", words=vocabulary(40), vocab_size=30)
     with pytest.raises(
-        click.ClickException, match=r"the tokenizer of \./short cannot be used: .*unused|WordLevel"
+        click.ClickException, match=r"tokenizer of \./short has a token 30, .* only 30 rows"
     ):
         merge(document("hetero_moe", ["short", "llama"], "./short"))
     assert nothing_left(here)
     merge(
         document("hetero_moe", ["llama", "short"], "./llama", parameters={"embedding": "separate"})
     )
+
+
+# Tokenizers of the kinds that people have, and what each writes for a word after a space.
+MARKS = {"byte_level": "Ġ", "sentencepiece": "▁", "unigram": "▁", "wordpiece": ""}
+
+
+@pytest.fixture(scope="module")
+def subwords(tmp_path_factory):
+    """A directory with a Llama per kind of tokenizer, of two widths; in two the head is tied."""
+    root = tmp_path_factory.mktemp("subwords")
+    for seed, kind in enumerate(MARKS):
+        tokenizer = tokenizer_of_kind(kind, size=420 if kind != "unigram" else 180)
+        width = 24 + 8 * (seed % 2)
+        make_model(
+            root / kind,
+            seed,
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            tie_word_embeddings=seed < 2,
+            initializer_range=0.3,
+        )
+        tokenizer.save_pretrained(root / kind)
+    return root
+
+
+@pytest.fixture
+def of_kinds(subwords, tmp_path, monkeypatch):
+    for source in subwords.iterdir():
+        (tmp_path / source.name).symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def merged_pair(donor, kind, name="out", **parameters):
+    """The mixture of two kinds with the first one's tokenizer, loaded."""
+    config = document("hetero_moe", [donor, kind], f"./{donor}")
+    config["parameters"] = {
+        "embedding": "separate",
+        "routing": "perplexity",
+        "experts_per_sequence": 1,
+        **parameters,
+    }
+    model, info = AutoModelForCausalLM.from_pretrained(
+        merge(config, name), output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", MARKS)
+@pytest.mark.parametrize("donor", MARKS)
+def test_words_are_matched_whatever_marks_them(subwords, donor, kind):
+    """Every word after a space that both have as one token, and their rests of words."""
+    of_donor, own = (AutoTokenizer.from_pretrained(subwords / name) for name in (donor, kind))
+    rows = rows_of(Tokens(of_donor), Tokens(own), len(of_donor), len(own))
+    donor_vocabulary, vocabulary = of_donor.get_vocab(), own.get_vocab()
+    words = {word for line in corpus() for word in line.split() if word.isalpha()}
+    both = [
+        word
+        for word in sorted(words)
+        if MARKS[donor] + word in donor_vocabulary and MARKS[kind] + word in vocabulary
+    ]
+    assert len(both) >= 10
+    for word in both:
+        token = donor_vocabulary[MARKS[donor] + word]
+        assert rows.own[token] == vocabulary[MARKS[kind] + word], word
+    rest_of = {donor: "", kind: "", "wordpiece": "##"}
+    for rest in ("ka", "li", "a"):
+        token = donor_vocabulary.get(rest_of[donor] + rest)
+        if token is not None and rest_of[kind] + rest in vocabulary:
+            assert rows.own[token] == vocabulary[rest_of[kind] + rest], rest
+    for text in ("<s>", "</s>", "<unk>"):
+        assert rows.own[donor_vocabulary[text]] == vocabulary[text]
+
+
+@torch.no_grad()
+def probabilities(donor, kind, text, **parameters):
+    """What a source gives the next token after each word of a text, and what it gives as the
+    second expert of a mixture, whose tokenizer is the donor's; with the source's rows.
+    """
+    of_donor, own = (AutoTokenizer.from_pretrained(name) for name in (donor, kind))
+    model = merged_pair(donor, kind, **parameters)
+    theirs = own(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ours = of_donor(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    rows = rows_of(Tokens(of_donor), Tokens(own), len(of_donor), len(own))
+    assert torch.equal(rows.own[ours], theirs), "the text is to be one of words that both have"
+    source = AutoModelForCausalLM.from_pretrained(kind)(theirs).logits.softmax(dim=-1)
+    alone = torch.tensor([[0.0, 1.0]])
+    return source[0], model(ours, coefficients=alone).logits.softmax(dim=-1)[0], rows
+
+
+PAIRS = [("sentencepiece", "byte_level"), ("byte_level", "unigram"), ("byte_level", "wordpiece")]
+
+
+def text_of_both(donor, kind):
+    """Words after a space, of which each is one token to both."""
+    of_donor, own = (AutoTokenizer.from_pretrained(name).get_vocab() for name in (donor, kind))
+    words = {word for line in corpus() for word in line.split() if word.isalpha()}
+    both = [word for word in words if MARKS[donor] + word in of_donor and MARKS[kind] + word in own]
+    return " " + " ".join(sorted(both)[:12])
+
+
+@pytest.mark.parametrize(("donor", "kind"), PAIRS)
+def test_spelled_tokens_share_the_probability_of_their_first_piece(of_kinds, donor, kind):
+    """Token by token: an own token has the source's probability, and a spelled one that of its
+    first piece, times its part by Zipf's law among all that begin with that piece.
+    """
+    source, mixture, rows = probabilities(donor, kind, text_of_both(donor, kind))
+    first = {token: row for token, row in enumerate(rows.own.tolist()) if row >= 0}
+    own = set(first)
+    first |= {token: bag[0] for token, bag in rows.stand_ins.items()}
+    expected = torch.zeros_like(mixture)
+    for token, row in first.items():
+        alike = [other for other, its_row in first.items() if its_row == row]
+        part = 1 / (token + 300) / sum(1 / (other + 300) for other in alike)
+        expected[:, token] = source[:, row] * (1 if token in own else part)
+    assert len(rows.spelled) > 20
+    expected /= expected.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(mixture, expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("donor", "kind"), PAIRS)
+def test_unavailable_tokens_leave_their_probability_to_the_experts_own(of_kinds, donor, kind):
+    text = text_of_both(donor, kind)
+    source, mixture, rows = probabilities(donor, kind, text, spelled_tokens="unavailable")
+    has = rows.own >= 0
+    assert mixture[:, ~has].sum(dim=-1).max() < 1e-5
+    own = source[:, rows.own[has]]
+    expected = own / own.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(mixture[:, has], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_head_with_a_bias_keeps_it(of_kinds):
+    tokenizer = AutoTokenizer.from_pretrained("wordpiece")
+    make_model(of_kinds / "phi", 5, family="phi", vocab_size=len(tokenizer), initializer_range=0.3)
+    source = AutoModelForCausalLM.from_pretrained("phi")
+    with torch.no_grad():
+        source.lm_head.bias += torch.linspace(-1, 1, len(tokenizer))
+    source.save_pretrained("phi")
+    tokenizer.save_pretrained("phi")
+    MARKS["phi"] = ""
+    try:
+        text = text_of_both("byte_level", "phi")
+        of_source, mixture, rows = probabilities(
+            "byte_level", "phi", text, spelled_tokens="unavailable"
+        )
+    finally:
+        del MARKS["phi"]
+    has = rows.own >= 0
+    own = of_source[:, rows.own[has]]
+    expected = own / own.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(mixture[:, has], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_plan_and_the_card_count_tokens_with_examples(of_kinds):
+    config = document("hetero_moe", ["byte_level", "wordpiece"], "./byte_level")
+    config["parameters"] = {"embedding": "separate"}
+    printed = str(mergekit_moe_ext.plan(config))
+    of_donor, own = (AutoTokenizer.from_pretrained(name) for name in ("byte_level", "wordpiece"))
+    rows = rows_of(Tokens(of_donor), Tokens(own), len(of_donor), len(own))
+    number = int((rows.own >= 0).sum())
+    counted = f"{number} its own, {len(rows.spelled)} spelled"
+    assert number + len(rows.spelled) + len(rows.missing) == len(of_donor)
+    card = (merge(config) / "README.md").read_text()
+    for text in (printed, card):
+        assert counted in text and f"{len(rows.missing)} missing" in text and '" as "' in text
+
+
+def test_spelled_tokens_is_for_heads_of_the_experts_own(here):
+    config = document("hetero_moe", ["llama", "gpt2"], "./llama")
+    config["parameters"] = {"spelled_tokens": "mean"}
+    with pytest.raises(click.ClickException, match="spelled_tokens is for embedding: separate"):
+        merge(config)
+    assert nothing_left(here)
