@@ -537,7 +537,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def router_scores(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """What a learned router makes of each sequence in a plain pass: (batch, experts), float32.
 
-        The largest `experts_per_sequence` of a sequence are the experts that it chooses.
+        The largest `experts_per_sequence` of a sequence are the experts that it chooses. Without a
+        mask nothing is padding.
         """
         batch = Batch(input_ids, attention_mask, None)
         return self._router_scores(batch, self._prefix(batch, whole=False))

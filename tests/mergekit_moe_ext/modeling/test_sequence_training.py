@@ -10,8 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import ON_CPU, TWO_PROCESSES, read_tensors, run
-from tests.mergekit_moe_ext.modeling.train_sequences import ROWS, train
+from tests.mergekit_moe_ext.mixtures.test_usage import words as texts
+from tests.mergekit_moe_ext.mixtures.test_usage import write
+from tests.mergekit_moe_ext.modeling.train_sequences import ROWS, train, train_by_command
 from tests.mergekit_moe_ext.sequences import VOCAB, fine_tunes, mixture, words
+from tests.tokenizers import save_tokenizer
 
 PREFIX = 4
 
@@ -96,7 +99,10 @@ def test_two_processes_train_as_one_does(tmp_path):
     names = [
         saved(tmp_path / "learned", "learned", experts_per_sequence=2, router_aux_loss_coef=0.0),
         saved(tmp_path / "task-vector", "task_vector", *own, experts_per_sequence=1, **shared),
+        saved(tmp_path / "by-command", "learned"),
     ]
+    save_tokenizer(names[-1], VOCAB)
+    write(tmp_path / "texts.jsonl", texts(1, 60))
     two = run(
         *TWO_PROCESSES,
         "-m",
@@ -107,7 +113,8 @@ def test_two_processes_train_as_one_does(tmp_path):
     )
     assert two.returncode == 0, two.stderr[-3000:]
     for name in names:
-        train(name, f"{name}-one", 8)
+        train_alone = train_by_command if name == names[-1] else train
+        train_alone(str(name), f"{name}-one", 8)
         expected, got = (
             read_tensors(tmp_path / f"{name}-one"),
             read_tensors(tmp_path / f"{name}-two"),
