@@ -5,7 +5,7 @@ Importing this package makes it known where that is off. PEFT itself is not impo
 extended the moment that the program imports it.
 
 What the command `peft-route` does is here as functions: `compose`, `train`, `inspect`, `export`,
-`import_mttl`; `save` is PEFT's `save_pretrained`, whole or not at all.
+`compare`, `import_mttl`; `save` is PEFT's `save_pretrained`, whole or not at all.
 """
 
 import importlib
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from _mergekit_moe_ext_common.options import Reading
     from peft_routing.commands import (
         Exported,
+        compare,
         compose,
         export,
         import_mttl,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         train,
     )
     from peft_routing.config import RoutedLoraConfig
+    from peft_routing.fusion.report import Comparison
     from peft_routing.given import given_coefficients
     from peft_routing.inspection import Inspection
     from peft_routing.model import RoutedLoraModel
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from peft_routing.types import PeftType
 
 __all__ = [
+    "Comparison",
     "Exported",
     "Inspection",
     "PeftType",
@@ -44,6 +47,7 @@ __all__ = [
     "RoutedLoraModel",
     "Router",
     "UserError",
+    "compare",
     "compose",
     "export",
     "given_coefficients",
@@ -54,6 +58,7 @@ __all__ = [
 ]
 # Where each public name is, which is imported when the name is asked for.
 _MODULES = {
+    "Comparison": "peft_routing.fusion.report",
     "Exported": "peft_routing.commands",
     "Inspection": "peft_routing.inspection",
     "PeftType": "peft_routing.types",
@@ -63,6 +68,7 @@ _MODULES = {
     "RoutedLoraModel": "peft_routing.model",
     "Router": "peft_routing.routers",
     "UserError": "_mergekit_moe_ext_common.errors",
+    "compare": "peft_routing.commands",
     "compose": "peft_routing.commands",
     "export": "peft_routing.commands",
     "given_coefficients": "peft_routing.given",

@@ -39,6 +39,20 @@ _ROUTING = (
 )
 _BASE = click.option("--base", help="Base model. [default: the one that the adapter names]")
 
+_EXPERTS = click.option(
+    "--expert",
+    "experts",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="LoRA adapter that becomes an expert. May be repeated.",
+)
+_EXPERTS_FROM = click.option(
+    "--experts-from",
+    metavar="DIR",
+    help="Directory of LoRA adapters: every subdirectory that holds one becomes an expert of its "
+    "name.",
+)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mergekit-moe-ext")
@@ -95,19 +109,8 @@ def _compose_command() -> click.Command:
 
     add_options = in_order(
         click.argument("base"),
-        click.option(
-            "--expert",
-            "experts",
-            multiple=True,
-            metavar="[NAME=]DIR",
-            help="LoRA adapter that becomes an expert. May be repeated.",
-        ),
-        click.option(
-            "--experts-from",
-            metavar="DIR",
-            help="Directory of LoRA adapters: every subdirectory that holds one becomes an expert "
-            "of its name.",
-        ),
+        _EXPERTS,
+        _EXPERTS_FROM,
         click.option(
             "--general-expert",
             "general",
@@ -311,6 +314,114 @@ def export(
         return
     accuracy = f", relative error of the updates {exported.error:.4f}" if rank else ""
     click.echo(f"{output}: one LoRA adapter{accuracy}")
+
+
+@main.command()
+@click.argument("base")
+@_EXPERTS
+@_EXPERTS_FROM
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    required=True,
+    metavar="NAME=SOURCE",
+    help="Texts of a task, which are split into train, validation and test; or three sources with "
+    "commas between them. May be repeated. An expert of the same name was trained on the task.",
+)
+@click.option(
+    "--fusion",
+    "fusions",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Other adapter to measure beside them: a trained routed one, say. May be repeated.",
+)
+@click.option(
+    "--strategy",
+    "strategies",
+    multiple=True,
+    metavar="NAME",
+    help="Fusion to compare. May be repeated. [default: all]",
+)
+@click.option("-o", "--output", type=click.Path(), required=True, help="Directory of the report.")
+@click.option(
+    "--cache",
+    type=click.Path(),
+    help="Directory that keeps what was measured, so that it is not measured again. [default: "
+    "OUTPUT.cache]",
+)
+@click.option(
+    "--completions-only",
+    is_flag=True,
+    help="Score answers alone: the last turn of a chat, or a target after its input.",
+)
+@click.option(
+    "--max-samples",
+    type=click.IntRange(min=1),
+    help="Number of rows of each source that are read, from the first. [default: all]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of rows at a time.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=42,
+    show_default=True,
+    help="Seed of the split of a task that has one source.",
+)
+@options_of(Reading, "reading")
+def compare(
+    base: str,
+    experts: tuple[str, ...],
+    experts_from: str | None,
+    tasks: tuple[str, ...],
+    fusions: tuple[str, ...],
+    strategies: tuple[str, ...],
+    output: str,
+    cache: str | None,
+    completions_only: bool,
+    max_samples: int | None,
+    batch_size: int,
+    seed: int,
+    reading: Reading,
+) -> None:
+    """Compare what can be done with LoRA adapters for the model BASE: serve one of them, merge
+    them, route over them, or ensemble them.
+
+    SOURCE is a file, a directory or a dataset on the Hub, as for `train`. The report has a table,
+    figures and JSON. An interrupted command goes on where it was when it is given again. Runs on
+    many processes under `accelerate launch -m peft_routing compare`.
+    """
+    from peft_routing.fusion.cache import processes
+
+    is_main = processes().is_main_process  # asked now: the group of processes is gone afterwards
+    compared = commands.compare(
+        base,
+        _experts("--expert", experts),
+        values_by_name("--task", tasks, "NAME=SOURCE"),
+        output,
+        experts_from=experts_from,
+        fusions=values_by_name("--fusion", fusions, "NAME=DIR"),
+        strategies=strategies,
+        cache=cache,
+        reading=reading,
+        completions_only=completions_only,
+        max_samples=max_samples,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    if not is_main:
+        return
+    from peft_routing.fusion import report
+
+    click.echo(report.table(compared))
+    for line in (*report.notes(compared), *compared.sentences):
+        click.echo(line)
 
 
 @main.command("import-mttl")

@@ -4,7 +4,7 @@ prints.
 Hosts are imported inside the functions, so that importing this file costs nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from peft_routing.config import RoutedLoraConfig
+    from peft_routing.fusion.report import Comparison
     from peft_routing.inspection import Inspection
     from peft_routing.training import Result
 
@@ -302,3 +303,81 @@ def export(
     except ValueError as complaint:
         raise UserError(str(complaint)) from complaint
     return Exported(Path(output), names, error)
+
+
+def compare(
+    base: str,
+    experts: Mapping[str, str] | Sequence[str],
+    tasks: Mapping[str, str],
+    output: str,
+    *,
+    experts_from: str | None = None,
+    fusions: Mapping[str, str] | None = None,
+    strategies: Collection[str] = (),
+    cache: str | None = None,
+    reading: Reading | None = None,
+    completions_only: bool = False,
+    max_samples: int | None = None,
+    batch_size: int = 8,
+    seed: int = 42,
+) -> "Comparison":
+    """Compare what can be done with LoRA adapters: serve one, merge, route over or ensemble them.
+
+    Every adapter reads every text once; most of the rest is arithmetic. Coefficients are learned on
+    train, choices are made on validation, and figures are of test.
+
+    Args:
+        base: the model, a directory or a name on the Hub.
+        experts: LoRA adapters by name, or a list of them, which is named by its directories.
+        tasks: by name `SOURCE[:SPLIT]`, whose rows are split, or three of these with commas between
+        them: train, validation and test. An expert that has a task's name was trained on it.
+        output: the directory of the report.
+        experts_from: a directory, of which every subdirectory that holds an adapter is one more
+        expert, by its name and in the order of the names.
+        fusions: other adapters to measure beside them, by name: a trained routed adapter, say, or
+        one LoRA for all tasks.
+        strategies: the fusions to compare; all if none is named.
+        cache: the directory that keeps what was measured; `<output>.cache` if None. What is there
+        already is not measured again.
+        reading: how texts are read; `Reading()` if None.
+        completions_only: score answers alone: the last turn of a chat, or a target after its input.
+        max_samples: the first so many rows of each source; all if None.
+        batch_size: rows at a time.
+        seed: of the split of a task that has one source.
+
+    Returns the table as `rows`, a sentence per budget, the selection of few experts, and the tables
+    of log-probabilities, for `peft_routing.fusion`.
+
+    Raises `UserError` for what cannot be compared, and for an output that exists.
+
+    >>> comparison = compare(
+    ...     "base",
+    ...     {"math": "math-lora", "code": "code-lora"},
+    ...     {"math": "math.jsonl"},
+    ...     "report",
+    ...     strategies=["base", "best_expert", "learned_ensemble"],
+    ...     reading=Reading(quiet=True),
+    ... )
+    >>> [row.name for row in comparison.rows]
+    ['base', 'best_expert', 'learned_ensemble']
+    """
+    from peft_routing.config import experts_by_name
+    from peft_routing.fusion.comparison import compare as run
+
+    named = experts_by_name("experts", experts)
+    if experts_from is not None:
+        named = _joined(named, experts_from)
+    return run(
+        base,
+        named,
+        tasks,
+        output,
+        reading or Reading(),
+        fusions=fusions or {},
+        strategies=strategies,
+        cache=cache,
+        completions_only=completions_only,
+        max_samples=max_samples,
+        batch_size=batch_size,
+        seed=seed,
+    )

@@ -182,9 +182,10 @@ def test_the_examples_for_mixtures_run(everything):
 
 
 def test_the_examples_for_adapters_run(adapters):
-    run_examples(peft_routing, ["compose", "train", "inspect", "export", "save"])
+    run_examples(peft_routing, ["compose", "train", "inspect", "export", "save", "compare"])
     for directory in ("routed", "routed-trained", "experts/math", "routed-again"):
         assert (adapters / directory / "adapter_config.json").exists()
+    assert (adapters / "report" / "report.json").exists()
 
 
 def test_a_plan_says_what_the_command_prints(everything):

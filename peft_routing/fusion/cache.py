@@ -137,6 +137,12 @@ class Cache:
             save_file({_TENSOR: measured.log_probabilities}, partial, metadata=notes)
 
 
+def processes() -> PartialState:
+    """The processes that accelerate has started, or this one."""
+    # Without GPUs it would see one process, however many there are, unless it is told.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def fill(
     cache: Cache,
     subjects: Sequence[Subject],
@@ -151,10 +157,13 @@ def fill(
 
     Each process takes its share of the subjects, and afterwards all of it is in the directory.
     `load_base` is called where something is to be measured. `UserError` where a log-probability is
-    not finite.
+    not finite, and where the directory cannot be written.
     """
-    cache.directory.mkdir(parents=True, exist_ok=True)
-    state = PartialState()
+    try:
+        cache.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {cache.directory}: {error.strerror}") from error
+    state = processes()
     lacking = []
     for subject in subjects:
         of_subject = [each for each in texts if not cache.has(subject, each)]

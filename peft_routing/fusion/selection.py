@@ -38,12 +38,14 @@ class NotFirst:
     difference: the mean over the test texts of the loss of the own expert less that of the better
     one, in nats per text.
     standard_error: of that mean; NaN for a single text.
+    texts: the number of test texts.
     """
 
     expert: str
     better: str
     difference: float
     standard_error: float
+    texts: int
 
 
 def best_expert(losses: Tensor) -> int:
@@ -164,6 +166,7 @@ def not_first(validation: Table, test: Table, own: Sequence[int | None]) -> list
                 test.experts[better],
                 sums.mean().item(),
                 standard_error(sums),
+                len(sums),
             )
         )
     return beaten

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
-from peft_routing.adapter_files import fingerprint
+from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import explained
+from peft_routing.adapter_files import fingerprint, read_config
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.fusion.cache import Subject
 
@@ -25,13 +28,47 @@ def one_expert(name: str, path: str) -> Subject:
     return Subject(
         f"expert {name!r}",
         _digest("expert", own),
-        lambda base: get_peft_model(base, alone({name: path})),
+        lambda base: get_peft_model(base, composed({name: path}, router="uniform", mixing="full")),
     )
 
 
-def alone(experts: dict[str, str]) -> RoutedLoraConfig:
-    """Experts that are all weighed alike, their updates mixed: one of them is mixed with none."""
-    return RoutedLoraConfig(experts=dict(experts), router="uniform", mixing="full")
+def fused(name: str, experts: Mapping[str, str], options: Mapping[str, Any]) -> Subject:
+    """All experts as one routed adapter with these options of `RoutedLoraConfig`."""
+    own = [fingerprint(path, f"expert {each!r} ({path})") for each, path in experts.items()]
+    return Subject(
+        name,
+        _digest("fused", own, dict(options)),
+        lambda base: get_peft_model(base, composed(experts, **options)),
+    )
+
+
+def any_adapter(name: str, path: str) -> Subject:
+    """An adapter of any type, a routed one among them, as PEFT loads it from a directory.
+
+    `UserError` for one that chooses per sequence: in a text that is scored it would choose by the
+    tokens that it is to predict.
+    """
+    where = f"--fusion {name}={path}"
+    try:
+        config = read_config(path, where)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+    if config.get("granularity") == "sequence":
+        raise UserError(
+            f"{where}: it chooses per sequence, by tokens that are scored here, so that its "
+            "figures would be too good"
+        )
+
+    def put_on(base: Any) -> Any:
+        with explained(f"{where} does not fit a {type(base).__name__}", path):
+            return PeftModel.from_pretrained(base, path)
+
+    return Subject(f"fusion {name!r}", _digest("adapter", fingerprint(path, where)), put_on)
+
+
+def composed(experts: Mapping[str, str], **options: Any) -> RoutedLoraConfig:
+    """The configuration of a routed adapter that is to be composed of these experts."""
+    return RoutedLoraConfig(experts=dict(experts), **options)
 
 
 def _digest(*parts: Any) -> str:

@@ -1,4 +1,4 @@
-"""Ensembles for the worst task: the paper's linear program (Trade-offs B.5) and the true optimum."""
+"""Ensembles for the worst task: the paper's linear program (Trade-offs B.5) and the optimum."""
 
 import math
 from dataclasses import dataclass
@@ -83,8 +83,8 @@ def true_worst_case(
 ) -> WorstCase:
     """The coefficients with the least worst task.
 
-    By duality that is the weighing of tasks whose learned ensemble has the highest loss. The loss of
-    the best ensemble is concave in the tasks' weights q, and its slope is the task's loss, so q is
+    By duality that is the weighing of tasks whose learned ensemble has the highest loss. The loss
+    of the best ensemble is concave in the tasks' weights q, and its slope is the task's loss: q is
     multiplied by exp(step times that). A step that lowers the dual value is halved and taken again.
     It stops where the worst task is within `tolerance` of the bound, or after `most_steps`.
 

@@ -139,6 +139,12 @@ def test_a_damaged_file_and_numbers_that_are_none_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_in_the_place_of_the_directory_is_told(tmp_path):
+    (tmp_path / "cache").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*cache: File exists"):
+        fill_quietly(Cache(tmp_path / "cache", "base"), [base_alone()], [texts_of("law")])
+
+
 def test_only_targets_are_measured_where_rows_have_them():
     rows = Dataset.from_dict(
         {"input_ids": [[5, 9, 11, 30], [7, 8, 6]], "labels": [[-100, -100, 11, 30], [-100, 8, 6]]}

@@ -1,0 +1,335 @@
+"""What `compare` found: a table, a sentence per budget, JSON and figures."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from _mergekit_moe_ext_common.cards import in_markdown
+from _mergekit_moe_ext_common.figures import pyplot
+from peft_routing.fusion.selection import NotFirst, standard_error
+from peft_routing.fusion.strategies import BY_TASK, ENSEMBLE, PLAIN, ROUTED, Tables
+
+# The factors of the standard error that 95 percent of a mean's distribution lie within, by degrees
+# of freedom from 1 on (Student); beyond them 1.96 + 2.5 / degrees is exact to 0.01.
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+_HEADINGS = (
+    "strategy",
+    "test loss",
+    "± s.e.",
+    "to the best",
+    "± s.e.",
+    "passes",
+    "ms/token",
+    "MB",
+    "learned",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fusion: how good it is, and what it costs.
+
+    validation, test: the loss of each task, in nats per token.
+    passes: the forward passes per text, a mean over tasks; 1 is the base model's own.
+    milliseconds: of these passes, per token, as measured here.
+    megabytes: what is kept beside the base model.
+    parameters: how many numbers were learned.
+    """
+
+    name: str
+    kind: str
+    validation: list[float]
+    test: list[float]
+    passes: float
+    milliseconds: float
+    megabytes: float
+    parameters: int
+    note: str
+    values: dict[str, Any]
+
+    @property
+    def validation_loss(self) -> float:
+        return _mean(self.validation)
+
+    @property
+    def test_loss(self) -> float:
+        return _mean(self.test)
+
+    def difference(self, other: "Row") -> tuple[float, float]:
+        """The mean over tasks of this test loss less the other one, and its standard error."""
+        differences = torch.tensor(self.test).double() - torch.tensor(other.test).double()
+        return differences.mean().item(), standard_error(differences)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Experts in the order of their greedy selection on validation, with its curves (B.6).
+
+    validation, test: the mean loss over tasks with the first 0, 1, 2 … of them.
+    random: that on validation with experts in random order, the mean of many orders.
+    elbow: the number of experts at which the validation curve bends most.
+    reaches_own: the fewest that are as good on validation as each task's own expert; None where
+    they never are, or a task has none.
+    """
+
+    order: list[str]
+    validation: list[float]
+    test: list[float]
+    random: list[float]
+    elbow: int
+    reaches_own: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which fusions are best for a set of adapters.
+
+    best: the name of the row with the least validation loss among those that need no task id.
+    sentences: the best of each budget, in words.
+    left_out: why a strategy has no row, by its name.
+    not_first: experts that another beats on their own task.
+    tables: what all this was computed from.
+    """
+
+    base: str
+    experts: dict[str, str]
+    rows: list[Row]
+    best: str
+    sentences: list[str]
+    left_out: dict[str, str]
+    selected: Selected
+    not_first: list[NotFirst]
+    tables: Tables
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.tables.test.tasks
+
+    def row(self, name: str) -> Row:
+        """The row of a strategy, by its name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def cells(self) -> list[list[str]]:
+        """The table as text, row by row, without its heading."""
+        best = self.row(self.best)
+        lines = []
+        for row in self.rows:
+            difference, error = row.difference(best)
+            own_error = standard_error(torch.tensor(row.test))
+            lines.append(
+                [
+                    row.name,
+                    f"{row.test_loss:.4f}",
+                    _number(own_error),
+                    "" if row is best else f"{difference:+.4f}",
+                    "" if row is best else _number(error),
+                    f"{row.passes:.3g}",
+                    f"{row.milliseconds:.3g}",
+                    f"{row.megabytes:.3g}",
+                    str(row.parameters),
+                ]
+            )
+        return lines
+
+    def write(self, directory: Path) -> None:
+        """Writes `report.json` and `report.md` into a directory that exists."""
+        text = json.dumps(self._as_json(), indent=1, allow_nan=False)
+        (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+        (directory / "report.md").write_text(self._as_markdown(), encoding="utf-8")
+
+    def _as_json(self) -> dict[str, Any]:
+        best = self.row(self.best)
+        rows = []
+        for row in self.rows:
+            difference, error = row.difference(best)
+            values = asdict(row)
+            values["test_loss"] = row.test_loss
+            values["validation_loss"] = row.validation_loss
+            values["standard_error"] = _finite(standard_error(torch.tensor(row.test)))
+            values["difference_to_best"] = difference
+            values["standard_error_of_difference"] = _finite(error)
+            rows.append(values)
+        not_first = []
+        for each in self.not_first:
+            not_first.append({**asdict(each), "standard_error": _finite(each.standard_error)})
+        return {
+            "base": self.base,
+            "experts": self.experts,
+            "tasks": list(self.tasks),
+            "best": self.best,
+            "sentences": self.sentences,
+            "rows": rows,
+            "left_out": self.left_out,
+            "selected": asdict(self.selected),
+            "not_first": not_first,
+            "losses": {
+                "columns": [*self.experts, "base model"],
+                "validation": self.tables.validation.losses.tolist(),
+                "test": self.tables.test.losses.tolist(),
+            },
+        }
+
+    def _as_markdown(self) -> str:
+        lines = [
+            "# Fusions compared",
+            "",
+            f"Base model {in_markdown(self.base)}, {len(self.experts)} adapters, tasks "
+            f"{in_markdown(', '.join(self.tasks))}.",
+            "",
+            *[f"- {in_markdown(sentence)}" for sentence in self.sentences],
+            "",
+            f"| {' | '.join(_HEADINGS)} |",
+            "|---|" + "---:|" * (len(_HEADINGS) - 1),
+        ]
+        for name, *numbers in self.cells():
+            lines.append(f"| {' | '.join([in_markdown(name), *numbers])} |")
+        lines += ["", *[f"- {in_markdown(line)}" for line in notes(self)], ""]
+        return "\n".join(lines)
+
+
+def table(comparison: Comparison) -> str:
+    """The table for a terminal."""
+    lines = [list(_HEADINGS), *comparison.cells()]
+    columns = []
+    for number, column in enumerate(zip(*lines, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if number else cell.ljust(width) for cell in column])
+    return "\n".join("  ".join(cells) for cells in zip(*columns, strict=True))
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What the table has no column for, a sentence each."""
+    lines = [f"{row.name}: {row.note}" for row in comparison.rows if row.note]
+    lines += [f"{name} is left out: {why}" for name, why in comparison.left_out.items()]
+    selected = comparison.selected
+    line = f"greedy selection bends most at {selected.elbow} of {len(selected.order)} experts"
+    if selected.reaches_own is not None:
+        line += f", and {selected.reaches_own} are as good as each task's own"
+    lines.append(line)
+    own = sum(task in comparison.experts for task in comparison.tasks)
+    if own:
+        beaten = comparison.not_first
+        clear = 0
+        for each in beaten:
+            clear += _is_clear(each.difference, each.standard_error, each.texts - 1)
+        lines.append(
+            f"{len(beaten)} of {own} experts are not first on their own task, {clear} of them "
+            "clearly so on the test"
+        )
+    return lines
+
+
+def budget_sentences(rows: Sequence[Row]) -> list[str]:
+    """The best fusion of each budget by validation, from the smallest budget on."""
+    budgets: list[tuple[str, Callable[[Row], bool]]] = [
+        ("one pass, one plain LoRA", lambda row: row.kind == PLAIN),
+        ("one pass", lambda row: row.kind in (PLAIN, ROUTED)),
+        ("any number of passes", lambda row: row.kind in (PLAIN, ROUTED, ENSEMBLE)),
+        ("one plain LoRA per request, the task known", lambda row: row.kind in (PLAIN, BY_TASK)),
+    ]
+    sentences: list[str] = []
+    told: list[Row] = []
+    for budget, is_within in budgets:
+        within = [row for row in rows if is_within(row)]
+        if not within:
+            continue
+        best = min(within, key=lambda row: row.validation_loss)
+        sentences.append(f"{budget}: {_told(best, told)}")
+        told.append(best)
+    return sentences
+
+
+def _told(best: Row, told: Sequence[Row]) -> str:
+    """The best of a budget in words, after those of smaller budgets."""
+    if best in told:
+        return f"{best.name} again"
+    name = f"{best.name} ({best.note})" if best.kind == PLAIN and best.note else best.name
+    passes = "1 pass" if best.passes == 1 else f"{best.passes:.3g} passes"
+    text = f"{name}, test loss {best.test_loss:.4f}, {passes}"
+    if not told:
+        return text
+    difference, error = best.difference(told[0])
+    text += f", {difference:+.4f} to {told[0].name}"
+    if not _is_clear(difference, error, len(best.test) - 1):
+        text += ": not distinguishable"
+    return text
+
+
+def _is_clear(difference: float, error: float, degrees: int) -> bool:
+    """Whether a mean is further from 0 than chance would have it 19 times in 20.
+
+    `degrees` of freedom are those of its standard error, which is NaN without any.
+    """
+    if degrees < 1:
+        return False
+    is_few = degrees <= len(_STUDENT)
+    factor = _STUDENT[degrees - 1] if is_few else 1.96 + 2.5 / degrees
+    return abs(difference) > factor * error
+
+
+def draw(comparison: Comparison, directory: Path) -> None:
+    """Draws the losses of all fusions (figure 2), the loss matrix and the selection (figure 7)."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(comparison.rows)))
+    colours = {PLAIN: "tab:blue", ROUTED: "tab:green", ENSEMBLE: "tab:orange", BY_TASK: "tab:grey"}
+    rows = comparison.rows[::-1]
+    for place, row in enumerate(rows):
+        error = standard_error(torch.tensor(row.test))
+        axes.errorbar(
+            row.test_loss,
+            place,
+            xerr=0 if math.isnan(error) else error,
+            fmt="o",
+            color=colours[row.kind],
+            capsize=3,
+        )
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    for kind, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=kind)
+    axes.legend(fontsize=7)
+    axes.set_xlabel("test loss, mean and standard error over tasks (nats per token)")
+    _save(figure, directory / "losses.png")
+
+    matrix = comparison.tables.test.losses
+    columns = [*comparison.experts, "base model"]
+    figure, axes = plt.subplots(figsize=(1.5 + 0.3 * len(columns), 1.5 + 0.3 * len(matrix)))
+    # Of each task relative to its best, since tasks differ more than experts do.
+    image = axes.imshow(matrix - matrix.amin(dim=1, keepdim=True), cmap="Blues", aspect="auto")
+    if len(columns) <= 64:
+        axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(matrix)), comparison.tasks, fontsize=7)
+    figure.colorbar(image, label="test loss above the task's least")
+    _save(figure, directory / "loss_matrix.png")
+
+    figure, axes = plt.subplots(figsize=(5, 3.2))
+    selected = comparison.selected
+    axes.plot(selected.validation, label="greedy, validation")
+    axes.plot(selected.test, label="the same, test")
+    axes.plot(selected.random, "--", label="random, validation")
+    axes.axvline(selected.elbow, color="grey", linewidth=0.8)
+    axes.set_xlabel("number of experts")
+    axes.set_ylabel("mean loss with the best per task")
+    axes.legend(fontsize=7)
+    _save(figure, directory / "selection.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot().close(figure)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"

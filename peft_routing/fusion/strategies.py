@@ -1,0 +1,260 @@
+"""The fusions that `compare` knows, and what each gives for every token (Trade-offs 2.4 to 4, B).
+
+A strategy of the first kind is computed from the tables of all experts: coefficients are learned on
+train, choices are made on validation. One of the second kind is an adapter that is put on the base
+model and measured.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_routing.fusion.ensembles import (
+    learned,
+    learned_beta,
+    loss_of,
+    mixture,
+    posterior,
+    sparse,
+    uniform,
+)
+from peft_routing.fusion.selection import best_expert, best_per_task, own_experts
+from peft_routing.fusion.tables import Table
+from peft_routing.fusion.worst_case import linear_program, true_worst_case
+
+PLAIN = "plain LoRA"  # one adapter that any server loads
+ROUTED = "routed"  # one pass, and a router
+ENSEMBLE = "ensemble"  # a pass per expert
+BY_TASK = "by task"  # an adapter per request, for which the task must be known
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a strategy gives.
+
+    validation, test: the log-probabilities (tokens,) of the target tokens.
+    used: for each task the columns whose passes it takes; the base model's is the last.
+    parameters: how many numbers were learned.
+    note: what was chosen or learned, in words.
+    values: the same for JSON.
+    """
+
+    kind: str
+    validation: Tensor
+    test: Tensor
+    used: list[list[int]]
+    parameters: int = 0
+    note: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The table of each split; all have the same experts and tasks."""
+
+    train: Table
+    validation: Table
+    test: Table
+
+
+def base(tables: Tables) -> Outcome:
+    """The base model alone."""
+    return _one_for_all(tables, len(tables.test.experts), "")
+
+
+def best_of_all(tables: Tables) -> Outcome:
+    """The expert with the least mean loss on validation."""
+    chosen = best_expert(tables.validation.losses)
+    return _one_for_all(tables, chosen, tables.test.experts[chosen])
+
+
+def _one_for_all(tables: Tables, column: int, note: str) -> Outcome:
+    return Outcome(
+        PLAIN,
+        tables.validation.log_probabilities[:, column],
+        tables.test.log_probabilities[:, column],
+        [[column]] * len(tables.test.tasks),
+        note=note,
+    )
+
+
+def own_of_each_task(tables: Tables) -> Outcome | str:
+    """The oracle: the expert that was trained on the task, by its name (2.4).
+
+    A sentence in its place where a task has none.
+    """
+    own = own_experts(tables.test)
+    lacking = [task for task, of in zip(tables.test.tasks, own, strict=True) if of is None]
+    if lacking:
+        return f"no expert is called {lacking[0]!r}, as the task is"
+    return _by_task(tables, [column for column in own if column is not None])
+
+
+def best_of_each_task(tables: Tables) -> Outcome:
+    """The best column of each task on validation, the base model's among them."""
+    return _by_task(tables, best_per_task(tables.validation.losses))
+
+
+def _by_task(tables: Tables, columns: Sequence[int]) -> Outcome:
+    chosen = torch.tensor(columns)
+
+    def of(table: Table) -> Tensor:
+        return table.log_probabilities.gather(1, chosen[table.tasks_of][:, None])[:, 0]
+
+    names = [*tables.test.experts, "base model"]
+    by_task = {}
+    for task, column in zip(tables.test.tasks, columns, strict=True):
+        by_task[task] = names[column]
+    return Outcome(
+        BY_TASK,
+        of(tables.validation),
+        of(tables.test),
+        [[column] for column in columns],
+        values={"by_task": by_task},
+    )
+
+
+def uniform_ensemble(tables: Tables) -> Outcome:
+    """The mean of the experts' probabilities (3.1)."""
+    return _ensemble(tables, uniform(len(tables.test.experts)))
+
+
+def learned_ensemble(tables: Tables) -> Outcome:
+    """The coefficients of the least loss on train (3.2.1)."""
+    solution = learned(tables.train.of_experts, tables.train.weights)
+    return _ensemble(
+        tables,
+        solution.coefficients,
+        parameters=len(solution.coefficients),
+        note=f"within {solution.certificate:.1e} nats of the least loss on train",
+        values={"certificate": solution.certificate},
+    )
+
+
+def sparse_ensemble(tables: Tables) -> Outcome:
+    """The fewest experts within 0.01 nats of the least loss on train."""
+    whole = learned(tables.train.of_experts, tables.train.weights)
+    solution = sparse(tables.train.of_experts, tables.train.weights, whole)
+    count = int((solution.coefficients > 0).sum())
+    return _ensemble(
+        tables,
+        solution.coefficients,
+        parameters=count,
+        note=f"{len(solution.coefficients) - count} passes fewer for "
+        f"{solution.loss - whole.loss:.4f} nats on train",
+        values={"certificate": solution.certificate},
+    )
+
+
+def posterior_ensemble(tables: Tables) -> Outcome:
+    """Coefficients that follow each text, from uniform ones; beta is chosen on validation."""
+    prior = uniform(len(tables.test.experts))
+    train = tables.train
+    of_train = learned_beta(train.of_experts, train.texts_of, prior, train.weights)
+    validation = tables.validation
+    outcomes = {}
+    for beta in (0.0, 0.5, 1.0, of_train):
+        outcomes[beta] = posterior(validation.of_experts, validation.texts_of, prior, beta)
+    beta = min(outcomes, key=lambda each: loss_of(outcomes[each], validation.weights))
+    is_learned = beta == of_train
+    return Outcome(
+        ENSEMBLE,
+        outcomes[beta],
+        posterior(tables.test.of_experts, tables.test.texts_of, prior, beta),
+        [list(range(len(prior)))] * len(tables.test.tasks),
+        parameters=int(is_learned),
+        note=f"beta {beta:.2f}{', learned' if is_learned else ''}",
+        values={"beta": beta},
+    )
+
+
+def program_ensemble(tables: Tables) -> Outcome:
+    """The paper's linear program for the worst task, by losses on validation (B.5)."""
+    table = tables.validation
+    solution = linear_program(table.of_experts, table.tasks_of, len(table.tasks))
+    return _ensemble(
+        tables,
+        solution.coefficients,
+        parameters=len(solution.coefficients),
+        note=f"worst task on validation {solution.worst:.4f}, by the program {solution.bound:.4f}",
+        values={"worst": solution.worst, "bound": solution.bound},
+    )
+
+
+def worst_case_ensemble(tables: Tables) -> Outcome:
+    """The coefficients with the least worst task on validation."""
+    table = tables.validation
+    solution = true_worst_case(table.of_experts, table.tasks_of, len(table.tasks))
+    return _ensemble(
+        tables,
+        solution.coefficients,
+        parameters=len(solution.coefficients),
+        note=f"worst task on validation {solution.worst:.4f}, at least {solution.bound:.4f}",
+        values={"worst": solution.worst, "bound": solution.bound},
+    )
+
+
+# What is below it changes no probability, and needs no pass.
+_NO_COEFFICIENT = 1e-6
+
+
+def _ensemble(
+    tables: Tables,
+    coefficients: Tensor,
+    *,
+    parameters: int = 0,
+    note: str = "",
+    values: Mapping[str, Any] | None = None,
+) -> Outcome:
+    kept = torch.where(coefficients > _NO_COEFFICIENT, coefficients, 0)
+    kept = kept / kept.sum()
+    columns = kept.nonzero()[:, 0].tolist()
+    by_expert = dict(zip(tables.test.experts, kept.tolist(), strict=True))
+    return Outcome(
+        ENSEMBLE,
+        mixture(tables.validation.of_experts, kept),
+        mixture(tables.test.of_experts, kept),
+        [columns] * len(tables.test.tasks),
+        parameters,
+        note,
+        {"coefficients": by_expert, **(values or {})},
+    )
+
+
+# In the order of the table. A strategy returns its outcome, or why it has none.
+CACHED: dict[str, Callable[[Tables], Outcome | str]] = {
+    "base": base,
+    "best_expert": best_of_all,
+    "own_expert": own_of_each_task,
+    "best_per_task": best_of_each_task,
+    "uniform_ensemble": uniform_ensemble,
+    "learned_ensemble": learned_ensemble,
+    "sparse_ensemble": sparse_ensemble,
+    "posterior_ensemble": posterior_ensemble,
+    "program_ensemble": program_ensemble,
+    "worst_case_ensemble": worst_case_ensemble,
+}
+_PAPERS_TOP_K = 4
+
+
+def composed_of(experts: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """By strategy its kind, and the options of the routed adapter of so many experts.
+
+    A linear router that starts from zero is the uniform mixture, until it is trained, and so is a
+    global one.
+    """
+    strategies: dict[str, tuple[str, dict[str, Any]]] = {
+        "uniform_low_rank": (PLAIN, {"router": "uniform", "mixing": "low_rank"}),
+        "uniform_full": (PLAIN, {"router": "uniform", "mixing": "full"}),
+    }
+    for name, top_k in (("arrow_top1", 1), ("arrow_top4", _PAPERS_TOP_K), ("arrow_all", experts)):
+        # With so few experts they would be the same.
+        if name == "arrow_all" or top_k < experts:
+            strategies[name] = (ROUTED, {"router": "arrow", "top_k": top_k})
+    return strategies
+
+
+STRATEGIES = (*CACHED, *composed_of(_PAPERS_TOP_K + 1))

@@ -1,0 +1,355 @@
+"""`compare` against separate PEFT models, interrupted, in two processes, and with mistakes."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import peft_routing
+from peft_routing import Reading, compare, fusion
+from peft_routing.cli import main
+from peft_routing.fusion import cache as cache_module
+from peft_routing.fusion import report
+from tests.conftest import ON_CPU, TWO_PROCESSES, run
+from tests.peft_routing.adapters import make_base, save_experts
+from tests.tokenizers import save_tokenizer
+
+NAMES = ("math", "code", "law")
+FIRST_WORD = {"math": 0, "code": 30, "law": 60}
+
+
+def texts_of(task, part, count=4):
+    """Texts of a task: its own words, in another order in each."""
+    start = FIRST_WORD[task]
+    words = []
+    for row in range(count):
+        places = [(7 * row + 3 * step + part) % 25 for step in range(5 + row)]
+        words.append(" ".join(f"w{start + place}" for place in places))
+    return words
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prepared")
+    make_base().save_pretrained(root / "base")
+    save_tokenizer(root / "base", 96)
+    # Adapters of one initial A, so that low-rank mixing says something.
+    save_experts(root / "experts", NAMES, a_seed=7)
+    for task in NAMES:
+        for part, split in enumerate(("train", "validation", "test")):
+            write(root / f"{task}-{split}.jsonl", texts_of(task, part))
+    return root
+
+
+def three(task):
+    return ",".join(f"{task}-{split}.jsonl" for split in ("train", "validation", "test"))
+
+
+TASKS = {task: three(task) for task in NAMES}
+
+
+def compare_here(output="report", tasks=TASKS, **options):
+    return compare(
+        "base", [], tasks, output, experts_from="experts", reading=Reading(quiet=True), **options
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(prepared):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(prepared)
+        routed = {"experts": {"math": "experts/math", "law": "experts/law"}, "router": "linear"}
+        peft_routing.compose("base", output="routed", **routed)
+        return compare_here(fusions={"trained": "routed"}, batch_size=3)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, prepared):
+    for path in prepared.iterdir():
+        if not path.name.startswith("report"):
+            (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def naive(prepared, adapter=None):
+    """Per task the log-probabilities of the test's tokens, a text at a time, by stock PEFT."""
+    model = make_base()
+    if adapter:
+        model = PeftModel.from_pretrained(model, str(prepared / adapter)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "base")
+    tasks = []
+    for task in NAMES:
+        values = []
+        for text in texts_of(task, 2):
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, :-1].double().log_softmax(dim=-1)
+            values.append(logits.gather(1, ids[0, 1:, None])[:, 0])
+        tasks.append(values)
+    return tasks
+
+
+def losses_of(tasks):
+    return [-torch.cat(values).mean().item() for values in tasks]
+
+
+@pytest.fixture(scope="module")
+def alone(prepared):
+    """What `naive` gives for each adapter and, last, for the base model."""
+    return [naive(prepared, f"experts/{name}") for name in sorted(NAMES)] + [naive(prepared)]
+
+
+def test_the_rows_of_one_adapter_are_what_peft_gives(compared, alone):
+    losses = torch.tensor([losses_of(each) for each in alone]).T
+    torch.testing.assert_close(compared.tables.test.losses, losses.double(), atol=2e-5, rtol=0)
+    assert compared.row("base").test == pytest.approx(losses_of(alone[-1]), abs=2e-5)
+    best = compared.row("best_expert")
+    own = losses_of(alone[sorted(NAMES).index(best.note)])
+    assert best.test == pytest.approx(own, abs=2e-5)
+    diagonal = [losses_of(alone[sorted(NAMES).index(task)])[place]
+                for place, task in enumerate(NAMES)]  # fmt: skip
+    assert compared.row("own_expert").test == pytest.approx(diagonal, abs=2e-5)
+
+
+def test_the_rows_of_ensembles_are_mixtures_of_what_peft_gives(compared, alone):
+    for name in ("uniform_ensemble", "learned_ensemble", "sparse_ensemble", "program_ensemble"):
+        if name in compared.left_out:  # without scipy
+            continue
+        row = compared.row(name)
+        coefficients = [row.values["coefficients"][each] for each in sorted(NAMES)]
+        assert sum(coefficients) == pytest.approx(1)
+        expected = []
+        for task in range(3):
+            probabilities = 0.0
+            for coefficient, of_expert in zip(coefficients, alone[:-1], strict=True):
+                probabilities = probabilities + coefficient * torch.cat(of_expert[task]).exp()
+            expected.append(-probabilities.log().mean().item())
+        assert row.test == pytest.approx(expected, abs=2e-5), name
+        assert row.passes == sum(coefficient > 0 for coefficient in coefficients)
+
+
+def test_the_posterior_follows_the_texts_that_peft_read(compared, alone):
+    row = compared.row("posterior_ensemble")
+    beta = row.values["beta"]
+    expected = []
+    for task in range(3):
+        losses = []
+        for text in range(4):
+            values = torch.stack([of_expert[task][text] for of_expert in alone[:-1]])
+            weights = torch.full((3,), 1 / 3, dtype=torch.float64)
+            for step in values.T:
+                losses.append(-(weights * step.exp()).sum().log().item())
+                weights = weights * step.exp() ** beta
+                weights = weights / weights.sum()
+        expected.append(sum(losses) / len(losses))
+    assert row.test == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("uniform_full", {"router": "uniform", "mixing": "full"}),
+        ("uniform_low_rank", {"router": "uniform", "mixing": "low_rank"}),
+        ("arrow_top1", {"router": "arrow", "top_k": 1}),
+        ("arrow_all", {"router": "arrow", "top_k": 3}),
+    ],
+)
+def test_a_composed_row_is_the_composed_adapter_s(compared, prepared, tmp_path, name, options):
+    out = str(tmp_path / "adapter")
+    peft_routing.compose(
+        str(prepared / "base"), [], out, experts_from=str(prepared / "experts"), **options
+    )
+    assert compared.row(name).test == pytest.approx(losses_of(naive(prepared, out)), abs=2e-5)
+    assert compared.row(name).passes == 1
+
+
+def test_an_adapter_of_the_users_own_is_a_row(compared, prepared):
+    row = compared.row("trained")
+    assert row.test == pytest.approx(losses_of(naive(prepared, "routed")), abs=2e-5)
+    assert row.kind == "routed" and row.megabytes > 0
+
+
+def test_choices_are_of_validation_and_figures_of_test(compared):
+    validation = compared.tables.validation.losses
+    best = compared.row("best_expert")
+    place = validation[:, :-1].mean(dim=0).argmin()
+    assert best.note == sorted(NAMES)[place]
+    contenders = [row for row in compared.rows if row.kind != "by task"]
+    assert compared.best == min(contenders, key=lambda row: row.validation_loss).name
+    learned = compared.row("learned_ensemble")
+    train = compared.tables.train
+    solution = fusion.learned(train.of_experts, train.weights)
+    assert list(learned.values["coefficients"].values()) == pytest.approx(
+        solution.coefficients.tolist(), abs=1e-5
+    )
+
+
+def test_the_report_has_the_table_the_sentences_and_figures(compared, prepared):
+    out = prepared / "report"
+    figures = {"losses.png", "loss_matrix.png", "selection.png"}
+    assert {path.name for path in out.iterdir()} == {"report.json", "report.md", *figures}
+    for name in figures:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    told = json.loads((out / "report.json").read_text())
+    assert [row["name"] for row in told["rows"]] == [row.name for row in compared.rows]
+    row = next(row for row in told["rows"] if row["name"] == "arrow_all")
+    differences = torch.tensor(compared.row("arrow_all").test) - torch.tensor(
+        compared.row(compared.best).test
+    )
+    assert row["difference_to_best"] == pytest.approx(differences.mean().item(), abs=1e-6)
+    assert row["standard_error_of_difference"] == pytest.approx(
+        differences.std().item() / math.sqrt(3), abs=1e-6
+    )
+    markdown = (out / "report.md").read_text()
+    assert markdown.count("\n| ") == len(compared.rows) + 1
+    assert compared.sentences[0].startswith("one pass, one plain LoRA: ")
+    assert len(report.table(compared).splitlines()) == len(compared.rows) + 1
+    assert told["losses"]["columns"] == [*sorted(NAMES), "base model"]
+    assert sorted(told["selected"]["order"]) == sorted(NAMES)
+
+
+def test_a_second_report_measures_nothing_and_is_the_same(compared, here, monkeypatch, prepared):
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(cache_module, "measure", never)
+    again = compare_here(
+        "again", fusions={"trained": "routed"}, cache=str(prepared / "report.cache")
+    )
+    first = json.loads((prepared / "report" / "report.json").read_text())
+    second = json.loads(Path("again/report.json").read_text())
+    assert first == second and again.rows == compared.rows
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(compared, here, monkeypatch):
+    stock = cache_module.measure
+    measured = []
+
+    def interrupted(*arguments):
+        if len(measured) == 7:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return stock(*arguments)
+
+    monkeypatch.setattr(cache_module, "measure", interrupted)
+    strategies = ["base", "learned_ensemble", "arrow_all"]
+    with pytest.raises(KeyboardInterrupt):
+        compare_here(strategies=strategies, batch_size=3)
+    assert not Path("report").exists() and len(list(Path("report.cache").iterdir())) == 7
+    measured[:] = [1] * 10
+    again = compare_here(strategies=strategies, batch_size=3)
+    # Four columns on three splits of three tasks, and arrow on two splits of them.
+    assert len(measured) == 10 + 4 * 9 + 6 - 7
+    for row in again.rows:
+        assert row.test == compared.row(row.name).test
+
+
+def test_one_more_adapter_costs_one_adapter(compared, here, monkeypatch, prepared):
+    stock = cache_module.measure
+    measured = []
+
+    def counted(*arguments):
+        measured.append(1)
+        return stock(*arguments)
+
+    monkeypatch.setattr(cache_module, "measure", counted)
+    save_experts(here / "more", ("news",), a_seed=9)
+    compare(
+        "base", {"news": "more/news"}, TASKS, "report", experts_from="experts",
+        strategies=["learned_ensemble"], cache=str(prepared / "report.cache"),
+        reading=Reading(quiet=True),
+    )  # fmt: skip
+    assert len(measured) == 9
+
+
+def test_one_source_is_split_and_rows_in_two_splits_are_told(here, caplog):
+    rows = [f"w{row} w{row + 1} w{row + 2}" for row in range(12)]
+    write(here / "all.jsonl", rows)
+    write(here / "same.jsonl", rows[:4])
+    with caplog.at_level(logging.WARNING):
+        one = compare_here("one", {"all": "all.jsonl"}, strategies=["base", "best_expert"])
+    assert "are in train" not in caplog.text
+    splits = [one.tables.train, one.tables.validation, one.tables.test]
+    assert [int(table.texts_of.max()) + 1 for table in splits] == [6, 3, 3]
+    with caplog.at_level(logging.WARNING):
+        compare_here(
+            "two", {"same": "same.jsonl,same.jsonl,same.jsonl"}, strategies=["base"],
+            cache="one.cache",
+        )  # fmt: skip
+    assert "task 'same': 4 of 4 rows of the test are in train or validation" in caplog.text
+    # One task says nothing of how sure its mean is.
+    told = json.loads(Path("one/report.json").read_text())
+    assert all(row["standard_error"] is None for row in told["rows"])
+
+
+def test_what_cannot_be_fused_is_left_out_with_its_reason(here):
+    save_experts(here / "wide", ("wide",), r=6)
+    comparison = compare(
+        "base", {"math": "experts/math", "wide": "wide/wide"}, {"code": three("code")}, "report",
+        strategies=["best_expert", "own_expert", "uniform_low_rank"], reading=Reading(quiet=True),
+    )  # fmt: skip
+    assert "needs one rank per module" in comparison.left_out["uniform_low_rank"]
+    assert "no expert is called 'code'" in comparison.left_out["own_expert"]
+    assert [row.name for row in comparison.rows] == ["best_expert"]
+
+
+def test_two_processes_measure_what_one_does(compared, here):
+    tasks = [word for task in NAMES for word in ("--task", f"{task}={three(task)}")]
+    wanted = ["--strategy", "learned_ensemble", "--strategy", "arrow_all"]
+    result = run(
+        *TWO_PROCESSES, "-m", "peft_routing", "compare", "base", "--experts-from", "experts",
+        *tasks, *wanted, "-o", "report", "--batch-size", "3", "--quiet", env=ON_CPU,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("learned_ensemble  ") == 1  # one process prints
+    for row in json.loads(Path("report/report.json").read_text())["rows"]:
+        assert row["test"] == compared.row(row["name"]).test
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "math=a.jsonl,b.jsonl"], "name one source, which is split, or three"),
+        (["--task", "math=nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--task", "math=law-test.jsonl", "--strategy", "arow"], "there is no strategy 'arow'"),
+        (["--task", "math=law-test.jsonl", "--fusion", "arrow_all=routed"], "has that name"),
+        (["--task", "math=law-test.jsonl", "--fusion", "x=./nothing"], "no such directory"),
+        (["--task", "math=law-test.jsonl", "--fusion", "x=per-text"], "chooses per sequence"),
+        (["--task", "math=law-test.jsonl", "--fusion", "x=misfit"], "x=misfit does not fit"),
+        (["--task", "math=law-test.jsonl", "--expert", "broken=broken"], "holds NaN or infinity"),
+        (["--task", "math=law-test.jsonl", "-o", "experts"], "is not empty"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(here, options, message):
+    if "x=per-text" in options:
+        peft_routing.compose("base", [], "per-text", experts_from="experts", granularity="sequence")
+    if "x=misfit" in options:
+        save_experts(here, ("misfit",), base=make_base(hidden_size=64))
+    if "broken=broken" in options:
+        path = Path(save_experts(here, ("broken",))["broken"]) / "adapter_model.safetensors"
+        tensors = load_file(path)
+        first = next(iter(tensors))
+        save_file({**tensors, first: tensors[first] * torch.nan}, path)
+    output = [] if "-o" in options else ["-o", "report"]
+    result = CliRunner().invoke(
+        main, ["compare", "base", "--experts-from", "experts", *options, *output, "--quiet"]
+    )
+    assert result.exit_code == 1 and message in result.output, result.output
+    assert not Path("report").exists() and not Path("report.cache").exists()
+
+
+def test_one_adapter_alone_is_not_compared(here):
+    with pytest.raises(ValueError, match="at least two adapters"):
+        compare("base", ["experts/math"], TASKS, "report")
