@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .sequence_shares import Share, added
 
@@ -29,7 +29,8 @@ class _Running(threading.local):
 class MixedFFNs:
     """The FFNs of the first expert's stack, each a mixture while a pass is `running`."""
 
-    def __init__(self, experts: nn.ModuleList, names: Sequence[str]) -> None:
+    def __init__(self, experts: Any, names: Sequence[str]) -> None:
+        """`experts` is the model's list of experts, and `names` are the FFNs' in each decoder."""
         self.experts = experts
         self._running = _Running()
         # The modules keep their places, and so the names of their parameters.

@@ -533,7 +533,10 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
         The largest `experts_per_sequence` of a sequence are the experts that it chooses.
         """
-        batch = Batch(input_ids, attention_mask, None)
+        may_choose = None
+        if attention_mask is None:
+            attention_mask, may_choose = self._inferred_masks(input_ids, None)
+        batch = Batch(input_ids, attention_mask, None, may_choose=may_choose)
         return self._router_scores(batch, self._prefix(batch, whole=False))
 
     def _router_scores(self, batch: Batch, prefix: Tensor) -> Tensor:
