@@ -30,6 +30,9 @@ class SequenceMoEConfig(PretrainedConfig):
         logit_softcaps: each expert's cap on logits (Gemma-2's `final_logit_softcapping`), or None.
         combine: the quantity of the chosen experts that is added up, `logits` (the paper) or
             `probabilities`, of which the model then gives the logarithms as its logits.
+        mixed_ffns: the names in a decoder of the FFNs whose outputs are added up, layer by layer,
+            in one pass over the first expert's stack; None where experts run apart, and what comes
+            out of them is added up. Experts share all but these FFNs.
         head_bias: whether the shared head, or the head of every expert, has a bias.
         tie_word_embeddings: whether the shared head is the shared embedding; experts that have
             their own say so in their own configurations.
@@ -75,6 +78,7 @@ class SequenceMoEConfig(PretrainedConfig):
         task_vector_layers: list[int] | None = None,
         router_aux_loss_coef: float = 0.0,
         combine: str = "logits",
+        mixed_ffns: list[str] | None = None,
         initializer_range: float = 0.02,
         use_cache: bool = True,
         **kwargs: Any,
@@ -101,6 +105,7 @@ class SequenceMoEConfig(PretrainedConfig):
         self.task_vector_layers = task_vector_layers
         self.router_aux_loss_coef = router_aux_loss_coef
         self.combine = combine
+        self.mixed_ffns = mixed_ffns
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         kwargs.pop("num_hidden_layers", None)
@@ -126,6 +131,8 @@ class SequenceMoEConfig(PretrainedConfig):
             )
         if combine not in COMBINATIONS:
             raise ValueError(f"combine={combine!r} is none of {', '.join(COMBINATIONS)}")
+        if mixed_ffns and (embedding != "shared" or combine != "logits"):
+            raise ValueError("mixed_ffns= need embedding='shared' and combine='logits'")
         if routing_tokens < 1:
             raise ValueError(f"routing_tokens={routing_tokens} is below 1")
 

@@ -10,7 +10,7 @@ be predicted.
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -33,9 +34,11 @@ from .host_cache import (
     name_of_cache,
     with_cache_renamed,
 )
+from .mixed_ffns import MixedFFNs
 from .padding import inferred_masks
 from .prefix_labels import without_prefix_labels
 from .sequence_cache import SequenceMoECache, select_rows
+from .sequence_shares import Share, added, shares_of
 
 # An argument of `forward`, of `generate` alone: this pass goes over a prompt, of which all chooses.
 _IS_PROMPT = "prompt_chooses"
@@ -106,18 +109,6 @@ class Batch(NamedTuple):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(*(None if part is None else change(part) for part in self))
-
-
-class Share(NamedTuple):
-    """The part of a batch that one expert computes: the rows that chose it, and how they weigh it.
-
-    `weights` is None where all rows of the batch have this expert alone, with the coefficient 1.
-    """
-
-    expert: int
-    rows: Tensor
-    is_all: bool
-    weights: Tensor | None
 
 
 class Projector(nn.Module):
@@ -283,6 +274,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if config.routing == "learned":
             width = self.get_input_embeddings().embedding_dim
             self.router: Any = nn.Linear(width, len(configs), bias=False)
+        self.mixed_ffns: MixedFFNs | None = None
+        if config.mixed_ffns:
+            self.mixed_ffns = MixedFFNs(self.experts, config.mixed_ffns)
         for name in _TAKEN_FROM_TRUNKS:
             items: set[str] = set()
             for expert in self.experts:
@@ -516,7 +510,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         elif self.config.routing == "learned":
             scores = self._router_scores(batch, prefix)
         elif self.config.routing == "perplexity":
-            reuse = not self.training and not torch.is_grad_enabled()
+            # Where FFNs are mixed no expert's own pass is one that the batch needs.
+            is_needed = self.mixed_ffns is None
+            reuse = is_needed and not self.training and not torch.is_grad_enabled()
             scores, ran = self._inverse_perplexities(batch, prefix, cache, reuse=reuse)
         else:
             scores = self._task_vector_similarities(batch, prefix)
@@ -540,7 +536,10 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         The largest `experts_per_sequence` of a sequence are the experts that it chooses. Without a
         mask nothing is padding.
         """
-        batch = Batch(input_ids, attention_mask, None)
+        may_choose = None
+        if attention_mask is None:
+            attention_mask, may_choose = self._inferred_masks(input_ids, None)
+        batch = Batch(input_ids, attention_mask, None, may_choose=may_choose)
         return self._router_scores(batch, self._prefix(batch, whole=False))
 
     def _router_scores(self, batch: Batch, prefix: Tensor) -> Tensor:
@@ -725,7 +724,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         """
         shares = cache.shares if cache is not None else []
         if not shares:
-            shares = _shares(coefficients, batch.device)
+            shares = shares_of(coefficients, batch.device)
         positions: Any = logits_to_keep
         if isinstance(logits_to_keep, int):
             positions = slice(-logits_to_keep, None)
@@ -734,24 +733,49 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         # Otherwise each expert's logits are capped as its source caps them.
         caps_each = adds_probabilities or len(set(self.config.logit_softcaps)) > 1
         has_one_head = self.config.embedding == "shared" and not caps_each
+        runs = shares
+        if self.mixed_ffns is not None:
+            # One stack runs on all rows, and mixes inside.
+            everything = torch.arange(len(coefficients), device=batch.device)
+            runs = [Share(0, everything, is_all=True, weights=None)]
         # Each expert runs on the sequences that chose it, and on these alone. A shared head is
         # applied once, to the sum, unless something comes between.
         total: Any = None
-        for share in shares:
-            output = self._output(share, batch, cache, ran, states)[:, positions]
+        for share in runs:
+            with self._mixing(shares, len(coefficients)):
+                output = self._output(share, batch, cache, ran, states)[:, positions]
             if not has_one_head:
                 output = self._head(share.expert)(output)
             if caps_each:
                 output = self._capped(output, self.config.logit_softcaps[share.expert])
             if adds_probabilities:
                 output = torch.log_softmax(output.float(), dim=-1).to(output.dtype)
-            total = _added(total, output, share, len(coefficients), adds_probabilities)
+            total = added(total, output, share, len(coefficients), adds_probabilities)
         if cache is not None:
             cache.coefficients = coefficients
             cache.shares = shares
             cache.length += batch.shape[1]
         logits = self.lm_head(total) if has_one_head else total
         return logits if caps_each else self._capped(logits, self.config.logit_softcaps[0])
+
+    def _mixing(self, shares: list[Share], rows: int) -> AbstractContextManager[None]:
+        """A context in which the first expert's FFNs are mixtures, if FFNs are to be mixed."""
+        if self.mixed_ffns is None:
+            return nullcontext()
+        return self.mixed_ffns.running(shares, rows)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Any = checkpoint,
+        **kwargs: Any,
+    ) -> None:
+        """Switch it as transformers does; a layer that runs again mixes as it did."""
+        if self.mixed_ffns is not None:
+            gradient_checkpointing_func = partial(
+                self.mixed_ffns.checkpoint, gradient_checkpointing_func
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def _output(
         self,
@@ -978,49 +1002,6 @@ def _outside_inference(module: nn.Module) -> dict[str, Tensor]:
                 setattr(part, name, buffer.clone())
     named = module.named_parameters()
     return {name: each.detach().clone() for name, each in named if each.is_inference()}
-
-
-def _shares(coefficients: Tensor, device: torch.device) -> list[Share]:
-    """The share of each expert that a sequence chose, with its rows on the batch's device."""
-    experts = coefficients.any(dim=0).nonzero()[:, 0].tolist()
-    # The output of one expert that weighs 1 is the result as it is. Coefficients that are trained
-    # keep their gradient.
-    if len(experts) == 1 and not coefficients.requires_grad:
-        is_alone = bool((coefficients[:, experts[0]] == 1).all())
-    else:
-        is_alone = False
-    shares = []
-    for expert in experts:
-        rows = coefficients[:, expert].nonzero()[:, 0]
-        weights = None if is_alone else coefficients[rows, expert]
-        is_all = len(rows) == len(coefficients)
-        shares.append(Share(expert, rows.to(device), is_all, weights))
-    return shares
-
-
-def _added(
-    total: Tensor | None,
-    output: Tensor,
-    share: Share,
-    rows: int,
-    in_logarithms: bool,
-) -> Tensor:
-    """The total so far (rows, …), with the weighed output of an expert for those that chose it.
-
-    Either both are logarithms of what is added up, or neither is.
-    """
-    if share.weights is None:
-        return output
-    weights = share.weights.to(output)[:, None, None]
-    if total is None:
-        start = float("-inf") if in_logarithms else 0
-        total = output.new_full((rows, *output.shape[1:]), start)
-    indices = share.rows.to(total.device)
-    if not in_logarithms:
-        return total.index_add(0, indices, (weights * output).to(total))
-    so_far = total[indices]
-    added = torch.logaddexp(so_far, (weights.log() + output).to(total))
-    return total.index_copy(0, indices, added)
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:

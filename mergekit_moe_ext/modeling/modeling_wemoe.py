@@ -403,7 +403,7 @@ class Ensemble:
                     **inputs, attention_mask=kwargs.get("attention_mask"), **{IS_PROMPT: True}
                 )
                 chosen = self._last_coefficients()
-            values = {}
+            values: dict[str, tuple[Tensor, ...]] = {}
             for index, name in enumerate(self.ensembling.groups):
                 values[name] = (chosen[:, index],)
             carry(cache, Carried(values, is_ahead=True))

@@ -215,6 +215,7 @@ class EnsembleCall:
         is_told = any(arguments.get(name) is not None for name in (_TOKEN_MASK, "position_ids"))
         if not isinstance(tokens, Tensor) or tokens.ndim != 2 or is_told:
             return arguments
+        attention: Tensor | None
         if self.past and not self.is_encoder_decoder:
             if self.carried.mask is None:
                 return arguments

@@ -6,6 +6,7 @@ own FFNs alone (`attention: merged`). The parameters that experts share are merg
 method that `shared:` names, and stored once.
 """
 
+import inspect
 import re
 from typing import Any, Literal
 
@@ -38,6 +39,11 @@ class SeqMoeOptions(SequenceOptions):
         "separate",
         description="attention of the experts: separate, with whole decoder layers of their own, "
         "or merged, with FFNs of their own alone",
+    )
+    mix: Literal["ffn", "output"] = Field(
+        "output",
+        description="outputs of the chosen experts that are added up: those of the whole experts, "
+        "or, with attention: merged, those of each layer's FFN, in one pass (ffn)",
     )
     embedding: Literal["merged", "separate"] = Field(
         "merged",
@@ -90,6 +96,7 @@ class SeqMoe(StructuralMethod):
             tie_word_embeddings=options.embedding == "merged" and is_tied,
             head_bias="bias" in donor.head,
             shared_parameters=patterns,
+            mixed_ffns=_mixed_ffns(donor, options),
             task_vector_layers=options.task_vector_layers,
         )
         dtype = output_dtype(job, headers)
@@ -188,6 +195,28 @@ def _shared_patterns(donor: Decoder, options: SeqMoeOptions) -> list[str]:
     if options.embedding == "merged":
         patterns.append(rf"^(?!{layers}\.\d+\.)")
     return patterns
+
+
+def _mixed_ffns(donor: Decoder, options: SeqMoeOptions) -> list[str] | None:
+    """The names of the FFNs that are mixed in one pass; None with mix: output.
+
+    `UserError` where the experts do not share all the rest, or an FFN is not one module.
+    """
+    if options.mix == "output":
+        return None
+    needed = {"attention": "merged", "embedding": "merged", "combine": "logits"}
+    for key, value in needed.items():
+        if getattr(options, key) != value:
+            raise UserError(f"mix: ffn runs one stack for all experts: it needs {key}: {value}")
+    _, ffn = attention_and_ffn(donor.a_layer)
+    name, module = next(iter(ffn.items()))
+    if len(ffn) > 1 or len(inspect.signature(module.forward).parameters) > 1:
+        raise UserError(
+            "mix: ffn mixes what a layer's FFN makes of one input; in "
+            f"{donor.config.architectures[0]} that is not one module: take mix: output"
+        )
+    number = donor.config.num_hidden_layers
+    return [f"{donor.layers}.{layer}.{name}" for layer in range(number)]
 
 
 SEQ_MOE = SeqMoe(

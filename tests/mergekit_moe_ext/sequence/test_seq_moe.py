@@ -163,6 +163,29 @@ def test_merged_attention_makes_each_expert_a_dense_model_of_merged_parts(here):
         torch.testing.assert_close(got, logits_of(expected, ids), atol=1e-5, rtol=1e-5)
 
 
+def test_ffns_are_mixed_in_the_merge_of_the_sources(here):
+    """mergekit's own merge, whose FFNs are hooked to give the mean of two sources'."""
+    merge(document("ties", NAMES, parameters={"weight": 0.5, "density": 0.6}), "stock")
+    options = {"weight": 0.5, "density": 0.6, "attention": "merged", "shared": "ties"}
+    model = load(merge(seq_moe(mix="ffn", **options)))
+    stock, sources = dense_at("stock"), [dense_at(name) for name in NAMES[:2]]
+    for layer, block in enumerate(stock.model.layers):
+        ffns = [source.model.layers[layer].mlp for source in sources]
+        block.mlp.register_forward_hook(
+            lambda _, inputs, __, ffns=ffns: (ffns[0](*inputs) + ffns[1](*inputs)) / 2
+        )
+    got = model(words(2), coefficients=torch.tensor([[0.5, 0.5, 0.0, 0.0]])).logits
+    torch.testing.assert_close(got, logits_of(stock, words(2)), atol=1e-5, rtol=1e-5)
+
+
+def test_ffns_of_several_modules_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math")):
+        make_model(tmp_path / name, seed, family="opt", **FAMILIES["opt"])
+    config = seq_moe(("base", "math"), attention="merged", mix="ffn")
+    refused(tmp_path, config, "mix: ffn", "OPTForCausalLM", "take mix: output")
+
+
 @pytest.mark.parametrize(
     ("options", "trunks", "outside"),
     [
@@ -205,6 +228,8 @@ def test_loads_in_a_process_without_this_package(here, tmp_path_factory):
         },
         "learned": {"routing": "learned"},
         "uniform": {"routing": "uniform", "embedding": "separate", "attention": "merged"},
+        "ffn": {"attention": "merged", "mix": "ffn"},
+        "probabilities": {"embedding": "separate", "combine": "probabilities"},
     }
     ids, elsewhere, expected = words(2), tmp_path_factory.mktemp("elsewhere"), {}
     (elsewhere / "moved").mkdir()
@@ -389,6 +414,11 @@ def test_the_command(here):
         (seq_moe(shared="tise"), ["'tise'", "did you mean `ties`"]),
         (seq_moe(density=0.5), ["`density`"]),
         (seq_moe(routing_tokens=0), ["`routing_tokens`"]),
+        (seq_moe(mix="ffn"), ["mix: ffn", "needs attention: merged"]),
+        (
+            seq_moe(mix="ffn", attention="merged", combine="probabilities"),
+            ["mix: ffn", "needs combine: logits"],
+        ),
         (seq_moe(routing="task_vector", task_vector_layers=[7]), ["task_vector_layers", "7", "3"]),
         (seq_moe(task_vector_layers=[1]), ["task_vector_layers", "routing: task_vector"]),
         ({**seq_moe(**SEPARATE), "tokenizer_source": "union"}, ["tokenizer"]),

@@ -1,0 +1,85 @@
+"""FFNs that are mixed layer by layer by the coefficients of a sequence (MergeME 3.1.1 and 3.1.3).
+
+Where experts share everything but their FFNs, one stack of layers can run for all of them: the
+first expert's, in which the output of every FFN is the sum of the chosen experts', weighed by the
+coefficients of the sequence.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from .sequence_shares import Share, added
+
+
+class _Running(threading.local):
+    """The pass that is running in this thread: its shares, and its number of rows."""
+
+    shares: Sequence[Share] | None = None
+    rows: int = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Running, ()
+
+
+class MixedFFNs:
+    """The FFNs of the first expert's stack, each a mixture while a pass is `running`."""
+
+    def __init__(self, experts: Any, names: Sequence[str]) -> None:
+        """`experts` is the model's list of experts, and `names` are the FFNs' in each decoder."""
+        self.experts = experts
+        self._running = _Running()
+        # The modules keep their places, and so the names of their parameters.
+        for name in names:
+            first = experts[0].trunk.get_submodule(name)
+            first.forward = partial(self._mix, name, first.forward)
+
+    @contextmanager
+    def running(self, shares: Sequence[Share] | None, rows: int) -> Iterator[None]:
+        """A context in which the first expert's FFNs give the sum of these shares."""
+        before = self._running.shares, self._running.rows
+        self._running.shares, self._running.rows = shares, rows
+        try:
+            yield
+        finally:
+            self._running.shares, self._running.rows = before
+
+    def checkpoint(self, checkpointing: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a layer under a checkpoint, as part of the pass that is running now."""
+        again = partial(self._within, self._running.shares, self._running.rows, function)
+        return checkpointing(again, *args, **kwargs)
+
+    def _within(
+        self,
+        shares: Sequence[Share] | None,
+        rows: int,
+        function: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        with self.running(shares, rows):
+            return function(*args, **kwargs)
+
+    def _mix(self, name: str, own: Any, x: Tensor) -> Tensor:
+        """The output (rows, …) of the FFN of this name; `own` is the first expert's forward."""
+        if self._running.shares is None:
+            return own(x)
+        if len(x) != self._running.rows:
+            raise ValueError(
+                f"{name} was given {len(x)} rows of a batch of {self._running.rows}: it cannot be "
+                "told which sequence each belongs to; take mix: output"
+            )
+        total: Tensor | None = None
+        for share in self._running.shares:
+            part = x if share.is_all else x[share.rows.to(x.device)]
+            if share.expert == 0:
+                output = own(part)
+            else:
+                output = self.experts[share.expert].trunk.get_submodule(name)(part)
+            total = added(total, output, share, len(x), in_logarithms=False)
+        assert total is not None
+        return total
