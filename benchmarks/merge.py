@@ -1,12 +1,14 @@
-"""Time a whole merge of four models by ours, by `mergekit-moe`, and by the physical limit.
+"""Time a whole merge of four models by ours, by mergekit, and by the physical limit.
 
     python benchmarks/merge.py            # four bfloat16 Llamas of 0.54 GB
     python benchmarks/merge.py --layers 2 # a quick look
 
-The limit is what any merge has to do: read every input file once and write as many bytes as the
-output has. mergekit-moe does less than ours: it copies everything that is not an expert from the
-base instead of merging it. All write to the same disk, with the inputs in the page cache; ours and
-the copy end with an fsync, mergekit-moe does not. Runs are interleaved, and medians are shown.
+A copy is what any merge has to do: read every input file once and write as many bytes as the
+output has. A merge is stated in copies, of its own output's size, beyond the import of mergekit,
+which takes the same time whatever the models. mergekit-moe does less than ours: it copies
+everything that is not an expert from the base instead of merging it. mergekit's `linear` writes one
+dense model. All write to the same disk, with the inputs in the page cache; ours and the copies end
+with an fsync, mergekit's commands do not. Runs are interleaved, and medians are shown.
 """
 
 import os
@@ -27,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 NAMES = ("base", "math", "code", "law")
 BIN = Path(sys.executable).parent
+IMPORT = "import mergekit only"
 
 
 def make_sources(root: Path, layers: int) -> None:
@@ -55,6 +58,9 @@ def write_configs(root: Path) -> None:
     for method, parameters in (("moe_linear", {}), ("moe_ties", {"density": 0.8})):
         text = yaml.safe_dump({"merge_method": method, "parameters": parameters, **ours})
         (root / f"{method}.yml").write_text(text)
+    dense = [{"model": f"./{name}", "parameters": {"weight": 0.25}} for name in NAMES]
+    linear = {"merge_method": "linear", "models": dense, "dtype": "bfloat16"}
+    (root / "linear.yml").write_text(yaml.safe_dump(linear))
     experts = [{"source_model": f"./{name}", "positive_prompts": [""]} for name in NAMES]
     moe = {"base_model": "./base", "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
     (root / "mergekit-moe.yml").write_text(yaml.safe_dump(moe))
@@ -110,8 +116,9 @@ def main(layers: int, repeats: int) -> None:
     tools: dict[str, list[str | Path]] = {
         "moe_linear": [BIN / "mergekit-yaml", "moe_linear.yml", *yaml_options],
         "moe_ties": [BIN / "mergekit-yaml", "moe_ties.yml", *yaml_options],
+        "linear": [BIN / "mergekit-yaml", "linear.yml", *yaml_options],
         "mergekit-moe": [BIN / "mergekit-moe", "mergekit-moe.yml", "out", "--quiet"],
-        "import mergekit only": [sys.executable, "-c", "import mergekit.scripts.run_yaml"],
+        IMPORT: [sys.executable, "-c", "import mergekit.scripts.run_yaml"],
     }
     with tempfile.TemporaryDirectory(prefix="merge-benchmark-") as directory:
         root = Path(directory)
@@ -119,41 +126,46 @@ def main(layers: int, repeats: int) -> None:
         write_configs(root)
         inputs = [root / name / "model.safetensors" for name in NAMES]
         bytes_read = sum(path.stat().st_size for path in inputs)
-        bytes_written = 0
-        runs: dict[str, list[tuple[float, float, float]]] = {
-            name: [] for name in (*tools, "plain files")
-        }
+        runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in tools}
+        copies: dict[str, list[float]] = {name: [] for name in tools if name != IMPORT}
         for _ in range(repeats):
             for name, command in tools.items():
                 runs[name].append(run_measured(command, root))
-                outputs = list(root.glob("out/*.safetensors"))
-                if outputs:
-                    bytes_written = sum(path.stat().st_size for path in outputs)
+                size = sum(path.stat().st_size for path in root.glob("out/*.safetensors"))
                 shutil.rmtree(root / "out", ignore_errors=True)
-            seconds = copy_measured(inputs, root / "copy.bin", bytes_written)
-            runs["plain files"].append((seconds, 0.0, 0.0))
+                if name in copies:
+                    copies[name].append(copy_measured(inputs, root / "copy.bin", size))
     click.echo(
-        f"read {bytes_read / 1e9:.2f} GB, wrote {bytes_written / 1e9:.2f} GB; {repeats} runs each: "
-        "medians, and the"
+        f"read {bytes_read / 1e9:.2f} GB; {repeats} runs each: medians, and the range of seconds; "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
     )
-    click.echo(f"range of seconds; torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    click.echo(report(runs))
+    click.echo(report(runs, copies))
 
 
-def report(runs: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
-    """A line per tool: the median of its seconds, also in times those of `plain files`, and of its
-    peak memory.
+def report(
+    runs: Mapping[str, Sequence[tuple[float, float, float]]],
+    copies: Mapping[str, Sequence[float]],
+) -> str:
+    """A line per tool: the median of its seconds, of those that a copy takes and of its peak
+    memory, and how many copies it takes beyond the import.
     """
     lines = [
-        f"{'':22}{'seconds':>9}{'range':>15}{'/ plain files':>15}{'anon GB':>9}{'resident GB':>13}"
+        f"{'':22}{'seconds':>9}{'range':>15}{'a copy':>9}{'copies':>9}{'anon GB':>9}"
+        f"{'resident GB':>13}"
     ]
-    limit = statistics.median(seconds for seconds, *_ in runs["plain files"])
+    of_import = statistics.median(seconds for seconds, *_ in runs[IMPORT])
     for name, measured in runs.items():
         seconds, anonymous, resident = zip(*measured, strict=True)
         median = statistics.median(seconds)
         spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
+        of_copy = ""
+        number = ""
+        if name in copies:
+            copy = statistics.median(copies[name])
+            of_copy = f"{copy:.2f}"
+            number = f"{(median - of_import) / copy:.2f}"
         lines.append(
-            f"{name:22}{median:9.2f}{spread:>15}{median / limit:15.2f}"
+            f"{name:22}{median:9.2f}{spread:>15}{of_copy:>9}{number:>9}"
             f"{statistics.median(anonymous):9.2f}{statistics.median(resident):13.2f}"
         )
     return "\n".join(lines)

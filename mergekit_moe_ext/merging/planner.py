@@ -18,7 +18,13 @@ from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, InputSliceDefinition, OutputSliceDefinition
 from mergekit.graph import Task
-from mergekit.io.tasks import FinalizeModel, GatherTensors, LoadTensor, SaveTensor
+from mergekit.io.tasks import (
+    FinalizeModel,
+    GatherTensors,
+    LoadTensor,
+    SaveTensor,
+    TensorWriterTask,
+)
 from mergekit.merge_methods.base import BasePolicy
 from mergekit.plan import MergePlanner as StockMergePlanner
 
@@ -27,6 +33,7 @@ from mergekit_moe_ext.merging.manifest import check_against, manifest_of
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, RefuseNonfinite
 from mergekit_moe_ext.merging.views import install_views
+from mergekit_moe_ext.merging.writer import BehindWriterTask, header_room
 
 LOG = logging.getLogger(__name__)
 NEUTRAL_PARAMETERS = {"weight": 1.0}
@@ -191,20 +198,37 @@ class MergePlanner(StockMergePlanner):
 
     def plan_to_disk(self, out_path: str) -> list[Task]:
         tasks = super().plan_to_disk(out_path)
-        if not isinstance(self.arch_info, PlannedArchitecture):
+        is_structural = isinstance(self.arch_info, PlannedArchitecture)
+        if not is_structural and not isinstance(self._method, TensorMethod):
             return tasks
         finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
-        copies = self._copy_tasks(finalize)
-        saves = tuple(map(self._keeping_integers, finalize.tensor_save_tasks))
+        writer = self._writer_task(finalize)
+        saves = []
+        for task in finalize.tensor_save_tasks:
+            saves.append(task.model_copy(update={"writer_task": writer}))
+        copies: list[CopyTensors] = []
+        if is_structural:
+            copies = self._copy_tasks(writer)
+            saves = list(map(self._keeping_integers, saves))
         # Stock tasks that save or finalise are replaced by ours; all others (the tokenizer's) stay.
         others = []
         for task in tasks:
             if task is not finalize and task not in finalize.tensor_save_tasks:
                 others.append(task)
-        finalize_all = FinalizeModel(
-            tensor_save_tasks=(*saves, *copies), writer_task=finalize.writer_task
-        )
+        finalize_all = FinalizeModel(tensor_save_tasks=(*saves, *copies), writer_task=writer)
         return [*copies, *saves, finalize_all, *others]
+
+    def _writer_task(self, finalize: FinalizeModel) -> TensorWriterTask:
+        """What makes the writer of the output: one that writes behind the merge, if it is to write
+        safetensors.
+        """
+        stock = finalize.writer_task
+        if not stock.safe_serialization:
+            return stock
+        names = [task.tensor_name for task in finalize.tensor_save_tasks]
+        if isinstance(self.arch_info, PlannedArchitecture):
+            names += self._plan_of_job.copies
+        return BehindWriterTask(**dict(stock), header_room=header_room(names))
 
     def _keeping_integers(self, task: Any) -> Any:
         """The task, or, for a tensor of integers, one that does not cast it."""
@@ -216,7 +240,7 @@ class MergePlanner(StockMergePlanner):
             raise UserError(f"{self._job.method.spec.name} writes to disk only")
         return super().plan_in_memory()
 
-    def _copy_tasks(self, finalize: FinalizeModel) -> list[CopyTensors]:
+    def _copy_tasks(self, writer: TensorWriterTask) -> list[CopyTensors]:
         """One task per layer, with its experts in order."""
         by_layer: dict[str, list[tuple[str, LoadTensor]]] = defaultdict(list)
         for name, copy in self._plan_of_job.copies.items():
@@ -228,7 +252,7 @@ class MergePlanner(StockMergePlanner):
             tasks.append(
                 CopyTensors(
                     copies=tuple(copies),
-                    writer_task=finalize.writer_task,
+                    writer_task=writer,
                     out_dtype=self.config.out_dtype,
                     clone=self.options.clone_tensors,
                 )

@@ -43,8 +43,8 @@ main()
 STAGES = {
     "planning": ("mergekit_moe_ext.upcycling.method:read_headers", 1),
     "staged": ("mergekit.plan:MergePlanner.plan_to_disk", 1),
-    "first tensor": ("mergekit.io.tensor_writer:TensorWriter.save_tensor", 1),
-    "middle shard": ("mergekit.io.tensor_writer:TensorWriter._write_shard_task", 3),
+    "first tensor": ("mergekit_moe_ext.merging.writer:BehindWriter.save_tensor", 1),
+    "middle shard": ("mergekit_moe_ext.merging.writer:_Shard.close", 3),
     "naming shards": ("mergekit.io.tensor_writer:TensorWriter.finalize", 1),
     "config": ("transformers:PretrainedConfig.save_pretrained", 1),
     "card": ("pathlib:Path.write_text", 1),
