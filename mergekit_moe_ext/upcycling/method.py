@@ -34,6 +34,7 @@ from mergekit_moe_ext.merging.sources import (
     read_configs,
     read_headers,
     untied_if_any_is,
+    views_of,
 )
 from mergekit_moe_ext.merging.tasks import Filled, StackedExperts
 from mergekit_moe_ext.upcycling.dense import check_dropped, rewritten, rewritten_manifest
@@ -143,7 +144,7 @@ class MoeMethod(StructuralMethod):
             copies=_copied_experts(job, layers, headers),
             computed=computed,
             dtype=dtype,
-            views={model: source.view for model, source in headers.items()},
+            views=views_of(headers),
             notes=_notes(family, configs),
         )
 
