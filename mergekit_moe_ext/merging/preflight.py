@@ -150,9 +150,7 @@ def read_job(
         known = list(per_model_keys)
         if "weight" in model_parameters and "weight" not in known:
             # mergekit drops it as well, and configurations have it when their method is changed.
-            LOG.warning(
-                "%s has no `weight`, so that under %s counts nothing", shared.spec.name, where
-            )
+            LOG.warning("%s has no `weight`: that of %s counts nothing", shared.spec.name, where)
             known.append("weight")
         _check_keys(model_parameters, known, where)
         model_options.append(_read_options(method.model_options_type, model_parameters, where))

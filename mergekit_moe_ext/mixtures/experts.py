@@ -60,6 +60,16 @@ def num_experts(config: PretrainedConfig) -> int:
     return getattr(language_config(config), _key(config))
 
 
+def is_mixture(config: PretrainedConfig) -> bool:
+    """Whether the config names a number of experts above one."""
+    inner = language_config(config)
+    for key in _KEYS:
+        number = getattr(inner, key, None)
+        if isinstance(number, int) and number > 1:
+            return True
+    return False
+
+
 def with_num_experts(config: PretrainedConfig, number: int) -> PretrainedConfig:
     changed = copy.deepcopy(config)
     setattr(language_config(changed), _key(config), number)
