@@ -39,8 +39,10 @@ from mergekit_moe_ext.merging.sources import (
     read_configs,
     read_headers,
     untied_if_any_is,
+    views_of,
 )
 from mergekit_moe_ext.merging.tasks import ExpertRows
+from mergekit_moe_ext.merging.wrappers import outside_language_model
 from mergekit_moe_ext.mixtures.experts import (
     MoeLayer,
     experts_per_token,
@@ -115,9 +117,11 @@ class CaemMethod(StructuralMethod):
             copies |= _copied_experts(job, allocation, headers)
             rows |= _expert_rows(job, allocation, donor_manifest)
         expert_tensors = _expert_tensors(layers[job.donor], num_experts(configs[job.donor]))
+        outside = outside_language_model(donor)
+        copies |= _copied_outside(job, outside, headers)
         shared = {}
         for name in donor_manifest.shapes:
-            if name not in expert_tensors:
+            if name not in expert_tensors and name not in outside:
                 shared[name] = donor_manifest.shared_tensor(name)
         weights = _weights(job, allocations)
         return Plan(
@@ -128,10 +132,27 @@ class CaemMethod(StructuralMethod):
             copies=copies,
             computed=rows,
             dtype=dtype,
+            views=views_of(headers),
             weights={name: weights.get(stack_of(name), weights["all"]) for name in shared},
             notes=_notes(job, allocations, weights),
             draw=lambda path: _draw(job, allocations, path),
         )
+
+
+def _copied_outside(
+    job: Job, names: frozenset[str], headers: Mapping[ModelReference, Headers]
+) -> dict[str, CopiedTensor]:
+    """The tensors of the donor that are not of its language model, as they are."""
+    if names:
+        LOG.warning(
+            "%d tensors outside the language model (%s, for one) are not merged: the output has "
+            "those of %s",
+            len(names),
+            min(names),
+            job.donor,
+        )
+    shapes = headers[job.donor].shapes
+    return {name: CopiedTensor(job.donor, name, shapes[name]) for name in sorted(names)}
 
 
 def _expert_tensors(layers: Sequence[MoeLayer], number: int) -> set[str]:

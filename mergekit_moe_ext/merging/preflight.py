@@ -5,6 +5,7 @@ are read and checked by pydantic; all other keys under `parameters:` must be the
 """
 
 import difflib
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from mergekit_moe_ext.merging.method import Job, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.planner import NEUTRAL_PARAMETERS, merged_models
 from mergekit_moe_ext.merging.sources import check_source, lacks_tokenizer
 
+LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=pydantic.BaseModel)
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -145,7 +147,12 @@ def read_job(
                     f"`{key}` under models[{index}] belongs under the merge's `parameters:`"
                 )
         where = f"models[{index}].parameters"
-        _check_keys(model_parameters, per_model_keys, where)
+        known = list(per_model_keys)
+        if "weight" in model_parameters and "weight" not in known:
+            # mergekit drops it as well, and configurations have it when their method is changed.
+            LOG.warning("%s has no `weight`: that of %s counts nothing", shared.spec.name, where)
+            known.append("weight")
+        _check_keys(model_parameters, known, where)
         model_options.append(_read_options(method.model_options_type, model_parameters, where))
     job = Job(config, merge_options, method, options, model_options, shared)
     _check_duplicates(config, shared_per_model)

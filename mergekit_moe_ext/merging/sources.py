@@ -36,9 +36,11 @@ from _mergekit_moe_ext_common.checkpoints import (
 )
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import explained, read_values
+from mergekit_moe_ext.merging.layouts import hub_layer
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.views import Derivation, View, derived_shapes, seen_through
+from mergekit_moe_ext.merging.wrappers import language_config
 
 LOG = logging.getLogger(__name__)
 # Config keys that must agree for tensors of the sources to be merged with each other. The
@@ -204,8 +206,9 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
     Keys that change what a model computes, but not its sizes, are warned about.
     """
     keys = (*_SIZES, *(() if _vocabulary_may_differ(job) else ("vocab_size",)))
-    wanted = configs[job.donor]
-    for model, config in configs.items():
+    wanted = language_config(configs[job.donor])
+    for model, whole in configs.items():
+        config = language_config(whole)
         for key in keys:
             here, there = _size(config, key), _size(wanted, key)
             if here != there:
@@ -284,11 +287,17 @@ def read_headers(
     for model in job.sources:
         stored = ModelReference(model=_stored(job, model).model)
         config, wanted = configs[model], manifests[model]
-        headers[model] = _without_prefix(stored_headers(stored, job.merge_options), wanted.prefix)
+        in_files = _without_prefix(stored_headers(stored, job.merge_options), wanted.prefix)
+        headers[model] = in_files.seen_through(hub_layer(config, in_files.shapes, wanted.shapes))
         _check_headers(model, headers[model], config, wanted, vocabulary_may_differ)
         for name in wanted.tied & headers[model].shapes.keys():
-            _check_really_tied(model, stored, name, wanted, job.merge_options)
+            _check_really_tied(job, model, headers[model], name, wanted)
     return headers
+
+
+def views_of(headers: Mapping[ModelReference, Headers]) -> dict[ModelReference, View]:
+    """The view of every source, for the plan."""
+    return {model: source.view for model, source in headers.items()}
 
 
 def loader_of(job: Job, model: ModelReference, view: View) -> LazyTensorLoader:
@@ -344,18 +353,12 @@ def _vocabulary_may_differ(job: Job) -> bool:
 
 
 def _check_really_tied(
-    model: ModelReference,
-    stored: ModelReference,
-    name: str,
-    wanted: Manifest,
-    options: MergeOptions,
+    job: Job, model: ModelReference, headers: Headers, name: str, wanted: Manifest
 ) -> None:
     """A stored copy of a tied tensor is dropped only if it is one: transformers unties those that
     differ.
     """
-    loader = stored.lazy_loader(
-        cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle
-    )
+    loader = loader_of(job, model, headers.view)
     stored_names = loader.index.tensor_paths
     if wanted.embedding in stored_names and not torch.equal(
         loader.get_tensor(name), loader.get_tensor(wanted.embedding)

@@ -57,7 +57,9 @@ def _with_old_keys(config: PretrainedConfig, stored: Mapping[str, Any]) -> dict[
 
 
 def _as_read(config: PretrainedConfig, stored: Mapping[str, Any]) -> dict[str, Any]:
-    return type(config).from_dict(copy.deepcopy(dict(stored))).to_dict()
+    # JSON has no infinity, and transformers writes it in a way of its own.
+    values = type(config)._decode_special_floats(copy.deepcopy(dict(stored)))
+    return type(config).from_dict(values).to_dict()
 
 
 def _old_keys(config: PretrainedConfig, stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

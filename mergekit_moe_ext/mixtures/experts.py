@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import hub_state
+from mergekit_moe_ext.merging.wrappers import language_config
 from mergekit_moe_ext.mixtures.routers import routers_of, stack_of
 
 _LAYER = re.compile(r".*?\.\d+\.")
@@ -44,9 +45,10 @@ class MoeLayer:
 
 def experts_per_token(config: PretrainedConfig) -> int:
     """The number of experts that a token passes. `UserError` where the config does not say."""
+    inner = language_config(config)
     for key in ("num_experts_per_tok", "moe_topk", "moe_k", "experts_per_sequence"):
-        if isinstance(getattr(config, key, None), int):
-            return getattr(config, key)
+        if isinstance(getattr(inner, key, None), int):
+            return getattr(inner, key)
     if config.model_type == "switch_transformers":  # always one, and no key
         return 1
     raise UserError(
@@ -55,18 +57,28 @@ def experts_per_token(config: PretrainedConfig) -> int:
 
 
 def num_experts(config: PretrainedConfig) -> int:
-    return getattr(config, _key(config))
+    return getattr(language_config(config), _key(config))
+
+
+def is_mixture(config: PretrainedConfig) -> bool:
+    """Whether the config names a number of experts above one."""
+    inner = language_config(config)
+    for key in _KEYS:
+        number = getattr(inner, key, None)
+        if isinstance(number, int) and number > 1:
+            return True
+    return False
 
 
 def with_num_experts(config: PretrainedConfig, number: int) -> PretrainedConfig:
     changed = copy.deepcopy(config)
-    setattr(changed, _key(config), number)
+    setattr(language_config(changed), _key(config), number)
     return changed
 
 
 def _key(config: PretrainedConfig) -> str:
     for key in _KEYS:
-        if isinstance(getattr(config, key, None), int):
+        if isinstance(getattr(language_config(config), key, None), int):
             return key
     raise UserError(f"the config of {config.architectures[0]} does not say how many experts it has")
 
@@ -101,13 +113,14 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
     hub_names = {id(tensor): name for name, tensor in state.items()}
     layers = {}
     for router_name, router in routers.items():
-        key = _layer_of(router_name)
-        if key in layers or key not in rows:
-            raise UserError(f"the experts of {architecture} do not lie as in other architectures")
         router_tensors = []
         for _name, tensor in sorted(router.state_dict(keep_vars=True).items()):
             if id(tensor) in hub_names:
                 router_tensors.append(hub_names[id(tensor)])
+        # By the name of a tensor, since the module may lie elsewhere in the model (Nemotron-H).
+        key = _layer_of(router_tensors[0] if router_tensors else router_name)
+        if key in layers or key not in rows:
+            raise UserError(f"the experts of {architecture} do not lie as in other architectures")
         if not set(router_tensors) <= rows[key].keys():
             raise UserError(
                 f"{router_name} of {architecture} has more than a row per expert, so it cannot be "

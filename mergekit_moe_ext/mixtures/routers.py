@@ -127,9 +127,15 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Choice]]:
 
 
 def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
-    """The choice in a router's output, of which two forms are known: (logits, weights, experts),
-    and Switch's (dispatch mask, weights, logits).
+    """The choice in a router's output, of which three forms are known: (logits, weights, experts),
+    Switch's (dispatch mask, weights, logits), and Llama 4's (weights of all experts, logits), where
+    an expert that was not chosen has the weight 0.
     """
+    if isinstance(output, tuple) and len(output) == 2 and logits_at == 1:
+        of_all, logits = map(_by_token, output)
+        weights, experts = of_all.topk(int((of_all > 0).sum(dim=-1).max()), dim=-1)
+        experts = experts.masked_fill(weights == 0, -1)
+        return Choice(logits=logits, weights=weights, experts=experts)
     if isinstance(output, tuple) and len(output) >= 3:
         first, second, third = output[:3]
         if logits_at == 0 and not third.is_floating_point():

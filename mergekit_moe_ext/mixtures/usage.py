@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pydantic
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -22,6 +23,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from _mergekit_moe_ext_common.checkpoints import Stored, first_line
 from _mergekit_moe_ext_common.data import (
@@ -47,6 +49,8 @@ from _mergekit_moe_ext_common.loading import (
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.staging import new_file
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
+from mergekit_moe_ext.merging.manifest import hub_state
+from mergekit_moe_ext.merging.wrappers import language_config, language_model
 from mergekit_moe_ext.mixtures.experts import experts_per_token
 from mergekit_moe_ext.mixtures.routers import (
     PER_SEQUENCE,
@@ -56,6 +60,7 @@ from mergekit_moe_ext.mixtures.routers import (
     routes_sequences,
     tokens_routed_by,
 )
+from mergekit_moe_ext.modeling import find_architecture
 
 
 class LayerUsage(BaseModel):
@@ -171,9 +176,8 @@ def _sums_of_tokens(
                 batch["decoder_input_ids"] = decoder_inputs(model, batch.pop("labels"))
                 model(**batch, use_cache=False)
             else:
-                model.base_model(
-                    **batch, use_cache=False
-                )  # without the head, whose logits nobody looks at
+                # Without the head, whose logits nobody looks at.
+                language_model(model).base_model(**batch, use_cache=False)
             for name, choice in choices.items():
                 _check_scores(name, choice.logits, choice.weights)
                 mask = tokens_routed_by(name, real).to(choice.experts.device)
@@ -289,7 +293,8 @@ def read_texts(
     """`data` as `--data` names it. `UserError` for what cannot be read, the model included."""
     silence(reading)
     config = load_config(model_path, reading)
-    headers = check_model(model_path, config, reading)
+    headers = check_model(model_path, config, reading, architecture=_auto_class(config))
+    _check_mixture(config)
     tokenizer = load_tokenizer(model_path, reading)
     by_source = {
         source: tokenise(
@@ -304,6 +309,27 @@ def read_texts(
         for source in parse_sources(data)
     }
     return Texts(headers, tokenizer, by_source)
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """The class with which a model is loaded; None for that of decoders and encoder-decoders.
+
+    A multimodal model is loaded whole, so that its routers have the names that a merge knows.
+    """
+    is_multimodal = language_config(config) is not config
+    if is_multimodal and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return None
+
+
+def _check_mixture(config: PretrainedConfig) -> None:
+    """`UserError`, before any text is read, for a model whose experts could not be counted."""
+    architecture = (config.architectures or [""])[0]
+    # Of an architecture that comes with the model nothing is known before it is loaded.
+    if hasattr(transformers, architecture) or find_architecture(architecture):
+        model, _ = hub_state(config)
+        router_names(model)
+        experts_per_token(config)
 
 
 def count_usage(
@@ -322,7 +348,13 @@ def count_usage(
     )
     device_map = "auto" if spread else None
     model = load_model(
-        model_path, config, reading, headers=texts.headers, dtype="auto", device_map=device_map
+        model_path,
+        config,
+        reading,
+        architecture=_auto_class(config),
+        headers=texts.headers,
+        dtype="auto",
+        device_map=device_map,
     )
     router_names(model)  # is it a mixture of experts?
     if not spread:

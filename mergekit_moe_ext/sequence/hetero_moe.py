@@ -20,7 +20,12 @@ from _mergekit_moe_ext_common.cards import in_markdown
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.card import model_in_markdown
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
-from mergekit_moe_ext.merging.sources import output_dtype, read_configs, read_headers
+from mergekit_moe_ext.merging.sources import (
+    output_dtype,
+    read_configs,
+    read_headers,
+    views_of,
+)
 from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
 from mergekit_moe_ext.modeling import SequenceMoEConfig
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
@@ -132,6 +137,7 @@ class HeteroMoe(StructuralMethod):
             copies=copies,
             computed=computed,
             dtype=dtype,
+            views=views_of(headers),
             notes=_notes(job, rows, config.vocab_size),
         )
 

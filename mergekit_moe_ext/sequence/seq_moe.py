@@ -22,6 +22,7 @@ from mergekit_moe_ext.merging.sources import (
     output_dtype,
     read_configs,
     read_headers,
+    views_of,
 )
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
 from mergekit_moe_ext.sequence.options import SequenceOptions, learned_router, sequence_config
@@ -134,6 +135,7 @@ class SeqMoe(StructuralMethod):
             copies=copies,
             computed=learned_router(job, config, dtype),
             dtype=dtype,
+            views=views_of(headers),
         )
 
 

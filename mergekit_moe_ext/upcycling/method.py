@@ -34,8 +34,10 @@ from mergekit_moe_ext.merging.sources import (
     read_configs,
     read_headers,
     untied_if_any_is,
+    views_of,
 )
 from mergekit_moe_ext.merging.tasks import Filled, StackedExperts
+from mergekit_moe_ext.upcycling.alternatives import what_would_work
 from mergekit_moe_ext.upcycling.dense import check_dropped, rewritten, rewritten_manifest
 from mergekit_moe_ext.upcycling.families import upcycling_for
 from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
@@ -112,7 +114,7 @@ class MoeMethod(StructuralMethod):
     def plan(self, job: Job) -> Plan:
         experts = job.experts
         configs = read_configs(job)
-        family = upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
+        family = _family(job, configs)
         check_same_size(job, configs)
         experts_per_token = _experts_per_token(job, family)
         donor = untied_if_any_is(job, configs)
@@ -151,9 +153,17 @@ class MoeMethod(StructuralMethod):
             computed=computed,
             dtype=dtype,
             shared_defaults=_mergeme_defaults(job, self._shared),
-            views={model: source.view for model, source in headers.items()},
+            views=views_of(headers),
             notes=_notes(family, configs),
         )
+
+
+def _family(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> Upcycling:
+    """The family of the sources. `UserError` where there is none, with what would work instead."""
+    try:
+        return upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
+    except UserError as error:
+        raise UserError(f"{error.message}. {what_would_work(configs)}") from error
 
 
 def _manifests(

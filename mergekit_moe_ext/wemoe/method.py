@@ -22,8 +22,10 @@ from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import hub_names, hub_state, manifest_from
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import (
+    loader_of,
     names_of,
     output_dtype,
+    views_of,
 )
 from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
 from mergekit_moe_ext.modeling import find_architecture
@@ -96,6 +98,7 @@ class Wemoe(StructuralMethod):
             computed=output.computed,
             integers=frozenset(indices),
             dtype=dtype,
+            views=views_of(sources.headers),
             notes=notes,
         )
 
@@ -262,10 +265,7 @@ def _choose_part(job: Job, sources: Sources) -> tuple[Part, str]:
         )
 
     def reader(model: ModelReference) -> Callable[[str], Tensor]:
-        options = job.merge_options
-        loader = model.lazy_loader(
-            cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle
-        )
+        loader = loader_of(job, model, sources.headers[model].view)
         return lambda name: loader.get_tensor(sources.headers[model].prefix + name)
 
     try:

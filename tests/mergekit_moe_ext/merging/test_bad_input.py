@@ -448,3 +448,17 @@ def test_our_command_explains_what_mergekit_would_raise(here, text, fragment):
     result = CliRunner().invoke(main, ["yaml", "bad.yml", "out"])
     assert result.exit_code == 1 and fragment in result.output
     assert isinstance(result.exception, SystemExit)
+
+
+def test_a_weight_that_the_shared_method_does_not_have_is_a_warning(here, caplog):
+    """As mergekit ignores it under a method that has none."""
+    plain = document("moe", ["base", "math"], parameters={"shared": "karcher"})
+    weighed = document(
+        "moe",
+        ["base", {"model": "./math", "parameters": {"weight": 0.3}}],
+        parameters={"shared": "karcher"},
+    )
+    expected = read_tensors(merge(plain, "plain"))
+    got = read_tensors(merge(weighed, "weighed"))
+    assert "karcher has no `weight`: that of models[1].parameters counts nothing" in caplog.text
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())

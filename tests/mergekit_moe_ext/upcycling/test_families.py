@@ -388,6 +388,27 @@ def test_what_has_no_place_is_refused(tmp_path, monkeypatch, family, config, par
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "way_on"),
+    [
+        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "seq_moe"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "`merge_method: seq_moe`"),
+        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "caem"),
+        ({"model_type": "clip", "architectures": ["CLIPModel"]}, "CLIPVisionModelWithProjection"),
+        ({"model_type": "llama", "architectures": ["LlamaModel"]}, "AutoModelForCausalLM"),
+        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "wemoe"),
+        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}, "wemoe"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_a_refusal_names_what_would_work(tmp_path, monkeypatch, config, way_on):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(click.ClickException, match=way_on):
+        merge(document("moe", ["base", "base"], base=None))
+
+
 def test_a_family_from_outside_takes_the_place_of_ours(monkeypatch):
     monkeypatch.setattr(families, "_FAMILIES", {})
     families._register_ours.cache_clear()

@@ -1,0 +1,54 @@
+"""Checkpoints in the layout in which transformers 5 keeps a model in memory
+(`save_pretrained(…, save_original_format=False)`): with the experts of a layer in one tensor, say.
+
+They are read as if they were in the layout of the Hub, which is the one that merges know.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from mergekit_moe_ext.merging.manifest import hub_state
+from mergekit_moe_ext.merging.views import Derivation, Layer
+
+
+def hub_layer(
+    config: PretrainedConfig,
+    stored: Mapping[str, tuple[int, ...]],
+    hub_names: Collection[str],
+) -> Layer:
+    """The layer of a view that shows a checkpoint in the layout of the Hub; empty for one that is
+    in it, or in none that transformers knows.
+
+    stored: the shapes of the tensors in its files, by name.
+    hub_names: the names that it has on the Hub.
+    """
+    lacking = set(hub_names) - stored.keys()
+    surplus = stored.keys() - set(hub_names)
+    if not lacking or not surplus:
+        return ()
+    model, _ = hub_state(config)
+    derivations = []
+    for name in sorted(surplus & model.state_dict().keys()):
+        # transformers' own conversion, of a single tensor. All that it makes of several tensors at
+        # once is no layout of experts, and is left to the complaint about what is lacking.
+        made = revert_weight_conversion(model, {name: torch.empty(stored[name], device="meta")})
+        if made.keys() <= lacking:
+            names = tuple(made)
+            derivations.append(Derivation(name, names, _reverting(model, name, names)))
+    return tuple(derivations)
+
+
+def _reverting(
+    model: Any, name: str, names: tuple[str, ...]
+) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """The function of a stored tensor that gives those that it is on the Hub."""
+
+    def revert(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+        made = revert_weight_conversion(model, {name: tensor})
+        return [made[each] for each in names]
+
+    return revert

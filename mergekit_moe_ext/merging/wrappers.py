@@ -1,0 +1,43 @@
+"""Multimodal models: the language model in them, and the rest (vision tower, projector)."""
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from mergekit_moe_ext.merging.manifest import hub_state
+
+
+def language_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the language model in a multimodal one; of any other model its own."""
+    inner = getattr(config, "text_config", None)
+    return inner if isinstance(inner, PretrainedConfig) else config
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The language model in a multimodal one, with its head if that is a part of it; any other
+    model itself.
+    """
+    inner = language_config(model.config)
+    for module in model.modules():
+        # The config that the language model was built with tells it from the other parts.
+        if isinstance(module, PreTrainedModel) and module.config is inner:
+            return module
+    return model
+
+
+def outside_language_model(config: PretrainedConfig) -> frozenset[str]:
+    """The hub names of all tensors of a multimodal model that are not of its language model.
+
+    They are none of a model that is nothing but a language model.
+    """
+    if language_config(config) is config:
+        return frozenset()
+    model, _ = hub_state(config)
+    inside = {id(each) for each in language_model(model).state_dict(keep_vars=True).values()}
+    head = model.get_output_embeddings()
+    if head is not None:
+        inside |= {id(parameter) for parameter in head.parameters()}
+    outside: set[str] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in inside:
+            outside |= revert_weight_conversion(model, {name: tensor}).keys()
+    return frozenset(outside)
