@@ -188,6 +188,100 @@ def _validated(document: Any, name: str) -> "MergeConfiguration":
         raise UserError(f"{name}: {error}") from error
 
 
+def add_expert(
+    model: str,
+    experts: Sequence[str],
+    output: str,
+    *,
+    names: Sequence[str] = (),
+    gate_init: Literal["mean", "prompts", "zeros"] = "mean",
+    margin: float | None = None,
+    positive_prompts: Sequence[str | Sequence[str]] = (),
+    negative_prompts: Sequence[str | Sequence[str]] = (),
+    options: "MergeOptions | None" = None,
+) -> None:
+    """Add experts to every layer of a mixture of experts, and leave all else of it as it is.
+
+    Args:
+        model: the mixture, a directory or a name on the Hub. It is left as it is.
+        experts: dense models, or `base+lora`, whose FFNs become an expert each.
+        output: the directory of the grown mixture.
+        names: names of the new experts, one each, or none.
+        gate_init: the initial rows of the gates for the new experts.
+        margin: the difference of a new expert's mean logit from the mean of the others'; 5 if None.
+        positive_prompts: for `gate_init="prompts"`, per expert a text file with a prompt per line,
+            or the prompts: texts that it is for.
+        negative_prompts: the same for texts that it is not for, or none.
+        options: mergekit's own options; its defaults if None.
+
+    Raises `UserError` for a dense model that does not fit the mixture, and for an output that
+    exists.
+
+    >>> add_expert("mixture", ["math"], "grown", names=["math"])
+    """
+    per_expert = {
+        "name": names,
+        "positive_prompts": positive_prompts,
+        "negative_prompts": negative_prompts,
+    }
+    for key, values in per_expert.items():
+        if values and len(values) != len(experts):
+            raise UserError(
+                f"{len(values)} {key} for {len(experts)} expert(s): give one for each, or none"
+            )
+    models = []
+    for index, expert in enumerate(experts):
+        parameters = {}
+        for key, values in per_expert.items():
+            if values:
+                value = values[index]
+                parameters[key] = value if isinstance(value, str) else list(value)
+        models.append({"model": expert, **({"parameters": parameters} if parameters else {})})
+    settings: dict[str, Any] = {"into": model, "gate_init": gate_init}
+    if margin is not None:
+        settings["margin"] = float(margin)
+    document = {"merge_method": "moe", "models": models, "parameters": settings}
+    _run_merge(document, output, options)
+
+
+def remove_expert(
+    model: str,
+    experts: Sequence[str | int],
+    output: str,
+    *,
+    options: "MergeOptions | None" = None,
+) -> None:
+    """Remove experts from every layer of a mixture of experts, and leave all else of it as it is.
+
+    Args:
+        model: the mixture, a directory or a name on the Hub. It is left as it is.
+        experts: the experts, by number from 0 on, or by name.
+        output: the directory of the smaller mixture.
+        options: mergekit's own options; its defaults if None.
+
+    Raises `UserError` for an expert that is not there, where too few experts are left, and for an
+    output that exists.
+
+    >>> remove_expert("grown", ["math"], "smaller")
+    """
+    document = {
+        "merge_method": "remove_experts",
+        "models": [{"model": model}],
+        "parameters": {"experts": list(experts)},
+    }
+    _run_merge(document, output, options)
+
+
+def _run_merge(document: Mapping[str, Any], output: str, options: "MergeOptions | None") -> None:
+    """Run the merge of a configuration."""
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    source = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    config = _validated(document, "the configuration")
+    run_merge(config, output, options=options or MergeOptions(), config_source=source)
+
+
 def count_usage(
     model: str,
     data: Sequence[str],
@@ -237,6 +331,7 @@ def train(
     weights: Mapping[str, float] | None = None,
     eval_data: Sequence[str] = (),
     resume: bool = False,
+    only_experts: Sequence[str] = (),
 ) -> Losses | None:
     """Train the router of a mixture of experts, its projectors, or all of it, on texts.
 
@@ -252,6 +347,8 @@ def train(
             rows are read.
         eval_data: texts to measure on, in place of the held-out rows of the source of that name.
         resume: whether to go on after the last checkpoint of an interrupted training.
+        only_experts: with `"gates"`, the experts, by name or number, whose rows of the gates are
+            trained, while the other rows stay as they are; all if there are none.
 
     Returns the held-out loss of every source before and after; None in all but the main process.
 
@@ -276,6 +373,7 @@ def train(
         weights=weights,
         eval_data=eval_data,
         resume=resume,
+        only_experts=only_experts,
     )
 
 

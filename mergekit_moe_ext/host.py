@@ -84,7 +84,7 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
         check_settings(donor, str(job.donor.model))
         check_room(out, prepared.plan.bytes)
         makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
-        stock_config = merge_config.model_copy(
+        stock_config = job.config.model_copy(
             update={} if makes_tokenizer else {"chat_template": None}
         )
         with staged(out) as directory:
