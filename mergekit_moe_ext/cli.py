@@ -45,7 +45,9 @@ def run_yaml(merge_options: "MergeOptions", config_file: str, out_path: str) -> 
     from mergekit.merge import run_merge
 
     merge_options.apply_global_options()
-    config, source = commands.read_configuration(config_file)
+    config, source, is_converted = commands.read_configuration(config_file)
+    if is_converted:
+        click.echo(source, err=True)
     run_merge(config, out_path, options=merge_options, config_source=source)
 
 

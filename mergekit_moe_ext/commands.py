@@ -40,6 +40,7 @@ class PlannedMerge:
     computed: the number of tensors that are made anew.
     donor: the model that config and tokenizer come from.
     notes: what the method decided from data, in Markdown.
+    converted: the configuration that is run, where it was given in the form of mergekit-moe.
     """
 
     method: str
@@ -59,6 +60,7 @@ class PlannedMerge:
     seed: int
     donor: str
     notes: str
+    converted: str = ""
     figure: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
 
     def draw(self, path: str | Path) -> None:
@@ -90,6 +92,8 @@ class PlannedMerge:
         lines.append(f"config and tokenizer from {self.donor}")
         if self.notes:
             lines.append(f"\n{self.notes}")
+        if self.converted:
+            lines.append(f"\n{self.converted.rstrip()}")
         return "\n".join(lines)
 
 
@@ -123,10 +127,7 @@ def plan(
     from mergekit_moe_ext.merging.preflight import read_job
     from mergekit_moe_ext.methods import METHODS
 
-    if isinstance(config, Mapping):
-        merge_config = _validated(dict(config), "the configuration")
-    else:
-        merge_config, _source = read_configuration(config)
+    merge_config, source, is_converted = read_configuration(config)
     method = structural_method(merge_config.merge_method)
     if method is None:
         names = ", ".join(each.spec.name for each in METHODS if isinstance(each, StructuralMethod))
@@ -154,21 +155,35 @@ def plan(
         seed=job.seed,
         donor=str(job.donor),
         notes=planned.notes,
+        converted=source if is_converted else "",
         figure=planned.draw,
     )
 
 
-def read_configuration(path: str | Path) -> "tuple[MergeConfiguration, str]":
-    """The configuration in a YAML file, and its text.
+def read_configuration(
+    config: str | Path | Mapping[str, Any],
+) -> "tuple[MergeConfiguration, str, bool]":
+    """The configuration in a YAML file or a mapping, its text, and whether it was converted from
+    the form of mergekit-moe.
 
-    `UserError` for a file that mergekit would not take.
+    `UserError` for a configuration that mergekit would not take.
     """
-    try:
-        source = Path(path).read_text(encoding="utf-8")
-        document = yaml.safe_load(source)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}") from error
-    return _validated(document, str(path)), source
+    from mergekit_moe_ext.merging.mergekit_moe import converted, is_mergekit_moe
+
+    name = "the configuration" if isinstance(config, Mapping) else str(config)
+    if isinstance(config, Mapping):
+        document: Any = dict(config)
+        source = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    else:
+        try:
+            source = Path(config).read_text(encoding="utf-8")
+            document = yaml.safe_load(source)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{config}: {error}") from error
+    is_foreign = is_mergekit_moe(document)
+    if is_foreign:
+        document, source = converted(document)
+    return _validated(document, name), source, is_foreign
 
 
 def _validated(document: Any, name: str) -> "MergeConfiguration":
@@ -277,8 +292,7 @@ def _run_merge(document: Mapping[str, Any], output: str, options: "MergeOptions 
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    source = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-    config = _validated(document, "the configuration")
+    config, source, _is_converted = read_configuration(document)
     run_merge(config, output, options=options or MergeOptions(), config_source=source)
 
 

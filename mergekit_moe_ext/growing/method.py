@@ -51,14 +51,20 @@ from mergekit_moe_ext.upcycling.method import (
     MoeModelOptions,
     MoeOptionsWithShared,
 )
+from mergekit_moe_ext.upcycling.shared_expert import with_shared_expert
 
 GateInit = Literal["mean", "prompts", "zeros"]
 # Options of a mixture that is built anew; one that is there has them already.
-_OF_NEW_MIXTURES = ("shared", "gate_mode", "experts_per_token", "expert_capacity")
+_OF_NEW_MIXTURES = ("shared", "gate_mode", "experts_per_token", "expert_capacity", "shared_expert")
 DEFAULT_MARGIN = 5.0
 
 
 class GrowingOptions(MoeOptionsWithShared):
+    shared_expert: str | None = Field(
+        None,
+        description="the model, one of the merge, whose FFNs become the shared expert, which every "
+        "token passes, in architectures that have one [default: a silent one]",
+    )
     into: str | None = Field(
         None,
         description="a mixture of experts that the models are added to, as further experts; all "
@@ -115,6 +121,8 @@ class GrowingMoeMethod(MoeMethod):
         if job.options.into is not None:
             return _plan_added(job, names)
         plan = super().plan(job)
+        if job.options.shared_expert is not None:
+            plan = with_shared_expert(plan, job, job.options.shared_expert, read_configs(job))
         set_expert_names(plan.config, names)
         return plan
 

@@ -1,0 +1,55 @@
+"""A shared expert, which every token passes, with the FFNs of one of the models.
+
+Without one, the shared expert of a family that always has it stays silent (its `down_proj` is
+zero).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mergekit.common import ModelReference
+from transformers import PretrainedConfig
+
+from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan
+from mergekit_moe_ext.upcycling.families import Stack, Upcycling, upcycling_for
+
+
+def with_shared_expert(
+    plan: Plan, job: Job, path: str, configs: Mapping[ModelReference, PretrainedConfig]
+) -> Plan:
+    """The plan with the FFNs of the model of this path in the place of the silent shared expert.
+
+    `UserError` for a model that is none of the merge, and for a family that has no shared expert.
+    """
+    model = ModelReference.model_validate(path)
+    if model not in job.sources:
+        raise UserError(
+            f"shared_expert: {path} is none of the models; name it as `base_model` or under "
+            "`models:`, too"
+        )
+    family = upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
+    copies = dict(plan.copies)
+    shared = dict(plan.shared)
+    computed = dict(plan.computed)
+    for stack in family.stacks:
+        names = _names(family, stack)
+        for layer in range(getattr(plan.config, stack.layers)):
+            for output, dense in names.items():
+                name = output.format(layer=layer)
+                origin = shared.pop(name, None) or computed.pop(name)
+                copies[name] = CopiedTensor(model, dense.format(layer=layer), origin.shape)
+    return replace(plan, copies=copies, shared=shared, computed=computed)
+
+
+def _names(family: Upcycling, stack: Stack) -> dict[str, str]:
+    """{tensor of the shared expert: the dense tensor that it is made of}, both with {layer}."""
+    if not stack.merged:
+        raise UserError(f"{family.moe} has no shared expert, so `shared_expert` has no place in it")
+    names = dict(stack.merged)
+    # The silent part is among those that start at zero, under the same module as the others.
+    expert = next(iter(stack.merged)).rpartition(".gate_proj")[0]
+    for name in stack.zeros:
+        if name.startswith(f"{expert}."):
+            names[name] = stack.ffn + name.removeprefix(expert)
+    return names
