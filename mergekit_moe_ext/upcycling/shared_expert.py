@@ -11,8 +11,9 @@ from mergekit.common import ModelReference
 from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.manifest import manifest_of
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan
-from mergekit_moe_ext.upcycling.families import Stack, Upcycling, upcycling_for
+from mergekit_moe_ext.upcycling.families import upcycling_for
 
 
 def with_shared_expert(
@@ -29,27 +30,19 @@ def with_shared_expert(
             "`models:`, too"
         )
     family = upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
+    if not any(stack.shared_expert for stack in family.stacks):
+        raise UserError(f"{family.moe} has no shared expert, so `shared_expert` has no place in it")
+    for key, value in family.with_shared_expert.items():
+        setattr(plan.config, key, value)
     copies = dict(plan.copies)
     shared = dict(plan.shared)
     computed = dict(plan.computed)
+    shapes = manifest_of(plan.config).shapes
     for stack in family.stacks:
-        names = _names(family, stack)
         for layer in range(getattr(plan.config, stack.layers)):
-            for output, dense in names.items():
+            for output, dense in stack.shared_expert.items():
                 name = output.format(layer=layer)
-                origin = shared.pop(name, None) or computed.pop(name)
-                copies[name] = CopiedTensor(model, dense.format(layer=layer), origin.shape)
+                shared.pop(name, None)
+                computed.pop(name, None)
+                copies[name] = CopiedTensor(model, dense.format(layer=layer), shapes[name])
     return replace(plan, copies=copies, shared=shared, computed=computed)
-
-
-def _names(family: Upcycling, stack: Stack) -> dict[str, str]:
-    """{tensor of the shared expert: the dense tensor that it is made of}, both with {layer}."""
-    if not stack.merged:
-        raise UserError(f"{family.moe} has no shared expert, so `shared_expert` has no place in it")
-    names = dict(stack.merged)
-    # The silent part is among those that start at zero, under the same module as the others.
-    expert = next(iter(stack.merged)).rpartition(".gate_proj")[0]
-    for name in stack.zeros:
-        if name.startswith(f"{expert}."):
-            names[name] = stack.ffn + name.removeprefix(expert)
-    return names

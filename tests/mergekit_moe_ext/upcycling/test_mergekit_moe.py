@@ -42,9 +42,9 @@ def models(tmp_path, monkeypatch):
     """A function that makes base, math and code of a family in an empty working directory."""
     monkeypatch.chdir(tmp_path)
 
-    def make(family="llama"):
+    def make(family="llama", **config):
         for seed, name in enumerate(("base", "math", "code")):
-            make_model(tmp_path / name, seed, family=family, tie_word_embeddings=False)
+            make_model(tmp_path / name, seed, family=family, tie_word_embeddings=False, **config)
             save_tokenizer(tmp_path / name, 96, bos_token="</s>")
         return tmp_path
 
@@ -77,17 +77,36 @@ def test_a_mixtral_is_that_of_mergekit_moe(models, gate_mode):
     assert "# Converted from the form of mergekit-moe" in card
 
 
-def test_a_shared_expert_is_passed_by_every_token(models):
-    where = models("qwen2")
+@pytest.mark.parametrize(
+    ("family", "expert"),
+    [
+        ("qwen2", "shared_expert"),
+        ("hunyuan_v1_dense", "shared_mlp"),
+        ("ernie4_5", "shared_experts"),
+    ],
+)
+def test_a_shared_expert_is_passed_by_every_token(models, family, expert):
+    """With experts that are zero the FFNs of a layer are the shared expert's, by its gate."""
+    where = models(family, **({"head_dim": 8} if family.startswith("hunyuan") else {}))
     (where / "moe.yml").write_text(yaml.safe_dump(configuration(family="qwen2")))
     result = CliRunner().invoke(main, ["yaml", "moe.yml", "ours", "--quiet"])
     assert result.exit_code == 0, result.output
     assert "the gate of the shared expert starts at zero" in result.output
     ours, base = read_tensors(where / "ours"), read_tensors(where / "base")
     for name in ("gate_proj", "up_proj", "down_proj"):
-        place = f"model.layers.1.mlp.shared_expert.{name}.weight"
+        place = f"model.layers.1.mlp.{expert}.{name}.weight"
         assert torch.equal(ours[place], base[f"model.layers.1.mlp.{name}.weight"])
-    assert not ours["model.layers.1.mlp.shared_expert_gate.weight"].any()
+    model, report = AutoModelForCausalLM.from_pretrained("ours", output_loading_info=True)
+    assert not any(report.values())
+    block = model.model.layers[1].mlp
+    states = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        block.experts.down_proj.zero_()
+        given = block(states)
+        dense = AutoModelForCausalLM.from_pretrained("base").model.layers[1].mlp(states)
+    given = given[0] if isinstance(given, tuple) else given
+    share = 0.5 if family == "qwen2" else 1.0  # a gate of zero lets half through
+    assert torch.allclose(given.reshape(dense.shape), share * dense, atol=1e-6)
 
 
 def test_a_plan_shows_what_is_run(models):
