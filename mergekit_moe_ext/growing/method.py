@@ -13,7 +13,6 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
-from peft.utils.save_and_load import load_peft_weights
 from pydantic import Field
 from transformers import PretrainedConfig
 
@@ -51,6 +50,7 @@ from mergekit_moe_ext.upcycling.method import (
     MoeModelOptions,
     MoeOptionsWithShared,
 )
+from mergekit_moe_ext.upcycling.moe_lora import check_changes_ffns
 from mergekit_moe_ext.upcycling.shared_expert import with_shared_expert
 
 GateInit = Literal["mean", "prompts", "zeros"]
@@ -258,7 +258,7 @@ def _plan_added(job: Job, names: Sequence[str | None]) -> Plan:
             configs[model],
             manifests[model],
         )
-        _check_lora_changes_ffns(model, sources[model])
+        check_changes_ffns(model, [source.ffn for source in sources[model]])
     added = _added_tensors(job, mixture, sources)
     new = _new_entries(job, mixture, sources)
     gate_init = job.options.gate_init or "mean"
@@ -285,21 +285,6 @@ def _margin(job: Job) -> float:
     if job.options.gate_init == "zeros":
         return 0.0
     return DEFAULT_MARGIN if job.options.margin is None else job.options.margin
-
-
-def _check_lora_changes_ffns(model: ModelReference, sources: Sequence[ExpertSource]) -> None:
-    """`UserError` for a LoRA that leaves every FFN as it is in its base.
-
-    Of a dense model the FFNs alone are taken, so that its expert would be the base's.
-    """
-    if model.lora is None:
-        return
-    names = load_peft_weights(model.lora.path, device="cpu", revision=model.lora.revision)
-    if not any(f".{source.ffn}." in name for name in names for source in sources):
-        raise UserError(
-            f"the LoRA {model.lora} changes no FFN ({sources[0].ffn}, for one), and an expert is "
-            "made of FFNs alone: it would be that of the base"
-        )
 
 
 def _added_tensors(

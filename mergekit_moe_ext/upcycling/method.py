@@ -92,7 +92,9 @@ class MoeMethod(StructuralMethod):
 
     model_options_type: type[MoeModelOptions] = MoeModelOptions
 
-    def __init__(self, name: str, pretty_name: str, reference_url: str, shared: str | None = None):
+    def __init__(
+        self, name: str, pretty_name: str, reference_url: str | None, shared: str | None = None
+    ):
         merged_by = f"the {shared} method" if shared else "the method that `shared` names"
         if shared in _PARAMETERS_OF_MERGEME:
             merged_by += " as in MergeME (density 0.8, lambda 1/fine-tunes, no normalisation)"
