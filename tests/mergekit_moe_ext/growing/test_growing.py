@@ -15,6 +15,7 @@ import mergekit_moe_ext
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.growing.arrangement import order_with_new, order_without
 from mergekit_moe_ext.growing.gate_rows import offset_of_row, random_tokens
+from mergekit_moe_ext.mixtures.experts import with_num_experts
 from mergekit_moe_ext.mixtures.routers import routers_of
 from tests.conftest import TINY, document, make_model, merge, read_tensors
 from tests.mergekit_moe_ext.mixtures.test_usage import make_moe
@@ -23,7 +24,7 @@ from tests.tokenizers import save_tokenizer
 DENSE = {
     "llama": {},
     "qwen2": {},
-    "qwen3": {},
+    "qwen3": {"tie_word_embeddings": True},
     "olmo2": {},
     "granite": {},
     "cohere2": {"layer_types": ["full_attention"] * 3},
@@ -267,6 +268,8 @@ def test_names_are_kept_and_found(moe):
     grow([entry("law", name="law"), entry("code", name="code")])
     mergekit_moe_ext.remove_expert("grown", ["law", 0], "smaller")
     assert AutoConfig.from_pretrained("smaller").expert_names == [None, "code"]
+    # Names of experts that may be others now are no names.
+    assert not hasattr(with_num_experts(AutoConfig.from_pretrained("grown"), 3), "expert_names")
     smaller, old = read_tensors(moe / "smaller"), read_tensors(moe / "moe")
     place = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
     assert torch.equal(smaller[place.format(0)], old[place.format(1)])

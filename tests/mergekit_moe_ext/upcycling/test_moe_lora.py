@@ -51,8 +51,8 @@ def test_what_it_cannot_make_is_refused(adapters):
             r"peft-route compose ./base --expert ./one --expert ./two --router",
         ),
         ({"base": None}, "needs `base_model`"),
-        ({"models": ["one", "attention"]}, "LoRA attention changes no FFN"),
-        ({"models": ["one", "math"]}, "is no LoRA"),
+        ({"models": ["one", "attention"]}, "LoRA ./attention changes no FFN"),
+        ({"models": ["one", "math"]}, "is no LoRA: it has no adapter_config"),
         ({"models": ["one", {"model": "./math+./two"}]}, "LoRA on another model"),
     ):
         with pytest.raises(click.ClickException, match=message):
