@@ -6,9 +6,10 @@ the old experts are copied.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
@@ -24,7 +25,12 @@ from mergekit_moe_ext.growing.arrangement import (
     set_expert_names,
 )
 from mergekit_moe_ext.growing.gate_rows import MixtureStates, NewRows
-from mergekit_moe_ext.growing.new_experts import ExpertSource, expert_sources
+from mergekit_moe_ext.growing.new_experts import (
+    ExpertSource,
+    check_dense,
+    expert_sources,
+    family_of,
+)
 from mergekit_moe_ext.growing.tasks import ArrangedExperts
 from mergekit_moe_ext.merging.card import model_in_markdown
 from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
@@ -43,6 +49,7 @@ from mergekit_moe_ext.mixtures.experts import (
     moe_layers,
     num_experts,
 )
+from mergekit_moe_ext.upcycling.dense import rewritten, rewritten_manifest
 from mergekit_moe_ext.upcycling.gates import tokenised_prompts
 from mergekit_moe_ext.upcycling.method import (
     MERGEME,
@@ -177,6 +184,7 @@ class _Mixture:
     layers: list[MoeLayer]
     manifest: Manifest
     headers: Headers
+    dtype: torch.dtype  # of the output
 
     @property
     def number(self) -> int:
@@ -206,7 +214,8 @@ class _Mixture:
             raise UserError("the mixture keeps its vocabulary: nothing is truncated here")
         model = job.donor
         config = configs[model]
-        return cls(model, config, moe_layers(config), manifests[model], headers[model])
+        dtype = output_dtype(job, {model: headers[model]})
+        return cls(model, config, moe_layers(config), manifests[model], headers[model], dtype)
 
 
 def _check_known(config: MergeConfiguration, keys: Sequence[str]) -> None:
@@ -249,14 +258,18 @@ def _plan_added(job: Job, names: Sequence[str | None]) -> Plan:
     order = order_with_new(mixture.config, len(job.experts))
     config = arranged_config(mixture.config, order, names)
     sources = {}
+    views = {}
     for model in dict.fromkeys(job.experts):
+        check_dense(mixture.config, model, configs[model], manifests[model])
+        family = family_of(mixture.config, model, configs[model])
+        held = manifests[model]
+        if family is not None:
+            layer = rewritten(family, configs[model], headers[model].shapes, mixture.dtype)
+            views[model] = headers[model].seen_through(layer).view
+            layer = rewritten(family, configs[model], held.shapes, mixture.dtype)
+            held = rewritten_manifest(held, layer)
         sources[model] = expert_sources(
-            mixture.config,
-            mixture.layers,
-            mixture.manifest,
-            model,
-            configs[model],
-            manifests[model],
+            mixture.config, mixture.layers, mixture.manifest, family, model, held
         )
         check_changes_ffns(model, [source.ffn for source in sources[model]])
     added = _added_tensors(job, mixture, sources)
@@ -273,7 +286,8 @@ def _plan_added(job: Job, names: Sequence[str | None]) -> Plan:
     for position, name, model in zip(positions, names, job.experts, strict=True):
         lines.append(f"| {position} | {name or ''} | {model_in_markdown(model)} |")
     lines += ["", f"Their rows of the gates start as `{gate_init}`{_margin_in_words(job)}."]
-    return _arranged(job, mixture, config, order, added, new, "\n".join(lines))
+    plan = _arranged(job, mixture, config, order, added, new, "\n".join(lines))
+    return replace(plan, views=views)
 
 
 def _margin_in_words(job: Job) -> str:
@@ -392,8 +406,7 @@ def _arranged(
     added, new: of the new experts the tensors that lie apart, as `_added_tensors` has them, and
         the parts of tensors of all experts, as `_new_entries` has them.
     """
-    dtype = output_dtype(job, {mixture.model: mixture.headers})
-    config.dtype = dtype
+    config.dtype = mixture.dtype
     copies: dict[str, CopiedTensor] = {}
     computed: dict[str, ArrangedExperts] = {}
     of_experts: set[str] = set()
@@ -430,7 +443,7 @@ def _arranged(
         shared={},
         copies=copies,
         computed=computed,
-        dtype=dtype,
+        dtype=mixture.dtype,
         notes=notes,
     )
 

@@ -43,50 +43,70 @@ class ExpertSource:
         return names
 
 
-def expert_sources(
-    mixture: PretrainedConfig,
-    layers: Sequence[MoeLayer],
-    held: Manifest,
-    model: ModelReference,
-    dense: PretrainedConfig,
-    dense_held: Manifest,
-) -> list[ExpertSource]:
-    """The tensors of the dense model that make up its expert, per layer of the mixture.
+def family_of(
+    mixture: PretrainedConfig, model: ModelReference, dense: PretrainedConfig
+) -> Upcycling | None:
+    """The family of ours by which FFNs of the dense model become experts of the mixture; None for a
+    mixture that no family of ours makes.
 
-    `held` and `dense_held` are the manifests of the two. `UserError` for a dense model whose FFNs
-    cannot be the mixture's experts.
+    `UserError` for a dense model of another family.
     """
     architecture = mixture.architectures[0]
-    if any("experts" in name for name in dense_held.shapes):
+    families = families_into(architecture)
+    for family in families:
+        if dense.model_type in family.dense:
+            return family
+    if not families:
+        return None
+    names = sorted({name for family in families for name in family.dense.values()})
+    raise UserError(
+        f"{model} is a {(dense.architectures or [dense.model_type])[0]}; the experts of "
+        f"{architecture} are made of {' or '.join(names)}"
+    )
+
+
+def check_dense(
+    mixture: PretrainedConfig, model: ModelReference, dense: PretrainedConfig, held: Manifest
+) -> None:
+    """`UserError` for a model that is a mixture itself, and for one of other sizes.
+
+    held: the model's manifest.
+    """
+    if any("experts" in name for name in held.shapes):
         raise UserError(
             f"{model} is a mixture of experts itself; `into` takes dense models, and "
             "`merge_method: caem` merges mixtures"
         )
-    _check_sizes(mixture, model, dense)
-    families = families_into(architecture)
-    family = next((each for each in families if dense.model_type in each.dense), None)
-    if families and family is None:
-        names = sorted({name for each in families for name in each.dense.values()})
-        raise UserError(
-            f"{model} is a {(dense.architectures or [dense.model_type])[0]}; the experts of "
-            f"{architecture} are made of {' or '.join(names)}"
-        )
-    sources = []
-    for layer in layers:
-        if family is None:
-            source = _by_names(architecture, layer, held, model, dense_held)
-        else:
-            source = _by_family(family, layer)
-        _check_shapes(layer, source, held, model, dense_held)
-        sources.append(source)
-    return sources
-
-
-def _check_sizes(mixture: PretrainedConfig, model: ModelReference, dense: PretrainedConfig) -> None:
     for key in _OF_FFNS:
         here, there = getattr(dense, key, None), getattr(mixture, key, None)
         if here != there:
             raise UserError(f"{model} does not fit the mixture: `{key}` is {here!r}, not {there!r}")
+
+
+def expert_sources(
+    mixture: PretrainedConfig,
+    layers: Sequence[MoeLayer],
+    held: Manifest,
+    family: Upcycling | None,
+    model: ModelReference,
+    dense: Manifest,
+) -> list[ExpertSource]:
+    """The tensors of the dense model that make up its expert, per layer of the mixture.
+
+    held: the mixture's manifest.
+    family: what `family_of` gives; `dense` is the model's manifest as that family reads it.
+
+    `UserError` for a dense model whose FFNs cannot be the mixture's experts.
+    """
+    sources = []
+    for layer in layers:
+        if family is None:
+            source = _by_names(mixture.architectures[0], layer, held, model, dense)
+        else:
+            source = _by_family(family, layer)
+        _check_shapes(layer, source, held, model, dense)
+        sources.append(source)
+    return sources
 
 
 def _by_family(family: Upcycling, layer: MoeLayer) -> ExpertSource:

@@ -23,6 +23,9 @@ from tests.tokenizers import save_tokenizer
 
 DENSE = {
     "llama": {},
+    "phi3": {},
+    "gemma": {"head_dim": 8},
+    "glm": {"head_dim": 8},
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True},
     "olmo2": {},
@@ -231,13 +234,13 @@ def test_wrong_options_are_refused(moe, parameters, message):
 def test_models_that_do_not_fit_are_refused(moe):
     make_model(moe / "wide", 1, intermediate_size=56)
     make_model(moe / "deep", 1, num_hidden_layers=2)
-    make_model(moe / "other", 1, family="qwen2")
+    make_model(moe / "other", 1, family="olmo2")
     make_model(moe / "gelu", 1, hidden_act="gelu")
     make_model(moe / "biased", 1, mlp_bias=True)
     for name, message in {
         "wide": r"gate_proj.weight of ./wide is \(56, 32\), but an expert of the mixture wants",
         "deep": "`num_hidden_layers` is 2, not 3",
-        "other": "experts of MixtralForCausalLM are made of LlamaForCausalLM or Mistral",
+        "other": "experts of MixtralForCausalLM are made of .*LlamaForCausalLM or Mistral",
         "gelu": "`hidden_act` is 'gelu'",
         "biased": "bias of ./biased has no place in an expert",
         "moe": "the mixture itself",
