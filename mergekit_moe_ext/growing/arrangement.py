@@ -12,6 +12,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.caem.checks import check_routing
 from mergekit_moe_ext.mixtures.experts import (
     expert_names,
+    experts_per_token,
     index_of_expert,
     num_experts,
     with_num_experts,
@@ -78,6 +79,9 @@ def arranged_config(
     `UserError` for a router that cannot choose among that many, and for a name that is not one.
     """
     changed = with_num_experts(config, len(order))
+    per_token = experts_per_token(config)
+    if per_token > len(order):
+        raise UserError(f"a token passes {per_token} experts, and only {len(order)} would be left")
     check_routing(changed, len(order))
     names = [*expert_names(config), *new_names]
     set_expert_names(changed, [names[index] for index in order])

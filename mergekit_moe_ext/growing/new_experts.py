@@ -4,6 +4,7 @@ For a family of ours they are those of its declaration. For any other mixture th
 they are the dense model's namesakes: `mlp.up_proj` for `mlp.experts.3.up_proj`.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,9 +141,11 @@ def _by_names(
     """The dense model's namesakes of the tensors of an expert, where all else in its layer has the
     names and shapes that it has in the mixture.
     """
-    routers = set(layer.router_tensors)
-    together = [name for name in layer.rows if name not in routers and len(held.shapes[name]) > 1]
-    if together or not layer.experts or any(_EXPERT not in each for each in layer.experts):
+    if (
+        _of_all_experts(layer, held)
+        or not layer.experts
+        or any(_EXPERT not in each for each in layer.experts)
+    ):
         raise UserError(
             f"no dense model is known whose FFNs could be the experts of {architecture}"
         )
@@ -159,6 +162,18 @@ def _by_names(
                 f"{here.get(name, 'missing')}, in the mixture {there.get(name, 'missing')}"
             )
     return ExpertSource(block.removesuffix("."), apart, {})
+
+
+def _of_all_experts(layer: MoeLayer, held: Manifest) -> list[str]:
+    """The tensors in which all experts of a layer lie together: neither of its router, nor of one
+    number per expert, as a correction of the router's scores.
+    """
+    names = []
+    for name, axis in layer.rows.items():
+        shape = held.shapes[name]
+        if name not in layer.router_tensors and math.prod(shape) > shape[axis]:
+            names.append(name)
+    return names
 
 
 def _check_shapes(
@@ -178,10 +193,7 @@ def _check_shapes(
         for name in names:
             _check_shape(name, model, dense, (rows // len(names), *rest))
     left = [name for name in layer.experts if name not in source.apart]
-    routers = set(layer.router_tensors)
-    for name in layer.rows:
-        if len(held.shapes[name]) > 1 and name not in routers and name not in source.together:
-            left.append(name)
+    left += [name for name in _of_all_experts(layer, held) if name not in source.together]
     if left:
         raise UserError(f"{model} has nothing to make {left[0]} of")
     for name in dense.shapes:

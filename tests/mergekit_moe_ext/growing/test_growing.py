@@ -100,6 +100,9 @@ def test_a_grown_mixture_is_the_one_that_is_built_at_once(tmp_path, monkeypatch,
     assert back.keys() == old.keys()
     assert all(torch.equal(tensor, old[name]) for name, tensor in back.items())
     auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    with_margin = read_tensors(grow(out="with_margin", margin=5.0))
+    changed = [name for name in grown if not torch.equal(grown[name], with_margin[name])]
+    assert len(changed) == len(routers_of(auto.from_pretrained("moe")))
     _, report = auto.from_pretrained("grown", output_loading_info=True)
     assert not any(report.values())
 
@@ -279,7 +282,7 @@ def test_names_are_kept_and_found(moe):
     for experts, message in {
         ("tax",): r"no expert 'tax': they are 0 to 3; .* 2 \(law\), 3 \(code\)",
         ("law", "2"): "twice",
-        ("law", "code", "0"): "choose 2 experts per token",
+        ("law", "code", "0"): "passes 2 experts, and only 1 would be left",
         ("0", "1", "2", "3"): "no expert would be left",
     }.items():
         with pytest.raises(click.ClickException, match=message):
