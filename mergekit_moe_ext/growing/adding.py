@@ -54,7 +54,8 @@ def plan_added(job: Job, names: Sequence[str | None]) -> Plan:
     added = _added_tensors(job, mixture, sources)
     new = _new_entries(job, mixture, sources)
     notes = _notes(job, mixture, order, names)
-    return replace(arranged(job, mixture, config, order, added, new, notes), views=views)
+    plan = arranged(job, mixture, config, order, added, new, notes)
+    return replace(plan, views={**plan.views, **views})
 
 
 def _sources_and_view(

@@ -114,6 +114,7 @@ def arranged(
         copies=copies,
         computed=computed,
         dtype=mixture.dtype,
+        views={mixture.model: mixture.headers.view},
         notes=notes,
     )
 

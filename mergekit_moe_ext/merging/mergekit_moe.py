@@ -66,6 +66,11 @@ def converted(document: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         comments.append(_UNLIKE["hidden"])
     elif mode in _UNLIKE:
         comments.append(_UNLIKE[mode])
+    if config.architecture:
+        comments.append(
+            f"architecture: {config.architecture} was left out: the models get the mixture of "
+            "their own family"
+        )
     shared = _shared_expert(config)
     if shared is not None:
         parameters["shared_expert"] = shared

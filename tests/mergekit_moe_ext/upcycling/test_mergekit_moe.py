@@ -121,6 +121,11 @@ def test_a_plan_shows_what_is_run(models):
     assert yaml.safe_load(shown) == converted(configuration())[0]
 
 
+def test_an_architecture_that_is_left_out_is_said():
+    _, source = converted(configuration(architecture="Mixtral"))
+    assert "# architecture: Mixtral was left out" in source
+
+
 def test_mergekit_yaml_says_what_runs_it():
     with pytest.raises(click.ClickException, match="mergekit-moe-ext yaml"):
         MergeConfiguration.model_validate(configuration())
