@@ -10,7 +10,8 @@ program imports it.
 >>> from mergekit.merge import run_merge
 
 The subcommands of `mergekit-moe-ext` are functions here: `plan`, `count_usage`, `train`, `adapt`,
-`unload`. The papers' measurements of models are in `mergekit_moe_ext.analysis`.
+`unload`, `add_expert` and `remove_expert`. The papers' measurements of models are in
+`mergekit_moe_ext.analysis`.
 """
 
 import importlib
@@ -23,7 +24,16 @@ if TYPE_CHECKING:
     from _mergekit_moe_ext_common.errors import UserError
     from _mergekit_moe_ext_common.options import Reading, options_of
     from mergekit_moe_ext import analysis
-    from mergekit_moe_ext.commands import PlannedMerge, adapt, count_usage, plan, train, unload
+    from mergekit_moe_ext.commands import (
+        PlannedMerge,
+        adapt,
+        add_expert,
+        count_usage,
+        plan,
+        remove_expert,
+        train,
+        unload,
+    )
     from mergekit_moe_ext.mixtures.usage import Usage
     from mergekit_moe_ext.recipes import Adaptation, Recipe
     from mergekit_moe_ext.wemoe.clip_heads import TEMPLATES, write_clip_head
@@ -39,10 +49,12 @@ __all__ = [
     "UserError",
     "__version__",
     "adapt",
+    "add_expert",
     "analysis",
     "count_usage",
     "options_of",
     "plan",
+    "remove_expert",
     "train",
     "unload",
     "write_clip_head",
@@ -57,9 +69,11 @@ _MODULES = {
     "Usage": "mergekit_moe_ext.mixtures.usage",
     "UserError": "_mergekit_moe_ext_common.errors",
     "adapt": "mergekit_moe_ext.commands",
+    "add_expert": "mergekit_moe_ext.commands",
     "count_usage": "mergekit_moe_ext.commands",
     "options_of": "_mergekit_moe_ext_common.options",
     "plan": "mergekit_moe_ext.commands",
+    "remove_expert": "mergekit_moe_ext.commands",
     "train": "mergekit_moe_ext.commands",
     "unload": "mergekit_moe_ext.commands",
     "write_clip_head": "mergekit_moe_ext.wemoe.clip_heads",

@@ -45,7 +45,9 @@ def run_yaml(merge_options: "MergeOptions", config_file: str, out_path: str) -> 
     from mergekit.merge import run_merge
 
     merge_options.apply_global_options()
-    config, source = commands.read_configuration(config_file)
+    config, source, is_converted = commands.read_configuration(config_file)
+    if is_converted:
+        click.echo(source, err=True)
     run_merge(config, out_path, options=merge_options, config_source=source)
 
 
@@ -60,26 +62,127 @@ def plan(merge_options: "MergeOptions", config_file: str, plot: Path | None) -> 
         planned.draw(plot)
 
 
+def add_experts(
+    merge_options: "MergeOptions",
+    model: str,
+    experts: tuple[str, ...],
+    names: tuple[str, ...],
+    output_dir: str,
+    gate_init: Any,
+    margin: float | None,
+    positive_prompts: tuple[str, ...],
+    negative_prompts: tuple[str, ...],
+) -> None:
+    """Add experts to every layer of the mixture MODEL: the FFNs of dense models of its family.
+
+    All that MODEL has stays as it is. The gates then have a row more for each new expert, which
+    `train --train gates --only-experts NAME` trains.
+    """
+    merge_options.apply_global_options()
+    commands.add_expert(
+        model,
+        experts,
+        output_dir,
+        names=names,
+        gate_init=gate_init,
+        margin=margin,
+        positive_prompts=positive_prompts,
+        negative_prompts=negative_prompts,
+        options=merge_options,
+    )
+
+
+def remove_experts(
+    merge_options: "MergeOptions", model: str, experts: tuple[str, ...], output_dir: str
+) -> None:
+    """Remove experts from every layer of the mixture MODEL. All else stays as it is."""
+    merge_options.apply_global_options()
+    commands.remove_expert(model, experts, output_dir, options=merge_options)
+
+
 def _merge_command(name: str, run: Callable[..., None], *parameters: Callable) -> DeferredCommand:
-    """A command that takes a configuration and all of mergekit's options."""
+    """A command that takes all of mergekit's options."""
 
     def build() -> click.Command:
         from mergekit.options import PrettyPrintHelp, add_merge_options
 
         command = in_order(*parameters)(add_merge_options(run))
-        configuration = click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
-        return click.command(name, cls=PrettyPrintHelp)(configuration(command))
+        return click.command(name, cls=PrettyPrintHelp)(command)
 
     return DeferredCommand(name, run, build)
 
 
+_CONFIGURATION = click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
 _PLOT = click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Figure of caem's allocation, to be drawn: *.png, *.pdf or *.svg.",
 )
-main.add_command(_merge_command("yaml", run_yaml, click.argument("out_path", type=click.Path())))
-main.add_command(_merge_command("plan", plan, _PLOT))
+_OUT_PATH = click.argument("out_path", type=click.Path())
+main.add_command(_merge_command("yaml", run_yaml, _CONFIGURATION, _OUT_PATH))
+main.add_command(_merge_command("plan", plan, _CONFIGURATION, _PLOT))
+main.add_command(
+    _merge_command(
+        "add-expert",
+        add_experts,
+        click.argument("model"),
+        click.option(
+            "--expert",
+            "experts",
+            multiple=True,
+            required=True,
+            metavar="DENSE",
+            help="Dense model, or base+lora, whose FFNs become an expert. May be repeated.",
+        ),
+        click.option(
+            "--name", "names", multiple=True, help="Name of the expert, one for each --expert."
+        ),
+        output_directory("Directory of the grown mixture.", required=True),
+        click.option(
+            "--gate-init",
+            type=click.Choice(["mean", "prompts", "zeros"]),
+            default="mean",
+            show_default=True,
+            help="Initial rows of the gates: the mean of the others' rows, less the margin; made "
+            "of prompts; or zeros.",
+        ),
+        click.option(
+            "--margin",
+            type=click.FloatRange(min=0),
+            help="Difference of the new expert's mean logit from the mean of the others'. Above 0 "
+            "the mixture is loaded for one forward pass. [default: 5]",
+        ),
+        click.option(
+            "--positive-prompts",
+            multiple=True,
+            metavar="FILE",
+            help="Texts that the expert is for, one per line, for --gate-init prompts; one file "
+            "for each --expert.",
+        ),
+        click.option(
+            "--negative-prompts",
+            multiple=True,
+            metavar="FILE",
+            help="Texts that the expert is not for, in the same way. [default: random tokens]",
+        ),
+    )
+)
+main.add_command(
+    _merge_command(
+        "remove-expert",
+        remove_experts,
+        click.argument("model"),
+        click.option(
+            "--expert",
+            "experts",
+            multiple=True,
+            required=True,
+            metavar="NUMBER|NAME",
+            help="Expert to remove. May be repeated.",
+        ),
+        output_directory("Directory of the smaller mixture.", required=True),
+    )
+)
 
 
 @main.command()
@@ -150,12 +253,20 @@ def usage(
     help="Part that is trained: the router, which may be called gates; the projectors of a "
     "sequence MoE; or all. May be repeated.",
 )
+@click.option(
+    "--only-experts",
+    multiple=True,
+    metavar="NUMBER|NAME",
+    help="With --train gates: expert whose rows of the gates are trained, while the other rows "
+    "stay as they are. May be repeated. [default: all]",
+)
 @training_options("Directory of the trained model. [default: MODEL-trained]")
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
 def train(
     model: str,
     parts: tuple[Any, ...],
+    only_experts: tuple[str, ...],
     data: tuple[str, ...],
     weights: tuple[str, ...],
     eval_data: tuple[str, ...],
@@ -185,6 +296,7 @@ def train(
         weights=numbers_by_name("--weight", weights),
         eval_data=eval_data,
         resume=resume,
+        only_experts=only_experts,
     )
     if losses:
         click.echo(before_and_after(losses))

@@ -40,6 +40,7 @@ class PlannedMerge:
     computed: the number of tensors that are made anew.
     donor: the model that config and tokenizer come from.
     notes: what the method decided from data, in Markdown.
+    converted: the configuration that is run, where it was given in the form of mergekit-moe.
     """
 
     method: str
@@ -59,6 +60,7 @@ class PlannedMerge:
     seed: int
     donor: str
     notes: str
+    converted: str = ""
     figure: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
 
     def draw(self, path: str | Path) -> None:
@@ -90,6 +92,8 @@ class PlannedMerge:
         lines.append(f"config and tokenizer from {self.donor}")
         if self.notes:
             lines.append(f"\n{self.notes}")
+        if self.converted:
+            lines.append(f"\n{self.converted.rstrip()}")
         return "\n".join(lines)
 
 
@@ -123,10 +127,7 @@ def plan(
     from mergekit_moe_ext.merging.preflight import read_job
     from mergekit_moe_ext.methods import METHODS
 
-    if isinstance(config, Mapping):
-        merge_config = _validated(dict(config), "the configuration")
-    else:
-        merge_config, _source = read_configuration(config)
+    merge_config, source, is_converted = read_configuration(config)
     method = structural_method(merge_config.merge_method)
     if method is None:
         names = ", ".join(each.spec.name for each in METHODS if isinstance(each, StructuralMethod))
@@ -154,21 +155,35 @@ def plan(
         seed=job.seed,
         donor=str(job.donor),
         notes=planned.notes,
+        converted=source if is_converted else "",
         figure=planned.draw,
     )
 
 
-def read_configuration(path: str | Path) -> "tuple[MergeConfiguration, str]":
-    """The configuration in a YAML file, and its text.
+def read_configuration(
+    config: str | Path | Mapping[str, Any],
+) -> "tuple[MergeConfiguration, str, bool]":
+    """The configuration in a YAML file or a mapping, its text, and whether it was converted from
+    the form of mergekit-moe.
 
-    `UserError` for a file that mergekit would not take.
+    `UserError` for a configuration that mergekit would not take.
     """
-    try:
-        source = Path(path).read_text(encoding="utf-8")
-        document = yaml.safe_load(source)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}") from error
-    return _validated(document, str(path)), source
+    from mergekit_moe_ext.merging.mergekit_moe import converted, is_mergekit_moe
+
+    name = "the configuration" if isinstance(config, Mapping) else str(config)
+    if isinstance(config, Mapping):
+        document: Any = dict(config)
+        source = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    else:
+        try:
+            source = Path(config).read_text(encoding="utf-8")
+            document = yaml.safe_load(source)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{config}: {error}") from error
+    is_foreign = is_mergekit_moe(document)
+    if is_foreign:
+        document, source = converted(document)
+    return _validated(document, name), source, is_foreign
 
 
 def _validated(document: Any, name: str) -> "MergeConfiguration":
@@ -186,6 +201,99 @@ def _validated(document: Any, name: str) -> "MergeConfiguration":
         raise UserError(f"{name}: {place}: {first['msg']}") from error
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def add_expert(
+    model: str,
+    experts: Sequence[str],
+    output: str,
+    *,
+    names: Sequence[str] = (),
+    gate_init: Literal["mean", "prompts", "zeros"] = "mean",
+    margin: float | None = None,
+    positive_prompts: Sequence[str | Sequence[str]] = (),
+    negative_prompts: Sequence[str | Sequence[str]] = (),
+    options: "MergeOptions | None" = None,
+) -> None:
+    """Add experts to every layer of a mixture of experts, and leave all else of it as it is.
+
+    Args:
+        model: the mixture, a directory or a name on the Hub. It is left as it is.
+        experts: dense models, or `base+lora`, whose FFNs become an expert each.
+        output: the directory of the grown mixture.
+        names: names of the new experts, one each, or none.
+        gate_init: the initial rows of the gates for the new experts.
+        margin: the difference of a new expert's mean logit from the mean of the others'; 5 if None.
+        positive_prompts: for `gate_init="prompts"`, per expert a text file with a prompt per line,
+            or the prompts: texts that it is for.
+        negative_prompts: the same for texts that it is not for, or none.
+        options: mergekit's own options; its defaults if None.
+
+    Raises `UserError` for a dense model that does not fit the mixture, and for an output that
+    exists.
+
+    >>> add_expert("mixture", ["math"], "grown", names=["math"])
+    """
+    per_expert = {
+        "name": names,
+        "positive_prompts": positive_prompts,
+        "negative_prompts": negative_prompts,
+    }
+    for key, values in per_expert.items():
+        if values and len(values) != len(experts):
+            raise UserError(
+                f"{len(values)} {key} for {len(experts)} expert(s): give one for each, or none"
+            )
+    models = []
+    for index, expert in enumerate(experts):
+        parameters = {}
+        for key, values in per_expert.items():
+            if values:
+                value = values[index]
+                parameters[key] = value if isinstance(value, str) else list(value)
+        models.append({"model": expert, **({"parameters": parameters} if parameters else {})})
+    settings: dict[str, Any] = {"into": model, "gate_init": gate_init}
+    if margin is not None:
+        settings["margin"] = float(margin)
+    document = {"merge_method": "moe", "models": models, "parameters": settings}
+    _run_merge(document, output, options)
+
+
+def remove_expert(
+    model: str,
+    experts: Sequence[str | int],
+    output: str,
+    *,
+    options: "MergeOptions | None" = None,
+) -> None:
+    """Remove experts from every layer of a mixture of experts, and leave all else of it as it is.
+
+    Args:
+        model: the mixture, a directory or a name on the Hub. It is left as it is.
+        experts: the experts, by number from 0 on, or by name.
+        output: the directory of the smaller mixture.
+        options: mergekit's own options; its defaults if None.
+
+    Raises `UserError` for an expert that is not there, where too few experts are left, and for an
+    output that exists.
+
+    >>> remove_expert("grown", ["math"], "smaller")
+    """
+    document = {
+        "merge_method": "remove_experts",
+        "models": [{"model": model}],
+        "parameters": {"experts": list(experts)},
+    }
+    _run_merge(document, output, options)
+
+
+def _run_merge(document: Mapping[str, Any], output: str, options: "MergeOptions | None") -> None:
+    """Run the merge of a configuration."""
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    config, source, _is_converted = read_configuration(document)
+    run_merge(config, output, options=options or MergeOptions(), config_source=source)
 
 
 def count_usage(
@@ -237,6 +345,7 @@ def train(
     weights: Mapping[str, float] | None = None,
     eval_data: Sequence[str] = (),
     resume: bool = False,
+    only_experts: Sequence[str] = (),
 ) -> Losses | None:
     """Train the router of a mixture of experts, its projectors, or all of it, on texts.
 
@@ -252,6 +361,8 @@ def train(
             rows are read.
         eval_data: texts to measure on, in place of the held-out rows of the source of that name.
         resume: whether to go on after the last checkpoint of an interrupted training.
+        only_experts: with `"gates"`, the experts, by name or number, whose rows of the gates are
+            trained, while the other rows stay as they are; all if there are none.
 
     Returns the held-out loss of every source before and after; None in all but the main process.
 
@@ -276,6 +387,7 @@ def train(
         weights=weights,
         eval_data=eval_data,
         resume=resume,
+        only_experts=only_experts,
     )
 
 

@@ -36,6 +36,29 @@ def extend_merge_module(merge: Any) -> None:
     merge.MergePlanner = MergePlanner
     merge.get_architecture_info = _planning_structural_methods(merge.get_architecture_info)
     merge.run_merge = _staging_structural_methods(merge.run_merge, merge)
+    _explain_mergekit_moe(merge.MergeConfiguration)
+
+
+def _explain_mergekit_moe(configuration: Any) -> None:
+    """Make mergekit say what a configuration in the form of mergekit-moe is, which it refuses in
+    any case.
+    """
+    from _mergekit_moe_ext_common.errors import UserError
+    from mergekit_moe_ext.merging.mergekit_moe import is_mergekit_moe
+
+    stock = configuration.model_validate.__func__
+
+    @functools.wraps(stock)
+    def model_validate(cls: Any, document: Any, *arguments: Any, **keywords: Any) -> Any:
+        if is_mergekit_moe(document):
+            raise UserError(
+                "this configuration has the form of mergekit-moe (`experts:` with "
+                "`source_model:`): run it with `mergekit-moe`, or with `mergekit-moe-ext yaml`, "
+                "which converts it to `merge_method: moe`"
+            )
+        return stock(cls, document, *arguments, **keywords)
+
+    configuration.model_validate = classmethod(model_validate)
 
 
 def _planning_structural_methods(stock: Callable) -> Callable:
@@ -84,7 +107,7 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
         check_settings(donor, str(job.donor.model))
         check_room(out, prepared.plan.bytes)
         makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
-        stock_config = merge_config.model_copy(
+        stock_config = job.config.model_copy(
             update={} if makes_tokenizer else {"chat_template": None}
         )
         with staged(out) as directory:

@@ -78,7 +78,10 @@ def test_importing_a_package_and_its_commands_loads_no_host(package):
 
 @pytest.mark.parametrize(
     ("package", "of_hosts"),
-    [("mergekit_moe_ext", ("yaml", "plan")), ("peft_routing", ("compose",))],
+    [
+        ("mergekit_moe_ext", ("yaml", "plan", "add-expert", "remove-expert")),
+        ("peft_routing", ("compose",)),
+    ],
 )
 def test_help_loads_no_host_where_no_option_comes_from_one(package, of_hosts):
     result = python(HELP.format(package=package, hosts=of_hosts) + PRINT_HOSTS)
@@ -176,8 +179,9 @@ def run_examples(package, names):
 
 
 def test_the_examples_for_mixtures_run(everything):
-    run_examples(mergekit_moe_ext, ["plan", "count_usage", "train", "adapt", "unload"])
-    for directory in ("mixture-trained", "ensemble-adapted", "stock"):
+    names = ["plan", "count_usage", "train", "add_expert", "remove_expert", "adapt", "unload"]
+    run_examples(mergekit_moe_ext, names)
+    for directory in ("mixture-trained", "grown", "smaller", "ensemble-adapted", "stock"):
         assert (everything / directory / "model.safetensors").exists()
 
 

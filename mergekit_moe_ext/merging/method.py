@@ -109,11 +109,12 @@ class Job:
 
 @dataclass(frozen=True)
 class CopiedTensor:
-    """A tensor of a source that the output takes as it is."""
+    """A tensor of a source that the output takes as it is, or cast to `dtype`."""
 
     model: ModelReference
     name: str  # in the source's files
     shape: tuple[int, ...]  # as the source's header has it
+    dtype: str | None = None  # where the configuration names none
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,12 @@ class StructuralMethod(MergeMethod):
     @abstractmethod
     def shared_method_name(self, options: Any) -> str:
         """The name of the tensor method that merges the shared parameters."""
+
+    def completed(self, config: MergeConfiguration, options: Any) -> MergeConfiguration:
+        """The configuration with what the method's own options say of it. `UserError` for an
+        option that does not go with it.
+        """
+        return config
 
     @abstractmethod
     def plan(self, job: Job) -> Plan:

@@ -245,7 +245,7 @@ class MergePlanner(StockMergePlanner):
         by_layer: dict[str, list[tuple[str, LoadTensor]]] = defaultdict(list)
         for name, copy in self._plan_of_job.copies.items():
             layer = _LAYER.search(name)
-            load = self._job.load(copy.model, copy.name, self.config.dtype)
+            load = self._job.load(copy.model, copy.name, self.config.dtype or copy.dtype)
             by_layer[layer.group(1) if layer else ""].append((name, load))
         tasks = []
         for copies in by_layer.values():

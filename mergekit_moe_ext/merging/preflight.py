@@ -125,6 +125,7 @@ def read_job(
     _check_dtypes(config)
     parameters = config.parameters or {}
     options: Any = _read_options(method.options_type, parameters, "`parameters:`")
+    config = method.completed(config, options)
     shared = _shared_method(method.shared_method_name(options))
 
     shared_per_model = [parameter.name for parameter in shared.spec.input_parameters]

@@ -20,6 +20,7 @@ from mergekit_moe_ext.mixtures.routers import routers_of, stack_of
 
 _LAYER = re.compile(r".*?\.\d+\.")
 _NUMBER = re.compile(r"\d+")
+_NAMES = "expert_names"
 _KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -71,9 +72,37 @@ def is_mixture(config: PretrainedConfig) -> bool:
 
 
 def with_num_experts(config: PretrainedConfig, number: int) -> PretrainedConfig:
+    """The config with another number of experts, which are then without names."""
     changed = copy.deepcopy(config)
     setattr(language_config(changed), _key(config), number)
+    vars(changed).pop(_NAMES, None)
     return changed
+
+
+def expert_names(config: PretrainedConfig) -> list[str | None]:
+    """The name of every expert of a mixture, None for those without one."""
+    number = num_experts(config)
+    names = getattr(config, _NAMES, None)
+    if names is None:
+        return [None] * number
+    if not isinstance(names, list) or len(names) != number:
+        raise UserError(
+            f"`{_NAMES}` in the config of {config.name_or_path or 'the mixture'} is not a list of "
+            f"{number} names, one per expert"
+        )
+    return names
+
+
+def index_of_expert(config: PretrainedConfig, expert: str) -> int:
+    """The index of the expert of this name or number. `UserError` where there is none."""
+    names = expert_names(config)
+    if expert in names:
+        return names.index(expert)
+    if expert.isdigit() and int(expert) < len(names):
+        return int(expert)
+    named = [f"{index} ({name})" for index, name in enumerate(names) if name is not None]
+    known = f"; of these have names: {', '.join(named)}" if named else ", none of which has a name"
+    raise UserError(f"there is no expert {expert!r}: they are 0 to {len(names) - 1}{known}")
 
 
 def _key(config: PretrainedConfig) -> str:

@@ -14,7 +14,7 @@ under `accelerate launch`, on many. Ours differs from it where a mixture of expe
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from datasets import Dataset
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
+from _mergekit_moe_ext_common.cards import extend_card, in_markdown, sources_in_markdown
 from _mergekit_moe_ext_common.data import fingerprint, real_tokens, training_batches
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import (
@@ -63,6 +63,7 @@ from mergekit_moe_ext.mixtures.parts import (
     parts_to_train,
 )
 from mergekit_moe_ext.mixtures.routers import load_balancing_loss, recorded, routes_sequences
+from mergekit_moe_ext.mixtures.rows import OtherRowsFixed, check_chosen, indices_of
 from mergekit_moe_ext.mixtures.sequences import (
     balance_of_texts,
     check_sequences,
@@ -176,8 +177,11 @@ def train(
     weights: Mapping[str, float] | None = None,
     eval_data: Sequence[str] = (),
     resume: bool = False,
+    only_experts: Sequence[str] = (),
 ) -> Losses | None:
     """Train a mixture of experts and write the result to `output`.
+
+    With `only_experts`, by name or number, the rows of the other experts' gates stay as they are.
 
     Returns the held-out loss of every source before and after; None in all but the main process.
     `output` is `<model>-trained` if not given. Checkpoints lie in `<output>.checkpoints` until the
@@ -187,10 +191,13 @@ def train(
     config = load_config(model_path, reading)
     is_sequence_moe = routes_sequences(config)
     # A process runs only the experts that its texts chose, and what is split needs all processes.
-    run = Run(output or f"{model_path.rstrip('/')}-trained", reading, splits=not is_sequence_moe)
+    # A gate that is split has no rows to keep.
+    splits = not is_sequence_moe and not only_experts
+    run = Run(output or f"{model_path.rstrip('/')}-trained", reading, splits=splits)
     headers = check_model(model_path, config, reading)
     chosen = chosen_parts(part, config)
     parts = parts_to_train(chosen, config, headers, recipe)
+    free_rows = _free_rows(config, chosen, only_experts)
     rate = recipe.learning_rate
     if rate is None:
         rate = LEARNING_RATE_OF_ALL if "rest" in parts else LEARNING_RATE_OF_PARTS
@@ -210,7 +217,7 @@ def train(
         training, held_out = read_data(
             data, weights, eval_data, tokenizer, config, reading, recipe, first_label=first_label
         )
-    run.begin(_settings(model_path, chosen, training, recipe), resume=resume)
+    run.begin(_settings(model_path, chosen, training, recipe, free_rows), resume=resume)
 
     model = load_model(model_path, config, reading, headers=headers, dtype="auto")
     dtypes = dtypes_of(model)
@@ -222,6 +229,11 @@ def train(
     batch = training_batches(model, pad_token_id, first_label)
     if not is_sequence_moe:
         _check_gradient(model, batch([training[0]]), parts, recipe)
+    callbacks = []
+    if free_rows:
+        if not recipe.router_aux_loss:
+            check_chosen(model, _first_batches(training, batch), free_rows)
+        callbacks.append(OtherRowsFixed(model, free_rows))
     trainer = (SequenceTrainer if is_sequence_moe else MoeTrainer)(
         model,
         arguments,
@@ -230,6 +242,7 @@ def train(
         eval_dataset=held_out or None,
         router_aux_loss=recipe.router_aux_loss,
         learning_rates=learning_rates(model, recipe, rate),
+        callbacks=callbacks,
     )
     run.train(trainer)
     run.end_group()
@@ -241,7 +254,7 @@ def train(
     run.check_converged(trainer, losses, "take a lower --learning-rate")
     with run.finish() as directory:
         _write(directory, trainer, model_path, tokenizer, reading)
-        extend_card(directory, _card(chosen, data, run.settings, losses))
+        extend_card(directory, _card(chosen, data, run.settings, losses, only_experts))
     return losses
 
 
@@ -257,8 +270,28 @@ def _settled(recipe: Recipe, config: Any, learning_rate: float, *, is_partial: b
     )
 
 
+def _free_rows(config: Any, chosen: Sequence[str], experts: Sequence[str]) -> list[int]:
+    """The indices of the experts whose rows of the gates alone are trained; none where all are."""
+    if not experts:
+        return []
+    if list(chosen) != ["gates"]:
+        raise UserError("--only-experts is for --train gates: it trains their rows of the gates")
+    return indices_of(config, experts)
+
+
+def _first_batches(training: Dataset, batch: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Sixteen rows from all over the data, one at a time."""
+    number = min(16, len(training))
+    for index in range(number):
+        yield _without_labels(batch([training[index * len(training) // number]]))
+
+
 def _settings(
-    model_path: str, chosen: Sequence[str], training: Dataset, recipe: Recipe
+    model_path: str,
+    chosen: Sequence[str],
+    training: Dataset,
+    recipe: Recipe,
+    free_rows: Sequence[int],
 ) -> dict[str, Any]:
     reference = ModelReference.model_validate(model_path)
     return {
@@ -266,6 +299,7 @@ def _settings(
         "train": ", ".join(chosen),
         "weights": checkpoint_fingerprint(reference, MergeOptions()),
         "data": fingerprint(training),
+        **({"only_experts": list(free_rows)} if free_rows else {}),
         **asdict(recipe),
     }
 
@@ -353,6 +387,7 @@ def _card(
     data: Sequence[str],
     settings: Mapping[str, Any],
     losses: Losses,
+    only_experts: Sequence[str],
 ) -> list[str]:
     subjects = {
         "gates": "the gates alone were",
@@ -361,6 +396,9 @@ def _card(
         "all": "all parameters were",
     }
     subject = "projectors and router were" if len(chosen) > 1 else subjects[chosen[0]]
+    if only_experts:
+        named = ", ".join(in_markdown(expert) for expert in only_experts)
+        subject = f"the gates' rows of the experts {named} alone were"
     sources = sources_in_markdown(data)
     names = [*_ON_CARD, *[name for name in _ON_CARD_IF_STATED if settings[name]]]
     numbers = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in names)

@@ -58,7 +58,7 @@ def initial_gates(
     options = job.merge_options
     states = PromptStates(
         model=job.donor,
-        prompts=_tokenised_prompts(job),
+        prompts=tokenised_prompts(job, f"gate_mode: {mode}"),
         ffns=tuple(stack.ffn.format(layer=layer) for stack, layer in layers),
         mode=mode,
         embedding=embedding,
@@ -73,8 +73,11 @@ def initial_gates(
     return gates
 
 
-def _tokenised_prompts(job: Job) -> tuple[tuple[Tokens, Tokens], ...]:
-    """The positive and negative prompts of every expert, as token ids."""
+def tokenised_prompts(job: Job, asked: str) -> tuple[tuple[Tokens, Tokens], ...]:
+    """The positive and negative prompts of every expert, as token ids of the donor's tokenizer.
+
+    `asked` is the option, with its value, that needs them.
+    """
     texts = []
     for index, options in enumerate(job.model_options):
         where = f"under models[{index}].parameters"
@@ -82,7 +85,7 @@ def _tokenised_prompts(job: Job) -> tuple[tuple[Tokens, Tokens], ...]:
         negative = _texts(options.negative_prompts, f"negative_prompts {where}")
         if not positive:
             raise UserError(
-                f"gate_mode: {job.options.gate_mode} needs `positive_prompts` {where} "
+                f"{asked} needs `positive_prompts` {where} "
                 f"({job.experts[index]}): texts that should be sent to this expert"
             )
         texts.append((positive, negative))
@@ -95,8 +98,8 @@ def _tokenised_prompts(job: Job) -> tuple[tuple[Tokens, Tokens], ...]:
         tokenizer = tokenizer_of(job.donor, job.merge_options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"gate_mode: {job.options.gate_mode} needs the tokenizer of {job.donor}, which cannot "
-            f"be read: {str(error).splitlines()[0]}"
+            f"{asked} needs the tokenizer of {job.donor}, which cannot be read: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
     # By hand, as mergekit-moe does: not every tokenizer adds the token that begins a text.

@@ -43,7 +43,7 @@ from mergekit_moe_ext.upcycling.families import upcycling_for
 from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
 from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates
 
-_MERGEME = "https://arxiv.org/abs/2502.00997"
+MERGEME = "https://arxiv.org/abs/2502.00997"
 _BTX = "https://arxiv.org/abs/2403.07816"
 # By tensor method: its parameters in MergeME's experiments (appendix A).
 _PARAMETERS_OF_MERGEME: dict[str, dict[str, Any]] = {
@@ -92,9 +92,11 @@ class MoeModelOptions(ModelOptions):
 class MoeMethod(StructuralMethod):
     """The method `moe`, or, with a fixed `shared` method, one of its other spellings."""
 
-    model_options_type = MoeModelOptions
+    model_options_type: type[MoeModelOptions] = MoeModelOptions
 
-    def __init__(self, name: str, pretty_name: str, reference_url: str, shared: str | None = None):
+    def __init__(
+        self, name: str, pretty_name: str, reference_url: str | None, shared: str | None = None
+    ):
         merged_by = f"the {shared} method" if shared else "the method that `shared` names"
         if shared in _PARAMETERS_OF_MERGEME:
             merged_by += " as in MergeME (density 0.8, lambda 1/fine-tunes, no normalisation)"
@@ -331,10 +333,9 @@ def _stacked_experts(
 
 
 MOE_METHODS = (
-    MoeMethod("moe", "Mixture of experts", _MERGEME),
     MoeMethod("moe_linear", "BTX (mixture of experts, averaged shared parameters)", _BTX, "linear"),
     MoeMethod(
-        "moe_ties", "MergeME (mixture of experts, TIES shared parameters)", _MERGEME, "fast_ties"
+        "moe_ties", "MergeME (mixture of experts, TIES shared parameters)", MERGEME, "fast_ties"
     ),
-    MoeMethod("moe_dare", "MergeME (mixture of experts, DARE shared parameters)", _MERGEME, "dare"),
+    MoeMethod("moe_dare", "MergeME (mixture of experts, DARE shared parameters)", MERGEME, "dare"),
 )

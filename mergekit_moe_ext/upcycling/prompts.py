@@ -53,19 +53,21 @@ def hidden_states(
             lengths = torch.tensor([len(prompt) for prompt in batch])
             ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
             real = torch.arange(ids.shape[1]) < lengths[:, None]
+            inputs = {"input_ids": ids, "attention_mask": real.long()}
+            if model.config.is_encoder_decoder:  # both read the prompt
+                inputs["decoder_input_ids"] = ids
+                inputs["decoder_attention_mask"] = real.long()
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             with torch.no_grad():
-                model(
-                    input_ids=ids.to(model.device),
-                    attention_mask=real.long().to(model.device),
-                    use_cache=False,
-                )
+                model(**inputs, use_cache=False)
             # Weights (prompts, tokens) that sum up to one for each prompt.
             if average:
                 weights = real / lengths[:, None]
             else:
                 weights = (torch.arange(ids.shape[1]) == lengths[:, None] - 1).float()
             for layer, name in enumerate(ffns):
-                states = received.pop(name).float().cpu()
+                # Some modules receive (prompts * tokens, hidden).
+                states = received.pop(name).float().cpu().reshape(*ids.shape, -1)
                 total[layer] += torch.einsum("pt,pth->h", weights, states)
     finally:
         for hook in hooks:
@@ -103,6 +105,14 @@ def warn_of_degenerate(gates: torch.Tensor) -> None:
         )
 
 
+def opened(path: str, device: str, trust_remote_code: bool, quiet: bool) -> Any:
+    """The model in a directory, in the dtype that it is stored in, for forward passes."""
+    reading = Reading(trust_remote_code=trust_remote_code, quiet=quiet)
+    device_map = "auto" if device.startswith("cuda") else None
+    config = load_config(path, reading)
+    return load_model(path, config, reading, dtype="auto", device_map=device_map)
+
+
 class PromptStates(Task[torch.Tensor]):
     """The states of positive minus negative prompts, per gate and expert, scaled to length one:
     (gates, experts, hidden).
@@ -132,10 +142,7 @@ class PromptStates(Task[torch.Tensor]):
         else:
             source = self.model.merged(self.lora_merge_cache, self.trust_remote_code)
             path = source.local_path(self.transformers_cache)
-            reading = Reading(trust_remote_code=self.trust_remote_code, quiet=self.quiet)
-            device_map = "auto" if self.device.startswith("cuda") else None
-            config = load_config(path, reading)
-            model = load_model(path, config, reading, dtype="auto", device_map=device_map)
+            model = opened(path, self.device, self.trust_remote_code, self.quiet)
 
             def states(prompts: Tokens) -> torch.Tensor:
                 return hidden_states(model, self.ffns, prompts, average=self.mode == "hidden_avg")

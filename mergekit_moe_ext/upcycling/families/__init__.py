@@ -25,7 +25,18 @@ from mergekit_moe_ext.upcycling.families.declaration import (
     moe_config,
 )
 
-__all__ = ["Rewriting", "Stack", "Upcycling", "moe_config", "register_family", "upcycling_for"]
+__all__ = [
+    "Rewriting",
+    "Stack",
+    "Upcycling",
+    "families_into",
+    "moe_config",
+    "register_family",
+    "upcycling_for",
+]
+
+# Config keys that mixtures of experts have.
+_NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 # By the model type of the dense model, in the order in which they are tried.
 _FAMILIES: dict[str, list[Upcycling]] = {}
@@ -92,6 +103,12 @@ def _check_known(model: ModelReference, config: PretrainedConfig) -> None:
         if architecture in (None, family.dense[config.model_type]):
             config.architectures = [family.dense[config.model_type]]
             return
+    if any(getattr(config, key, None) for key in _NUMBERS_OF_EXPERTS):
+        raise UserError(
+            f"{model} is a mixture of experts already ({architecture or config.model_type}): "
+            "`merge_method: caem` merges mixtures, and `into:` under `parameters:` of `moe` adds "
+            "dense models to one"
+        )
     raise UserError(
         f"{model} is a {architecture or config.model_type}, which has no "
         f"mixture-of-experts architecture here; supported: {_supported()}"
@@ -158,6 +175,17 @@ def _compared(family: Upcycling, config: PretrainedConfig) -> dict[str, Any]:
     if window and window >= config.max_position_embeddings:
         compared["sliding_window"] = None
     return compared
+
+
+def families_into(architecture: str) -> list[Upcycling]:
+    """The families whose mixture of experts is of this architecture."""
+    _register_ours()
+    families: list[Upcycling] = []
+    for of_model_type in _FAMILIES.values():
+        for family in of_model_type:
+            if family.moe == architecture and family not in families:
+                families.append(family)
+    return families
 
 
 def _register(family: Upcycling) -> None:

@@ -33,6 +33,8 @@ class Stack:
     merged: {tensor of the output: the dense tensor that is merged over the sources to make it}.
     zeros: tensors that start at zero.
     constants: {tensor of the output: the value that all its elements have}.
+    shared_expert: {tensor of the expert that every token passes: the dense tensor that it is made
+        of, where the user names a model for that}.
     """
 
     ffn: str
@@ -43,6 +45,7 @@ class Stack:
     merged: Mapping[str, str] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
     constants: Mapping[str, float] = field(default_factory=dict)
+    shared_expert: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Upcycling:
     options: the names of options of the merge that only this architecture has.
     rewritings: by model type, the tensors of dense models that are stored or used in another way
         than the MoE's. All other names are those of the dense architecture.
+    with_shared_expert: the config's values with a shared expert, in an architecture that need not
+        have one.
     """
 
     dense: Mapping[str, str]
@@ -88,6 +93,17 @@ class Upcycling:
     experts_per_token: int | None = None
     options: frozenset[str] = frozenset()
     rewritings: Mapping[str, tuple[Rewriting, ...]] = field(default_factory=dict)
+    with_shared_expert: Mapping[str, object] = field(default_factory=dict)
+
+
+def shared_expert(ffn: str, expert: str) -> dict[str, str]:
+    """The tensors of a shared expert, by the names of the modules of the dense FFN and of the
+    expert.
+    """
+    tensors = {}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        tensors[f"{expert}.{name}.weight"] = f"{ffn}.{name}.weight"
+    return tensors
 
 
 def moe_config(

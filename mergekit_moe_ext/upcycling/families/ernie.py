@@ -2,7 +2,12 @@
 
 from transformers import Ernie4_5_MoeConfig, PretrainedConfig
 
-from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.declaration import (
+    Stack,
+    Upcycling,
+    moe_config,
+    shared_expert,
+)
 from mergekit_moe_ext.upcycling.families.qwen import EXPERTS, GATE
 
 
@@ -36,8 +41,12 @@ ERNIE_MOE = Upcycling(
             experts=EXPERTS,
             gate=GATE,
             zeros=("model.layers.{layer}.mlp.moe_statics.e_score_correction_bias",),
+            shared_expert=shared_expert(
+                "model.layers.{layer}.mlp", "model.layers.{layer}.mlp.shared_experts"
+            ),
         ),
     ),
     output_config=_output_config,
     refuse=_refuse,
+    with_shared_expert={"moe_num_shared_experts": 1},
 )

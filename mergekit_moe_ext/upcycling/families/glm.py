@@ -12,6 +12,7 @@ from mergekit_moe_ext.upcycling.families.declaration import (
     Stack,
     Upcycling,
     moe_config,
+    shared_expert,
 )
 from mergekit_moe_ext.upcycling.families.mixtral import FUSED_PROJECTIONS
 from mergekit_moe_ext.upcycling.families.qwen import EXPERTS, GATE
@@ -75,6 +76,7 @@ GLM4_MOE = Upcycling(
                 f"{_FFN}.shared_experts.down_proj.weight",
                 f"{_FFN}.gate.e_score_correction_bias",
             ),
+            shared_expert=shared_expert(_FFN, f"{_FFN}.shared_experts"),
         ),
     ),
     output_config=_output_config,

@@ -2,7 +2,12 @@
 
 from transformers import HunYuanMoEV1Config, PretrainedConfig
 
-from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.declaration import (
+    Stack,
+    Upcycling,
+    moe_config,
+    shared_expert,
+)
 from mergekit_moe_ext.upcycling.families.qwen import EXPERTS
 
 _FFN = "model.layers.{layer}.mlp"
@@ -34,6 +39,7 @@ HUNYUAN_MOE = Upcycling(
                 f"{_FFN}.shared_mlp.up_proj.weight": f"{_FFN}.up_proj.weight",
             },
             zeros=(f"{_FFN}.shared_mlp.down_proj.weight",),
+            shared_expert=shared_expert(_FFN, f"{_FFN}.shared_mlp"),
         ),
     ),
     output_config=_output_config,

@@ -7,7 +7,12 @@ model needs.
 
 from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling, moe_config
+from mergekit_moe_ext.upcycling.families.declaration import (
+    Stack,
+    Upcycling,
+    moe_config,
+    shared_expert,
+)
 
 _FFN = "model.layers.{layer}.mlp"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -123,6 +128,7 @@ QWEN2_MOE = Upcycling(
                 f"{_FFN}.shared_expert.up_proj.weight": f"{_FFN}.up_proj.weight",
             },
             zeros=(f"{_FFN}.shared_expert.down_proj.weight", f"{_FFN}.shared_expert_gate.weight"),
+            shared_expert=shared_expert(_FFN, f"{_FFN}.shared_expert"),
         ),
     ),
     output_config=_qwen2_config,
