@@ -51,6 +51,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 _MOST_MODULES = {"layer": 1_000, "layers": 1_000, "experts": 10_000}
 _DROPOUT = re.compile(r"(dropout|pdrop)(_(prob|rate|p))?$")
 _EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
+# Rotary embeddings divide by powers of these.
+_ROTARY = re.compile(r"^(rope_(local_base_freq|theta)|rotary_emb_base|factor)$")
 _CHOSEN_EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k")
 _ALL_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EITHER_IS_WRONG = "fetch the checkpoint again, or mend the config, whichever is wrong"
@@ -110,7 +112,9 @@ def read_values(model: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _check_fractions(values: Mapping[str, Any], model: str) -> None:
-    """`UserError` for NaN, a probability of dropout that is none, and an epsilon below 0."""
+    """`UserError` for NaN, a probability of dropout that is none, an epsilon below 0, and a rotary
+    base or factor that is not above 0.
+    """
     for key, value in values.items():
         if isinstance(value, Mapping):
             _check_fractions(value, model)
@@ -125,6 +129,8 @@ def _check_fractions(values: Mapping[str, Any], model: str) -> None:
                 complaint = "which is no probability"
             elif _EPSILON.search(key) and number < 0:
                 complaint = "which must not be negative"
+            elif _ROTARY.search(key) and number <= 0:
+                complaint = "which must be above 0"
             if complaint:
                 raise UserError(f"the config of {model} says {key}: {value}, {complaint}")
 

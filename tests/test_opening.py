@@ -223,7 +223,7 @@ OF_MIXTURES: dict[str, tuple[Damage, str]] = {
     "a huge size": (configured(hidden_size=10**12), "Storage size calculation overflowed"),
     "a size of 0": (configured(num_attention_heads=0), "by the config of"),
     "an activation of no name": (configured(hidden_act="foo"), "KeyError: 'foo'"),
-    "a rotary base of 0": (configured(rope_parameters={"rope_theta": 0.0}), "inv_freq"),
+    "a rotary base of 0": (configured(rope_parameters={"rope_theta": 0.0}), "rope_theta: 0.0"),
     "a model of no type": (configured(model_type="foo"), "model type `foo`"),
     "weights elsewhere": (configured(transformers_weights="../x.safetensors"), "names its file"),
     "a config that is a list": (written("config.json", b"[1]"), "cannot read the config"),
