@@ -30,6 +30,7 @@ SCRIPTS = (
     "wemoe_routing",
     "loss_landscape",
     "mergeme_homogeneous",
+    "mergeme_tokenizers",
     "caem_tasks",
     "tradeoffs_routers",
     "task_vector_similarity",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mergekit_moe_ext.analysis.variation import THRESHOLDS, parameter_variation
     from mergekit_moe_ext.mixtures.routers import coefficients_of_sequences
     from mergekit_moe_ext.mixtures.usage import format_table, routing_probability
+    from mergekit_moe_ext.sequence.tokens import Tokens
     from mergekit_moe_ext.wemoe.groups import Part
     from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
     from mergekit_moe_ext.wemoe.variation import Variation, decide
@@ -41,6 +42,7 @@ __all__ = [
     "PairSimilarity",
     "ParameterCounts",
     "Part",
+    "Tokens",
     "Variation",
     "check_new_figure",
     "check_new_file",
@@ -71,6 +73,7 @@ _MODULES = {
     "coefficients_of_sequences": "mergekit_moe_ext.mixtures.routers",
     "format_table": "mergekit_moe_ext.mixtures.usage",
     "routing_probability": "mergekit_moe_ext.mixtures.usage",
+    "Tokens": "mergekit_moe_ext.sequence.tokens",
     "load_ensemble": "mergekit_moe_ext.wemoe.loading",
     "read_ensemble": "mergekit_moe_ext.wemoe.loading",
     "check_new_figure": "_mergekit_moe_ext_common.figures",

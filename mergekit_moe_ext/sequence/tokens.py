@@ -8,7 +8,7 @@ own parts, those of the library `tokenizers`.
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tokenizers import Tokenizer, models
@@ -85,11 +85,25 @@ class Tokens:
         return self._of_bytes.get(content)
 
     def spell(self, content: bytes) -> Spelling:
-        """The tokens that the tokenizer makes of these bytes in the middle of a text."""
+        """The tokens that the tokenizer makes of these bytes in the middle of a text; its unknown
+        token, if it has one, where it makes none.
+        """
         try:
             text = content.decode()
         except UnicodeDecodeError:  # a part of a character
-            return self._spell_bytes(content)
+            spelling = self._spell_bytes(content)
+        else:
+            spelling = self._spell_text(text)
+        if not spelling.tokens:
+            return Spelling(sorted(self._unknown)[:1], is_whole=False)
+        # A byte-level vocabulary that lacks a byte leaves it out without a word.
+        if self._spaces == "byte_level":
+            written = b"".join(self.bytes_of.get(token, b"") for token in spelling.tokens)
+            return replace(spelling, is_whole=written == content)
+        return spelling
+
+    def _spell_text(self, text: str) -> Spelling:
+        """The tokens of each of the text's words, of which the first may be the rest of one."""
         tokens = []
         for index, word in enumerate(self._words(text)):
             is_inside = index == 0 and not text[0].isspace() and word[0].isalnum()
@@ -97,11 +111,7 @@ class Tokens:
             if is_inside and self._inside_words is not None:
                 model = self._inside_words
             tokens += [token.id for token in model.tokenize(word)]
-        is_whole = bool(tokens) and not self._unknown.intersection(tokens)
-        # A byte-level vocabulary that lacks a byte leaves it out without a word.
-        if is_whole and self._spaces == "byte_level":
-            is_whole = b"".join(self.bytes_of.get(token, b"") for token in tokens) == content
-        return Spelling(tokens, is_whole)
+        return Spelling(tokens, is_whole=not self._unknown.intersection(tokens))
 
     def _words(self, text: str) -> list[str]:
         """The text as the tokenizer normalises it, and as its model then gets it, in parts."""

@@ -102,6 +102,10 @@ def test_what_cannot_be_written_is_not_whole(by_kind, kind):
     _, tokens = by_kind[kind]
     for content in (" 日本".encode(), "日".encode()[:2]):
         assert not tokens.spell(content).is_whole
+    # The unknown token stands for what the tokenizer makes nothing of.
+    assert tokens.spell("日".encode()[:2]).tokens == [tokens.special["<unk>"]]
+    if kind == "wordpiece":
+        assert tokens.spell(b"  ").tokens == [tokens.special["<unk>"]]
 
 
 def test_a_byte_that_a_byte_level_vocabulary_lacks_is_not_whole():

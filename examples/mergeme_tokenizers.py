@@ -1,0 +1,220 @@
+"""Measure what another model's tokenizer costs an expert (MergeME 3.2, whose experts share one).
+
+    python examples/mergeme_tokenizers.py -o tokenizers.json
+
+Three small Llamas are trained on the bible and kept, each with a tokenizer of its own of 4 000
+tokens: SentencePiece with byte fallback, WordPiece, and a byte-level BPE. `hetero_moe` makes a
+mixture of each and SmolLM2-135M-Instruct, with the tokenizer of either. The loss of the other one,
+alone in that mixture, is compared with its loss through its own tokenizer, in nats per character of
+held-out text. Beside it is the least that it can be: the loss of the source itself, whose own
+tokens spell every token of the other tokenizer.
+"""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from mergeme_homogeneous import run_mergekit
+from real_data import cache_dir, domains, smollm2, written_at_once
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from mergekit_moe_ext.analysis import Tokens, check_new_file
+
+KINDS = ("sentencepiece", "wordpiece", "byte-level")
+SPECIAL = ["<unk>", "<s>", "</s>"]
+TOKENS = 4000
+BLOCK = 128
+BATCH = 8
+LEARNING_RATE = 3e-3
+SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512}
+
+
+def train_tokenizer(kind: str, documents: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of this kind, trained on the documents."""
+    options: dict[str, Any] = {"vocab_size": TOKENS, "show_progress": False}
+    trainer: Any
+    if kind == "sentencepiece":
+        raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        raw.pre_tokenizer = pre_tokenizers.Metaspace()
+        spaces = decoders.Replace("▁", " ")
+        raw.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
+        every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(special_tokens=SPECIAL + every_byte, **options)
+    elif kind == "wordpiece":
+        raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        raw.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(special_tokens=SPECIAL, **options)
+    else:
+        raw = Tokenizer(models.BPE())
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=alphabet, **options)
+    raw.train_from_iterator(documents, trainer)
+    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **roles)
+
+
+def make_expert(kind: str, documents: list[str], steps: int) -> Path:
+    """A small Llama with a tokenizer of this kind, trained on the documents."""
+    settings = json.dumps([steps, BATCH, BLOCK, LEARNING_RATE, SIZES, TOKENS])
+    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    folder = cache_dir() / f"mergeme-tokenizers-{key}" / kind
+    if folder.is_dir():
+        return folder
+    tokenizer = train_tokenizer(kind, documents[:300])
+    ids: list[int] = []
+    for document in documents[:700]:
+        ids += [tokenizer.bos_token_id, *tokenizer(document, add_special_tokens=False).input_ids]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **SIZES)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1
+    )
+    for _step in tqdm(range(steps), desc=kind):
+        starts = torch.randint(len(ids) - BLOCK, (BATCH,)).tolist()
+        batch = torch.tensor([ids[start : start + BLOCK] for start in starts])
+        model(batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with written_at_once(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return folder
+
+
+@torch.inference_mode()
+def nats(model: Any, ids: list[int], begin: int, **options: Any) -> float:
+    """Minus the logarithm of the probability of these tokens, after one that begins a text."""
+    inputs = torch.tensor([[begin, *ids]])
+    logits = model.eval()(inputs, use_cache=False, **options).logits[0, :-1].float()
+    return functional.cross_entropy(logits, inputs[0, 1:], reduction="sum").item()
+
+
+def spelled(ids: list[int], donor: Tokens, own: Tokens) -> list[int]:
+    """The donor's tokens as the tokens of another tokenizer, one after the other."""
+    pieces: list[int] = []
+    for token in ids:
+        content = donor.bytes_of[token]
+        exact = own.number_of(content)
+        pieces += [exact] if exact is not None else own.spell(content).tokens
+    return pieces
+
+
+def through_own(expert: Path, donor: Path, texts: list[str]) -> dict[str, float]:
+    """An expert's own loss on the texts, and the least through the donor's tokenizer, in nats."""
+    of_donor, own = (AutoTokenizer.from_pretrained(path) for path in (donor, expert))
+    model = AutoModelForCausalLM.from_pretrained(expert)
+    tokens = [Tokens(of_donor), Tokens(own)]
+    losses = {"own": 0.0, "least": 0.0}
+    for text in texts:
+        own_ids = own(text, add_special_tokens=False).input_ids
+        losses["own"] += nats(model, own_ids, own.bos_token_id)
+        pieces = spelled(of_donor(text, add_special_tokens=False).input_ids, *tokens)
+        losses["least"] += nats(model, pieces, own.bos_token_id)
+    return losses
+
+
+def in_mixture(donor: Path, experts: list[Path], kind: str, texts: list[str]) -> list[float]:
+    """The losses in nats of each of these experts, alone in their mixture with the donor."""
+    tokenizer = AutoTokenizer.from_pretrained(donor)
+    parameters = {"embedding": "separate", "routing": "perplexity", "spelled_tokens": kind}
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = Path(scratch) / "merged"
+        method = {"merge_method": "hetero_moe", "parameters": parameters}
+        run_mergekit(method, [donor, *experts], donor, merged)
+        model = AutoModelForCausalLM.from_pretrained(merged)
+    losses = []
+    for index in range(len(experts)):
+        alone = torch.eye(len(experts) + 1)[[index + 1]]
+        loss = 0.0
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            loss += nats(model, ids, tokenizer.bos_token_id, coefficients=alone)
+        losses.append(loss)
+    return losses
+
+
+@click.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File for the losses: *.json.",
+)
+@click.option(
+    "--spelled-tokens",
+    "options",
+    multiple=True,
+    default=("share", "mean", "unavailable"),
+    show_default=True,
+    help="Option of hetero_moe to measure with. May be repeated.",
+)
+@click.option(
+    "--texts",
+    "count",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Number of held-out texts, of 600 characters each, to measure on.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=160,
+    show_default=True,
+    help="Number of training steps of each small Llama.",
+)
+def main(output: Path | None, options: tuple[str, ...], count: int, steps: int) -> None:
+    if output:
+        check_new_file(output)
+    bible = domains(names=("bible",))["bible"]
+    # WordPiece keeps no line breaks, so that nobody gets any.
+    documents = [" ".join(document.split()) for document in bible.train]
+    held_out = [" ".join(document.split()) for document in bible.held_out[:count]]
+    texts = [text[:600].rsplit(" ", 1)[0] for text in held_out]
+    base = smollm2()
+    small = [make_expert(kind, documents, steps) for kind in KINDS]
+    rows: dict[str, dict[str, float]] = {}
+    for kind, expert in zip(KINDS, small, strict=True):
+        rows[f"{kind} expert, through SmolLM2's"] = through_own(expert, base, texts)
+        rows[f"SmolLM2, through {kind}"] = through_own(base, expert, texts)
+    for option in options:
+        of_small = in_mixture(base, small, option, texts)
+        for kind, expert, loss in zip(KINDS, small, of_small, strict=True):
+            rows[f"{kind} expert, through SmolLM2's"][option] = loss
+            (of_base,) = in_mixture(expert, [base], option, texts)
+            rows[f"SmolLM2, through {kind}"][option] = of_base
+    characters = sum(map(len, texts))
+    for losses in rows.values():
+        losses |= {name: loss / characters for name, loss in losses.items()}
+    width = max(map(len, rows))
+    click.echo(" " * width + "".join(f"{name:>13}" for name in next(iter(rows.values()))))
+    for row, losses in rows.items():
+        click.echo(f"{row:{width}}" + "".join(f"{loss:13.3f}" for loss in losses.values()))
+    if output:
+        output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
