@@ -76,10 +76,14 @@ class MixedFFNs:
         total: Tensor | None = None
         for share in self._running.shares:
             part = x if share.is_all else x[share.rows.to(x.device)]
-            if share.expert == 0:
-                output = own(part)
-            else:
-                output = self.experts[share.expert].trunk.get_submodule(name)(part)
-            total = added(total, output, share, len(x), in_logarithms=False)
+            forward = own if share.expert == 0 else partial(self._of_other, share.expert, name)
+            total = added(total, forward(part), share, len(x), in_logarithms=False)
         assert total is not None
-        return total
+        return total.to(x.device)
+
+    def _of_other(self, expert: int, name: str, x: Tensor) -> Tensor:
+        """The output of another expert's FFN, which may lie on another device."""
+        ffn = self.experts[expert].trunk.get_submodule(name)
+        device = next(ffn.parameters()).device
+        # What is offloaded comes to where its input is.
+        return ffn(x if device.type == "meta" else x.to(device))

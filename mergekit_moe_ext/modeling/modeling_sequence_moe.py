@@ -748,14 +748,15 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 output = self._head(share.expert)(output)
             if caps_each:
                 output = self._capped(output, self.config.logit_softcaps[share.expert])
+            dtype = output.dtype
             if adds_probabilities:
-                output = torch.log_softmax(output.float(), dim=-1).to(output.dtype)
+                output = torch.log_softmax(output.float(), dim=-1)
             total = added(total, output, share, len(coefficients), adds_probabilities)
         if cache is not None:
             cache.coefficients = coefficients
             cache.shares = shares
             cache.length += batch.shape[1]
-        logits = self.lm_head(total) if has_one_head else total
+        logits = self.lm_head(total) if has_one_head else total.to(dtype)
         return logits if caps_each else self._capped(logits, self.config.logit_softcaps[0])
 
     def _mixing(self, shares: list[Share], rows: int) -> AbstractContextManager[None]:

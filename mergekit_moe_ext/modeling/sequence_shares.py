@@ -56,6 +56,5 @@ def added(
     indices = share.rows.to(total.device)
     if not in_logarithms:
         return total.index_add(0, indices, (weights * output).to(total))
-    so_far = total[indices]
-    added = torch.logaddexp(so_far, (weights.log() + output).to(total))
-    return total.index_copy(0, indices, added)
+    sums = torch.logaddexp(total[indices], (weights.log() + output).to(total))
+    return total.index_copy(0, indices, sums)

@@ -147,6 +147,20 @@ def test_it_is_saved_loaded_and_copied(sources, tmp_path):
         assert torch.equal(each(ids, coefficients=COEFFICIENTS).logits, expected)
 
 
+@torch.no_grad()
+def test_it_runs_where_other_experts_are_on_disk(sources, tmp_path):
+    model, ids = mixed(sources), words(4)
+    model.save_pretrained(tmp_path / "out")
+    own = {f"experts.{index}": "disk" for index in (1, 2)}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        device_map={**own, "experts.0": "cpu", "embed_tokens": "cpu", "lm_head": "cpu"},
+        offload_folder=tmp_path / "offloaded",
+    )
+    got = loaded(ids, coefficients=COEFFICIENTS).logits
+    torch.testing.assert_close(got, model(ids, coefficients=COEFFICIENTS).logits, **CLOSE)
+
+
 def test_what_does_not_go_together_is_refused(sources):
     for config in ({"combine": "probabilities"}, {"embedding": "separate"}):
         with pytest.raises(ValueError, match="mixed_ffns= need"):
