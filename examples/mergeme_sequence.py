@@ -25,7 +25,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import statistics
 import sys
@@ -42,7 +41,7 @@ import torch
 from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
-from mergeme_homogeneous import BATCH, make_experts, means, run_mergekit
+from mergeme_homogeneous import BATCH, make_experts, means, run_mergekit, write_texts
 from real_data import Domain, cache_dir, domains, smollm2, written_at_once
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -55,6 +54,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mergekit_moe_ext import Reading, Recipe, train
 from mergekit_moe_ext.analysis import (
     check_new_figure,
     check_new_file,
@@ -94,8 +94,7 @@ CONTROLS = {
     "3 experts": DOMAINS,
     "3 experts, no music": ["bible", "code"],
 }
-# learning rates of routers and gates, of projectors, and of what comes from the sources
-LEARNING_RATES = {r"\brouter\.|\.gate\.": 1e-2, r"\.proj_(in|out)\.": 1e-3, "": 1e-4}
+READING = Reading(max_length=BLOCK, quiet=True)
 MUSIC = ExpertRecipe(steps=400, batch=8, learning_rate=1e-3)
 GPT2 = {"n_layer": 6, "n_embd": 256, "n_head": 8, "n_positions": 512}
 
@@ -320,6 +319,8 @@ def heterogeneous(
     measure_dense(results, others, held_out)
     runs = list(itertools.product(range(seeds), [*HETERO, *CONTROLS]))
     with tempfile.TemporaryDirectory() as scratch, tqdm(runs, desc="mixtures") as bar:
+        # Enough for a mixture that reads two of the three domains.
+        data = write_texts(Path(scratch), tokenizer, texts, 2 * steps)["train"]
         for seed, row in bar:
             merged = Path(scratch) / "merged"
             if row in HETERO:
@@ -329,13 +330,13 @@ def heterogeneous(
                 run_mergekit(
                     {"merge_method": "moe_linear"}, list(others.values()), base, merged, seed
                 )
-            model = load(merged)
+            model = AutoModelForCausalLM.from_pretrained(merged)
             if row == "own embeddings" and seed == 0:
                 measure_untrained(results, model, list(models), held_out, routed)
-            data = training_data(tokenizer, texts, CONTROLS.get(row, DOMAINS), steps, seed)
             coefficients = choices(model, routed) if row in HETERO else None
             results.measure(f"{row}, before", model, held_out, coefficients)
-            fine_tune(model, data, steps)
+            del model
+            model = fine_tuned(merged, row, data, steps, seed)
             coefficients = choices(model, routed) if row in HETERO else None
             results.measure(f"{row}, after", model, held_out, coefficients)
     return results
@@ -362,31 +363,31 @@ def measure_untrained(
     model.config.experts_per_sequence = experts_per_sequence
 
 
-def training_data(
-    tokenizer: Any, texts: dict[str, Domain], names: Sequence[str], steps: int, seed: int
-) -> Tensor:
-    """Blocks of documents that no expert has read, equally many of each domain, in an order that
-    the seed decides: (steps * BATCH, BLOCK) ids.
+def fine_tuned(merged: Path, row: str, data: Sequence[str], steps: int, seed: int) -> Any:
+    """A mixture whose parameters are all trained, as in the paper, on the texts of a row; the
+    directory that it was merged into is deleted.
+
+    The router, or the gates, and projectors start at random and learn faster than what comes from
+    the sources.
     """
-    count = steps * BATCH
-    of_names = [
-        blocks(tokenizer, texts[name].train[::-1], -(-count // len(names))) for name in names
-    ]
-    mixed = torch.stack(of_names, dim=1).flatten(end_dim=1)[:count]
-    return mixed[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
-
-
-def fine_tune(model: Any, data: Tensor, steps: int) -> None:
-    """Trains all parameters, as in the paper."""
-    groups: dict[float, list[Tensor]] = {rate: [] for rate in LEARNING_RATES.values()}
-    for name, parameter in model.named_parameters():
-        rates = [rate for part, rate in LEARNING_RATES.items() if re.search(part, name)]
-        groups[rates[0]].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": of_group, "lr": rate} for rate, of_group in groups.items()]
+    names = CONTROLS.get(row, DOMAINS)
+    has_projectors = row in HETERO and HETERO[row].get("embedding") != "separate"
+    recipe = Recipe(
+        learning_rate=1e-4,
+        router_learning_rate=1e-2,
+        projector_learning_rate=1e-3 if has_projectors else None,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(3, steps - 1),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        held_out=0,
+        seed=seed,
     )
-    with tqdm(total=steps, desc="fine-tuning", leave=False) as bar:
-        train_dense(model, data, ExpertRecipe(steps, BATCH, max(groups)), bar, optimizer)
+    read = [source for source in data if source.partition("=")[0] in names]
+    trained = merged.with_name("trained")
+    train(str(merged), read, "all", output=str(trained), recipe=recipe, reading=READING)
+    shutil.rmtree(merged)
+    return load(trained)
 
 
 def draw(results: Results, experts: Sequence[str], path: Path) -> None:

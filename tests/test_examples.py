@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from mergekit_moe_ext import Reading
 from mergekit_moe_ext.analysis import THRESHOLDS, parameter_variation, task_vector_similarity
 from mergekit_moe_ext.cli import main
 from peft_routing.cli import main as route
@@ -273,6 +274,7 @@ def sequence(mergeme, monkeypatch):
         merge(config, str(output), random_seed=seed)
 
     monkeypatch.setattr(demo, "BLOCK", 40)
+    monkeypatch.setattr(mergeme_sequence, "READING", Reading(max_length=40, quiet=True))
     monkeypatch.setattr(mergeme_sequence, "run_mergekit", merge_here)
     yield mergeme_sequence
     sys.modules.pop("mergeme_sequence", None)

@@ -37,8 +37,8 @@ def parts_to_train(
 ) -> set[str]:
     """The parts that are trained, of a model whose files hold tensors of these names.
 
-    `UserError` for a part that the model has not, for a router that cannot learn, and for a
-    learning rate of what is not trained.
+    `UserError` for a part that the model has not, for a router that cannot learn, and for an option
+    that concerns a part that is not trained.
     """
     has_projectors = any(infix in name for name in names for infix in _PROJECTOR_NAMES)
     if _PROJECTORS in chosen and not has_projectors:
@@ -59,11 +59,20 @@ def parts_to_train(
             parts.remove(_ROUTER)
             if config.routing == "learned":
                 LOG.warning("%s; the rest is trained", why_not)
-    for part, rate in _own_rates(recipe).items():
-        if rate is not None and part not in parts:
-            option = "--router-learning-rate" if part == _ROUTER else "--projector-learning-rate"
-            raise UserError(f"{option}: this training has no {part} to train")
+    _check_options(parts, recipe)
     return parts
+
+
+def _check_options(parts: Collection[str], recipe: Recipe) -> None:
+    """`UserError` for an option that concerns a part that is not trained."""
+    options: dict[str, tuple[str, Any]] = {
+        "--router-learning-rate": (_ROUTER, recipe.router_learning_rate),
+        "--projector-learning-rate": (_PROJECTORS, recipe.projector_learning_rate),
+        "--router-aux-loss": (_ROUTER, recipe.router_aux_loss or None),
+    }
+    for option, (part, value) in options.items():
+        if value is not None and part not in parts:
+            raise UserError(f"{option}: this training has no {part} to train")
 
 
 def _why_no_router_learns(config: Any) -> str | None:
@@ -83,15 +92,16 @@ def _why_no_router_learns(config: Any) -> str | None:
 
 def parts_by_name(model: Any) -> dict[str, str]:
     """The part that each parameter belongs to. `UserError` if the model has no routers."""
-    if routes_sequences(model.config):
-        of_router = [name for name, _ in model.named_parameters() if name.startswith("router.")]
+    if not routes_sequences(model.config):
+        routers = list(routers_of(model).values())
     else:
-        of_router = []
-        for prefix, router in routers_of(model).items():
-            of_router += [f"{prefix}.{name}" for name, _ in router.named_parameters()]
+        routers = [model.router] if model.config.routing == "learned" else []
+    of_routers: set[int] = set()
+    for router in routers:
+        of_routers |= {id(parameter) for parameter in router.parameters()}
     parts = {}
-    for name, _ in model.named_parameters():
-        if name in of_router:
+    for name, parameter in model.named_parameters():
+        if id(parameter) in of_routers:
             parts[name] = _ROUTER
         elif any(infix in name for infix in _PROJECTOR_NAMES):
             parts[name] = _PROJECTORS
@@ -110,13 +120,9 @@ def freeze_others(model: Any, parts: Collection[str]) -> None:
 
 def learning_rates(model: Any, recipe: Recipe, of_rest: float) -> dict[str, float]:
     """The learning rate of each parameter, by name: its part's own, or else that of the rest."""
-    own_rates = _own_rates(recipe)
+    own_rates = {_ROUTER: recipe.router_learning_rate, _PROJECTORS: recipe.projector_learning_rate}
     rates = {}
     for name, part in parts_by_name(model).items():
         own_rate = own_rates.get(part)
         rates[name] = of_rest if own_rate is None else own_rate
     return rates
-
-
-def _own_rates(recipe: Recipe) -> dict[str, float | None]:
-    return {_ROUTER: recipe.router_learning_rate, _PROJECTORS: recipe.projector_learning_rate}

@@ -32,11 +32,6 @@ def check_sequences(config: Any, reading: Reading, recipe: Recipe) -> None:
         raise UserError(
             "--packing joins texts, and a sequence MoE makes one choice for each: leave it out"
         )
-    if recipe.router_aux_loss and config.routing != "learned":
-        raise UserError(
-            f"--router-aux-loss balances a learned router, and this sequence MoE routes by "
-            f"{config.routing}"
-        )
     first = first_predicted(config)
     if reading.max_length <= first:
         raise UserError(

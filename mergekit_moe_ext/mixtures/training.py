@@ -201,7 +201,7 @@ def train(
     rate = recipe.learning_rate
     if rate is None:
         rate = LEARNING_RATE_OF_ALL if "rest" in parts else LEARNING_RATE_OF_PARTS
-    recipe = _settled(recipe, config, rate, is_partial="rest" not in parts)
+    recipe = _settled(recipe, config, rate, parts)
     first_label = 1
     if is_sequence_moe:
         check_sequences(config, reading, recipe)
@@ -258,9 +258,12 @@ def train(
     return losses
 
 
-def _settled(recipe: Recipe, config: Any, learning_rate: float, *, is_partial: bool) -> Recipe:
+def _settled(recipe: Recipe, config: Any, learning_rate: float, parts: Collection[str]) -> Recipe:
     """The recipe with what it leaves to the model and to the parts that are trained."""
-    weight = config.router_aux_loss_coef if routes_sequences(config) else 0.0
+    is_partial = "rest" not in parts
+    weight = 0.0
+    if routes_sequences(config) and "router" in parts:
+        weight = config.router_aux_loss_coef
     return replace(
         recipe,
         learning_rate=learning_rate,

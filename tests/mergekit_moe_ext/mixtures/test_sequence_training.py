@@ -270,6 +270,7 @@ def test_the_load_balancing_loss_of_the_config_balances(moe):
         ("router", {"packing": True}, "--packing joins texts"),
         ("router", {"projector_learning_rate": 0.1}, "no projectors to train"),
         ("projectors", {"router_learning_rate": 0.1}, "no router to train"),
+        ("projectors", {"router_aux_loss": 0.1}, "no router to train"),
         ([], {}, "name the part"),
     ],
 )
@@ -290,7 +291,7 @@ def test_models_without_what_is_to_be_trained(moe):
     for part, changes, complaint in (
         ("router", {}, "it routes by perplexity; merge with routing: learned"),
         ("projectors", {}, "has no projectors"),
-        ("all", {"router_aux_loss": 0.1}, "--router-aux-loss balances a learned router"),
+        ("all", {"router_aux_loss": 0.1}, "--router-aux-loss: this training has no router"),
     ):
         settings = recipe(**changes)
         with pytest.raises(click.ClickException, match=complaint):
