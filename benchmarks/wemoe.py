@@ -39,7 +39,7 @@ from mergekit_moe_ext.modeling import wemoe_products
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import model_class
 from mergekit_moe_ext.modeling.wemoe_calls import Current
-from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
+from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear, rule_of
 from mergekit_moe_ext.wemoe.groups import ensembled_groups
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -208,12 +208,18 @@ def vector_bytes(model: Any) -> int:
 
 def way(linear: EnsembledLinear, x: Tensor, c: Tensor, most: int) -> Tensor:
     """The module's output by one of its two ways."""
-    wemoe_products._MERGING = wemoe_products._FEW = most  # tokens for which nothing is merged
+    # nothing is merged, and sparse vectors stay so, for up to `most` tokens
+    kind = x.device.type
+    wemoe_products.RULES[kind] = rule_of(x.device)._replace(merging=most, sparse=most)
     return linear._by_sample(x, c)
 
 
 def show_rule(device: str, seconds: float) -> None:
-    """Times the ways of one linear map, against the number of tokens that share coefficients."""
+    """Times the ways of one linear map, against the number of tokens that share coefficients, and
+    prints what the table of rules should say of the device.
+    """
+    merging = 1
+    sparse = 0
     for kept in (None, int(KEPT * 768 * 3072)):
         linear = EnsembledLinear(nn.Linear(768, 3072).to(device), 8, kept, "", Current())
         draw(linear)
@@ -225,11 +231,18 @@ def show_rule(device: str, seconds: float) -> None:
                 "products": partial(way, linear, x, c, 10**6),
             }
             best = best_in_turn(ways, device, seconds)
+            if best["products"] < best["merged"]:
+                if kept is None:
+                    merging = max(merging, tokens + 1)
+                else:
+                    sparse = max(sparse, samples * tokens)
             times = "  ".join(f"{name} {best[name] * 1e3:8.2f} ms" for name in best)
             click.echo(
                 f"{'dense' if kept is None else 'sparse':7}{samples:3} samples x {tokens:2} "
                 f"tokens  {times}"
             )
+    tile = rule_of(torch.device(device)).tile
+    click.echo(f'"{torch.device(device).type}": Rule({merging=}, {sparse=}, {tile=})')
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
@@ -248,6 +261,9 @@ def show_rule(device: str, seconds: float) -> None:
     help="Measure SmolLM2-135M and nothing else; it is fetched if it is not there.",
 )
 @click.option(
+    "--rule", is_flag=True, help="Measure what the table of rules holds, and nothing else."
+)
+@click.option(
     "--seconds", default=10.0, show_default=True, help="Seconds to spend on each comparison."
 )
 @click.option(
@@ -259,10 +275,15 @@ def show_rule(device: str, seconds: float) -> None:
     show_default=True,
     help="Number of images in a batch; several may be given.",
 )
-def main(device: str, layers: int, real: bool, seconds: float, batches: tuple[int, ...]) -> None:
+def main(
+    device: str, layers: int, real: bool, rule: bool, seconds: float, batches: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
     click.echo(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, float32")
     with torch.no_grad():
+        if rule:
+            show_rule(device, seconds)
+            return
         if real:
             show_decoder(
                 AutoModelForCausalLM.from_pretrained(smollm2()).to(device).eval(), device, seconds

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,26 @@ from transformers.pytorch_utils import Conv1D
 
 from .wemoe_calls import OUTSIDE, Current
 
-# Measured by `benchmarks/wemoe.py` on a CPU.
-_MERGING = 8  # from this many tokens with one set of coefficients on, weights are merged
-_FEW = 128  # up to this many tokens in all, sparse products are faster than dense task vectors
-_TILE = 2**20  # elements of weights or vectors that are held at once: they stay in a CPU cache
-# Off the CPU (not measured), where launches cost, and in compiled code, where loops are unrolled.
-_LARGE_TILE = 2**27
+
+class Rule(NamedTuple):
+    """Which of the ways to compute a product a kind of device takes.
+
+    merging: from this many tokens with one set of coefficients on, weights are merged.
+    sparse: up to this many tokens in all, sparse task vectors are multiplied as they are; beyond
+        it, and always with 0, they are made dense.
+    tile: elements of weights or vectors that are held at once.
+    """
+
+    merging: int
+    sparse: int
+    tile: int
+
+
+# As `benchmarks/wemoe.py --rule` measured them, by torch's names of kinds of devices. On a CPU a
+# tile stays in a cache.
+RULES = {"cpu": Rule(merging=8, sparse=128, tile=2**20)}
+# For what was not measured, and in compiled code, where loops are unrolled: dense vectors, whole.
+PLAIN = Rule(merging=8, sparse=0, tile=2**27)
 _ROWS = 32  # the rows of a tile are a multiple of this; products with fewer are slow
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
@@ -129,9 +143,10 @@ class EnsembledLinear(nn.Module):
         if c.ndim == 1 or len(c) == 1:
             return True
         # A pass without them reads the base's weight and all task vectors, and so as much as the
-        # weights of one sample more than there are vectors. Sparse vectors are less to read, and on
-        # a CPU their products are fast.
-        is_fast_as_it_is = self.kept is not None and self.weight.device.type == "cpu"
+        # weights of one sample more than there are vectors. Sparse vectors are less to read, where
+        # their products are fast.
+        rule = RULES.get(self.weight.device.type, PLAIN)
+        is_fast_as_it_is = self.kept is not None and rule.sparse > 0
         if is_fast_as_it_is or len(c) > c.shape[1] + 1:
             return False
         return _has_room(len(c) * self.weight.nbytes, self.weight.device)
@@ -226,7 +241,7 @@ def _product(
     else:
         y = x.new_empty(*x.shape[:2], weight.shape[0])
     # Merging a weight costs as much as products with all task vectors for a few tokens.
-    is_merged = c.ndim == 2 and x.shape[1] >= _MERGING
+    is_merged = c.ndim == 2 and x.shape[1] >= rule_of(x.device).merging
     products = _merged_products if is_merged else _products
     for tile, samples, product in products(x, c, weight, stored, over_rows):
         if over_rows:
@@ -329,9 +344,9 @@ def _gradient_of_coefficients(
     return total.to(c.dtype)
 
 
-def _tile_size(weight: Tensor) -> int:
-    is_small = weight.device.type == "cpu" and not torch.compiler.is_compiling()
-    return _TILE if is_small else _LARGE_TILE
+def rule_of(device: torch.device) -> Rule:
+    """The rule of a device, which code that is compiled for it has not."""
+    return PLAIN if torch.compiler.is_compiling() else RULES.get(device.type, PLAIN)
 
 
 def _samples_of_tile(weight: Tensor, samples: int) -> int:
@@ -340,14 +355,14 @@ def _samples_of_tile(weight: Tensor, samples: int) -> int:
         return 1
     # As many as fit with the smallest tile, spread evenly: 9 samples of at most 8 are 5 and 4, not
     # 8 and 1. Both divisions round up.
-    most = max(1, _tile_size(weight) // (_ROWS * weight.shape[1]))
+    most = max(1, rule_of(weight.device).tile // (_ROWS * weight.shape[1]))
     turns = -(-samples // most)
     return max(1, -(-samples // turns))
 
 
 def _rows_of_tile(weight: Tensor, held: int) -> int:
     """The number of rows of a tile, `held` copies of which are in memory at once."""
-    blocks = _tile_size(weight) // (held * weight.shape[1] * _ROWS)
+    blocks = rule_of(weight.device).tile // (held * weight.shape[1] * _ROWS)
     return min(max(1, blocks) * _ROWS, weight.shape[0])
 
 
@@ -413,12 +428,12 @@ def _has_room(size: int, device: torch.device) -> bool:
 
 
 def _is_sparse_faster(x: Tensor, c: Tensor) -> bool:
-    # MKL's sparse product is fast on a CPU alone, and cannot be compiled. With many tokens that
-    # share coefficients, merging the weight is faster still.
-    is_compiling = torch.compiler.is_compiling()
-    if is_compiling or x.device.type != "cpu" or not torch.backends.mkl.is_available():
+    # Sparse products need MKL, and cannot be compiled. With many tokens that share coefficients,
+    # merging the weight is faster still.
+    rule = rule_of(x.device)
+    if rule.sparse == 0 or not torch.backends.mkl.is_available():
         return False
-    return c.ndim == 3 or x.shape[1] < _MERGING or len(x) * x.shape[1] <= _FEW
+    return c.ndim == 3 or x.shape[1] < rule.merging or len(x) * x.shape[1] <= rule.sparse
 
 
 def _sparse_product(
@@ -462,7 +477,7 @@ def _sparse_product(
     by_token = by_token.flatten(0, 1).to(dtype)
     flat_x = x.flatten(0, 1).to(dtype)
     flat_y = y.flatten(0, 1)
-    for tokens in _slices(len(flat_x), max(1, _TILE // len(ends))):
+    for tokens in _slices(len(flat_x), max(1, rule_of(x.device).tile // len(ends))):
         products = (matrix @ flat_x[tokens].T).view(experts, rows, -1)
         products *= by_token[tokens].T[:, None]
         flat_y[tokens] += products.sum(0).T

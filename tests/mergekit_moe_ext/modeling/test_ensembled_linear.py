@@ -34,17 +34,24 @@ class Set(nn.Module):
         return self.linear(x)
 
 
+def change_rule(monkeypatch, **numbers):
+    rule = wemoe_products.RULES["cpu"]._replace(**numbers)
+    monkeypatch.setitem(wemoe_products.RULES, "cpu", rule)
+
+
 @pytest.fixture(params=["merged", "one by one"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(wemoe_products, "_MERGING", 1 if request.param == "merged" else 10**6)
-    monkeypatch.setattr(wemoe_products, "_FEW", 0 if request.param == "merged" else 10**6)
+    if request.param == "merged":
+        change_rule(monkeypatch, merging=1, sparse=0)
+    else:
+        change_rule(monkeypatch, merging=10**6, sparse=10**6)
 
 
 @pytest.fixture(
     params=[(1, 1), (80, 2), (2**20, 32)], ids=["single rows", "a few rows", "one tile"]
 )
 def tile(request, monkeypatch):
-    monkeypatch.setattr(wemoe_products, "_TILE", request.param[0])
+    change_rule(monkeypatch, tile=request.param[0])
     monkeypatch.setattr(wemoe_products, "_ROWS", request.param[1])
 
 

@@ -36,10 +36,15 @@ def close(actual, expected, **tolerances):
     torch.testing.assert_close(actual, expected, **{"atol": 2e-4, "rtol": 1e-4, **tolerances})
 
 
+def change_rule(monkeypatch, **numbers):
+    rule = wemoe_products.RULES["cpu"]._replace(**numbers)
+    monkeypatch.setitem(wemoe_products.RULES, "cpu", rule)
+
+
 @pytest.fixture(params=["merged", "one by one"])
 def path(request, monkeypatch):
     """Which of the two ways to compute the same is taken, whatever the number of tokens."""
-    monkeypatch.setattr(wemoe_products, "_MERGING", 1 if request.param == "merged" else 10**6)
+    change_rule(monkeypatch, merging=1 if request.param == "merged" else 10**6)
 
     return request.param
 
@@ -139,7 +144,7 @@ def test_a_padding_token_that_ends_texts_as_well(family):
 def test_batches_too_large_to_merge_at_once_are_split(monkeypatch):
     model, inputs = build("vit"), inputs_of("vit", samples=5)
     expected = model(**inputs).logits
-    monkeypatch.setattr(wemoe_products, "_TILE", 2 * 16 * 24)
+    change_rule(monkeypatch, tile=2 * 16 * 24)
     close(model(**inputs).logits, expected)
 
 
