@@ -36,6 +36,7 @@ from peft_routing.fusion.cache import (
     milliseconds_per_token,
     processes,
 )
+from peft_routing.fusion.merges import MERGES, error_of, merge_name, write_merge
 from peft_routing.fusion.report import Comparison, Row, Selected
 from peft_routing.fusion.selection import (
     curve_on,
@@ -67,11 +68,14 @@ _NEEDS_SCIPY = "program_ensemble"
 
 @dataclass(frozen=True)
 class _Candidate:
-    """An adapter that is put on the base model and measured: its kind and its size in bytes."""
+    """An adapter that is put on the base model and measured: its kind, its size in bytes, and what
+    is to be said of it.
+    """
 
     subject: Subject
     kind: str
     size: int
+    note: str = ""
 
 
 def compare(
@@ -126,6 +130,13 @@ def compare(
         )
     directory = Path(cache) if cache else out.with_name(f"{out.name}.cache")
     store = Cache(directory, model_fingerprint(base))
+    merges = [name for name in wanted if name in MERGES]
+    with state.main_process_first():
+        for name in merges:
+            try:
+                candidates[name] = _merge(name, experts, empty, base, directory, state.device, seed)
+            except UserError as error:
+                left_out[name] = error.message
     columns = [one_expert(name, path) for name, path in experts.items()] + [base_alone()]
 
     def load_base() -> nn.Module:
@@ -242,6 +253,30 @@ def _candidates(
     return candidates
 
 
+def _merge(
+    strategy: str,
+    experts: Mapping[str, str],
+    empty: nn.Module,
+    base: str,
+    directory: Path,
+    device: torch.device,
+    seed: int,
+) -> _Candidate:
+    """The merge of all adapters as one LoRA, which is made in the cache where it is not there yet.
+
+    `UserError` where they cannot be merged.
+    """
+    merged = directory / merge_name(strategy, experts, seed)
+    if not merged.exists():
+        write_merge(strategy, experts, empty, base, merged, device=device, seed=seed)
+    return _Candidate(
+        one_expert(strategy, str(merged)),
+        PLAIN,
+        _size(str(merged), strategy),
+        f"the limited rank loses {error_of(merged):.0%} of the merged update's norm",
+    )
+
+
 def _size(path: str, name: str) -> int:
     return weights_file(path, f"expert {name!r} ({path})").stat().st_size
 
@@ -305,6 +340,7 @@ def _rows_of_candidates(
             torch.cat([each.log_probabilities for each in measured["validation"]]),
             torch.cat([each.log_probabilities for each in measured["test"]]),
             used=[],
+            note=candidate.note,
         )
         cost = milliseconds_per_token(measured["test"])
         rows.append(_row(name, outcome, tables, 1, cost, candidate.size))

@@ -21,6 +21,7 @@ from peft_routing.fusion.ensembles import (
     sparse,
     uniform,
 )
+from peft_routing.fusion.merges import MERGES
 from peft_routing.fusion.selection import best_expert, best_per_task, own_experts
 from peft_routing.fusion.tables import Table
 from peft_routing.fusion.worst_case import linear_program, true_worst_case
@@ -257,4 +258,4 @@ def composed_of(experts: int) -> dict[str, tuple[str, dict[str, Any]]]:
     return strategies
 
 
-STRATEGIES = (*CACHED, *composed_of(_PAPERS_TOP_K + 1))
+STRATEGIES = (*CACHED, *composed_of(_PAPERS_TOP_K + 1), *MERGES)

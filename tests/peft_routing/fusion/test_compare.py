@@ -175,6 +175,14 @@ def test_a_composed_row_is_the_composed_adapter_s(compared, prepared, tmp_path, 
     assert compared.row(name).passes == 1
 
 
+@pytest.mark.parametrize("name", ["ties", "dare"])
+def test_a_merge_is_a_plain_adapter_in_the_cache(compared, prepared, name):
+    (merged,) = (prepared / "report.cache").glob(f"{name}-*")
+    found = losses_of(naive(prepared, f"report.cache/{merged.name}"))
+    assert compared.row(name).test == pytest.approx(found, abs=2e-5)
+    assert compared.row(name).kind == "plain LoRA"
+
+
 def test_an_adapter_of_the_users_own_is_a_row(compared, prepared):
     row = compared.row("trained")
     assert row.test == pytest.approx(losses_of(naive(prepared, "routed")), abs=2e-5)
