@@ -11,7 +11,7 @@ OLDEST_TORCH ?= torch==2.7.0
 # Named after its torch, so that another torch is installed anew.
 OLDEST_INSTALLED := .venv-oldest/.installed-$(subst ==,-,$(OLDEST_TORCH))
 
-.PHONY: demo test hosts newest newest-installed oldest exchange transformers4 lint bench gpu robustness
+.PHONY: demo test hosts newest newest-installed oldest exchange transformers4 architectures lint bench gpu robustness
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -50,6 +50,12 @@ transformers4: $(VENV)/.installed
 	test -x $(TRANSFORMERS_4)/python || $(PYTHON) -m venv .venv-transformers4
 	$(TRANSFORMERS_4)/python -m pip install --quiet $(TORCH) 'transformers==4.57.*'
 	$(BIN)/python -m pytest tests/mergekit_moe_ext/merging/test_transformers4.py
+
+# What becomes of every architecture of transformers, as a table in the documentation, and tested.
+architectures: export HF_HUB_OFFLINE = 1
+architectures: $(VENV)/.installed
+	$(BIN)/python -m tests.mergekit_moe_ext.upcycling.architectures docs/upcycling.md
+	ARCHITECTURES=all $(BIN)/python -m pytest tests/mergekit_moe_ext/upcycling/test_architectures.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -194,7 +194,7 @@ def _await_model_types(configurations: Any) -> None:
     if not isinstance(mapping._extra_content, _LearningTable):
         mapping._extra_content = _LearningTable(
             mapping._extra_content,
-            ("sequence_moe", "wemoe_"),
+            ("sequence_moe", "wemoe_", "upcycled_moe_"),
             "transformers",
             "mergekit_moe_ext",
             _learn_model_type,

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "recipes": "common",
     "merging": "modeling common",
     "tensor": "merging",
-    "upcycling": "merging common",
+    "upcycling": "mixtures merging modeling common",
     "sequence": "merging modeling common",
     "mixtures": "merging modeling recipes common",
     "caem": "mixtures merging common",

@@ -41,6 +41,8 @@ class Manifest:
     vocabulary: the names, in `shapes`, of the tensors whose first axis is the vocabulary.
     prefix: a text that a checkpoint may have before every name (for CLIP's towers, which are cut
         out of the whole).
+    trunk: a text that a checkpoint may leave out at the beginning of every name that has it (the
+        name of the trunk, in checkpoints of a trunk alone, as GPT-2's and Bloom's on the Hub).
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -49,10 +51,16 @@ class Manifest:
     embedding: str
     vocabulary: frozenset[str]
     prefix: str
+    trunk: str = ""
 
     def aliases(self, name: str) -> tuple[str, ...] | None:
         """The other names that the tensor may have in a checkpoint."""
-        return (self.prefix + name,) if self.prefix else None
+        names = []
+        if self.prefix:
+            names.append(self.prefix + name)
+        if self.trunk and name.startswith(self.trunk):
+            names.append(name.removeprefix(self.trunk))
+        return tuple(names) or None
 
     def shared_tensor(self, name: str) -> SharedTensor:
         """The tensor of this name, for models that all have this manifest."""
@@ -84,9 +92,10 @@ def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torc
     model_class = find_architecture(name) or getattr(transformers, name, None)
     if model_class is None:
         raise UserError(f"{name} is not an architecture of transformers")
-    with explained(f"cannot build {name} by the config of {where}", where), torch.device("meta"):
-        model = model_class(config)
-    return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))
+    with explained(f"cannot build {name} by the config of {where}", where):
+        with torch.device("meta"):
+            model = model_class(config)
+        return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))
 
 
 def hub_names(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -288,6 +288,7 @@ def read_headers(
         stored = ModelReference(model=_stored(job, model).model)
         config, wanted = configs[model], manifests[model]
         in_files = _without_prefix(stored_headers(stored, job.merge_options), wanted.prefix)
+        in_files = _with_trunk(in_files, wanted.trunk)
         headers[model] = in_files.seen_through(hub_layer(config, in_files.shapes, wanted.shapes))
         _check_headers(model, headers[model], config, wanted, vocabulary_may_differ)
         for name in wanted.tied & headers[model].shapes.keys():
@@ -420,6 +421,14 @@ def _without_prefix(headers: Headers, prefix: str) -> Headers:
     return Headers(
         shapes, {name.removeprefix(prefix): dtype for name, dtype in headers.dtypes.items()}, prefix
     )
+
+
+def _with_trunk(headers: Headers, trunk: str) -> Headers:
+    """The headers of a trunk alone, by the names that its tensors have in the whole model."""
+    if not trunk or any(name.startswith(trunk) for name in headers.shapes):
+        return headers
+    shapes = {trunk + name: shape for name, shape in headers.shapes.items()}
+    return Headers(shapes, {trunk + name: dtype for name, dtype in headers.dtypes.items()})
 
 
 def _shard_headers(

@@ -29,7 +29,12 @@ _MODULES = {
     "SequenceMoEForCausalLM": "modeling_sequence_moe",
     "WEMoECLIPVisionForImageClassification": "modeling_clip_heads",
 }
-_WITH_MODELS = ("modeling_sequence_moe", "modeling_wemoe", "modeling_clip_heads")
+_WITH_MODELS = (
+    "modeling_sequence_moe",
+    "modeling_wemoe",
+    "modeling_clip_heads",
+    "modeling_upcycled_moe",
+)
 
 
 def __getattr__(name: str) -> Any:

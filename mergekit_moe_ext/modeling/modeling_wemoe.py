@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .any_base import (
+    as_config_of_base,
+    check_architecture,
+    keep_own_config,
+    subclass_of,
+    with_own_arguments,
+)
 from .configuration_wemoe import Ensembling, config_class
 from .host_cache import cache_in, generating, with_cache_renamed
 from .prefix_labels import without_prefix_labels
@@ -56,13 +59,9 @@ class Ensemble:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_architecture(type(self), config)
-        kind = type(config)
-        # Some classes ask AutoModel for their trunk, which does not know our configuration.
-        config.__class__ = kind.__base__
-        try:
+        with as_config_of_base(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        finally:
-            config.__class__ = kind
+        keep_own_config(self, config)
         self.ensembling = Ensembling.from_dict(config.ensembling)
         if getattr(config, "chunk_size_feed_forward", 0):
             raise ValueError(
@@ -509,21 +508,10 @@ def _width_into(linear: EnsembledLinear) -> int:
     return linear.weight.shape[0 if linear.is_transposed else 1]
 
 
-def _with_own_arguments(signature: inspect.Signature) -> inspect.Signature:
-    """A `forward`'s signature with `coefficients=` and `task=` besides, before its **kwargs."""
-    own = []
-    for name in ("coefficients", "task"):
-        own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
-    *first, last = signature.parameters.values()
-    has_kwargs = last.kind is inspect.Parameter.VAR_KEYWORD
-    ending = [*own, last] if has_kwargs else [last, *own]
-    return signature.replace(parameters=[*first, *ending])
-
-
 @cache
 def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`WEMoE<X>` for `<X>`."""
-    signature = _with_own_arguments(inspect.signature(base.forward))
+    signature = with_own_arguments(inspect.signature(base.forward), "coefficients", "task")
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._forward(base.forward, signature, *args, **kwargs)
@@ -534,60 +522,10 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             return base.generate(self, *args, **kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    # Checkpoints have the names that the base's have, which transformers looks up by class or by
-    # model type.
-    names = get_checkpoint_conversion_mapping(base.__name__)
-    names = names or get_checkpoint_conversion_mapping(base.config_class.model_type)
-    if names:
-        register_checkpoint_conversion_mapping(_PREFIX + base.__name__, names, overwrite=True)
-    is_stock = base.__module__.startswith("transformers.")
-    members = {
-        "config_class": config_class(base.config_class),
-        "forward": forward,
-        "_auto_class": base._auto_class or auto_class_of(base.__name__),
-        "__module__": __name__ if is_stock else base.__module__,
-    }
+    members = {"config_class": config_class(base.config_class), "forward": forward}
     if base.can_generate():
         members["generate"] = wraps(base.generate)(generate)
-    return type(_PREFIX + base.__name__, (Ensemble, base), members)
-
-
-def check_architecture(asked: type, config: Any) -> None:
-    """`ValueError` where the checkpoint of this configuration is one of another class.
-
-    A checkpoint of the trunk alone will do, as everywhere: transformers names what it lacks.
-    """
-    architectures = getattr(config, "architectures", None) or []
-    known = [each.__name__ for each in asked.__mro__]
-    trunk = transformers.MODEL_MAPPING.get(type(config).__base__, None)
-    if trunk is not None:
-        known.append(trunk.__name__)
-    if architectures and not set(known) & set(architectures):
-        auto_map = getattr(config, "auto_map", None) or {}
-        auto = next((name for name in auto_map if name != "AutoConfig"), "its class")
-        raise ValueError(f"this is a {architectures[0]}, which {auto} loads")
-
-
-AUTO_CLASSES = (
-    "AutoModelForCausalLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMaskedLM",
-    "AutoModelForImageClassification",
-    "AutoModel",
-)
-
-
-def auto_class_of(name: str) -> str:
-    """The name of the one of transformers' Auto classes that loads this architecture."""
-    for auto in AUTO_CLASSES:
-        for known in getattr(transformers, auto)._model_mapping._model_mapping.values():
-            names = [known] if isinstance(known, str) else known
-            if name in names:
-                return auto
-    raise ValueError(f"none of {', '.join(AUTO_CLASSES)} loads a {name}")
+    return subclass_of(base, _PREFIX, Ensemble, __name__, members)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Mappings by which transformers' Auto classes load our architectures without
 `trust_remote_code`.
 
-There is a `WEMoE<X>` for every class X of transformers, so they are not registered one by one.
+There are a `WEMoE<X>` and an `UpcycledMoe<X>` for every class X of transformers, so they are not
+registered one by one.
 Instead the mapping in which an Auto class looks for registered classes becomes one that makes them
 on demand; configurations are entered when the autoload's table is asked for one. The code that
 makes them is imported only then, so that extending costs nothing. Iterating over such a mapping
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_PREFIX = "wemoe_"
+# What is made of a class of transformers: by how its model types begin, how its files end.
+_OF_ANY_BASE = {"wemoe_": "wemoe", "upcycled_moe_": "upcycled_moe"}
 _SEQUENCE = "sequence_moe"
 _HERE = __name__.rpartition(".")[0]
-_OF_ENSEMBLES = f"{_HERE}.configuration_wemoe"
 _OF_SEQUENCES = f"{_HERE}.configuration_sequence_moe"
 # Models that are not made of a class of transformers: by Auto class and configuration.
 _WRITTEN_OUT = {
@@ -39,14 +40,15 @@ def add_configuration(auto: Any, model_type: str) -> None:
     Nothing is entered for a type that is not ours, or that transformers has by itself.
     """
     mapping = auto.CONFIG_MAPPING
-    base = model_type.removeprefix(_PREFIX)
     if model_type in mapping._mapping:
         return
     if model_type == _SEQUENCE:
         mapping._extra_content[model_type] = _ours("configuration_sequence_moe").SequenceMoEConfig
-    elif model_type.startswith(_PREFIX) and base in mapping._mapping:
-        config_class = _ours("configuration_wemoe").config_class
-        mapping._extra_content[model_type] = config_class(mapping[base])
+    for prefix, ending in _OF_ANY_BASE.items():
+        base = model_type.removeprefix(prefix)
+        if model_type.startswith(prefix) and base in mapping._mapping:
+            config_class = _ours(f"configuration_{ending}").config_class
+            mapping._extra_content[model_type] = config_class(mapping[base])
 
 
 def extend_models(auto: ModuleType) -> None:
@@ -67,6 +69,15 @@ def _ours(module: str) -> Any:
     return importlib.import_module(f"{_HERE}.{module}")
 
 
+def _ending_of(config_type: object) -> str | None:
+    """How the files end that have a configuration of any base; None for any other."""
+    module = getattr(config_type, "__module__", None)
+    for ending in _OF_ANY_BASE.values():
+        if module == f"{_HERE}.configuration_{ending}":
+            return ending
+    return None
+
+
 class _Models(dict["type[PretrainedConfig]", Any]):
     """Models of one Auto class, by the classes of their configurations. `stock` is transformers'
     mapping of that Auto class.
@@ -80,10 +91,10 @@ class _Models(dict["type[PretrainedConfig]", Any]):
     def __contains__(self, config_type: object) -> bool:
         if super().__contains__(config_type):
             return True
+        if _ending_of(config_type):
+            return self._auto in _ours("any_base").AUTO_CLASSES
         module = getattr(config_type, "__module__", None)
         name = getattr(config_type, "__name__", "")
-        if module == _OF_ENSEMBLES:
-            return self._auto in _ours("modeling_wemoe").AUTO_CLASSES
         return module == _OF_SEQUENCES and (self._auto, name) in _WRITTEN_OUT
 
     def __missing__(self, config_type: "type[PretrainedConfig]") -> Any:
@@ -95,7 +106,7 @@ class _Models(dict["type[PretrainedConfig]", Any]):
         if written_out is not None:
             module, name = written_out
             return getattr(_ours(module), name)
-        model_class = _ours("modeling_wemoe").model_class
+        model_class = _ours(f"modeling_{_ending_of(config_type)}").model_class
         # One class, or several among which the configuration chooses.
         stock_class = self._stock.get(config_type.__base__, None)
         if stock_class is None:
@@ -116,5 +127,5 @@ class _Unsuited:
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> None:
-        _ours("modeling_wemoe").check_architecture(cls, config)
+        _ours("any_base").check_architecture(cls, config)
         raise ValueError(f"this Auto class has no model for a {config.model_type}")

@@ -1,7 +1,7 @@
 """The initial gates of an upcycled mixture of experts: random, or made of the states of prompts."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,14 +29,17 @@ def initial_gates(
     layers: Sequence[tuple[Stack, int]],
     embedding: str,
     dtype: torch.dtype,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Task]:
     """A task per gate, by its name in the output.
 
+    `shapes` are those of the gates, where their widths are not all the config's hidden size.
     `UserError` for prompts that are lacking, empty, or the same for all experts.
     """
     mode = job.options.gate_mode
-    shape = (len(job.experts), config.hidden_size)
     names = [stack.gate.format(layer=layer) for stack, layer in layers]
+    if shapes is None:
+        shapes = dict.fromkeys(names, (len(job.experts), config.hidden_size))
     gates: dict[str, Task] = {}
     if mode in DISTRIBUTIONS:
         options_of_models = job.model_options
@@ -47,7 +50,7 @@ def initial_gates(
         std = getattr(config, "initializer_range", 0.02)  # as transformers initialises
         for name in names:
             gates[name] = RandomTensor(
-                name=name, shape=shape, mode=mode, std=std, seed=job.seed, dtype=str(dtype)
+                name=name, shape=shapes[name], mode=mode, std=std, seed=job.seed, dtype=str(dtype)
             )
         return gates
     if config.is_encoder_decoder and mode != "cheap_embed":
@@ -69,7 +72,7 @@ def initial_gates(
         quiet=options.quiet,
     )
     for index, name in enumerate(names):
-        gates[name] = PromptGate(states=states, index=index, shape=shape, dtype=str(dtype))
+        gates[name] = PromptGate(states=states, index=index, shape=shapes[name], dtype=str(dtype))
     return gates
 
 

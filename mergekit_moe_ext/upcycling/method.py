@@ -10,7 +10,7 @@ afterwards.
 import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mergekit.common import ModelReference
@@ -39,11 +39,13 @@ from mergekit_moe_ext.merging.sources import (
 from mergekit_moe_ext.merging.tasks import Filled, StackedExperts
 from mergekit_moe_ext.upcycling.alternatives import what_would_work
 from mergekit_moe_ext.upcycling.dense import check_dropped, rewritten, rewritten_manifest
-from mergekit_moe_ext.upcycling.families import upcycling_for
+from mergekit_moe_ext.upcycling.families import supported, upcycling_for
 from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
 from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates
+from mergekit_moe_ext.upcycling.generic import plan_upcycled
 
 MERGEME = "https://arxiv.org/abs/2502.00997"
+_NOR_GENERIC = "Nor can it be a generic mixture"
 _BTX = "https://arxiv.org/abs/2403.07816"
 # By tensor method: its parameters in MergeME's experiments (appendix A).
 _PARAMETERS_OF_MERGEME: dict[str, dict[str, Any]] = {
@@ -66,6 +68,12 @@ class MoeOptions(MethodOptions):
         "architecture's initializer_range as standard deviation; zeros chooses arbitrarily and "
         "weighs equally; hidden (or hidden_last), hidden_avg and cheap_embed are made of the "
         "models' positive_prompts and negative_prompts",
+    )
+    architecture: Literal["auto", "stock", "upcycled"] = Field(
+        "auto",
+        description="class of the output: stock is a mixture of transformers' own; upcycled is the "
+        "sources' own class with routed FFNs, whose code lies beside the weights; auto is stock "
+        "where there is one that fits, else upcycled",
     )
     expert_capacity: int | None = Field(
         None,
@@ -116,7 +124,15 @@ class MoeMethod(StructuralMethod):
     def plan(self, job: Job) -> Plan:
         experts = job.experts
         configs = read_configs(job)
-        family = _family(job, configs)
+        family, reason = _family_or_reason(job, configs)
+        if family is None:
+            try:
+                defaults = _mergeme_defaults(job, self._shared)
+                return plan_upcycled(job, configs, _number_per_token(job), defaults, reason)
+            except UserError as error:
+                raise UserError(
+                    f"{reason}. {_NOR_GENERIC}: {error.message}. {what_would_work(configs)}"
+                ) from error
         check_same_size(job, configs)
         experts_per_token = _experts_per_token(job, family)
         donor = untied_if_any_is(job, configs)
@@ -160,12 +176,22 @@ class MoeMethod(StructuralMethod):
         )
 
 
-def _family(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> Upcycling:
-    """The family of the sources. `UserError` where there is none, with what would work instead."""
+def _family_or_reason(
+    job: Job, configs: Mapping[ModelReference, PretrainedConfig]
+) -> tuple[Upcycling | None, str]:
+    """The family that the output is of, or None and the reason why it is a generic mixture."""
+    if job.options.architecture == "upcycled":
+        return None, "`architecture: upcycled` asks for it"
     try:
-        return upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
+        family = upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
     except UserError as error:
-        raise UserError(f"{error.message}. {what_would_work(configs)}") from error
+        if job.options.architecture == "stock":
+            raise UserError(
+                f"{error.message}; `architecture: auto` makes a generic mixture. Those that have "
+                f"one: {supported()}. {what_would_work(configs)}"
+            ) from error
+        return None, error.message
+    return family, ""
 
 
 def _manifests(
@@ -219,6 +245,11 @@ def _experts_per_token(job: Job, family: Upcycling) -> int:
                 f"{family.experts_per_token}"
             )
         return family.experts_per_token
+    return _number_per_token(job)
+
+
+def _number_per_token(job: Job) -> int:
+    stated = job.options.experts_per_token
     number = 2 if stated is None else stated
     experts = len(job.experts)
     if number > experts:

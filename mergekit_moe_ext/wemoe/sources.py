@@ -18,7 +18,7 @@ from mergekit_moe_ext.merging.sources import (
     read_headers,
     untied_if_any_is,
 )
-from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
+from mergekit_moe_ext.modeling.any_base import auto_class_of
 from mergekit_moe_ext.wemoe.clip_heads import (
     ClipHead,
     as_tower,

@@ -20,9 +20,9 @@ from _mergekit_moe_ext_common.staging import (
 )
 from mergekit_moe_ext.merging.card import renew_loading
 from mergekit_moe_ext.merging.outputs import complete_model
+from mergekit_moe_ext.modeling.any_base import auto_class_of
 from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
 from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
-from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of
 from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
 

@@ -110,8 +110,8 @@ def _check_known(model: ModelReference, config: PretrainedConfig) -> None:
             "dense models to one"
         )
     raise UserError(
-        f"{model} is a {architecture or config.model_type}, which has no "
-        f"mixture-of-experts architecture here; supported: {_supported()}"
+        f"{model} is a {architecture or config.model_type}, which has no mixture-of-experts "
+        "architecture in transformers that fits"
     )
 
 
@@ -229,7 +229,9 @@ def _ours() -> Sequence[Upcycling]:
     )
 
 
-def _supported() -> str:
+def supported() -> str:
+    """All dense architectures that have a family, and where each leads."""
+    _register_ours()
     names = []
     for model_type, families in _FAMILIES.items():
         outputs = " or ".join(family.moe for family in families)

@@ -25,8 +25,9 @@ from transformers import (
     pipeline,
 )
 
+from mergekit_moe_ext.modeling.any_base import auto_class_of
 from mergekit_moe_ext.modeling.configuration_wemoe import config_class
-from mergekit_moe_ext.modeling.modeling_wemoe import auto_class_of, model_class
+from mergekit_moe_ext.modeling.modeling_wemoe import model_class
 from tests.conftest import run
 from tests.mergekit_moe_ext.ensembles import FAMILIES, build, inputs_of
 from tests.tokenizers import save_tokenizer

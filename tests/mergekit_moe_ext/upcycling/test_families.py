@@ -377,13 +377,14 @@ def test_t5_becomes_a_switch_transformer(tmp_path, monkeypatch, capacity):
         ("seed_oss", {"attention_out_bias": True}, {}, "no place in Qwen2-MoE"),
         ("cwm", {"attention_bias": True}, {}, "no place in Qwen2-MoE"),
         ("olmo3", {"layer_types": MIXED_LAYERS}, {}, "some of its layers have a sliding window"),
-        ("gpt2", {}, {}, "supported: .*LlamaForCausalLM"),
+        ("gpt2", {}, {}, "Those that have one: .*LlamaForCausalLM"),
     ],
 )
 def test_what_has_no_place_is_refused(tmp_path, monkeypatch, family, config, parameters, complaint):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "base", 0, family=family, **config)
     with pytest.raises(click.ClickException, match=complaint):
+        parameters = {"architecture": "stock", **parameters}
         merge(document("moe", ["base", "base"], parameters=parameters))
     assert not (tmp_path / "out").exists()
 
