@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import torch
 import yaml
-from merge import BIN, copy_measured, report, run_measured
+from merge import BIN, IMPORT, copy_measured, report, run_measured
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -94,7 +94,7 @@ def whole_merges(layers: int, repeats: int) -> str:
     tools: dict[str, list[str | Path]] = {
         "caem": [BIN / "mergekit-yaml", "caem.yml", "out", "--quiet"],
         "linear": [BIN / "mergekit-yaml", "linear.yml", "out", "--quiet"],
-        "import mergekit only": [sys.executable, "-c", "import mergekit.scripts.run_yaml"],
+        IMPORT: [sys.executable, "-c", "import mergekit.scripts.run_yaml"],
     }
     with tempfile.TemporaryDirectory(prefix="caem-benchmark-") as directory:
         root = Path(directory)
@@ -118,7 +118,7 @@ def whole_merges(layers: int, repeats: int) -> str:
             seconds = copy_measured(inputs, root / "copy.bin", bytes_written)
             runs["plain files"].append((seconds, 0.0, 0.0))
     sizes = f"read {bytes_read / 1e9:.2f} GB, wrote {bytes_written / 1e9:.2f} GB"
-    return f"{sizes}; {repeats} runs each\n\n{report(runs)}"
+    return f"{sizes}; {repeats} runs each\n\n{report(runs, {})}"
 
 
 def planning(experts: int) -> tuple[int, float, float]:

@@ -47,6 +47,8 @@ class BehindWriter(TensorWriter):
     they come.
     """
 
+    current_shard_size: int  # which mergekit does not declare
+
     def __init__(self, out_path: str, max_shard_size: int, room: int):
         super().__init__(out_path, max_shard_size=max_shard_size)
         self._room = room  # of a header that names every tensor still to come
@@ -150,7 +152,7 @@ class _Shard:
             "shape": list(tensor.shape),
             "data_offsets": [self._size, end],
         }
-        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._file.write(flat.view(torch.uint8).numpy().data)
         self._size = end
         if end - self._flushed >= _FLUSHED_AT_ONCE:
             self._start_flushing()
