@@ -74,7 +74,8 @@ class Fused:
         plan = self._plan(len(tokens), x, result, weight)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
         tokens = _cast(tokens, plan.dtype)
-        a, b = self.experts.factors_in(plan.dtype)
+        if plan.dtype != a.dtype:
+            a, b = self.experts.factors_in(plan.dtype)
         if plan.way != "dense":
             update = self._of_chosen(tokens, a, b, scores.squeeze(-1), plan.way)
             return result + update.view(result.shape)
