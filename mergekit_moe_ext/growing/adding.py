@@ -24,6 +24,7 @@ from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan
 from mergekit_moe_ext.merging.sources import Headers, read_configs, read_headers
 from mergekit_moe_ext.merging.tasks import StackedExperts
 from mergekit_moe_ext.merging.views import View
+from mergekit_moe_ext.merging.wrappers import language_config
 from mergekit_moe_ext.upcycling.dense import rewritten, rewritten_manifest
 from mergekit_moe_ext.upcycling.gates import tokenised_prompts
 from mergekit_moe_ext.upcycling.moe_lora import check_changes_ffns
@@ -69,7 +70,7 @@ def _sources_and_view(
 
     config, held, headers: the dense model's config, manifest and headers.
     """
-    check_dense(mixture.config, model, config, held)
+    check_dense(language_config(mixture.config), model, config, held)
     family = family_of(mixture.config, model, config)
     view = headers.view
     if family is not None:
@@ -128,6 +129,7 @@ def _new_entries(job: Job, mixture: Mixture, sources: Sources) -> dict[str, Task
     it.
     """
     states = _states(job, mixture)
+    inner = language_config(mixture.config)
     start = "zeros" if job.options.gate_init == "zeros" else "mean"
     entries: dict[str, Task] = {}
     for position, layer in enumerate(mixture.layers):
@@ -138,7 +140,7 @@ def _new_entries(job: Job, mixture: Mixture, sources: Sources) -> dict[str, Task
                 continue
             # Of the router's tensors one reads the states: it has a row of their size per expert.
             entry = math.prod(mixture.manifest.shapes[name]) // mixture.number
-            reads_states = name in layer.router_tensors and entry == mixture.config.hidden_size
+            reads_states = name in layer.router_tensors and entry == inner.hidden_size
             entries[name] = NewRows(
                 name=name,
                 old=job.load(mixture.model, name, job.config.dtype),
@@ -187,7 +189,7 @@ def _states(job: Job, mixture: Mixture) -> MixtureStates | None:
         model=mixture.model,
         prompts=prompts,
         routers=tuple(layer.router for layer in mixture.layers),
-        vocab_size=mixture.config.vocab_size,
+        vocab_size=language_config(mixture.config).vocab_size,
         seed=job.seed,
         device=options.device or "cpu",
         transformers_cache=options.transformers_cache,

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.caem.checks import check_routing
+from mergekit_moe_ext.merging.wrappers import language_config
 from mergekit_moe_ext.mixtures.experts import (
     expert_names,
     experts_per_token,
@@ -28,7 +29,7 @@ def order_with_new(config: PretrainedConfig, new: int) -> tuple[int, ...]:
     `UserError` where they do not fill the groups evenly.
     """
     old = num_experts(config)
-    groups = getattr(config, "n_group", None) or 1
+    groups = getattr(language_config(config), "n_group", None) or 1
     if new % groups:
         raise UserError(
             f"the router of {config.architectures[0]} chooses among {groups} groups of experts, "
@@ -57,7 +58,7 @@ def order_without(config: PretrainedConfig, experts: Sequence[str]) -> tuple[int
     order = tuple(index for index in range(old) if index not in removed)
     if not order:
         raise UserError("no expert would be left")
-    groups = getattr(config, "n_group", None) or 1
+    groups = getattr(language_config(config), "n_group", None) or 1
     removed_per_group = [0] * groups
     for index in removed:
         removed_per_group[index * groups // old] += 1

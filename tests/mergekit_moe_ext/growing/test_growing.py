@@ -195,6 +195,14 @@ def test_an_expert_in_another_dtype_is_cast_and_the_mixture_is_not(moe):
     assert torch.equal(new, expected)
 
 
+def test_a_mixture_in_the_layout_of_memory_grows_alike(moe):
+    loaded = AutoModelForCausalLM.from_pretrained("moe")
+    loaded.save_pretrained("fused", save_original_format=False)
+    expected, grown = read_tensors(grow(out="expected")), read_tensors(grow(into="./fused"))
+    assert grown.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in grown.items())
+
+
 def save_lora(name, targets):
     torch.manual_seed(3)
     base = AutoModelForCausalLM.from_pretrained("base")
