@@ -1,21 +1,11 @@
 """Training a mixture of experts, parts or all of it, on several sources at once.
 
-That is MergeME 3.1, 3.2 and appendix A. The Hugging Face Trainer does the work, on one process or,
-under `accelerate launch`, on many. Ours differs from it where a mixture of experts would go wrong:
-
-- The loss is the mean over all tokens of a step, whatever the processes, accumulation steps and
-  padding. The tokens by which a text chose its experts are none of them.
-- The load-balancing loss is averaged over processes and accumulation steps, not added up. That of
-  a sequence MoE is of all texts of a step, since a batch has few.
-- Held-out losses hold no load-balancing loss.
-- A checkpoint holds what is trained, in float32, by the names in the model. (The stock Trainer
-  writes a fused expert as single experts, and on resuming drops them for names that it does not
-  know.)
+That is MergeME 3.1, 3.2 and appendix A. The Trainer of `trainers.py` does the work, on one process
+or, under `accelerate launch`, on many.
 """
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +16,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from _mergekit_moe_ext_common.cards import extend_card, in_markdown, sources_in_markdown
-from _mergekit_moe_ext_common.data import fingerprint, real_tokens, training_batches
+from _mergekit_moe_ext_common.data import fingerprint, training_batches
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import (
     check_model,
@@ -46,13 +36,7 @@ from _mergekit_moe_ext_common.runs import (
     model_identity,
 )
 from _mergekit_moe_ext_common.staging import copy_files, has_tokenizer, model_folder
-from _mergekit_moe_ext_common.training import (
-    TokenTrainer,
-    TrainedOnly,
-    dtypes_of,
-    read_data,
-    restore_dtypes,
-)
+from _mergekit_moe_ext_common.training import dtypes_of, read_data, restore_dtypes
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.outputs import complete_model
 from mergekit_moe_ext.mixtures.parts import (
@@ -62,15 +46,10 @@ from mergekit_moe_ext.mixtures.parts import (
     learning_rates,
     parts_to_train,
 )
-from mergekit_moe_ext.mixtures.routers import load_balancing_loss, recorded, routes_sequences
+from mergekit_moe_ext.mixtures.routers import recorded, routes_sequences
 from mergekit_moe_ext.mixtures.rows import OtherRowsFixed, check_chosen, indices_of
-from mergekit_moe_ext.mixtures.sequences import (
-    balance_of_texts,
-    check_sequences,
-    count_choices,
-    first_predicted,
-    recorded_scores,
-)
+from mergekit_moe_ext.mixtures.sequences import check_sequences, first_predicted
+from mergekit_moe_ext.mixtures.trainers import MoeTrainer, SequenceTrainer, without_labels
 from mergekit_moe_ext.recipes import Recipe
 
 LOG = logging.getLogger(__name__)
@@ -78,92 +57,6 @@ LEARNING_RATE_OF_ALL = 1e-5  # MergeME's
 LEARNING_RATE_OF_PARTS = 1e-3
 _ON_CARD = ("learning_rate", "weight_decay", "seed", "processes")
 _ON_CARD_IF_STATED = ("router_learning_rate", "projector_learning_rate", "router_aux_loss")
-
-
-class MoeTrainer(TrainedOnly, TokenTrainer):
-    """The Trainer as the top of this file describes it, for routers that choose per token."""
-
-    loss_is_scaled_for_ga = True
-
-    def __init__(
-        self,
-        *args: Any,
-        router_aux_loss: float | None,
-        learning_rates: Mapping[str, float],
-        **kwargs: Any,
-    ):
-        """`learning_rates` are by the names of the parameters."""
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # makes the Trainer count the tokens of a step
-        self._router_aux_loss = router_aux_loss or 0.0
-        self._learning_rates = learning_rates
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """transformers' own, whose groups are divided by learning rates."""
-        super().create_optimizer(model)
-        named = (self.model if model is None else model).named_parameters()
-        rates = {id(parameter): self._learning_rates[name] for name, parameter in named}
-        groups = []
-        for group in self.optimizer.param_groups:
-            # One without parameters stays: checkpoints of earlier versions hold it, too.
-            by_rate: dict[float, list[torch.nn.Parameter]] = {} if group["params"] else {0.0: []}
-            for parameter in group["params"]:
-                by_rate.setdefault(rates[id(parameter)], []).append(parameter)
-            for rate, parameters in by_rate.items():
-                groups.append({**group, "params": parameters, "lr": rate})
-        self.optimizer.param_groups = groups
-        return self.optimizer
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        is_balanced = bool(self._router_aux_loss) and model.training
-        # Choices are recorded only here, and not when gradient checkpointing runs the layers again:
-        # what it recomputes would stay.
-        recording: Any = self.recorded_choices() if is_balanced else nullcontext({})
-        with recording as choices:
-            outputs = model(**_without_labels(inputs), use_cache=False)
-        losses, counts = self.token_losses(outputs.logits, inputs["labels"])
-        # The Trainer averages gradients over the processes: times their number it is the mean over
-        # the tokens of all of them.
-        tokens = counts.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = losses.sum() / tokens * self.accelerator.num_processes
-        if is_balanced:
-            loss = loss + self._router_aux_loss * self.balance(choices, inputs)
-        return (loss, outputs) if return_outputs else loss
-
-    def recorded_choices(self) -> Any:
-        """A context with what `balance` needs of the next forward pass."""
-        return recorded(self.model)
-
-    def balance(self, choices: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What a batch adds to the load-balancing loss of its step, a scalar."""
-        loss = load_balancing_loss(choices, real_tokens(inputs))
-        return loss / self.current_gradient_accumulation_steps
-
-
-class SequenceTrainer(MoeTrainer):
-    """The Trainer as the top of this file describes it, for a router that chooses per text."""
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of a step; how many of its texts choose each expert is counted here."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        if self._router_aux_loss:
-            counts = count_choices(self.model, batches, self.args.device)
-            self._choices_of_step = self.accelerator.reduce(counts)
-        return batches, items
-
-    def recorded_choices(self) -> Any:
-        return recorded_scores(self.model)
-
-    def balance(self, choices: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        k = self.model.config.experts_per_sequence
-        loss = balance_of_texts(choices[0], self._choices_of_step, k)
-        return loss * self.accelerator.num_processes  # which the Trainer divides by
 
 
 def train(
@@ -198,9 +91,7 @@ def train(
     chosen = chosen_parts(part, config)
     parts = parts_to_train(chosen, config, headers, recipe)
     free_rows = _free_rows(config, chosen, only_experts)
-    rate = recipe.learning_rate
-    if rate is None:
-        rate = LEARNING_RATE_OF_ALL if "rest" in parts else LEARNING_RATE_OF_PARTS
+    rate = _learning_rate(recipe, parts)
     recipe = _settled(recipe, config, rate, parts)
     first_label = 1
     if is_sequence_moe:
@@ -228,12 +119,7 @@ def train(
     pad_token_id = padding_token(tokenizer, vocabulary_of(config))
     batch = training_batches(model, pad_token_id, first_label)
     if not is_sequence_moe:
-        _check_gradient(model, batch([training[0]]), parts, recipe)
-    callbacks = []
-    if free_rows:
-        if not recipe.router_aux_loss:
-            check_chosen(model, _first_batches(training, batch), free_rows)
-        callbacks.append(OtherRowsFixed(model, free_rows))
+        _check_gates(model, training, batch, parts, free_rows, recipe)
     trainer = (SequenceTrainer if is_sequence_moe else MoeTrainer)(
         model,
         arguments,
@@ -242,7 +128,7 @@ def train(
         eval_dataset=held_out or None,
         router_aux_loss=recipe.router_aux_loss,
         learning_rates=learning_rates(model, recipe, rate),
-        callbacks=callbacks,
+        callbacks=[OtherRowsFixed(model, free_rows)] if free_rows else [],
     )
     run.train(trainer)
     run.end_group()
@@ -256,6 +142,13 @@ def train(
         _write(directory, trainer, model_path, tokenizer, reading)
         extend_card(directory, _card(chosen, data, run.settings, losses, only_experts))
     return losses
+
+
+def _learning_rate(recipe: Recipe, parts: Collection[str]) -> float:
+    """That of parts that have none of their own."""
+    if recipe.learning_rate is not None:
+        return recipe.learning_rate
+    return LEARNING_RATE_OF_ALL if "rest" in parts else LEARNING_RATE_OF_PARTS
 
 
 def _settled(recipe: Recipe, config: Any, learning_rate: float, parts: Collection[str]) -> Recipe:
@@ -277,16 +170,32 @@ def _free_rows(config: Any, chosen: Sequence[str], experts: Sequence[str]) -> li
     """The indices of the experts whose rows of the gates alone are trained; none where all are."""
     if not experts:
         return []
+    if routes_sequences(config):
+        raise UserError("--only-experts is for gates: a sequence MoE's router learns as a whole")
     if list(chosen) != ["gates"]:
         raise UserError("--only-experts is for --train gates: it trains their rows of the gates")
     return indices_of(config, experts)
+
+
+def _check_gates(
+    model: Any,
+    training: Dataset,
+    batch: Any,
+    parts: Collection[str],
+    free_rows: Sequence[int],
+    recipe: Recipe,
+) -> None:
+    """`UserError` for gates, or the rows of them that are trained, without anything to learn."""
+    _check_gradient(model, batch([training[0]]), parts, recipe)
+    if free_rows and not recipe.router_aux_loss:
+        check_chosen(model, _first_batches(training, batch), free_rows)
 
 
 def _first_batches(training: Dataset, batch: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Sixteen rows from all over the data, one at a time."""
     number = min(16, len(training))
     for index in range(number):
-        yield _without_labels(batch([training[index * len(training) // number]]))
+        yield without_labels(batch([training[index * len(training) // number]]))
 
 
 def _settings(
@@ -335,10 +244,6 @@ def _prepare_dtypes(model: Any, bf16: bool) -> None:
             parameter.data = parameter.data.float()
 
 
-def _without_labels(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
-
-
 def _check_gradient(
     model: Any,
     batch: dict[str, torch.Tensor],
@@ -352,7 +257,7 @@ def _check_gradient(
     if recipe.router_aux_loss or (getattr(model.config, "num_experts_per_tok", None) or 1) > 1:
         return
     model.eval()
-    start = {name: tensor[:, :16] for name, tensor in _without_labels(batch).items()}
+    start = {name: tensor[:, :16] for name, tensor in without_labels(batch).items()}
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16)
     with autocast, recorded(model) as choices:
         model(**start, use_cache=False)

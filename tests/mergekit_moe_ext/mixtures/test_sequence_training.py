@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext import train
 from mergekit_moe_ext.mixtures.sequences import balance_of_texts, count_choices
-from mergekit_moe_ext.mixtures.training import SequenceTrainer
+from mergekit_moe_ext.mixtures.trainers import SequenceTrainer
 from mergekit_moe_ext.recipes import Recipe
 from tests.conftest import read_tensors
 from tests.mergekit_moe_ext.mixtures.test_usage import words, write

@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from _mergekit_moe_ext_common import training as shared_training
 from _mergekit_moe_ext_common.data import RealTokens, pack
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.mixtures import training
+from mergekit_moe_ext.mixtures import trainers
 from mergekit_moe_ext.mixtures.routers import Choice, load_balancing_loss, recorded
 from mergekit_moe_ext.mixtures.training import train
 from mergekit_moe_ext.recipes import Recipe
@@ -179,9 +179,9 @@ def test_switch_transformers_train_on_inputs_and_targets(tmp_path, monkeypatch):
 def test_held_out_losses_are_means_over_tokens_and_nobody_trains_on_them(moe):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        stock = training.MoeTrainer.training_step
+        stock = trainers.MoeTrainer.training_step
         patch.setattr(
-            training.MoeTrainer,
+            trainers.MoeTrainer,
             "training_step",
             lambda self, model, inputs, *rest: (
                 seen.append(inputs) or stock(self, model, inputs, *rest)
@@ -382,9 +382,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(moe):
             raise KeyboardInterrupt
         return stock(self, *args)
 
-    stock = training.MoeTrainer.training_step
+    stock = trainers.MoeTrainer.training_step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.MoeTrainer, "training_step", interrupted)
+        patch.setattr(trainers.MoeTrainer, "training_step", interrupted)
         train("moe", "out", "all", data, READING, settings)
     assert not (moe / "out").exists()
     assert (moe / "out.checkpoints" / "checkpoint-4" / "trained.safetensors").exists()
@@ -442,9 +442,9 @@ def test_gates_of_a_bfloat16_model(tmp_path, monkeypatch, family):
     write(tmp_path / "news.jsonl", words(1, 8))
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        stock = training.MoeTrainer.training_step
+        stock = trainers.MoeTrainer.training_step
         patch.setattr(
-            training.MoeTrainer,
+            trainers.MoeTrainer,
             "training_step",
             lambda self, model, *rest: (
                 seen.append({p.dtype for p in model.parameters() if not p.requires_grad})
@@ -466,9 +466,9 @@ def test_packing_joins_texts_and_loses_none(moe):
     assert sum(map(len, many)) == 10_000 and sorted(set(map(len, many))) == [16, 32, 64]
     steps = []
     with pytest.MonkeyPatch.context() as patch:
-        stock = training.MoeTrainer.training_step
+        stock = trainers.MoeTrainer.training_step
         patch.setattr(
-            training.MoeTrainer,
+            trainers.MoeTrainer,
             "training_step",
             lambda self, model, inputs, *rest: (
                 steps.append(inputs["input_ids"]) or stock(self, model, inputs, *rest)
