@@ -14,6 +14,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
+from mergekit_moe_ext.merging.sources import stored_model
 from mergekit_moe_ext.merging.wrappers import language_config
 from mergekit_moe_ext.mixtures.experts import MoeLayer, experts_per_token, num_experts
 
@@ -25,8 +26,6 @@ LOG = logging.getLogger(__name__)
 
 def check_options(job: Job) -> None:
     """Check what can be seen without looking at any model."""
-    if any(model.lora for model in job.sources):
-        raise UserError("caem takes no LoRA sources; merge each into its mixture of experts first")
     for entry in (job.config, *job.config.models):
         if "weight" in (entry.parameters or {}):
             raise UserError(
@@ -191,7 +190,8 @@ def check_usage_is_of(
     layers: Sequence[MoeLayer],
 ) -> None:
     """Check that a usage file was counted on this model, and on all of its experts."""
-    if usage.checkpoint != checkpoint_fingerprint(model, job.merge_options):
+    stored = stored_model(job, model)
+    if usage.checkpoint != checkpoint_fingerprint(stored, job.merge_options):
         raise UserError(f"{path} is the usage of another model ({usage.model}), not of {model}")
     sizes_of_model = {layer.router: num_experts(config) for layer in layers}
     for task, task_usage in usage.tasks.items():

@@ -38,6 +38,7 @@ from mergekit_moe_ext.merging.sources import (
     output_dtype,
     read_configs,
     read_headers,
+    stored_model,
     untied_if_any_is,
     views_of,
 )
@@ -56,6 +57,10 @@ if TYPE_CHECKING:
     from mergekit_moe_ext.mixtures.usage import Usage
 
 LOG = logging.getLogger(__name__)
+_PROVISIONAL = (
+    "The allocation is made in the merge, once each LoRA is merged into its mixture: usage is "
+    "counted on the result."
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,15 @@ class CaemMethod(StructuralMethod):
         check_shapes(job, configs, layers, manifests)
         dtype = output_dtype(job, headers)
         config.dtype = dtype
-        allocations = _allocate(job, configs, layers, sizes, number)
+        # The usage of a LoRA source is that of the merged model, which is not there before the
+        # merge has begun. Until then the plan has the right shapes and an even allocation.
+        is_provisional = any(model.lora and model not in job.merged_loras for model in job.sources)
+        if is_provisional:
+            _usages(job, configs, layers, counting=False)
+            allocations = _even_allocation(layers[job.donor], sizes, number)
+        else:
+            usages = _usages(job, configs, layers)
+            allocations = _allocate(job, layers[job.donor], usages, sizes, number)
 
         donor_manifest = manifest_of(donor)
         copies: dict[str, CopiedTensor] = {}
@@ -134,8 +147,8 @@ class CaemMethod(StructuralMethod):
             dtype=dtype,
             views=views_of(headers),
             weights={name: weights.get(stack_of(name), weights["all"]) for name in shared},
-            notes=_notes(job, allocations, weights),
-            draw=lambda path: _draw(job, allocations, path),
+            notes=_PROVISIONAL if is_provisional else _notes(job, allocations, weights),
+            draw=None if is_provisional else lambda path: _draw(job, allocations, path),
         )
 
 
@@ -165,21 +178,28 @@ def _expert_tensors(layers: Sequence[MoeLayer], number: int) -> set[str]:
     return names
 
 
+def _even_allocation(
+    layers: Sequence[MoeLayer], sizes: Sequence[int], number: int
+) -> list[LayerAllocation]:
+    """As many experts of each source as of any other, the first ones, as far as it has them."""
+    numbers = allocate([0.0] * len(sizes), number, sizes)
+    chosen = [list(range(each)) for each in numbers]
+    return [LayerAllocation(layer, [], [], chosen) for layer in layers]
+
+
 def _allocate(
     job: Job,
-    configs: Mapping[ModelReference, PretrainedConfig],
-    layers: Mapping[ModelReference, Sequence[MoeLayer]],
+    layers: Sequence[MoeLayer],
+    usages: "Sequence[Usage]",
     sizes: Sequence[int],
     number: int,
 ) -> list[LayerAllocation]:
-    """The experts that each layer takes, from usage that is read or counted here.
+    """The experts that each layer takes, from the usage of every entry of `models:`.
 
-    `sizes` are the numbers of experts that the entries of `models:` have; `number` is that of the
-    output.
+    `sizes` are the numbers of experts that these have; `number` is that of the output.
     """
-    usages = _usages(job, configs, layers)
     allocations = []
-    for layer in layers[job.donor]:
+    for layer in layers:
         counts = [_counts(usage, layer.router) for usage in usages]
         for model, model_counts in zip(job.experts, counts, strict=True):
             if not any(model_counts):
@@ -200,10 +220,13 @@ def _usages(
     job: Job,
     configs: Mapping[ModelReference, PretrainedConfig],
     layers: Mapping[ModelReference, Sequence[MoeLayer]],
+    *,
+    counting: bool = True,
 ) -> "list[Usage]":
     """The usage of every entry of `models:`, read or counted.
 
     All files and texts are read before anything is counted, so that bad input is found first.
+    Without `counting` that is all that is done, and the list is empty.
     """
     # Only here: `datasets` takes seconds to import, and every command of mergekit imports this
     # file.
@@ -214,6 +237,8 @@ def _usages(
     for index, (model, options) in enumerate(entries):
         if options.usage:
             usage = read_usage(Path(options.usage))
+            if not counting and model.lora:  # it is that of the merged model
+                continue
             check_usage_is_of(job, model, configs[model], usage, options.usage, layers[model])
             usages[index] = usage
     settings = job.options
@@ -227,12 +252,21 @@ def _usages(
         trust_remote_code=merge_options.trust_remote_code,
         quiet=merge_options.quiet,
     )
-    paths = {model: model.local_path(merge_options.transformers_cache) for model in job.experts}
+    cache = merge_options.transformers_cache
+    paths, tokenizers = {}, {}
+    for model in job.experts:
+        paths[model] = ModelReference(model=stored_model(job, model).model).local_path(cache)
+        # A model into which a LoRA was merged has none of its own.
+        tokenizers[model] = ModelReference(model=model.model).local_path(cache)
     texts = {}
     for index, (model, options) in enumerate(entries):
         if options.calibration:
             sources = [f"calibration={options.calibration}"]
-            texts[index] = read_texts(paths[model], sources, reading, settings.max_samples)
+            texts[index] = read_texts(
+                paths[model], sources, reading, settings.max_samples, tokenizers[model]
+            )
+    if not counting:
+        return []
     device = "auto" if merge_options.device == "cuda" else merge_options.device or "cpu"
     for index, calibration_texts in texts.items():
         counted = count_usage(

@@ -122,7 +122,7 @@ class Headers:
 
 def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
     """The config of every source, in the order of `job.sources`."""
-    return {model: _config_of(_stored(job, model), job.merge_options) for model in job.sources}
+    return {model: _config_of(stored_model(job, model), job.merge_options) for model in job.sources}
 
 
 def check_source(model: ModelReference, options: MergeOptions) -> None:
@@ -131,7 +131,7 @@ def check_source(model: ModelReference, options: MergeOptions) -> None:
     stored_headers(ModelReference(model=model.model), options)
 
 
-def _stored(job: Job, model: ModelReference) -> ModelReference:
+def stored_model(job: Job, model: ModelReference) -> ModelReference:
     """Where a source's files are; of a LoRA those of the merged model, once there is one."""
     if model in job.merged_loras:
         return ModelReference(model=ModelPath(path=str(job.merged_loras[model])))
@@ -285,7 +285,7 @@ def read_headers(
     vocabulary_may_differ = _vocabulary_may_differ(job)
     headers = {}
     for model in job.sources:
-        stored = ModelReference(model=_stored(job, model).model)
+        stored = ModelReference(model=stored_model(job, model).model)
         config, wanted = configs[model], manifests[model]
         in_files = _without_prefix(stored_headers(stored, job.merge_options), wanted.prefix)
         in_files = _with_trunk(in_files, wanted.trunk)
@@ -304,7 +304,7 @@ def views_of(headers: Mapping[ModelReference, Headers]) -> dict[ModelReference, 
 def loader_of(job: Job, model: ModelReference, view: View) -> LazyTensorLoader:
     """A loader of a source's tensors, as its view shows them, for what is read before the merge."""
     options = job.merge_options
-    stored = ModelReference(model=_stored(job, model).model)
+    stored = ModelReference(model=stored_model(job, model).model)
     loader = stored.lazy_loader(
         cache_dir=options.transformers_cache, lazy_unpickle=options.lazy_unpickle
     )

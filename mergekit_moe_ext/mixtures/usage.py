@@ -288,14 +288,21 @@ class Texts:
 
 
 def read_texts(
-    model_path: str, data: Sequence[str], reading: Reading, max_samples: int | None = None
+    model_path: str,
+    data: Sequence[str],
+    reading: Reading,
+    max_samples: int | None = None,
+    tokenizer_path: str | None = None,
 ) -> Texts:
-    """`data` as `--data` names it. `UserError` for what cannot be read, the model included."""
+    """`data` as `--data` names it. `UserError` for what cannot be read, the model included.
+
+    tokenizer_path: the model whose tokenizer is used; by default this model.
+    """
     silence(reading)
     config = load_config(model_path, reading)
     headers = check_model(model_path, config, reading, architecture=_auto_class(config))
     _check_mixture(config)
-    tokenizer = load_tokenizer(model_path, reading)
+    tokenizer = load_tokenizer(tokenizer_path or model_path, reading)
     by_source = {
         source: tokenise(
             load(source, max_samples),

@@ -405,10 +405,6 @@ def test_plan_prints_and_draws_the_allocation(tmp_path):
             caem(models=[{"model": "./news", "parameters": {"calibration": "nowhere.jsonl"}}]),
             "does not exist",
         ),
-        (
-            caem(models=[{"model": "./news+./lora", "parameters": {"calibration": "news.jsonl"}}]),
-            "no LoRA",
-        ),
         (caem(shared="caem"), "is not a tensor method"),
     ],
 )
