@@ -1,15 +1,30 @@
-"""Multimodal models: the language model in them, and the rest (vision tower, projector)."""
+"""What a config is of: a mixture or a dense model; and, of a multimodal model, its language model and
+the rest (vision tower, projector).
+"""
 
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from mergekit_moe_ext.merging.manifest import hub_state
 
+# Where configs say how many experts there are.
+NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
 
 def language_config(config: PretrainedConfig) -> PretrainedConfig:
     """The config of the language model in a multimodal one; of any other model its own."""
     inner = getattr(config, "text_config", None)
     return inner if isinstance(inner, PretrainedConfig) else config
+
+
+def is_mixture(config: PretrainedConfig) -> bool:
+    """Whether the config names a number of experts above one."""
+    inner = language_config(config)
+    for key in NUMBERS_OF_EXPERTS:
+        number = getattr(inner, key, None)
+        if isinstance(number, int) and number > 1:
+            return True
+    return False
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:

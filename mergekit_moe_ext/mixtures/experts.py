@@ -15,13 +15,12 @@ from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import hub_state
-from mergekit_moe_ext.merging.wrappers import language_config
+from mergekit_moe_ext.merging.wrappers import NUMBERS_OF_EXPERTS, language_config
 from mergekit_moe_ext.mixtures.routers import routers_of, stack_of
 
 _LAYER = re.compile(r".*?\.\d+\.")
 _NUMBER = re.compile(r"\d+")
 _NAMES = "expert_names"
-_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -61,16 +60,6 @@ def num_experts(config: PretrainedConfig) -> int:
     return getattr(language_config(config), _key(config))
 
 
-def is_mixture(config: PretrainedConfig) -> bool:
-    """Whether the config names a number of experts above one."""
-    inner = language_config(config)
-    for key in _KEYS:
-        number = getattr(inner, key, None)
-        if isinstance(number, int) and number > 1:
-            return True
-    return False
-
-
 def with_num_experts(config: PretrainedConfig, number: int) -> PretrainedConfig:
     """The config with another number of experts, which are then without names."""
     changed = copy.deepcopy(config)
@@ -106,7 +95,7 @@ def index_of_expert(config: PretrainedConfig, expert: str) -> int:
 
 
 def _key(config: PretrainedConfig) -> str:
-    for key in _KEYS:
+    for key in NUMBERS_OF_EXPERTS:
         if isinstance(getattr(language_config(config), key, None), int):
             return key
     raise UserError(f"the config of {config.architectures[0]} does not say how many experts it has")

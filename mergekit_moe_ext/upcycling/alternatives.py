@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from mergekit.common import ModelReference
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from mergekit_moe_ext.mixtures.experts import is_mixture
+from mergekit_moe_ext.merging.wrappers import is_mixture
 
 _TOWER = (
     'CLIPVisionModelWithProjection.from_pretrained("{path}").save_pretrained("tower") saves its '
