@@ -1,6 +1,4 @@
-"""What a config is of: a mixture or a dense model; and, of a multimodal model, its language model and
-the rest (vision tower, projector).
-"""
+"""What a config tells: whether its model is a mixture, and where in it the language model is."""
 
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion

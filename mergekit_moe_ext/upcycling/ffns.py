@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from _mergekit_moe_ext_common.checkpoints import first_line
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.layers import chosen_layers, is_norm, linears_in, parts_of
-from mergekit_moe_ext.mixtures.experts import is_mixture
+from mergekit_moe_ext.merging.wrappers import is_mixture
 from mergekit_moe_ext.mixtures.routers import routers_of
 from mergekit_moe_ext.modeling.configuration_upcycled_moe import RoutedFFN
 from mergekit_moe_ext.modeling.modeling_upcycled_moe import put_experts
