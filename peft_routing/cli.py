@@ -341,7 +341,7 @@ def export(
     "strategies",
     multiple=True,
     metavar="NAME",
-    help="Fusion to compare. May be repeated. [default: all]",
+    help="Fusion to compare, beside the base model. May be repeated. [default: all]",
 )
 @click.option("-o", "--output", type=click.Path(), required=True, help="Directory of the report.")
 @click.option(

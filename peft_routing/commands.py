@@ -336,7 +336,7 @@ def compare(
         expert, by its name and in the order of the names.
         fusions: other adapters to measure beside them, by name: a trained routed adapter, say, or
         one LoRA for all tasks.
-        strategies: the fusions to compare; all if none is named.
+        strategies: the fusions to compare, beside the base model; all if none is named.
         cache: the directory that keeps what was measured; `<output>.cache` if None. What is there
         already is not measured again.
         reading: how texts are read; `Reading()` if None.

@@ -145,8 +145,7 @@ def processes() -> PartialState:
 
 def fill(
     cache: Cache,
-    subjects: Sequence[Subject],
-    texts: Sequence[Texts],
+    work: Sequence[tuple[Subject, Sequence[Texts]]],
     load_base: Callable[[], Any],
     pad_token_id: int,
     *,
@@ -155,7 +154,8 @@ def fill(
 ) -> None:
     """Measures what the cache lacks, on as many processes as accelerate has started.
 
-    Each process takes its share of the subjects, and afterwards all of it is in the directory.
+    `work` has each subject with the texts that it is to read. Each process takes its share of the
+    subjects, and afterwards all of it is in the directory.
     `load_base` is called where something is to be measured. `UserError` where a log-probability is
     not finite, and where the directory cannot be written.
     """
@@ -165,7 +165,7 @@ def fill(
         raise UserError(f"cannot write {cache.directory}: {error.strerror}") from error
     state = processes()
     lacking = []
-    for subject in subjects:
+    for subject, texts in work:
         of_subject = [each for each in texts if not cache.has(subject, each)]
         if of_subject:
             lacking.append((subject, of_subject))

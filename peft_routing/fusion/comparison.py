@@ -101,16 +101,8 @@ def compare(
     check_launch(splits=False)
     silence(reading)
     out = check_output(output)
-    wanted = _check_strategies(strategies)
     left_out: dict[str, str] = {}
-    if _NEEDS_SCIPY in wanted:
-        try:
-            check_scipy()
-        except UserError as error:
-            if strategies:
-                raise
-            wanted.remove(_NEEDS_SCIPY)
-            left_out[_NEEDS_SCIPY] = error.message
+    wanted = _check_strategies(strategies, left_out)
     base_config = load_config(base, reading)
     empty = empty_model(base_config, reading)
     _check_experts(experts, empty)
@@ -130,44 +122,37 @@ def compare(
         )
     directory = Path(cache) if cache else out.with_name(f"{out.name}.cache")
     store = Cache(directory, model_fingerprint(base))
-    merges = [name for name in wanted if name in MERGES]
     with state.main_process_first():
-        for name in merges:
+        for name in [each for each in wanted if each in MERGES]:
             try:
                 candidates[name] = _merge(name, experts, empty, base, directory, state.device, seed)
             except UserError as error:
                 left_out[name] = error.message
+
     columns = [one_expert(name, path) for name, path in experts.items()] + [base_alone()]
-
-    def load_base() -> nn.Module:
-        return load_model(base, base_config, reading, headers=headers, dtype="auto")
-
-    def measure(subjects: Sequence[Subject], chosen: Sequence[Texts]) -> None:
-        pad_token_id = padding_token(tokenizer, vocabulary_of(base_config))
-        fill(
-            store,
-            subjects,
-            chosen,
-            load_base,
-            pad_token_id,
-            batch_size=batch_size,
-            quiet=reading.quiet,
-        )
-
-    measure(columns, [each for split in SPLITS for each in texts[split]])
-    measure(
-        [candidate.subject for candidate in candidates.values()],
-        texts["validation"] + texts["test"],
+    everything = [each for split in SPLITS for each in texts[split]]
+    not_train = texts["validation"] + texts["test"]
+    fill(
+        store,
+        [
+            *[(subject, everything) for subject in columns],
+            *[(candidate.subject, not_train) for candidate in candidates.values()],
+        ],
+        lambda: load_model(base, base_config, reading, headers=headers, dtype="auto"),
+        padding_token(tokenizer, vocabulary_of(base_config)),
+        batch_size=batch_size,
+        quiet=reading.quiet,
     )
+    names = list(experts)
     tables = Tables(
-        **{split: _table(store, list(experts), columns, texts[split]) for split in SPLITS}
+        train=_table(store, names, columns, texts["train"]),
+        validation=_table(store, names, columns, texts["validation"]),
+        test=_table(store, names, columns, texts["test"]),
     )
     sizes = [_size(path, name) for name, path in experts.items()]
     rows = _rows_of_tables(tables, wanted, _costs(store, columns, texts["test"]), sizes, left_out)
     rows += _rows_of_candidates(candidates, store, texts, tables)
     contenders = [row for row in rows if row.kind != BY_TASK]
-    if not contenders:
-        raise UserError("all strategies that were chosen are left out or need the task to be known")
     comparison = Comparison(
         base=base,
         experts=dict(experts),
@@ -186,12 +171,25 @@ def compare(
     return comparison
 
 
-def _check_strategies(strategies: Collection[str]) -> list[str]:
-    """The strategies in the order of the table, all of them if none is named."""
+def _check_strategies(strategies: Collection[str], left_out: dict[str, str]) -> list[str]:
+    """The strategies in the order of the table: those that are named and the base, or all.
+
+    What needs scipy goes into `left_out` where that is lacking. `UserError` where it is named,
+    and for a name that is no strategy.
+    """
     for name in strategies:
         if name not in STRATEGIES:
             raise UserError(f"there is no strategy {name!r}; there are {', '.join(STRATEGIES)}")
-    return [name for name in STRATEGIES if not strategies or name in strategies]
+    wanted = [name for name in STRATEGIES if not strategies or name in (*strategies, "base")]
+    if _NEEDS_SCIPY in wanted:
+        try:
+            check_scipy()
+        except UserError as error:
+            if strategies:
+                raise
+            wanted.remove(_NEEDS_SCIPY)
+            left_out[_NEEDS_SCIPY] = error.message
+    return wanted
 
 
 def _check_experts(experts: Mapping[str, str], empty: nn.Module) -> None:

@@ -51,8 +51,8 @@ def learned(
     weights: Tensor,
     *,
     start: Tensor | None = None,
-    tolerance: float = 1e-7,
-    most_steps: int = 20_000,
+    tolerance: float = 1e-6,
+    most_steps: int = 5_000,
 ) -> Learned:
     """The coefficients of the least loss (3.2.1), which is a convex problem.
 

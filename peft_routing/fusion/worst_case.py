@@ -10,6 +10,9 @@ from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.fusion.ensembles import learned, mixture
 from peft_routing.fusion.tables import task_means
 
+# Of each learned ensemble: near the edge of the simplex the last digits would take very many.
+_MOST_INNER_STEPS = 1000
+
 
 @dataclass(frozen=True)
 class WorstCase:
@@ -101,23 +104,29 @@ def true_worst_case(
     slopes = torch.zeros(tasks, dtype=torch.float64)
     for _ in range(most_steps):
         trial = torch.softmax(q.log() + step * slopes, dim=0)
+        # Exact enough to tell a step up from a step down, and no more than that.
+        gap = math.inf if best is None else best.worst - bound
         solution = learned(
-            log_probabilities, (trial / counts)[tasks_of], start=start, tolerance=tolerance / 1000
+            log_probabilities,
+            (trial / counts)[tasks_of],
+            start=start,
+            tolerance=min(tolerance, gap) / 100,
+            most_steps=_MOST_INNER_STEPS,
         )
         # No ensemble has a lower loss, by these weights, than this one less its certificate.
-        value = solution.loss - solution.certificate
+        bound_of_trial = solution.loss - solution.certificate
         losses = _task_losses(log_probabilities, tasks_of, tasks, solution.coefficients)
-        if best is None or losses.max() < best.worst:
+        if best is None or losses.max().item() < best.worst:
             best = WorstCase(solution.coefficients, losses.max().item(), bound)
-        if value < bound:
+        if solution.loss < bound:
             step /= 2
         else:
             q = trial
             slopes = losses
-            bound = value
             step *= 2
             # An expert that was of no use may be of use by other weights.
             start = 0.999 * solution.coefficients + 0.001 / len(solution.coefficients)
+        bound = max(bound, bound_of_trial)
         if best.worst - bound <= tolerance:
             break
     assert best is not None

@@ -36,7 +36,8 @@ def expected(model, rows):
 
 
 def fill_quietly(cache, subjects, texts, load_base=make_base):
-    fill(cache, subjects, texts, load_base, pad_token_id=0, batch_size=3, quiet=True)
+    work = [(subject, texts) for subject in subjects]
+    fill(cache, work, load_base, pad_token_id=0, batch_size=3, quiet=True)
 
 
 @pytest.fixture(scope="module")

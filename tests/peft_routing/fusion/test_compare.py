@@ -310,7 +310,7 @@ def test_what_cannot_be_fused_is_left_out_with_its_reason(here):
     )  # fmt: skip
     assert "needs one rank per module" in comparison.left_out["uniform_low_rank"]
     assert "no expert is called 'code'" in comparison.left_out["own_expert"]
-    assert [row.name for row in comparison.rows] == ["best_expert"]
+    assert [row.name for row in comparison.rows] == ["base", "best_expert"]
 
 
 def test_two_processes_measure_what_one_does(compared, here):
