@@ -8,7 +8,6 @@ shard's memory nor the time that the disk takes comes on top of the merge's.
 import functools
 import json
 import os
-import threading
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,6 +58,9 @@ class BehindWriter(TensorWriter):
     def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
         """Hands a tensor on to be written; it must not be changed after that."""
         size = tensor.nbytes
+        # Here, since on several GPUs each thread computes on a stream of its own, and the thread
+        # that writes would not wait for that.
+        tensor = tensor.detach().cpu()
         with self._lock:
             has_limit = self.max_shard_size > 0
             if has_limit and self.current_shard_size + size > self.max_shard_size:
@@ -116,7 +118,8 @@ class _Shard:
         self._size = 0
         self._put_off: dict[str, torch.Tensor] = {}
         self._flushed = 0
-        self._flushing: threading.Thread | None = None
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
         self._file = path.open("wb")
         self._file.seek(8 + self._room)
 
@@ -140,12 +143,13 @@ class _Shard:
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
         self._file.flush()
         if self._flushing:
-            self._flushing.join()
+            self._flushing.result()
+        self._flusher.shutdown()
         os.fsync(self._file.fileno())
         self._file.close()
 
     def _append(self, name: str, tensor: torch.Tensor) -> None:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = tensor.contiguous().reshape(-1)
         end = self._size + flat.nbytes
         self._entries[name] = {
             "dtype": _dtype_code(flat.dtype),
@@ -159,22 +163,14 @@ class _Shard:
 
     def _start_flushing(self) -> None:
         """Has the disk take what was written so far, unless it still takes what was before."""
-        if self._flushing and self._flushing.is_alive():
-            return
+        if self._flushing:
+            if not self._flushing.done():
+                return
+            # The system tells an error of the disk once, so that the last fsync may not show it.
+            self._flushing.result()
         self._file.flush()
         self._flushed = self._size
-        # Errors show again in the last fsync, which is what counts.
-        self._flushing = threading.Thread(target=_flush, args=(os.dup(self._file.fileno()),))
-        self._flushing.start()
-
-
-def _flush(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        self._flushing = self._flusher.submit(os.fsync, self._file.fileno())
 
 
 @functools.cache

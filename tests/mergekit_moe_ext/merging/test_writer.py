@@ -1,6 +1,7 @@
 """Shards that are written behind a merge, read back with safetensors' own reader."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -89,6 +90,25 @@ def test_an_error_of_writing_is_raised(tmp_path, monkeypatch):
     writer = BehindWriter(str(tmp_path), -1, header_room(["x"]))
     with pytest.raises(OSError, match="No space left"):
         writer.save_tensor("x", torch.ones(4))
+        writer.finalize()
+
+
+def test_an_error_of_the_disk_that_is_told_once_is_raised(tmp_path, monkeypatch):
+    stock = os.fsync
+    told = []
+
+    def fsync(descriptor):
+        if not told:
+            told.append(descriptor)
+            raise OSError(5, "Input/output error")
+        stock(descriptor)
+
+    monkeypatch.setattr("mergekit_moe_ext.merging.writer._FLUSHED_AT_ONCE", 64)
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer = BehindWriter(str(tmp_path), -1, header_room(["x", "y"]))
+    with pytest.raises(OSError, match="Input/output"):
+        writer.save_tensor("x", torch.ones(64))
+        writer.save_tensor("y", torch.ones(64))
         writer.finalize()
 
 
