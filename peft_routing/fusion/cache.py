@@ -71,12 +71,14 @@ class Subject:
     fingerprint: the sha256 of everything but the base model and the texts that its results depend
     on.
     put_on: makes the model to measure out of the base model. What it returns has `unload`, unless
-    it is the base model itself.
+    it is the base model itself, or `stays_on`.
+    stays_on: whether the base model cannot be had back from it, and is loaded again.
     """
 
     name: str
     fingerprint: str
     put_on: Callable[[Any], Any]
+    stays_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,16 +175,21 @@ def fill(
     with state.split_between_processes(lacking) as share:
         total = sum(len(each.rows) for _, of_subject in share for each in of_subject)
         with tqdm(total=total, unit="rows", disable=quiet or not total) as bar:
-            base = load_base().to(state.device).eval() if share else None
+            base = None
             for subject, of_subject in share:
                 bar.set_description(subject.name)
+                if base is None:
+                    base = load_base().to(state.device).eval()
                 model = subject.put_on(base).eval()
                 for each in of_subject:
                     measured = measure(model, each.rows, pad_token_id, batch_size, bar)
                     _check(measured, subject, each)
                     cache.write(subject, each, measured)
-                if model is not base:
+                if subject.stays_on:
+                    base = None
+                elif model is not base:
                     base = model.unload()
+                del model  # so that no two of them are in memory
     state.wait_for_everyone()
 
 

@@ -1,5 +1,6 @@
 """`compare`: every fusion of a set of adapters on the same texts (Trade-offs, figure 2)."""
 
+import copy
 import logging
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -245,7 +246,7 @@ def _candidates(
         with warnings.catch_warnings():
             # torch warns that nothing is copied into a model without memory.
             warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
-            subject.put_on(empty).unload()  # says now what does not fit
+            subject.put_on(copy.deepcopy(empty))  # says now what does not fit
         kind = PLAIN if read_config(path, name).get("peft_type") == "LORA" else ROUTED
         candidates[name] = _Candidate(subject, kind, _size(path, name))
     return candidates

@@ -5,7 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PromptLearningConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import explained
@@ -46,7 +47,8 @@ def any_adapter(name: str, path: str) -> Subject:
     """An adapter of any type, a routed one among them, as PEFT loads it from a directory.
 
     `UserError` for one that chooses per sequence: in a text that is scored it would choose by the
-    tokens that it is to predict.
+    tokens that it is to predict. And for one that is a prompt: a text's tokens would not be where
+    they are looked for.
     """
     where = f"--fusion {name}={path}"
     try:
@@ -59,11 +61,17 @@ def any_adapter(name: str, path: str) -> Subject:
             "figures would be too good"
         )
 
+    peft_type = config.get("peft_type")
+    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type, object), PromptLearningConfig):
+        raise UserError(f"{where}: it is a prompt ({peft_type}), and only adapters are compared")
+
     def put_on(base: Any) -> Any:
         with explained(f"{where} does not fit a {type(base).__name__}", path):
             return PeftModel.from_pretrained(base, path)
 
-    return Subject(f"fusion {name!r}", _digest("adapter", fingerprint(path, where)), put_on)
+    # PEFT's `unload` leaves the adapter's own copies of modules (modules_to_save) and its biases.
+    own = fingerprint(path, where)
+    return Subject(f"fusion {name!r}", _digest("adapter", own), put_on, stays_on=True)
 
 
 def composed(experts: Mapping[str, str], **options: Any) -> RoutedLoraConfig:

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.fusion.cache import Cache, Measured, Subject, Texts, fill, measure
-from peft_routing.fusion.subjects import base_alone, one_expert
+from peft_routing.fusion.subjects import any_adapter, base_alone, one_expert
 from peft_routing.fusion.tables import joined
 from tests.conftest import SPECIAL_TOKENS, TINY
 from tests.peft_routing.adapters import make_base, save_experts, save_lora
@@ -63,6 +63,29 @@ def test_every_column_is_what_peft_computes_with_that_adapter(experts, tmp_path)
                 atol=2e-5, rtol=0,
             )  # fmt: skip
             assert measured.tokens_read == sum(map(len, ROWS[each.task])) and measured.seconds > 0
+
+
+def test_nothing_of_an_adapter_of_the_users_own_stays_for_those_after_it(tmp_path):
+    lora = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    subjects = []
+    for name, config in (("head", {"modules_to_save": ["lm_head"]}), ("bias", {"bias": "all"})):
+        model = get_peft_model(make_base("qwen2"), LoraConfig(**lora, **config))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / name)
+        subjects.append(any_adapter(name, str(tmp_path / name)))
+    cache = Cache(tmp_path / "cache", "base")
+    fill_quietly(cache, [*subjects, base_alone()], [texts_of("math")], lambda: make_base("qwen2"))
+    models = [
+        PeftModel.from_pretrained(make_base("qwen2"), str(tmp_path / "head")).eval(),
+        PeftModel.from_pretrained(make_base("qwen2"), str(tmp_path / "bias")).eval(),
+        make_base("qwen2"),
+    ]
+    for subject, model in zip([*subjects, base_alone()], models, strict=True):
+        found = cache.read(subject, texts_of("math")).log_probabilities.double()
+        torch.testing.assert_close(found, expected(model, ROWS["math"]), atol=2e-5, rtol=0)
 
 
 def test_only_what_is_lacking_is_measured(experts, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import PeftModel
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -336,6 +336,7 @@ def test_two_processes_measure_what_one_does(compared, here):
         (["--task", "math=law-test.jsonl", "--fusion", "x=./nothing"], "no such directory"),
         (["--task", "math=law-test.jsonl", "--fusion", "x=per-text"], "chooses per sequence"),
         (["--task", "math=law-test.jsonl", "--fusion", "x=misfit"], "x=misfit does not fit"),
+        (["--task", "math=law-test.jsonl", "--fusion", "x=prompt"], "a prompt (PROMPT_TUNING)"),
         (["--task", "math=law-test.jsonl", "--expert", "broken=broken"], "holds NaN or infinity"),
         (["--task", "math=law-test.jsonl", "-o", "experts"], "is not empty"),
     ],
@@ -345,6 +346,9 @@ def test_mistakes_are_told_before_anything_is_measured(here, options, message):
         peft_routing.compose("base", [], "per-text", experts_from="experts", granularity="sequence")
     if "x=misfit" in options:
         save_experts(here, ("misfit",), base=make_base(hidden_size=64))
+    if "x=prompt" in options:
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        get_peft_model(make_base(), prompt).save_pretrained("prompt")
     if "broken=broken" in options:
         path = Path(save_experts(here, ("broken",))["broken"]) / "adapter_model.safetensors"
         tensors = load_file(path)
