@@ -372,7 +372,7 @@ def export(
     type=int,
     default=42,
     show_default=True,
-    help="Seed of the split of a task that has one source.",
+    help="Seed of the split of a task that has one source, and of what a DARE merge drops.",
 )
 @options_of(Reading, "reading")
 def compare(

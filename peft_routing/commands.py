@@ -343,7 +343,7 @@ def compare(
         completions_only: score answers alone: the last turn of a chat, or a target after its input.
         max_samples: the first so many rows of each source; all if None.
         batch_size: rows at a time.
-        seed: of the split of a task that has one source.
+        seed: of the split of a task that has one source, and of what a DARE merge drops.
 
     Returns the table as `rows`, a sentence per budget, the selection of few experts, and the tables
     of log-probabilities, for `peft_routing.fusion`.

@@ -228,9 +228,14 @@ def _candidates(
     """
     sizes = [_size(path, name) for name, path in experts.items()]
     candidates = {}
-    for name, (kind, options) in composed_of(len(experts)).items():
-        if name not in wanted:
+    composable = composed_of(len(experts))
+    for name in wanted:
+        if name in CACHED or name in MERGES:
             continue
+        if name not in composable:
+            left_out[name] = f"of {len(experts)} adapters it takes all, as arrow_all does"
+            continue
+        kind, options = composable[name]
         try:
             get_peft_model(empty, composed(experts, **options)).unload()
         except ValueError as error:  # a UserError is one

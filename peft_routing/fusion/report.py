@@ -216,7 +216,8 @@ def notes(comparison: Comparison) -> list[str]:
         beaten = comparison.not_first
         clear = 0
         for each in beaten:
-            clear += _is_clear(each.difference, each.standard_error, each.texts - 1)
+            is_clear = _is_clear(each.difference, each.standard_error, each.texts - 1)
+            clear += is_clear and each.difference > 0  # the test may say the contrary
         lines.append(
             f"{len(beaten)} of {own} experts are not first on their own task, {clear} of them "
             "clearly so on the test"

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -306,11 +307,22 @@ def test_what_cannot_be_fused_is_left_out_with_its_reason(here):
     save_experts(here / "wide", ("wide",), r=6)
     comparison = compare(
         "base", {"math": "experts/math", "wide": "wide/wide"}, {"code": three("code")}, "report",
-        strategies=["best_expert", "own_expert", "uniform_low_rank"], reading=Reading(quiet=True),
+        strategies=["best_expert", "own_expert", "uniform_low_rank", "arrow_top4"],
+        reading=Reading(quiet=True),
     )  # fmt: skip
     assert "needs one rank per module" in comparison.left_out["uniform_low_rank"]
     assert "no expert is called 'code'" in comparison.left_out["own_expert"]
+    assert "as arrow_all does" in comparison.left_out["arrow_top4"]
     assert [row.name for row in comparison.rows] == ["base", "best_expert"]
+
+
+def test_experts_that_are_first_on_the_test_are_not_clearly_beaten(compared):
+    beaten = [
+        fusion.NotFirst("math", "law", 2.0, 0.1, 12),
+        fusion.NotFirst("code", "law", -2.0, 0.1, 12),
+    ]
+    line = report.notes(replace(compared, not_first=beaten))[-1]
+    assert line.startswith("2 of 3 experts are not first") and "1 of them clearly so" in line
 
 
 def test_two_processes_measure_what_one_does(compared, here):
