@@ -102,6 +102,9 @@ def compare(
     check_launch(splits=False)
     silence(reading)
     out = check_output(output)
+    directory = Path(cache).expanduser().resolve() if cache else out.with_name(f"{out.name}.cache")
+    if directory.is_relative_to(out):
+        raise UserError(f"the cache {cache} lies in the output {output}; name another directory")
     left_out: dict[str, str] = {}
     wanted = _check_strategies(strategies, left_out)
     base_config = load_config(base, reading)
@@ -121,7 +124,6 @@ def compare(
             max_samples=max_samples,
             seed=seed,
         )
-    directory = Path(cache) if cache else out.with_name(f"{out.name}.cache")
     store = Cache(directory, model_fingerprint(base))
     with state.main_process_first():
         for name in [each for each in wanted if each in MERGES]:

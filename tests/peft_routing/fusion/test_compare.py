@@ -351,6 +351,7 @@ def test_two_processes_measure_what_one_does(compared, here):
         (["--task", "math=law-test.jsonl", "--fusion", "x=prompt"], "a prompt (PROMPT_TUNING)"),
         (["--task", "math=law-test.jsonl", "--expert", "broken=broken"], "holds NaN or infinity"),
         (["--task", "math=law-test.jsonl", "-o", "experts"], "is not empty"),
+        (["--task", "math=law-test.jsonl", "--cache", "report/kept"], "lies in the output"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(here, options, message):
