@@ -104,21 +104,16 @@ def whole_merges(layers: int, repeats: int) -> str:
         for name in NAMES:
             inputs += (root / name).glob("*.safetensors")
         bytes_read = sum(path.stat().st_size for path in inputs)
-        bytes_written = 0
-        runs: dict[str, list[tuple[float, float, float]]] = {
-            name: [] for name in (*tools, "plain files")
-        }
+        runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in tools}
+        copies: dict[str, list[float]] = {name: [] for name in tools if name != IMPORT}
         for _ in range(repeats):
             for name, command in tools.items():
                 runs[name].append(run_measured(command, root))
-                outputs = list(root.glob("out/*.safetensors"))
-                if outputs:
-                    bytes_written = sum(path.stat().st_size for path in outputs)
+                size = sum(path.stat().st_size for path in root.glob("out/*.safetensors"))
                 shutil.rmtree(root / "out", ignore_errors=True)
-            seconds = copy_measured(inputs, root / "copy.bin", bytes_written)
-            runs["plain files"].append((seconds, 0.0, 0.0))
-    sizes = f"read {bytes_read / 1e9:.2f} GB, wrote {bytes_written / 1e9:.2f} GB"
-    return f"{sizes}; {repeats} runs each\n\n{report(runs, {})}"
+                if name in copies:
+                    copies[name].append(copy_measured(inputs, root / "copy.bin", size))
+    return f"read {bytes_read / 1e9:.2f} GB; {repeats} runs each\n\n{report(runs, copies)}"
 
 
 def planning(experts: int) -> tuple[int, float, float]:
