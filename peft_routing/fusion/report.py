@@ -15,7 +15,7 @@ from peft_routing.fusion.selection import NotFirst, standard_error
 from peft_routing.fusion.strategies import BY_TASK, ENSEMBLE, PLAIN, ROUTED, Tables
 
 # The factors of the standard error that 95 percent of a mean's distribution lie within, by degrees
-# of freedom from 1 on (Student); beyond them 1.96 + 2.5 / degrees is exact to 0.01.
+# of freedom from 1 on (Student); beyond them 1.96 + 2.5 / degrees is exact to 0.02.
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 _HEADINGS = (
     "strategy",
