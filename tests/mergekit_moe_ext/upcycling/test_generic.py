@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import click
+import peft
 import pytest
 import torch
 import transformers
@@ -264,6 +265,25 @@ def test_half_precision_tied_weights_copies_and_offloading(gpt2):
     places |= {"lm_head": "cpu"}
     spread = load(out, dtype=torch.float32, device_map=places, offload_folder="offload")[0]
     assert torch.equal(logits(spread, inputs), logits(exact, inputs))
+
+
+def test_peft_trains_its_copies_of_the_routers(gpt2):
+    """With `modules_to_save` they stand in the routers' places, and are what chooses."""
+    model = load(merge(document(models=["base", "math", "code"])))[0]
+    settings = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["router"])
+    adapted = peft.get_peft_model(model, settings).eval()
+    before = logits(adapted, {"input_ids": TOKENS})
+    adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    routers = [name for name, each in adapted.named_parameters() if "router.modules_to_save" in name]
+    assert len(routers) == 3
+    with torch.no_grad():
+        for name in routers:
+            parameter = adapted.get_parameter(name)
+            assert parameter.grad.abs().sum() > 0, name
+            parameter.copy_(-parameter)
+    after = logits(adapted, {"input_ids": TOKENS})
+    assert not torch.allclose(after, before)
+    assert torch.allclose(logits(adapted.merge_and_unload(), {"input_ids": TOKENS}), after)
 
 
 def test_it_loads_where_this_package_is_not(tmp_path, monkeypatch):
