@@ -400,12 +400,16 @@ def test_what_no_generic_mixture_is_made_of(tmp_path, monkeypatch):
     make(tmp_path / "t5", "T5ForConditionalGeneration", 0)
     make(tmp_path / "vit", "ViTForImageClassification", 0)
     make(tmp_path / "cats", "ViTForImageClassification", 0, id2label=dict(enumerate("abcde")))
+    make(tmp_path / "relu", "GPT2LMHeadModel", 0, activation_function="relu")
     moe = merge(document(models=["gpt2"] * 2, base=None), "moe")
     refusals = [
         (["gpt2", "opt"], {}, "must be one class"),
         ([str(moe)] * 2, {}, "mixture of experts already"),
-        (["gpt2"] * 2, {"experts_per_token": 3}, "at most 2"),
+        (["gpt2", "relu"], {}, "another activation than ./gpt2: `activation_function` is 'relu'"),
+        (["gpt2"] * 2, {"experts_per_token": 3}, "^experts_per_token .* at most 2$"),
+        (["gpt2"] * 2, {"gate_mode": "hidden"}, "^gate_mode: hidden needs `positive_prompts`"),
         (["gpt2"] * 2, {"expert_capacity": 3}, "Switch Transformers alone"),
+        (["gpt2", "opt"], {"architecture": "upcycled"}, "^no generic mixture .* must be one class"),
         (["t5"] * 2, {"gate_mode": "hidden", "architecture": "upcycled"}, "is one decoder"),
         (["vit"] * 2, {"gate_mode": "cheap_embed"}, "token embeddings"),
         (["vit", "cats"], {}, "other classes"),

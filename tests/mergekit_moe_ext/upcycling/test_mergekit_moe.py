@@ -156,3 +156,15 @@ def test_a_family_without_a_shared_expert_refuses_one(models):
     document = configuration(shared_experts=[{"source_model": "other"}])
     with pytest.raises(click.ClickException, match="none of the models"):
         plan(document)
+
+
+def test_a_generic_mixture_refuses_a_shared_expert(models):
+    models("qwen2")
+    parameters = {"architecture": "upcycled", "shared_expert": "./base"}
+    document = {
+        "merge_method": "moe",
+        "models": [{"model": "./base"}] * 2,
+        "parameters": parameters,
+    }
+    with pytest.raises(click.ClickException, match="is a generic mixture, which has no shared"):
+        plan(document)
