@@ -139,6 +139,8 @@ WRONG = [
     ({"architecture": "DeepSeek MoE"}, "not one of transformers"),
     ({"experts_per_token": "two"}, "experts_per_token: .* form of mergekit-moe"),
     ({"shared_experts": [{"source_model": "a"}] * 2}, "names 2 models"),
+    ({"shared_experts": 1}, "`shared_experts` is not a list"),
+    ({"architecture": 8}, "architecture: 8 is not a name"),
 ]
 
 
