@@ -123,7 +123,12 @@ def plan(
 
     from mergekit_moe_ext.merging.card import defaults_in_words, experts_in_words
     from mergekit_moe_ext.merging.method import StructuralMethod
-    from mergekit_moe_ext.merging.planner import merged_models, prepare, structural_method
+    from mergekit_moe_ext.merging.planner import (
+        layers_of,
+        merged_models,
+        prepare,
+        structural_method,
+    )
     from mergekit_moe_ext.merging.preflight import read_job
     from mergekit_moe_ext.methods import METHODS
 
@@ -143,7 +148,7 @@ def plan(
         dtype=str(planned.dtype).removeprefix("torch."),
         bytes=planned.bytes,
         mixture=experts_in_words(planned),
-        layers=planned.config.num_hidden_layers,
+        layers=layers_of(planned),
         experts=tuple(map(str, job.experts)),
         shared=len(planned.shared),
         shared_method=job.shared_method.spec.name,

@@ -30,7 +30,14 @@ from mergekit_moe_ext.upcycling.shared_expert import with_shared_expert
 
 GateInit = Literal["mean", "prompts", "zeros"]
 # Options of a mixture that is built anew; one that is there has them already.
-_OF_NEW_MIXTURES = ("shared", "gate_mode", "experts_per_token", "expert_capacity", "shared_expert")
+_OF_NEW_MIXTURES = (
+    "architecture",
+    "shared",
+    "gate_mode",
+    "experts_per_token",
+    "expert_capacity",
+    "shared_expert",
+)
 
 
 class GrowingOptions(MoeOptionsWithShared):

@@ -99,7 +99,10 @@ def _check_keys(document: Mapping[str, Any]) -> None:
         ("the configuration", document, MoEMergeConfig.model_fields)
     ]
     for key in ("experts", "shared_experts"):
-        for index, expert in enumerate(document.get(key) or ()):
+        listed = document.get(key) or []
+        if not isinstance(listed, list):
+            raise UserError(f"`{key}` is not a list of experts")
+        for index, expert in enumerate(listed):
             places.append((f"{key}[{index}]", expert, Expert.model_fields))
     for where, values, known in places:
         if not isinstance(values, Mapping):
@@ -110,6 +113,8 @@ def _check_keys(document: Mapping[str, Any]) -> None:
                 hint = f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
                 raise UserError(f"unknown key `{name}` in {where}{hint}")
     architecture = document.get("architecture")
+    if architecture is not None and not isinstance(architecture, str):
+        raise UserError(f"architecture: {architecture!r} is not a name")
     if architecture and not any(name.startswith(architecture.lower()) for name in _ARCHITECTURES):
         raise UserError(
             f"architecture: mergekit-moe has no {architecture!r}; leave the key out, and the "

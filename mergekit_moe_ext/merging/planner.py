@@ -140,7 +140,7 @@ class MergePlanner(StockMergePlanner):
                     task = _refusing_nonfinite(task, weight.name, out_dtype)
                     self._tensors[index] = (weight, task)
             return
-        num_layers = _num_layers(self._plan_of_job)
+        num_layers = layers_of(self._plan_of_job)
         for name, tensor in self._plan_of_job.shared.items():
             self._plan_shared(name, tensor.weight, num_layers)
         for name, task in self._plan_of_job.computed.items():
@@ -260,15 +260,15 @@ class MergePlanner(StockMergePlanner):
         return tasks
 
 
-def _num_layers(plan: Plan) -> int:
+def layers_of(plan: Plan) -> int:
     """The number of layers that the config states; where it states none, as for two towers (CLIP),
-    that of the deeper one.
+    that of the deeper one. A tower that is copied as it is does not count.
     """
     stated = getattr(plan.config, "num_hidden_layers", None)
     if stated:
         return stated
     numbers = [1]
-    for name in plan.shapes:
+    for name in (*plan.shared, *plan.computed):
         layer = _LAYER.search(name)
         if layer:
             numbers.append(int(layer.group(1)) + 1)

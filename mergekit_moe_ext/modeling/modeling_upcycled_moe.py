@@ -100,11 +100,14 @@ def _thread() -> int:
 class Dispatch:
     """What the linear modules of one FFN share while it runs: its router, and its choice.
 
+    owner, name: the module that the router is in, and the router's name there. It is looked up at
+        every call, since others may put a module of theirs in its place (PEFT's `modules_to_save`).
     choices: by thread, since a server may run the model in several.
     """
 
-    def __init__(self, router: TokenRouter) -> None:
-        self.router = router
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner = owner
+        self.name = name
         self.choices: dict[int, Choice] = {}
 
     def begin(self, x: Tensor) -> Choice:
@@ -113,7 +116,8 @@ class Dispatch:
         running = self.choices.get(thread)
         if running is not None and running.x is x:
             return running
-        logits, weights, experts = self.router(x.reshape(-1, x.shape[-1]))
+        router = getattr(self.owner, self.name)
+        logits, weights, experts = router(x.reshape(-1, x.shape[-1]))
         sorted_experts, order = experts.flatten().sort(stable=True)
         numbers = torch.arange(logits.shape[-1], device=experts.device)
         ends = torch.searchsorted(sorted_experts, numbers, right=True)
@@ -168,7 +172,7 @@ class Reader(ExpertLinear):
     def forward(self, x: Tensor) -> Tensor:
         choice = self.dispatch.begin(x)
         tokens = x.reshape(-1, x.shape[-1])
-        rows = tokens[choice.order // self.dispatch.router.chosen]
+        rows = tokens[choice.order // choice.weights.shape[-1]]
         output = self.product(rows, choice)
         return output.view(*[1] * (x.ndim - 2), *output.shape)
 
@@ -200,14 +204,14 @@ def put_experts(
     """Put all experts into an FFN's linear modules, and a router of this name into the model."""
     first: Any = model.get_submodule(ffn.readers[0])
     width = first.weight.shape[0 if isinstance(first, Conv1D) else 1]
-    router = TokenRouter(width, experts, chosen, first.weight)
-    dispatch = Dispatch(router)
+    _put(model, router_name, TokenRouter(width, experts, chosen, first.weight))
+    owner, _, name = router_name.rpartition(".")
+    dispatch = Dispatch(model.get_submodule(owner), name)
     for reader in ffn.readers:
         _put(model, reader, Reader(model.get_submodule(reader), experts, dispatch))
     for inner in ffn.inner:
         _put(model, inner, Inner(model.get_submodule(inner), experts, dispatch))
     _put(model, ffn.writer, Writer(model.get_submodule(ffn.writer), experts, dispatch))
-    _put(model, router_name, router)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -21,7 +21,6 @@ from mergekit_moe_ext.merging.sources import (
     check_same_size,
     output_dtype,
     read_headers,
-    untied_if_any_is,
     views_of,
 )
 from mergekit_moe_ext.merging.tasks import StackedExperts
@@ -33,6 +32,16 @@ from mergekit_moe_ext.upcycling.ffns import find_ffns, layers_with_experts
 from mergekit_moe_ext.upcycling.gates import initial_gates
 
 LOG = logging.getLogger(__name__)
+# Config keys by which architectures name the activation of their FFNs, besides `hidden_act`.
+_ACTIVATIONS = (
+    "activation",
+    "activation_function",
+    "decoder_activation_function",
+    "dense_act_fn",
+    "encoder_activation_function",
+    "gelu_activation",
+    "hidden_activation",
+)
 
 
 @dataclass(frozen=True)
@@ -103,16 +112,33 @@ def upcycled_config(
     return config_type(**values)
 
 
+def dense_of_all(
+    job: Job, configs: Mapping[ModelReference, PretrainedConfig], donor: PretrainedConfig
+) -> Dense:
+    """The dense model that all sources are, by the config of the donor.
+
+    `UserError` for sources of which no generic mixture can be made.
+    """
+    _check_one_class(job, configs)
+    try:
+        return read_dense(donor)
+    except UserError as error:
+        raise UserError(f"{job.donor}: {error.message}") from error
+
+
 def plan_upcycled(
     job: Job,
     configs: Mapping[ModelReference, PretrainedConfig],
+    donor: PretrainedConfig,
+    dense: Dense,
     experts_per_token: int,
     shared_defaults: Mapping[str, Any],
     reason: str,
 ) -> Plan:
     """The plan of a merge to `UpcycledMoe<X>`; `reason` says why it is not a stock architecture.
 
-    `shared_defaults` are parameters of the shared method, where the configuration states none.
+    donor, dense: the config that the output's is made of, and what `dense_of_all` gives for it.
+    shared_defaults: parameters of the shared method, where the configuration states none.
     """
     if job.options.expert_capacity is not None:
         raise UserError("`expert_capacity` is for Switch Transformers alone")
@@ -120,13 +146,7 @@ def plan_upcycled(
         raise UserError(
             "a generic mixture does not truncate embeddings; align vocabularies with `tokenizer:`"
         )
-    _check_one_class(job, configs)
     check_same_size(job, configs)
-    donor = untied_if_any_is(job, configs)
-    try:
-        dense = read_dense(donor)
-    except UserError as error:
-        raise UserError(f"{job.donor}: {error.message}") from error
     headers = read_headers(job, configs, dict.fromkeys(configs, dense.manifest))
     config = upcycled_config(donor, dense.ffns, len(job.experts), experts_per_token)
     network, state = hub_state(config)
@@ -165,7 +185,9 @@ def plan_upcycled(
 
 
 def _check_one_class(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
-    """Check that all sources are of the donor's class, and classify alike if they classify."""
+    """Check that all sources are of the donor's class, that their FFNs have its activation, and
+    that they classify alike if they classify.
+    """
     donor = configs[job.donor]
     for model, config in configs.items():
         if config.architectures != donor.architectures:
@@ -173,6 +195,13 @@ def _check_one_class(job: Job, configs: Mapping[ModelReference, PretrainedConfig
                 f"{model} is a {config.architectures} and {job.donor} a {donor.architectures}: "
                 "they must be one class"
             )
+        for key in _ACTIVATIONS:
+            here, there = getattr(config, key, None), getattr(donor, key, None)
+            if here != there:
+                raise UserError(
+                    f"{model} has another activation than {job.donor}: `{key}` is {here!r}, not "
+                    f"{there!r}"
+                )
         architecture = (donor.architectures or [""])[0]
         if "Classification" in architecture and config.id2label != donor.id2label:
             raise UserError(

@@ -42,10 +42,9 @@ from mergekit_moe_ext.upcycling.dense import check_dropped, rewritten, rewritten
 from mergekit_moe_ext.upcycling.families import supported, upcycling_for
 from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
 from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates
-from mergekit_moe_ext.upcycling.generic import plan_upcycled
+from mergekit_moe_ext.upcycling.generic import dense_of_all, plan_upcycled
 
 MERGEME = "https://arxiv.org/abs/2502.00997"
-_NOR_GENERIC = "Nor can it be a generic mixture"
 _BTX = "https://arxiv.org/abs/2403.07816"
 # By tensor method: its parameters in MergeME's experiments (appendix A).
 _PARAMETERS_OF_MERGEME: dict[str, dict[str, Any]] = {
@@ -125,17 +124,12 @@ class MoeMethod(StructuralMethod):
         experts = job.experts
         configs = read_configs(job)
         family, reason = _family_or_reason(job, configs)
+        donor = untied_if_any_is(job, configs)
         if family is None:
-            try:
-                defaults = _mergeme_defaults(job, self._shared)
-                return plan_upcycled(job, configs, _number_per_token(job), defaults, reason)
-            except UserError as error:
-                raise UserError(
-                    f"{reason}. {_NOR_GENERIC}: {error.message}. {what_would_work(configs)}"
-                ) from error
+            defaults = _mergeme_defaults(job, self._shared)
+            return _generic_plan(job, configs, donor, defaults, reason)
         check_same_size(job, configs)
         experts_per_token = _experts_per_token(job, family)
-        donor = untied_if_any_is(job, configs)
         config = family.output_config(
             donor, len(experts), experts_per_token, **_options_of_family(job, family)
         )
@@ -192,6 +186,27 @@ def _family_or_reason(
             ) from error
         return None, error.message
     return family, ""
+
+
+def _generic_plan(
+    job: Job,
+    configs: Mapping[ModelReference, PretrainedConfig],
+    donor: PretrainedConfig,
+    shared_defaults: Mapping[str, Any],
+    reason: str,
+) -> Plan:
+    """The plan of a generic mixture. Where there can be none the `UserError` says what would work
+    instead.
+    """
+    try:
+        dense = dense_of_all(job, configs, donor)
+    except UserError as error:
+        complaint = f"{reason}. Nor can it be a generic mixture: {error.message}"
+        if job.options.architecture == "upcycled":
+            complaint = f"no generic mixture (`architecture: upcycled`): {error.message}"
+        raise UserError(f"{complaint}. {what_would_work(configs)}") from error
+    number = _number_per_token(job)
+    return plan_upcycled(job, configs, donor, dense, number, shared_defaults, reason)
 
 
 def _manifests(

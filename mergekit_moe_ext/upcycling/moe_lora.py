@@ -14,10 +14,12 @@ from mergekit.common import ModelReference
 from mergekit.config import InputModelDefinition, MergeConfiguration
 from peft.utils.save_and_load import load_peft_weights
 from pydantic import Field
+from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job, Plan
 from mergekit_moe_ext.merging.sources import read_configs
+from mergekit_moe_ext.modeling.configuration_upcycled_moe import routed_ffns
 from mergekit_moe_ext.upcycling.families import upcycling_for
 from mergekit_moe_ext.upcycling.method import MoeMethod, MoeOptionsWithShared
 
@@ -59,14 +61,23 @@ class MoeLoraMethod(MoeMethod):
 
     def plan(self, job: Job) -> Plan:
         plan = super().plan(job)
-        family = upcycling_for(read_configs(job))
-        ffns = []
-        for stack in family.stacks:
-            for layer in range(getattr(plan.config, stack.layers)):
-                ffns.append(stack.ffn.format(layer=layer))
+        ffns = _ffns_of(job, plan.config)
         for model in job.sources:
             check_changes_ffns(model, ffns)
         return plan
+
+
+def _ffns_of(job: Job, output: PretrainedConfig) -> list[str]:
+    """The modules of the base whose weights become experts of the mixture with this config."""
+    modules = []
+    if hasattr(output, "routed_ffns"):  # a generic mixture
+        for ffn in routed_ffns(output).values():
+            modules += ffn.linears
+        return modules
+    for stack in upcycling_for(read_configs(job)).stacks:
+        for layer in range(getattr(output, stack.layers)):
+            modules.append(stack.ffn.format(layer=layer))
+    return modules
 
 
 def _experts_of_compose(base: ModelReference, config: MergeConfiguration) -> str:

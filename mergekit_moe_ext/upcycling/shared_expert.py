@@ -29,6 +29,11 @@ def with_shared_expert(
             f"shared_expert: {path} is none of the models; name it as `base_model` or under "
             "`models:`, too"
         )
+    if hasattr(plan.config, "routed_ffns"):
+        raise UserError(
+            f"{plan.config.architectures[0]} is a generic mixture, which has no shared expert, so "
+            "`shared_expert` has no place in it"
+        )
     family = upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
     if not any(stack.shared_expert for stack in family.stacks):
         raise UserError(f"{family.moe} has no shared expert, so `shared_expert` has no place in it")

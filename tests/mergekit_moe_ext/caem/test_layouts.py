@@ -8,6 +8,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+import mergekit_moe_ext
 from tests.conftest import TINY, document, merge, read_tensors
 from tests.mergekit_moe_ext.caem.test_caem import caem, entries, make_sources
 from tests.mergekit_moe_ext.mixtures.test_usage import counts, usage_of, words, write
@@ -135,6 +136,8 @@ def test_the_mixture_in_a_multimodal_model(tmp_path, monkeypatch, caplog, kind):
     expected = read_tensors(tmp_path / "news")
     merged = read_tensors(one)
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    planned = mergekit_moe_ext.plan(caem(TASKS, num_experts=6))
+    assert planned.layers == TEXT["num_hidden_layers"]
     both = merge(caem(TASKS, num_experts=6), "both")
     assert "outside the language model" in caplog.text
     merged = read_tensors(both)

@@ -227,6 +227,7 @@ WRONG = [
     ({"margin": -1.0}, "margin"),
     ({"shared": "linear"}, "`shared` does not go with `into`"),
     ({"gate_mode": "random"}, "`gate_mode` does not go with `into`"),
+    ({"architecture": "upcycled"}, "`architecture` does not go with `into`"),
     ({"weight": 0.5}, "`weight` is not an option here"),
     ({"gate_init": "zeros", "margin": 1.0}, "does not go with `gate_init: zeros`"),
     ({"gate_init": "prompts", "margin": 1.0}, "needs `positive_prompts`"),

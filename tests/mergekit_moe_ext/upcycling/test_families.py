@@ -407,7 +407,7 @@ def test_a_refusal_names_what_would_work(tmp_path, monkeypatch, config, way_on):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(click.ClickException, match=way_on):
-        merge(document("moe", ["base", "base"], base=None))
+        merge(document("moe", ["base"] * 2, base=None, parameters={"architecture": "stock"}))
 
 
 def test_a_family_from_outside_takes_the_place_of_ours(monkeypatch):

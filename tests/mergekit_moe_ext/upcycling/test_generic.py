@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import click
+import peft
 import pytest
 import torch
 import transformers
@@ -266,6 +267,25 @@ def test_half_precision_tied_weights_copies_and_offloading(gpt2):
     assert torch.equal(logits(spread, inputs), logits(exact, inputs))
 
 
+def test_peft_trains_its_copies_of_the_routers(gpt2):
+    """With `modules_to_save` they stand in the routers' places, and are what chooses."""
+    model = load(merge(document(models=["base", "math", "code"])))[0]
+    settings = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["router"])
+    adapted = peft.get_peft_model(model, settings).eval()
+    before = logits(adapted, {"input_ids": TOKENS})
+    adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    routers = [name for name, each in adapted.named_parameters() if "router.modules_to_save" in name]
+    assert len(routers) == 3
+    with torch.no_grad():
+        for name in routers:
+            parameter = adapted.get_parameter(name)
+            assert parameter.grad.abs().sum() > 0, name
+            parameter.copy_(-parameter)
+    after = logits(adapted, {"input_ids": TOKENS})
+    assert not torch.allclose(after, before)
+    assert torch.allclose(logits(adapted.merge_and_unload(), {"input_ids": TOKENS}), after)
+
+
 def test_it_loads_where_this_package_is_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = {}
@@ -380,12 +400,16 @@ def test_what_no_generic_mixture_is_made_of(tmp_path, monkeypatch):
     make(tmp_path / "t5", "T5ForConditionalGeneration", 0)
     make(tmp_path / "vit", "ViTForImageClassification", 0)
     make(tmp_path / "cats", "ViTForImageClassification", 0, id2label=dict(enumerate("abcde")))
+    make(tmp_path / "relu", "GPT2LMHeadModel", 0, activation_function="relu")
     moe = merge(document(models=["gpt2"] * 2, base=None), "moe")
     refusals = [
         (["gpt2", "opt"], {}, "must be one class"),
         ([str(moe)] * 2, {}, "mixture of experts already"),
-        (["gpt2"] * 2, {"experts_per_token": 3}, "at most 2"),
+        (["gpt2", "relu"], {}, "another activation than ./gpt2: `activation_function` is 'relu'"),
+        (["gpt2"] * 2, {"experts_per_token": 3}, "^experts_per_token .* at most 2$"),
+        (["gpt2"] * 2, {"gate_mode": "hidden"}, "^gate_mode: hidden needs `positive_prompts`"),
         (["gpt2"] * 2, {"expert_capacity": 3}, "Switch Transformers alone"),
+        (["gpt2", "opt"], {"architecture": "upcycled"}, "^no generic mixture .* must be one class"),
         (["t5"] * 2, {"gate_mode": "hidden", "architecture": "upcycled"}, "is one decoder"),
         (["vit"] * 2, {"gate_mode": "cheap_embed"}, "token embeddings"),
         (["vit", "cats"], {}, "other classes"),

@@ -139,6 +139,8 @@ WRONG = [
     ({"architecture": "DeepSeek MoE"}, "not one of transformers"),
     ({"experts_per_token": "two"}, "experts_per_token: .* form of mergekit-moe"),
     ({"shared_experts": [{"source_model": "a"}] * 2}, "names 2 models"),
+    ({"shared_experts": 1}, "`shared_experts` is not a list"),
+    ({"architecture": 8}, "architecture: 8 is not a name"),
 ]
 
 
@@ -155,4 +157,16 @@ def test_a_family_without_a_shared_expert_refuses_one(models):
         plan(document)
     document = configuration(shared_experts=[{"source_model": "other"}])
     with pytest.raises(click.ClickException, match="none of the models"):
+        plan(document)
+
+
+def test_a_generic_mixture_refuses_a_shared_expert(models):
+    models("qwen2")
+    parameters = {"architecture": "upcycled", "shared_expert": "./base"}
+    document = {
+        "merge_method": "moe",
+        "models": [{"model": "./base"}] * 2,
+        "parameters": parameters,
+    }
+    with pytest.raises(click.ClickException, match="is a generic mixture, which has no shared"):
         plan(document)

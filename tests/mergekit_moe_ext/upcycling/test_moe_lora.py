@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import document, merge, read_tensors
+from tests.conftest import document, make_model, merge, read_tensors
 
 
 @pytest.fixture
@@ -58,3 +58,20 @@ def test_what_it_cannot_make_is_refused(adapters):
         with pytest.raises(click.ClickException, match=message):
             moe_lora(**arguments)
     assert not (adapters / "out").exists()
+
+
+def test_where_no_stock_mixture_fits_it_is_generic(here):
+    """Against `moe` on the same sources; an adapter without FFNs is refused there, too."""
+    make_model(here / "small", 0, family="gpt2", n_embd=32, n_layer=2, n_head=4)
+    for name, target in (("fc", "c_fc"), ("attention", "c_attn")):
+        base = AutoModelForCausalLM.from_pretrained("small")
+        config = peft.LoraConfig(
+            target_modules=[target], init_lora_weights=False, fan_in_fan_out=True
+        )
+        peft.get_peft_model(base, config).save_pretrained(name)
+    ours = read_tensors(moe_lora(["fc", "small"], base="./small"))
+    models = [{"model": "./small+./fc"}, "small"]
+    expected = merge(document("moe", models=models, base="./small"), "expected")
+    assert all(torch.equal(ours[name], each) for name, each in read_tensors(expected).items())
+    with pytest.raises(click.ClickException, match="changes no FFN"):
+        moe_lora(["fc", "attention"], base="./small", out="other")
