@@ -146,8 +146,11 @@ def rows_of(donor: Tokens, model: Tokens, size: int, number_of_rows: int) -> Tok
     for text, token in donor.special.items():
         if token < size and own[token] < 0:
             examples["missing"].append(text)
+    texts_of_markers = {token: text for text, token in donor.markers.items()}
     for token, content in donor.bytes_of.items():
-        row = model.number_of(content)
+        row = model.markers.get(texts_of_markers.get(token, ""))
+        if row is None:
+            row = model.number_of(content)
         if row is not None and row < number_of_rows:
             own[token] = row
             continue
@@ -172,8 +175,8 @@ def _quoted(content: bytes) -> str:
 
 def _row_of_special(donor: Tokens, model: Tokens, text: str, token: int) -> int | None:
     """The model's row of a special token: of the same text, else of the same role."""
-    if text in model.special:
-        return model.special[text]
+    if text in model.markers:
+        return model.markers[text]
     row = None
     for role in ROLES:
         if donor.roles.get(role) == token and role in model.roles:
@@ -203,7 +206,7 @@ class AlignedRows(Task[Tensor]):
 
 class AlignedBias(Task[Tensor]):
     """What is added to a head's logits, a number per token of the donor's: the source's own bias,
-    if it has one, and what its rows call for (`TokenRows.bias`).
+    if it has one, and what its rows call for (`shares` or `availability` of `TokenRows`).
     """
 
     name: str

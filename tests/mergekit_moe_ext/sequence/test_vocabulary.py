@@ -5,7 +5,8 @@ against the sources' own probabilities.
 import click
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import mergekit_moe_ext
 from mergekit_moe_ext.sequence.tokens import Tokens
@@ -323,6 +324,28 @@ def merged_pair(donor, kind, name="out", **parameters):
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+@pytest.mark.parametrize("is_special", [(True, False), (False, True), (False, False)])
+def test_a_chat_marker_is_matched_whether_it_is_called_special_or_not(is_special):
+    donor, model = tokenizer_of_kind("byte_level"), tokenizer_of_kind("sentencepiece")
+    for tokenizer, of_this in zip((donor, model), is_special, strict=True):
+        tokenizer.add_tokens(["<|im_start|>"], special_tokens=of_this)
+    rows = rows_of(Tokens(donor), Tokens(model), len(donor), len(model))
+    marker = donor.convert_tokens_to_ids("<|im_start|>")
+    assert rows.own[marker] == model.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_the_text_of_a_special_token_among_the_words_of_a_donor():
+    """A Unigram source makes its own end of text of it, which is not what it says."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: number for number, text in enumerate([*characters, "</", "</s", "</s>"])}
+    raw = Tokenizer(models.BPE(vocabulary, [("<", "/"), ("</", "s"), ("</s", ">")]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    donor, model = PreTrainedTokenizerFast(tokenizer_object=raw), tokenizer_of_kind("unigram")
+    rows = rows_of(Tokens(donor), Tokens(model), len(donor), len(model))
+    assert vocabulary["</s>"] in rows.missing
+    assert list(rows.stand_ins[vocabulary["</s>"]]) == [model.unk_token_id]
 
 
 @pytest.mark.parametrize("kind", MARKS)
