@@ -40,6 +40,8 @@ class Tokens:
     markers: those, and all others that are cut out of a text before it is split, by their text. Not
         every tokenizer calls a chat marker special.
     roles: the number of the token of each role that the tokenizer has.
+    never_made: the byte tokens of characters that have a token, which the tokenizer makes of no
+        text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -83,6 +85,10 @@ class Tokens:
         self._unknown = {self.roles.get("unk_token"), vocabulary.get(unknown)} - {None}
         self._inside_words = self._model_inside_words(vocabulary, unknown)
         self._of_bytes = self._numbers_by_bytes(byte_tokens)
+        self.never_made = set()
+        for number, content in byte_tokens.items():
+            if self._of_bytes[content] != number:
+                self.never_made.add(number)
         self.bytes_of |= byte_tokens
         self._longest = max(map(len, self._of_bytes), default=0)
 

@@ -70,6 +70,18 @@ def test_the_rest_of_a_word_is_spelled_without_a_space(by_kind, kind):
         assert b"".join(tokens.bytes_of[token] for token in spelling.tokens) == rest.encode()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_has_a_byte_token_of_a_character_with_a_token(by_kind, kind):
+    tokenizer, tokens = by_kind[kind]
+    every_byte = {f"<0x{byte:02X}>": chr(byte) for byte in range(128)}
+    vocabulary = tokenizer.get_vocab()
+    expected = set()
+    for text, character in every_byte.items():
+        if text in vocabulary and ("▁" if character == " " else character) in vocabulary:
+            expected.add(vocabulary[text])
+    assert tokens.never_made == expected and bool(expected) == kind.startswith("sentencepiece")
+
+
 def test_wordpiece_marks_what_continues_a_word(by_kind):
     tokenizer, tokens = by_kind["wordpiece"]
     vocabulary = tokenizer.get_vocab()
