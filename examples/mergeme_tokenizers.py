@@ -33,6 +33,7 @@ from transformers import (
 
 from mergekit_moe_ext.analysis import Tokens, check_new_file
 
+OPTIONS = ("share", "mean", "unavailable")
 KINDS = ("sentencepiece", "wordpiece", "byte-level")
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TOKENS = 4000
@@ -165,8 +166,9 @@ def in_mixture(donor: Path, experts: list[Path], kind: str, texts: list[str]) ->
 @click.option(
     "--spelled-tokens",
     "options",
+    type=click.Choice(OPTIONS),
     multiple=True,
-    default=("share", "mean", "unavailable"),
+    default=OPTIONS,
     show_default=True,
     help="Option of hetero_moe to measure with. May be repeated.",
 )

@@ -13,7 +13,8 @@ class DecoderStates:
     """What the decoders that a batch chose give besides logits, by layer.
 
     A sequence with one expert has that expert's own. A sequence with several has their sum, weighed
-    by its coefficients: of the last hidden states it is what a shared head reads.
+    by its coefficients: of the last hidden states it is what a shared head reads, unless projectors
+    come between.
     """
 
     def __init__(self, rows: int, hidden_states: Any, attentions: Any) -> None:

@@ -845,7 +845,11 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         """The coefficients that were given, a row per sequence. `ValueError` if they do not fit."""
         number = len(self.experts)
         fits = coefficients.ndim == 2 and coefficients.shape[1] == number and len(coefficients) > 0
-        if not fits or rows % len(coefficients):
+        if fits and len(coefficients) != rows:
+            # One row for all may have been repeated, for beams.
+            are_alike = torch.equal(coefficients, coefficients[:1].expand_as(coefficients))
+            fits = rows % len(coefficients) == 0 and are_alike
+        if not fits:
             raise ValueError(
                 f"coefficients are of shape {tuple(coefficients.shape)}; give "
                 f"({rows}, {number}), a row per sequence, or (1, {number}) for all"

@@ -37,7 +37,11 @@ class Tokens:
     bytes_of: the bytes that each ordinary token stands for, by its number. A space before a word is
         part of them.
     special: the number of each special token (end of text, chat markers …), by its text.
+    markers: those, and all others that are cut out of a text before it is split, by their text. Not
+        every tokenizer calls a chat marker special.
     roles: the number of the token of each role that the tokenizer has.
+    never_made: the byte tokens of characters that have a token, which the tokenizer makes of no
+        text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -55,18 +59,22 @@ class Tokens:
         added = tokenizer.added_tokens_decoder
         special = set(tokenizer.all_special_ids)
         special |= {number for number, token in added.items() if token.special}
-        unknown = state["model"].get("unk_token")
-        if isinstance(unknown, str) and unknown in vocabulary:
+        texts_of_model, unknown = _vocabulary_of_model(state["model"])
+        if unknown in vocabulary:
             special.add(vocabulary[unknown])
         self.special: dict[str, int] = {}
+        self.markers: dict[str, int] = {}
         self.bytes_of: dict[int, bytes] = {}
         byte_tokens = {}
         for text, number in sorted(vocabulary.items(), key=lambda item: item[1]):
             if self._has_byte_tokens and _BYTE_TOKEN.fullmatch(text):
                 byte_tokens[number] = bytes.fromhex(text[3:5])
             elif number in special:
-                self.special[text] = number
-            elif number in added:
+                self.special[text] = self.markers[text] = number
+            # Some list tokens of the model among those that are added (Gemma's "▁▁"); they are
+            # written as its others are.
+            elif number in added and text not in texts_of_model:
+                self.markers[text] = number
                 self.bytes_of[number] = text.encode()
             else:
                 self.bytes_of[number] = self._bytes(text)
@@ -77,6 +85,10 @@ class Tokens:
         self._unknown = {self.roles.get("unk_token"), vocabulary.get(unknown)} - {None}
         self._inside_words = self._model_inside_words(vocabulary, unknown)
         self._of_bytes = self._numbers_by_bytes(byte_tokens)
+        self.never_made = set()
+        for number, content in byte_tokens.items():
+            if self._of_bytes[content] != number:
+                self.never_made.add(number)
         self.bytes_of |= byte_tokens
         self._longest = max(map(len, self._of_bytes), default=0)
 
@@ -111,7 +123,10 @@ class Tokens:
             if is_inside and self._inside_words is not None:
                 model = self._inside_words
             tokens += [token.id for token in model.tokenize(word)]
-        return Spelling(tokens, is_whole=not self._unknown.intersection(tokens))
+        # A Unigram model makes its special tokens of their texts, which mean something else.
+        written = [token for token in tokens if token in self.bytes_of]
+        kept = [token for token in tokens if token in self.bytes_of or token in self._unknown]
+        return Spelling(kept, is_whole=written == tokens)
 
     def _words(self, text: str) -> list[str]:
         """The text as the tokenizer normalises it, and as its model then gets it, in parts."""
@@ -181,7 +196,7 @@ class Tokens:
             numbers.setdefault(content, number)
         return numbers
 
-    def _model_inside_words(self, vocabulary: dict[str, int], unknown: Any) -> Any:
+    def _model_inside_words(self, vocabulary: dict[str, int], unknown: str) -> Any:
         """What splits the rest of a word, into tokens with the prefix; None where there is none."""
         if not self._prefix:
             return None
@@ -193,10 +208,21 @@ class Tokens:
             continuing[unknown] = vocabulary[unknown]
         return models.WordPiece(
             continuing,
-            unk_token=unknown or "",
+            unk_token=unknown,
             continuing_subword_prefix="",
             max_input_chars_per_word=100,
         )
+
+
+def _vocabulary_of_model(state: dict[str, Any]) -> tuple[set[str], str]:
+    """The texts of a model's own tokens, and that of its unknown token; "" if it has none."""
+    vocabulary = state["vocab"]
+    if isinstance(vocabulary, dict):
+        return set(vocabulary), state.get("unk_token") or ""
+    # A Unigram's tokens have scores, and places for numbers.
+    texts = [text for text, _score in vocabulary]
+    number = state.get("unk_id")
+    return set(texts), "" if number is None else texts[number]
 
 
 def _parts(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

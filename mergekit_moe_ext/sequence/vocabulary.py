@@ -37,12 +37,15 @@ class TokenRows:
     own: (vocabulary,), the row of each token; -1 where the model lacks it.
     stand_ins: for tokens that it lacks, the rows whose mean stands in for them.
     spelled: those of them that the rows write whole, in their order.
+    never_made: tokens that the donor's tokenizer makes of no text, since another one stands for the
+        same bytes.
     examples: for people, some tokens that are `spelled` and some that are `missing`.
     """
 
     own: Tensor
     stand_ins: Mapping[int, Sequence[int]]
     spelled: frozenset[int] = frozenset()
+    never_made: frozenset[int] = frozenset()
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
@@ -56,36 +59,50 @@ class TokenRows:
         return replace(self, stand_ins={token: bag[:1] for token, bag in self.stand_ins.items()})
 
     def shares(self) -> Tensor:
-        """(vocabulary,) in float32: the logarithm of a lacking token's part of the probability of
-        its first stand-in, which all tokens that begin with that row share; 0 for tokens that the
-        model has, and `UNLIKELY` for those that nothing stands in for.
+        """(vocabulary,) in float32: the logarithm of a token's part of the probability of its row,
+        which for a lacking token is its first stand-in. `UNLIKELY` for tokens that nothing stands
+        in for, and for those that the donor's tokenizer never makes.
+
+        Tokens of one row share it: WordPiece has one for a word with a space before it and without.
+        Lacking tokens take nothing away from the row's own, but share as if these took part.
 
         Nothing but the order of the donor's vocabulary says how often a token is used, and
         tokenizers number tokens from the most frequent on. As in Zipf's law, a part is inversely
         proportional to the token's number.
         """
-        by_first: dict[int, list[int]] = defaultdict(list)
+        owners: dict[int, list[int]] = defaultdict(list)
         for token, row in enumerate(self.own.tolist()):
-            if row >= 0:
-                by_first[row].append(token)
+            if row >= 0 and token not in self.never_made:
+                owners[row].append(token)
+        beginners: dict[int, list[int]] = defaultdict(list)
         for token, bag in self.stand_ins.items():
-            by_first[bag[0]].append(token)
+            if token not in self.never_made:
+                beginners[bag[0]].append(token)
         logarithms = torch.full(self.own.shape, UNLIKELY)
-        for tokens in by_first.values():
-            frequencies = 1 / (torch.tensor(tokens) + _NUMBER_OF_RARE_TOKENS)
-            logarithms[tokens] = (frequencies / frequencies.sum()).log()
-        logarithms[self.own >= 0] = 0
+        for row, tokens in beginners.items():
+            logarithms[tokens] = _logarithms_of_parts([*owners[row], *tokens])[-len(tokens) :]
+        for tokens in owners.values():
+            if tokens:
+                logarithms[tokens] = _logarithms_of_parts(tokens)
         return logarithms
 
     def availability(self, *, with_stand_ins: bool) -> Tensor:
         """(vocabulary,) in float32: 0 for tokens that the model has, and those that something
-        stands in for or not; `UNLIKELY` for all others.
+        stands in for or not; `UNLIKELY` for all others, and for those that the donor's tokenizer
+        never makes.
         """
         logits = torch.full(self.own.shape, UNLIKELY)
         logits[self.own >= 0] = 0
         if with_stand_ins:
             logits[list(self.stand_ins)] = 0
+        logits[list(self.never_made)] = UNLIKELY
         return logits
+
+
+def _logarithms_of_parts(tokens: Sequence[int]) -> Tensor:
+    """(tokens,) in float32: the logarithms of the parts of some tokens that share a row."""
+    frequencies = 1 / (torch.tensor(tokens) + _NUMBER_OF_RARE_TOKENS)
+    return (frequencies / frequencies.sum()).log()
 
 
 def align_vocabularies(
@@ -146,8 +163,11 @@ def rows_of(donor: Tokens, model: Tokens, size: int, number_of_rows: int) -> Tok
     for text, token in donor.special.items():
         if token < size and own[token] < 0:
             examples["missing"].append(text)
+    texts_of_markers = {token: text for text, token in donor.markers.items()}
     for token, content in donor.bytes_of.items():
-        row = model.number_of(content)
+        row = model.markers.get(texts_of_markers.get(token, ""))
+        if row is None:
+            row = model.number_of(content)
         if row is not None and row < number_of_rows:
             own[token] = row
             continue
@@ -162,7 +182,7 @@ def rows_of(donor: Tokens, model: Tokens, size: int, number_of_rows: int) -> Tok
         else:
             examples["missing"].append(_quoted(content))
     shown = {kind: texts[:_EXAMPLES] for kind, texts in examples.items()}
-    return TokenRows(own, stand_ins, frozenset(spelled), shown)
+    return TokenRows(own, stand_ins, frozenset(spelled), frozenset(donor.never_made), shown)
 
 
 def _quoted(content: bytes) -> str:
@@ -172,8 +192,8 @@ def _quoted(content: bytes) -> str:
 
 def _row_of_special(donor: Tokens, model: Tokens, text: str, token: int) -> int | None:
     """The model's row of a special token: of the same text, else of the same role."""
-    if text in model.special:
-        return model.special[text]
+    if text in model.markers:
+        return model.markers[text]
     row = None
     for role in ROLES:
         if donor.roles.get(role) == token and role in model.roles:
@@ -203,7 +223,7 @@ class AlignedRows(Task[Tensor]):
 
 class AlignedBias(Task[Tensor]):
     """What is added to a head's logits, a number per token of the donor's: the source's own bias,
-    if it has one, and what its rows call for (`TokenRows.bias`).
+    if it has one, and what its rows call for (`shares` or `availability` of `TokenRows`).
     """
 
     name: str

@@ -333,6 +333,7 @@ def test_perplexity_runs_each_expert_once_over_the_prompt(sources):
         (torch.ones(4, 2), r"\(4, 3\)"),
         (torch.ones(3, 3), r"\(4, 3\)"),
         (torch.ones(0, 3), r"\(4, 3\)"),
+        (torch.eye(3)[:2], r"\(4, 3\)"),  # nothing says which two sequences each row is of
         (torch.zeros(4, 3), "not all 0"),
         (torch.full((4, 3), float("nan")), "finite"),
     ],

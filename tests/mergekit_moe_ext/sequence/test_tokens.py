@@ -1,7 +1,9 @@
 """What tokens stand for, and how bytes are spelled: against the text that was tokenized."""
 
+import json
+
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_moe_ext.sequence.tokens import Tokens
@@ -68,6 +70,18 @@ def test_the_rest_of_a_word_is_spelled_without_a_space(by_kind, kind):
         assert b"".join(tokens.bytes_of[token] for token in spelling.tokens) == rest.encode()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_has_a_byte_token_of_a_character_with_a_token(by_kind, kind):
+    tokenizer, tokens = by_kind[kind]
+    every_byte = {f"<0x{byte:02X}>": chr(byte) for byte in range(128)}
+    vocabulary = tokenizer.get_vocab()
+    expected = set()
+    for text, character in every_byte.items():
+        if text in vocabulary and ("▁" if character == " " else character) in vocabulary:
+            expected.add(vocabulary[text])
+    assert tokens.never_made == expected and bool(expected) == kind.startswith("sentencepiece")
+
+
 def test_wordpiece_marks_what_continues_a_word(by_kind):
     tokenizer, tokens = by_kind["wordpiece"]
     vocabulary = tokenizer.get_vocab()
@@ -126,3 +140,28 @@ def test_special_tokens_are_told_apart_from_text(by_kind):
     assert not {*tokens.special.values()} & tokens.bytes_of.keys()
     # The text of a special token is text like any other.
     assert tokens.spell(b"</s>").is_whole and len(tokens.spell(b"</s>").tokens) > 1
+
+
+def test_a_unigram_makes_no_special_token_of_its_text(by_kind):
+    _, tokens = by_kind["unigram"]
+    spelling = tokens.spell(b"</s>")
+    assert not spelling.is_whole and spelling.tokens == [tokens.special["<unk>"]]
+
+
+def test_the_unknown_token_of_a_unigram_without_roles():
+    raw = tokenizer_of_kind("unigram").backend_tokenizer
+    tokens = Tokens(PreTrainedTokenizerFast(tokenizer_object=raw))
+    assert not tokens.roles and not tokens.spell("日".encode()).is_whole
+
+
+def test_a_token_of_the_model_that_is_among_the_added_ones_too():
+    """As Gemma has for spaces in a row."""
+    plain = tokenizer_of_kind("sentencepiece_normalizer")
+    state = json.loads(plain.backend_tokenizer.to_str())
+    state["model"]["vocab"]["▁▁"] = len(plain)
+    state["model"]["merges"].insert(0, ["▁", "▁"])
+    raw = Tokenizer.from_str(json.dumps(state))
+    raw.add_tokens([AddedToken("▁▁", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    assert len(plain) in ids_of(tokenizer, "kata  kata")
+    assert Tokens(tokenizer).bytes_of[len(plain)] == b"  "

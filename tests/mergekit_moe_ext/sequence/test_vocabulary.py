@@ -5,7 +5,8 @@ against the sources' own probabilities.
 import click
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import mergekit_moe_ext
 from mergekit_moe_ext.sequence.tokens import Tokens
@@ -325,6 +326,28 @@ def merged_pair(donor, kind, name="out", **parameters):
     return model.eval()
 
 
+@pytest.mark.parametrize("is_special", [(True, False), (False, True), (False, False)])
+def test_a_chat_marker_is_matched_whether_it_is_called_special_or_not(is_special):
+    donor, model = tokenizer_of_kind("byte_level"), tokenizer_of_kind("sentencepiece")
+    for tokenizer, of_this in zip((donor, model), is_special, strict=True):
+        tokenizer.add_tokens(["<|im_start|>"], special_tokens=of_this)
+    rows = rows_of(Tokens(donor), Tokens(model), len(donor), len(model))
+    marker = donor.convert_tokens_to_ids("<|im_start|>")
+    assert rows.own[marker] == model.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_the_text_of_a_special_token_among_the_words_of_a_donor():
+    """A Unigram source makes its own end of text of it, which is not what it says."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: number for number, text in enumerate([*characters, "</", "</s", "</s>"])}
+    raw = Tokenizer(models.BPE(vocabulary, [("<", "/"), ("</", "s"), ("</s", ">")]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    donor, model = PreTrainedTokenizerFast(tokenizer_object=raw), tokenizer_of_kind("unigram")
+    rows = rows_of(Tokens(donor), Tokens(model), len(donor), len(model))
+    assert vocabulary["</s>"] in rows.missing
+    assert list(rows.stand_ins[vocabulary["</s>"]]) == [model.unk_token_id]
+
+
 @pytest.mark.parametrize("kind", MARKS)
 @pytest.mark.parametrize("donor", MARKS)
 def test_words_are_matched_whatever_marks_them(subwords, donor, kind):
@@ -380,21 +403,39 @@ def text_of_both(donor, kind):
 
 @pytest.mark.parametrize(("donor", "kind"), PAIRS)
 def test_spelled_tokens_share_the_probability_of_their_first_piece(of_kinds, donor, kind):
-    """Token by token: an own token has the source's probability, and a spelled one that of its
-    first piece, times its part by Zipf's law among all that begin with that piece.
+    """Token by token: an own token has the source's probability, which those of one row share, and
+    a spelled one that of its first piece, times its part among all that begin with that piece, all
+    by Zipf's law.
     """
     source, mixture, rows = probabilities(donor, kind, text_of_both(donor, kind))
     first = {token: row for token, row in enumerate(rows.own.tolist()) if row >= 0}
     own = set(first)
     first |= {token: bag[0] for token, bag in rows.stand_ins.items()}
     expected = torch.zeros_like(mixture)
-    for token, row in first.items():
-        alike = [other for other, its_row in first.items() if its_row == row]
+    made = {token: row for token, row in first.items() if token not in rows.never_made}
+    for token, row in made.items():
+        alike = [other for other, its_row in made.items() if its_row == row]
+        if token in own:
+            alike = [other for other in alike if other in own]
         part = 1 / (token + 300) / sum(1 / (other + 300) for other in alike)
-        expected[:, token] = source[:, row] * (1 if token in own else part)
+        expected[:, token] = source[:, row] * part
     assert len(rows.spelled) > 20
     expected /= expected.sum(dim=-1, keepdim=True)
     torch.testing.assert_close(mixture, expected, atol=1e-6, rtol=1e-3)
+
+
+def test_tokens_of_one_row_have_its_probability_once():
+    """WordPiece's tokens with a space before them and without, and SentencePiece's bytes."""
+    for donor, kind in [("byte_level", "wordpiece"), ("sentencepiece", "byte_level")]:
+        of_donor, model = tokenizer_of_kind(donor), tokenizer_of_kind(kind)
+        rows = rows_of(Tokens(of_donor), Tokens(model), len(of_donor), len(model))
+        parts = rows.shares().exp()
+        used = rows.own[rows.own >= 0].unique()
+        assert len(used) < (rows.own >= 0).sum()
+        for row in used.tolist():
+            assert parts[rows.own == row].sum().item() == pytest.approx(1, abs=1e-6)
+        mean = rows.availability(with_stand_ins=True)
+        assert all(mean[token] < -10 for token in rows.never_made)
 
 
 @pytest.mark.parametrize(("donor", "kind"), PAIRS)
@@ -402,6 +443,7 @@ def test_unavailable_tokens_leave_their_probability_to_the_experts_own(of_kinds,
     text = text_of_both(donor, kind)
     source, mixture, rows = probabilities(donor, kind, text, spelled_tokens="unavailable")
     has = rows.own >= 0
+    has[list(rows.never_made)] = False
     assert mixture[:, ~has].sum(dim=-1).max() < 1e-5
     own = source[:, rows.own[has]]
     expected = own / own.sum(dim=-1, keepdim=True)
