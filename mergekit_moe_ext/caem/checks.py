@@ -189,7 +189,9 @@ def check_usage_is_of(
     path: str,
     layers: Sequence[MoeLayer],
 ) -> None:
-    """Check that a usage file was counted on this model, and on all of its experts."""
+    """Check that a usage file was counted on this model, on all of its experts, and in the way that
+    this merge counts.
+    """
     stored = stored_model(job, model)
     if usage.checkpoint != checkpoint_fingerprint(stored, job.merge_options):
         raise UserError(f"{path} is the usage of another model ({usage.model}), not of {model}")
@@ -200,3 +202,13 @@ def check_usage_is_of(
             raise UserError(
                 f"{path} names other routers or experts for the task {task!r} than {model} has"
             )
+    # Without an expert capacity all that is chosen is dispatched.
+    count = job.options.count
+    if hasattr(language_config(config), "expert_capacity") and usage.count != count:
+        # Files of earlier versions do not say it.
+        default = ", as where it says nothing" if usage.count == "dispatched" else ""
+        raise UserError(
+            f"{path} was counted with `count: {usage.count}`{default}, and this merge has `count: "
+            f"{count}`: count {model} again with `mergekit-moe-ext usage … --count {count}`, or "
+            f"set `count: {usage.count}` under the merge's `parameters:`"
+        )

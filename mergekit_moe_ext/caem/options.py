@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from mergekit_moe_ext.merging.method import MethodOptions, ModelOptions
+from mergekit_moe_ext.recipes import Counted
 
 
 class CaemOptions(MethodOptions):
@@ -27,6 +28,11 @@ class CaemOptions(MethodOptions):
             "bring the routers of the sources to one scale: the mean norm of a row, "
             "averaged over the sources"
         ),
+    )
+    count: Counted = Field(
+        "chosen",
+        description="what is counted of routers with an expert capacity (Switch Transformers): "
+        "chosen, all that they chose, or dispatched, what went to an expert that had room",
     )
     max_samples: int | None = Field(
         None,

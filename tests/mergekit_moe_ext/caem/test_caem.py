@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from mergekit_moe_ext import plan
 from mergekit_moe_ext.caem.allocation import allocate, normalised_entropy
 from mergekit_moe_ext.mixtures.experts import moe_layers
 from tests.conftest import document, make_model, merge, read_tensors, run
@@ -475,6 +476,63 @@ def edit_usage(where, task, change):
 
 def usage_entries(tasks):
     return [{"model": f"./{task}", "parameters": {"usage": f"{task}.usage.json"}} for task in tasks]
+
+
+def test_a_usage_file_that_was_counted_in_the_other_way_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, "switch_transformers", TASKS[:2])
+    for count in ("chosen", "dispatched"):
+        (tmp_path / count).mkdir()
+        for task in TASKS[:2]:
+            usage = usage_of(task, [f"{task}={task}.jsonl"], count=count)
+            usage.write(tmp_path / count / f"{task}.usage.json")
+    # as earlier versions wrote it
+    old = json.loads((tmp_path / "dispatched" / "news.usage.json").read_text())
+    assert old.pop("count") == "dispatched"
+    for layer in old["tasks"]["news"]["layers"].values():
+        layer.pop("dropped")
+    (tmp_path / "dispatched" / "news.usage.json").write_text(json.dumps(old))
+
+    def listed(counts):
+        return [
+            {"model": f"./{task}", "parameters": {"usage": f"{count}/{task}.usage.json"}}
+            for task, count in zip(TASKS, counts, strict=False)
+        ]
+
+    with pytest.raises(click.ClickException, match=r"news.usage.json .*`count: dispatched`"):
+        merge(caem(models=listed(["dispatched", "chosen"])))
+    with pytest.raises(click.ClickException, match=r"squad.usage.json .*`count: chosen`"):
+        merge(caem(models=listed(["dispatched", "chosen"]), count="dispatched"))
+    models = listed(["dispatched", "dispatched"])
+    read = read_tensors(merge(caem(models=models, count="dispatched"), "read"))
+    counted = read_tensors(merge(caem(TASKS[:2], count="dispatched"), "counted"))
+    assert read.keys() == counted.keys()
+    assert all(torch.equal(read[name], counted[name]) for name in read)
+
+
+def test_without_a_capacity_both_ways_of_counting_are_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, tasks=TASKS[:1])
+    usage = usage_of("news", ["news=news.jsonl"])
+    assert all(layer.dropped is None for layer in usage.tasks["news"].layers.values())
+    content = usage.model_dump(exclude={"count"})
+    (tmp_path / "news.usage.json").write_text(json.dumps(content))
+    planned = plan(caem(models=usage_entries(TASKS[:1])))
+    assert "dropped" not in planned.notes
+
+
+def test_the_plan_says_what_the_capacity_dropped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, "switch_transformers", TASKS[:2])
+    usage = usage_of("news", ["news=news.jsonl"])
+    planned = plan(caem(TASKS[:2]))
+    assert "(counted: chosen)" in planned.notes
+    rows = [line.split("|") for line in planned.notes.splitlines() if ".router |" in line]
+    assert len(rows) == 3
+    for row in rows:
+        layer = usage.tasks["news"].layers[row[1].strip()]
+        share = sum(layer.dropped) / layer.tokens
+        assert 0 < share < 1 and row[2].endswith(f", {share:.1%} dropped ")
 
 
 def test_encoder_and_decoder_have_weights_of_their_own(tmp_path, monkeypatch):
