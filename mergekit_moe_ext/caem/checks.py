@@ -11,6 +11,7 @@ from mergekit.merge_methods.base import BasePolicy
 from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.caem.options import COLUMN_OPTIONS
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
@@ -53,6 +54,11 @@ def check_options(job: Job) -> None:
             raise UserError(
                 f"{where}: `calibration` (data) or `usage` (a file) is needed, to count experts"
             )
+        for key in COLUMN_OPTIONS:
+            if options.usage and getattr(options, key) is not None:
+                raise UserError(
+                    f"{where}: `{key}` is for `calibration`; `usage` is counted already"
+                )
         if is_fixed and options.experts is None:
             raise UserError(
                 f"{where}: `allocation: fixed` needs `experts`, how many to take per layer"

@@ -17,7 +17,7 @@ from mergekit.common import ModelReference
 from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.options import Columns, Reading
 from mergekit_moe_ext.caem.allocation import allocate, most_used, normalised_entropy
 from mergekit_moe_ext.caem.checks import (
     check_one_family,
@@ -28,7 +28,7 @@ from mergekit_moe_ext.caem.checks import (
     check_usage_is_of,
     number_of_experts,
 )
-from mergekit_moe_ext.caem.options import CaemModelOptions, CaemOptions
+from mergekit_moe_ext.caem.options import COLUMN_OPTIONS, CaemModelOptions, CaemOptions
 from mergekit_moe_ext.merging.card import model_in_markdown
 from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
@@ -247,10 +247,6 @@ def _usages(
     merge_options = job.merge_options
     reading = Reading(
         max_length=settings.max_length,
-        text_column=settings.text_column,
-        messages_column=settings.messages_column,
-        input_column=settings.input_column,
-        target_column=settings.target_column,
         trust_remote_code=merge_options.trust_remote_code,
         quiet=merge_options.quiet,
     )
@@ -265,7 +261,12 @@ def _usages(
         if options.calibration:
             sources = [f"calibration={options.calibration}"]
             texts[index] = read_texts(
-                paths[model], sources, reading, settings.max_samples, tokenizers[model]
+                paths[model],
+                sources,
+                reading,
+                settings.max_samples,
+                columns=_columns(settings, options),
+                tokenizer_path=tokenizers[model],
             )
     if not counting:
         return []
@@ -282,6 +283,16 @@ def _usages(
         assert counted is not None  # a merge is one process
         usages[index] = counted
     return [usages[index] for index in range(len(entries))]
+
+
+def _columns(settings: CaemOptions, options: CaemModelOptions) -> Columns:
+    """The columns of a model's calibration data: its own, else those of the merge."""
+    names = {}
+    for option in COLUMN_OPTIONS:
+        column = option.removesuffix("_column")
+        names[column] = getattr(options, option) or getattr(settings, option)
+    advice = "`text_column`, `input_column` and `target_column` under `parameters:` name others"
+    return Columns(**names, advice=advice)
 
 
 def _counts(usage: "Usage", router: str) -> list[int]:

@@ -7,6 +7,9 @@ from pydantic import Field
 from mergekit_moe_ext.merging.method import MethodOptions, ModelOptions
 from mergekit_moe_ext.recipes import Counted
 
+# Of the merge, for all models, and of each model, for its own data.
+COLUMN_OPTIONS = ("text_column", "messages_column", "input_column", "target_column")
+
 
 class CaemOptions(MethodOptions):
     num_experts: int | None = Field(
@@ -66,6 +69,19 @@ class CaemModelOptions(ModelOptions):
     )
     usage: str | None = Field(
         None, description="usage file, as `mergekit-moe-ext usage` writes it, in place of data"
+    )
+    text_column: str | None = Field(
+        None, description="column of texts in this model's calibration data [default: the merge's]"
+    )
+    messages_column: str | None = Field(
+        None, description="column of chats in this model's calibration data [default: the merge's]"
+    )
+    input_column: str | None = Field(
+        None, description="column of inputs in this model's calibration data [default: the merge's]"
+    )
+    target_column: str | None = Field(
+        None,
+        description="column of targets in this model's calibration data [default: the merge's]",
     )
     experts: int | None = Field(
         None,

@@ -46,7 +46,7 @@ from _mergekit_moe_ext_common.loading import (
     silence,
     vocabulary_of,
 )
-from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.options import Columns, Reading
 from _mergekit_moe_ext_common.staging import new_file
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.manifest import hub_state
@@ -341,10 +341,13 @@ def read_texts(
     data: Sequence[str],
     reading: Reading,
     max_samples: int | None = None,
+    *,
+    columns: Columns | None = None,
     tokenizer_path: str | None = None,
 ) -> Texts:
     """`data` as `--data` names it. `UserError` for what cannot be read, the model included.
 
+    columns: the columns that are read, in place of those of `reading`.
     tokenizer_path: the model whose tokenizer is used; by default this model.
     """
     silence(reading)
@@ -357,7 +360,7 @@ def read_texts(
             load(source, max_samples),
             source,
             tokenizer,
-            columns=reading.columns,
+            columns=columns or reading.columns,
             max_length=reading.max_length,
             vocabulary=vocabulary_of(config),
             encoder_decoder=config.is_encoder_decoder,

@@ -366,6 +366,29 @@ def test_usage_files_do_as_calibration_does_and_those_of_other_models_are_refuse
         merge(caem(models=models), "other")
 
 
+def test_columns_of_a_model_s_own(tmp_path, monkeypatch):
+    """The same texts under other names are the same merge, and a model's name goes before that of
+    the merge.
+    """
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, "switch_transformers", TASKS[:2])
+    usual = plan(caem(TASKS[:2])).notes
+    rows = [json.loads(line) for line in (tmp_path / "squad.jsonl").read_text().splitlines()]
+    renamed = [{"question": row["input"], "answer": row["target"]} for row in rows]
+    write(tmp_path / "squad.jsonl", renamed)
+    with pytest.raises(click.ClickException, match=r"squad.jsonl .* no column 'input'") as raised:
+        plan(caem(TASKS[:2]))
+    assert "`input_column`" in str(raised.value) and "--" not in str(raised.value)
+    models = entries(TASKS[:2])
+    models[1]["parameters"] |= {"input_column": "question", "target_column": "answer"}
+    assert plan(caem(models=models)).notes == usual
+    models[0]["parameters"] |= {"input_column": "input", "target_column": "target"}
+    for key in ("input_column", "target_column"):
+        del models[1]["parameters"][key]
+    merged = caem(models=models, input_column="question", target_column="answer")
+    assert plan(merged).notes == usual
+
+
 def test_plan_prints_and_draws_the_allocation(tmp_path):
     make_sources(tmp_path)
     (tmp_path / "config.yml").write_text(yaml.safe_dump(caem()))
@@ -392,6 +415,10 @@ def test_plan_prints_and_draws_the_allocation(tmp_path):
     [
         (caem(models=[{"model": "./news"}]), "`calibration` .data. or `usage`"),
         (caem(models=entries(("news",), usage="x.json")), "not both"),
+        (
+            caem(models=[{"model": "./news", "parameters": {"usage": "x", "text_column": "y"}}]),
+            r"models\[0\].parameters .*`text_column` is for `calibration`",
+        ),
         (caem(models=entries(("news",), experts=2)), "is for `allocation: fixed`"),
         (caem(allocation="fixed"), "needs `experts`"),
         (caem(allocation="entropie"), "`allocation` under `parameters:`"),
