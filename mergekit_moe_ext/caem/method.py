@@ -433,6 +433,7 @@ def _draw(job: Job, allocations: Sequence[LayerAllocation], path: Path) -> None:
 
     plot_allocation(
         [str(model) for model in job.experts],
+        [allocation.layer.router for allocation in allocations],
         [allocation.counts for allocation in allocations],
         [allocation.chosen for allocation in allocations],
         path,

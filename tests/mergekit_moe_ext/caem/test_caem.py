@@ -13,6 +13,7 @@ import click
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mergekit_moe_ext import plan
@@ -560,6 +561,35 @@ def test_the_plan_says_what_the_capacity_dropped(tmp_path, monkeypatch):
         layer = usage.tasks["news"].layers[row[1].strip()]
         share = sum(layer.dropped) / layer.tokens
         assert 0 < share < 1 and row[2].endswith(f", {share:.1%} dropped ")
+
+
+def test_the_figure_has_encoder_and_decoder_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, "switch_transformers", TASKS[:2])
+    usages = {task: usage_of(task, [f"{task}={task}.jsonl"]) for task in TASKS[:2]}
+    saved = []
+    save = Figure.savefig
+
+    def savefig(figure, *arguments, **keywords):
+        saved.append(figure)
+        return save(figure, *arguments, **keywords)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    plan(caem(TASKS[:2])).draw(tmp_path / "plan.png")
+    panels = {axes.get_title(): axes for axes in saved[0].axes if axes.get_title()}
+    assert list(panels) == [f"{task} ({s})" for s in ("encoder", "decoder") for task in TASKS[:2]]
+    for stack in ("encoder", "decoder"):
+        layers = [name for name in usages["news"].tasks["news"].layers if name.startswith(stack)]
+        for index, task in enumerate(TASKS[:2]):
+            axes = panels[f"{task} ({stack})"]
+            counts = torch.tensor([usages[task].tasks[task].layers[name].counts for name in layers])
+            shares = counts / counts.sum(dim=1, keepdim=True)
+            assert axes.images[0].get_array().tolist() == pytest.approx(shares.numpy())
+            crosses = []
+            for row, name in enumerate(layers):
+                taken = expected_choice(usages, name, 4, [4, 4])[index]
+                crosses += [[expert, row] for expert in taken]
+            assert axes.collections[0].get_offsets().tolist() == crosses
 
 
 def test_encoder_and_decoder_have_weights_of_their_own(tmp_path, monkeypatch):
