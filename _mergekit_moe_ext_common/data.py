@@ -200,7 +200,8 @@ def _encoder(
     """
     cut = {"truncation": max_length is not None, "max_length": max_length}
     if encoder_decoder:
-        _require((columns.input, columns.target), present, source, "an encoder-decoder needs")
+        needed = (columns.input, columns.target)
+        _require(needed, present, source, "an encoder-decoder needs", columns.advice)
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
             return {
@@ -209,7 +210,8 @@ def _encoder(
             }
 
     elif completions_only and columns.messages not in present:
-        _require((columns.input, columns.target), present, source, "completions need")
+        needed = (columns.input, columns.target)
+        _require(needed, present, source, "completions need", columns.advice)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
@@ -236,7 +238,7 @@ def _encoder(
             return _completion(prompt, ids, max_length)
 
     else:
-        _require((columns.text,), present, source, "a decoder needs")
+        _require((columns.text,), present, source, "a decoder needs", columns.advice)
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
             return {"input_ids": tokenizer(row[columns.text] or "", **cut)["input_ids"]}
@@ -252,14 +254,15 @@ def _completion(
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
-def _require(needed: Sequence[str], present: Sequence[str], source: Source, who: str) -> None:
+def _require(
+    needed: Sequence[str], present: Sequence[str], source: Source, who: str, advice: str
+) -> None:
     """`UserError` for the first needed column that is not present; `who` needs it."""
     for name in needed:
         if name not in present:
             raise UserError(
                 f"{source} (data {source.name!r}) has no column {name!r}: {who} "
-                f"{' and '.join(needed)}; there are {', '.join(present)} (--text-column, "
-                "--input-column and --target-column name others)"
+                f"{' and '.join(needed)}; there are {', '.join(present)} ({advice})"
             )
 
 

@@ -21,12 +21,15 @@ _NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns of a data set."""
+    """The names of the columns of a data set, and what messages say of the options that state
+    them.
+    """
 
     text: str = "text"
     messages: str = "messages"
     input: str = "input"
     target: str = "target"
+    advice: str = "--text-column, --input-column and --target-column name others"
 
 
 USUAL_COLUMNS = Columns()
@@ -223,7 +226,10 @@ class Reading:
     @property
     def columns(self) -> Columns:
         return Columns(
-            self.text_column, self.messages_column, self.input_column, self.target_column
+            text=self.text_column,
+            messages=self.messages_column,
+            input=self.input_column,
+            target=self.target_column,
         )
 
 

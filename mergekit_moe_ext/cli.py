@@ -28,7 +28,7 @@ from _mergekit_moe_ext_common.options import (
 )
 from _mergekit_moe_ext_common.staging import check_new_file
 from mergekit_moe_ext import commands
-from mergekit_moe_ext.recipes import Adaptation, Part, Recipe
+from mergekit_moe_ext.recipes import Adaptation, Counted, Part, Recipe
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -193,6 +193,14 @@ main.add_command(
     plot="Figure to draw of the counts: *.png, *.pdf or *.svg.",
 )
 @click.option(
+    "--count",
+    type=click.Choice(get_args(Counted)),
+    default="chosen",
+    show_default=True,
+    help="Of routers with an expert capacity (Switch Transformers), what is counted: all that they "
+    "chose, or what was dispatched to an expert that had room.",
+)
+@click.option(
     "--device",
     default="auto",
     show_default=True,
@@ -207,6 +215,7 @@ def usage(
     plot: Path | None,
     max_samples: int | None,
     batch_size: int,
+    count: Any,
     device: str,
     reading: Reading,
 ) -> None:
@@ -215,7 +224,8 @@ def usage(
     SOURCE is a file (jsonl, csv, parquet, txt …), a directory, or a dataset on the Hub, with a
     split if you like: news=news.jsonl, owner/name:test[:100]. Prints, per source, the routing
     probability of each expert, averaged over layers and tokens; of a sequence MoE over texts, each
-    of which chooses by its first tokens. Runs on many processes under
+    of which chooses by its first tokens. Where routers have an expert capacity, it also prints the
+    share of choices that the capacity dropped. Runs on many processes under
     `accelerate launch -m mergekit_moe_ext`, with the same counts.
     """
     if plot:
@@ -227,6 +237,7 @@ def usage(
         data,
         reading=reading,
         max_samples=max_samples,
+        count=count,
         batch_size=batch_size,
         device=device,
     )

@@ -13,7 +13,7 @@ import yaml
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.recipes import Adaptation, Part, Recipe
+from mergekit_moe_ext.recipes import Adaptation, Counted, Part, Recipe
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -307,6 +307,7 @@ def count_usage(
     *,
     reading: Reading | None = None,
     max_samples: int | None = None,
+    count: Counted = "chosen",
     batch_size: int = 8,
     device: str = "auto",
 ) -> "Usage | None":
@@ -318,6 +319,9 @@ def count_usage(
         reading: how texts are read; `Reading()` if None.
         max_samples: the number of rows of each source that are read, from the first on; all if
             None.
+        count: of routers with an expert capacity (Switch Transformers), whether all that they chose
+            is counted or only what was dispatched to an expert that had room. How much was dropped
+            is counted either way.
         batch_size: the number of rows at a time.
         device: `cpu`, `cuda`, `cuda:1` …; `auto` spreads the model over all GPUs.
 
@@ -336,7 +340,9 @@ def count_usage(
     check_device(device)
     reading = reading or Reading()
     texts = usage.read_texts(model, data, reading, max_samples)
-    return usage.count_usage(model, texts, reading, batch_size=batch_size, device=device)
+    return usage.count_usage(
+        model, texts, reading, count=count, batch_size=batch_size, device=device
+    )
 
 
 def train(

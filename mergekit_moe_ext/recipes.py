@@ -1,4 +1,6 @@
-"""The options of the commands `train` and `adapt`, each set a dataclass."""
+"""The options of the commands `train` and `adapt`, each set a dataclass, and the values that
+options of several commands and methods can have.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +9,8 @@ from _mergekit_moe_ext_common.options import TrainingOptions, option
 
 # What `train` can be asked to train; gates and router are two names of one thing.
 Part = Literal["gates", "router", "projectors", "all"]
+# What is counted as usage: all that a router chose, or what fitted into the expert capacity.
+Counted = Literal["chosen", "dispatched"]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from mergekit.merge_methods.base import BasePolicy
 from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.caem.options import COLUMN_OPTIONS
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
@@ -53,6 +54,11 @@ def check_options(job: Job) -> None:
             raise UserError(
                 f"{where}: `calibration` (data) or `usage` (a file) is needed, to count experts"
             )
+        for key in COLUMN_OPTIONS:
+            if options.usage and getattr(options, key) is not None:
+                raise UserError(
+                    f"{where}: `{key}` is for `calibration`; `usage` is counted already"
+                )
         if is_fixed and options.experts is None:
             raise UserError(
                 f"{where}: `allocation: fixed` needs `experts`, how many to take per layer"
@@ -189,7 +195,9 @@ def check_usage_is_of(
     path: str,
     layers: Sequence[MoeLayer],
 ) -> None:
-    """Check that a usage file was counted on this model, and on all of its experts."""
+    """Check that a usage file was counted on this model, on all of its experts, and in the way that
+    this merge counts.
+    """
     stored = stored_model(job, model)
     if usage.checkpoint != checkpoint_fingerprint(stored, job.merge_options):
         raise UserError(f"{path} is the usage of another model ({usage.model}), not of {model}")
@@ -200,3 +208,13 @@ def check_usage_is_of(
             raise UserError(
                 f"{path} names other routers or experts for the task {task!r} than {model} has"
             )
+    # Without an expert capacity all that is chosen is dispatched.
+    count = job.options.count
+    if hasattr(language_config(config), "expert_capacity") and usage.count != count:
+        # Files of earlier versions do not say it.
+        default = ", as where it says nothing" if usage.count == "dispatched" else ""
+        raise UserError(
+            f"{path} was counted with `count: {usage.count}`{default}, and this merge has `count: "
+            f"{count}`: count {model} again with `mergekit-moe-ext usage … --count {count}`, or "
+            f"set `count: {usage.count}` under the merge's `parameters:`"
+        )

@@ -17,7 +17,7 @@ from mergekit.common import ModelReference
 from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.options import Columns, Reading
 from mergekit_moe_ext.caem.allocation import allocate, most_used, normalised_entropy
 from mergekit_moe_ext.caem.checks import (
     check_one_family,
@@ -28,7 +28,7 @@ from mergekit_moe_ext.caem.checks import (
     check_usage_is_of,
     number_of_experts,
 )
-from mergekit_moe_ext.caem.options import CaemModelOptions, CaemOptions
+from mergekit_moe_ext.caem.options import COLUMN_OPTIONS, CaemModelOptions, CaemOptions
 from mergekit_moe_ext.merging.card import model_in_markdown
 from mergekit_moe_ext.merging.manifest import Manifest, manifest_of
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
@@ -68,8 +68,9 @@ class LayerAllocation:
     """The experts that one layer takes from each entry of `models:`."""
 
     layer: MoeLayer
-    counts: list[list[int]]  # per entry, how often each expert was chosen
+    counts: list[list[int]]  # per entry, how often each expert was used
     entropies: list[float]
+    dropped: list[float | None]  # per entry, the share of choices that the expert capacity dropped
     chosen: list[list[int]]  # per entry, indices in the source, ascending
 
     @property
@@ -184,7 +185,7 @@ def _even_allocation(
     """As many experts of each source as of any other, the first ones, as far as it has them."""
     numbers = allocate([0.0] * len(sizes), number, sizes)
     chosen = [list(range(each)) for each in numbers]
-    return [LayerAllocation(layer, [], [], chosen) for layer in layers]
+    return [LayerAllocation(layer, [], [], [], chosen) for layer in layers]
 
 
 def _allocate(
@@ -212,7 +213,8 @@ def _allocate(
         else:
             numbers = allocate(entropies, number, sizes)
         chosen = [most_used(*pair) for pair in zip(counts, numbers, strict=True)]
-        allocations.append(LayerAllocation(layer, counts, entropies, chosen))
+        dropped = [_share_dropped(usage, layer.router) for usage in usages]
+        allocations.append(LayerAllocation(layer, counts, entropies, dropped, chosen))
     return allocations
 
 
@@ -245,10 +247,6 @@ def _usages(
     merge_options = job.merge_options
     reading = Reading(
         max_length=settings.max_length,
-        text_column=settings.text_column,
-        messages_column=settings.messages_column,
-        input_column=settings.input_column,
-        target_column=settings.target_column,
         trust_remote_code=merge_options.trust_remote_code,
         quiet=merge_options.quiet,
     )
@@ -263,7 +261,12 @@ def _usages(
         if options.calibration:
             sources = [f"calibration={options.calibration}"]
             texts[index] = read_texts(
-                paths[model], sources, reading, settings.max_samples, tokenizers[model]
+                paths[model],
+                sources,
+                reading,
+                settings.max_samples,
+                columns=_columns(settings, options),
+                tokenizer_path=tokenizers[model],
             )
     if not counting:
         return []
@@ -273,6 +276,7 @@ def _usages(
             paths[job.experts[index]],
             calibration_texts,
             reading,
+            count=settings.count,
             batch_size=settings.batch_size,
             device=device,
         )
@@ -281,12 +285,29 @@ def _usages(
     return [usages[index] for index in range(len(entries))]
 
 
+def _columns(settings: CaemOptions, options: CaemModelOptions) -> Columns:
+    """The columns of a model's calibration data: its own, else those of the merge."""
+    names = {}
+    for option in COLUMN_OPTIONS:
+        column = option.removesuffix("_column")
+        names[column] = getattr(options, option) or getattr(settings, option)
+    advice = "`text_column`, `input_column` and `target_column` under `parameters:` name others"
+    return Columns(**names, advice=advice)
+
+
 def _counts(usage: "Usage", router: str) -> list[int]:
-    """The number of times that each expert of this router was chosen, over all tasks of a usage
+    """The number of times that each expert of this router was used, over all tasks of a usage
     file.
     """
     per_task = [task.layers[router].counts for task in usage.tasks.values()]
     return [sum(numbers) for numbers in zip(*per_task, strict=True)]
+
+
+def _share_dropped(usage: "Usage", router: str) -> float | None:
+    """The share of this router's choices whose expert was full, over all tasks of a usage file."""
+    from mergekit_moe_ext.mixtures.usage import share_dropped
+
+    return share_dropped([task.layers[router] for task in usage.tasks.values()], usage.count)
 
 
 def _copied_experts(
@@ -378,16 +399,24 @@ def _notes(
     weights of the average.
     """
     models = list(map(model_in_markdown, job.experts))
+    title = "Normalised entropy of expert usage, and the experts taken:"
+    if any(share is not None for each in allocations for share in each.dropped):
+        title = (
+            f"Normalised entropy of expert usage (counted: {job.options.count}), the experts "
+            "taken, and the share of choices that the expert capacity dropped:"
+        )
     lines = [
-        "Normalised entropy of expert usage, and the experts taken:",
+        title,
         "",
         f"| router | {' | '.join(models)} |",
         "|---|" + "---|" * len(models),
     ]
     for allocation in allocations:
         cells = []
-        for entropy, indices in zip(allocation.entropies, allocation.chosen, strict=True):
-            cells.append(f"{entropy:.3f}: {len(indices)} ({', '.join(map(str, indices))})")
+        per_model = zip(allocation.entropies, allocation.chosen, allocation.dropped, strict=True)
+        for entropy, indices, share in per_model:
+            cell = f"{entropy:.3f}: {len(indices)} ({', '.join(map(str, indices))})"
+            cells.append(cell if share is None else f"{cell}, {share:.1%} dropped")
         lines.append(f"| {allocation.layer.router} | {' | '.join(cells)} |")
     columns = list(dict.fromkeys(job.experts))
     names = " | ".join(map(model_in_markdown, columns))
@@ -404,6 +433,7 @@ def _draw(job: Job, allocations: Sequence[LayerAllocation], path: Path) -> None:
 
     plot_allocation(
         [str(model) for model in job.experts],
+        [allocation.layer.router for allocation in allocations],
         [allocation.counts for allocation in allocations],
         [allocation.chosen for allocation in allocations],
         path,

@@ -5,6 +5,10 @@ from typing import Literal
 from pydantic import Field
 
 from mergekit_moe_ext.merging.method import MethodOptions, ModelOptions
+from mergekit_moe_ext.recipes import Counted
+
+# Of the merge, for all models, and of each model, for its own data.
+COLUMN_OPTIONS = ("text_column", "messages_column", "input_column", "target_column")
 
 
 class CaemOptions(MethodOptions):
@@ -27,6 +31,11 @@ class CaemOptions(MethodOptions):
             "bring the routers of the sources to one scale: the mean norm of a row, "
             "averaged over the sources"
         ),
+    )
+    count: Counted = Field(
+        "chosen",
+        description="what is counted of routers with an expert capacity (Switch Transformers): "
+        "chosen, all that they chose, or dispatched, what went to an expert that had room",
     )
     max_samples: int | None = Field(
         None,
@@ -60,6 +69,19 @@ class CaemModelOptions(ModelOptions):
     )
     usage: str | None = Field(
         None, description="usage file, as `mergekit-moe-ext usage` writes it, in place of data"
+    )
+    text_column: str | None = Field(
+        None, description="column of texts in this model's calibration data [default: the merge's]"
+    )
+    messages_column: str | None = Field(
+        None, description="column of chats in this model's calibration data [default: the merge's]"
+    )
+    input_column: str | None = Field(
+        None, description="column of inputs in this model's calibration data [default: the merge's]"
+    )
+    target_column: str | None = Field(
+        None,
+        description="column of targets in this model's calibration data [default: the merge's]",
     )
     experts: int | None = Field(
         None,

@@ -135,7 +135,7 @@ def read_job(
         *(parameter.name for parameter in shared.spec.parameters),
     ]
     for key in parameters:
-        if key in method.model_options_type.model_fields:
+        if key in method.model_options_type.model_fields and key not in merge_keys:
             raise UserError(f"`{key}` belongs under the `parameters:` of a model")
     where = f"parameters ({method.spec.name} with shared method {shared.spec.name})"
     _check_keys(parameters, merge_keys, where)

@@ -1,7 +1,7 @@
 """Figures of expert usage. matplotlib is needed only when one is drawn."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def plot_usage(usage: Usage, path: Path) -> None:
     """
     plt = pyplot()
     tasks = usage.tasks
-    stacks = _stacks(next(iter(tasks.values())))
+    stacks = _stacks(next(iter(tasks.values())).layers)
     rows = 1 + len(stacks)
     heights = [2.2, *(1.2 + 0.12 * len(names) for names in stacks.values())]  # inches
     figure = plt.figure(figsize=(max(6.0, 2.6 * len(tasks) + 1), sum(heights) + 0.8 * rows))
@@ -53,49 +53,66 @@ def plot_usage(usage: Usage, path: Path) -> None:
 
 def plot_allocation(
     models: Sequence[str],
+    routers: Sequence[str],
     counts: Sequence[Sequence[Sequence[int]]],
     chosen: Sequence[Sequence[Sequence[int]]],
     path: Path,
 ) -> None:
-    """Draw a heat map of expert usage per source, with a cross on the experts that are taken.
+    """Draw a heat map of expert usage per source, encoder and decoder apart, with a cross on the
+    experts that are taken.
 
-    `counts` and `chosen`, the indices of these experts, are lists of layers, and these of sources.
+    `counts` and `chosen`, the indices of these experts, are lists of layers, as are their
+    `routers`' names, and the layers are lists of sources.
     """
     plt = pyplot()
-    height = 1.6 + 0.18 * len(counts)
+    stacks = _stacks(routers)
+    heights = [1.2 + 0.18 * len(names) for names in stacks.values()]  # inches
     figure, panels = plt.subplots(
-        1, len(models), figsize=(3 * len(models) + 0.5, height), squeeze=False
+        len(stacks),
+        len(models),
+        figsize=(3 * len(models) + 0.5, sum(heights) + 0.4),
+        height_ratios=heights,
+        squeeze=False,
     )
-    # By source, a list of shares per layer.
-    shares: list[list[list[float]]] = [[] for _ in models]
+    # By layer, a list of shares per source.
+    shares: list[list[list[float]]] = []
     for layer_counts in counts:
-        for index, source_counts in enumerate(layer_counts):
+        of_layer = []
+        for source_counts in layer_counts:
             total = sum(source_counts)
-            shares[index].append([count / total for count in source_counts])
+            of_layer.append([count / total for count in source_counts])
+        shares.append(of_layer)
+    # One scale of shades for all heat maps, so that they can be compared.
     rows = itertools.chain.from_iterable(shares)
     highest = max(itertools.chain.from_iterable(rows))
-    for index, (axes, model) in enumerate(zip(panels[0], models, strict=True)):
-        image = heat_map(axes, shares[index], highest)
-        columns: list[int] = []
-        layers: list[int] = []
-        for layer, layer_chosen in enumerate(chosen):
-            columns += layer_chosen[index]
-            layers += [layer] * len(layer_chosen[index])
-        axes.scatter(columns, layers, marker="x", s=18, linewidths=1.2, color="tab:orange")
-        axes.set_title(Path(model).name, fontsize=9)
+    for stack_panels, (stack, names) in zip(panels, stacks.items(), strict=True):
+        layers = [routers.index(name) for name in names]
+        for index, (axes, model) in enumerate(zip(stack_panels, models, strict=True)):
+            image = heat_map(axes, [shares[layer][index] for layer in layers], highest)
+            crosses = []
+            for row, layer in enumerate(layers):
+                crosses += [(expert, row) for expert in chosen[layer][index]]
+            axes.scatter(
+                *zip(*crosses, strict=True), marker="x", s=18, linewidths=1.2, color="tab:orange"
+            )
+            name = Path(model).name
+            axes.set_title(f"{name} ({stack})" if len(stacks) > 1 else name, fontsize=9)
+        stack_panels[0].set_ylabel("MoE layer")
+    for axes in panels[-1]:
         axes.set_xlabel("expert")
-    panels[0][0].set_ylabel("MoE layer")
     figure.tight_layout()
-    figure.colorbar(image, ax=panels[0].tolist(), label="share of choices", fraction=0.03, pad=0.02)
+    figure.colorbar(
+        image, ax=panels.ravel().tolist(), label="share of choices", fraction=0.03, pad=0.02
+    )
     with new_file(path) as partial:
         figure.savefig(partial, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
-def _stacks(task: TaskUsage) -> dict[str, list[str]]:
+def _stacks(routers: Iterable[str]) -> dict[str, list[str]]:
     """The names of the routers by stack, encoder and decoder; a decoder-only model is one stack."""
     stacks: dict[str, list[str]] = {}
-    for name in task.layers:
+    for name in routers:
         if name == PER_SEQUENCE:
             continue
         stacks.setdefault(stack_of(name) or "layers", []).append(name)

@@ -2,8 +2,8 @@
 
 transformers itself names the router classes of every architecture
 (`_can_record_outputs["router_logits"]`). We hook those modules and take what they return; choosing
-again from the logits would be wrong where a router adds a bias to them or drops tokens beyond a
-capacity.
+again from the logits would be wrong where a router adds a bias to them. A router with an expert
+capacity returns only the choices that fit; those that it dropped are found again.
 
 A sequence MoE has no such modules: it returns the choice of each text itself.
 """
@@ -33,12 +33,15 @@ class Choice:
 
     logits: (tokens, experts).
     weights: (tokens, k), those of the chosen experts.
-    experts: (tokens, k), their indices; -1 where a capacity was full and the token went nowhere.
+    experts: (tokens, k), their indices; -1 in the places of a token that chose fewer than k.
+    dropped: (tokens, k), True where the chosen expert was full and the token went nowhere; None for
+        a router without an expert capacity.
     """
 
     logits: torch.Tensor
     weights: torch.Tensor
     experts: torch.Tensor
+    dropped: torch.Tensor | None = None
 
 
 def routes_sequences(config: Any) -> bool:
@@ -126,7 +129,7 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Choice]]:
             hook.remove()
 
 
-def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
+def _choice(router: Any, output: Any, logits_at: int) -> Choice:
     """The choice in a router's output, of which three forms are known: (logits, weights, experts),
     Switch's (dispatch mask, weights, logits), and Llama 4's (weights of all experts, logits), where
     an expert that was not chosen has the weight 0.
@@ -144,12 +147,21 @@ def _choice(router: nn.Module, output: Any, logits_at: int) -> Choice:
             )
         if logits_at == 2 and not first.is_floating_point():
             # The mask is zero for a token that came after its expert's capacity was full.
-            is_sent, expert = _by_token(first).max(dim=-1, keepdim=True)
+            is_sent, sent_to = _by_token(first).max(dim=-1, keepdim=True)
             weights = _by_token(second)
+            logits = _by_token(third)
             # NLLB chooses two experts, and its second choice is not in what it returns.
-            if weights.shape == expert.shape:
-                experts = torch.where(is_sent > 0, expert, -1)
-                return Choice(logits=_by_token(third), weights=weights, experts=experts)
+            if weights.shape == sent_to.shape:
+                # The router takes the largest probability in these dtypes, where more of them tie
+                # than of the logits.
+                probabilities = logits.softmax(dim=-1, dtype=router.dtype).to(weights.dtype)
+                largest = probabilities.argmax(dim=-1, keepdim=True)
+                return Choice(
+                    logits=logits,
+                    weights=weights,
+                    experts=torch.where(is_sent > 0, sent_to, largest),
+                    dropped=is_sent == 0,
+                )
     raise UserError(
         f"{type(router).__name__} does not return what it chose in a form that is known here, "
         "so its use of experts cannot be counted"
@@ -171,9 +183,10 @@ def load_balancing_loss(choices: Mapping[str, Choice], real: "RealTokens") -> to
     """The load-balancing loss of Switch Transformers (equations 4 to 6), a scalar: the mean over
     the layers of N * sum_i f_i P_i.
 
-    f_i is the number of times that expert i was chosen per token, and P_i the mean probability that
-    the gate gives it; padding is left out of both. The loss is k if the load is balanced.
-    transformers' own sums f and P over all layers first, which lets one layer make up for another.
+    f_i is the number of times that expert i was chosen per token, whether or not it had room, and
+    P_i the mean probability that the gate gives it; padding is left out of both. The loss is k if
+    the load is balanced. transformers' own sums f and P over all layers first, which lets one layer
+    make up for another.
     """
     losses = []
     for name, choice in choices.items():

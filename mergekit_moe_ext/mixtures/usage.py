@@ -2,9 +2,9 @@
 in a file.
 
 Every token counts that is no padding, in every MoE layer, encoder and decoder apart. What is
-counted is what the router dispatched: a token that Switch Transformers drops because its expert is
-full counts for no expert. In a sequence MoE every text counts, once, with the coefficients that its
-first `routing_tokens` tokens lead to.
+counted is what the router chose. Switch Transformers then drops a token whose expert is full; how
+many it drops is counted beside, and `dispatched` counts only what it does not drop. In a sequence
+MoE every text counts, once, with the coefficients that its first `routing_tokens` tokens lead to.
 """
 
 import json
@@ -46,7 +46,7 @@ from _mergekit_moe_ext_common.loading import (
     silence,
     vocabulary_of,
 )
-from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.options import Columns, Reading
 from _mergekit_moe_ext_common.staging import new_file
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.manifest import hub_state
@@ -54,6 +54,7 @@ from mergekit_moe_ext.merging.wrappers import language_config, language_model
 from mergekit_moe_ext.mixtures.experts import experts_per_token
 from mergekit_moe_ext.mixtures.routers import (
     PER_SEQUENCE,
+    Choice,
     coefficients_of_sequences,
     recorded,
     router_names,
@@ -61,6 +62,11 @@ from mergekit_moe_ext.mixtures.routers import (
     tokens_routed_by,
 )
 from mergekit_moe_ext.modeling import find_architecture
+from mergekit_moe_ext.recipes import Counted
+
+# Of one router, by the names of LayerUsage's fields: `tokens`, `counts`, `weights`, and `dropped`
+# where it has an expert capacity.
+Sums = dict[str, torch.Tensor]
 
 
 class LayerUsage(BaseModel):
@@ -69,8 +75,10 @@ class LayerUsage(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokens: int  # that passed the router; texts, in a sequence MoE
-    counts: list[int]  # how often each expert was chosen
-    weights: list[float]  # the sum of the weights with which each was chosen
+    counts: list[int]  # how often each expert was chosen, or had a token dispatched to it
+    weights: list[float]  # the sum of the weights with which each was
+    # How often each was chosen when it was full; None for a router without an expert capacity.
+    dropped: list[int] | None = None
 
 
 class TaskUsage(BaseModel):
@@ -94,6 +102,8 @@ class Usage(BaseModel):
     checkpoint: str  # its fingerprint: tells fine-tunes of one model apart, and knows a renamed one
     architecture: str
     experts_per_token: int
+    # Files of earlier versions do not say: they counted what was dispatched.
+    count: Counted = "dispatched"
     tasks: dict[str, TaskUsage]
 
     def write(self, path: Path) -> None:
@@ -126,11 +136,12 @@ def read_usage(path: Path) -> Usage:
 
 
 @torch.inference_mode()
-def count(
+def _usage_of_source(
     model: Any,
     data: Dataset,
     source: Source,
     *,
+    count: Counted,
     pad_token_id: int,
     batch_size: int,
     accelerator: Accelerator,
@@ -152,10 +163,13 @@ def count(
         return collate([rows[index] for index in range(start, end)], pad_token_id)
 
     batches = map(batch_from, bar)
-    of_batches = _sums_of_sequences if routes_sequences(model.config) else _sums_of_tokens
-    sums: dict[str, torch.Tensor] = {}
-    for name, counted in of_batches(model, batches):
-        sums[name] = sums[name] + counted if name in sums else counted
+    if routes_sequences(model.config):
+        of_batches = _sums_of_sequences(model, batches)
+    else:
+        of_batches = _sums_of_tokens(model, batches, count)
+    sums: dict[str, Sums] = {}
+    for name, of_batch in of_batches:
+        sums[name] = _added([sums[name], of_batch]) if name in sums else of_batch
     return TaskUsage(
         data=str(source),
         fingerprint=fingerprint(data),
@@ -165,8 +179,8 @@ def count(
 
 
 def _sums_of_tokens(
-    model: Any, batches: Iterable[dict[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+    model: Any, batches: Iterable[dict[str, torch.Tensor]], count: Counted
+) -> Iterator[tuple[str, Sums]]:
     """The name of each router and its sums, once for every batch."""
     with recorded(model) as choices:
         for batch in batches:
@@ -180,16 +194,27 @@ def _sums_of_tokens(
                 language_model(model).base_model(**batch, use_cache=False)
             for name, choice in choices.items():
                 _check_scores(name, choice.logits, choice.weights)
-                mask = tokens_routed_by(name, real).to(choice.experts.device)
-                yield (
-                    name,
-                    _sums(choice.experts[mask], choice.weights[mask], choice.logits.shape[-1]),
-                )
+                yield name, _sums_of_choice(choice, tokens_routed_by(name, real), count)
+
+
+def _sums_of_choice(choice: Choice, real: torch.Tensor, count: Counted) -> Sums:
+    """The sums of one router's choices for the tokens (tokens,) that are `real`."""
+    real = real.to(choice.experts.device)
+    num_experts = choice.logits.shape[-1]
+    experts = choice.experts[real]
+    weights = choice.weights[real]
+    if choice.dropped is None:
+        return _sums(experts, weights, num_experts)
+    dropped = choice.dropped[real]
+    counted = experts.masked_fill(dropped, -1) if count == "dispatched" else experts
+    sums = _sums(counted, weights, num_experts)
+    sums["dropped"] = torch.bincount(experts[dropped].cpu(), minlength=num_experts)
+    return sums
 
 
 def _sums_of_sequences(
     model: Any, batches: Iterable[dict[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, Sums]]:
     """The sums of the mixture's one router, once for every batch. A row is a text."""
     for batch in batches:
         weights = coefficients_of_sequences(
@@ -210,33 +235,32 @@ def _check_scores(router: str, *scores: torch.Tensor) -> None:
         )
 
 
-def _sums(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Counts, weights and, last, the number of tokens: (2 * experts + 1,), float64, on the CPU."""
-    chosen = experts >= 0
-    indices, weights = experts[chosen].cpu(), weights[chosen].cpu().double()
-    return torch.cat(
-        [
-            torch.bincount(indices, minlength=num_experts).double(),
-            torch.zeros(num_experts, dtype=torch.float64).index_add_(0, indices, weights),
-            torch.tensor([float(len(experts))], dtype=torch.float64),
-        ]
-    )
+def _sums(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> Sums:
+    """The sums of experts (tokens, k), of which -1 is none, and their weights; on the CPU."""
+    is_expert = experts >= 0
+    indices, weights = experts[is_expert].cpu(), weights[is_expert].cpu().double()
+    return {
+        "tokens": torch.tensor(len(experts)),
+        "counts": torch.bincount(indices, minlength=num_experts),
+        "weights": torch.zeros(num_experts, dtype=torch.float64).index_add_(0, indices, weights),
+    }
+
+
+def _added(parts: Sequence[Sums]) -> Sums:
+    """The sums of several parts of the data, all of one router."""
+    return {key: torch.stack([part[key] for part in parts]).sum(dim=0) for key in parts[0]}
 
 
 def _reduced(
-    sums: Mapping[str, torch.Tensor], model: Any, accelerator: Accelerator
+    sums: Mapping[str, Sums], model: Any, accelerator: Accelerator
 ) -> dict[str, LayerUsage]:
     """The sums of all processes. A process without rows has none of its own."""
-    of_processes = gather_object([{name: tensor.tolist() for name, tensor in sums.items()}])
+    of_processes = gather_object([sums])
     layers = {}
     for name in router_names(model):
-        rows = [process[name] for process in of_processes if name in process]
-        total = [sum(values) for values in zip(*rows, strict=True)]
-        num_experts = len(total) // 2
-        layers[name] = LayerUsage(
-            tokens=round(total[-1]),
-            counts=[round(value) for value in total[:num_experts]],
-            weights=total[num_experts:-1],
+        total = _added([process[name] for process in of_processes if name in process])
+        layers[name] = LayerUsage.model_validate(
+            {key: tensor.tolist() for key, tensor in total.items()}
         )
     return layers
 
@@ -263,10 +287,35 @@ def share_of_choices(layer: LayerUsage) -> list[float]:
     return [number / total for number in layer.counts]
 
 
+def share_dropped(layers: Iterable[LayerUsage], count: Counted) -> float | None:
+    """The share of all choices in these layers whose expert was full; None where routers have no
+    expert capacity, and in a file of an earlier version.
+    """
+    counted = 0
+    dropped = 0
+    for layer in layers:
+        if layer.dropped is None:
+            return None
+        counted += sum(layer.counts)
+        dropped += sum(layer.dropped)
+    chosen = counted + dropped if count == "dispatched" else counted
+    return dropped / chosen
+
+
 def table(usage: Usage) -> str:
-    """A line per task and a column per expert: the routing probability, the highest marked."""
+    """A line per task and a column per expert: the routing probability, the highest marked. Below,
+    where routers have an expert capacity, the share of choices that each task lost to it.
+    """
     rows = {name: routing_probability(task) for name, task in usage.tasks.items()}
-    return format_table([f"expert {i}" for i in range(len(next(iter(rows.values()))))], rows)
+    text = format_table([f"expert {i}" for i in range(len(next(iter(rows.values()))))], rows)
+    shares = []
+    for name, task in usage.tasks.items():
+        share = share_dropped(task.layers.values(), usage.count)
+        if share is not None:
+            shares.append(f"{name} {share:.1%}")
+    if not shares:
+        return text
+    return f"{text}\ncounted: {usage.count}; dropped by the expert capacity: {', '.join(shares)}"
 
 
 def format_table(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
@@ -292,10 +341,13 @@ def read_texts(
     data: Sequence[str],
     reading: Reading,
     max_samples: int | None = None,
+    *,
+    columns: Columns | None = None,
     tokenizer_path: str | None = None,
 ) -> Texts:
     """`data` as `--data` names it. `UserError` for what cannot be read, the model included.
 
+    columns: the columns that are read, in place of those of `reading`.
     tokenizer_path: the model whose tokenizer is used; by default this model.
     """
     silence(reading)
@@ -308,7 +360,7 @@ def read_texts(
             load(source, max_samples),
             source,
             tokenizer,
-            columns=reading.columns,
+            columns=columns or reading.columns,
             max_length=reading.max_length,
             vocabulary=vocabulary_of(config),
             encoder_decoder=config.is_encoder_decoder,
@@ -340,7 +392,13 @@ def _check_mixture(config: PretrainedConfig) -> None:
 
 
 def count_usage(
-    model_path: str, texts: Texts, reading: Reading, *, batch_size: int = 8, device: str = "auto"
+    model_path: str,
+    texts: Texts,
+    reading: Reading,
+    *,
+    count: Counted = "chosen",
+    batch_size: int = 8,
+    device: str = "auto",
 ) -> Usage | None:
     """The usage of a model on each of the sources. None in all but the main process.
 
@@ -367,10 +425,11 @@ def count_usage(
     if not spread:
         model.to(accelerator.device if device == "auto" else device)
     tasks = {
-        source.name: count(
+        source.name: _usage_of_source(
             model,
             tokens,
             source,
+            count=count,
             pad_token_id=padding_token(texts.tokenizer, vocabulary_of(config)),
             batch_size=batch_size,
             accelerator=accelerator,
@@ -387,5 +446,6 @@ def count_usage(
         checkpoint=checkpoint,
         architecture=type(model).__name__,
         experts_per_token=experts_per_token(config),
+        count=count,
         tasks=tasks,
     )

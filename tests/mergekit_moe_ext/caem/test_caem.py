@@ -13,8 +13,10 @@ import click
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from mergekit_moe_ext import plan
 from mergekit_moe_ext.caem.allocation import allocate, normalised_entropy
 from mergekit_moe_ext.mixtures.experts import moe_layers
 from tests.conftest import document, make_model, merge, read_tensors, run
@@ -365,6 +367,29 @@ def test_usage_files_do_as_calibration_does_and_those_of_other_models_are_refuse
         merge(caem(models=models), "other")
 
 
+def test_columns_of_a_model_s_own(tmp_path, monkeypatch):
+    """The same texts under other names are the same merge, and a model's name goes before that of
+    the merge.
+    """
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, "switch_transformers", TASKS[:2])
+    usual = plan(caem(TASKS[:2])).notes
+    rows = [json.loads(line) for line in (tmp_path / "squad.jsonl").read_text().splitlines()]
+    renamed = [{"question": row["input"], "answer": row["target"]} for row in rows]
+    write(tmp_path / "squad.jsonl", renamed)
+    with pytest.raises(click.ClickException, match=r"squad.jsonl .* no column 'input'") as raised:
+        plan(caem(TASKS[:2]))
+    assert "`input_column`" in str(raised.value) and "--" not in str(raised.value)
+    models = entries(TASKS[:2])
+    models[1]["parameters"] |= {"input_column": "question", "target_column": "answer"}
+    assert plan(caem(models=models)).notes == usual
+    models[0]["parameters"] |= {"input_column": "input", "target_column": "target"}
+    for key in ("input_column", "target_column"):
+        del models[1]["parameters"][key]
+    merged = caem(models=models, input_column="question", target_column="answer")
+    assert plan(merged).notes == usual
+
+
 def test_plan_prints_and_draws_the_allocation(tmp_path):
     make_sources(tmp_path)
     (tmp_path / "config.yml").write_text(yaml.safe_dump(caem()))
@@ -391,6 +416,10 @@ def test_plan_prints_and_draws_the_allocation(tmp_path):
     [
         (caem(models=[{"model": "./news"}]), "`calibration` .data. or `usage`"),
         (caem(models=entries(("news",), usage="x.json")), "not both"),
+        (
+            caem(models=[{"model": "./news", "parameters": {"usage": "x", "text_column": "y"}}]),
+            r"models\[0\].parameters .*`text_column` is for `calibration`",
+        ),
         (caem(models=entries(("news",), experts=2)), "is for `allocation: fixed`"),
         (caem(allocation="fixed"), "needs `experts`"),
         (caem(allocation="entropie"), "`allocation` under `parameters:`"),
@@ -475,6 +504,92 @@ def edit_usage(where, task, change):
 
 def usage_entries(tasks):
     return [{"model": f"./{task}", "parameters": {"usage": f"{task}.usage.json"}} for task in tasks]
+
+
+def test_a_usage_file_that_was_counted_in_the_other_way_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, "switch_transformers", TASKS[:2])
+    for count in ("chosen", "dispatched"):
+        (tmp_path / count).mkdir()
+        for task in TASKS[:2]:
+            usage = usage_of(task, [f"{task}={task}.jsonl"], count=count)
+            usage.write(tmp_path / count / f"{task}.usage.json")
+    # as earlier versions wrote it
+    old = json.loads((tmp_path / "dispatched" / "news.usage.json").read_text())
+    assert old.pop("count") == "dispatched"
+    for layer in old["tasks"]["news"]["layers"].values():
+        layer.pop("dropped")
+    (tmp_path / "dispatched" / "news.usage.json").write_text(json.dumps(old))
+
+    def listed(counts):
+        return [
+            {"model": f"./{task}", "parameters": {"usage": f"{count}/{task}.usage.json"}}
+            for task, count in zip(TASKS, counts, strict=False)
+        ]
+
+    with pytest.raises(click.ClickException, match=r"news.usage.json .*`count: dispatched`"):
+        merge(caem(models=listed(["dispatched", "chosen"])))
+    with pytest.raises(click.ClickException, match=r"squad.usage.json .*`count: chosen`"):
+        merge(caem(models=listed(["dispatched", "chosen"]), count="dispatched"))
+    models = listed(["dispatched", "dispatched"])
+    read = read_tensors(merge(caem(models=models, count="dispatched"), "read"))
+    counted = read_tensors(merge(caem(TASKS[:2], count="dispatched"), "counted"))
+    assert read.keys() == counted.keys()
+    assert all(torch.equal(read[name], counted[name]) for name in read)
+
+
+def test_without_a_capacity_both_ways_of_counting_are_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, tasks=TASKS[:1])
+    usage = usage_of("news", ["news=news.jsonl"])
+    assert all(layer.dropped is None for layer in usage.tasks["news"].layers.values())
+    content = usage.model_dump(exclude={"count"})
+    (tmp_path / "news.usage.json").write_text(json.dumps(content))
+    planned = plan(caem(models=usage_entries(TASKS[:1])))
+    assert "dropped" not in planned.notes
+
+
+def test_the_plan_says_what_the_capacity_dropped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, "switch_transformers", TASKS[:2])
+    usage = usage_of("news", ["news=news.jsonl"])
+    planned = plan(caem(TASKS[:2]))
+    assert "(counted: chosen)" in planned.notes
+    rows = [line.split("|") for line in planned.notes.splitlines() if ".router |" in line]
+    assert len(rows) == 3
+    for row in rows:
+        layer = usage.tasks["news"].layers[row[1].strip()]
+        share = sum(layer.dropped) / layer.tokens
+        assert 0 < share < 1 and row[2].endswith(f", {share:.1%} dropped ")
+
+
+def test_the_figure_has_encoder_and_decoder_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, "switch_transformers", TASKS[:2])
+    usages = {task: usage_of(task, [f"{task}={task}.jsonl"]) for task in TASKS[:2]}
+    saved = []
+    save = Figure.savefig
+
+    def savefig(figure, *arguments, **keywords):
+        saved.append(figure)
+        return save(figure, *arguments, **keywords)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    plan(caem(TASKS[:2])).draw(tmp_path / "plan.png")
+    panels = {axes.get_title(): axes for axes in saved[0].axes if axes.get_title()}
+    assert list(panels) == [f"{task} ({s})" for s in ("encoder", "decoder") for task in TASKS[:2]]
+    for stack in ("encoder", "decoder"):
+        layers = [name for name in usages["news"].tasks["news"].layers if name.startswith(stack)]
+        for index, task in enumerate(TASKS[:2]):
+            axes = panels[f"{task} ({stack})"]
+            counts = torch.tensor([usages[task].tasks[task].layers[name].counts for name in layers])
+            shares = counts / counts.sum(dim=1, keepdim=True)
+            assert axes.images[0].get_array().tolist() == pytest.approx(shares.numpy())
+            crosses = []
+            for row, name in enumerate(layers):
+                taken = expected_choice(usages, name, 4, [4, 4])[index]
+                crosses += [[expert, row] for expert in taken]
+            assert axes.collections[0].get_offsets().tolist() == crosses
 
 
 def test_encoder_and_decoder_have_weights_of_their_own(tmp_path, monkeypatch):

@@ -521,7 +521,7 @@ def test_load_balancing_by_hand_with_encoder_and_decoder():
     torch.manual_seed(0)
     logits = {name: torch.randn(6, 3) for name in ("encoder.gate", "decoder.gate")}
     experts = {name: of_gate.argmax(-1, keepdim=True) for name, of_gate in logits.items()}
-    experts["decoder.gate"][2] = -1  # beyond the capacity
+    experts["decoder.gate"][2] = -1  # chose none
     real = RealTokens(
         inputs=torch.tensor([[1, 1, 1], [1, 0, 0]]).bool(),
         targets=torch.tensor([[1, 1, 1], [0, 1, 1]]).bool(),
@@ -538,6 +538,22 @@ def test_load_balancing_by_hand_with_encoder_and_decoder():
             p = sum(of_gate[i].softmax(0)[expert].item() for i in rows) / len(rows)
             total += 3 * f * p / 2
     assert load_balancing_loss(choices, real).item() == pytest.approx(total, abs=1e-6)
+
+
+def test_load_balancing_does_not_depend_on_the_expert_capacity(tmp_path):
+    config = {**SWITCH, "expert_capacity": 1 << 30}
+    model = make_moe(tmp_path / "moe", "switch_transformers", **config)
+    routers = [module for module in model.modules() if hasattr(module, "expert_capacity")]
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    losses = []
+    for capacity in (1 << 30, 1):
+        with torch.no_grad(), recorded(model) as choices:
+            for router in routers:
+                router.expert_capacity = capacity
+                torch.manual_seed(0)
+                router(torch.randn(2, 9, 32))
+        losses.append(load_balancing_loss(choices, RealTokens(mask, mask)).item())
+    assert len(choices) == 3 and losses[0] == losses[1]
 
 
 def test_the_load_balancing_loss_balances(moe):

@@ -3,6 +3,7 @@ itself.
 """
 
 import json
+import math
 import random
 import shutil
 
@@ -17,7 +18,14 @@ from _mergekit_moe_ext_common.data import collate, fingerprint, load, parse_sour
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.mixtures.plots import plot_usage
-from mergekit_moe_ext.mixtures.usage import count_usage, read_texts, read_usage, routing_probability
+from mergekit_moe_ext.mixtures.routers import recorded
+from mergekit_moe_ext.mixtures.usage import (
+    count_usage,
+    read_texts,
+    read_usage,
+    routing_probability,
+    table,
+)
 from tests.conftest import (
     NAMES,
     ON_CPU,
@@ -167,40 +175,103 @@ def test_counts_are_those_of_the_experts_that_ran(tmp_path, monkeypatch, family)
     assert usage.experts_per_token == 2
 
 
-def test_switch_counts_what_its_capacity_lets_through(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_moe(tmp_path / "moe", "switch_transformers", **SWITCH)
-    rows = words(2, 7, ("input", "target"))
-    write(tmp_path / "news.jsonl", rows)
-    usage = usage_of("moe", ["news=news.jsonl"], READING, batch_size=3)
-    model, tokenizer = (
-        AutoModelForSeq2SeqLM.from_pretrained("moe"),
-        AutoTokenizer.from_pretrained("moe"),
-    )
-    expected = {name: [0] * 4 for name in counts(usage, "news")}
-    assert [name.split(".")[0] for name in expected] == ["encoder", "encoder", "decoder"]
+def long_texts(rows, length):
+    """Rows of `length` words whose frequencies differ, so that routers have favourites."""
+    generator = random.Random(7)
+
+    def text(number):
+        return " ".join(f"w{min(92, int(generator.expovariate(0.1)))}" for _ in range(number))
+
+    return [{"input": text(length), "target": text(length // 3)} for _ in range(rows)]
+
+
+def by_logits(path, rows, length, capacity):
+    """Per router its tokens, what it chose and what had no room, by a loop over the logits of one
+    unpadded text at a time.
+    """
+    model = AutoModelForSeq2SeqLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    chosen, dropped, weights = {}, {}, {}
 
     def counting(name):
-        def hook(router, inputs, _output):
-            taken = [0] * 4
-            for state in inputs[0][0]:
-                expert = int(router.classifier(state).argmax())
-                taken[expert] += 1
-                expected[name][expert] += taken[expert] <= 3
+        def hook(_classifier, _inputs, logits):
+            room = [capacity] * 4
+            for scores in logits[0].tolist():
+                expert = scores.index(max(scores))
+                weight = math.exp(scores[expert]) / sum(map(math.exp, scores))
+                chosen.setdefault(name, [0] * 4)[expert] += 1
+                weights.setdefault(name, [0.0] * 4)[expert] += weight
+                dropped.setdefault(name, [0] * 4)[expert] += room[expert] <= 0
+                room[expert] -= 1
 
         return hook
 
-    for name in expected:
-        model.get_submodule(name).register_forward_hook(counting(name))
+    for name, module in model.named_modules():
+        if name.endswith(".router.classifier"):
+            module.register_forward_hook(counting(name.removesuffix(".classifier")))
     for row in rows:
-        labels = tokenizer(row["target"], return_tensors="pt")["input_ids"][:, :24]
-        model(
-            input_ids=tokenizer(row["input"], return_tensors="pt")["input_ids"][:, :24],
-            labels=labels,
+        ids = [
+            tokenizer(row[column], return_tensors="pt")["input_ids"][:, :length]
+            for column in ("input", "target")
+        ]
+        with torch.no_grad():
+            model(input_ids=ids[0], labels=ids[1])
+    return chosen, dropped, weights
+
+
+@pytest.mark.parametrize("capacity", [8, 64, 1 << 30])
+@pytest.mark.parametrize("length", [60, 250, 1000])
+def test_switch_counts_what_routers_chose_and_what_was_dropped(
+    tmp_path, monkeypatch, length, capacity
+):
+    monkeypatch.chdir(tmp_path)
+    make_moe(tmp_path / "moe", "switch_transformers", **{**SWITCH, "expert_capacity": capacity})
+    rows = [*long_texts(2, length), *long_texts(1, 20)]  # the last one is padded
+    write(tmp_path / "news.jsonl", rows)
+    chosen, dropped, weights = by_logits("moe", rows, length, capacity)
+    assert [name.split(".")[0] for name in chosen] == ["encoder", "encoder", "decoder"]
+    reading = Reading(max_length=length, quiet=True)
+    usage = usage_of("moe", ["news=news.jsonl"], reading, batch_size=3)
+    assert usage.count == "chosen" and counts(usage, "news") == chosen
+    layers = usage.tasks["news"].layers
+    assert {name: layer.dropped for name, layer in layers.items()} == dropped
+    for name, layer in layers.items():
+        assert layer.tokens == sum(layer.counts)
+        assert layer.weights == pytest.approx(weights[name], rel=1e-4)
+    all_dropped = sum(map(sum, dropped.values()))
+    assert (all_dropped == 0) == (capacity > length)
+    share = all_dropped / sum(map(sum, chosen.values()))
+    assert f"counted: chosen; dropped by the expert capacity: news {share:.1%}" in table(usage)
+    dispatched = usage_of("moe", ["news=news.jsonl"], reading, count="dispatched")
+    assert dispatched.count == "dispatched"
+    assert f"counted: dispatched; dropped by the expert capacity: news {share:.1%}" in table(
+        dispatched
+    )
+    for name, layer in dispatched.tasks["news"].layers.items():
+        fitted = [a - b for a, b in zip(chosen[name], dropped[name], strict=True)]
+        assert layer.counts == fitted and layer.dropped == dropped[name]
+
+
+def test_ties_of_a_bfloat16_router_are_broken_as_it_breaks_them(tmp_path, monkeypatch):
+    """A router's probabilities are rounded before the largest is taken, and its first mask, without
+    a capacity, says which that was.
+    """
+    monkeypatch.chdir(tmp_path)
+    choices = {}
+    for capacity in (2, 1 << 30):
+        config = AutoConfig.for_model(
+            "switch_transformers", **{**SWITCH, "vocab_size": 96, "expert_capacity": capacity}
         )
-    assert counts(usage, "news") == expected
-    layer = usage.tasks["news"].layers["encoder.block.0.layer.1.mlp.router"]
-    assert sum(layer.counts) < layer.tokens  # some were dropped
+        torch.manual_seed(0)
+        model = AutoModelForSeq2SeqLM.from_config(config).to(torch.bfloat16).eval()
+        router = model.encoder.block[0].layer[1].mlp.router
+        states = 1e-2 * torch.randn(1, 400, 32, dtype=torch.bfloat16)
+        with torch.no_grad(), recorded(model) as recording:
+            mask, _weights, logits = router(states)
+        choices[capacity] = next(iter(recording.values())).experts.flatten()
+    assert torch.equal(choices[2], choices[1 << 30])
+    assert torch.equal(choices[2], mask.argmax(-1).flatten())
+    assert not torch.equal(choices[2], logits.argmax(-1).flatten())  # there were ties
 
 
 def test_routing_probability_is_the_mean_weight(tmp_path, monkeypatch):
