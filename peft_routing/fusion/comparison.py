@@ -272,7 +272,7 @@ def _merge(
 
     `UserError` where they cannot be merged.
     """
-    merged = directory / merge_name(strategy, experts, seed)
+    merged = directory / merge_name(strategy, base, experts, seed)
     if not merged.exists():
         write_merge(strategy, experts, empty, base, merged, device=device, seed=seed)
     return _Candidate(

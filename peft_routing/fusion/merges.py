@@ -76,10 +76,10 @@ def write_merge(
         (out / _NOTES).write_text(json.dumps(notes), encoding="utf-8")
 
 
-def merge_name(strategy: str, experts: Mapping[str, str], seed: int) -> str:
-    """The name of a merge's directory, by all that it depends on."""
+def merge_name(strategy: str, base: str, experts: Mapping[str, str], seed: int) -> str:
+    """The name of a merge's directory, by all that its files depend on."""
     own = [fingerprint(path, f"expert {name!r} ({path})") for name, path in experts.items()]
-    parts = json.dumps([strategy, own, seed, DENSITY])
+    parts = json.dumps([strategy, base, own, seed, DENSITY])
     return f"{strategy}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 

@@ -192,7 +192,9 @@ def test_unsupported_family_names_the_supported(here):
     )
     refused(
         here,
-        document(models=["gpt"], base=None, parameters={"experts_per_token": 1}),
+        document(
+            models=["gpt"], base=None, parameters={"experts_per_token": 1, "architecture": "stock"}
+        ),
         "GPT2LMHeadModel",
         "LlamaForCausalLM (to MixtralForCausalLM or GraniteMoeForCausalLM)",
         "MistralForCausalLM",
