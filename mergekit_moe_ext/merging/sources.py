@@ -59,8 +59,15 @@ _SIZES = (
 # does.
 _BEHAVIOUR = (
     "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
     "rope_parameters",
+    "partial_rotary_factor",
+    "alibi",
     "sliding_window",
+    "layer_types",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
     # of mixtures of experts
     "num_experts_per_tok",
     "norm_topk_prob",

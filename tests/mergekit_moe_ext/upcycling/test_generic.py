@@ -274,9 +274,8 @@ def test_peft_trains_its_copies_of_the_routers(gpt2):
     adapted = peft.get_peft_model(model, settings).eval()
     before = logits(adapted, {"input_ids": TOKENS})
     adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    routers = [
-        name for name, each in adapted.named_parameters() if "router.modules_to_save" in name
-    ]
+    names = [name for name, _ in adapted.named_parameters()]
+    routers = [name for name in names if "router.modules_to_save" in name]
     assert len(routers) == 3
     with torch.no_grad():
         for name in routers:
