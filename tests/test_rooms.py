@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "upcycling": "mixtures merging modeling common",
     "sequence": "merging modeling common",
     "mixtures": "merging modeling recipes common",
-    "caem": "mixtures merging common",
+    "caem": "mixtures merging recipes common",
     "growing": "caem mixtures upcycling merging common",
     "wemoe": "merging modeling recipes common",
     "analysis": "sequence wemoe mixtures merging modeling recipes common",
