@@ -184,6 +184,12 @@ def training_options(output: str) -> Decorator:
         ),
         output_directory(output),
         RESUME,
+        click.option(
+            "--device-map",
+            type=click.Choice(["auto"]),
+            help="Have one process spread a model over all GPUs and, where they are too small, "
+            "main memory. [default: one device holds it]",
+        ),
     )
 
 

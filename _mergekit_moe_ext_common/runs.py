@@ -27,6 +27,7 @@ from _mergekit_moe_ext_common.checkpoints import (
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import silence
 from _mergekit_moe_ext_common.options import Reading, TrainingOptions
+from _mergekit_moe_ext_common.placement import check_device_map, gather, spread
 from _mergekit_moe_ext_common.sharding import (
     check_launch,
     is_split_wanted,
@@ -48,11 +49,19 @@ class Run:
     checkpoints of its own. Methods are called in the order in which they stand here.
     """
 
-    def __init__(self, output: str, reading: Reading, *, splits: bool = False) -> None:
+    def __init__(
+        self,
+        output: str,
+        reading: Reading,
+        *,
+        splits: bool = False,
+        device_map: str | None = None,
+    ) -> None:
         """Nothing is written yet. `UserError` where `output` cannot be.
 
         `splits` says that the model may be split between processes: each trainer is a
-        `TrainedOnly`. `UserError` where accelerate was told to do what this training cannot.
+        `TrainedOnly`. `device_map="auto"` has one process spread it over devices instead.
+        `UserError` where accelerate was told to do what this training cannot.
         """
         check_launch(splits=splits)
         silence(reading)
@@ -64,6 +73,8 @@ class Run:
         self.processes = 1
         self.is_split = False
         self._reading = reading
+        self._device_map = device_map
+        self._tied: Sequence[Sequence[str]] = ()
         self.settings: dict[str, Any] = {}
 
     def arguments(
@@ -86,6 +97,7 @@ class Run:
         )
         self.is_main = arguments.should_save
         self.processes = arguments.world_size
+        check_device_map(self._device_map, self.processes)
         # accelerate sets FSDP up in a group of one process as well.
         self.is_split = is_split_wanted() and torch.distributed.is_initialized()
         return arguments
@@ -157,10 +169,18 @@ class Run:
             number -= len(_complete_checkpoints(self.checkpoints / part))
         check_room(self.out, output, max(0, number) * checkpoint)
 
+    def place(self, model: torch.nn.Module, arguments: TrainingArguments) -> None:
+        """Spreads a part's model over devices, where that was asked for; before its Trainer is
+        made.
+        """
+        if self._device_map:
+            self._tied = spread(model, arguments)
+
     def train(self, trainer: Trainer, part: str = "") -> None:
         """Trains one part, from where it starts, and waits until all processes have.
 
-        A model that was split between processes is whole in the main one afterwards, for saving.
+        A model that was split between processes is whole in the main one afterwards, for saving,
+        and one that was spread over devices in main memory.
         """
         if self.is_main:
             self._keep_settings()
@@ -170,6 +190,8 @@ class Run:
         # wait forever for a thread that wants the lock.
         trainer.accelerator.wait_for_everyone()
         trainer.model_wrapped = trainer.model
+        if self._device_map:
+            gather(trainer.model, self._tied)
         trainer.accelerator.free_memory()
         if self.is_split:
             make_whole(trainer.model, keeps=self.is_main)

@@ -283,6 +283,7 @@ def train(
     eval_data: tuple[str, ...],
     output_dir: str | None,
     resume: bool,
+    device_map: Any,
     recipe: Recipe,
     reading: Reading,
 ) -> None:
@@ -308,6 +309,7 @@ def train(
         eval_data=eval_data,
         resume=resume,
         only_experts=only_experts,
+        device_map=device_map,
     )
     if losses:
         click.echo(before_and_after(losses))

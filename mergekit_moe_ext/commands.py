@@ -357,6 +357,7 @@ def train(
     eval_data: Sequence[str] = (),
     resume: bool = False,
     only_experts: Sequence[str] = (),
+    device_map: Literal["auto"] | None = None,
 ) -> Losses | None:
     """Train the router of a mixture of experts, its projectors, or all of it, on texts.
 
@@ -374,6 +375,8 @@ def train(
         resume: whether to go on after the last checkpoint of an interrupted training.
         only_experts: with `"gates"`, the experts, by name or number, whose rows of the gates are
             trained, while the other rows stay as they are; all if there are none.
+        device_map: `"auto"` has one process spread the model over all GPUs and main memory, for
+            all parts but `all`; one device holds it if None.
 
     Returns the held-out loss of every source before and after; None in all but the main process.
 
@@ -399,6 +402,7 @@ def train(
         eval_data=eval_data,
         resume=resume,
         only_experts=only_experts,
+        device_map=device_map,
     )
 
 

@@ -196,6 +196,7 @@ def train(
     output_dir: str | None,
     base: str | None,
     resume: bool,
+    device_map: Any,
     recipe: Recipe,
     reading: Reading,
 ) -> None:
@@ -220,6 +221,7 @@ def train(
         weights=numbers_by_name("--weight", weights),
         eval_data=eval_data,
         resume=resume,
+        device_map=device_map,
     )
     for result in results:
         if not result.losses:  # nothing was held out, and so there was one learning rate

@@ -7,7 +7,7 @@ Hosts are imported inside the functions, so that importing this file costs nothi
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
@@ -171,6 +171,7 @@ def train(
     weights: Mapping[str, float] | None = None,
     eval_data: Sequence[str] = (),
     resume: bool = False,
+    device_map: Literal["auto"] | None = None,
 ) -> "list[Result]":
     """Train the router of a routed adapter on texts; its experts stay as they are.
 
@@ -185,6 +186,8 @@ def train(
         all rows are read.
         eval_data: what is measured in place of the held-out rows of the source of that name.
         resume: go on after the last checkpoint of an interrupted training.
+        device_map: `"auto"` has one process spread the base model over all GPUs and main memory;
+            one device holds it if None.
 
     Returns what each learning rate gave, the best first: its `losses` are each source's before and
     after.
@@ -216,6 +219,7 @@ def train(
         weights=weights,
         eval_data=eval_data,
         resume=resume,
+        device_map=device_map,
     )
 
 

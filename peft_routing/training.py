@@ -24,6 +24,7 @@ from _mergekit_moe_ext_common.data import fingerprint, training_batches
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, vocabulary_of
 from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.placement import check_can_be_spread
 from _mergekit_moe_ext_common.runs import (
     Losses,
     Run,
@@ -70,21 +71,27 @@ def train(
     weights: Mapping[str, float] | None = None,
     eval_data: Sequence[str] = (),
     resume: bool = False,
+    device_map: str | None = None,
 ) -> list[Result]:
     """Train the router of the routed adapter in a directory, and write the result to `output`.
 
     Returns what each learning rate gave, the best first; nothing in all but the main process.
     `output` is `<adapter>-trained` if not given. Checkpoints lie in `<output>.checkpoints` until
     the training is complete, and `resume` goes on from there. Where there are several processes,
-    their group is gone afterwards. `UserError` for what cannot be trained.
+    their group is gone afterwards. With `device_map="auto"` one process spreads the base model over
+    all GPUs and main memory. `UserError` for what cannot be trained.
     """
-    run = Run(output or f"{adapter.rstrip('/')}-trained", reading, splits=True)
+    run = Run(
+        output or f"{adapter.rstrip('/')}-trained", reading, splits=True, device_map=device_map
+    )
     parts = {_part(rate): rate for rate in learning_rates}
     arguments = _arguments(run, recipe, parts, measure=bool(recipe.held_out or eval_data))
     first = next(iter(arguments.values()))
     config = _read_config(adapter, recipe)
     base, base_config = base_of(base, config, reading)
     headers = check_routed(adapter, config, base, base_config, reading)
+    if device_map:
+        check_can_be_spread(base, base_config, headers.values())
     tokenizer = load_tokenizer(base, reading)
     first_label = 1 if config.granularity == "token" else config.routing_tokens
     with first.main_process_first(desc="reading the data"):
@@ -158,6 +165,7 @@ def _train_each(
         else:
             routed.load_adapter(adapter, "default", is_trainable=True)
         routed.train()
+        run.place(routed, arguments[part])
         trainer = RouterTrainer(routed, arguments[part], **data)
         run.train(trainer, part)
         if run.is_main:

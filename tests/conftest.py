@@ -68,6 +68,23 @@ runpy.run_module(module, run_name="__main__")
 NAMES = ("base", "math", "code", "law")
 
 
+def every_other_layer(model: Any, device: torch.device) -> dict[str, Any]:
+    """A device map by which only every other layer, from the second, lies on a device for good.
+
+    The rest lies in main memory. `torch.device("cpu")` stands for a GPU: only the text `cpu` means
+    main memory to accelerate.
+    """
+    layers: list[str] = []
+    places: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ in model._no_split_modules:
+            layers.append(f"{name}.")
+            places[name] = device if len(layers) % 2 == 0 else "cpu"
+        elif not name.startswith(tuple(layers)) and list(module.parameters(recurse=False)):
+            places[name] = "cpu"
+    return places
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", help="Device of tests/gpu: cuda, or cpu to try them without one.")
 

@@ -27,6 +27,7 @@ from _mergekit_moe_ext_common.loading import (
     vocabulary_of,
 )
 from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.placement import check_can_be_spread
 from _mergekit_moe_ext_common.runs import (
     Losses,
     Run,
@@ -71,10 +72,12 @@ def train(
     eval_data: Sequence[str] = (),
     resume: bool = False,
     only_experts: Sequence[str] = (),
+    device_map: str | None = None,
 ) -> Losses | None:
     """Train a mixture of experts and write the result to `output`.
 
     With `only_experts`, by name or number, the rows of the other experts' gates stay as they are.
+    With `device_map="auto"` one process spreads the model over all GPUs and main memory.
 
     Returns the held-out loss of every source before and after; None in all but the main process.
     `output` is `<model>-trained` if not given. Checkpoints lie in `<output>.checkpoints` until the
@@ -86,10 +89,20 @@ def train(
     # A process runs only the experts that its texts chose, and what is split needs all processes.
     # A gate that is split has no rows to keep.
     splits = not is_sequence_moe and not only_experts
-    run = Run(output or f"{model_path.rstrip('/')}-trained", reading, splits=splits)
+    run = Run(
+        output or f"{model_path.rstrip('/')}-trained",
+        reading,
+        splits=splits,
+        device_map=device_map,
+    )
     headers = check_model(model_path, config, reading)
     chosen = chosen_parts(part, config)
     parts = parts_to_train(chosen, config, headers, recipe)
+    if device_map and "rest" in parts:
+        raise UserError(
+            "--device-map leaves no room on the GPUs for training all: train a part of the model, "
+            "or split it with FSDP2"
+        )
     free_rows = _free_rows(config, chosen, only_experts)
     rate = _learning_rate(recipe, parts)
     recipe = _settled(recipe, config, rate, parts)
@@ -103,6 +116,8 @@ def train(
         measure=bool(recipe.held_out or eval_data),
         ddp_find_unused_parameters=True,  # an expert that no token of this process chose
     )
+    if device_map:
+        check_can_be_spread(model_path, config, headers.values())
     tokenizer = load_tokenizer(model_path, reading)
     with arguments.main_process_first(desc="reading the data"):
         training, held_out = read_data(
@@ -120,6 +135,7 @@ def train(
     batch = training_batches(model, pad_token_id, first_label)
     if not is_sequence_moe:
         _check_gates(model, training, batch, parts, free_rows, recipe)
+    run.place(model, arguments)
     trainer = (SequenceTrainer if is_sequence_moe else MoeTrainer)(
         model,
         arguments,

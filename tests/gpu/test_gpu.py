@@ -14,10 +14,20 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from _mergekit_moe_ext_common import placement
+from mergekit_moe_ext import Reading, Recipe, train
 from mergekit_moe_ext.tensor.kernels.drop import random_mask
 from peft_routing import RoutedLoraConfig, given_coefficients
 from peft_routing.choosers import perplexity
-from tests.conftest import NAMES, document, make_model, merge, read_tensors, run
+from tests.conftest import (
+    NAMES,
+    document,
+    every_other_layer,
+    make_model,
+    merge,
+    read_tensors,
+    run,
+)
 from tests.mergekit_moe_ext.mixtures.test_usage import make_moe, words, write
 from tests.peft_routing.adapters import make_base, save_experts
 from tests.tokenizers import save_tokenizer
@@ -251,6 +261,33 @@ def test_training_and_counting(here: Path, device: str) -> None:
     command(f"{training} --train gates --bf16 --gradient-checkpointing -o half")
     command(f"{training} --train all -o all")
     command(f"mergekit-moe-ext usage mixture --data rows.jsonl --device {device}")
+
+
+def test_training_a_model_that_is_spread(
+    here: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_moe(here / "mixture", "mixtral")
+    write_rows()
+    training = f"mergekit-moe-ext train mixture --data rows.jsonl --train gates {TRAINING}"
+    command(f"{training} -o of-cpu", cpu=True)
+    command(f"{training} --device-map auto -o of-auto", cpu=device == "cpu")
+    place = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    monkeypatch.setattr(placement, "_device_map", lambda model, _: every_other_layer(model, place))
+    if device == "cpu":
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    train(
+        "mixture",
+        ["rows.jsonl"],
+        "gates",
+        output="of-both",
+        recipe=Recipe(max_steps=3, held_out=4, learning_rate=0.0001),
+        reading=Reading(quiet=True),
+        device_map="auto",
+    )
+    of_cpu = read_tensors(Path("of-cpu"))
+    for output in ("of-auto", "of-both"):
+        for name, tensor in read_tensors(Path(output)).items():
+            close(tensor, of_cpu[name], 1e-3)
 
 
 def test_adapting_and_unloading(dense: Path, device: str) -> None:

@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from _mergekit_moe_ext_common import placement
 from _mergekit_moe_ext_common import training as shared_training
 from _mergekit_moe_ext_common.data import load, parse_sources, tokenise
 from _mergekit_moe_ext_common.options import Reading
@@ -31,7 +32,15 @@ from peft_routing.inspection import inspect_adapter
 from peft_routing.layer import Experts
 from peft_routing.loading import load_routed
 from peft_routing.training import Recipe, train
-from tests.conftest import INTERRUPTED, ON_CPU, SPLIT_ON_CPU, TWO_PROCESSES, read_tensors, run
+from tests.conftest import (
+    INTERRUPTED,
+    ON_CPU,
+    SPLIT_ON_CPU,
+    TWO_PROCESSES,
+    every_other_layer,
+    read_tensors,
+    run,
+)
 from tests.peft_routing.adapters import make_base, save_experts, save_lora
 from tests.tokenizers import save_tokenizer
 
@@ -484,6 +493,29 @@ def test_ways_to_save_memory_train_the_same(here, changes):
         for after in (expected, got)
     )
     assert torch.cosine_similarity(moved, same, dim=0) > (0.8 if "bf16" in changes else 0.9999)
+
+
+def test_a_spread_base_model_trains_the_same(here, monkeypatch):
+    """Each of several learning rates starts anew, and computes in bfloat16."""
+    monkeypatch.setattr(
+        placement, "_device_map", lambda model, _: every_other_layer(model, torch.device("cpu"))
+    )
+    results = {}
+    for output, device_map in (("whole", None), ("spread", "auto")):
+        results[output] = train(
+            "routed",
+            output,
+            ["news.jsonl"],
+            READING,
+            recipe(bf16=True),
+            learning_rates=(0.01, 0.001),
+            device_map=device_map,
+        )
+    assert results["spread"] == results["whole"]
+    before, expected, got = (read_tensors(here / name) for name in ("routed", "whole", "spread"))
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor)
+        assert torch.equal(got[name], before[name]) == ("routed_lora_router" not in name)
 
 
 def test_completions_only(here):

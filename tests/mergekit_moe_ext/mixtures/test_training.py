@@ -630,6 +630,7 @@ def test_one_expert_whose_weight_is_its_probability_has_a_gradient(tmp_path, mon
         (["--data", "news.jsonl", "--train", "experts"], "is not one of 'gates', 'router', "),
         (["--data", "news.jsonl", "--train", "projectors"], "this model has no projectors"),
         (["--data", "news.jsonl", "--projector-learning-rate", "1"], "no projectors to train"),
+        (["--data", "news.jsonl", "--train", "all", "--device-map", "auto"], "leaves no room"),
     ],
 )
 def test_mistakes_are_found_before_work_starts(moe, arguments, complaint):
