@@ -40,6 +40,7 @@ class Tokens:
     markers: those, and all others that are cut out of a text before it is split, by their text. Not
         every tokenizer calls a chat marker special.
     roles: the number of the token of each role that the tokenizer has.
+    byte_tokens: the number of each token that is written as a byte (`<0x6B>`), by that byte.
     never_made: the byte tokens of characters that have a token, which the tokenizer makes of no
         text.
     """
@@ -85,6 +86,7 @@ class Tokens:
         self._unknown = {self.roles.get("unk_token"), vocabulary.get(unknown)} - {None}
         self._inside_words = self._model_inside_words(vocabulary, unknown)
         self._of_bytes = self._numbers_by_bytes(byte_tokens)
+        self.byte_tokens = {content: number for number, content in byte_tokens.items()}
         self.never_made = set()
         for number, content in byte_tokens.items():
             if self._of_bytes[content] != number:

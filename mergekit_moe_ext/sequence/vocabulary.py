@@ -38,7 +38,7 @@ class TokenRows:
     stand_ins: for tokens that it lacks, the rows whose mean stands in for them.
     spelled: those of them that the rows write whole, in their order.
     never_made: tokens that the donor's tokenizer makes of no text, since another one stands for the
-        same bytes.
+        same bytes, and for which the model has no byte token.
     examples: for people, some tokens that are `spelled` and some that are `missing`.
     """
 
@@ -166,6 +166,9 @@ def rows_of(donor: Tokens, model: Tokens, size: int, number_of_rows: int) -> Tok
     texts_of_markers = {token: text for text, token in donor.markers.items()}
     for token, content in donor.bytes_of.items():
         row = model.markers.get(texts_of_markers.get(token, ""))
+        # A byte that no text is made into is that to the model, too.
+        if row is None and token in donor.never_made:
+            row = model.byte_tokens.get(content)
         if row is None:
             row = model.number_of(content)
         if row is not None and row < number_of_rows:
@@ -182,7 +185,10 @@ def rows_of(donor: Tokens, model: Tokens, size: int, number_of_rows: int) -> Tok
         else:
             examples["missing"].append(_quoted(content))
     shown = {kind: texts[:_EXAMPLES] for kind, texts in examples.items()}
-    return TokenRows(own, stand_ins, frozenset(spelled), frozenset(donor.never_made), shown)
+    never_made = [
+        token for token in donor.never_made if donor.bytes_of[token] not in model.byte_tokens
+    ]
+    return TokenRows(own, stand_ins, frozenset(spelled), frozenset(never_made), shown)
 
 
 def _quoted(content: bytes) -> str:

@@ -424,6 +424,14 @@ def test_spelled_tokens_share_the_probability_of_their_first_piece(of_kinds, don
     torch.testing.assert_close(mixture, expected, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "unigram"])
+def test_a_model_with_the_donors_tokenizer_keeps_its_rows(kind):
+    tokenizer = tokenizer_of_kind(kind)
+    rows = rows_of(Tokens(tokenizer), Tokens(tokenizer), len(tokenizer), len(tokenizer))
+    assert rows.own.tolist() == list(range(len(tokenizer)))
+    assert not rows.shares().any() and not rows.availability(with_stand_ins=False).any()
+
+
 def test_tokens_of_one_row_have_its_probability_once():
     """WordPiece's tokens with a space before them and without, and SentencePiece's bytes."""
     for donor, kind in [("byte_level", "wordpiece"), ("sentencepiece", "byte_level")]:
