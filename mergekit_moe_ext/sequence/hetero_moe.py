@@ -6,6 +6,7 @@ from there to the head. The output has the base model's tokenizer.
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from mergekit_moe_ext.sequence.vocabulary import (
     align_vocabularies,
 )
 
+LOG = logging.getLogger(__name__)
 _MERGEME = "https://arxiv.org/abs/2502.00997"
 
 
@@ -113,6 +115,7 @@ class HeteroMoe(StructuralMethod):
         config.dtype = dtype
         rows = align_vocabularies(job, configs)
         if is_separate:
+            _warn_of_vetoes(job, rows, config)
             computed = _own_vocabularies(job, decoders, rows, config, dtype)
         else:
             _check_heads(job, decoders)
@@ -165,6 +168,26 @@ def _check(job: Job) -> None:
         raise UserError(
             "spelled_tokens is for embedding: separate; a shared head has a row for every token"
         )
+
+
+def _warn_of_vetoes(
+    job: Job, rows: Mapping[ModelReference, TokenRows], config: SequenceMoEConfig
+) -> None:
+    """Warn of tokens that one expert cannot give. In a sum of logits the others cannot either."""
+    if config.experts_per_sequence == 1 or config.combine == "probabilities":
+        return
+    for model, of_model in rows.items():
+        number = len(of_model.missing)
+        if job.options.spelled_tokens == "unavailable":
+            number += len(of_model.spelled)
+        if number:
+            LOG.warning(
+                "%s cannot give %d of the donor's tokens, and with combine: logits neither can a "
+                "mixture that it is part of; combine: probabilities leaves them to the other "
+                "experts",
+                model,
+                number,
+            )
 
 
 def _averaged_models(job: Job) -> list[ModelReference]:

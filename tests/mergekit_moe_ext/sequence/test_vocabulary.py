@@ -500,3 +500,16 @@ def test_spelled_tokens_is_for_heads_of_the_experts_own(here):
     with pytest.raises(click.ClickException, match="spelled_tokens is for embedding: separate"):
         merge(config)
     assert nothing_left(here)
+
+
+def test_a_sum_of_logits_in_which_an_expert_rules_tokens_out_is_warned_about(of_kinds, caplog):
+    config = document("hetero_moe", ["byte_level", "wordpiece"], "./byte_level")
+    for combine, is_told in (("logits", True), ("probabilities", False)):
+        config["parameters"] = {
+            "embedding": "separate",
+            "spelled_tokens": "unavailable",
+            "combine": combine,
+        }
+        caplog.clear()
+        mergekit_moe_ext.plan(config)
+        assert ("with combine: logits neither can" in caplog.text) == is_told
