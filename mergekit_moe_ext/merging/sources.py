@@ -54,6 +54,7 @@ _SIZES = (
     "head_dim",
     "hidden_act",
     "attention_bias",
+    "mlp_bias",
 )
 # Config keys that say how the tensors are used; where they differ, the output does as the donor
 # does.
@@ -244,7 +245,7 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
 def _size(config: PretrainedConfig, key: str) -> Any:
     """What a config says under a key of `_SIZES`, or implies by leaving it out."""
     value = getattr(config, key, None)
-    if key == "attention_bias":
+    if key in ("attention_bias", "mlp_bias"):
         return bool(value)
     heads = getattr(config, "num_attention_heads", None)
     # Swin has a list of them, one for each stage, and nothing is implied.
