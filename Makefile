@@ -11,13 +11,17 @@ OLDEST_TORCH ?= torch==2.7.0
 # Named after its torch, so that another torch is installed anew.
 OLDEST_INSTALLED := .venv-oldest/.installed-$(subst ==,-,$(OLDEST_TORCH))
 
-.PHONY: demo test hosts newest newest-installed oldest exchange transformers4 architectures lint bench gpu robustness
+.PHONY: demo test slow hosts newest newest-installed oldest exchange transformers4 architectures lint bench gpu robustness
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# What takes too long to be run with every change.
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
 
 # The compact suite: what a new version of a host may break.
 hosts: $(VENV)/.installed

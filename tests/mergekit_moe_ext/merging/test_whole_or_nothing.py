@@ -119,6 +119,7 @@ def test_killed_after_the_rename_leaves_a_whole_output(ready, whole):
     )
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(ready, whole):
     started = time.monotonic()
     command = [

@@ -298,6 +298,7 @@ OF_A_SPLIT = ["--data", "news.jsonl", "--data", "law.jsonl", "--quiet", "--max-l
 OF_A_SPLIT += ["--learning-rate", "0.001", "--held-out", "3", "--max-steps", "3"]
 
 
+@pytest.mark.slow
 def test_a_model_split_between_four_processes_trains_as_a_whole_one(moe):
     """The gates, with a frozen rest, under gradient checkpointing; the embedding is tied."""
     config = {**FAMILIES["mixtral"], "tie_word_embeddings": True}
