@@ -65,7 +65,8 @@ def everything(here, sources, monkeypatch):
     (here / "code.txt").write_text("w20 w21 w22\nw23 w24\n")
     for seed, task in enumerate(("news", "squad", "xsum")):
         make_moe(here / f"moe-{task}", "mixtral", seed=seed, num_local_experts=8)
-        write(here / f"{task}.jsonl", words(seed, 20))
+        rows = [{**row, "question": row["text"]} for row in words(seed, 20)]
+        write(here / f"{task}.jsonl", rows)
     for seed, task in enumerate(("math", "code", "law")):
         write(here / f"{task}.jsonl", words(seed, 40))
     make_clips(here / "clip")
