@@ -13,7 +13,6 @@ import click
 import pytest
 import torch
 import yaml
-from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mergekit_moe_ext import plan
@@ -568,13 +567,14 @@ def test_the_figure_has_encoder_and_decoder_apart(tmp_path, monkeypatch):
     make_sources(tmp_path, "switch_transformers", TASKS[:2])
     usages = {task: usage_of(task, [f"{task}={task}.jsonl"]) for task in TASKS[:2]}
     saved = []
-    save = Figure.savefig
+    figures = pytest.importorskip("matplotlib.figure")
+    save = figures.Figure.savefig
 
     def savefig(figure, *arguments, **keywords):
         saved.append(figure)
         return save(figure, *arguments, **keywords)
 
-    monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr(figures.Figure, "savefig", savefig)
     plan(caem(TASKS[:2])).draw(tmp_path / "plan.png")
     panels = {axes.get_title(): axes for axes in saved[0].axes if axes.get_title()}
     assert list(panels) == [f"{task} ({s})" for s in ("encoder", "decoder") for task in TASKS[:2]]
