@@ -182,7 +182,7 @@ def _expert_tensors(layers: Sequence[MoeLayer], number: int) -> set[str]:
 def _even_allocation(
     layers: Sequence[MoeLayer], sizes: Sequence[int], number: int
 ) -> list[LayerAllocation]:
-    """As many experts of each source as of any other, the first ones, as far as it has them."""
+    """The allocation by which every source gives as many of its first experts, if it has them."""
     numbers = allocate([0.0] * len(sizes), number, sizes)
     chosen = [list(range(each)) for each in numbers]
     return [LayerAllocation(layer, [], [], [], chosen) for layer in layers]

@@ -93,9 +93,9 @@ def _split(task: str, rows: Dataset, seed: int) -> list[Dataset]:
 
 def _warn_of_overlap(task: str, splits: list[Dataset]) -> None:
     """A warning where rows are measured on that coefficients are learned or chosen on."""
-    train, validation, test = [[_digest(row) for row in rows] for rows in splits]
-    elsewhere = {*train, *validation}
-    common = sum(digest in elsewhere for digest in test)
+    train, validation, test = splits
+    elsewhere = {_digest(row) for row in train} | {_digest(row) for row in validation}
+    common = sum(_digest(row) in elsewhere for row in test)
     if common:
         LOG.warning(
             "task %r: %d of %d rows of the test are in train or validation, too: its figures are "
