@@ -106,6 +106,13 @@ def read_values(model: str, revision: str | None = None) -> dict[str, Any]:
             f"the config of {model} says auto_map: {values['auto_map']!r}, which is no mapping of "
             "classes: take that key out"
         )
+    architectures = values.get("architectures") or []
+    names = architectures if isinstance(architectures, list) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"the config of {model} says architectures: {architectures!r}, which is no list of "
+            "the names of classes"
+        )
     _check_numbers_of_modules(values, model)
     _check_fractions(values, model)
     return values

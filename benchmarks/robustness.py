@@ -301,6 +301,7 @@ def run(
     `kill` is seconds and a signal.
     """
     log = directory.parent / f"{directory.name}.log"
+    log.touch()  # a child that is killed at once opens no log
     child = os.fork()
     if child == 0:
         _become(line, directory, log)
@@ -493,6 +494,7 @@ def fault_of(output: Path, directory: Path) -> str:
         json.loads(text)
         return "NaN in it" if re.search(r"\b(NaN|Infinity)\b", text) else ""
     log = directory.parent / f"{directory.name}.log"
+    log.touch()  # a child that is killed at once opens no log
     child = os.fork()
     if child == 0:
         verdict = "cannot be judged"
