@@ -32,6 +32,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -55,6 +56,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import mergekit_moe_ext
@@ -334,6 +336,8 @@ def _become(line: str, directory: Path, log: Path) -> None:
         os.dup2(out, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # tqdm's own lock is one for all forks, and a killed one may have held it.
+        tqdm.set_lock(threading.RLock())
         os.chdir(directory)
         torch.set_num_threads(1)
         program, *arguments = line.split()

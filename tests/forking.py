@@ -11,11 +11,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from multiprocessing import get_context
 from pathlib import Path
+
+from tqdm import tqdm
 
 IMPORTED = [
     "mergekit.scripts.multimerge",
@@ -102,4 +105,6 @@ def _run(
     os.environ.update(environment)
     os.chdir(directory)
     sys.argv = arguments
+    # tqdm's own lock is one for all forks, and a killed one may have held it.
+    tqdm.set_lock(threading.RLock())
     sys.exit(program())
