@@ -6,8 +6,17 @@ and what does not change between calls is looked up once. Nothing of a parameter
 
 This is for routers whose scores are products with the hidden state, token by token, and experts of
 one rank. All others, and training, go the general way, to the same result.
+
+On a GPU, and in bfloat16, a Triton kernel does what lies between the two products. Where Triton is
+missing or fails, where experts are so many that the kernel does not take them, and for other dtypes,
+PyTorch's operations do it.
 """
 
+import importlib
+import importlib.util
+import warnings
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,20 +26,22 @@ from torch.nn import functional
 from peft_routing import mixing
 from peft_routing.routers.base import Router
 from peft_routing.routers.linear import LinearRouter
-from peft_routing.routers.tensors import FEW, largest, smallest, wide_dtype
+from peft_routing.routers.tensors import FEW, Source, largest, smallest, wide_dtype
 
 _PLANS = 1000  # for so many numbers of tokens they are kept
 
 
 class Plan(NamedTuple):
     """How a call is computed: the dtypes of the products with the experts and of the scores, the
-    way, and whether the base layer's output can be added within the last product without loss.
+    way, whether the base layer's output can be added within the last product without loss, and
+    whether a kernel does what lies between the products.
     """
 
     dtype: torch.dtype
     of_scores: torch.dtype
     way: mixing.Way
     can_add: bool
+    by_kernel: bool
 
 
 class Fused:
@@ -46,6 +57,7 @@ class Fused:
         self.scaling = scalings[0] if len(set(scalings)) == 1 else None
         self.is_low_rank = experts.mixing == "low_rank"
         self._plans: dict[Any, Plan] = {}
+        self._split: tuple[Source, Tensor] | None = None
 
     @staticmethod
     def fits(experts: Any, router: Any) -> bool:
@@ -72,6 +84,8 @@ class Fused:
             return None
         tokens = x.reshape(-1, x.shape[-1])
         plan = self._plan(len(tokens), x, result, weight)
+        if plan.by_kernel:
+            return self._by_kernel(result, tokens, weight)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
         tokens = _cast(tokens, plan.dtype)
         if plan.dtype != a.dtype:
@@ -88,6 +102,29 @@ class Fused:
             return result + update.view(result.shape)
         output = _cast(result.reshape(-1, result.shape[-1]), plan.dtype)
         return torch.addmm(output, weighed, b, alpha=scaling).view(result.shape)
+
+    def _by_kernel(self, result: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        a, b = self.experts.factors_in(torch.bfloat16)
+        weighed = _kernels().weigh(
+            tokens,
+            self._split_rows(weight),
+            functional.linear(tokens, a),
+            self.experts.scalings(torch.float32, tokens.device),
+            k=self.router.k,
+            temperature=self.router.temperature,
+            absolute=self.router.absolute,
+            is_low_rank=self.is_low_rank,
+        )
+        return torch.addmm(result.reshape(-1, result.shape[-1]), weighed, b).view(result.shape)
+
+    def _split_rows(self, weight: Tensor) -> Tensor:
+        """The router's rows as the kernel takes them: a copy, made anew when they change."""
+        if weight.is_inference():
+            return _kernels().split(weight)
+        if self._split is None or not self._split[0].holds_for(weight):
+            with torch.inference_mode(False), torch.no_grad():
+                self._split = Source(weight), _kernels().split(weight)
+        return self._split[1]
 
     def _holds(self, x: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> bool:
         """Whether a call in these circumstances can go this way."""
@@ -164,8 +201,50 @@ class Fused:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             can_add = torch.promote_types(dtype, result.dtype) == dtype
-            plan = self._plans[key] = Plan(dtype, wide_dtype(x, weight), way, can_add)
+            is_half = x.dtype == dtype == result.dtype == torch.bfloat16
+            by_kernel = is_half and weight.dtype == torch.float32 and self._fits_kernel(x.device)
+            plan = Plan(dtype, wide_dtype(x, weight), way, can_add, by_kernel)
+            self._plans[key] = plan
         return plan
+
+    def _fits_kernel(self, device: torch.device) -> bool:
+        return _works(device) and _kernels().fits(self.count, self.rank // self.count)
+
+
+def _kernels() -> ModuleType:
+    """The module `kernel`, which needs Triton."""
+    return importlib.import_module("peft_routing.kernel")
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Whether the kernel computes on a device what it should, which is tried there once.
+
+    A version of Triton with which it does not gives a warning, and the kernel is not used.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(19, 40, generator=generator).to(device, torch.bfloat16)
+    weight = torch.randn(5, 40, generator=generator).to(device)
+    z = torch.randn(19, 15, generator=generator).to(device, torch.bfloat16)
+    scalings = torch.ones(5, device=device)
+    options = {"k": 2, "temperature": 1.0, "absolute": True, "is_low_rank": False}
+    try:
+        kernels = _kernels()
+        weighed = kernels.weigh(hidden, kernels.split(weight), z, scalings, **options)
+        scores = (hidden.double() @ weight.double().T).abs()
+        coefficients = largest(scores, 2).softmax(dim=1)
+        exact = (z.double().view(19, 5, 3) * coefficients[..., None]).view(19, 15)
+        agree = torch.allclose(weighed.double(), exact, rtol=0.02, atol=1e-3)
+        problem = "gives other results than PyTorch"
+    except Exception as error:  # whatever a compiler may raise
+        agree = False
+        problem = f"fails ({type(error).__name__}: {error})"
+    if not agree:
+        message = f"Triton {problem} on {device}, so routed layers take longer there"
+        warnings.warn(message, stacklevel=2)
+    return agree
 
 
 def is_watched(module: nn.Module) -> bool:

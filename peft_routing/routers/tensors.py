@@ -56,6 +56,12 @@ class Constant:
         self._tensors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def __call__(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if torch.compiler.is_compiling():
+            # What a compiled graph makes lies in its own memory, and does not outlast its call.
+            if len(set(self.values)) == 1:
+                return torch.full((len(self.values),), self.values[0], dtype=dtype, device=device)
+            numbers = [torch.full((), value, dtype=dtype, device=device) for value in self.values]
+            return torch.stack(numbers)
         key = dtype, device
         if key not in self._tensors:
             with torch.inference_mode(False):  # it may be needed in a backward pass later
