@@ -7,9 +7,9 @@ and what does not change between calls is looked up once. Nothing of a parameter
 This is for routers whose scores are products with the hidden state, token by token, and experts of
 one rank. All others, and training, go the general way, to the same result.
 
-On a GPU, and in bfloat16, a Triton kernel does what lies between the two products. Where Triton is
-missing or fails, where experts are so many that the kernel does not take them, and for other dtypes,
-PyTorch's operations do it.
+On a GPU, and in bfloat16, a Triton kernel does what lies between the two products. PyTorch's
+operations do it where Triton is missing or fails, for more experts than the kernel takes, and in
+other dtypes.
 """
 
 import importlib
