@@ -90,6 +90,8 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
         elif path.is_file():
             if path.suffix not in _BUILDERS:
                 raise UserError(f"{path} is none of {', '.join(sorted(_BUILDERS))}")
+            if _BUILDERS[path.suffix] == "json":
+                _check_first_row(path)
             delimiter = {"sep": "\t"} if path.suffix == ".tsv" else {}
             # the file's only split is called train, so a split of it is a slice of that
             data = load_dataset(
@@ -125,6 +127,14 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
     if len(data) == 0:
         raise UserError(f"{source} (data {source.name!r}) has no rows")
     return data
+
+
+def _check_first_row(path: Path) -> None:
+    """`UserError` for JSON whose first row is null, on which Arrow's reader crashes the process."""
+    with path.open("rb") as file:
+        beginning = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if beginning.removeprefix(b"[").lstrip().startswith(b"null"):
+        raise UserError(f"the first row of {path} is null: take it out")
 
 
 def tokenise(

@@ -48,6 +48,10 @@ def base_of(base: str | None, config: RoutedLoraConfig, reading: Reading) -> tup
     name = base or config.base_model_name_or_path
     if not name:
         raise UserError("the adapter does not say what its base model is: give --base")
+    if not isinstance(name, str):
+        raise UserError(
+            f"the adapter says base_model_name_or_path: {name!r}, which is no name: give --base"
+        )
     return name, load_config(name, reading)
 
 

@@ -328,6 +328,22 @@ def test_an_ensemble_of_an_older_version_is_opened(here: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize(("key", "value"), [("routing_tokens", "abc"), ("init_lambda", [1])])
+def test_an_ensemble_of_another_type_is_refused(here: Path, key: str, value: Any) -> None:
+    content = json.loads((here / "ensemble" / "config.json").read_text())
+    content["ensembling"][key] = value
+    (here / "ensemble" / "config.json").write_text(json.dumps(content))
+    result = invoke("unload", COMMANDS["unload"][1])
+    check_refused(result, f"`{key}` under `ensembling`", set(Path().rglob("*")))
+
+
+def test_an_adapter_whose_base_is_no_name_is_refused(here: Path) -> None:
+    path = here / "routed" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": [1]}))
+    result = invoke("inspect", "inspect routed --data a=texts.jsonl --quiet")
+    check_refused(result, "which is no name: give --base", set(Path().rglob("*")))
+
+
 @pytest.mark.parametrize("damage", EVERYWHERE)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_a_damaged_model(here: Path, command: str, damage: str) -> None:

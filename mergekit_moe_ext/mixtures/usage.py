@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
@@ -74,11 +74,12 @@ class LayerUsage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: int  # that passed the router; texts, in a sequence MoE
-    counts: list[int]  # how often each expert was chosen, or had a token dispatched to it
-    weights: list[float]  # the sum of the weights with which each was
+    tokens: NonNegativeInt  # that passed the router; texts, in a sequence MoE
+    # How often each expert was chosen, or had a token dispatched to it.
+    counts: list[NonNegativeInt]
+    weights: list[NonNegativeFloat]  # the sum of the weights with which each was
     # How often each was chosen when it was full; None for a router without an expert capacity.
-    dropped: list[int] | None = None
+    dropped: list[NonNegativeInt] | None = None
 
 
 class TaskUsage(BaseModel):

@@ -3,10 +3,10 @@
 `WEMoE<X>Config` is derived from transformers' `<X>Config` when it is first used, for every X.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, get_origin
 
 import transformers
 from transformers import PretrainedConfig
@@ -51,11 +51,22 @@ class Ensembling:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Ensembling":
-        """The ensembling that a configuration file holds, as `as_dict` gave it."""
+        """The ensembling that a configuration file holds, as `as_dict` gave it.
+
+        `ValueError` for a value of another type.
+        """
         # Older outputs hold `router_init_std` under the name `init_std`.
         values = dict(values)
         if "init_std" in values:
             values["router_init_std"] = values.pop("init_std")
+        for part in fields(cls):
+            kind: Any = get_origin(part.type) or part.type
+            allowed = (int, float) if kind is float else kind
+            if part.name in values and not isinstance(values[part.name], allowed):
+                raise ValueError(
+                    f"`{part.name}` under `ensembling` is {values[part.name]!r}, and must be of "
+                    f"the type {kind.__name__}"
+                )
         return cls(**values)
 
     def __post_init__(self) -> None:

@@ -418,6 +418,16 @@ def test_files_that_are_no_usage(tmp_path, content, complaint):
         read_usage(path)
 
 
+def test_a_file_that_counted_backwards(tmp_path):
+    layer = {"tokens": 4, "counts": [-4, 4], "weights": [2.0, 2.0]}
+    task = {"data": "x", "fingerprint": "", "samples": 1, "layers": {"gate": layer}}
+    usage = {"model": "m", "checkpoint": "", "architecture": "A", "experts_per_token": 1}
+    path = tmp_path / "x.usage.json"
+    path.write_text(json.dumps({**usage, "tasks": {"news": task}}))
+    with pytest.raises(click.ClickException, match=r"counts: 0: .*greater than or equal to 0"):
+        read_usage(path)
+
+
 def test_a_file_that_counted_nothing(tmp_path):
     layer = {"tokens": 0, "counts": [0, 0], "weights": [0.0, 0.0]}
     task = {"data": "x", "fingerprint": "", "samples": 0, "layers": {"gate": layer}}
@@ -515,6 +525,8 @@ def test_chats_go_through_the_tokenizer_s_template(tmp_path):
         ("owner/name", "cannot read owner/name"),
         ("other.jsonl:test", "cannot read other.jsonl:test"),
         ("numbers.jsonl", r"row 0 of numbers.jsonl"),
+        ("null.jsonl", "the first row of null.jsonl is null"),
+        ("null.json", "the first row of null.json is null"),
     ],
 )
 def test_sources_that_cannot_be_read(tmp_path, monkeypatch, text, complaint):
@@ -525,6 +537,8 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch, text, complaint):
     write(tmp_path / "blank.jsonl", [{"text": ""}])
     write(tmp_path / "other.jsonl", [{"words": "w1"}])
     write(tmp_path / "numbers.jsonl", [{"text": 5}])
+    (tmp_path / "null.jsonl").write_text('null\n{"text": "w1"}\n')
+    (tmp_path / "null.json").write_text('[\n null, {"text": "w1"}]')
     (source,) = parse_sources([text])
     with pytest.raises(click.ClickException, match=complaint):
         tokenise(load(source), source, AutoTokenizer.from_pretrained("tokenizer"), max_length=24)
