@@ -337,6 +337,16 @@ def test_an_ensemble_of_another_type_is_refused(here: Path, key: str, value: Any
     check_refused(result, f"`{key}` under `ensembling`", set(Path().rglob("*")))
 
 
+def test_an_ensemble_across_layers_is_refused(here: Path) -> None:
+    content = json.loads((here / "ensemble" / "config.json").read_text())
+    groups = content["ensembling"]["groups"]
+    first, second = groups.values()
+    first[0], second[0] = second[0], first[0]
+    (here / "ensemble" / "config.json").write_text(json.dumps(content))
+    result = invoke("unload", COMMANDS["unload"][1])
+    check_refused(result, "which is in another layer", set(Path().rglob("*")))
+
+
 def test_an_adapter_whose_base_is_no_name_is_refused(here: Path) -> None:
     path = here / "routed" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": [1]}))

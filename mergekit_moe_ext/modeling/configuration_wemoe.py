@@ -53,7 +53,8 @@ class Ensembling:
     def from_dict(cls, values: dict[str, Any]) -> "Ensembling":
         """The ensembling that a configuration file holds, as `as_dict` gave it.
 
-        `ValueError` for a value of another type.
+        `ValueError` for a value of another type, and where a router would weigh modules of a layer
+        that it does not stand in.
         """
         # Older outputs hold `router_init_std` under the name `init_std`.
         values = dict(values)
@@ -67,7 +68,10 @@ class Ensembling:
                     f"`{part.name}` under `ensembling` is {values[part.name]!r}, and must be of "
                     f"the type {kind.__name__}"
                 )
-        return cls(**values)
+        ensembling = cls(**values)
+        if not ensembling.per_tensor:
+            _check_layers(ensembling.groups)
+        return ensembling
 
     def __post_init__(self) -> None:
         """Put groups and heads into the order in which routers and heads are numbered.
@@ -96,6 +100,21 @@ def vectors_of(parameter: str) -> str:
     """
     module, dot, part = parameter.rpartition(".")
     return f"{module}{dot}vectors_of_{part}"
+
+
+def _check_layers(groups: dict[str, list[str]]) -> None:
+    for reader, linears in groups.items():
+        layer = _numbers(reader)
+        for linear in linears:
+            if _numbers(linear)[: len(layer)] != layer:
+                raise ValueError(
+                    f"`groups` under `ensembling` puts {linear} under {reader}, which is in another "
+                    "layer"
+                )
+
+
+def _numbers(name: str) -> list[str]:
+    return [part for part in name.split(".") if part.isdecimal()]
 
 
 def _with_numbers(group: tuple[str, list[str]]) -> list[tuple[int, str]]:
