@@ -19,8 +19,6 @@ from peft_routing.expert import Expert
 
 # A block is what has a number in its name, the outermost such: model.layers.0, encoder.block.3.
 _BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?\d+(?=\.)")
-
-
 # Model types of transformers 5.24 in which modules see (tokens, batch, …): all of them, or some in
 # each block. Elsewhere shapes tell, but not of a batch with as many sequences as tokens.
 _TURNED = ("longformer", "xlnet")
