@@ -1,16 +1,15 @@
 """The way in which experts are mixed: as stated, or low-rank where that loses little of the update.
 
 Low-rank mixing is (sum of c_i B_i)(sum of c_i A_i). Its cross terms assume that the experts were
-trained from one A (Trade-offs B.2). Of N experts whose A have the mean cosine c, and whose B have
-nothing in common, it keeps the share sqrt(c + (1 - c) / N) of the norm of the mean update, and that
-is also its cosine with the mean update.
+trained from one A (Trade-offs B.2). Of N experts whose A are of one length and have the mean cosine
+c, and whose B have nothing in common, it keeps the share sqrt(c + (1 - c) / N) of the norm of the
+mean update, and that is also its cosine with the mean update.
 """
 
 import logging
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
 
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.config import Mixing, RoutedLoraConfig
@@ -74,7 +73,8 @@ def _different_ranks(experts: Sequence[Expert]) -> str:
 
 def mean_cosine_of_a(experts: Sequence[Expert]) -> float:
     """The mean cosine between the A of two experts, over pairs and modules, 0 where it is negative
-    and 1 for one expert.
+    and 1 for one expert. It is less where the A differ in length: of two, by the factor
+    2 |A_1| |A_2| / (|A_1|² + |A_2|²).
 
     The experts have one rank per module.
     """
@@ -85,12 +85,12 @@ def mean_cosine_of_a(experts: Sequence[Expert]) -> float:
         total = torch.zeros(())
         squares = torch.zeros(())
         for expert in experts:
-            a = expert.factors[module][0]
-            direction = functional.normalize(a.flatten().cpu().float(), dim=0)
-            total = total + direction
-            squares = squares + direction.square().sum()
+            a = expert.factors[module][0].flatten().cpu().float()
+            total = total + a
+            squares = squares + a.square().sum()
         # The squared norm of a sum is the sum of all products, each pair's twice: no pair has to be
-        # looked at by itself.
+        # looked at by itself. Lengths count: the longer A would be multiplied with the B of others.
         products = total.square().sum() - squares
-        cosines.append(products / (len(experts) * (len(experts) - 1)))
+        smallest = torch.finfo(squares.dtype).tiny
+        cosines.append(products / ((len(experts) - 1) * squares).clamp(min=smallest))
     return torch.stack(cosines).mean().clamp(min=0).item()

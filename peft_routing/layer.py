@@ -307,7 +307,7 @@ class RoutedLoraLayer(BaseTunerLayer):
         self.routed_lora_experts[adapter_name] = experts
         self.routed_lora_router[adapter_name] = router
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self._active_before = None
+        self._forget()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def router_of(self, adapter: str) -> Any:
@@ -439,6 +439,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         super().__init__()
         RoutedLoraLayer.__init__(self, base_layer, key)
         self._active_adapter = adapter_name
+        # The active adapters, and where they lay, when they were looked up last.
         self._active_before: Any = None
         self._known: list[Adapter] = []
         self.update_layer(adapter_name, config, router)
@@ -513,6 +514,16 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             if routers._modules.get(adapter.name) is not adapter.router_here:
                 return False
         return True
+
+    def _forget(self) -> None:
+        """Have the adapters looked up anew, and hold none that was taken out."""
+        self._active_before = None
+        self._known = []
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter here, as PEFT does, and the memory that it takes."""
+        super().delete_adapter(adapter_name)
+        self._forget()
 
     def _look_up(self, *, can_fuse: bool) -> list["Adapter"]:
         adapters = []

@@ -28,7 +28,13 @@ from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear, updates
 from peft_routing.loading import check_adapter
 from peft_routing.routers import Router, SharedRouter
 from peft_routing.routers.fixed import FixedRouter
-from peft_routing.sharing import check_groups, check_prototypes, check_readers, group_of
+from peft_routing.sharing import (
+    check_groups,
+    check_prototypes,
+    check_readers,
+    check_sequences,
+    group_of,
+)
 
 
 class RoutedLoraModel(BaseTuner):
@@ -545,19 +551,12 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
             f"are not in the base model, {absent[0]} among them"
         )
     check_groups(model, config)
+    check_sequences(model, config)
     if config.head is not None and not heads.base_heads(model, config.modules_to_save or ()):
         raise UserError(
             f"this adapter has a head ({', '.join(config.modules_to_save or ())}), for which a "
             f"{type(model).__name__} has no place: load the base model with the class for "
             f"{config.task_type or 'its task'}, such as AutoModelForSequenceClassification"
-        )
-    if config.granularity == "sequence" and getattr(
-        getattr(model, "config", None), "is_encoder_decoder", False
-    ):
-        raise UserError(
-            "granularity='sequence' is for models with one stack: the decoder of an "
-            "encoder-decoder starts from a single token, which has nothing to choose by. Use "
-            "granularity='token'"
         )
 
 

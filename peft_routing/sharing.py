@@ -19,6 +19,10 @@ from peft_routing.expert import Expert
 
 # A block is what has a number in its name, the outermost such: model.layers.0, encoder.block.3.
 _BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?\d+(?=\.)")
+# Model types of transformers 5.24 in which modules see (tokens, batch, …): all of them, or some in
+# each block. Elsewhere shapes tell, but not of a batch with as many sequences as tokens.
+_TURNED = ("longformer", "xlnet")
+_TURNED_IN_A_BLOCK = ("longformer",)
 
 
 class _Held:
@@ -161,6 +165,11 @@ def check_groups(model: nn.Module, config: RoutedLoraConfig) -> None:
     if not config.shares_choices:
         return
     stated = f"router_granularity={config.modules_per_router!r}"
+    if _model_type(model) in _TURNED_IN_A_BLOCK:
+        raise UserError(
+            f"{stated}: between the modules of a block of a {_model_type(model)}, sequences and "
+            "tokens change places. Use router_granularity='module'"
+        )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(
             f"{stated}: in an encoder-decoder, modules of one block read the tokens of two "
@@ -177,6 +186,27 @@ def check_groups(model: nn.Module, config: RoutedLoraConfig) -> None:
             f"{stated} is for modules in the blocks of one stack, which see the same tokens; there "
             f"are {', '.join(stacks.values())}. Use router_granularity='block'"
         )
+
+
+def check_sequences(model: nn.Module, config: RoutedLoraConfig) -> None:
+    """`UserError` where modules do not see the sequences that are to choose."""
+    if config.granularity != "sequence":
+        return
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UserError(
+            "granularity='sequence' is for models with one stack: the decoder of an "
+            "encoder-decoder starts from a single token, which has nothing to choose by. Use "
+            "granularity='token'"
+        )
+    if config.routes_sequences and _model_type(model) in _TURNED:
+        raise UserError(
+            f"granularity='sequence': the modules of a {_model_type(model)} see tokens in the "
+            "place of sequences. Use granularity='token'"
+        )
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", "")
 
 
 def check_prototypes(model: nn.Module, config: RoutedLoraConfig, experts: Sequence[Expert]) -> None:

@@ -136,6 +136,23 @@ class SequenceMoEConfig(PretrainedConfig):
         if routing_tokens < 1:
             raise ValueError(f"routing_tokens={routing_tokens} is below 1")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a config.json. `ValueError` where that is of another package's
+        model, whose type has the same name: transformers takes it for ours where this is installed.
+        """
+        experts = config_dict.get("experts")
+        is_ours = isinstance(experts, list) and all(isinstance(each, dict) for each in experts)
+        if not (is_ours and experts):
+            architecture = (config_dict.get("architectures") or ["model"])[0]
+            raise ValueError(
+                f"this {architecture} has the model type {cls.model_type!r}, but no `experts` as "
+                "the sequence mixtures of mergekit-moe-ext have them. If it is another package's, "
+                "load it with that package's code in a process that has the environment variable "
+                "TORCH_DEVICE_BACKEND_AUTOLOAD=0 and does not import mergekit_moe_ext"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def expert_configs(self) -> list[PretrainedConfig]:
         """The experts' own configurations."""
         return [AutoConfig.for_model(**expert) for expert in self.experts]

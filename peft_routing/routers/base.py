@@ -16,7 +16,7 @@ from peft_routing.routers.options import (
     options_of_names,
     read_options,
 )
-from peft_routing.routers.tensors import largest, wide
+from peft_routing.routers.tensors import largest, straight_through, wide
 
 Granularity = Literal["token", "sequence"]
 RouterGranularity = Literal["module", "block", "model"]
@@ -124,20 +124,13 @@ class Router(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether a loss has a gradient for the choice: of a softmax over one, it has none."""
-        return type(self).coefficients is not Router.coefficients or self.k > 1
+        """Whether there is anything to choose: the softmax over one expert is always 1."""
+        return len(self.experts) > 1 or type(self).coefficients is not Router.coefficients
 
     @property
     def why_it_learns_nothing(self) -> str:
-        """What to say of a router that does not learn, and what to do instead."""
-        if len(self.experts) == 1:
-            return f"router={self.name!r} has nothing to learn: there is one expert"
-        return (
-            f"router={self.name!r} learns nothing with top_k=1: a softmax over the one that is "
-            "kept is always 1, and no loss has a gradient for it. Train with all experts, as the "
-            "paper does, or with top_k=2 or more, and keep one afterwards: "
-            "model.set_routing(top_k=1)"
-        )
+        """What to say of a router that does not learn."""
+        return f"router={self.name!r} has nothing to learn: there is one expert"
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The scores (…, experts) of hidden states (…, in_features), or just (experts,) where the
@@ -146,11 +139,25 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def coefficients(self, scores: Tensor) -> Tensor:
-        """The softmax over the k largest scores, in float32 or wider (Trade-offs B.1 and B.4)."""
-        return torch.softmax(largest(self._tempered(scores), self.k), dim=-1)
+        """The softmax over the k largest scores, in float32 or wider (Trade-offs B.1 and B.4).
+
+        With k = 1 the only coefficient is 1, which has no gradient. While the router is trained it
+        has that of the expert's probability among all experts instead, an estimate; see
+        `straight_through`. A frozen router stays exact.
+        """
+        coefficients = torch.softmax(largest(self._tempered(scores), self.k), dim=-1)
+        if self.k == 1 and scores.shape[-1] > 1 and self._is_trained():
+            return straight_through(coefficients, self.probabilities(scores))
+        return coefficients
+
+    def _is_trained(self) -> bool:
+        """Whether a gradient of this router's own parameters is wanted now."""
+        return torch.is_grad_enabled() and any(each.requires_grad for each in self.parameters())
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """The softmax over all scores, through which the load-balancing loss has its gradient."""
+        """The softmax over all scores, through which the load-balancing loss has its gradient, and
+        a choice of one expert.
+        """
         return torch.softmax(self._tempered(scores), dim=-1)
 
     def _tempered(self, scores: Tensor) -> Tensor:

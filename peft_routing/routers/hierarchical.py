@@ -62,7 +62,7 @@ class HierarchicalRouter(LinearRouter):
 
     @property
     def learns(self) -> bool:
-        return self.k > 1 or len(self.clusters) == 1
+        return len(self.experts) > 1
 
     def labels(self, of: str) -> list[str]:
         return self.clusters if of == "cluster" else self.experts

@@ -104,6 +104,18 @@ def largest(scores: Tensor, k: int) -> Tensor:
     return torch.full_like(scores, float("-inf")).scatter(-1, indices, values)
 
 
+def straight_through(chosen: Tensor, probabilities: Tensor) -> Tensor:
+    """The coefficients `chosen`, 1 for one expert and 0 for all others, with a gradient.
+
+    The chosen expert i has the coefficient 1 + p_i - stop_gradient(p_i), where p are the
+    probabilities of all experts, in the same shape (…, experts). Its value is exactly 1, and its
+    gradient is that of p_i, as if the expert's output were multiplied by p_i, which is what Switch
+    Transformers do (Fedus et al. 2021, equation 2). This is an estimator (straight-through): no
+    loss that is computed with the coefficient 1 has this gradient.
+    """
+    return chosen.detach() * (1 + (probabilities - probabilities.detach()))
+
+
 def smallest(scores: Tensor, count: int, dim: int = -1) -> Tensor:
     """The places of so many of the smallest scores along a dimension, in any order."""
     return scores.topk(count, dim=dim, largest=False, sorted=False).indices

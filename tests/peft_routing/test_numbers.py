@@ -70,6 +70,22 @@ def test_no_further_from_float64_than_twice_a_lora(
     assert (found.double() - exact).norm() <= 2 * (of_lora.double() - exact).norm()
 
 
+@pytest.mark.parametrize("autocast", [None, *HALVES], ids=str)
+@pytest.mark.parametrize("cast", [torch.float32, *HALVES], ids=str)
+def test_casts_and_autocast_are_no_further_than_twice_a_lora(
+    loras: dict[torch.dtype, str], cast: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    """A model that is cast with its adapter on it, in and out of autocast."""
+    path = loras[torch.float32]
+    exact = logits(PeftModel.from_pretrained(make_base().double(), path).double())
+    lora = PeftModel.from_pretrained(make_base(), path).to(cast)
+    routed = one_as_two(make_base(), path, router="linear").to(cast)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        of_lora, found = logits(lora), logits(routed)
+    assert found.dtype == of_lora.dtype
+    assert (found.double() - exact).norm() <= 2 * (of_lora.double() - exact).norm()
+
+
 def test_what_bfloat16_holds_and_float16_does_not_is_finite(tmp_path: Path) -> None:
     path = str(save_lora(tmp_path / "lora", 1, lora_alpha=1))
     file = Path(path) / "adapter_model.safetensors"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import CompileConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, CompileConfig, Trainer, TrainingArguments
 
-from peft_routing import RoutedLoraConfig
+from peft_routing import RoutedLoraConfig, UserError
 from tests.conftest import read_tensors
 from tests.peft_routing.adapters import TARGETS, make_base, make_routed, save_experts, save_lora
 
@@ -88,11 +88,16 @@ def test_the_first_module_chooses(experts: dict[str, str], where: str, granulari
     assert (logits(routed) - logits(alone)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("where", SHARED)
-@pytest.mark.parametrize("router", ["arrow", "hierarchical", "mlp", "layer", "global"])
+@pytest.mark.parametrize(
+    ("where", "router"),
+    [
+        *((where, router) for where in SHARED for router in ("arrow", "hierarchical", "mlp")),
+        ("block", "layer"),
+        ("model", "layer"),
+        ("model", "global"),
+    ],
+)
 def test_saved_and_loaded(experts: dict[str, str], where: str, router: str, tmp_path: Path) -> None:
-    if router == "global" and where == "block":
-        pytest.skip("refused")
     if router in ("layer", "global"):
         config = RoutedLoraConfig(experts=experts, router=router, router_granularity=where)
         model = get_peft_model(make_base(), config).eval()
@@ -111,6 +116,31 @@ def test_saved_and_loaded(experts: dict[str, str], where: str, router: str, tmp_
     assert torch.equal(logits(copy.deepcopy(loaded)), logits(model))
     loaded.set_routing(**({"router_temperature": 2.0} if router != "mlp" else {"top_k": 1}))
     assert not torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("longformer", {"router_granularity": "block"}, "sequences and tokens change places"),
+        ("longformer", {"granularity": "sequence"}, "see tokens in the place of sequences"),
+        ("xlnet", {"granularity": "sequence"}, "see tokens in the place of sequences"),
+    ],
+)
+def test_models_that_turn_sequences_and_tokens_over(
+    tmp_path: Path, kind: str, options: dict[str, Any], message: str
+) -> None:
+    """A batch of as many sequences as tokens would be taken for its transpose."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "vocab_size": 30, "attention_window": 4}
+    if kind == "xlnet":
+        sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "vocab_size": 30}
+    target = {"longformer": "query", "xlnet": "layer_1"}[kind]
+    base = AutoModel.from_config(AutoConfig.for_model(kind, **sizes))
+    path = str(save_lora(tmp_path, 1, copy.deepcopy(base), target_modules=[target], task_type=None))
+    config = RoutedLoraConfig(experts=[path, path], router="linear", **options)
+    with pytest.raises(UserError, match=message):
+        get_peft_model(copy.deepcopy(base), config)
+    get_peft_model(base, RoutedLoraConfig(experts=[path, path], router="linear"))
 
 
 def test_an_older_adapter_with_one_router(experts: dict[str, str], tmp_path: Path) -> None:

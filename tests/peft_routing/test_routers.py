@@ -1005,6 +1005,26 @@ def test_low_rank_is_the_default_where_it_keeps_the_mean_update(
         assert kept > (0.89 if mixing == "low_rank" else 0.999999)
 
 
+@pytest.mark.parametrize(("factor", "mixing"), [(1.5, "low_rank"), (10.0, "full")])
+def test_low_rank_is_no_default_where_one_a_is_much_longer(
+    tmp_path: Path, factor: float, mixing: str
+) -> None:
+    """The same A but for its length, and a shorter B for that: the update stays."""
+    paths = [save_lora(tmp_path / str(seed), seed, fresh_base(), a_seed=0) for seed in (0, 1)]
+    file = paths[0] / "adapter_model.safetensors"
+    rescaled = {}
+    for name, tensor in load_file(file).items():
+        rescaled[name] = tensor * factor if "lora_A" in name else tensor / factor
+    save_file(rescaled, file)
+    experts = {path.name: str(path) for path in paths}
+    routed = route(experts, fresh_base(), router="uniform")
+    assert routed.peft_config["default"].mixing == mixing
+    for module, parts in parts_by_peft(experts).items():
+        mean = sum(part.update for part in parts) / 2
+        update = routed.get_submodule(f"base_model.model.{module}").get_delta_weight("default")
+        assert (update.norm() / mean.norm() - 1).abs() < 0.15
+
+
 def test_arrow_mixes_in_full_by_default(experts: dict[str, str]) -> None:
     routed = route(experts, fresh_base(), router="arrow")
     assert torch.equal(

@@ -3,6 +3,7 @@ by its logits.
 """
 
 import copy
+import gc
 import json
 import logging
 import pickle
@@ -10,6 +11,7 @@ import re
 import shutil
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -633,6 +635,22 @@ def test_deleting_an_adapter_leaves_the_others(
         assert torch.equal(logits(model), narrow.logits)
     assert set(model.peft_config) == {"narrow"}
     assert not [name for name in model.state_dict() if ".default." in name or ".shared." in name]
+
+
+def test_deleting_an_adapter_frees_its_memory(
+    place: Place, saved: dict[str, Saved], narrow: Saved
+) -> None:
+    model = several(place, saved, narrow)
+    model.set_adapter("default")
+    loss(model)
+    parts = []
+    for name, module in model.named_modules():
+        if name.endswith((".routed_lora_experts.default", ".routed_lora_router.default")):
+            parts.append(weakref.ref(module))
+    del module
+    model.delete_adapter("default")
+    gc.collect()
+    assert parts and all(part() is None for part in parts)
 
 
 @pytest.mark.parametrize("make", [several, several_native])

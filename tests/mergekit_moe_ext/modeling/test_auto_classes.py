@@ -2,6 +2,7 @@
 installed.
 """
 
+import json
 import sys
 
 import pytest
@@ -126,6 +127,26 @@ def test_a_subclass_of_a_users_own_loads(tmp_path):
     build("llama").save_pretrained(tmp_path)
     mine = type("Mine", (model_class(LlamaForCausalLM),), {})
     assert type(mine.from_pretrained(tmp_path)) is mine
+
+
+@pytest.mark.parametrize("experts", [None, 8, []])
+def test_another_packages_sequence_moe_is_not_taken_for_ours(tmp_path, experts):
+    """transformers prefers code that is installed to a repository's own, even where that is
+    trusted.
+    """
+    config = {
+        "model_type": "sequence_moe",
+        "architectures": ["TheirModel"],
+        "auto_map": {"AutoConfig": "theirs.TheirConfig", "AutoModelForCausalLM": "theirs.Theirs"},
+    }
+    if experts is not None:
+        config["experts"] = experts
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for trusted in (None, True):
+        with pytest.raises(
+            ValueError, match=r"this TheirModel has .*TORCH_DEVICE_BACKEND_AUTOLOAD"
+        ):
+            AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trusted)
 
 
 def test_transformers_own_registries_work_as_before():
