@@ -271,13 +271,20 @@ def usage(
     help="With --train gates: expert whose rows of the gates are trained, while the other rows "
     "stay as they are. May be repeated. [default: all]",
 )
-@training_options("Directory of the trained model. [default: MODEL-trained]")
+@click.option(
+    "--tasks",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="YAML file of tasks, in place of --data and --eval-data: their data, prompts and metrics. "
+    "Answers are generated and measured at the end of every epoch.",
+)
+@training_options("Directory of the trained model. [default: MODEL-trained]", needs_data=False)
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
 def train(
     model: str,
     parts: tuple[Any, ...],
     only_experts: tuple[str, ...],
+    tasks: Path | None,
     data: tuple[str, ...],
     weights: tuple[str, ...],
     eval_data: tuple[str, ...],
@@ -310,6 +317,7 @@ def train(
         resume=resume,
         only_experts=only_experts,
         device_map=device_map,
+        tasks=tasks,
     )
     if losses:
         click.echo(before_and_after(losses))
