@@ -225,8 +225,9 @@ def usage(
     split if you like: news=news.jsonl, owner/name:test[:100]. Prints, per source, the routing
     probability of each expert, averaged over layers and tokens; of a sequence MoE over texts, each
     of which chooses by its first tokens. Where routers have an expert capacity, it also prints the
-    share of choices that the capacity dropped. Runs on many processes under
-    `accelerate launch -m mergekit_moe_ext`, with the same counts.
+    share of choices that the capacity dropped. Below is the normalised entropy of the choices of
+    each layer, from 0 (one expert) to 1 (all alike), with its means (CAEM-MoE, table 3). Runs on
+    many processes under `accelerate launch -m mergekit_moe_ext`, with the same counts.
     """
     if plot:
         check_new_figure(plot)
@@ -243,10 +244,13 @@ def usage(
     )
     if counted is None:  # not the main process
         return
+    from mergekit_moe_ext.caem.entropies import entropy_table
     from mergekit_moe_ext.mixtures.plots import plot_usage
     from mergekit_moe_ext.mixtures.usage import table
 
-    click.echo(table(counted))  # first, so that it is seen even where the file cannot be written
+    # First, so that both are seen even where the file cannot be written.
+    click.echo(table(counted))
+    click.echo(f"\n{entropy_table(counted)}")
     if output:
         counted.write(output)
     if plot:
