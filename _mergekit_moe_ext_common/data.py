@@ -144,6 +144,7 @@ def tokenise(
     *,
     columns: Columns = USUAL_COLUMNS,
     max_length: int | None,
+    max_target_length: int | None = None,
     vocabulary: int | None = None,
     encoder_decoder: bool = False,
     completions_only: bool = False,
@@ -151,7 +152,9 @@ def tokenise(
     """The `input_ids` of each row, cut to `max_length` tokens, and `labels` where they differ.
 
     Labels are an encoder-decoder's targets or, with `completions_only`, a decoder's last answer of
-    a chat or target after an input, with -100 for what comes before it. Empty rows are left out.
+    a chat or target after an input, with -100 for what comes before it. With `max_target_length`
+    inputs and targets are cut one by one, without it a decoder's row as a whole. Empty rows are
+    left out.
     `UserError` for missing columns, and for a row that cannot be read or has a token that is not
     among the first `vocabulary` ones, which the model knows.
     """
@@ -161,6 +164,7 @@ def tokenise(
         tokenizer,
         columns,
         max_length,
+        max_target_length,
         encoder_decoder=encoder_decoder,
         completions_only=completions_only,
     )
@@ -200,15 +204,25 @@ def _encoder(
     tokenizer: Any,
     columns: Columns,
     max_length: int | None,
+    max_target_length: int | None,
     *,
     encoder_decoder: bool,
     completions_only: bool,
 ) -> Encoder:
     """The function that makes tokens of a row, by the columns that are present.
 
-    `UserError` for missing columns.
+    `UserError` for missing columns, and for a length of targets where there are none.
     """
     cut = {"truncation": max_length is not None, "max_length": max_length}
+    cut_target = cut
+    if max_target_length is not None:
+        cut_target = {"truncation": True, "max_length": max_target_length}
+        is_chat = not encoder_decoder and columns.messages in present
+        if is_chat or not (encoder_decoder or completions_only):
+            raise UserError(
+                f"{source} (data {source.name!r}): --max-source-length and --max-target-length are "
+                "for inputs with their targets; --max-length cuts whole texts and chats"
+            )
     if encoder_decoder:
         needed = (columns.input, columns.target)
         _require(needed, present, source, "an encoder-decoder needs", columns.advice)
@@ -216,7 +230,7 @@ def _encoder(
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
             return {
                 "input_ids": tokenizer(row[columns.input], **cut)["input_ids"],
-                "labels": tokenizer(text_target=row[columns.target], **cut)["input_ids"],
+                "labels": tokenizer(text_target=row[columns.target], **cut_target)["input_ids"],
             }
 
     elif completions_only and columns.messages not in present:
@@ -225,8 +239,11 @@ def _encoder(
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
         def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-            prompt = tokenizer(row[columns.input])["input_ids"]
+            is_cut_apart = max_target_length is not None
+            prompt = tokenizer(row[columns.input], **(cut if is_cut_apart else {}))["input_ids"]
             answer = tokenizer(row[columns.target], add_special_tokens=False)["input_ids"] + end
+            if is_cut_apart:
+                return _completion(prompt, prompt + answer[:max_target_length], None)
             return _completion(prompt, prompt + answer, max_length)
 
     elif columns.messages in present:

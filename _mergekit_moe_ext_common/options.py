@@ -154,16 +154,17 @@ def output_directory(meaning: str, *, required: bool = False) -> Decorator:
     return click.option("-o", "--output-dir", type=click.Path(), required=required, help=meaning)
 
 
-def training_options(output: str) -> Decorator:
+def training_options(output: str, *, needs_data: bool = True) -> Decorator:
     """The options of a training on texts: what it reads, where it writes, and how it goes on.
 
-    `output` is the help text of the output directory.
+    `output` is the help text of the output directory; `needs_data` says whether `--data` is the
+    only way to name the texts.
     """
     return in_order(
         click.option(
             "--data",
             multiple=True,
-            required=True,
+            required=needs_data,
             metavar="[NAME=]SOURCE",
             help="Texts to train on. May be repeated.",
         ),

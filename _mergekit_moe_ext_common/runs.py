@@ -241,6 +241,8 @@ class Run:
 def checkpoints_written(arguments: TrainingArguments, rows: int) -> int:
     """How many checkpoints one training on so many rows writes; none of its last step."""
     steps = arguments.max_steps
+    if arguments.save_strategy == "epoch" and steps <= 0:
+        return max(0, math.ceil(arguments.num_train_epochs) - 1)
     if steps <= 0:
         batch = arguments.per_device_train_batch_size * arguments.world_size
         of_epoch = math.ceil(math.ceil(rows / batch) / arguments.gradient_accumulation_steps)
@@ -323,9 +325,17 @@ def first_and_last(history: Sequence[Mapping[str, Any]], names: Collection[str])
     return measured
 
 
+def measurements(trainer: Trainer) -> Sequence[Mapping[str, Any]]:
+    """A Trainer's history up to the model that it has at its end, which may be the best one."""
+    history = trainer.state.log_history
+    if not trainer.args.load_best_model_at_end:
+        return history
+    return [entry for entry in history if entry["step"] <= trainer.state.best_global_step]
+
+
 def losses_before_and_after(trainer: Trainer, names: Collection[str]) -> Losses:
     """The held-out loss of each source before and after."""
-    measured = first_and_last(trainer.state.log_history, names)
+    measured = first_and_last(measurements(trainer), names)
     return {name: measures["loss"] for name, measures in measured.items()}
 
 

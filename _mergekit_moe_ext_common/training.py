@@ -27,7 +27,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from _mergekit_moe_ext_common.data import Source, load, pack, parse_sources, tokenise
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import vocabulary_of
-from _mergekit_moe_ext_common.options import Reading, TrainingOptions
+from _mergekit_moe_ext_common.options import USUAL_COLUMNS, Reading, TrainingOptions
 from _mergekit_moe_ext_common.sharding import (
     keep_dtypes,
     load_optimizer,
@@ -38,7 +38,8 @@ from _mergekit_moe_ext_common.sharding import (
     split_on_cpu,
 )
 
-MEASURES = ("entropy", "accuracy", "loss")
+# What lines and tables name; of the overall performance the Trainer's key ends so.
+MEASURES = ("entropy", "accuracy", "loss", "score", "performance")
 
 
 class BarTrainer(Trainer):
@@ -128,6 +129,11 @@ class TrainedOnly:
             for name, parameter in parameters.items():
                 part_of(parameter.detach()).copy_(tensors[name])
 
+    def _load_best_model(self: Any) -> None:
+        # The last step has no checkpoint: where it is the best, the model is it already.
+        if self.state.best_global_step < self.state.global_step:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -215,6 +221,9 @@ class NoLastCheckpoint(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_save = False
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)
+
 
 def training_arguments(
     recipe: TrainingOptions,
@@ -227,7 +236,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """The recipe as the Trainer takes it, with our settings of its reports and checkpoints.
 
-    `more` are further arguments of transformers' own. `UserError` where it refuses any.
+    `more` are further arguments of transformers' own, also in place of these. `UserError` where it
+    refuses any.
     """
     names = {item.name for item in fields(TrainingArguments)}
     values = {name: value for name, value in asdict(recipe).items() if name in names}
@@ -240,22 +250,23 @@ def training_arguments(
     # The Trainer takes what is below 1 for a share of all steps, and wants whole numbers above.
     for name in ("eval_steps", "save_steps"):
         values[name] = int(values[name]) if values[name] >= 1 else values[name]
+    usual = {
+        "eval_strategy": "steps" if measure else "no",
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+    }
     try:
         arguments = TrainingArguments(
             str(checkpoints),
-            **values,
-            eval_strategy="steps" if measure else "no",
+            **{**usual, **values, **more},
             eval_on_start=measure,
             dataloader_pin_memory=torch.cuda.is_available(),
             # else the Trainer refuses bf16 on a CPU
             use_cpu=recipe.bf16 and not is_torch_bf16_gpu_available(),
-            save_strategy="steps",
-            save_total_limit=2,
             logging_steps=values["eval_steps"],
             remove_unused_columns=False,
             report_to="none",
             disable_tqdm=reading.quiet,
-            **more,
         )
     except ValueError as error:
         raise UserError(str(error).splitlines()[0]) from error
@@ -290,10 +301,25 @@ def read_data(
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """The rows to train on, all sources mixed, and those held out of each source, as token ids.
 
-    Rows without a token to predict at `first_label` or after it are left out: of a decoder's rows
-    the first token is never predicted. `UserError` for sources and weights that do not fit.
+    They are those of `read_sources`. `UserError` for sources and weights that do not fit.
     """
     weights = weights or {}
+    check_weights(data, weights)
+    training, held_out = read_sources(
+        data,
+        eval_data,
+        tokenizer,
+        config,
+        reading,
+        recipe,
+        completions_only=completions_only,
+        first_label=first_label,
+    )
+    return mixed(training, weights, recipe.seed), held_out
+
+
+def check_weights(data: Sequence[str], weights: Mapping[str, float]) -> None:
+    """`UserError` for a weight of a source that there is not, and for one that is not above 0."""
     names = [source.name for source in parse_sources(data)]
     for name, weight in weights.items():
         if name not in names:
@@ -303,13 +329,42 @@ def read_data(
             complaint = f"{weight} is not above 0; leave the source out instead"
             raise UserError(f"--weight {name}: {complaint}")
 
+
+def read_sources(
+    data: Sequence[str],
+    eval_data: Sequence[str],
+    tokenizer: Any,
+    config: Any,
+    reading: Reading,
+    recipe: TrainingOptions,
+    *,
+    completions_only: bool = False,
+    first_label: int = 1,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
+    prepare: Callable[[Dataset, Source], Dataset] | None = None,
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """The rows of each source to train on, and those held out of it, as token ids.
+
+    Rows without a token to predict at `first_label` or after it are left out: of a decoder's rows
+    the first token is never predicted. Where one of the two lengths is given, inputs and targets
+    are cut one by one, and `--max-length` stands for the other. `prepare` makes the rows that are
+    tokenised of a source's rows.
+    """
+    if max_source_length or max_target_length:
+        max_target_length = max_target_length or reading.max_length
+    source_length = max_source_length or reading.max_length
+
     def tokens(rows: Dataset, source: Source) -> Dataset:
+        if prepare:
+            rows = prepare(rows, source)
         encoded = tokenise(
             rows,
             source,
             tokenizer,
-            columns=reading.columns,
-            max_length=None if recipe.packing else reading.max_length,
+            columns=USUAL_COLUMNS if prepare else reading.columns,
+            max_length=None if recipe.packing else source_length,
+            max_target_length=max_target_length,
             vocabulary=vocabulary_of(config),
             encoder_decoder=config.is_encoder_decoder,
             completions_only=completions_only,
@@ -322,8 +377,7 @@ def read_data(
             return encoded
         return with_predicted(encoded, source, first_label)
 
-    training, held_out = split_sources(data, eval_data, recipe, tokens)
-    return _mixed(training, weights, recipe.seed), held_out
+    return split_sources(data, eval_data, recipe, tokens)
 
 
 def split_sources(
@@ -370,7 +424,7 @@ def with_predicted(encoded: Dataset, source: Source, first_label: int) -> Datase
     return rows
 
 
-def _mixed(training: Mapping[str, Dataset], weights: Mapping[str, float], seed: int) -> Dataset:
+def mixed(training: Mapping[str, Dataset], weights: Mapping[str, float], seed: int) -> Dataset:
     """Rows of all sources: without weights each row once, one source after the other.
 
     With weights, rows are drawn from the sources at random until every source has been read through

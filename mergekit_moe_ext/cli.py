@@ -225,8 +225,9 @@ def usage(
     split if you like: news=news.jsonl, owner/name:test[:100]. Prints, per source, the routing
     probability of each expert, averaged over layers and tokens; of a sequence MoE over texts, each
     of which chooses by its first tokens. Where routers have an expert capacity, it also prints the
-    share of choices that the capacity dropped. Runs on many processes under
-    `accelerate launch -m mergekit_moe_ext`, with the same counts.
+    share of choices that the capacity dropped. Below is the normalised entropy of the choices of
+    each layer, from 0 (one expert) to 1 (all alike), with its means (CAEM-MoE, table 3). Runs on
+    many processes under `accelerate launch -m mergekit_moe_ext`, with the same counts.
     """
     if plot:
         check_new_figure(plot)
@@ -243,10 +244,13 @@ def usage(
     )
     if counted is None:  # not the main process
         return
+    from mergekit_moe_ext.caem.entropies import entropy_table
     from mergekit_moe_ext.mixtures.plots import plot_usage
     from mergekit_moe_ext.mixtures.usage import table
 
-    click.echo(table(counted))  # first, so that it is seen even where the file cannot be written
+    # First, so that both are seen even where the file cannot be written.
+    click.echo(table(counted))
+    click.echo(f"\n{entropy_table(counted)}")
     if output:
         counted.write(output)
     if plot:
@@ -271,13 +275,20 @@ def usage(
     help="With --train gates: expert whose rows of the gates are trained, while the other rows "
     "stay as they are. May be repeated. [default: all]",
 )
-@training_options("Directory of the trained model. [default: MODEL-trained]")
+@click.option(
+    "--tasks",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="YAML file of tasks, in place of --data and --eval-data: their data, prompts and metrics. "
+    "Answers are generated and measured at the end of every epoch.",
+)
+@training_options("Directory of the trained model. [default: MODEL-trained]", needs_data=False)
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
 def train(
     model: str,
     parts: tuple[Any, ...],
     only_experts: tuple[str, ...],
+    tasks: Path | None,
     data: tuple[str, ...],
     weights: tuple[str, ...],
     eval_data: tuple[str, ...],
@@ -310,6 +321,7 @@ def train(
         resume=resume,
         only_experts=only_experts,
         device_map=device_map,
+        tasks=tasks,
     )
     if losses:
         click.echo(before_and_after(losses))

@@ -358,7 +358,8 @@ def train(
     resume: bool = False,
     only_experts: Sequence[str] = (),
     device_map: Literal["auto"] | None = None,
-) -> Losses | None:
+    tasks: str | Path | None = None,
+) -> Losses | dict[str, Losses] | None:
     """Train the router of a mixture of experts, its projectors, or all of it, on texts.
 
     Args:
@@ -377,8 +378,10 @@ def train(
             trained, while the other rows stay as they are; all if there are none.
         device_map: `"auto"` has one process spread the model over all GPUs and main memory, for
             all parts but `all`; one device holds it if None.
+        tasks: a YAML file of tasks, in place of `data` and `eval_data`, which are empty then.
 
-    Returns the held-out loss of every source before and after; None in all but the main process.
+    Returns the held-out loss of every source before and after; with `tasks`, by task, what was
+    measured of it before and after, by name. None in all but the main process.
 
     Raises `UserError` for a model that cannot be trained, for data that cannot be read, and for an
     output that exists.
@@ -389,6 +392,11 @@ def train(
     >>> list(losses)
     ['news']
     """
+    if tasks and (data or eval_data):
+        raise UserError("--tasks names the data: leave out --data and --eval-data")
+    if not (tasks or data):
+        raise UserError("name texts to train on, by --data or --tasks")
+    from mergekit_moe_ext.mixtures.tasks import read_tasks
     from mergekit_moe_ext.mixtures.training import train as run
 
     return run(
@@ -403,6 +411,7 @@ def train(
         resume=resume,
         only_experts=only_experts,
         device_map=device_map,
+        tasks=read_tasks(Path(tasks)) if tasks else None,
     )
 
 

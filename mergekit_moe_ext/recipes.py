@@ -31,6 +31,44 @@ class Recipe(TrainingOptions):
         None, "Learning rate of projectors. [default: --learning-rate]", at_least=0
     )
     weight_decay: float = option(0.01, "AdamW's weight decay (MergeME's).", at_least=0)
+    adam_beta1: float = option(0.9, "AdamW's decay of the mean of gradients.", at_least=0)
+    adam_beta2: float = option(0.999, "AdamW's decay of the mean of their squares.", at_least=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", at_least=0)
+    mixing: Literal["shuffled", "per-task"] = option(
+        "shuffled",
+        "Rows of a step: those of all sources shuffled, or as many batches of every source, one "
+        "source after the other, each with the same weight in the loss (CAEM-MoE).",
+    )
+    samples_per_task: int | None = option(
+        None,
+        "Number of rows of each source in an epoch of --mixing per-task, rounded up to whole "
+        "steps. The next epoch goes on where this one ended. [default: the smallest source's]",
+        at_least=1,
+    )
+    completions_only: bool = option(
+        False,
+        "Compute a decoder's loss on answers alone: the last turn of a chat, or a target after its "
+        "input. [default: on all tokens]",
+    )
+    max_source_length: int | None = option(
+        None, "Number of tokens of an input before its target. [default: --max-length]", at_least=1
+    )
+    max_target_length: int | None = option(
+        None, "Number of tokens of a target. [default: --max-length]", at_least=1
+    )
+    metric_for_best_model: str | None = option(
+        None,
+        "Measure that the best checkpoint has the best of: overall_performance, NAME_score or "
+        "NAME_loss. [default with --tasks: overall_performance, or the score of the only task]",
+    )
+    load_best_model_at_end: bool = option(
+        False,
+        "Write the model of the best measurement, not of the last step; with --tasks, every epoch "
+        "is measured and has a checkpoint.",
+    )
+    save_total_limit: int = option(
+        2, "Number of checkpoints that are kept, the last ones and the best.", at_least=1
+    )
     router_aux_loss: float | None = option(
         None,
         "Weight of the load-balancing loss, per layer. [default: a sequence MoE's own "

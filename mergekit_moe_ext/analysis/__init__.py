@@ -1,4 +1,4 @@
-"""The papers' measurements of models: similarity, variation, coefficients, usage, counts, loss
+"""The papers' measurements of models: similarity, CKA, variation, coefficients, usage, counts, loss
 landscapes.
 
 Beside them are functions with which scripts read models and inputs and draw figures. Each name is
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from mergekit_moe_ext.analysis.batches import read_batches
     from mergekit_moe_ext.analysis.coefficients import EnsembleRouting, ensemble_routing
     from mergekit_moe_ext.analysis.landscape import HEADS, Landscape, loss_landscape
+    from mergekit_moe_ext.analysis.layer_similarity import (
+        LayerSimilarity,
+        LinearCKA,
+        cka,
+        plot_layers,
+        plot_pairs,
+    )
     from mergekit_moe_ext.analysis.parameter_counts import (
         ParameterCounts,
         count_parameters,
@@ -39,6 +46,8 @@ __all__ = [
     "THRESHOLDS",
     "EnsembleRouting",
     "Landscape",
+    "LayerSimilarity",
+    "LinearCKA",
     "PairSimilarity",
     "ParameterCounts",
     "Part",
@@ -46,6 +55,7 @@ __all__ = [
     "Variation",
     "check_new_figure",
     "check_new_file",
+    "cka",
     "coefficients_of_sequences",
     "count_parameters",
     "decide",
@@ -58,6 +68,8 @@ __all__ = [
     "parameter_variation",
     "parse_sources",
     "planned_parameters",
+    "plot_layers",
+    "plot_pairs",
     "pyplot",
     "read_batches",
     "read_ensemble",
@@ -85,6 +97,11 @@ _MODULES = {
     "silence": "_mergekit_moe_ext_common.loading",
     "EnsembleRouting": "mergekit_moe_ext.analysis.coefficients",
     "HEADS": "mergekit_moe_ext.analysis.landscape",
+    "LayerSimilarity": "mergekit_moe_ext.analysis.layer_similarity",
+    "LinearCKA": "mergekit_moe_ext.analysis.layer_similarity",
+    "cka": "mergekit_moe_ext.analysis.layer_similarity",
+    "plot_layers": "mergekit_moe_ext.analysis.layer_similarity",
+    "plot_pairs": "mergekit_moe_ext.analysis.layer_similarity",
     "Landscape": "mergekit_moe_ext.analysis.landscape",
     "PairSimilarity": "mergekit_moe_ext.analysis.similarity",
     "ParameterCounts": "mergekit_moe_ext.analysis.parameter_counts",

@@ -27,7 +27,7 @@ def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
     layers = {}
-    for name, module in _checkpointed_layers(model).items():
+    for name, module in checkpointed_layers(model).items():
         if id(module) in inside:
             layers[name] = module
     stacks = {name.rpartition(".")[0] for name in layers}
@@ -38,7 +38,8 @@ def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return layers
 
 
-def _checkpointed_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+def checkpointed_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers of all stacks of a model, by name, in order."""
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -135,7 +136,7 @@ def chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> Mappi
 
     `UserError` for a model without layers and for a number that none of them has.
     """
-    checkpointed = _checkpointed_layers(model)
+    checkpointed = checkpointed_layers(model)
     # Swin marks its stages, too, which hold layers.
     innermost = {}
     for name, module in checkpointed.items():

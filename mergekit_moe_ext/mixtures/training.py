@@ -5,7 +5,7 @@ or, under `accelerate launch`, on many.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,15 @@ import torch
 from datasets import Dataset
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
+from transformers import TrainingArguments
 
 from _mergekit_moe_ext_common.cards import extend_card, in_markdown, sources_in_markdown
-from _mergekit_moe_ext_common.data import fingerprint, training_batches
+from _mergekit_moe_ext_common.data import (
+    Source,
+    fingerprint,
+    parse_sources,
+    training_batches,
+)
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import (
     check_model,
@@ -30,16 +36,27 @@ from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.placement import check_can_be_spread
 from _mergekit_moe_ext_common.runs import (
     Losses,
+    Measures,
     Run,
     before_and_after,
     checkpoint_bytes,
+    first_and_last,
     losses_before_and_after,
+    measurements,
     model_identity,
 )
 from _mergekit_moe_ext_common.staging import copy_files, has_tokenizer, model_folder
-from _mergekit_moe_ext_common.training import dtypes_of, read_data, restore_dtypes
+from _mergekit_moe_ext_common.training import (
+    check_weights,
+    dtypes_of,
+    mixed,
+    read_sources,
+    restore_dtypes,
+    split_sources,
+)
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.outputs import complete_model
+from mergekit_moe_ext.mixtures.generation import TaskScorer
 from mergekit_moe_ext.mixtures.parts import (
     Part,
     chosen_parts,
@@ -47,9 +64,11 @@ from mergekit_moe_ext.mixtures.parts import (
     learning_rates,
     parts_to_train,
 )
+from mergekit_moe_ext.mixtures.per_task import TaskSampler
 from mergekit_moe_ext.mixtures.routers import recorded, routes_sequences
 from mergekit_moe_ext.mixtures.rows import OtherRowsFixed, check_chosen, indices_of
 from mergekit_moe_ext.mixtures.sequences import check_sequences, first_predicted
+from mergekit_moe_ext.mixtures.tasks import Task, eval_sources_of, sources_of, with_prompts
 from mergekit_moe_ext.mixtures.trainers import MoeTrainer, SequenceTrainer, without_labels
 from mergekit_moe_ext.recipes import Recipe
 
@@ -73,13 +92,16 @@ def train(
     resume: bool = False,
     only_experts: Sequence[str] = (),
     device_map: str | None = None,
-) -> Losses | None:
+    tasks: Mapping[str, Task] | None = None,
+) -> Losses | Measures | None:
     """Train a mixture of experts and write the result to `output`.
 
     With `only_experts`, by name or number, the rows of the other experts' gates stay as they are.
-    With `device_map="auto"` one process spreads the model over all GPUs and main memory.
+    With `device_map="auto"` one process spreads the model over all GPUs and main memory. With
+    `tasks`, `data` and `eval_data` are theirs, and answers are measured at the end of every epoch.
 
-    Returns the held-out loss of every source before and after; None in all but the main process.
+    Returns the held-out loss of every source before and after, with `tasks` also the score of each,
+    and the overall performance; None in all but the main process.
     `output` is `<model>-trained` if not given. Checkpoints lie in `<output>.checkpoints` until the
     training is complete; `resume` goes on from the last one. Where there are several processes,
     their group is gone afterwards. `UserError` for what cannot be trained.
@@ -106,35 +128,83 @@ def train(
     free_rows = _free_rows(config, chosen, only_experts)
     rate = _learning_rate(recipe, parts)
     recipe = _settled(recipe, config, rate, parts)
+    if tasks:
+        data = sources_of(tasks)
+        eval_data = eval_sources_of(tasks)
+        recipe = _for_tasks(recipe, reading)
+    recipe = _with_best(recipe, data, tasks or {})
+    check_weights(data, weights or {})
+    tasks_per_step = _tasks_per_step(recipe, data, weights)
     first_label = 1
     if is_sequence_moe:
         check_sequences(config, reading, recipe)
         first_label = first_predicted(config)
     arguments = run.arguments(
-        recipe,
+        replace(
+            recipe,
+            gradient_accumulation_steps=tasks_per_step * recipe.gradient_accumulation_steps,
+        ),
         learning_rate=rate,
         measure=bool(recipe.held_out or eval_data),
         ddp_find_unused_parameters=True,  # an expert that no token of this process chose
+        **(_every_epoch(recipe) if tasks else {}),
     )
+    if tasks and run.is_split:
+        raise UserError("--tasks is not for a model that is split between processes (FSDP)")
     if device_map:
         check_can_be_spread(model_path, config, headers.values())
     tokenizer = load_tokenizer(model_path, reading)
     with arguments.main_process_first(desc="reading the data"):
-        training, held_out = read_data(
-            data, weights, eval_data, tokenizer, config, reading, recipe, first_label=first_label
+        sources, held_out = read_sources(
+            data,
+            eval_data,
+            tokenizer,
+            config,
+            reading,
+            recipe,
+            completions_only=recipe.completions_only,
+            first_label=first_label,
+            max_source_length=recipe.max_source_length,
+            max_target_length=recipe.max_target_length,
+            prepare=_pairs_of(tasks) if tasks else None,
         )
-    run.begin(_settings(model_path, chosen, training, recipe, free_rows), resume=resume)
+        pairs: Mapping[str, Dataset] = {}
+        if tasks:
+            # The same rows are held out again, here as texts.
+            _, pairs = split_sources(data, eval_data, recipe, _pairs_of(tasks))
+            _check_measured(tasks, pairs)
+    training = mixed(sources, weights or {}, recipe.seed)
+    sampler = _sampler(sources, recipe, arguments) if tasks_per_step > 1 else None
+    settings = _settings(model_path, chosen, training, recipe, free_rows)
+    if sampler:
+        settings["rows"] = [len(rows) for rows in sources.values()]
+    if tasks:
+        settings["tasks"] = {name: task.model_dump() for name, task in tasks.items()}
+    run.begin(settings, resume=resume)
 
     model = load_model(model_path, config, reading, headers=headers, dtype="auto")
     dtypes = dtypes_of(model)
     freeze_others(model, parts)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    run.check_room(size, checkpoint_bytes(model), arguments, len(training))
+    rows_per_epoch = len(sampler or training)
+    run.check_room(size, checkpoint_bytes(model), arguments, rows_per_epoch)
     _prepare_dtypes(model, recipe.bf16)
     pad_token_id = padding_token(tokenizer, vocabulary_of(config))
     batch = training_batches(model, pad_token_id, first_label)
     if not is_sequence_moe:
         _check_gates(model, training, batch, parts, free_rows, recipe)
+    scorer = None
+    if tasks:
+        scorer = TaskScorer(
+            tasks,
+            pairs,
+            tokenizer,
+            pad_token_id,
+            batch_size=recipe.per_device_eval_batch_size,
+            max_source_length=recipe.max_source_length or reading.max_length,
+            max_target_length=recipe.max_target_length or reading.max_length,
+            quiet=reading.quiet,
+        )
     run.place(model, arguments)
     trainer = (SequenceTrainer if is_sequence_moe else MoeTrainer)(
         model,
@@ -144,6 +214,8 @@ def train(
         eval_dataset=held_out or None,
         router_aux_loss=recipe.router_aux_loss,
         learning_rates=learning_rates(model, recipe, rate),
+        sampler=sampler,
+        scorer=scorer,
         callbacks=[OtherRowsFixed(model, free_rows)] if free_rows else [],
     )
     run.train(trainer)
@@ -151,7 +223,9 @@ def train(
     if not run.is_main:
         return None
 
-    losses = losses_before_and_after(trainer, held_out)
+    losses: Losses | Measures = losses_before_and_after(trainer, held_out)
+    if tasks:
+        losses = first_and_last(measurements(trainer), [*held_out, "overall"])
     restore_dtypes(model, dtypes)
     run.check_converged(trainer, losses, "take a lower --learning-rate")
     with run.finish() as directory:
@@ -179,6 +253,106 @@ def _settled(recipe: Recipe, config: Any, learning_rate: float, parts: Collectio
         router_aux_loss=weight if recipe.router_aux_loss is None else recipe.router_aux_loss,
         # Nothing is gained from frozen weights in float32.
         bf16=recipe.bf16 or (is_partial and config.dtype == torch.bfloat16),
+    )
+
+
+def _tasks_per_step(recipe: Recipe, data: Sequence[str], weights: Any) -> int:
+    """The number of tasks that have batches of their own in every step; 1 where rows are shuffled.
+
+    `UserError` for options of the other way of mixing.
+    """
+    if recipe.mixing == "shuffled":
+        if recipe.samples_per_task is not None:
+            raise UserError("--samples-per-task is for --mixing per-task")
+        return 1
+    if weights:
+        raise UserError("--weight is for shuffled rows: --mixing per-task weighs all tasks alike")
+    if len(data) < 2:
+        raise UserError("--mixing per-task is for several sources: repeat --data")
+    return len(data)
+
+
+def _for_tasks(recipe: Recipe, reading: Reading) -> Recipe:
+    """The recipe for tasks: decoders learn answers alone, and prompts and answers are cut one by
+    one.
+    """
+    if recipe.packing:
+        raise UserError("--packing joins texts, and --tasks has prompts with their answers")
+    return replace(
+        recipe,
+        completions_only=True,
+        max_source_length=recipe.max_source_length or reading.max_length,
+        max_target_length=recipe.max_target_length or reading.max_length,
+    )
+
+
+def _with_best(recipe: Recipe, data: Sequence[str], tasks: Mapping[str, Task]) -> Recipe:
+    """The recipe with the measure by which the best model is known, where that is to be written.
+
+    `UserError` for a measure that there is not.
+    """
+    metric = recipe.metric_for_best_model
+    if not recipe.load_best_model_at_end:
+        if metric:
+            raise UserError("--metric-for-best-model is for --load-best-model-at-end")
+        return recipe
+    names = [source.name for source in parse_sources(data)]
+    measures = [f"{name}_loss" for name in names] + [f"{name}_score" for name in tasks]
+    if tasks and all(task.single_task_score for task in tasks.values()):
+        measures.append("overall_performance")
+    if metric is None:
+        # The last measure is the most telling one, but of several tasks it is only one task's.
+        metric = measures[-1]
+        if len(names) > 1 and metric != "overall_performance":
+            raise UserError(
+                "--load-best-model-at-end: with several tasks the best model is that of the best "
+                "overall performance, for which each needs a single_task_score in --tasks; or "
+                f"state --metric-for-best-model: {', '.join(measures)}"
+            )
+    if metric.removeprefix("eval_") not in measures:
+        raise UserError(f"--metric-for-best-model {metric}: there are {', '.join(measures)}")
+    return replace(recipe, metric_for_best_model=metric)
+
+
+def _pairs_of(tasks: Mapping[str, Task]) -> Callable[[Dataset, Source], Dataset]:
+    """A function that makes inputs and targets of a task's rows."""
+
+    def pairs(rows: Dataset, source: Source) -> Dataset:
+        return with_prompts(rows, source, tasks[source.name])
+
+    return pairs
+
+
+def _check_measured(tasks: Mapping[str, Task], pairs: Mapping[str, Dataset]) -> None:
+    """`UserError` for a task without rows that its answers are measured on."""
+    for name in tasks:
+        if name not in pairs:
+            raise UserError(
+                f"nothing is held out of the task {name}, so that no answer of it could be "
+                "measured; see --held-out, and eval_data in --tasks"
+            )
+
+
+def _every_epoch(recipe: Recipe) -> dict[str, str]:
+    """The Trainer's arguments by which it measures at the end of every epoch.
+
+    Where the best model is kept, checkpoints are of the steps that were measured.
+    """
+    save_strategy = "epoch" if recipe.load_best_model_at_end else "steps"
+    return {"eval_strategy": "epoch", "save_strategy": save_strategy}
+
+
+def _sampler(
+    sources: Mapping[str, Dataset], recipe: Recipe, arguments: TrainingArguments
+) -> TaskSampler:
+    """The order of the rows of all sources with `--mixing per-task`."""
+    sizes = [len(rows) for rows in sources.values()]
+    rows_per_batch = arguments.per_device_train_batch_size * arguments.world_size
+    return TaskSampler(
+        sizes,
+        samples=recipe.samples_per_task or min(sizes),
+        rows_per_step=rows_per_batch * recipe.gradient_accumulation_steps,
+        seed=recipe.seed,
     )
 
 
@@ -310,7 +484,7 @@ def _card(
     chosen: Sequence[str],
     data: Sequence[str],
     settings: Mapping[str, Any],
-    losses: Losses,
+    losses: Losses | Measures,
     only_experts: Sequence[str],
 ) -> list[str]:
     subjects = {

@@ -495,10 +495,10 @@ def test_sources_are_drawn_by_their_weights_whatever_their_sizes():
         "a": Dataset.from_dict({"input_ids": [[0]] * 90}),
         "b": Dataset.from_dict({"input_ids": [[1]] * 300}),
     }
-    mixed = shared_training._mixed(sources, {"a": 3.0}, 0)
+    mixed = shared_training.mixed(sources, {"a": 3.0}, 0)
     assert sum(row["input_ids"][0] for row in mixed) / len(mixed) == pytest.approx(0.25, abs=0.05)
-    assert sum(row["input_ids"][0] for row in shared_training._mixed(sources, {}, 0)) == 300
-    assert len(shared_training._mixed(sources, {}, 0)) == 390
+    assert sum(row["input_ids"][0] for row in shared_training.mixed(sources, {}, 0)) == 300
+    assert len(shared_training.mixed(sources, {}, 0)) == 390
 
 
 # The load-balancing loss.

@@ -358,7 +358,9 @@ def test_the_command_writes_a_file_and_a_figure_and_two_processes_count_the_same
         "mergekit-moe-ext", *arguments, "-o", "one.usage.json", "--plot", "usage.png", cwd=tmp_path
     )
     assert one.returncode == 0, one.stderr
-    assert [line.split()[0] for line in one.stdout.splitlines()] == ["expert", "news", "short"]
+    probabilities, entropies = one.stdout.split("\n\n")
+    assert [line.split()[0] for line in probabilities.splitlines()] == ["expert", "news", "short"]
+    assert entropies.split()[:4] == ["normalised", "entropy", "news", "short"]
     assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
     two = run(
         *TWO_PROCESSES,

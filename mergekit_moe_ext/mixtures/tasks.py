@@ -1,0 +1,125 @@
+"""Tasks as a YAML file describes them: data, prompts, and what an answer is measured by.
+
+A file holds tasks by name:
+
+    news:
+      data: news.jsonl
+      prompt: "Classify: {text}"
+      target: label
+      metric: accuracy
+"""
+
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from _mergekit_moe_ext_common.data import Source, parse_sources
+from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.mixtures.metrics import metric_of
+
+
+class Task(BaseModel):
+    """A task: rows that become prompts and targets, and the metric of what is generated.
+
+    prompt: the input, with names of columns in braces.
+    target: the column of the right answer.
+    metric: one of `METRICS`, or `package.module:function`.
+    max_new_tokens: the number of tokens of an answer; that of a target if None.
+    single_task_score: the best score of a model trained on this task alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str
+    eval_data: str | None = None
+    prompt: str
+    target: str = "target"
+    metric: str
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    single_task_score: float | None = Field(default=None, gt=0)
+
+
+def read_tasks(path: Path) -> dict[str, Task]:
+    """The tasks of a YAML file, by name.
+
+    `UserError` for a file that cannot be read, for what is no task, for a metric that there is not,
+    and where only some of the tasks have a `single_task_score`.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the tasks of {path}: {error}") from error
+    if not isinstance(document, dict) or not document:
+        raise UserError(f"{path} is no file of tasks: write `NAME:` with `data:`, `prompt:` …")
+    tasks = {}
+    for name, values in document.items():
+        try:
+            task = Task.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, [name, *first["loc"]]))
+            raise UserError(f"{path}: {place}: {first['msg']}") from error
+        _check_prompt(f"{path}: {name}", task.prompt)
+        metric_of(task.metric)
+        tasks[str(name)] = task
+    names = [source.name for source in parse_sources(sources_of(tasks))]
+    for name, name_read in zip(tasks, names, strict=True):
+        if name != name_read:
+            raise UserError(f"{path}: {name!r}: a name has letters, digits, `_`, `.` and `-` only")
+    _check_single_task_scores(path, tasks)
+    return tasks
+
+
+def _check_prompt(where: str, prompt: str) -> None:
+    """`UserError` for a prompt that is no template, or without a column in it."""
+    try:
+        columns = _columns_of(prompt)
+    except ValueError as error:
+        raise UserError(f"{where}.prompt: {error}; write a brace of the text twice") from error
+    if not columns:
+        raise UserError(f"{where}.prompt: it names no column, as in 'Classify: {{text}}'")
+
+
+def _columns_of(prompt: str) -> list[str]:
+    return [column for _, column, _, _ in string.Formatter().parse(prompt) if column is not None]
+
+
+def _check_single_task_scores(path: Path, tasks: Mapping[str, Task]) -> None:
+    without = [name for name, task in tasks.items() if task.single_task_score is None]
+    if without and len(without) < len(tasks):
+        raise UserError(
+            f"{path}: {', '.join(without)} has no single_task_score, and others have: the overall "
+            "performance needs that of every task"
+        )
+
+
+def sources_of(tasks: Mapping[str, Task]) -> list[str]:
+    """The data of the tasks, as `--data` has them."""
+    return [f"{name}={task.data}" for name, task in tasks.items()]
+
+
+def eval_sources_of(tasks: Mapping[str, Task]) -> list[str]:
+    """The data that tasks are measured on, of those that state any, as `--eval-data` has them."""
+    return [f"{name}={task.eval_data}" for name, task in tasks.items() if task.eval_data]
+
+
+def with_prompts(rows: Dataset, source: Source, task: Task) -> Dataset:
+    """The rows of a task with the columns `input` and `target`. `UserError` for missing columns."""
+    columns = _columns_of(task.prompt)
+    for column in [*columns, task.target]:
+        if column not in rows.column_names:
+            raise UserError(
+                f"{source} (task {source.name!r}) has no column {column!r}; there are "
+                f"{', '.join(rows.column_names)}"
+            )
+
+    def pair(row: dict[str, Any]) -> dict[str, str]:
+        values = {column: row[column] for column in columns}
+        return {"input": task.prompt.format_map(values), "target": str(row[task.target])}
+
+    return rows.map(pair, remove_columns=rows.column_names, desc=f"prompts of {source.name}")
