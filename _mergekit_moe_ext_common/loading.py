@@ -24,6 +24,7 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -281,8 +282,16 @@ def load_model(
 
 
 def _auto_class(config: Any) -> Any:
-    is_pair = getattr(config, "is_encoder_decoder", False)
-    return AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
+    """The Auto class of encoder-decoders, of decoders, or of decoders that also see."""
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    # An architecture of ours names its Auto class; every mapping has a place for ours.
+    stated = getattr(config, "auto_map", None) or {}
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    is_decoder = type(config) in AutoModelForCausalLM._model_mapping
+    if "AutoModelForImageTextToText" in stated or (sees and not is_decoder):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def check_device(device: str) -> None:

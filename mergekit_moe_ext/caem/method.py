@@ -43,7 +43,7 @@ from mergekit_moe_ext.merging.sources import (
     views_of,
 )
 from mergekit_moe_ext.merging.tasks import ExpertRows
-from mergekit_moe_ext.merging.wrappers import outside_language_model
+from mergekit_moe_ext.merging.wrappers import copied_outside
 from mergekit_moe_ext.mixtures.experts import (
     MoeLayer,
     experts_per_token,
@@ -131,8 +131,8 @@ class CaemMethod(StructuralMethod):
             copies |= _copied_experts(job, allocation, headers)
             rows |= _expert_rows(job, allocation, donor_manifest)
         expert_tensors = _expert_tensors(layers[job.donor], num_experts(configs[job.donor]))
-        outside = outside_language_model(donor)
-        copies |= _copied_outside(job, outside, headers)
+        outside = copied_outside(job, donor, headers[job.donor].shapes)
+        copies |= outside
         shared = {}
         for name in donor_manifest.shapes:
             if name not in expert_tensors and name not in outside:
@@ -151,22 +151,6 @@ class CaemMethod(StructuralMethod):
             notes=_PROVISIONAL if is_provisional else _notes(job, allocations, weights),
             draw=None if is_provisional else lambda path: _draw(job, allocations, path),
         )
-
-
-def _copied_outside(
-    job: Job, names: frozenset[str], headers: Mapping[ModelReference, Headers]
-) -> dict[str, CopiedTensor]:
-    """The tensors of the donor that are not of its language model, as they are."""
-    if names:
-        LOG.warning(
-            "%d tensors outside the language model (%s, for one) are not merged: the output has "
-            "those of %s",
-            len(names),
-            min(names),
-            job.donor,
-        )
-    shapes = headers[job.donor].shapes
-    return {name: CopiedTensor(job.donor, name, shapes[name]) for name in sorted(names)}
 
 
 def _expert_tensors(layers: Sequence[MoeLayer], number: int) -> set[str]:

@@ -1,5 +1,6 @@
 """The plan of a mixture of experts with dense models as further experts."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -70,7 +71,7 @@ def _sources_and_view(
 
     config, held, headers: the dense model's config, manifest and headers.
     """
-    check_dense(language_config(mixture.config), model, config, held)
+    check_dense(mixture.model, mixture.config, model, config, held)
     family = family_of(mixture.config, model, config)
     view = headers.view
     if family is not None:
@@ -78,7 +79,7 @@ def _sources_and_view(
         view = headers.seen_through(shown).view
         held = rewritten_manifest(held, rewritten(family, config, held.shapes, mixture.dtype))
     sources = expert_sources(mixture.config, mixture.layers, mixture.manifest, family, model, held)
-    check_changes_ffns(model, [source.ffn for source in sources])
+    check_changes_ffns(model, list(itertools.chain.from_iterable(each.modules for each in sources)))
     return sources, view
 
 
@@ -184,6 +185,11 @@ def _states(job: Job, mixture: Mixture) -> MixtureStates | None:
         prompts = (((), ()),) * len(job.experts)
     if not _margin(job):
         return None
+    if not mixture.manifest.embedding:
+        raise UserError(
+            f"a margin is measured on texts, and {mixture.config.architectures[0]} reads none: use "
+            "`margin: 0` or `gate_init: zeros`"
+        )
     options = job.merge_options
     return MixtureStates(
         model=mixture.model,

@@ -14,8 +14,12 @@ from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import Manifest
+from mergekit_moe_ext.merging.wrappers import language_config
 from mergekit_moe_ext.mixtures.experts import MoeLayer
+from mergekit_moe_ext.modeling.configuration_upcycled_moe import routed_ffns
 from mergekit_moe_ext.upcycling.families import Stack, Upcycling, families_into
+from mergekit_moe_ext.upcycling.generic import check_same_ffns
+from mergekit_moe_ext.upcycling.wrapped import family_of_all
 
 _EXPERT = "experts.{expert}."
 _LAYER = re.compile(r".*?\.\d+\.")
@@ -27,12 +31,12 @@ _OF_FFNS = ("hidden_size", "num_hidden_layers", "num_decoder_layers", "hidden_ac
 class ExpertSource:
     """The dense tensors that one layer's new expert is made of, by hub names.
 
-    ffn: the dense FFN, a module.
+    modules: the modules of the dense model that become the expert.
     apart: {template of an expert's tensor, with {expert}: the dense tensor}.
     together: {tensor of all experts: the dense tensors of one, joined along their first axis}.
     """
 
-    ffn: str
+    modules: tuple[str, ...]
     apart: Mapping[str, str]
     together: Mapping[str, tuple[str, ...]]
 
@@ -53,6 +57,13 @@ def family_of(
     `UserError` for a dense model of another family.
     """
     architecture = mixture.architectures[0]
+    if hasattr(mixture, "routed_ffns"):
+        return None
+    if dense.architectures == mixture.architectures and language_config(dense) is not dense:
+        family = family_of_all({model: dense})
+        output = family.output_config(dense, 2, family.experts_per_token or 2)
+        is_ours = language_config(output).model_type == language_config(mixture).model_type
+        return family if is_ours else None
     families = families_into(architecture)
     for family in families:
         if dense.model_type in family.dense:
@@ -67,10 +78,16 @@ def family_of(
 
 
 def check_dense(
-    mixture: PretrainedConfig, model: ModelReference, dense: PretrainedConfig, held: Manifest
+    into: ModelReference,
+    mixture: PretrainedConfig,
+    model: ModelReference,
+    dense: PretrainedConfig,
+    held: Manifest,
 ) -> None:
-    """`UserError` for a model that is a mixture itself, and for one of other sizes.
+    """`UserError` for a model that is a mixture itself, for one of other sizes, and, where the
+    mixture is a generic one, for one of another class than it is made of.
 
+    into, mixture: the mixture, and its config.
     held: the model's manifest.
     """
     if any("experts" in name for name in held.shapes):
@@ -78,10 +95,19 @@ def check_dense(
             f"{model} is a mixture of experts itself; `into` takes dense models, and "
             "`merge_method: caem` merges mixtures"
         )
+    inner = language_config(mixture)
     for key in _OF_FFNS:
-        here, there = getattr(dense, key, None), getattr(mixture, key, None)
+        here, there = getattr(language_config(dense), key, None), getattr(inner, key, None)
         if here != there:
             raise UserError(f"{model} does not fit the mixture: `{key}` is {here!r}, not {there!r}")
+    if hasattr(mixture, "routed_ffns"):
+        architecture = mixture.architectures[0].removeprefix("UpcycledMoe")
+        if dense.architectures != [architecture]:
+            raise UserError(
+                f"{model} is a {(dense.architectures or [dense.model_type])[0]}; the experts of "
+                f"{mixture.architectures[0]} are made of {architecture}"
+            )
+        check_same_ffns(model, dense, into, mixture)
 
 
 def expert_sources(
@@ -101,13 +127,23 @@ def expert_sources(
     """
     sources = []
     for layer in layers:
-        if family is None:
+        if hasattr(mixture, "routed_ffns"):
+            source = _by_router(mixture, layer)
+        elif family is None:
             source = _by_names(mixture.architectures[0], layer, held, model, dense)
         else:
             source = _by_family(family, layer)
         _check_shapes(layer, source, held, model, dense)
         sources.append(source)
     return sources
+
+
+def _by_router(mixture: PretrainedConfig, layer: MoeLayer) -> ExpertSource:
+    """The linear modules that the layer's router sends tokens to, in a generic mixture: their
+    tensors have the names of the dense model's.
+    """
+    together = {name: (name,) for name in layer.rows if name not in layer.router_tensors}
+    return ExpertSource(tuple(routed_ffns(mixture)[layer.router].linears), {}, together)
 
 
 def _by_family(family: Upcycling, layer: MoeLayer) -> ExpertSource:
@@ -121,7 +157,7 @@ def _by_family(family: Upcycling, layer: MoeLayer) -> ExpertSource:
     together = {}
     for template, names in stack.stacked.items():
         together[template.format(layer=index)] = tuple(name.format(layer=index) for name in names)
-    return ExpertSource(stack.ffn.format(layer=index), apart, together)
+    return ExpertSource((stack.ffn.format(layer=index),), apart, together)
 
 
 def _place_of(family: Upcycling, layer: MoeLayer) -> tuple[Stack, int]:
@@ -161,7 +197,7 @@ def _by_names(
                 f"{model} is not of the base that {architecture} is built on: {name} is "
                 f"{here.get(name, 'missing')}, in the mixture {there.get(name, 'missing')}"
             )
-    return ExpertSource(block.removesuffix("."), apart, {})
+    return ExpertSource((block.removesuffix("."),), apart, {})
 
 
 def _of_all_experts(layer: MoeLayer, held: Manifest) -> list[str]:
@@ -196,8 +232,11 @@ def _check_shapes(
     left += [name for name in _of_all_experts(layer, held) if name not in source.together]
     if left:
         raise UserError(f"{model} has nothing to make {left[0]} of")
+    # A tensor of the FFN, or a bias beside a weight of it.
+    places = {*source.modules, *(name.rpartition(".")[0] for name in source.names)}
+    beginnings = tuple(f"{place}." for place in places)
     for name in dense.shapes:
-        if name.startswith(f"{source.ffn}.") and name not in source.names:
+        if name.startswith(beginnings) and name not in source.names:
             raise UserError(f"{name} of {model} has no place in an expert of the mixture")
 
 

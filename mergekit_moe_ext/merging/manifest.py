@@ -103,9 +103,10 @@ def hub_names(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict
     are used.
     """
     # A tensor that the layout only renames is the same object in both state dicts.
+    tied = _tied_names(model)
     stored_names = {}
     for name, tensor in state.items():
-        if name not in model.all_tied_weights_keys:
+        if name not in tied:
             stored_names[id(tensor)] = name
     names = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -121,7 +122,7 @@ def manifest_of(config: PretrainedConfig) -> Manifest:
 
 def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Manifest:
     """The manifest of a model without memory and its state dict in hub layout."""
-    tied = frozenset(model.all_tied_weights_keys)
+    tied = _tied_names(model)
     try:
         layers: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
     except NotImplementedError:  # two towers, of which one has no tokens (CLIP)
@@ -138,6 +139,15 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
         vocabulary=frozenset(vocabulary),
         prefix=_optional_prefix(model),
     )
+
+
+def _tied_names(model: PreTrainedModel) -> frozenset[str]:
+    """The names in a checkpoint of the tensors that are tied to another."""
+    state = model.state_dict(keep_vars=True)
+    names: set[str] = set()
+    for name in model.all_tied_weights_keys:
+        names |= revert_weight_conversion(model, {name: state[name]}).keys()
+    return frozenset(names)
 
 
 def _optional_prefix(model: PreTrainedModel) -> str:

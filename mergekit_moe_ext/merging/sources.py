@@ -103,12 +103,14 @@ class Headers:
 
     dtypes: by torch's names for them.
     prefix: a text that all names in the files begin with, and that is left out here.
+    trunk: a text that all names here begin with, and that is left out in the files.
     view: what makes the tensors that the files hold in another form.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     prefix: str = ""
+    trunk: str = ""
     view: View = ()
 
     @property
@@ -121,11 +123,27 @@ class Headers:
         """The headers with one more layer of a view on top."""
         if not layer:
             return self
+        if self.prefix or self.trunk:
+            return self._renamed().seen_through(layer)
         shapes = derived_shapes(self.shapes, layer)
         dtypes = {name: self.dtypes[name] for name in shapes if name in self.dtypes}
         for derivation in layer:
             dtypes |= dict.fromkeys(derivation.names, self.dtypes[derivation.origin])
         return replace(self, shapes=shapes, dtypes=dtypes, view=(*self.view, layer))
+
+    def _renamed(self) -> "Headers":
+        """The headers with a first layer of the view that gives the tensors their names here, for
+        layers that stand on it.
+        """
+        renaming = []
+        for name in self.shapes:
+            stored = self.prefix + name.removeprefix(self.trunk)
+            renaming.append(Derivation(stored, (name,), _unchanged))
+        return Headers(self.shapes, self.dtypes, view=(tuple(renaming),))
+
+
+def _unchanged(tensor: torch.Tensor) -> tuple[torch.Tensor]:
+    return (tensor,)
 
 
 def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
@@ -436,7 +454,8 @@ def _with_trunk(headers: Headers, trunk: str) -> Headers:
     if not trunk or any(name.startswith(trunk) for name in headers.shapes):
         return headers
     shapes = {trunk + name: shape for name, shape in headers.shapes.items()}
-    return Headers(shapes, {trunk + name: dtype for name, dtype in headers.dtypes.items()})
+    dtypes = {trunk + name: dtype for name, dtype in headers.dtypes.items()}
+    return replace(headers, shapes=shapes, dtypes=dtypes, trunk=trunk)
 
 
 def _shard_headers(

@@ -51,7 +51,11 @@ def _with_old_keys(config: PretrainedConfig, stored: Mapping[str, Any]) -> dict[
         if key in complete:
             continue
         attempt = {**complete, key: value}
-        if _as_read(config, attempt) == reading:
+        try:
+            is_alike = _as_read(config, attempt) == reading
+        except (KeyError, TypeError, ValueError):  # with this key it cannot be read at all
+            is_alike = False
+        if is_alike:
             complete = attempt
     return complete
 

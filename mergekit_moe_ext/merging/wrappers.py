@@ -1,9 +1,15 @@
 """What a config tells: whether its model is a mixture, and where in it the language model is."""
 
+import logging
+from collections.abc import Mapping
+
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from mergekit_moe_ext.merging.manifest import hub_state
+from mergekit_moe_ext.merging.method import CopiedTensor, Job
+
+LOG = logging.getLogger(__name__)
 
 # Where configs say how many experts there are.
 NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -15,9 +21,16 @@ def language_config(config: PretrainedConfig) -> PretrainedConfig:
     return inner if isinstance(inner, PretrainedConfig) else config
 
 
+def routing_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config that says how many experts there are: of a generic mixture its own, of any other
+    that of its language model.
+    """
+    return config if hasattr(config, "routed_ffns") else language_config(config)
+
+
 def is_mixture(config: PretrainedConfig) -> bool:
     """Whether the config names a number of experts above one."""
-    inner = language_config(config)
+    inner = routing_config(config)
     for key in NUMBERS_OF_EXPERTS:
         number = getattr(inner, key, None)
         if isinstance(number, int) and number > 1:
@@ -54,3 +67,23 @@ def outside_language_model(config: PretrainedConfig) -> frozenset[str]:
         if id(tensor) not in inside:
             outside |= revert_weight_conversion(model, {name: tensor}).keys()
     return frozenset(outside)
+
+
+def copied_outside(
+    job: Job, config: PretrainedConfig, stored: Mapping[str, tuple[int, ...]]
+) -> dict[str, CopiedTensor]:
+    """The donor's tensors that are not of its language model, as they are: none of a model that is
+    nothing else.
+
+    config, stored: the donor's config, and the shapes of the tensors in its files, by name.
+    """
+    names = outside_language_model(config) & stored.keys()
+    if names:
+        LOG.warning(
+            "%d tensors outside the language model (%s, for one) are not merged: the output has "
+            "those of %s",
+            len(names),
+            min(names),
+            job.donor,
+        )
+    return {name: CopiedTensor(job.donor, name, stored[name]) for name in sorted(names)}

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import hub_state
-from mergekit_moe_ext.merging.wrappers import NUMBERS_OF_EXPERTS, language_config
+from mergekit_moe_ext.merging.wrappers import NUMBERS_OF_EXPERTS, routing_config
 from mergekit_moe_ext.mixtures.routers import routers_of, stack_of
 
 _LAYER = re.compile(r".*?\.\d+\.")
@@ -45,7 +45,7 @@ class MoeLayer:
 
 def experts_per_token(config: PretrainedConfig) -> int:
     """The number of experts that a token passes. `UserError` where the config does not say."""
-    inner = language_config(config)
+    inner = routing_config(config)
     for key in ("num_experts_per_tok", "moe_topk", "moe_k", "experts_per_sequence"):
         if isinstance(getattr(inner, key, None), int):
             return getattr(inner, key)
@@ -57,13 +57,13 @@ def experts_per_token(config: PretrainedConfig) -> int:
 
 
 def num_experts(config: PretrainedConfig) -> int:
-    return getattr(language_config(config), _key(config))
+    return getattr(routing_config(config), _key(config))
 
 
 def with_num_experts(config: PretrainedConfig, number: int) -> PretrainedConfig:
     """The config with another number of experts, which are then without names."""
     changed = copy.deepcopy(config)
-    setattr(language_config(changed), _key(config), number)
+    setattr(routing_config(changed), _key(config), number)
     vars(changed).pop(_NAMES, None)
     return changed
 
@@ -96,7 +96,7 @@ def index_of_expert(config: PretrainedConfig, expert: str) -> int:
 
 def _key(config: PretrainedConfig) -> str:
     for key in NUMBERS_OF_EXPERTS:
-        if isinstance(getattr(language_config(config), key, None), int):
+        if isinstance(getattr(routing_config(config), key, None), int):
             return key
     raise UserError(f"the config of {config.architectures[0]} does not say how many experts it has")
 

@@ -1,12 +1,12 @@
 """What architectures share that are made of a class of transformers when they are asked for."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -20,6 +20,7 @@ AUTO_CLASSES = (
     "AutoModelForQuestionAnswering",
     "AutoModelForMaskedLM",
     "AutoModelForImageClassification",
+    "AutoModelForImageTextToText",
     "AutoModel",
 )
 
@@ -113,3 +114,36 @@ def subclass_of(
         **members,
     }
     return type(prefix + base.__name__, (own, base), members)
+
+
+def config_subclass_of(
+    base: type[PretrainedConfig], prefix: str, kind: str, module: str, members: dict[str, Any]
+) -> type[PretrainedConfig]:
+    """The class `<prefix><X>Config` for `<X>Config`, whose model type is `<kind>_<x>`.
+
+    `members` are its own keys, with their defaults; `module` is the name of the module that holds
+    it.
+    """
+    members = {
+        "model_type": f"{kind}_{base.model_type}",
+        **members,
+        "__module__": module,
+        "_auto_class": "AutoConfig",
+    }
+    return type(prefix + base.__name__, (base,), members)
+
+
+def made_on_demand(module: str, prefix: str, make: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module in which `<prefix><X>` is what `make` gives for transformers'
+    `<X>`.
+    """
+
+    def getattr_of_module(name: str) -> Any:
+        base = None
+        if name.startswith(prefix):
+            base = getattr(transformers, name.removeprefix(prefix), None)
+        if base is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return make(base)
+
+    return getattr_of_module

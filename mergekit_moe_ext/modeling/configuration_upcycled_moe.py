@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
-import transformers
 from transformers import PretrainedConfig
+
+from .any_base import config_subclass_of, made_on_demand
 
 _PREFIX = "UpcycledMoe"
 
@@ -47,28 +48,16 @@ def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     num_local_experts, num_experts_per_tok, router_aux_loss_coef, output_router_logits: as Mixtral
         has them.
     """
-    return type(
-        _PREFIX + base.__name__,
-        (base,),
-        {
-            "model_type": f"upcycled_moe_{base.model_type}",
-            "routed_ffns": None,
-            "num_local_experts": None,
-            "num_experts_per_tok": 2,
-            "router_aux_loss_coef": 0.001,
-            "output_router_logits": False,
-            # The base's plan would cut matrices of experts as if they were matrices.
-            "base_model_tp_plan": None,
-            "__module__": __name__,
-            "_auto_class": "AutoConfig",
-        },
-    )
+    members = {
+        "routed_ffns": None,
+        "num_local_experts": None,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+        "output_router_logits": False,
+        # The base's plan would cut matrices of experts as if they were matrices.
+        "base_model_tp_plan": None,
+    }
+    return config_subclass_of(base, _PREFIX, "upcycled_moe", __name__, members)
 
 
-def __getattr__(name: str) -> Any:
-    base = None
-    if name.startswith(_PREFIX):
-        base = getattr(transformers, name.removeprefix(_PREFIX), None)
-    if base is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return config_class(base)
+__getattr__ = made_on_demand(__name__, _PREFIX, config_class)

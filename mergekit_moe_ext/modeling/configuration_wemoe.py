@@ -8,8 +8,9 @@ from functools import cache
 from itertools import chain
 from typing import Any, get_origin
 
-import transformers
 from transformers import PretrainedConfig
+
+from .any_base import config_subclass_of, made_on_demand
 
 _PREFIX = "WEMoE"
 
@@ -129,22 +130,7 @@ def class_names(config: PretrainedConfig) -> list[str]:
 @cache
 def config_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """`WEMoE<X>Config` for `<X>Config`."""
-    return type(
-        _PREFIX + base.__name__,
-        (base,),
-        {
-            "model_type": f"wemoe_{base.model_type}",
-            "ensembling": None,
-            "__module__": __name__,
-            "_auto_class": "AutoConfig",
-        },
-    )
+    return config_subclass_of(base, _PREFIX, "wemoe", __name__, {"ensembling": None})
 
 
-def __getattr__(name: str) -> Any:
-    base = None
-    if name.startswith(_PREFIX):
-        base = getattr(transformers, name.removeprefix(_PREFIX), None)
-    if base is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return config_class(base)
+__getattr__ = made_on_demand(__name__, _PREFIX, config_class)

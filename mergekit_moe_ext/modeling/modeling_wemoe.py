@@ -18,7 +18,6 @@ from functools import cache, partial, wraps
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +28,7 @@ from .any_base import (
     as_config_of_base,
     check_architecture,
     keep_own_config,
+    made_on_demand,
     subclass_of,
     with_own_arguments,
 )
@@ -528,10 +528,4 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return subclass_of(base, _PREFIX, Ensemble, __name__, members)
 
 
-def __getattr__(name: str) -> Any:
-    base = None
-    if name.startswith(_PREFIX):
-        base = getattr(transformers, name.removeprefix(_PREFIX), None)
-    if base is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return model_class(base)
+__getattr__ = made_on_demand(__name__, _PREFIX, model_class)

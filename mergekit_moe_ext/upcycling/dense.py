@@ -13,6 +13,7 @@ from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import Headers, loader_of
 from mergekit_moe_ext.merging.views import Derivation, Layer, derived_shapes
+from mergekit_moe_ext.merging.wrappers import language_config
 from mergekit_moe_ext.upcycling.families.declaration import Upcycling
 
 
@@ -45,9 +46,10 @@ def _in_model(
     """For every tensor of the model that is rewritten its name, the names of what it becomes, and
     the function that makes these.
     """
+    number = language_config(config).num_hidden_layers
     for rewriting in family.rewritings.get(config.model_type, ()):
         is_in_layers = "{layer}" in rewriting.name
-        for layer in range(config.num_hidden_layers if is_in_layers else 1):
+        for layer in range(number if is_in_layers else 1):
             name = rewriting.name.format(layer=layer)
             if name in shapes:
                 becomes = [template.format(layer=layer) for template in rewriting.becomes]
@@ -61,7 +63,7 @@ def _widening(
 
     def widened(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         wide = tensor.to(torch.promote_types(tensor.dtype, dtype))
-        return tuple(itertools.compress(make(wide, config), is_made))
+        return tuple(itertools.compress(make(wide, language_config(config)), is_made))
 
     return widened
 

@@ -14,6 +14,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import tokenizer_of
 from mergekit_moe_ext.merging.tasks import DISTRIBUTIONS, RandomTensor
+from mergekit_moe_ext.merging.wrappers import language_config
 from mergekit_moe_ext.upcycling.families.declaration import Stack
 from mergekit_moe_ext.upcycling.prompts import PromptStates, Tokens
 
@@ -37,9 +38,10 @@ def initial_gates(
     `UserError` for prompts that are lacking, empty, or the same for all experts.
     """
     mode = job.options.gate_mode
+    inner = language_config(config)
     names = [stack.gate.format(layer=layer) for stack, layer in layers]
     if shapes is None:
-        shapes = dict.fromkeys(names, (len(job.experts), config.hidden_size))
+        shapes = dict.fromkeys(names, (len(job.experts), inner.hidden_size))
     gates: dict[str, Task] = {}
     if mode in DISTRIBUTIONS:
         options_of_models = job.model_options
@@ -47,7 +49,7 @@ def initial_gates(
             LOG.warning(
                 "gate_mode is %s, so the prompts are not used; `gate_mode: hidden` uses them", mode
             )
-        std = getattr(config, "initializer_range", 0.02)  # as transformers initialises
+        std = getattr(inner, "initializer_range", 0.02)  # as transformers initialises
         for name in names:
             gates[name] = RandomTensor(
                 name=name, shape=shapes[name], mode=mode, std=std, seed=job.seed, dtype=str(dtype)

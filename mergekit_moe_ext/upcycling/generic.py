@@ -24,6 +24,7 @@ from mergekit_moe_ext.merging.sources import (
     views_of,
 )
 from mergekit_moe_ext.merging.tasks import StackedExperts
+from mergekit_moe_ext.merging.wrappers import copied_outside, language_config
 from mergekit_moe_ext.modeling import find_architecture
 from mergekit_moe_ext.modeling.any_base import auto_class_of
 from mergekit_moe_ext.modeling.configuration_upcycled_moe import RoutedFFN, config_class
@@ -77,8 +78,11 @@ def read_dense(config: PretrainedConfig) -> Dense:
         raise UserError(f"its config names {len(names)} classes under `architectures`, not one")
     network, state = hub_state(config)
     manifest = manifest_from(network, state)
-    if network.base_model is not network:
-        manifest = replace(manifest, trunk=f"{network.base_model_prefix}.")
+    trunk = f"{network.base_model_prefix}."
+    # Some checkpoints never have the trunk's name before those of its tensors (LLaVA's).
+    has_trunk = any(name.startswith(trunk) for name in manifest.shapes)
+    if network.base_model is not network and has_trunk:
+        manifest = replace(manifest, trunk=trunk)
     dense = Dense(network, manifest, hub_names(network, state), find_ffns(network))
     try:
         auto_class_of(names[0])
@@ -166,16 +170,17 @@ def plan_upcycled(
     gates = {f"{router}.weight": ffn.readers[0] for router, ffn in dense.ffns.items()}
     computed |= _gates(job, config, network, dense.manifest.embedding, gates, output_names)
     of_experts = {dense.stored[name] for name in dense.expert_tensors}
+    outside = copied_outside(job, donor, headers[job.donor].shapes)
     shared = {}
     for name in dense.manifest.shapes:
-        if name not in of_experts:
+        if name not in of_experts and name not in outside:
             shared[name] = dense.manifest.shared_tensor(name)
     return Plan(
         config=config,
         num_experts=len(job.experts),
         experts_per_token=experts_per_token,
         shared=shared,
-        copies={},
+        copies=outside,
         computed=computed,
         dtype=dtype,
         shared_defaults=shared_defaults,
@@ -195,18 +200,35 @@ def _check_one_class(job: Job, configs: Mapping[ModelReference, PretrainedConfig
                 f"{model} is a {config.architectures} and {job.donor} a {donor.architectures}: "
                 "they must be one class"
             )
-        for key in _ACTIVATIONS:
-            here, there = getattr(config, key, None), getattr(donor, key, None)
-            if here != there:
-                raise UserError(
-                    f"{model} has another activation than {job.donor}: `{key}` is {here!r}, not "
-                    f"{there!r}"
-                )
+        check_same_ffns(model, config, job.donor, donor)
         architecture = (donor.architectures or [""])[0]
         if "Classification" in architecture and config.id2label != donor.id2label:
             raise UserError(
                 f"{model} has other classes (`id2label`) than {job.donor}: one head cannot be "
                 "merged for both; `merge_method: wemoe` keeps a head per task"
+            )
+
+
+def check_same_ffns(
+    model: ModelReference,
+    config: PretrainedConfig,
+    other: ModelReference,
+    config_of_other: PretrainedConfig,
+) -> None:
+    """`UserError` for two models of one class whose language models, or the activations of their
+    FFNs, are not the same.
+    """
+    inner, inner_of_other = language_config(config), language_config(config_of_other)
+    if inner is not config and inner.model_type != inner_of_other.model_type:
+        raise UserError(
+            f"{model} has a {inner.model_type} inside and {other} a {inner_of_other.model_type}: "
+            "they must be one class"
+        )
+    for key in _ACTIVATIONS:
+        here, there = getattr(inner, key, None), getattr(inner_of_other, key, None)
+        if here != there:
+            raise UserError(
+                f"{model} has another activation than {other}: `{key}` is {here!r}, not {there!r}"
             )
 
 
@@ -235,7 +257,9 @@ def _gates(
     """
     mode = job.options.gate_mode
     is_decoder = network.can_generate() and not config.is_encoder_decoder
-    if mode.startswith("hidden") and not (is_decoder and hasattr(config, "hidden_size")):
+    if mode.startswith("hidden") and not (
+        is_decoder and hasattr(language_config(config), "hidden_size")
+    ):
         raise UserError(
             f"gate_mode: {mode} reads the states of a model that is one decoder, which "
             f"{config.architectures[0]} is not; use random or zeros"

@@ -9,7 +9,7 @@ afterwards.
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -37,12 +37,14 @@ from mergekit_moe_ext.merging.sources import (
     views_of,
 )
 from mergekit_moe_ext.merging.tasks import Filled, StackedExperts
+from mergekit_moe_ext.merging.wrappers import copied_outside, language_config
 from mergekit_moe_ext.upcycling.alternatives import what_would_work
 from mergekit_moe_ext.upcycling.dense import check_dropped, rewritten, rewritten_manifest
-from mergekit_moe_ext.upcycling.families import supported, upcycling_for
+from mergekit_moe_ext.upcycling.families import supported
 from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
 from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates
 from mergekit_moe_ext.upcycling.generic import dense_of_all, plan_upcycled
+from mergekit_moe_ext.upcycling.wrapped import family_of_all
 
 MERGEME = "https://arxiv.org/abs/2502.00997"
 _BTX = "https://arxiv.org/abs/2403.07816"
@@ -145,12 +147,15 @@ class MoeMethod(StructuralMethod):
         dense = manifests[job.donor]
         dense = rewritten_manifest(dense, rewritten(family, donor, dense.shapes, dtype))
         if job.merge_options.unsafe_truncate_embeddings:
-            config.vocab_size = _smallest_vocabulary(headers.values(), dense)
-            dense = dense.with_vocabulary(config.vocab_size)
+            vocab_size = _smallest_vocabulary(headers.values(), dense)
+            language_config(config).vocab_size = vocab_size
+            dense = dense.with_vocabulary(vocab_size)
 
         layers: list[tuple[Stack, int]] = []
         for stack in family.stacks:
-            layers += [(stack, layer) for layer in range(getattr(config, stack.layers))]
+            number = getattr(language_config(config), stack.layers)
+            layers += [(stack, layer) for layer in range(number)]
+        outside = copied_outside(job, donor, stored[job.donor].shapes)
         computed: dict[str, Any] = {
             **_stacked_experts(job, layers, dense, dtype),
             **initial_gates(job, config, layers, dense.embedding, dtype),
@@ -160,8 +165,8 @@ class MoeMethod(StructuralMethod):
             config=config,
             num_experts=len(experts),
             experts_per_token=experts_per_token,
-            shared=_shared_tensors(layers, dense),
-            copies=_copied_experts(job, layers, headers),
+            shared=_shared_tensors(layers, dense, outside),
+            copies={**_copied_experts(job, layers, headers), **outside},
             computed=computed,
             dtype=dtype,
             shared_defaults=_mergeme_defaults(job, self._shared),
@@ -177,7 +182,7 @@ def _family_or_reason(
     if job.options.architecture == "upcycled":
         return None, "`architecture: upcycled` asks for it"
     try:
-        family = upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
+        family = family_of_all(configs, mix_architectures=job.merge_options.allow_crimes)
     except UserError as error:
         if job.options.architecture == "stock":
             raise UserError(
@@ -306,15 +311,16 @@ def _names_of_experts(layers: Sequence[tuple[Stack, int]]) -> set[str]:
 
 
 def _shared_tensors(
-    layers: Sequence[tuple[Stack, int]], dense: Manifest
+    layers: Sequence[tuple[Stack, int]], dense: Manifest, outside: Collection[str]
 ) -> dict[str, SharedTensor]:
-    """The tensors that are merged, by their names in the output: all that are not of an FFN, and
-    those that the family merges of the FFNs for a part that every token passes.
+    """The tensors that are merged, by their names in the output: all that are not of an FFN, nor
+    `outside` the language model, and those that the family merges of the FFNs for a part that every
+    token passes.
     """
-    names_of_experts = _names_of_experts(layers)
+    left_out = _names_of_experts(layers) | set(outside)
     shared = {}
     for name in dense.shapes:
-        if name not in names_of_experts:
+        if name not in left_out:
             shared[name] = dense.shared_tensor(name)
     for stack, layer in layers:
         for output, name in stack.merged.items():

@@ -19,9 +19,10 @@ from transformers import PretrainedConfig
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job, Plan
 from mergekit_moe_ext.merging.sources import read_configs
+from mergekit_moe_ext.merging.wrappers import language_config
 from mergekit_moe_ext.modeling.configuration_upcycled_moe import routed_ffns
-from mergekit_moe_ext.upcycling.families import upcycling_for
 from mergekit_moe_ext.upcycling.method import MoeMethod, MoeOptionsWithShared
+from mergekit_moe_ext.upcycling.wrapped import family_of_all
 
 
 class MoeLoraOptions(MoeOptionsWithShared):
@@ -74,8 +75,8 @@ def _ffns_of(job: Job, output: PretrainedConfig) -> list[str]:
         for ffn in routed_ffns(output).values():
             modules += ffn.linears
         return modules
-    for stack in upcycling_for(read_configs(job)).stacks:
-        for layer in range(getattr(output, stack.layers)):
+    for stack in family_of_all(read_configs(job)).stacks:
+        for layer in range(getattr(language_config(output), stack.layers)):
             modules.append(stack.ffn.format(layer=layer))
     return modules
 

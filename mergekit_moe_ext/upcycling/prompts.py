@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from _mergekit_moe_ext_common.checkpoints import check_finite
 from _mergekit_moe_ext_common.loading import load_config, load_model
 from _mergekit_moe_ext_common.options import Reading
+from mergekit_moe_ext.merging.wrappers import language_config
 
 LOG = logging.getLogger(__name__)
 Tokens = tuple[tuple[int, ...], ...]  # prompts, as token ids
@@ -46,7 +48,7 @@ def hidden_states(
     hooks = []
     for name in ffns:
         hooks.append(model.get_submodule(name).register_forward_pre_hook(recorder(name)))
-    total = torch.zeros(len(ffns), model.config.hidden_size)
+    total = torch.zeros(len(ffns), language_config(model.config).hidden_size)
     try:
         for start in range(0, len(prompts), _BATCH):
             batch = [torch.tensor(prompt) for prompt in prompts[start : start + _BATCH]]
@@ -110,7 +112,13 @@ def opened(path: str, device: str, trust_remote_code: bool, quiet: bool) -> Any:
     reading = Reading(trust_remote_code=trust_remote_code, quiet=quiet)
     device_map = "auto" if device.startswith("cuda") else None
     config = load_config(path, reading)
-    return load_model(path, config, reading, dtype="auto", device_map=device_map)
+    architecture = None  # the Auto class of decoders or encoder-decoders
+    if hasattr(config, "routed_ffns"):  # a generic mixture, which is of any kind
+        auto = next(name for name in config.auto_map if name != "AutoConfig")
+        architecture = getattr(transformers, auto)
+    return load_model(
+        path, config, reading, architecture=architecture, dtype="auto", device_map=device_map
+    )
 
 
 class PromptStates(Task[torch.Tensor]):

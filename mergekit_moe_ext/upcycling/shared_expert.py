@@ -13,7 +13,8 @@ from transformers import PretrainedConfig
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import manifest_of
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan
-from mergekit_moe_ext.upcycling.families import upcycling_for
+from mergekit_moe_ext.merging.wrappers import language_config
+from mergekit_moe_ext.upcycling.wrapped import family_of_all
 
 
 def with_shared_expert(
@@ -34,17 +35,17 @@ def with_shared_expert(
             f"{plan.config.architectures[0]} is a generic mixture, which has no shared expert, so "
             "`shared_expert` has no place in it"
         )
-    family = upcycling_for(configs, mix_architectures=job.merge_options.allow_crimes)
+    family = family_of_all(configs, mix_architectures=job.merge_options.allow_crimes)
     if not any(stack.shared_expert for stack in family.stacks):
         raise UserError(f"{family.moe} has no shared expert, so `shared_expert` has no place in it")
     for key, value in family.with_shared_expert.items():
-        setattr(plan.config, key, value)
+        setattr(language_config(plan.config), key, value)
     copies = dict(plan.copies)
     shared = dict(plan.shared)
     computed = dict(plan.computed)
     shapes = manifest_of(plan.config).shapes
     for stack in family.stacks:
-        for layer in range(getattr(plan.config, stack.layers)):
+        for layer in range(getattr(language_config(plan.config), stack.layers)):
             for output, dense in stack.shared_expert.items():
                 name = output.format(layer=layer)
                 shared.pop(name, None)

@@ -109,9 +109,14 @@ def _check_one_architecture(
                 "one class"
             )
     try:
-        auto_class_of(architectures[0])
+        auto = auto_class_of(architectures[0])
     except ValueError as error:
         raise UserError(f"{base}: {error}") from error
+    if auto == "AutoModelForImageTextToText":
+        raise UserError(
+            f"{base} is a {architectures[0]}, which reads images and texts: `merge_method: moe` "
+            "merges such models"
+        )
 
 
 def head_of_tasks(

@@ -27,7 +27,16 @@ LONG = {
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [1.0, 2.0, 3.0, 4.0],
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 CASES = [
+    ("qwen3", {**WINDOW, "max_window_layers": 1, "rope_parameters": LLAMA3}, "MellumForCausalLM"),
     ("qwen2", {}, "Qwen2MoeForCausalLM"),
     ("qwen2", {**WINDOW, "max_window_layers": 0}, "Qwen2MoeForCausalLM"),
     ("qwen2", {**WINDOW, "max_window_layers": 2}, "Qwen2MoeForCausalLM"),
