@@ -380,7 +380,7 @@ def test_a_cache_that_the_model_made_itself_carries_the_choice():
 
 @torch.no_grad()
 def test_a_cache_of_another_model_is_refused():
-    model, ids = build("llama"), inputs_of("llama")["input_ids"]
+    ids = inputs_of("llama")["input_ids"]
     stock_class, config = FAMILIES["llama"]
     cache = stock_class(config)(ids, use_cache=True).past_key_values
     for mode in ("frozen", "running"):
