@@ -57,6 +57,8 @@ _PREFIX = "WEMoE"
 class Ensemble:
     """What `WEMoE<X>` has besides what `<X>` has."""
 
+    _can_compile_fullgraph = False  # a pass asks its cache what it carries
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_architecture(type(self), config)
         with as_config_of_base(config):
@@ -377,8 +379,13 @@ class Ensemble:
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
         )
+        cache = cache_in(model_kwargs)
         if generation_config.is_assistant:
-            self._let_take_back(cache_in(model_kwargs))
+            self._let_take_back(cache)
+        # On a GPU transformers would compile each step of a static cache unasked, into graphs whose
+        # outputs do not last until the next, as what a cache carries has to.
+        if cache is not None and cache.is_compileable and generation_config.compile_config is None:
+            generation_config.disable_compile = True
 
     def _let_take_back(self, cache: Any) -> None:
         """Have an empty cache carry running means from which tokens can be taken back."""

@@ -395,6 +395,7 @@ def test_a_static_cache_gives_what_a_dynamic_one_does(mode):
     # Where it makes a static cache, transformers hands the model masks of four dimensions.
     static = model.generate(**inputs, **GREEDY, cache_implementation="static")
     assert torch.equal(static, dynamic)
+    assert not model._can_compile_fullgraph
     kept = StaticCache(config=model.config, max_cache_len=20)
     with torch.no_grad():
         step = model(**inputs, past_key_values=kept).logits
