@@ -76,23 +76,30 @@ class Run:
     routing: dict[str, list[float]]
 
 
-def make_experts(base: Path, texts: dict[str, Domain]) -> dict[str, Path]:
+def make_experts(
+    base: Path,
+    texts: dict[str, Domain],
+    recipe: ExpertRecipe = EXPERT,
+    names: Sequence[str] = DOMAINS,
+) -> dict[str, Path]:
     """The base, and one model per domain with all parameters trained further on it."""
-    settings = json.dumps([SMOLLM2.sha256, asdict(EXPERT), BLOCK])
+    # SmolLM2 lies in the cache itself; a base of our own in a folder named by its training.
+    identity = SMOLLM2.sha256 if base.parent == cache_dir() else base.parent.name
+    settings = json.dumps([identity, asdict(recipe), BLOCK])
     key = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    folders = {name: cache_dir() / f"mergeme-{key}" / name for name in DOMAINS}
+    folders = {name: cache_dir() / f"mergeme-{key}" / name for name in names}
     tokenizer = AutoTokenizer.from_pretrained(base)
     for name, folder in folders.items():
         if folder.is_dir():
             continue
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(base)
-        data = blocks(tokenizer, texts[name].train, EXPERT.steps * EXPERT.batch)
+        data = blocks(tokenizer, texts[name].train, recipe.steps * recipe.batch)
         with (
             written_at_once(folder) as partial,
-            tqdm(total=EXPERT.steps, desc=f"expert {name}") as bar,
+            tqdm(total=recipe.steps, desc=f"expert {name}") as bar,
         ):
-            train_dense(model, data, EXPERT, bar)
+            train_dense(model, data, recipe, bar)
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     return {"base": base, **folders}

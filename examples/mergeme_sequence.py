@@ -10,7 +10,8 @@ Both runs print the held-out loss of each model per domain, and which expert eac
 to. `--output` keeps these numbers and `--plot` draws the routing.
 
 Without `--hetero` nothing is trained. The rows are dense merges, the averaged mixture with random
-gates, and `seq_moe` with each heuristic, its attention separate or merged.
+gates, and `seq_moe` with each heuristic, its attention separate or merged, and with FFN outputs
+mixed in every layer.
 
 With `--hetero` the music expert is another one: a small GPT-2, trained from scratch on music alone,
 with a tokenizer that knows no other words. `hetero_moe` makes one model of it, the base and the
@@ -74,12 +75,15 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 SEQUENCE: dict[str, dict[str, str]] = {
     "merged attention": {"attention": "merged"},
+    "merged attention, FFNs mixed": {"attention": "merged", "mix": "ffn"},
     "separate attention": {"attention": "separate"},
     "all separate": {"attention": "separate", "embedding": "separate"},
 }
 # by way of merging and routing: how many experts a sequence chooses
 HEURISTICS: dict[str, dict[str, tuple[int, ...]]] = {
     "merged attention": {"task_vector": (2, 1), "perplexity": (2, 1)},
+    # with one expert it makes no difference
+    "merged attention, FFNs mixed": {"task_vector": (2,), "perplexity": (2,)},
     "separate attention": {"task_vector": (2, 1), "perplexity": (2, 1)},
     "all separate": {"perplexity": (2, 1), "uniform": (4,)},
     "own embeddings": {"perplexity": (2, 1)},
@@ -390,10 +394,12 @@ def fine_tuned(merged: Path, row: str, data: Sequence[str], steps: int, seed: in
     return load(trained)
 
 
-def draw(results: Results, experts: Sequence[str], path: Path) -> None:
+def draw(
+    mean_routing: dict[str, dict[str, list[float]]], experts: Sequence[str], path: Path
+) -> None:
     """Draws figure 9: a heat map of the mean coefficients for every row that chooses."""
     plt = pyplot()
-    rows = {row: routing for row, routing in results.mean_routing().items() if "uniform" not in row}
+    rows = {row: routing for row, routing in mean_routing.items() if "uniform" not in row}
     across = min(4, len(rows))
     down = -(-len(rows) // across)
     figure, panels = plt.subplots(
@@ -478,7 +484,7 @@ def main(
     if output:
         output.write_text(json.dumps({"experts": list(models), **asdict(results)}, indent=1) + "\n")
     if plot:
-        draw(results, list(models), plot)
+        draw(results.mean_routing(), list(models), plot)
 
 
 if __name__ == "__main__":

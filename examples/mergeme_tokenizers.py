@@ -44,9 +44,11 @@ SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512}
 
 
-def train_tokenizer(kind: str, documents: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of this kind, trained on the documents."""
-    options: dict[str, Any] = {"vocab_size": TOKENS, "show_progress": False}
+def train_tokenizer(
+    kind: str, documents: list[str], tokens: int = TOKENS
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of this kind with so many tokens, trained on the documents."""
+    options: dict[str, Any] = {"vocab_size": tokens, "show_progress": False}
     trainer: Any
     if kind == "sentencepiece":
         raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))

@@ -31,6 +31,7 @@ SCRIPTS = (
     "wemoe_routing",
     "loss_landscape",
     "mergeme_homogeneous",
+    "mergeme_hetero",
     "mergeme_tokenizers",
     "caem_tasks",
     "tradeoffs_routers",
@@ -324,7 +325,7 @@ def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path):
     for (routing,) in results.routing.values():
         assert all(sum(of_domain) == pytest.approx(1) for of_domain in routing.values())
     assert "separate attention, task vector, K=2" in results.text(list(tiny_experts))
-    sequence.draw(results, list(tiny_experts), tmp_path / "routing.png")
+    sequence.draw(results.mean_routing(), list(tiny_experts), tmp_path / "routing.png")
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -381,6 +382,60 @@ def test_a_cut_tokenizer_splits_as_before(sequence, tmp_path):
     for text in (documents[0], "ABc d2"):
         assert cut.tokenize(text) == whole.encode(text).tokens
     assert cut.decode(cut(documents[1])["input_ids"]) == documents[1]  # in smaller pieces
+
+
+@pytest.fixture
+def hetero(sequence, tiny_experts, here, monkeypatch):
+    """The experiment with experts of two makers, with tiny models on made-up texts."""
+    import mergeme_hetero
+    from real_data import Domain
+
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 60}
+    make_model(here / "gpt", 5, family="gpt2", **sizes)
+    save_tokenizer(here / "gpt", 60)  # knows two thirds of the words
+    documents = [row["text"] for row in words(1, 100)]
+    texts = dict.fromkeys(mergeme_hetero.DOMAINS, Domain(documents, documents[50:]))
+    base_and_experts = {name: tiny_experts[name] for name in ("base", "bible", "code")}
+    monkeypatch.setattr(mergeme_hetero, "READING", Reading(max_length=40, quiet=True))
+    monkeypatch.setattr(mergeme_hetero, "BLOCK", 40)
+    monkeypatch.setattr(mergeme_hetero, "domains", lambda: texts)
+    monkeypatch.setattr(mergeme_hetero, "make_small_base", lambda texts: tiny_experts["base"])
+    monkeypatch.setattr(mergeme_hetero, "make_experts", lambda *_: dict(base_and_experts))
+    monkeypatch.setattr(mergeme_hetero, "make_music_expert", lambda texts: here / "gpt")
+    yield mergeme_hetero
+    sys.modules.pop("mergeme_hetero", None)
+
+
+def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_experts, monkeypatch):
+    command = ["-o", "hetero.jsonl", "--steps", "2", "--held-out", "2"]
+    result = CliRunner().invoke(hetero.main, [*command, "--seeds", "1"])
+    assert result.exit_code == 0, result.output
+    first = Path("hetero.jsonl").read_text()
+    lines = [json.loads(line) for line in first.splitlines()[1:]]
+    losses = {line["row"]: line["losses"] for line in lines}
+    for row in (*hetero.HETERO, *hetero.CONTROLS):
+        assert losses[f"{row}, before"] != losses[f"{row}, after"]
+    assert "own embeddings: beats 3 experts, no music" in result.output
+
+    # By hand: nats of the tokens after the prefix, for each of their characters.
+    tokenizer = AutoTokenizer.from_pretrained(tiny_experts["base"])
+    ids = hetero.blocks(tokenizer, hetero.domains()["code"].held_out, 2)
+    scores = AutoModelForCausalLM.from_pretrained(tiny_experts["code"])(ids).logits.log_softmax(-1)
+    nats = -scores[:, 31:-1].gather(-1, ids[:, 32:, None]).sum().item()
+    characters = len("".join(tokenizer.batch_decode(ids[:, 32:])))
+    assert losses["code expert"]["code"] == pytest.approx(nats / characters, abs=1e-5)
+    # The music expert reads the same words through its own tokenizer.
+    assert losses["music expert"].keys() == {"music"}
+
+    # A run that was killed in the middle of a line goes on, and measures what was lost alone.
+    Path("hetero.jsonl").write_text(first[:-10])
+    monkeypatch.setattr(hetero, "losses_of", lambda *_: dict.fromkeys(hetero.DOMAINS, 1.0))
+    result = CliRunner().invoke(hetero.main, [*command, "--seeds", "1"])
+    assert result.exit_code == 0, result.output
+    *others, last = Path("hetero.jsonl").read_text().splitlines()
+    assert others == first.splitlines()[:-1] and json.loads(last)["losses"]["music"] == 1.0
+    result = CliRunner().invoke(hetero.main, ["-o", "hetero.jsonl", "--steps", "3"])
+    assert result.exit_code == 1 and "name another file" in result.output
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -118,21 +118,19 @@ def train(
         device_map=device_map,
     )
     headers = check_model(model_path, config, reading)
-    chosen = chosen_parts(part, config)
-    parts = parts_to_train(chosen, config, headers, recipe)
-    if device_map and "rest" in parts:
+    aim = _aim(part, only_experts, config, headers, recipe)
+    recipe = aim.recipe
+    if device_map and "rest" in aim.parts:
         raise UserError(
             "--device-map leaves no room on the GPUs for training all: train a part of the model, "
             "or split it with FSDP2"
         )
-    free_rows = _free_rows(config, chosen, only_experts)
-    rate = _learning_rate(recipe, parts)
-    recipe = _settled(recipe, config, rate, parts)
     if tasks:
         data = sources_of(tasks)
         eval_data = eval_sources_of(tasks)
         recipe = _for_tasks(recipe, reading)
     recipe = _with_best(recipe, data, tasks or {})
+    aim = aim._replace(recipe=recipe)
     check_weights(data, weights or {})
     tasks_per_step = _tasks_per_step(recipe, data, weights)
     first_label = 1
@@ -144,7 +142,7 @@ def train(
             recipe,
             gradient_accumulation_steps=tasks_per_step * recipe.gradient_accumulation_steps,
         ),
-        learning_rate=rate,
+        learning_rate=aim.learning_rate,
         measure=bool(recipe.held_out or eval_data),
         ddp_find_unused_parameters=True,  # an expert that no token of this process chose
         **(_every_epoch(recipe) if tasks else {}),
@@ -175,7 +173,7 @@ def train(
             _check_measured(tasks, pairs)
     training = mixed(sources, weights or {}, recipe.seed)
     sampler = _sampler(sources, recipe, arguments) if tasks_per_step > 1 else None
-    settings = _settings(model_path, chosen, training, recipe, free_rows)
+    settings = _settings(model_path, aim, training)
     if sampler:
         settings["rows"] = [len(rows) for rows in sources.values()]
     if tasks:
@@ -184,7 +182,7 @@ def train(
 
     model = load_model(model_path, config, reading, headers=headers, dtype="auto")
     dtypes = dtypes_of(model)
-    freeze_others(model, parts)
+    freeze_others(model, aim.parts)
     size = sum(parameter.nbytes for parameter in model.parameters())
     rows_per_epoch = len(sampler or training)
     run.check_room(size, checkpoint_bytes(model), arguments, rows_per_epoch)
@@ -192,7 +190,7 @@ def train(
     pad_token_id = padding_token(tokenizer, vocabulary_of(config))
     batch = training_batches(model, pad_token_id, first_label)
     if not is_sequence_moe:
-        _check_gates(model, training, batch, parts, free_rows, recipe)
+        _check_gates(model, training, batch, aim)
     scorer = None
     if tasks:
         scorer = TaskScorer(
@@ -206,18 +204,7 @@ def train(
             quiet=reading.quiet,
         )
     run.place(model, arguments)
-    trainer = (SequenceTrainer if is_sequence_moe else MoeTrainer)(
-        model,
-        arguments,
-        data_collator=batch,
-        train_dataset=training,
-        eval_dataset=held_out or None,
-        router_aux_loss=recipe.router_aux_loss,
-        learning_rates=learning_rates(model, recipe, rate),
-        sampler=sampler,
-        scorer=scorer,
-        callbacks=[OtherRowsFixed(model, free_rows)] if free_rows else [],
-    )
+    trainer = _trainer(model, arguments, batch, training, held_out, aim, sampler, scorer)
     run.train(trainer)
     run.end_group()
     if not run.is_main:
@@ -230,8 +217,67 @@ def train(
     run.check_converged(trainer, losses, "take a lower --learning-rate")
     with run.finish() as directory:
         _write(directory, trainer, model_path, tokenizer, reading)
-        extend_card(directory, _card(chosen, data, run.settings, losses, only_experts))
+        extend_card(directory, _card(aim.chosen, data, run.settings, losses, only_experts))
     return losses
+
+
+class _Aim(NamedTuple):
+    """What of a model is trained, and how.
+
+    chosen: what the user asked for, once each and in order.
+    parts: the kinds of parameters that are trained.
+    free_rows: the indices of the experts whose rows of the gates alone are trained; none where all
+        are.
+    learning_rate: that of parts that have none of their own.
+    recipe: what was given, with what it leaves to the model and the parts.
+    """
+
+    chosen: list[str]
+    parts: Collection[str]
+    free_rows: list[int]
+    learning_rate: float
+    recipe: Recipe
+
+
+def _aim(
+    part: Part | Sequence[Part],
+    only_experts: Sequence[str],
+    config: Any,
+    headers: Any,
+    recipe: Recipe,
+) -> _Aim:
+    """`UserError` for parts that the model has not, and for options of parts that stay."""
+    chosen = chosen_parts(part, config)
+    parts = parts_to_train(chosen, config, headers, recipe)
+    free_rows = _free_rows(config, chosen, only_experts)
+    rate = _learning_rate(recipe, parts)
+    return _Aim(chosen, parts, free_rows, rate, _settled(recipe, config, rate, parts))
+
+
+def _trainer(
+    model: Any,
+    arguments: Any,
+    batch: Any,
+    training: Dataset,
+    held_out: Mapping[str, Dataset],
+    aim: _Aim,
+    sampler: TaskSampler | None,
+    scorer: TaskScorer | None,
+) -> MoeTrainer:
+    """The Trainer that a model of this kind needs."""
+    kind = SequenceTrainer if routes_sequences(model.config) else MoeTrainer
+    return kind(
+        model,
+        arguments,
+        data_collator=batch,
+        train_dataset=training,
+        eval_dataset=held_out or None,
+        router_aux_loss=aim.recipe.router_aux_loss,
+        learning_rates=learning_rates(model, aim.recipe, aim.learning_rate),
+        sampler=sampler,
+        scorer=scorer,
+        callbacks=[OtherRowsFixed(model, aim.free_rows)] if aim.free_rows else [],
+    )
 
 
 def _learning_rate(recipe: Recipe, parts: Collection[str]) -> float:
@@ -367,18 +413,11 @@ def _free_rows(config: Any, chosen: Sequence[str], experts: Sequence[str]) -> li
     return indices_of(config, experts)
 
 
-def _check_gates(
-    model: Any,
-    training: Dataset,
-    batch: Any,
-    parts: Collection[str],
-    free_rows: Sequence[int],
-    recipe: Recipe,
-) -> None:
+def _check_gates(model: Any, training: Dataset, batch: Any, aim: _Aim) -> None:
     """`UserError` for gates, or the rows of them that are trained, without anything to learn."""
-    _check_gradient(model, batch([training[0]]), parts, recipe)
-    if free_rows and not recipe.router_aux_loss:
-        check_chosen(model, _first_batches(training, batch), free_rows)
+    _check_gradient(model, batch([training[0]]), aim.parts, aim.recipe)
+    if aim.free_rows and not aim.recipe.router_aux_loss:
+        check_chosen(model, _first_batches(training, batch), aim.free_rows)
 
 
 def _first_batches(training: Dataset, batch: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -388,21 +427,15 @@ def _first_batches(training: Dataset, batch: Any) -> Iterator[dict[str, torch.Te
         yield without_labels(batch([training[index * len(training) // number]]))
 
 
-def _settings(
-    model_path: str,
-    chosen: Sequence[str],
-    training: Dataset,
-    recipe: Recipe,
-    free_rows: Sequence[int],
-) -> dict[str, Any]:
+def _settings(model_path: str, aim: _Aim, training: Dataset) -> dict[str, Any]:
     reference = ModelReference.model_validate(model_path)
     return {
         "model": model_identity(model_path),
-        "train": ", ".join(chosen),
+        "train": ", ".join(aim.chosen),
         "weights": checkpoint_fingerprint(reference, MergeOptions()),
         "data": fingerprint(training),
-        **({"only_experts": list(free_rows)} if free_rows else {}),
-        **asdict(recipe),
+        **({"only_experts": aim.free_rows} if aim.free_rows else {}),
+        **asdict(aim.recipe),
     }
 
 

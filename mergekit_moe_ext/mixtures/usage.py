@@ -249,7 +249,11 @@ def _sums(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> Sum
 
 def _added(parts: Sequence[Sums]) -> Sums:
     """The sums of several parts of the data, all of one router."""
-    return {key: torch.stack([part[key] for part in parts]).sum(dim=0) for key in parts[0]}
+    total = {}
+    for key in parts[0]:
+        of_parts = [part[key] for part in parts]
+        total[key] = torch.stack(of_parts).sum(dim=0)
+    return total
 
 
 def _reduced(

@@ -109,8 +109,8 @@ def _check_layers(groups: dict[str, list[str]]) -> None:
         for linear in linears:
             if _numbers(linear)[: len(layer)] != layer:
                 raise ValueError(
-                    f"`groups` under `ensembling` puts {linear} under {reader}, which is in another "
-                    "layer"
+                    f"`groups` under `ensembling` puts {linear} under {reader}, which is in "
+                    "another layer"
                 )
 
 

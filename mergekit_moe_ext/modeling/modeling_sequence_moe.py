@@ -39,6 +39,7 @@ from .padding import inferred_masks
 from .prefix_labels import without_prefix_labels
 from .sequence_cache import SequenceMoECache, select_rows
 from .sequence_shares import Share, added, shares_of
+from .token_lookup import tokens_of
 
 # An argument of `forward`, of `generate` alone: this pass goes over a prompt, of which all chooses.
 _IS_PROMPT = "prompt_chooses"
@@ -69,9 +70,9 @@ class SequenceMoEOutput(CausalLMOutputWithPast):
 class Batch(NamedTuple):
     """Tokens (rows, length), with the mask over everything up to them, and their positions.
 
-    Mask and positions may be None. In place of tokens, which are None then, there may be what the
-    shared embedding would make of some: (rows, length, width). `may_choose` (rows, length) says
-    which tokens may, where the mask does not.
+    Mask and positions may be None. There may be what the shared embedding would make of the tokens,
+    (rows, length, width), which may be None then. `may_choose` (rows, length) says which tokens
+    may, where the mask does not.
     """
 
     tokens: Any
@@ -109,6 +110,19 @@ class Batch(NamedTuple):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(*(None if part is None else change(part) for part in self))
+
+
+class Choice(NamedTuple):
+    """What a batch is run with.
+
+    Coefficients (rows, experts); the load-balancing loss; what experts gave already, by expert; and
+    the prefix (rows, length) that chose, None where nothing was chosen in this pass.
+    """
+
+    coefficients: Tensor
+    aux_loss: Tensor | None
+    ran: dict[int, Any]
+    prefix: Tensor | None
 
 
 class Projector(nn.Module):
@@ -390,7 +404,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         `coefficients` (batch, experts), or (1, experts) for all sequences, say how much each expert
         counts, instead of a choice; those with 0 are not run. `past_key_values=` is the cache's
         name in transformers before 5.24, and is taken too. `inputs_embeds` (batch, length, width)
-        stand for what a shared embedding makes of tokens. `output_hidden_states` and
+        stand for what the embedding makes of tokens. `output_hidden_states` and
         `output_attentions` give, per layer, those of each sequence's expert; of several experts
         their sum, weighed by the coefficients; `ValueError` where their sizes differ.
         """
@@ -400,45 +414,23 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             output_attentions = self.config.output_attentions
         kwargs = with_cache_renamed({**kwargs, "cache": cache}, {"cache": cache})
         cache = kwargs.pop("cache")
-        if cache is not None and not isinstance(cache, SequenceMoECache):
-            kind = type(cache).__name__
-            raise ValueError(f"the cache is a {kind}; a sequence MoE needs a SequenceMoECache()")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         is_prompt = kwargs.pop(_IS_PROMPT, False) or cache is not None
         if cache is None and use_cache:
             cache = SequenceMoECache()
-        self._check_inputs(input_ids, inputs_embeds, coefficients, cache)
-        may_choose = None
-        if attention_mask is None and position_ids is None:
-            attention_mask, may_choose = self._inferred_masks(input_ids, cache)
-        positions = _positions(input_ids, inputs_embeds, attention_mask, position_ids)
-        batch = Batch(input_ids, attention_mask, positions, inputs_embeds, may_choose)
-        aux_loss: Tensor | None = None
-        ran: dict[int, Any] = {}
-        if cache is not None and cache.coefficients is not None:
-            if cache.batch_size != batch.shape[0]:
-                raise ValueError(
-                    f"this cache is of {cache.batch_size} sequences, and the input of "
-                    f"{batch.shape[0]}: start with an empty one"
-                )
-            coefficients = cache.coefficients
-        elif coefficients is not None:
-            coefficients = self._checked(coefficients, batch.shape[0])
-        else:
-            # Uniform routing chooses nothing, so that a cache need not come back.
-            # Nor must it where a pass of somebody's own says that it keeps none.
-            if self.config.routing != "uniform" and (is_prompt or use_cache):
-                begin_sequences(self)
-            prefix = self._prefix(batch, whole=is_prompt)
-            coefficients, aux_loss, ran = self._route(batch, prefix, cache)
-            if output_hidden_states or output_attentions:
-                ran = {}  # which holds none
-            if labels is not None and self._chooses_by_prefix():
-                kwargs = without_prefix_labels(
-                    {**kwargs, "labels": labels}, prefix, training=self.training
-                )
-                labels = kwargs.pop("labels")
+        batch = self._batch(
+            input_ids, inputs_embeds, attention_mask, position_ids, cache, coefficients
+        )
+        choice = self._choice(batch, cache, coefficients, is_prompt=is_prompt, use_cache=use_cache)
+        coefficients, aux_loss, ran, prefix = choice
+        if output_hidden_states or output_attentions:
+            ran = {}  # which holds none
+        if labels is not None and prefix is not None and self._chooses_by_prefix():
+            kwargs = without_prefix_labels(
+                {**kwargs, "labels": labels}, prefix, training=self.training
+            )
+            labels = kwargs.pop("labels")
         states = DecoderStates(batch.shape[0], output_hidden_states, output_attentions)
         logits = self._logits(batch, coefficients, cache, ran, logits_to_keep, states)
         loss = None
@@ -456,6 +448,58 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             **{OUTPUT_NAME: cache},
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _batch(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any,
+        coefficients: Tensor | None,
+    ) -> Batch:
+        """The input of `forward`, checked, with the mask of padding that nobody told.
+
+        `ValueError` for what does not say what is needed, or is for another kind of model.
+        """
+        if cache is not None and not isinstance(cache, SequenceMoECache):
+            kind = type(cache).__name__
+            raise ValueError(f"the cache is a {kind}; a sequence MoE needs a SequenceMoECache()")
+        has_choice = coefficients is not None or (
+            cache is not None and cache.coefficients is not None
+        )
+        tokens, embedded = self._inputs(input_ids, inputs_embeds, attention_mask, has_choice)
+        may_choose = None
+        if attention_mask is None and position_ids is None:
+            attention_mask, may_choose = self._inferred_masks(tokens, cache)
+        positions = _positions(tokens, embedded, attention_mask, position_ids)
+        return Batch(tokens, attention_mask, positions, embedded, may_choose)
+
+    def _choice(
+        self,
+        batch: Batch,
+        cache: SequenceMoECache | None,
+        coefficients: Tensor | None,
+        *,
+        is_prompt: bool,
+        use_cache: bool,
+    ) -> Choice:
+        """The choice that the cache keeps, or that was given, or else is made here."""
+        if cache is not None and cache.coefficients is not None:
+            if cache.batch_size != batch.shape[0]:
+                raise ValueError(
+                    f"this cache is of {cache.batch_size} sequences, and the input of "
+                    f"{batch.shape[0]}: start with an empty one"
+                )
+            return Choice(cache.coefficients, None, {}, None)
+        if coefficients is not None:
+            return Choice(self._checked(coefficients, batch.shape[0]), None, {}, None)
+        # Uniform routing chooses nothing, so that a cache need not come back.
+        # Nor must it where a pass of somebody's own says that it keeps none.
+        if self.config.routing != "uniform" and (is_prompt or use_cache):
+            begin_sequences(self)
+        prefix = self._prefix(batch, whole=is_prompt)
+        return Choice(*self._route(batch, prefix, cache), prefix)
 
     def _inferred_masks(
         self,
@@ -814,32 +858,48 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             cache.of_expert[index] = share.rows, of_expert
         return output
 
-    def _check_inputs(
+    def _inputs(
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-        coefficients: Tensor | None,
-        cache: SequenceMoECache | None,
-    ) -> None:
-        """`ValueError` for embeddings where tokens are needed."""
+        attention_mask: Tensor | None,
+        has_choice: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The tokens, if they are needed or given, and what stands for the shared embedding's.
+
+        Embeddings will do for experts that share one, once there is a choice that predicts nothing.
+        Otherwise each has to be that of a token, which is looked up. `ValueError` if it is not.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids= and inputs_embeds=")
+        if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
+            raise ValueError(
+                "attention_mask= has to be of shape (rows, tokens): another does not say which "
+                "tokens are padding, and padding must not choose"
+            )
         if inputs_embeds is None:
-            return
-        if self.config.embedding != "shared":
+            return input_ids, None
+        is_shared = self.config.embedding == "shared"
+        predicts = self.config.routing in ("perplexity", "task_vector") and not has_choice
+        if is_shared and not predicts:
+            return None, inputs_embeds
+        reason, hint = "each expert of this sequence MoE has an embedding of its own", ""
+        if is_shared:
+            reason = f"routing {self.config.routing!r} predicts the tokens of the prefix"
+            hint = ", or coefficients="
+        if not is_shared and inputs_embeds.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                "inputs_embeds=: each expert of this sequence MoE has an embedding of its own, so "
-                "that only input_ids= mean the same to all"
+                f"inputs_embeds=: {reason}, so that no gradient reaches them: give input_ids="
             )
-        routing = self.config.routing
-        has_choice = coefficients is not None or (
-            cache is not None and cache.coefficients is not None
-        )
-        if routing in ("perplexity", "task_vector") and not has_choice:
+        padding = self.config.pad_token_id or 0
+        embedding = self.get_input_embeddings()
+        tokens = tokens_of(inputs_embeds, embedding, attention_mask, padding)
+        if tokens is None:
             raise ValueError(
-                f"inputs_embeds=: routing {routing!r} predicts the tokens of the prefix, for which "
-                "it needs input_ids=; or give coefficients="
+                f"inputs_embeds=: {reason}, so that each has to be what get_input_embeddings() "
+                f"makes of one token alone, which these are not: give input_ids={hint}"
             )
+        return tokens, inputs_embeds if is_shared else None
 
     def _checked(self, coefficients: Tensor, rows: int) -> Tensor:
         """The coefficients that were given, a row per sequence. `ValueError` if they do not fit."""
@@ -908,6 +968,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
     # The first pass of assisted decoding goes over the prompt and guesses at what follows, which
     # must not choose. So the prompt is passed over once before, and the choice put into the cache.
     # It is not left among the arguments, all of which transformers hands to the assistant as well.
+    @wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What transformers' own does, the prompt having chosen first."""
         cache = cache_in(kwargs)
@@ -916,9 +977,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             if given is None:
                 embedded, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
                 tokens = input_ids if embedded is None else None
-                self._check_inputs(tokens, embedded, None, cache)
-                positions = _positions(tokens, embedded, mask, None)
-                batch = Batch(tokens, mask, positions, embedded)
+                batch = self._batch(tokens, embedded, mask, None, None, None)
                 given, _, _ = self._route(batch, self._prefix(batch, whole=True), None)
             cache.coefficients = self._checked(given, len(input_ids))
         return super()._assisted_decoding(input_ids, *args, **kwargs)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .any_base import (
@@ -38,6 +38,7 @@ from .prefix_labels import without_prefix_labels
 from .wemoe_calls import (
     IS_PROMPT,
     OUTSIDE,
+    PADDING_MASKS,
     Carried,
     CoefficientRouter,
     Current,
@@ -45,7 +46,6 @@ from .wemoe_calls import (
     carry,
     mask_of_group,
     mean,
-    running_mean,
     samples_in,
 )
 from .wemoe_products import EnsembledLinear
@@ -56,6 +56,8 @@ _PREFIX = "WEMoE"
 
 class Ensemble:
     """What `WEMoE<X>` has besides what `<X>` has."""
+
+    _can_compile_fullgraph = False  # a pass asks its cache what it carries
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_architecture(type(self), config)
@@ -220,6 +222,7 @@ class Ensemble:
             arguments = call.with_inferred_mask(arguments)
         arguments.pop("coefficients", None)
         arguments.pop(IS_PROMPT, None)
+        arguments.pop(PADDING_MASKS, None)
         call.head = self._chosen_head(arguments.pop("task", None))
         labels = arguments.get("labels")
         if not self.ensembling.heads:
@@ -301,11 +304,9 @@ class Ensemble:
         # An encoder, a classifier or a vision model predicts no next token: all tokens choose.
         if not call.generates or (call.is_encoder_decoder and not in_decoder):
             return mean(router(h).to(h.device), real)
-        earlier = call.earlier(name)
         if call.runs:
-            values = router(h).to(h.device)
-            coefficients, call.left[name] = running_mean(values, real, *(earlier or ()))
-            return coefficients
+            return call.running_mean(name, router(h).to(h.device), real)
+        earlier = call.earlier(name)
         # Frozen: chosen once, and kept with the cache. So merged weights serve further steps.
         if earlier:
             if keeps and not call.carried.rows_changed:
@@ -375,13 +376,28 @@ class Ensemble:
         is_free = self.ensembling.router_layers and model_kwargs.get("coefficients") is None
         if generation_config.use_cache is False and is_frozen and is_free:
             model_kwargs[IS_PROMPT] = True
-        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
         )
+        cache = cache_in(model_kwargs)
+        if generation_config.is_assistant:
+            self._let_take_back(cache)
+        # On a GPU transformers would compile each step of a static cache unasked, into graphs whose
+        # outputs do not last until the next, as what a cache carries has to.
+        if cache is not None and cache.is_compileable and generation_config.compile_config is None:
+            generation_config.disable_compile = True
+
+    def _let_take_back(self, cache: Any) -> None:
+        """Have an empty cache carry running means from which tokens can be taken back."""
+        is_running = self.config.is_encoder_decoder or self.ensembling.mode == "running"  # type: ignore[attr-defined]
+        if is_running and cache is not None and cache.get_seq_length() == 0:
+            carry(cache, Carried(keeps_every_sum=True))
 
     # The first pass of assisted decoding goes over the prompt and guesses at what follows, which
     # must not choose. So the prompt is passed over once before, and the choice put into the cache.
+    # (A running mean sees no guess that follows, but guesses are taken back from it.)
     # It is not left among the arguments, all of which transformers hands to the assistant as well.
+    @wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What transformers' own does, the prompt having chosen first."""
         cache = cache_in(kwargs)
@@ -389,10 +405,8 @@ class Ensemble:
         if is_empty and self.ensembling.router_layers:
             is_decoder = not self.config.is_encoder_decoder  # type: ignore[attr-defined]
             if not is_decoder or self.ensembling.mode == "running":
-                raise ValueError(
-                    "assisted decoding takes tokens back, which a running mean cannot; leave it "
-                    "out, or use mode frozen"
-                )
+                self._let_take_back(cache)
+                return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
             chosen = kwargs.pop("coefficients", None)
             if chosen is None:
                 inputs = {"inputs_embeds": kwargs.get("inputs_embeds")}
@@ -521,10 +535,21 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         with generating(self, kwargs.get("guidance_scale")):
             return base.generate(self, *args, **kwargs)
 
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """What transformers' own does, with the masks that tell padding beside a static cache's."""
+        inputs = base.prepare_inputs_for_generation(self, *args, **kwargs)
+        cache = cache_in(inputs)
+        if cache is not None and cache.is_compileable:
+            names = ("attention_mask", "decoder_attention_mask")
+            inputs[PADDING_MASKS] = {name: kwargs.get(name) for name in names}
+        return inputs
+
     forward.__signature__ = signature  # type: ignore[attr-defined]
     members = {"config_class": config_class(base.config_class), "forward": forward}
     if base.can_generate():
         members["generate"] = wraps(base.generate)(generate)
+        prepare = wraps(base.prepare_inputs_for_generation)(prepare_inputs_for_generation)
+        members["prepare_inputs_for_generation"] = prepare
     return subclass_of(base, _PREFIX, Ensemble, __name__, members)
 
 

@@ -27,6 +27,8 @@ from .padding import inferred_masks
 
 # An argument of `forward`, of `generate` alone: this pass goes over a prompt, of which all chooses.
 IS_PROMPT = "prompt_chooses"
+# Another: masks (rows, tokens) by argument; `generate` makes other masks of them for static caches.
+PADDING_MASKS = "padding_masks"
 OUTSIDE = (
     "a weight-ensembling module must be called through its model, which knows samples and padding"
 )
@@ -39,6 +41,7 @@ _INPUTS = (
 )
 # The arguments that tell padding, of tokens and of what an image was cut into (SigLIP 2).
 _TOKEN_MASK = "attention_mask"
+_DECODER_MASK = "decoder_attention_mask"
 _IMAGE_MASK = "pixel_attention_mask"
 _TAKES_OTHERS = {"pixel_values", "input_features", "input_values", "query_embeds"}
 
@@ -93,12 +96,14 @@ class CoefficientRouter(nn.Module):
 class Carried:
     """The tensors that a cache carries from one forward pass to the next.
 
-    values: coefficients, or totals and counts of running means, by group; the first axis is the
-        sample.
+    values: coefficients, or totals and counts of running means (samples, 1, …), by group; the
+        first axis is the sample.
     merged: merged weights and biases, by the `id` of their module.
     rows_changed: whether the cache's rows were exchanged since the last pass, as a beam search does
         after every token: merged weights would not last.
     can_be_cropped: whether tokens can be taken back from the cache.
+    keeps_every_sum: whether totals and counts are those at every token, (samples, tokens, …), so
+        that tokens can be taken back.
     mask: the mask (rows, tokens) of tokens that came without one and have padding at an end.
     is_ahead: whether the values were chosen before the first pass that fills the cache.
     """
@@ -106,6 +111,7 @@ class Carried:
     values: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     merged: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     can_be_cropped: bool = True
+    keeps_every_sum: bool = False
     rows_changed: bool = False
     mask: Tensor | None = None
     is_ahead: bool = False
@@ -128,6 +134,7 @@ class Carrying(FollowingCache):
             values,
             {} if values else self.carried.merged,
             self.carried.can_be_cropped,
+            self.carried.keeps_every_sum,
             rows_changed=bool(values),
             mask=None if mask is None else change(mask),
         )
@@ -135,13 +142,16 @@ class Carrying(FollowingCache):
     def crop(self, tokens_to_remove: int) -> None:
         if not self.carried.can_be_cropped:
             raise ValueError(
-                "mode running: a running mean cannot take tokens back, so the cache cannot be "
-                "cropped (as assisted generation does)"
+                "mode running: the running means that this cache carries cannot take tokens back, "
+                "so it cannot be cropped"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
+        length = int(self.get_seq_length())  # type: ignore[attr-defined]
         if self.carried.mask is not None:
-            length = int(self.get_seq_length())  # type: ignore[attr-defined]
             self.carried.mask = self.carried.mask[:, :length]
+        if self.carried.keeps_every_sum:
+            for group, sums in self.carried.values.items():
+                self.carried.values[group] = tuple(each[:, :length] for each in sums)
 
 
 def carry(cache: Any, carried: Carried) -> None:
@@ -161,29 +171,29 @@ class EnsembleCall:
         self.is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         is_running = self.is_encoder_decoder or model.ensembling.mode == "running"
         self.runs = self.generates and is_running
-        self.masks = {name: arguments.get(name) for name in (_TOKEN_MASK, _IMAGE_MASK)}
-        self.decoder_mask = arguments.get("decoder_attention_mask")
+        masks = {**arguments, **(arguments.get(PADDING_MASKS) or {})}
+        self.masks = {name: masks.get(name) for name in (_TOKEN_MASK, _IMAGE_MASK)}
+        self.decoder_mask = masks.get(_DECODER_MASK)
         self.override = arguments.get("coefficients")
         self.samples = samples_in(arguments)
         self.head = 0
         self.has_begun = False
         if model.ensembling.router_layers:
             refuse_other_caches(arguments)
+            if self.override is None:
+                self._check_masks()
         self.cache: Any = cache_in(arguments)
         self.keeps_no_cache = arguments.get("use_cache") is False
         self.uses_cache = self.cache is not None or arguments.get("use_cache") is True
         self.is_prompt = bool(arguments.get(IS_PROMPT))
-        if self.cache is not None and self.cache.is_compileable:
-            raise ValueError(
-                "a static cache does not show which tokens are padding: leave cache_implementation "
-                "out",
-            )
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
         # What this pass leaves behind is kept apart from what it was handed: gradient
         # checkpointing runs layers again, and these must not count their tokens twice.
         carried = getattr(self.cache, "carried", None)
         if carried is None or not (self.past or carried.is_ahead):
-            carried = Carried(can_be_cropped=not self.runs)
+            keeps_every_sum = carried is not None and carried.keeps_every_sum
+            can_be_cropped = keeps_every_sum or not self.runs
+            carried = Carried(can_be_cropped=can_be_cropped, keeps_every_sum=keeps_every_sum)
         self.carried: Carried = carried
         self.left: dict[str, tuple[Tensor, ...]] = {}
         # By group: (experts,), (samples, experts) or (samples, tokens, experts).
@@ -205,6 +215,21 @@ class EnsembleCall:
                 self.values[name] = self.override[0, index]
         if self.override is None and self.cache is not None and not torch.is_grad_enabled():
             self.keeping = set(model.ensembling.groups)
+
+    def _check_masks(self) -> None:
+        """`ValueError` for a mask that does not say of every token whether it is padding."""
+        for name, mask in (
+            (_TOKEN_MASK, self.masks[_TOKEN_MASK]),
+            (_DECODER_MASK, self.decoder_mask),
+        ):
+            if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+                shape = (
+                    f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else "of this kind"
+                )
+                raise ValueError(
+                    f"{name}= {shape} does not say which tokens are padding, which no router may "
+                    "count: give one of shape (rows, tokens), or coefficients="
+                )
 
     def with_inferred_mask(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments, with a mask where tokens came without one and have padding at an end.
@@ -253,6 +278,23 @@ class EnsembleCall:
             self.has_begun = True
         return self.carried.values.get(name)
 
+    def running_mean(self, name: str, values: Tensor, real: Tensor) -> Tensor:
+        """Means (samples, tokens, n) of a group's values over the tokens up to each one.
+
+        They go on from what the cache carries, and leave with it what the next pass needs.
+        """
+        earlier = self.earlier(name)
+        last = [sums[:, -1:] for sums in earlier] if earlier else []
+        means, sums = running_mean(values, real, *last)
+        if not self.carried.keeps_every_sum:
+            self.left[name] = tuple(each[:, -1:] for each in sums)
+        elif earlier:
+            pairs = zip(earlier, sums, strict=True)
+            self.left[name] = tuple(torch.cat(pair, dim=1) for pair in pairs)
+        else:
+            self.left[name] = sums
+        return means
+
     def end(self, output: Any) -> None:
         """Leave with the cache what further passes need."""
         filled_cache = self.cache if self.cache is not None else cache_in(output)
@@ -270,8 +312,7 @@ class EnsembleCall:
         `mask_name` is the argument that says so (`mask_of_group`), outside a decoder beside an
         encoder.
         """
-        # The mask covers the cached tokens, too, of which an encoder has none. A mask of another
-        # shape (4-D, say) does not tell padding.
+        # The mask covers the cached tokens, too, of which an encoder has none.
         mask = self.masks[mask_name]
         if in_decoder and self.is_encoder_decoder:
             mask = self.decoder_mask
@@ -325,11 +366,11 @@ def running_mean(
     total: Tensor | int = 0,
     count: Tensor | int = 0,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Means (samples, tokens, n) over the tokens up to each one, and total and count at the last.
+    """Means (samples, tokens, n) over the tokens up to each one, with totals and counts.
 
     `total` and `count` are those of the tokens before; `real` (samples, tokens) says which tokens
     are not padding.
     """
     totals = torch.where(real[..., None], values, 0).cumsum(dim=1) + total
     counts = real.cumsum(dim=1)[..., None] + count
-    return totals / counts.clamp(min=1), (totals[:, -1:], counts[:, -1:])
+    return totals / counts.clamp(min=1), (totals, counts)

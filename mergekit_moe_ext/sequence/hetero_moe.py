@@ -337,7 +337,11 @@ def _notes(job: Job, rows: Mapping[ModelReference, TokenRows], vocab_size: int) 
     lines = [f"The {vocab_size} tokens of {donor}, as each source has them:", ""]
     for model in job.sources:
         of_model = rows[model]
-        parts = [f"{int((of_model.own >= 0).sum())} its own"]
+        own = of_model.own[of_model.own >= 0]
+        number_of_rows = len(own.unique())
+        parts = [f"{len(own)} its own"]
+        if number_of_rows < len(own):
+            parts[0] += f" ({number_of_rows} of its tokens)"
         numbers = {"spelled": len(of_model.spelled), "missing": len(of_model.missing)}
         for kind, number in numbers.items():
             examples = in_markdown(", ".join(of_model.examples.get(kind, ())))

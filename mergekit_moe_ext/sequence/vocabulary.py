@@ -70,10 +70,7 @@ class TokenRows:
         tokenizers number tokens from the most frequent on. As in Zipf's law, a part is inversely
         proportional to the token's number.
         """
-        owners: dict[int, list[int]] = defaultdict(list)
-        for token, row in enumerate(self.own.tolist()):
-            if row >= 0 and token not in self.never_made:
-                owners[row].append(token)
+        owners = self._tokens_by_row()
         beginners: dict[int, list[int]] = defaultdict(list)
         for token, bag in self.stand_ins.items():
             if token not in self.never_made:
@@ -89,14 +86,23 @@ class TokenRows:
     def availability(self, *, with_stand_ins: bool) -> Tensor:
         """(vocabulary,) in float32: 0 for tokens that the model has, and those that something
         stands in for or not; `UNLIKELY` for all others, and for those that the donor's tokenizer
-        never makes.
+        never makes. Tokens of one row have the logarithms of their parts of it, as in `shares`.
         """
         logits = torch.full(self.own.shape, UNLIKELY)
-        logits[self.own >= 0] = 0
         if with_stand_ins:
             logits[list(self.stand_ins)] = 0
         logits[list(self.never_made)] = UNLIKELY
+        for tokens in self._tokens_by_row().values():
+            logits[tokens] = _logarithms_of_parts(tokens)
         return logits
+
+    def _tokens_by_row(self) -> dict[int, list[int]]:
+        """The tokens that have a row of their own, but for those that no text is made into."""
+        owners: dict[int, list[int]] = defaultdict(list)
+        for token, row in enumerate(self.own.tolist()):
+            if row >= 0 and token not in self.never_made:
+                owners[row].append(token)
+        return owners
 
 
 def _logarithms_of_parts(tokens: Sequence[int]) -> Tensor:

@@ -3,6 +3,7 @@ way of running against another.
 """
 
 import json
+import shutil
 
 import click
 import pytest
@@ -191,6 +192,21 @@ def test_held_out_losses_are_of_what_follows_the_prefix(moe):
             total = sum(by_hand(model, ids)[1] for ids in texts)
         tokens = sum(len(ids) - PREFIX for ids in texts)
         assert measured == pytest.approx(total.item() / tokens, abs=1e-4)
+
+
+def test_autocast_moves_float32_weights_nearly_as_float32_does(moe):
+    before = read_tensors(moe / "moe")
+    moves = {}
+    for is_bf16 in (False, True):
+        settings = recipe(max_steps=1, lr_scheduler_type="constant", bf16=is_bf16)
+        train("moe", ["news.jsonl"], "all", output="out", recipe=settings, reading=READING)
+        after = read_tensors(moe / "out")
+        assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+        moves[is_bf16] = {name: (after[name] - before[name]).flatten() for name in after}
+        shutil.rmtree("out")
+    for name, move in moves[False].items():
+        # A first step of AdamW is little more than the signs of the gradients.
+        assert nn.functional.cosine_similarity(move, moves[True][name], dim=0) > 0.8, name
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(moe):

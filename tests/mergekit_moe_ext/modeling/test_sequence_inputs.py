@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergekit_moe_ext.modeling import SequenceMoEConfig, SequenceMoEForCausalLM
+from mergekit_moe_ext.modeling.token_lookup import tokens_of
 from tests.conftest import TINY
 from tests.mergekit_moe_ext.sequences import dense, fine_tunes, mixture, only, padded, words
 
@@ -168,10 +169,50 @@ def test_embeddings_in_place_of_tokens(sources, routing):
     assert soft.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("routing", ["learned", "perplexity", "task_vector"])
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_embeddings_of_tokens_are_looked_up(sources, routing, is_shared):
+    """Those of the base expert's embedding, where each has its own; padding may be anything."""
+    model = (shared if is_shared else mixture)(sources, routing=routing, base_expert=1)
+    ids, mask = padded(words(3), (0, 4, 2), "left")
+    embedded = model.get_input_embeddings()(ids).detach()
+    embedded[mask == 0] = torch.nan if not is_shared else 0.5
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask)
+        got = model(inputs_embeds=embedded, attention_mask=mask)
+    assert torch.equal(got.coefficients, expected.coefficients)
+    kept = mask.bool()
+    torch.testing.assert_close(got.logits[kept], expected.logits[kept])
+    made = model.generate(ids, attention_mask=mask, **GREEDY)
+    from_embedded = model.generate(inputs_embeds=embedded, attention_mask=mask, **GREEDY)
+    assert torch.equal(from_embedded, made[:, 12:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_found_by_its_embedding_alone(dtype):
+    embedding = torch.nn.Embedding(3000, 16).to(dtype)
+    tokens = torch.randint(10, 3000, (2, 700))
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    vectors = embedding(tokens).detach()
+    vectors[1, :5] = 7
+    looked_up = tokens_of(vectors, embedding, mask, padding=3)
+    assert torch.equal(looked_up, tokens.masked_fill(mask == 0, 3))
+    vectors[0, 9] *= 1.01
+    assert tokens_of(vectors, embedding, mask, padding=3) is None
+    with torch.no_grad():
+        embedding.weight[1] = embedding.weight[0]  # whose vector is then that of both
+    assert tokens_of(embedding(torch.tensor([[5, 0]])), embedding, None, padding=3) is None
+
+
 def test_embeddings_are_refused_where_tokens_are_needed(sources):
     embedded = torch.randn(2, 12, 32)
-    with pytest.raises(ValueError, match=r"inputs_embeds=: each expert .* its own"):
+    with pytest.raises(ValueError, match=r"inputs_embeds=: each expert .* one token alone"):
         mixture(sources)(inputs_embeds=embedded)
+    model = mixture(sources)
+    of_tokens = model.get_input_embeddings()(words(2))
+    with pytest.raises(ValueError, match="no gradient reaches them"):
+        model(inputs_embeds=of_tokens)
     for routing in ("perplexity", "task_vector"):
         model = shared(sources, routing=routing)
         with pytest.raises(ValueError, match=f"inputs_embeds=: routing '{routing}'"):
@@ -182,6 +223,13 @@ def test_embeddings_are_refused_where_tokens_are_needed(sources):
     for inputs in ({}, {"input_ids": words(2), "inputs_embeds": embedded}):
         with pytest.raises(ValueError, match="one of input_ids= and inputs_embeds="):
             model(**inputs)
+
+
+def test_a_mask_that_does_not_tell_padding_is_refused(sources):
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    for wrong in (mask, {"full_attention": mask}):
+        with pytest.raises(ValueError, match=r"attention_mask= has to be of shape \(rows"):
+            mixture(sources)(words(2), attention_mask=wrong)
 
 
 @pytest.mark.parametrize("tied", [False, True])

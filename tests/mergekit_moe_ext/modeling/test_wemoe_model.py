@@ -380,14 +380,36 @@ def test_a_cache_that_the_model_made_itself_carries_the_choice():
 
 @torch.no_grad()
 def test_a_cache_of_another_model_is_refused():
-    model, ids = build("llama"), inputs_of("llama")["input_ids"]
+    ids = inputs_of("llama")["input_ids"]
     stock_class, config = FAMILIES["llama"]
     cache = stock_class(config)(ids, use_cache=True).past_key_values
     for mode in ("frozen", "running"):
         with pytest.raises(ValueError, match="start with an empty one"):
             build("llama", mode=mode)(ids[:, :1], past_key_values=copy.deepcopy(cache))
-    with pytest.raises(ValueError, match="static cache"):
-        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=20))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "running"])
+def test_a_static_cache_gives_what_a_dynamic_one_does(mode):
+    model, inputs = build("llama", mode=mode), padded(inputs_of("llama"), "left")
+    dynamic = model.generate(**inputs, **GREEDY)
+    # Where it makes a static cache, transformers hands the model masks of four dimensions.
+    static = model.generate(**inputs, **GREEDY, cache_implementation="static")
+    assert torch.equal(static, dynamic)
+    assert not model._can_compile_fullgraph
+    kept = StaticCache(config=model.config, max_cache_len=20)
+    with torch.no_grad():
+        step = model(**inputs, past_key_values=kept).logits
+        close(step, model(**inputs, past_key_values=DynamicCache(config=model.config)).logits)
+
+
+def test_a_mask_that_does_not_tell_padding_is_refused():
+    model, ids = build("llama"), inputs_of("llama")["input_ids"]
+    mask = torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"attention_mask= of shape .* give one of shape \(rows"):
+        model(ids, attention_mask=mask)
+    coefficients = model.coefficients(input_ids=ids)
+    given = model(ids, attention_mask=mask, coefficients=coefficients).logits
+    close(given, model(ids, coefficients=coefficients).logits)
 
 
 @torch.no_grad()
@@ -842,9 +864,25 @@ def test_guesses_of_an_assistant_do_not_choose(sparsity):
         close(model._last_coefficients(), chosen, atol=1e-6)
     given = {"coefficients": torch.full_like(chosen, 0.9), **GREEDY}
     assert torch.equal(model.generate(ids, **assistants[0], **given), model.generate(ids, **given))
-    running = build("llama", mode="running")
-    with pytest.raises(ValueError, match="running mean cannot; leave it out"):
-        running.generate(ids, prompt_lookup_num_tokens=3, **GREEDY)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_an_assistant_s_guesses_are_taken_back_from_running_means(family):
+    options = {"mode": "running"} if family == "llama" else {}
+    model = build(family, **options)
+    ids = inputs_of(family, samples=1)["input_ids"]
+    alone = model.generate(ids, **GREEDY)
+    guesses_wrongly = copy.deepcopy(model)
+    with torch.no_grad():
+        for router in guesses_wrongly.routers.values():
+            router.bias += 3
+    for assistant in (
+        {"assistant_model": copy.deepcopy(model)},
+        {"assistant_model": guesses_wrongly},
+        {"assistant_model": stock_of(model, family)},
+        {"prompt_lookup_num_tokens": 3},
+    ):
+        assert torch.equal(model.generate(ids, **assistant, **GREEDY), alone)
 
 
 def test_a_trunk_alone_loads_and_says_what_it_lacks(tmp_path):

@@ -437,13 +437,24 @@ def test_tokens_of_one_row_have_its_probability_once():
     for donor, kind in [("byte_level", "wordpiece"), ("sentencepiece", "byte_level")]:
         of_donor, model = tokenizer_of_kind(donor), tokenizer_of_kind(kind)
         rows = rows_of(Tokens(of_donor), Tokens(model), len(of_donor), len(model))
-        parts = rows.shares().exp()
         used = rows.own[rows.own >= 0].unique()
         assert len(used) < (rows.own >= 0).sum()
-        for row in used.tolist():
-            assert parts[rows.own == row].sum().item() == pytest.approx(1, abs=1e-6)
         mean = rows.availability(with_stand_ins=True)
+        for logarithms in (rows.shares(), mean, rows.availability(with_stand_ins=False)):
+            for row in used.tolist():
+                parts = logarithms[rows.own == row].exp()
+                assert parts.sum().item() == pytest.approx(1, abs=1e-6)
         assert all(mean[token] < -10 for token in rows.never_made)
+
+
+def parts_of_rows(rows, has):
+    """By Zipf's law the part of each of these tokens of its row, which others may have, too."""
+    tokens = has.nonzero()[:, 0].tolist()
+    parts = []
+    for token in tokens:
+        alike = [other for other in tokens if rows.own[other] == rows.own[token]]
+        parts.append(1 / (token + 300) / sum(1 / (other + 300) for other in alike))
+    return torch.tensor(parts)
 
 
 @pytest.mark.parametrize(("donor", "kind"), PAIRS)
@@ -453,7 +464,7 @@ def test_unavailable_tokens_leave_their_probability_to_the_experts_own(of_kinds,
     has = rows.own >= 0
     has[list(rows.never_made)] = False
     assert mixture[:, ~has].sum(dim=-1).max() < 1e-5
-    own = source[:, rows.own[has]]
+    own = source[:, rows.own[has]] * parts_of_rows(rows, has)
     expected = own / own.sum(dim=-1, keepdim=True)
     torch.testing.assert_close(mixture[:, has], expected, atol=1e-6, rtol=1e-4)
 
@@ -475,7 +486,7 @@ def test_a_head_with_a_bias_keeps_it(of_kinds):
     finally:
         del MARKS["phi"]
     has = rows.own >= 0
-    own = of_source[:, rows.own[has]]
+    own = of_source[:, rows.own[has]] * parts_of_rows(rows, has)
     expected = own / own.sum(dim=-1, keepdim=True)
     torch.testing.assert_close(mixture[:, has], expected, atol=1e-6, rtol=1e-4)
 
@@ -487,7 +498,8 @@ def test_the_plan_and_the_card_count_tokens_with_examples(of_kinds):
     of_donor, own = (AutoTokenizer.from_pretrained(name) for name in ("byte_level", "wordpiece"))
     rows = rows_of(Tokens(of_donor), Tokens(own), len(of_donor), len(own))
     number = int((rows.own >= 0).sum())
-    counted = f"{number} its own, {len(rows.spelled)} spelled"
+    of_its_tokens = len(set(rows.own.tolist()) - {-1})  # a word with a space and without is one
+    counted = f"{number} its own ({of_its_tokens} of its tokens), {len(rows.spelled)} spelled"
     assert number + len(rows.spelled) + len(rows.missing) == len(of_donor)
     card = (merge(config) / "README.md").read_text()
     for text in (printed, card):

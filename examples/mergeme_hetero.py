@@ -1,0 +1,590 @@
+"""Repeat MergeME's Table 4 at small scale: an expert of another architecture and tokenizer.
+
+    python examples/mergeme_hetero.py -o small.jsonl --plot small.png
+    python examples/mergeme_hetero.py --base smollm2 --steps 9 --batch 1 -o smollm2.jsonl
+
+A base and its bible and code experts become one model with a music expert of another maker: a small
+GPT-2, trained from scratch on music alone, with a SentencePiece tokenizer of its own. `hetero_moe`
+makes it, with the base's tokenizer. Its embeddings and projectors are made in three ways, and each
+mixture is trained. Beside them are the paper's controls: the dense models, and a mixture of the
+other three experts (BTX), trained on the same texts or on all but the music.
+
+The base is a small Llama, trained from scratch on all three kinds of text, so that mixtures can be
+trained for more than a few steps; or SmolLM2-135M-Instruct. All dense models are trained once and
+kept.
+
+A sequence chooses by its first 32 tokens, so every loss here, of dense models too, is that of the
+text after them. Losses are nats per character, which do not depend on a tokenizer.
+
+Each result is a line of the output file, written when it is there; a run that was interrupted goes
+on after the last.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import click
+import torch
+import yaml
+from demo import BLOCK, DOMAINS, blocks, table
+from demo import Recipe as ExpertRecipe
+from demo import train as train_dense
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from mergeme_homogeneous import make_experts, means
+from mergeme_sequence import PREFIX, choices, draw, largest, load
+from mergeme_tokenizers import train_tokenizer
+from real_data import Domain, cache_dir, domains, smollm2, written_at_once
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from mergekit_moe_ext import Reading, Recipe, UserError, train
+from mergekit_moe_ext.analysis import check_new_figure, format_table
+
+HETERO: dict[str, dict[str, str]] = {
+    "random projectors": {},  # as in the paper
+    "identity projectors": {"projector_init": "identity"},
+    "own embeddings": {"embedding": "separate"},
+}
+# the texts that each control is trained on
+CONTROLS = {
+    "3 experts": DOMAINS,
+    "3 experts, no music": ["bible", "code"],
+}
+DENSE = ["base", "bible expert", "code expert", "music expert"]
+READING = Reading(max_length=BLOCK, quiet=True)
+ROUTED = 8  # sequences per domain whose routing is looked at
+MUSIC = ExpertRecipe(steps=300, batch=4, learning_rate=2e-3)
+GPT2 = {"n_layer": 3, "n_embd": 96, "n_head": 4, "n_positions": 512}
+MUSIC_TOKENS = 2000
+SMALL = ExpertRecipe(steps=300, batch=4, learning_rate=2e-3)
+LLAMA = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3}
+LLAMA |= {"num_attention_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True}
+LLAMA_TOKENS = 4000
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the experts of a base are trained, and at which rate its mixtures are."""
+
+    expert: ExpertRecipe
+    learning_rate: float
+
+
+SCALES = {
+    "small": Scale(ExpertRecipe(steps=100, batch=4, learning_rate=1e-3), learning_rate=1e-3),
+    "smollm2": Scale(ExpertRecipe(steps=32, batch=1, learning_rate=1e-4), learning_rate=1e-4),
+}
+
+Losses = dict[str, float]
+
+
+def make_music_expert(texts: Mapping[str, Domain]) -> Path:
+    """A GPT-2 of half a million parameters that has seen nothing but music, through a SentencePiece
+    tokenizer that was trained on music.
+    """
+    folder = _folder("music", [asdict(MUSIC), GPT2, MUSIC_TOKENS])
+    if not folder.is_dir():
+        documents = texts["music"].train
+        tokenizer = train_tokenizer("sentencepiece", documents, MUSIC_TOKENS)
+        config = GPT2Config(vocab_size=len(tokenizer), **_ends(tokenizer), **GPT2)
+        data = blocks(tokenizer, documents, MUSIC.steps * MUSIC.batch)
+        _train_from_scratch(folder, GPT2LMHeadModel, config, tokenizer, data, MUSIC)
+    return folder
+
+
+def make_small_base(texts: Mapping[str, Domain]) -> Path:
+    """A Llama of one million parameters that has seen all three kinds of text, through a byte-level
+    tokenizer that was trained on them.
+    """
+    folder = _folder("base", [asdict(SMALL), LLAMA, LLAMA_TOKENS])
+    if not folder.is_dir():
+        documents = [document for name in DOMAINS for document in texts[name].train[:300]]
+        tokenizer = train_tokenizer("byte-level", documents, LLAMA_TOKENS)
+        config = LlamaConfig(vocab_size=len(tokenizer), **_ends(tokenizer), **LLAMA)
+        count = -(-SMALL.steps * SMALL.batch // len(DOMAINS))
+        data = torch.cat([blocks(tokenizer, texts[name].train, count) for name in DOMAINS])
+        _train_from_scratch(folder, LlamaForCausalLM, config, tokenizer, data, SMALL)
+    return folder
+
+
+def _folder(name: str, settings: list[Any]) -> Path:
+    """Where a model that was trained from scratch is kept."""
+    key = hashlib.sha256(json.dumps([*settings, BLOCK]).encode()).hexdigest()[:12]
+    return cache_dir() / f"mergeme-hetero-{key}" / name
+
+
+def _ends(tokenizer: Any) -> dict[str, int]:
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+
+
+def _train_from_scratch(
+    folder: Path, kind: Any, config: Any, tokenizer: Any, data: Tensor, recipe: ExpertRecipe
+) -> None:
+    """Trains a new model of this class on the data, which the Trainer shuffles, and keeps it."""
+    torch.manual_seed(0)
+    model = kind(config)
+    bar = tqdm(total=recipe.steps, desc=f"{folder.name} from scratch")
+    with written_at_once(folder) as partial, bar:
+        train_dense(model, data, recipe, bar)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+@dataclass
+class HeldOut:
+    """Sequences to measure on, by domain, each (sequences, BLOCK), and the text of each after the
+    prefix that chooses.
+    """
+
+    ids: dict[str, Tensor]
+    texts: dict[str, list[str]]
+    prefixes: dict[str, list[str]]
+
+    @classmethod
+    def cut(cls, tokenizer: Any, texts: Mapping[str, Domain], count: int) -> "HeldOut":
+        """The first `count` sequences of each domain's held-out texts."""
+        ids = {name: blocks(tokenizer, texts[name].held_out, count) for name in DOMAINS}
+        after = {name: tokenizer.batch_decode(rows[:, PREFIX:]) for name, rows in ids.items()}
+        before = {name: tokenizer.batch_decode(rows[:, :PREFIX]) for name, rows in ids.items()}
+        return cls(ids, after, before)
+
+    def characters(self, name: str) -> int:
+        """The number of characters of a domain that losses are divided by."""
+        return sum(map(len, self.texts[name]))
+
+
+@torch.inference_mode()
+def losses_of(
+    model: Any, held_out: HeldOut, coefficients: Mapping[str, Tensor] | None = None
+) -> Losses:
+    """A model's loss after the prefix, in nats per character, by domain.
+
+    `coefficients` are a sequence MoE's, by domain, (sequences, experts).
+    """
+    model.eval()
+    losses = {}
+    for name, sequences in held_out.ids.items():
+        nats = 0.0
+        for index, ids in enumerate(sequences):
+            options = {}
+            if coefficients:
+                options["coefficients"] = coefficients[name][index, None]
+            labels = ids.clone()
+            labels[:PREFIX] = -100
+            output = model(input_ids=ids[None], labels=labels[None], use_cache=False, **options)
+            nats += output.loss.item() * (len(ids) - PREFIX)
+        losses[name] = nats / held_out.characters(name)
+    return losses
+
+
+@torch.inference_mode()
+def own_loss(folder: Path, donor: Any, held_out: HeldOut) -> float:
+    """The loss of the music expert on music through its own tokenizer, in nats per character of the
+    same text. `donor` is the tokenizer that cut the sequences.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    nats = 0.0
+    prefixes_and_texts = zip(held_out.prefixes["music"], held_out.texts["music"], strict=True)
+    for parts in prefixes_and_texts:
+        prefix, text = (part.replace(donor.eos_token, tokenizer.eos_token) for part in parts)
+        encoded = tokenizer(prefix + text, return_offsets_mapping=True, return_tensors="pt")
+        ends = encoded.offset_mapping[0, :, 1]
+        labels = encoded.input_ids[0].masked_fill(ends <= len(prefix), -100)
+        loss = model(encoded.input_ids, labels=labels[None]).loss.item()
+        nats += loss * int((labels != -100).sum())
+    return nats / held_out.characters("music")
+
+
+def _whole_lines(path: Path) -> list[Any]:
+    """The lines of a file of JSON, without the half line that a killed run may have left."""
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+class Results:
+    """The results by row, each of a seed, in a file with a line for each."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]):
+        self._path = path
+        self.lines: list[dict[str, Any]] = []
+        if path and path.is_file():
+            settings_line, *self.lines = _whole_lines(path) or [None]
+            if settings_line != {"settings": settings}:
+                raise UserError(f"{path} is of other settings: name another file")
+        if path:
+            # The last line of a run that was killed may be half a line.
+            kept = [{"settings": settings}, *self.lines]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def has(self, row: str, seed: int = 0) -> bool:
+        return any(line["row"] == row and line["seed"] == seed for line in self.lines)
+
+    def add(
+        self, row: str, losses: Losses, routing: Mapping[str, Tensor] | None = None, seed: int = 0
+    ) -> None:
+        """Adds the losses by domain, and the mean of the coefficients by domain, if there are any,
+        unless a run that was interrupted has done so.
+        """
+        if self.has(row, seed):
+            return
+        line: dict[str, Any] = {"row": row, "seed": seed, "losses": losses, "routing": None}
+        if routing:
+            line["routing"] = {name: rows.mean(dim=0).tolist() for name, rows in routing.items()}
+        self.lines.append(line)
+        if self._path:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def losses(self, row: str) -> list[Losses]:
+        """The losses of a row, seed by seed."""
+        return [line["losses"] for line in self.lines if line["row"] == row]
+
+    def rows(self) -> list[str]:
+        return list(dict.fromkeys(line["row"] for line in self.lines))
+
+    def mean_losses(self) -> dict[str, Losses]:
+        """The losses of each row by domain, as means over seeds."""
+        rows: dict[str, Losses] = {}
+        for row in self.rows():
+            of_seeds = self.losses(row)
+            rows[row] = {}
+            for name in of_seeds[0]:
+                rows[row][name] = statistics.mean(losses[name] for losses in of_seeds)
+        return rows
+
+    def mean_routing(self) -> dict[str, dict[str, list[float]]]:
+        """The coefficients of each row that chooses, by domain and expert, as means over seeds."""
+        rows: dict[str, dict[str, list[float]]] = {}
+        for row in self.rows():
+            of_seeds = [line["routing"] for line in self.lines if line["row"] == row]
+            if None not in of_seeds:
+                rows[row] = {}
+                for name in DOMAINS:
+                    rows[row][name] = means([routing[name] for routing in of_seeds])
+        return rows
+
+    def text(self, experts: Sequence[str]) -> str:
+        """The losses, their mean over domains seed by seed, the orderings, and the routing."""
+        rows = self.mean_losses()
+        music = rows.pop("music expert")["music"]
+        parts = [table(rows), f"music expert, through its own tokenizer, on music: {music:.2f}"]
+        width = max(map(len, rows))
+        lines = ["Mean over domains, seed by seed:"]
+        for row in rows:
+            over_domains = [statistics.mean(losses.values()) for losses in self.losses(row)]
+            if len(over_domains) > 1:
+                lines.append(f"{row:{width}}" + "".join(f"{value:9.3f}" for value in over_domains))
+        parts.append("\n".join(lines))
+        parts.append("\n".join(self.orderings()))
+        for row, routing in self.mean_routing().items():
+            parts.append(f"{row}\n{format_table(experts, routing)}")
+        return "\n\n".join(parts)
+
+    def orderings(self) -> list[str]:
+        """What the paper says of its Table 4, and in how many seeds it holds here, for each kind of
+        mixture.
+        """
+        best_dense = dict.fromkeys(DOMAINS, float("inf"))
+        means_of_dense = []
+        for row in DENSE:
+            (losses,) = self.losses(row)
+            best_dense = {
+                name: min(best, losses.get(name, best)) for name, best in best_dense.items()
+            }
+            if len(losses) == len(DOMAINS):
+                means_of_dense.append(statistics.mean(losses.values()))
+        lines = []
+        for row in HETERO:
+            mixtures = self.losses(f"{row}, after")
+            count = len(mixtures)
+            if not mixtures:
+                continue
+            for name in DOMAINS:
+                held = sum(losses[name] < best_dense[name] for losses in mixtures)
+                lines.append(f"{row}: beats every dense model on {name} ({held} of {count})")
+            held = sum(
+                statistics.mean(losses.values()) < min(means_of_dense) for losses in mixtures
+            )
+            lines.append(f"{row}: beats every dense model in the mean ({held} of {count})")
+            for control in CONTROLS:
+                of_control = self.losses(f"{control}, after")
+                if not of_control:
+                    continue
+                pairs = list(zip(mixtures, of_control, strict=True))
+                on_music = sum(ours["music"] < theirs["music"] for ours, theirs in pairs)
+                in_mean = sum(sum(ours.values()) < sum(theirs.values()) for ours, theirs in pairs)
+                lines.append(
+                    f"{row}: beats {control} in the mean ({in_mean} of {count}), on music "
+                    f"({on_music} of {count})"
+                )
+        return lines
+
+
+def measure_dense(
+    results: Results, models: Mapping[str, Path], donor: Any, held_out: HeldOut
+) -> None:
+    """Measures the base and the experts, each alone."""
+    for name, path in models.items():
+        row = name if name == "base" else f"{name} expert"
+        if results.has(row):
+            continue
+        if name == "music":
+            results.add(row, {"music": own_loss(path, donor, held_out)})
+        else:
+            results.add(row, losses_of(AutoModelForCausalLM.from_pretrained(path), held_out))
+
+
+def measure_untrained(
+    results: Results,
+    model: Any,
+    experts: Sequence[str],
+    held_out: HeldOut,
+    routed: Mapping[str, Tensor],
+) -> None:
+    """Measures what needs no training: the music expert alone, through the base's tokenizer, and
+    routing by perplexity, with logits added up or probabilities.
+    """
+    only_music = torch.tensor([[float(name == "music") for name in experts]])
+    alone = {name: only_music.expand(len(rows), -1) for name, rows in held_out.ids.items()}
+    results.add("music expert, base's tokenizer", losses_of(model, held_out, alone))
+    config = model.config
+    usual = config.routing, config.experts_per_sequence, config.combine
+    config.routing, config.experts_per_sequence = "perplexity", len(experts)
+    of_all = choices(model, dict(routed))
+    for combine in ("logits", "probabilities"):
+        config.combine = combine
+        for k in (1, 2):
+            if k == 1 and combine == "probabilities":
+                continue  # one expert's logits either way
+            coefficients = {name: largest(rows, k) for name, rows in of_all.items()}
+            row = f"own embeddings, perplexity, K={k}"
+            if combine == "probabilities":
+                row += ", probabilities"
+            results.add(row, losses_of(model, held_out, coefficients), coefficients)
+    config.routing, config.experts_per_sequence, config.combine = usual
+
+
+def merge(
+    method: Mapping[str, Any], models: Sequence[Path], base: Path, output: Path, seed: int
+) -> None:
+    """Does what `mergekit-yaml` does, without a process of its own for each of many mixtures."""
+    from mergekit.merge import run_merge
+
+    config = {
+        **method,
+        "base_model": str(base),
+        "models": [{"model": str(model)} for model in models],
+        "dtype": "float32",
+    }
+    options = MergeOptions(random_seed=seed, quiet=True)
+    source = yaml.safe_dump(config)
+    parsed = MergeConfiguration.model_validate(config)
+    run_merge(parsed, str(output), options, config_source=source)
+
+
+def write_training(
+    folder: Path, tokenizer: Any, texts: Mapping[str, Domain], names: Sequence[str], count: int
+) -> list[str]:
+    """Writes at least `count` rows to train on, as many of each of these domains, from documents
+    that no expert has read. Returns the `--data` of a training.
+    """
+    folder.mkdir()
+    named = []
+    for name in names:
+        rows = blocks(tokenizer, texts[name].train[::-1], -(-count // len(names)))
+        path = folder / f"{name}.jsonl"
+        lines = [json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows]
+        path.write_text("".join(lines))
+        named.append(f"{name}={path}")
+    return named
+
+
+def fine_tuned(
+    merged: Path, row: str, data: Sequence[str], training: ExpertRecipe, seed: int
+) -> Any:
+    """A mixture whose parameters are all trained, as in the paper; the directory that it was merged
+    into is deleted.
+
+    The router, or the gates, and projectors start at random and learn faster than what comes from
+    the sources.
+    """
+    has_projectors = row in HETERO and HETERO[row].get("embedding") != "separate"
+    recipe = Recipe(
+        learning_rate=training.learning_rate,
+        router_learning_rate=1e-2,
+        projector_learning_rate=1e-3 if has_projectors else None,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(2, training.steps - 1),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch,
+        held_out=0,
+        seed=seed,
+    )
+    trained = merged.with_name("trained")
+    train(str(merged), data, "all", output=str(trained), recipe=recipe, reading=READING)
+    shutil.rmtree(merged)
+    return load(trained)
+
+
+def measure_mixtures(
+    results: Results,
+    models: Mapping[str, Path],
+    tokenizer: Any,
+    texts: Mapping[str, Domain],
+    held_out: HeldOut,
+    routed: Mapping[str, Tensor],
+    seeds: int,
+    training: ExpertRecipe,
+    only: Sequence[str],
+) -> None:
+    """Merges, trains and measures the mixtures of these rows, seed by seed."""
+    base = models["base"]
+    others = [path for name, path in models.items() if name != "music"]
+    runs = [(seed, row) for seed in range(seeds) for row in only]
+    with tempfile.TemporaryDirectory() as scratch:
+        data = {}
+        count = training.steps * training.batch
+        for row in only:
+            names = CONTROLS.get(row, DOMAINS)
+            data[row] = write_training(Path(scratch) / row, tokenizer, texts, names, count)
+        for seed, row in tqdm(runs, desc="mixtures"):
+            if results.has(f"{row}, after", seed):
+                continue
+            merged = Path(scratch) / "merged"
+            if row in HETERO:
+                method = {"merge_method": "hetero_moe", "parameters": HETERO[row]}
+                merge(method, list(models.values()), base, merged, seed)
+            else:
+                merge({"merge_method": "moe_linear"}, others, base, merged, seed)
+            model = AutoModelForCausalLM.from_pretrained(merged)
+            if row == "own embeddings" and seed == 0:
+                measure_untrained(results, model, list(models), held_out, routed)
+            measure(results, f"{row}, before", model, held_out, routed, seed)
+            del model
+            model = fine_tuned(merged, row, data[row], training, seed)
+            measure(results, f"{row}, after", model, held_out, routed, seed)
+            del model
+
+
+def measure(
+    results: Results,
+    row: str,
+    model: Any,
+    held_out: HeldOut,
+    routed: Mapping[str, Tensor],
+    seed: int,
+) -> None:
+    """Measures a mixture, and which experts it chooses if they are whole models."""
+    coefficients = choices(model, dict(routed)) if hasattr(model, "experts") else None
+    results.add(row, losses_of(model, held_out, coefficients), coefficients, seed)
+
+
+@click.command(help=__doc__.splitlines()[0] if __doc__ else None)
+@click.option(
+    "--base",
+    "size",
+    type=click.Choice(list(SCALES)),
+    default="small",
+    show_default=True,
+    help="Base that the bible and code experts are made from.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File for the results, *.jsonl; a run goes on where an earlier one ended.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File for a figure of the routing: *.png, *.pdf or *.svg.",
+)
+@click.option(
+    "--only",
+    type=click.Choice([*HETERO, *CONTROLS]),
+    multiple=True,
+    default=[*HETERO, *CONTROLS],
+    help="Row of the table to measure. May be repeated. [default: all]",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Number of seeds of what is drawn at random or trained.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=60,
+    show_default=True,
+    help="Number of training steps of each mixture.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help=f"Number of sequences, of {BLOCK} tokens each, of a training step.",
+)
+@click.option(
+    "--held-out",
+    "count",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help=f"Number of sequences of {BLOCK} tokens to measure on, per domain.",
+)
+def main(
+    size: str,
+    output: Path | None,
+    plot: Path | None,
+    only: tuple[str, ...],
+    seeds: int,
+    steps: int,
+    batch: int,
+    count: int,
+) -> None:
+    if plot:
+        check_new_figure(plot)
+    texts = domains()
+    base = smollm2() if size == "smollm2" else make_small_base(texts)
+    scale = SCALES[size]
+    training = ExpertRecipe(steps, batch, scale.learning_rate)
+    settings = {"base": size, "held_out": count}
+    settings |= {"training": asdict(training), "expert": asdict(scale.expert)}
+    results = Results(output, settings)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    models = make_experts(base, texts, scale.expert, ["bible", "code"])
+    models["music"] = make_music_expert(texts)
+    held_out = HeldOut.cut(tokenizer, texts, count)
+    routed = HeldOut.cut(tokenizer, texts, max(ROUTED, count)).ids
+    measure_dense(results, models, tokenizer, held_out)
+    measure_mixtures(results, models, tokenizer, texts, held_out, routed, seeds, training, only)
+    click.echo(results.text(list(models)))
+    if plot:
+        draw(results.mean_routing(), list(models), plot)
+
+
+if __name__ == "__main__":
+    main()
