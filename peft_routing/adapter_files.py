@@ -129,6 +129,15 @@ def fingerprint(path: str, where: str) -> str:
     return sha256_of([_file(path, CONFIG_NAME, where), weights_file(path, where)])
 
 
+def hub_revision(path: str, where: str) -> str | None:
+    """The commit of an adapter on the Hub, None for a directory; errors as of `read_config`."""
+    if Path(path).expanduser().is_dir():
+        return None
+    # The Hub's cache keeps the files of a commit in a directory of its name.
+    parts = _file(path, CONFIG_NAME, where).parts
+    return parts[len(parts) - parts[::-1].index("snapshots")]
+
+
 def read_pickle(file: Path, where: str) -> Any:
     """What `torch.save` wrote, on the CPU. `UserError` if that is more than tensors and values."""
     try:
@@ -164,7 +173,9 @@ def _check_tensors(content: Any, where: str) -> None:
 
 
 def _file(path: str, name: str, where: str) -> Path:
-    """A file of an adapter, downloaded where it is on the Hub."""
+    """A file of an adapter, downloaded where it is on the Hub: `owner/name[/subfolder]`, with
+    `@revision` where it is not the newest that is wanted.
+    """
     directory = Path(path).expanduser()
     if directory.is_dir():
         if not (directory / name).is_file():
@@ -172,10 +183,18 @@ def _file(path: str, name: str, where: str) -> Path:
         return directory / name
     if _looks_local(path):
         raise FileNotFoundError(f"{where}: there is no such directory")
-    owner, _, rest = path.partition("/")
+    on_hub, _, revision = path.partition("@")
+    owner, _, rest = on_hub.partition("/")
     repository, _, subfolder = rest.partition("/")
     try:
-        return Path(hf_hub_download(f"{owner}/{repository}", name, subfolder=subfolder or None))
+        return Path(
+            hf_hub_download(
+                f"{owner}/{repository}",
+                name,
+                subfolder=subfolder or None,
+                revision=revision or None,
+            )
+        )
     except (
         EntryNotFoundError,
         HfHubHTTPError,

@@ -22,6 +22,15 @@ from _mergekit_moe_ext_common.options import (
 )
 from _mergekit_moe_ext_common.staging import check_new_file
 from peft_routing import commands
+from peft_routing.cli_library import library as library_group
+from peft_routing.expert_options import (
+    EXPERTS,
+    EXPERTS_FROM,
+    LIBRARY,
+    ONLY,
+    TASKS,
+    experts_written,
+)
 from peft_routing.recipes import LEARNING_RATES, Recipe
 
 _ROUTING = (
@@ -39,20 +48,6 @@ _ROUTING = (
 )
 _BASE = click.option("--base", help="Base model. [default: the one that the adapter names]")
 
-_EXPERTS = click.option(
-    "--expert",
-    "experts",
-    multiple=True,
-    metavar="[NAME=]DIR",
-    help="LoRA adapter that becomes an expert. May be repeated.",
-)
-_EXPERTS_FROM = click.option(
-    "--experts-from",
-    metavar="DIR",
-    help="Directory of LoRA adapters: every subdirectory that holds one becomes an expert of its "
-    "name.",
-)
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mergekit-moe-ext")
@@ -64,12 +59,15 @@ def compose(
     base: str,
     experts: tuple[str, ...],
     experts_from: str | None,
+    library: str | None,
+    only: tuple[str, ...],
     general: tuple[str, ...],
     router: str,
     router_options: tuple[str, ...],
     output: str,
     weights: tuple[str, ...],
     clusters: tuple[str, ...],
+    clusters_from: str | None,
     seed: int,
     trust_remote_code: bool,
     **routing: Any,
@@ -79,15 +77,20 @@ def compose(
 
     DIR is a directory or a repository on the Hub. The result loads with PeftModel.from_pretrained.
     """
-    if not experts and not experts_from:
-        raise UserError("there are no experts: name them with --expert, or --experts-from")
+    if not experts and not experts_from and not library:
+        raise UserError(
+            "there are no experts: name them with --expert, --experts-from or --library"
+        )
     composed = commands.compose(
         base,
-        _experts("--expert", experts),
+        experts_written("--expert", experts),
         output,
         experts_from=experts_from,
+        library=library,
+        only=only,
+        clusters_from=clusters_from,
         router=router,
-        general_experts=_experts("--general-expert", general),
+        general_experts=experts_written("--general-expert", general),
         seed=seed,
         trust_remote_code=trust_remote_code,
         weights=numbers_by_name("--weight", weights) or None,
@@ -109,8 +112,10 @@ def _compose_command() -> click.Command:
 
     add_options = in_order(
         click.argument("base"),
-        _EXPERTS,
-        _EXPERTS_FROM,
+        EXPERTS,
+        EXPERTS_FROM,
+        LIBRARY,
+        ONLY,
         click.option(
             "--general-expert",
             "general",
@@ -149,6 +154,12 @@ def _compose_command() -> click.Command:
             help="Cluster of an expert, for the router hierarchical.",
         ),
         click.option(
+            "--clusters-from",
+            metavar="FILE",
+            help="File of `peft-route library cluster`: the cluster of each expert, for the router "
+            "hierarchical.",
+        ),
+        click.option(
             "--router-option",
             "router_options",
             multiple=True,
@@ -169,6 +180,7 @@ def _compose_command() -> click.Command:
 
 
 main.add_command(DeferredCommand("compose", compose, _compose_command))
+main.add_command(library_group)
 
 
 @main.command()
@@ -320,17 +332,11 @@ def export(
 
 @main.command()
 @click.argument("base")
-@_EXPERTS
-@_EXPERTS_FROM
-@click.option(
-    "--task",
-    "tasks",
-    multiple=True,
-    required=True,
-    metavar="NAME=SOURCE",
-    help="Texts of a task, which are split into train, validation and test; or three sources with "
-    "commas between them. May be repeated. An expert of the same name was trained on the task.",
-)
+@EXPERTS
+@EXPERTS_FROM
+@LIBRARY
+@ONLY
+@TASKS
 @click.option(
     "--fusion",
     "fusions",
@@ -349,8 +355,8 @@ def export(
 @click.option(
     "--cache",
     type=click.Path(),
-    help="Directory that keeps what was measured, so that it is not measured again. [default: "
-    "OUTPUT.cache]",
+    help="Directory that keeps what was measured, so that it is not measured again. [default: that "
+    "of the library, or OUTPUT.cache]",
 )
 @click.option(
     "--completions-only",
@@ -381,6 +387,8 @@ def compare(
     base: str,
     experts: tuple[str, ...],
     experts_from: str | None,
+    library: str | None,
+    only: tuple[str, ...],
     tasks: tuple[str, ...],
     fusions: tuple[str, ...],
     strategies: tuple[str, ...],
@@ -404,10 +412,12 @@ def compare(
     is_main = processes().is_main_process  # asked now: the group of processes is gone afterwards
     compared = commands.compare(
         base,
-        _experts("--expert", experts),
+        experts_written("--expert", experts),
         values_by_name("--task", tasks, "NAME=SOURCE"),
         output,
         experts_from=experts_from,
+        library=library,
+        only=only,
         fusions=values_by_name("--fusion", fusions, "NAME=DIR"),
         strategies=strategies,
         cache=cache,
@@ -444,16 +454,6 @@ def import_mttl(files: tuple[str, ...], output: str) -> None:
             f"{len(others)} experts, {others[0]} among them, were trained with another scaling; in "
             f"mttl, too, they have that of {first}"
         )
-
-
-def _experts(option: str, texts: Sequence[str]) -> dict[str, str] | list[str]:
-    """Experts by name where all have one, or a list, which is named by its directories."""
-    named = [text for text in texts if "=" in text and not Path(text).exists()]
-    if not named:
-        return list(texts)
-    if len(named) < len(texts):
-        raise UserError(f"{option}: name all experts, or none")
-    return values_by_name(option, texts, "NAME=DIR")
 
 
 def _router_options(router: str, texts: Sequence[str]) -> dict[str, Any]:

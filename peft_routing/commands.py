@@ -43,6 +43,9 @@ def compose(
     router: str = "arrow",
     general_experts: Mapping[str, str] | Sequence[str] = (),
     experts_from: str | None = None,
+    library: str | None = None,
+    only: Sequence[str] = (),
+    clusters_from: str | None = None,
     seed: int = 42,
     trust_remote_code: bool = False,
     **routing: Any,
@@ -58,6 +61,10 @@ def compose(
         general_experts: adapters whose mean update is subtracted from each expert's (GenKnowSub).
         experts_from: a directory, of which every subdirectory that holds an adapter is one more
         expert, by its name and in the order of the names.
+        library: a directory that `peft_routing.library.add` wrote, whose adapters are experts, too.
+        only: the names of those that are taken of it; all if there is none.
+        clusters_from: a file that `peft_routing.library.cluster_library` wrote: the cluster of each
+        expert, for the router hierarchical.
         seed: for a router that starts at random.
         trust_remote_code: run code that comes with the base model (danger).
         routing: any other field of `RoutedLoraConfig`: `top_k`, `granularity`, `mixing`, `head` …
@@ -77,13 +84,14 @@ def compose(
 
     from _mergekit_moe_ext_common.loading import load_config
     from _mergekit_moe_ext_common.staging import check_output
-    from peft_routing.config import RoutedLoraConfig, experts_by_name
+    from peft_routing.config import RoutedLoraConfig
     from peft_routing.loading import base_for_composing
 
     reading = Reading(trust_remote_code=trust_remote_code)
     check_output(output)
-    if experts_from is not None:
-        experts = _joined(experts_by_name("experts", experts), experts_from)
+    experts = named_experts(experts, experts_from=experts_from, library=library, only=only)
+    if clusters_from is not None:
+        routing["clusters"] = _clusters(clusters_from, experts, routing.get("clusters"))
     try:
         config = RoutedLoraConfig(
             experts=experts, general_experts=general_experts, router=router, **routing
@@ -103,17 +111,56 @@ def compose(
     return model.peft_config["default"]
 
 
-def _joined(experts: Mapping[str, str], directory: str) -> dict[str, str]:
-    """The experts and those in a directory. `UserError` where a name is in both."""
-    from peft_routing.adapter_files import adapters_in
+def named_experts(
+    experts: Mapping[str, str] | Sequence[str],
+    *,
+    experts_from: str | None = None,
+    library: str | None = None,
+    only: Sequence[str] = (),
+) -> dict[str, str]:
+    """The directory of each adapter by its name: those of `experts`, of a directory and of a
+    library, in this order.
 
-    more = adapters_in(directory)
+    `UserError` where a name is in two of them, and for an adapter that is not in the library.
+    """
+    from peft_routing.adapter_files import adapters_in
+    from peft_routing.config import experts_by_name
+
+    if only and library is None:
+        raise UserError("--only names adapters of a library: give --library")
+    named = experts_by_name("experts", experts)
+    if experts_from is not None:
+        named = _joined(named, adapters_in(experts_from), f"a subdirectory of {experts_from}")
+    if library is not None:
+        from peft_routing.library import Library
+
+        adapters = Library.open(library).experts(tuple(only))
+        named = _joined(named, adapters, f"an adapter of the library {library}")
+    return named
+
+
+def _joined(experts: dict[str, str], more: dict[str, str], what: str) -> dict[str, str]:
+    """The experts and more. `UserError` where a name is in both."""
     both = experts.keys() & more.keys()
     if both:
-        raise UserError(
-            f"an expert is named {min(both)!r}, and so is a subdirectory of {directory}: rename one"
-        )
+        raise UserError(f"an expert is named {min(both)!r}, and so is {what}: rename one")
     return {**experts, **more}
+
+
+def _clusters(file: str, experts: Mapping[str, str], stated: Any) -> dict[str, int]:
+    """The cluster of each expert by a file, which may have those of more adapters.
+
+    `UserError` where it lacks one, and where clusters are stated besides.
+    """
+    from peft_routing.library.clusters import read_clusters
+
+    if stated is not None:
+        raise UserError("clusters are stated twice: by name (--cluster) and by --clusters-from")
+    clusters = read_clusters(Path(file).expanduser())
+    lacking = [name for name in experts if name not in clusters]
+    if lacking:
+        raise UserError(f"{file} has no cluster for the expert {lacking[0]!r}")
+    return {name: clusters[name] for name in experts}
 
 
 def save(model: "PeftModel", output: str, **options: Any) -> None:
@@ -316,6 +363,8 @@ def compare(
     output: str,
     *,
     experts_from: str | None = None,
+    library: str | None = None,
+    only: Sequence[str] = (),
     fusions: Mapping[str, str] | None = None,
     strategies: Collection[str] = (),
     cache: str | None = None,
@@ -338,11 +387,14 @@ def compare(
         output: the directory of the report.
         experts_from: a directory, of which every subdirectory that holds an adapter is one more
         expert, by its name and in the order of the names.
+        library: a directory that `peft_routing.library.add` wrote, whose adapters are compared,
+        too.
+        only: the names of those that are taken of it; all if there is none.
         fusions: other adapters to measure beside them, by name: a trained routed adapter, say, or
         one LoRA for all tasks.
         strategies: the fusions to compare, beside the base model; all if none is named.
-        cache: the directory that keeps what was measured; `<output>.cache` if None. What is there
-        already is not measured again.
+        cache: the directory that keeps what was measured; the library's or, without one,
+        `<output>.cache` if None. What is there already is not measured again.
         reading: how texts are read; `Reading()` if None.
         completions_only: score answers alone: the last turn of a chat, or a target after its input.
         max_samples: the first so many rows of each source; all if None.
@@ -365,12 +417,11 @@ def compare(
     >>> [row.name for row in comparison.rows]
     ['base', 'best_expert', 'learned_ensemble']
     """
-    from peft_routing.config import experts_by_name
     from peft_routing.fusion.comparison import compare as run
 
-    named = experts_by_name("experts", experts)
-    if experts_from is not None:
-        named = _joined(named, experts_from)
+    named = named_experts(experts, experts_from=experts_from, library=library, only=only)
+    if cache is None and library is not None:
+        cache = str(Path(library) / "cache")
     return run(
         base,
         named,

@@ -43,10 +43,11 @@ MAY_IMPORT = {
     "__main__": "cli",
     # peft_routing, whose files at the top are one room
     "peft_routing.routers": "common",
-    "peft_routing": "peft_routing.routers peft_routing.fusion autoload common",
+    "peft_routing": "peft_routing.routers peft_routing.fusion peft_routing.library autoload common",
     "peft_routing.choosers": "peft_routing peft_routing.routers common",
     # commands, at the top, calls this room, which reads adapters through other files at the top
     "peft_routing.fusion": "peft_routing peft_routing.routers common",
+    "peft_routing.library": "peft_routing peft_routing.fusion common",
 }
 
 

@@ -60,7 +60,7 @@ from peft_routing.fusion.strategies import (
 from peft_routing.fusion.subjects import any_adapter, base_alone, composed, fused, one_expert
 from peft_routing.fusion.tables import Table, joined
 from peft_routing.fusion.tasks import SPLITS, read_tasks
-from peft_routing.fusion.worst_case import check_scipy
+from peft_routing.fusion.worst_case import PROGRAM_NEEDS_SCIPY, check_scipy
 from peft_routing.loading import CLASSES, empty_model
 
 LOG = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _check_strategies(strategies: Collection[str], left_out: dict[str, str]) -> 
     wanted = [name for name in STRATEGIES if not strategies or name in (*strategies, "base")]
     if _NEEDS_SCIPY in wanted:
         try:
-            check_scipy()
+            check_scipy(PROGRAM_NEEDS_SCIPY)
         except UserError as error:
             if strategies:
                 raise

@@ -29,12 +29,15 @@ class WorstCase:
     bound: float
 
 
-def check_scipy() -> None:
-    """`UserError` where scipy, which solves the linear program, is not installed."""
+PROGRAM_NEEDS_SCIPY = "the linear program (B.5) needs scipy"
+
+
+def check_scipy(needs: str) -> None:
+    """`UserError` where scipy is not installed; `needs` says in words what needs it."""
     try:
         import scipy.optimize  # noqa: F401
     except ImportError as error:
-        raise UserError("the linear program (B.5) needs scipy: pip install scipy") from error
+        raise UserError(f"{needs}: pip install scipy") from error
 
 
 def linear_program(log_probabilities: Tensor, tasks_of: Tensor, tasks: int) -> WorstCase:
@@ -48,7 +51,7 @@ def linear_program(log_probabilities: Tensor, tasks_of: Tensor, tasks: int) -> W
         log_probabilities: (tokens, experts), in nats.
         tasks_of: (tokens,), the index of each token's task.
     """
-    check_scipy()
+    check_scipy(PROGRAM_NEEDS_SCIPY)
     from scipy.optimize import linprog
 
     losses = task_means(-log_probabilities, tasks_of, tasks).numpy()  # (tasks, experts)
