@@ -5,7 +5,8 @@ Importing this package makes it known where that is off. PEFT itself is not impo
 extended the moment that the program imports it.
 
 What the command `peft-route` does is here as functions: `compose`, `train`, `inspect`, `export`,
-`compare`, `import_mttl`; `save` is PEFT's `save_pretrained`, whole or not at all.
+`compare`, `import_mttl`. `ensemble` runs all experts as one model; `save` is PEFT's
+`save_pretrained`, whole or not at all.
 """
 
 import importlib
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         train,
     )
     from peft_routing.config import RoutedLoraConfig
+    from peft_routing.fusion.generation import Ensemble, ensemble
     from peft_routing.fusion.report import Comparison
     from peft_routing.given import given_coefficients
     from peft_routing.inspection import Inspection
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Comparison",
+    "Ensemble",
     "Exported",
     "Inspection",
     "PeftType",
@@ -49,6 +52,7 @@ __all__ = [
     "UserError",
     "compare",
     "compose",
+    "ensemble",
     "export",
     "given_coefficients",
     "import_mttl",
@@ -59,6 +63,7 @@ __all__ = [
 # Where each public name is, which is imported when the name is asked for.
 _MODULES = {
     "Comparison": "peft_routing.fusion.report",
+    "Ensemble": "peft_routing.fusion.generation",
     "Exported": "peft_routing.commands",
     "Inspection": "peft_routing.inspection",
     "PeftType": "peft_routing.types",
@@ -70,6 +75,7 @@ _MODULES = {
     "UserError": "_mergekit_moe_ext_common.errors",
     "compare": "peft_routing.commands",
     "compose": "peft_routing.commands",
+    "ensemble": "peft_routing.fusion.generation",
     "export": "peft_routing.commands",
     "given_coefficients": "peft_routing.given",
     "import_mttl": "peft_routing.commands",

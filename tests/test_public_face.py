@@ -186,7 +186,9 @@ def test_the_examples_for_mixtures_run(everything):
 
 
 def test_the_examples_for_adapters_run(adapters):
-    run_examples(peft_routing, ["compose", "train", "inspect", "export", "save", "compare"])
+    run_examples(
+        peft_routing, ["compose", "train", "inspect", "export", "save", "compare", "ensemble"]
+    )
     for directory in ("routed", "routed-trained", "experts/math", "routed-again"):
         assert (adapters / directory / "adapter_config.json").exists()
     assert (adapters / "report" / "report.json").exists()

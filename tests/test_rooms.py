@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "peft_routing": "peft_routing.routers peft_routing.fusion peft_routing.library autoload common",
     "peft_routing.choosers": "peft_routing peft_routing.routers common",
     # commands, at the top, calls this room, which reads adapters through other files at the top
-    "peft_routing.fusion": "peft_routing peft_routing.routers common",
+    "peft_routing.fusion": "peft_routing peft_routing.choosers peft_routing.routers common",
     "peft_routing.library": "peft_routing peft_routing.fusion common",
 }
 
