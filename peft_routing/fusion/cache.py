@@ -9,6 +9,7 @@ again, one more adapter costs one adapter, and a run that was interrupted goes o
 import hashlib
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,11 +88,13 @@ class Measured:
 
     seconds: the time of the forward passes.
     tokens_read: the number of tokens that went through the model, without padding.
+    machine: where that time was measured, as `this_machine` calls it.
     """
 
     log_probabilities: Tensor
     seconds: float
     tokens_read: int
+    machine: str
 
 
 class Cache:
@@ -118,7 +121,12 @@ class Cache:
             with safe_open(path, framework="pt") as file:
                 values = file.get_tensor(_TENSOR)
                 notes = file.metadata()
-            measured = Measured(values, float(notes["seconds"]), int(notes["tokens_read"]))
+            measured = Measured(
+                values,
+                float(notes["seconds"]),
+                int(notes["tokens_read"]),
+                notes.get("machine", ""),  # which files of the first version do not say
+            )
         # Whatever a damaged file makes its reader raise.
         except Exception as error:
             raise UserError(f"{damage(path, error)}; {remedy}") from error
@@ -134,6 +142,7 @@ class Cache:
             "split": texts.split,
             "seconds": repr(measured.seconds),
             "tokens_read": str(measured.tokens_read),
+            "machine": measured.machine,
         }
         with new_file(self.path(subject, texts)) as partial:
             save_file({_TENSOR: measured.log_probabilities}, partial, metadata=notes)
@@ -228,7 +237,7 @@ def measure(
         if bar is not None:
             bar.update(len(places))
     in_order = [of_rows[place] for place in range(len(items))]
-    return Measured(torch.cat(in_order), seconds, tokens_read)
+    return Measured(torch.cat(in_order), seconds, tokens_read, this_machine())
 
 
 def _of_batch(model: Any, batch: dict[str, Tensor]) -> Iterator[Tensor]:
@@ -250,7 +259,19 @@ def _of_batch(model: Any, batch: dict[str, Tensor]) -> Iterator[Tensor]:
         yield (chosen - own.logsumexp(dim=1)).float().cpu()
 
 
-def milliseconds_per_token(measured: Sequence[Measured]) -> float:
-    """The time of the forward passes per token that was read."""
+def this_machine() -> str:
+    """A digest by which times can be told to be of one machine: its name, GPU and threads."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    parts = [platform.node(), platform.machine(), gpu, torch.get_num_threads()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def milliseconds_per_token(measured: Sequence[Measured]) -> float | None:
+    """The time of the forward passes per token that was read.
+
+    None where any of them was measured on another machine.
+    """
+    if any(each.machine != this_machine() for each in measured):
+        return None
     seconds = math.fsum(each.seconds for each in measured)
     return 1000 * seconds / sum(each.tokens_read for each in measured)

@@ -48,12 +48,10 @@ def write_merge(
         directory: one that does not exist.
         seed: of what is dropped at random.
 
-    `UserError` for an adapter with biases, and as of `read_expert`.
+    `UserError` as of `check_mergeable`, and where it cannot be written.
     """
+    check_mergeable(experts, empty)
     adapters = [read_expert(name, path, empty) for name, path in experts.items()]
-    for adapter in adapters:
-        if adapter.biases:
-            raise UserError(f"expert {adapter.name!r} has biases (lora_bias), which are not merged")
     modules = sorted({module for adapter in adapters for module in adapter.factors})
     factors = {}
     lost = 0.0  # squared norms
@@ -74,6 +72,13 @@ def write_merge(
         write_adapter(factors, {}, config, out)
         notes = {"strategy": strategy, "density": density, "seed": seed, "error": error}
         (out / _NOTES).write_text(json.dumps(notes), encoding="utf-8")
+
+
+def check_mergeable(experts: Mapping[str, str], empty: nn.Module) -> None:
+    """`UserError` for an adapter with biases, and as of `read_expert`. One at a time is read."""
+    for name, path in experts.items():
+        if read_expert(name, path, empty).biases:
+            raise UserError(f"expert {name!r} has biases (lora_bias), which are not merged")
 
 
 def merge_name(strategy: str, base: str, experts: Mapping[str, str], seed: int) -> str:

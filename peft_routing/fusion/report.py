@@ -12,11 +12,18 @@ import torch
 from _mergekit_moe_ext_common.cards import in_markdown
 from _mergekit_moe_ext_common.figures import pyplot
 from peft_routing.fusion.selection import NotFirst, standard_error
-from peft_routing.fusion.strategies import BY_TASK, ENSEMBLE, PLAIN, ROUTED, Tables
+from peft_routing.fusion.strategies import BY_TASK, ENSEMBLE, OTHER, PLAIN, ROUTED, Tables
 
 # The factors of the standard error that 95 percent of a mean's distribution lie within, by degrees
 # of freedom from 1 on (Student); beyond them 1.96 + 2.5 / degrees is exact to 0.02.
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+_COLOURS = {
+    PLAIN: "tab:blue",
+    ROUTED: "tab:green",
+    OTHER: "tab:purple",
+    ENSEMBLE: "tab:orange",
+    BY_TASK: "tab:grey",
+}
 _HEADINGS = (
     "strategy",
     "test loss",
@@ -36,7 +43,8 @@ class Row:
 
     validation, test: the loss of each task, in nats per token.
     passes: the forward passes per text, a mean over tasks; 1 is the base model's own.
-    milliseconds: of these passes, per token, as measured here.
+    milliseconds: of these passes, per token, as measured here; None where any was measured on
+    another machine.
     megabytes: what is kept beside the base model.
     parameters: how many numbers were learned.
     """
@@ -46,7 +54,7 @@ class Row:
     validation: list[float]
     test: list[float]
     passes: float
-    milliseconds: float
+    milliseconds: float | None
     megabytes: float
     parameters: int
     note: str
@@ -129,7 +137,7 @@ class Comparison:
                     "" if row is best else f"{difference:+.4f}",
                     "" if row is best else _number(error),
                     f"{row.passes:.3g}",
-                    f"{row.milliseconds:.3g}",
+                    "" if row.milliseconds is None else f"{row.milliseconds:.3g}",
                     f"{row.megabytes:.3g}",
                     str(row.parameters),
                 ]
@@ -206,6 +214,8 @@ def notes(comparison: Comparison) -> list[str]:
     """What the table has no column for, a sentence each."""
     lines = [f"{row.name}: {row.note}" for row in comparison.rows if row.note]
     lines += [f"{name} is left out: {why}" for name, why in comparison.left_out.items()]
+    if any(row.milliseconds is None for row in comparison.rows):
+        lines.append("ms/token is left out where passes were measured on another machine")
     selected = comparison.selected
     line = f"greedy selection bends most at {selected.elbow} of {len(selected.order)} experts"
     if selected.reaches_own is not None:
@@ -229,8 +239,8 @@ def budget_sentences(rows: Sequence[Row]) -> list[str]:
     """The best fusion of each budget by validation, from the smallest budget on."""
     budgets: list[tuple[str, Callable[[Row], bool]]] = [
         ("one pass, one plain LoRA", lambda row: row.kind == PLAIN),
-        ("one pass", lambda row: row.kind in (PLAIN, ROUTED)),
-        ("any number of passes", lambda row: row.kind in (PLAIN, ROUTED, ENSEMBLE)),
+        ("one pass", lambda row: row.kind in (PLAIN, ROUTED, OTHER)),
+        ("any number of passes", lambda row: row.kind != BY_TASK),
         ("one plain LoRA per request, the task known", lambda row: row.kind in (PLAIN, BY_TASK)),
     ]
     sentences: list[str] = []
@@ -277,7 +287,6 @@ def draw(comparison: Comparison, directory: Path) -> None:
     """Draws the losses of all fusions (figure 2), the loss matrix and the selection (figure 7)."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(comparison.rows)))
-    colours = {PLAIN: "tab:blue", ROUTED: "tab:green", ENSEMBLE: "tab:orange", BY_TASK: "tab:grey"}
     rows = comparison.rows[::-1]
     for place, row in enumerate(rows):
         error = standard_error(torch.tensor(row.test))
@@ -286,11 +295,11 @@ def draw(comparison: Comparison, directory: Path) -> None:
             place,
             xerr=0 if math.isnan(error) else error,
             fmt="o",
-            color=colours[row.kind],
+            color=_COLOURS[row.kind],
             capsize=3,
         )
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
-    for kind, colour in colours.items():
+    for kind, colour in _COLOURS.items():
         axes.plot([], [], "o", color=colour, label=kind)
     axes.legend(fontsize=7)
     axes.set_xlabel("test loss, mean and standard error over tasks (nats per token)")

@@ -7,12 +7,14 @@ model and measured.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_routing.fusion.ensembles import (
+    Learned,
     learned,
     learned_beta,
     loss_of,
@@ -24,10 +26,11 @@ from peft_routing.fusion.ensembles import (
 from peft_routing.fusion.merges import MERGES
 from peft_routing.fusion.selection import best_expert, best_per_task, own_experts
 from peft_routing.fusion.tables import Table
-from peft_routing.fusion.worst_case import linear_program, true_worst_case
+from peft_routing.fusion.worst_case import WorstCase, linear_program, true_worst_case
 
 PLAIN = "plain LoRA"  # one adapter that any server loads
 ROUTED = "routed"  # one pass, and a router
+OTHER = "other adapter"  # one pass, of an adapter that is neither
 ENSEMBLE = "ensemble"  # a pass per expert
 BY_TASK = "by task"  # an adapter per request, for which the task must be known
 
@@ -59,6 +62,11 @@ class Tables:
     train: Table
     validation: Table
     test: Table
+
+    @cached_property
+    def learned(self) -> Learned:
+        """The coefficients of the least loss on train, which two strategies start from."""
+        return learned(self.train.of_experts, self.train.weights)
 
 
 def base(tables: Tables) -> Outcome:
@@ -125,7 +133,7 @@ def uniform_ensemble(tables: Tables) -> Outcome:
 
 def learned_ensemble(tables: Tables) -> Outcome:
     """The coefficients of the least loss on train (3.2.1)."""
-    solution = learned(tables.train.of_experts, tables.train.weights)
+    solution = tables.learned
     return _ensemble(
         tables,
         solution.coefficients,
@@ -137,7 +145,7 @@ def learned_ensemble(tables: Tables) -> Outcome:
 
 def sparse_ensemble(tables: Tables) -> Outcome:
     """The fewest experts within 0.01 nats of the least loss on train."""
-    whole = learned(tables.train.of_experts, tables.train.weights)
+    whole = tables.learned
     solution = sparse(tables.train.of_experts, tables.train.weights, whole)
     count = int((solution.coefficients > 0).sum())
     return _ensemble(
@@ -174,26 +182,25 @@ def posterior_ensemble(tables: Tables) -> Outcome:
 
 def program_ensemble(tables: Tables) -> Outcome:
     """The paper's linear program for the worst task, by losses on validation (B.5)."""
-    table = tables.validation
-    solution = linear_program(table.of_experts, table.tasks_of, len(table.tasks))
-    return _ensemble(
-        tables,
-        solution.coefficients,
-        parameters=len(solution.coefficients),
-        note=f"worst task on validation {solution.worst:.4f}, by the program {solution.bound:.4f}",
-        values={"worst": solution.worst, "bound": solution.bound},
-    )
+    return _for_the_worst_task(tables, linear_program, "by the program")
 
 
 def worst_case_ensemble(tables: Tables) -> Outcome:
     """The coefficients with the least worst task on validation."""
+    return _for_the_worst_task(tables, true_worst_case, "at least")
+
+
+def _for_the_worst_task(
+    tables: Tables, solve: Callable[[Tensor, Tensor, int], WorstCase], bound_is: str
+) -> Outcome:
+    """An ensemble that is solved for on validation; `bound_is` says what its bound is."""
     table = tables.validation
-    solution = true_worst_case(table.of_experts, table.tasks_of, len(table.tasks))
+    solution = solve(table.of_experts, table.tasks_of, len(table.tasks))
     return _ensemble(
         tables,
         solution.coefficients,
         parameters=len(solution.coefficients),
-        note=f"worst task on validation {solution.worst:.4f}, at least {solution.bound:.4f}",
+        note=f"worst task on validation {solution.worst:.4f}, {bound_is} {solution.bound:.4f}",
         values={"worst": solution.worst, "bound": solution.bound},
     )
 
