@@ -1,14 +1,12 @@
 """`compare`: every fusion of a set of adapters on the same texts (Trade-offs, figure 2)."""
 
-import copy
 import logging
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import nn
 
 from _mergekit_moe_ext_common.checkpoints import model_fingerprint
@@ -25,20 +23,20 @@ from _mergekit_moe_ext_common.loading import (
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.sharding import check_launch
 from _mergekit_moe_ext_common.staging import check_output, staged
-from peft_routing.adapter_files import read_config, weights_file
+from peft_routing.adapter_files import read_config
 from peft_routing.expert import check_experts, read_expert
 from peft_routing.fusion import report
-from peft_routing.fusion.cache import (
-    Cache,
-    Measured,
-    Subject,
-    Texts,
-    fill,
-    milliseconds_per_token,
-    processes,
+from peft_routing.fusion.cache import Cache, Subject, Texts, fill, processes
+from peft_routing.fusion.candidates import (
+    TOP,
+    Candidate,
+    add_merges,
+    candidates_of,
+    size_of,
 )
-from peft_routing.fusion.merges import MERGES, error_of, merge_name, write_merge
-from peft_routing.fusion.report import Comparison, Row, Selected
+from peft_routing.fusion.recommended import write_recommended
+from peft_routing.fusion.report import Calibration, Comparison, Row, Selected
+from peft_routing.fusion.rows import costs_of, rows_of_candidates, rows_of_tables, table_of
 from peft_routing.fusion.selection import (
     curve_on,
     greedy,
@@ -47,18 +45,8 @@ from peft_routing.fusion.selection import (
     own_experts,
     random_curves,
 )
-from peft_routing.fusion.strategies import (
-    BY_TASK,
-    CACHED,
-    PLAIN,
-    ROUTED,
-    STRATEGIES,
-    Outcome,
-    Tables,
-    composed_of,
-)
-from peft_routing.fusion.subjects import any_adapter, base_alone, composed, fused, one_expert
-from peft_routing.fusion.tables import Table, joined
+from peft_routing.fusion.strategies import BY_TASK, STRATEGIES, Tables
+from peft_routing.fusion.subjects import base_alone, one_expert
 from peft_routing.fusion.tasks import SPLITS, read_tasks
 from peft_routing.fusion.worst_case import PROGRAM_NEEDS_SCIPY, check_scipy
 from peft_routing.loading import CLASSES, empty_model
@@ -68,15 +56,26 @@ _NEEDS_SCIPY = "program_ensemble"
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """An adapter that is put on the base model and measured: its kind, its size in bytes, and what
-    is to be said of it.
+class _Asked:
+    """What is to be compared, once it is known to be comparable.
+
+    wanted: the strategies.
+    left_out: why one cannot be compared, by its name.
+    empty: the base model's architecture.
+    directory: that of the cache.
     """
 
-    subject: Subject
-    kind: str
-    size: int
-    note: str = ""
+    base: str
+    base_config: Any
+    reading: Reading
+    experts: Mapping[str, str]
+    fusions: Mapping[str, str]
+    wanted: list[str]
+    left_out: dict[str, str]
+    empty: nn.Module
+    candidates: dict[str, Candidate]
+    out: Path
+    directory: Path
 
 
 def compare(
@@ -101,6 +100,65 @@ def compare(
     """
     check_launch(splits=False)
     silence(reading)
+    asked = _checked(base, experts, output, reading, fusions, strategies, cache)
+    headers = check_model(base, asked.base_config, reading)
+    tokenizer = load_tokenizer(base, reading)
+    state = processes()
+    with state.main_process_first():
+        texts = read_tasks(
+            tasks,
+            tokenizer,
+            asked.base_config,
+            reading,
+            completions_only=completions_only,
+            max_samples=max_samples,
+            seed=seed,
+        )
+    store = Cache(asked.directory, model_fingerprint(base))
+    with state.main_process_first():
+        add_merges(
+            asked.candidates,
+            asked.wanted,
+            experts,
+            asked.empty,
+            base,
+            asked.directory,
+            state.device,
+            seed,
+            asked.left_out,
+        )
+    columns = [one_expert(name, path) for name, path in experts.items()] + [base_alone()]
+    everything = [each for split in SPLITS for each in texts[split]]
+    not_train = texts["validation"] + texts["test"]
+    fill(
+        store,
+        [
+            *[(subject, everything) for subject in columns],
+            *[(candidate.subject, not_train) for candidate in asked.candidates.values()],
+        ],
+        lambda: load_model(base, asked.base_config, reading, headers=headers, dtype="auto"),
+        padding_token(tokenizer, vocabulary_of(asked.base_config)),
+        batch_size=batch_size,
+        quiet=reading.quiet,
+    )
+    comparison = _compared(asked, store, columns, texts)
+    is_main = state.is_main_process
+    state.destroy_process_group()  # what is left to do, only the main process does
+    if is_main:
+        _write(comparison, asked)
+    return comparison
+
+
+def _checked(
+    base: str,
+    experts: Mapping[str, str],
+    output: str,
+    reading: Reading,
+    fusions: Mapping[str, str],
+    strategies: Collection[str],
+    cache: str | None,
+) -> _Asked:
+    """What is to be compared. `UserError` where something is wrong with it."""
     out = check_output(output)
     directory = Path(cache).expanduser().resolve() if cache else out.with_name(f"{out.name}.cache")
     if directory.is_relative_to(out):
@@ -110,68 +168,49 @@ def compare(
     base_config = load_config(base, reading)
     empty = empty_model(base_config, reading)
     _check_experts(experts, empty)
-    candidates = _candidates(experts, fusions, wanted, empty, left_out)
-    headers = check_model(base, base_config, reading)
-    tokenizer = load_tokenizer(base, reading)
-    state = processes()
-    with state.main_process_first():
-        texts = read_tasks(
-            tasks,
-            tokenizer,
-            base_config,
-            reading,
-            completions_only=completions_only,
-            max_samples=max_samples,
-            seed=seed,
-        )
-    store = Cache(directory, model_fingerprint(base))
-    with state.main_process_first():
-        for name in [each for each in wanted if each in MERGES]:
-            try:
-                candidates[name] = _merge(name, experts, empty, base, directory, state.device, seed)
-            except UserError as error:
-                left_out[name] = error.message
-
-    columns = [one_expert(name, path) for name, path in experts.items()] + [base_alone()]
-    everything = [each for split in SPLITS for each in texts[split]]
-    not_train = texts["validation"] + texts["test"]
-    fill(
-        store,
-        [
-            *[(subject, everything) for subject in columns],
-            *[(candidate.subject, not_train) for candidate in candidates.values()],
-        ],
-        lambda: load_model(base, base_config, reading, headers=headers, dtype="auto"),
-        padding_token(tokenizer, vocabulary_of(base_config)),
-        batch_size=batch_size,
-        quiet=reading.quiet,
-    )
-    names = list(experts)
-    tables = Tables(
-        train=_table(store, names, columns, texts["train"]),
-        validation=_table(store, names, columns, texts["validation"]),
-        test=_table(store, names, columns, texts["test"]),
-    )
-    sizes = [_size(path, name) for name, path in experts.items()]
-    rows = _rows_of_tables(tables, wanted, _costs(store, columns, texts["test"]), sizes, left_out)
-    rows += _rows_of_candidates(candidates, store, texts, tables)
-    contenders = [row for row in rows if row.kind != BY_TASK]
-    comparison = Comparison(
+    candidates = candidates_of(experts, fusions, wanted, empty, left_out)
+    return _Asked(
         base=base,
-        experts=dict(experts),
+        base_config=base_config,
+        reading=reading,
+        experts=experts,
+        fusions=fusions,
+        wanted=wanted,
+        left_out=left_out,
+        empty=empty,
+        candidates=candidates,
+        out=out,
+        directory=directory,
+    )
+
+
+def _compared(
+    asked: _Asked, store: Cache, columns: Sequence[Subject], texts: Mapping[str, Sequence[Texts]]
+) -> Comparison:
+    """The comparison, by what lies in the cache."""
+    names = list(asked.experts)
+    tables = Tables(
+        train=table_of(store, names, columns, texts["train"]),
+        validation=table_of(store, names, columns, texts["validation"]),
+        test=table_of(store, names, columns, texts["test"]),
+    )
+    sizes = [size_of(path, name) for name, path in asked.experts.items()]
+    costs = costs_of(store, columns, texts["test"])
+    rows = rows_of_tables(tables, asked.wanted, costs, sizes, asked.left_out)
+    rows += rows_of_candidates(asked.candidates, store, texts, tables)
+    contenders = [row for row in rows if row.kind != BY_TASK]
+    return Comparison(
+        base=asked.base,
+        experts=dict(asked.experts),
         rows=rows,
         best=min(contenders, key=lambda row: row.validation_loss).name,
         sentences=report.budget_sentences(rows),
-        left_out=left_out,
+        left_out=asked.left_out,
         selected=_selected(tables),
         not_first=not_first(tables.validation, tables.test, own_experts(tables.test)),
+        calibration=_calibration(rows, asked.fusions),
         tables=tables,
     )
-    is_main = state.is_main_process
-    state.destroy_process_group()  # what is left to do, only the main process does
-    if is_main:
-        _write(comparison, out)
-    return comparison
 
 
 def _check_strategies(strategies: Collection[str], left_out: dict[str, str]) -> list[str]:
@@ -216,158 +255,6 @@ def _check_experts(experts: Mapping[str, str], empty: nn.Module) -> None:
             raise UserError(str(error)) from error
 
 
-def _candidates(
-    experts: Mapping[str, str],
-    fusions: Mapping[str, str],
-    wanted: Collection[str],
-    empty: nn.Module,
-    left_out: dict[str, str],
-) -> dict[str, _Candidate]:
-    """What is put on the base model and measured, by the name of its row.
-
-    Why a strategy cannot be composed of these experts goes into `left_out`. `UserError` for a
-    fusion of the user's that cannot be read or has a strategy's name.
-    """
-    sizes = [_size(path, name) for name, path in experts.items()]
-    candidates = {}
-    composable = composed_of(len(experts))
-    for name in wanted:
-        if name in CACHED or name in MERGES:
-            continue
-        if name not in composable:
-            left_out[name] = f"of {len(experts)} adapters it takes all, as arrow_all does"
-            continue
-        kind, options = composable[name]
-        try:
-            get_peft_model(empty, composed(experts, **options)).unload()
-        except ValueError as error:  # a UserError is one
-            left_out[name] = str(error)
-            continue
-        # Low-rank mixing of experts of one rank is an adapter of that rank.
-        size = max(sizes) if options.get("mixing") == "low_rank" else sum(sizes)
-        candidates[name] = _Candidate(fused(name, experts, options), kind, size)
-    for name, path in fusions.items():
-        if name in STRATEGIES:
-            raise UserError(f"--fusion {name}={path}: a strategy has that name; give another")
-        subject = any_adapter(name, path)
-        with warnings.catch_warnings():
-            # torch warns that nothing is copied into a model without memory.
-            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
-            subject.put_on(copy.deepcopy(empty))  # says now what does not fit
-        kind = PLAIN if read_config(path, name).get("peft_type") == "LORA" else ROUTED
-        candidates[name] = _Candidate(subject, kind, _size(path, name))
-    return candidates
-
-
-def _merge(
-    strategy: str,
-    experts: Mapping[str, str],
-    empty: nn.Module,
-    base: str,
-    directory: Path,
-    device: torch.device,
-    seed: int,
-) -> _Candidate:
-    """The merge of all adapters as one LoRA, which is made in the cache where it is not there yet.
-
-    `UserError` where they cannot be merged.
-    """
-    merged = directory / merge_name(strategy, base, experts, seed)
-    if not merged.exists():
-        write_merge(strategy, experts, empty, base, merged, device=device, seed=seed)
-    return _Candidate(
-        one_expert(strategy, str(merged)),
-        PLAIN,
-        _size(str(merged), strategy),
-        f"the limited rank loses {error_of(merged):.0%} of the merged update's norm",
-    )
-
-
-def _size(path: str, name: str) -> int:
-    return weights_file(path, f"expert {name!r} ({path})").stat().st_size
-
-
-def _table(
-    cache: Cache, experts: Sequence[str], columns: Sequence[Subject], texts: Sequence[Texts]
-) -> Table:
-    """The table of one split, from the cache."""
-    values = []
-    for each in texts:
-        values.append([cache.read(subject, each).log_probabilities for subject in columns])
-    return joined(experts, [each.task for each in texts], values, [each.counts for each in texts])
-
-
-def _costs(cache: Cache, columns: Sequence[Subject], texts: Sequence[Texts]) -> list[float]:
-    """The milliseconds per token of each column's passes."""
-    return [
-        milliseconds_per_token([cache.read(subject, each) for each in texts]) for subject in columns
-    ]
-
-
-def _rows_of_tables(
-    tables: Tables,
-    wanted: Collection[str],
-    costs: Sequence[float],
-    sizes: Sequence[int],
-    left_out: dict[str, str],
-) -> list[Row]:
-    """The rows of the strategies that take no passes but the experts' own."""
-    rows = []
-    for name, strategy in CACHED.items():
-        if name not in wanted:
-            continue
-        outcome = strategy(tables)
-        if isinstance(outcome, str):
-            left_out[name] = outcome
-            continue
-        used = {column for of_task in outcome.used for column in of_task}
-        size = sum(sizes[column] for column in used if column < len(sizes))
-        count = len(outcome.used)
-        passes = sum(len(of_task) for of_task in outcome.used) / count
-        cost = sum(costs[column] for of_task in outcome.used for column in of_task) / count
-        rows.append(_row(name, outcome, tables, passes, cost, size))
-    return rows
-
-
-def _rows_of_candidates(
-    candidates: Mapping[str, _Candidate],
-    cache: Cache,
-    texts: Mapping[str, Sequence[Texts]],
-    tables: Tables,
-) -> list[Row]:
-    """The rows of what was put on the base model and measured."""
-    rows = []
-    for name, candidate in candidates.items():
-        measured: dict[str, list[Measured]] = {}
-        for split in ("validation", "test"):
-            measured[split] = [cache.read(candidate.subject, each) for each in texts[split]]
-        outcome = Outcome(
-            candidate.kind,
-            torch.cat([each.log_probabilities for each in measured["validation"]]),
-            torch.cat([each.log_probabilities for each in measured["test"]]),
-            used=[],
-            note=candidate.note,
-        )
-        cost = milliseconds_per_token(measured["test"])
-        rows.append(_row(name, outcome, tables, 1, cost, candidate.size))
-    return rows
-
-
-def _row(name: str, outcome: Outcome, tables: Tables, passes: float, cost: float, size: int) -> Row:
-    return Row(
-        name,
-        outcome.kind,
-        tables.validation.task_losses(outcome.validation).tolist(),
-        tables.test.task_losses(outcome.test).tolist(),
-        passes,
-        cost,
-        size / 1e6,
-        outcome.parameters,
-        outcome.note,
-        outcome.values,
-    )
-
-
 def _selected(tables: Tables) -> Selected:
     """The greedy selection on validation, and its curves."""
     losses = tables.validation.losses
@@ -387,10 +274,29 @@ def _selected(tables: Tables) -> Selected:
     )
 
 
-def _write(comparison: Comparison, out: Path) -> None:
-    with staged(out) as directory:
-        comparison.write(directory)
+def _calibration(rows: Sequence[Row], fusions: Collection[str]) -> list[Calibration]:
+    """The gap of each router between one expert and more, where both were measured (B.4)."""
+    by_name = {row.name: row for row in rows}
+    pairs = [["arrow_top1", "arrow_top4" if "arrow_top4" in by_name else "arrow_all"]]
+    for fusion in fusions:
+        pairs.append([name for name in by_name if name.startswith(f"{fusion}{TOP}")])
+    gaps = []
+    for pair in pairs:
+        if len(pair) == 2 and all(name in by_name for name in pair):
+            one, many = pair
+            gap, error = by_name[one].difference(by_name[many])
+            gaps.append(Calibration(one, many, gap, error))
+    return gaps
+
+
+def _write(comparison: Comparison, asked: _Asked) -> None:
+    row = comparison.row(comparison.best)
+    candidate = asked.candidates.get(row.name)
+    directory = candidate.directory if candidate is not None else ""
+    with staged(asked.out) as out:
+        comparison.write(out)
+        write_recommended(row, asked.experts, directory, asked.empty, out / "recommended")
         try:
-            report.draw(comparison, directory)
+            report.draw(comparison, out)
         except UserError as error:  # there is no matplotlib
             LOG.warning("no figures are drawn: %s", error.message)

@@ -94,6 +94,21 @@ class Selected:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How much a router loses where it keeps one expert (B.4).
+
+    one, many: the rows with one expert and with more.
+    gap: the mean over tasks of the test loss of the first less that of the other.
+    standard_error: of that mean.
+    """
+
+    one: str
+    many: str
+    gap: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Which fusions are best for a set of adapters.
 
@@ -101,6 +116,7 @@ class Comparison:
     sentences: the best of each budget, in words.
     left_out: why a strategy has no row, by its name.
     not_first: experts that another beats on their own task.
+    calibration: what each router loses with one expert.
     tables: what all this was computed from.
     """
 
@@ -112,6 +128,7 @@ class Comparison:
     left_out: dict[str, str]
     selected: Selected
     not_first: list[NotFirst]
+    calibration: list[Calibration]
     tables: Tables
 
     @property
@@ -165,6 +182,9 @@ class Comparison:
         not_first = []
         for each in self.not_first:
             not_first.append({**asdict(each), "standard_error": _finite(each.standard_error)})
+        calibration = []
+        for gap in self.calibration:
+            calibration.append({**asdict(gap), "standard_error": _finite(gap.standard_error)})
         return {
             "base": self.base,
             "experts": self.experts,
@@ -175,6 +195,7 @@ class Comparison:
             "left_out": self.left_out,
             "selected": asdict(self.selected),
             "not_first": not_first,
+            "calibration": calibration,
             "losses": {
                 "columns": [*self.experts, "base model"],
                 "validation": self.tables.validation.losses.tolist(),
@@ -221,6 +242,11 @@ def notes(comparison: Comparison) -> list[str]:
     if selected.reaches_own is not None:
         line += f", and {selected.reaches_own} are as good as each task's own"
     lines.append(line)
+    for gap in comparison.calibration:
+        lines.append(
+            f"calibration (B.4): {gap.one} is {gap.gap:+.4f} (± {_number(gap.standard_error)}) to "
+            f"{gap.many}"
+        )
     own = sum(task in comparison.experts for task in comparison.tasks)
     if own:
         beaten = comparison.not_first
@@ -284,7 +310,16 @@ def _is_clear(difference: float, error: float, degrees: int) -> bool:
 
 
 def draw(comparison: Comparison, directory: Path) -> None:
-    """Draws the losses of all fusions (figure 2), the loss matrix and the selection (figure 7)."""
+    """Draws the losses of all fusions (figure 2), loss against cost, the loss matrix and the
+    selection (figure 7).
+    """
+    _draw_losses(comparison, directory)
+    _draw_pareto(comparison, directory)
+    _draw_matrix(comparison, directory)
+    _draw_selection(comparison, directory)
+
+
+def _draw_losses(comparison: Comparison, directory: Path) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(comparison.rows)))
     rows = comparison.rows[::-1]
@@ -305,6 +340,46 @@ def draw(comparison: Comparison, directory: Path) -> None:
     axes.set_xlabel("test loss, mean and standard error over tasks (nats per token)")
     _save(figure, directory / "losses.png")
 
+
+def pareto(rows: Sequence[Row]) -> list[Row]:
+    """The rows than which none is both cheaper and better on test, from the cheapest on.
+
+    Cost is passes, and of equally many the smaller files are cheaper.
+    """
+    best = math.inf
+    front = []
+    for row in sorted(rows, key=lambda row: (row.passes, row.megabytes, row.test_loss)):
+        if row.test_loss < best:
+            front.append(row)
+            best = row.test_loss
+    return front
+
+
+def _draw_pareto(comparison: Comparison, directory: Path) -> None:
+    """Loss against passes; the line joins what nothing cheaper beats. Who must know the task is
+    apart.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for row in comparison.rows:
+        axes.plot(row.passes, row.test_loss, "o", color=_COLOURS[row.kind])
+    front = pareto([row for row in comparison.rows if row.kind != BY_TASK])
+    axes.plot([row.passes for row in front], [row.test_loss for row in front], color="black")
+    for row in front:
+        axes.annotate(
+            row.name, (row.passes, row.test_loss), fontsize=7, xytext=(4, 4),
+            textcoords="offset points",
+        )  # fmt: skip
+    for kind in dict.fromkeys(row.kind for row in comparison.rows):
+        axes.plot([], [], "o", color=_COLOURS[kind], label=kind)
+    axes.legend(fontsize=7)
+    axes.set_xlabel("forward passes per text")
+    axes.set_ylabel("test loss (nats per token)")
+    _save(figure, directory / "pareto.png")
+
+
+def _draw_matrix(comparison: Comparison, directory: Path) -> None:
+    plt = pyplot()
     matrix = comparison.tables.test.losses
     columns = [*comparison.experts, "base model"]
     figure, axes = plt.subplots(figsize=(1.5 + 0.3 * len(columns), 1.5 + 0.3 * len(matrix)))
@@ -316,6 +391,9 @@ def draw(comparison: Comparison, directory: Path) -> None:
     figure.colorbar(image, label="test loss above the task's least")
     _save(figure, directory / "loss_matrix.png")
 
+
+def _draw_selection(comparison: Comparison, directory: Path) -> None:
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(5, 3.2))
     selected = comparison.selected
     axes.plot(selected.validation, label="greedy, validation")

@@ -74,6 +74,18 @@ def any_adapter(name: str, path: str) -> Subject:
     return Subject(f"fusion {name!r}", _digest("adapter", own), put_on, stays_on=True)
 
 
+def with_top_k(subject: Subject, k: int) -> Subject:
+    """A routed adapter whose router keeps the k largest coefficients, scaled to their sum (B.4)."""
+
+    def put_on(base: Any) -> Any:
+        model = subject.put_on(base)
+        model.base_model.set_routing(top_k=k)
+        return model
+
+    own = _digest("top_k", subject.fingerprint, k)
+    return Subject(f"{subject.name}, top {k}", own, put_on, stays_on=subject.stays_on)
+
+
 def composed(experts: Mapping[str, str], **options: Any) -> RoutedLoraConfig:
     """The configuration of a routed adapter that is to be composed of these experts."""
     return RoutedLoraConfig(experts=dict(experts), **options)

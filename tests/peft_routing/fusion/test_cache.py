@@ -144,7 +144,7 @@ def test_another_base_adapter_or_text_is_another_file(experts, tmp_path):
 
 def test_a_damaged_file_and_numbers_that_are_none_are_refused(tmp_path):
     cache, subject, texts = Cache(tmp_path, "base"), base_alone(), texts_of("law")
-    cache.write(subject, texts, Measured(torch.zeros(5), 1.0, 8))
+    cache.write(subject, texts, Measured(torch.zeros(5), 1.0, 8, "here"))
     with pytest.raises(UserError, match="does not hold what its name says; remove it"):
         cache.read(subject, texts)
     path = cache.path(subject, texts)
@@ -218,10 +218,10 @@ def test_the_file_says_for_people_what_it_holds(tmp_path: Path):
 
     cache = Cache(tmp_path, "base")
     texts = texts_of("law")
-    cache.write(base_alone(), texts, Measured(torch.zeros(6), 0.25, 8))
+    cache.write(base_alone(), texts, Measured(torch.zeros(6), 0.25, 8, "here"))
     with safe_open(cache.path(base_alone(), texts), framework="pt") as file:
         notes = file.metadata()
     assert notes == {
         "subject": "base model", "task": "law", "split": "test", "seconds": "0.25",
-        "tokens_read": "8",
+        "tokens_read": "8", "machine": "here",
     }  # fmt: skip

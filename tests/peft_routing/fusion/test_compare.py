@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import peft_routing
-from peft_routing import Reading, compare, fusion
+from peft_routing import Reading, UserError, compare, fusion
 from peft_routing.cli import main
 from peft_routing.fusion import cache as cache_module
-from peft_routing.fusion import report
+from peft_routing.fusion import candidates, report
+from peft_routing.fusion.recommended import write_recommended
+from peft_routing.loading import empty_model
 from tests.conftest import ON_CPU, TWO_PROCESSES, run
 from tests.peft_routing.adapters import make_base, save_experts
 from tests.tokenizers import save_tokenizer
@@ -190,6 +192,102 @@ def test_an_adapter_of_the_users_own_is_a_row(compared, prepared):
     assert row.kind == "routed" and row.megabytes > 0
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["best_expert", "uniform_low_rank", "uniform_full", "arrow_all", "ties", "learned_ensemble",
+     "posterior_ensemble"],
+)  # fmt: skip
+def test_what_is_recommended_gives_its_row_s_figures(compared, prepared, tmp_path, name):
+    row = compared.row(name)
+    experts = {each: str(prepared / path) for each, path in compared.experts.items()}
+    merged = [str(path) for path in (prepared / "report.cache").glob(f"{name}-*")]
+    out = tmp_path / "recommended"
+    empty = empty_model(make_base().config, Reading())
+    assert write_recommended(row, experts, "".join(merged), empty, out)
+    if "ensemble" not in name:
+        assert losses_of(naive(prepared, out)) == pytest.approx(row.test, abs=2e-5)
+        return
+    mixture = peft_routing.ensemble(
+        PeftModel.from_pretrained(make_base(), str(out)).eval(),
+        **json.loads((out / "ensemble.json").read_text()),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "base")
+    losses = []
+    for task in NAMES:
+        of_texts = []
+        for text in texts_of(task, 2):
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                logits = mixture(input_ids=ids).logits[0, :-1].double().log_softmax(dim=-1)
+            of_texts.append(logits.gather(1, ids[0, 1:, None])[:, 0])
+        losses.append(of_texts)
+    assert losses_of(losses) == pytest.approx(row.test, abs=2e-5)
+
+
+def test_the_base_model_needs_no_files(compared, tmp_path):
+    row = compared.row("base")
+    assert not write_recommended(row, compared.experts, "", make_base(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_is_the_gap_of_rows_with_fewer_experts(compared, prepared):
+    gaps = {gap.one: gap for gap in compared.calibration}
+    assert gaps.keys() == {"arrow_top1", "trained, top 1"}
+    assert gaps["arrow_top1"].many == "arrow_all"
+    model = PeftModel.from_pretrained(make_base(), str(prepared / "routed")).eval()
+    model.base_model.set_routing(top_k=1)
+    losses = []
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "base")
+    for task in NAMES:
+        ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts_of(task, 2)]
+        with torch.no_grad():
+            of_texts = [model(input_ids=row, labels=row).loss * (row.shape[1] - 1) for row in ids]
+        losses.append((sum(of_texts) / sum(row.shape[1] - 1 for row in ids)).item())
+    assert compared.row("trained, top 1").test == pytest.approx(losses, abs=2e-5)
+    # Of two experts, two are all.
+    assert compared.row("trained, top 2").test == pytest.approx(compared.row("trained").test)
+    gap = gaps["trained, top 1"].gap
+    whole = compared.row("trained").test_loss
+    assert gap == pytest.approx(sum(losses) / 3 - whole, abs=4e-5)
+    assert any(line.startswith("calibration (B.4)") for line in report.notes(compared))
+
+
+def test_the_pareto_front_has_what_nothing_cheaper_beats(compared):
+    front = report.pareto(compared.rows)
+    for row in compared.rows:
+        cheaper = [each for each in front if each.passes <= row.passes]
+        assert min(each.test_loss for each in cheaper) <= row.test_loss
+    losses = [row.test_loss for row in front]
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == len(losses)
+
+
+def test_times_of_another_machine_are_left_out(compared, here, monkeypatch, prepared):
+    monkeypatch.setattr(cache_module, "this_machine", lambda: "elsewhere")
+    again = compare_here(
+        strategies=["learned_ensemble", "arrow_all"], cache=str(prepared / "report.cache")
+    )
+    assert all(row.milliseconds is None for row in again.rows)
+    assert "another machine" in "".join(report.notes(again))
+    assert all(row.milliseconds > 0 for row in compared.rows)
+
+
+def test_a_merge_that_cannot_be_written_is_an_error(compared, here, monkeypatch, prepared):
+    def full(*_, **__):
+        raise UserError("no room to write it")
+
+    monkeypatch.setattr(candidates, "write_merge", full)
+    with pytest.raises(UserError, match="no room"):
+        compare_here(strategies=["ties"])
+
+
+def test_an_adapter_of_another_type_is_not_called_a_router(compared, here, prepared):
+    get_peft_model(make_base(), IA3Config(task_type="CAUSAL_LM")).save_pretrained("ia3")
+    again = compare_here(
+        strategies=["base"], fusions={"ia3": "ia3"}, cache=str(prepared / "report.cache")
+    )
+    assert again.row("ia3").kind == "other adapter"
+
+
 def test_choices_are_of_validation_and_figures_of_test(compared):
     validation = compared.tables.validation.losses
     best = compared.row("best_expert")
@@ -207,8 +305,9 @@ def test_choices_are_of_validation_and_figures_of_test(compared):
 
 def test_the_report_has_the_table_the_sentences_and_figures(compared, prepared):
     out = prepared / "report"
-    figures = {"losses.png", "loss_matrix.png", "selection.png"}
-    assert {path.name for path in out.iterdir()} == {"report.json", "report.md", *figures}
+    figures = {"losses.png", "pareto.png", "loss_matrix.png", "selection.png"}
+    others = {"report.json", "report.md", "recommended"}
+    assert {path.name for path in out.iterdir()} == {*others, *figures}
     for name in figures:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     told = json.loads((out / "report.json").read_text())
@@ -344,7 +443,7 @@ def test_two_processes_measure_what_one_does(compared, here):
         (["--task", "math=a.jsonl,b.jsonl"], "name one source, which is split, or three"),
         (["--task", "math=nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--task", "math=law-test.jsonl", "--strategy", "arow"], "there is no strategy 'arow'"),
-        (["--task", "math=law-test.jsonl", "--fusion", "arrow_all=routed"], "has that name"),
+        (["--task", "math=law-test.jsonl", "--fusion", "arrow_all=routed"], "a row has that name"),
         (["--task", "math=law-test.jsonl", "--fusion", "x=./nothing"], "no such directory"),
         (["--task", "math=law-test.jsonl", "--fusion", "x=per-text"], "chooses per sequence"),
         (["--task", "math=law-test.jsonl", "--fusion", "x=misfit"], "x=misfit does not fit"),

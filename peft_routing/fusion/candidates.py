@@ -1,0 +1,171 @@
+"""What `compare` puts on the base model: fusions of all adapters, and the user's own."""
+
+import copy
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from _mergekit_moe_ext_common.errors import UserError
+from peft_routing.adapter_files import read_config, weights_file
+from peft_routing.config import RoutedLoraConfig
+from peft_routing.fusion.cache import Subject
+from peft_routing.fusion.merges import (
+    MERGES,
+    check_mergeable,
+    error_of,
+    merge_name,
+    write_merge,
+)
+from peft_routing.fusion.strategies import (
+    CACHED,
+    OTHER,
+    PLAIN,
+    ROUTED,
+    STRATEGIES,
+    composed_of,
+)
+from peft_routing.fusion.subjects import any_adapter, composed, fused, one_expert, with_top_k
+
+# B.4: the gap between one expert and so many says how well a router is calibrated.
+_MANY = 4
+TOP = ", top "
+_KINDS = {"LORA": PLAIN, "ROUTED_LORA": ROUTED}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter that is put on the base model and measured: its kind, its size in bytes, what is
+    to be said of it, and the directory of one that was written for it.
+    """
+
+    subject: Subject
+    kind: str
+    size: int
+    note: str = ""
+    directory: str = ""
+
+
+def candidates_of(
+    experts: Mapping[str, str],
+    fusions: Mapping[str, str],
+    wanted: Collection[str],
+    empty: nn.Module,
+    left_out: dict[str, str],
+) -> dict[str, Candidate]:
+    """What is put on the base model and measured, by the name of its row.
+
+    Why a strategy cannot be composed of these experts goes into `left_out`. `UserError` for a
+    fusion of the user's that cannot be read or has a strategy's name.
+    """
+    sizes = [size_of(path, name) for name, path in experts.items()]
+    candidates = {}
+    composable = composed_of(len(experts))
+    for name in wanted:
+        if name in CACHED or name in MERGES:
+            continue
+        if name not in composable:
+            left_out[name] = f"of {len(experts)} adapters it takes all, as arrow_all does"
+            continue
+        kind, options = composable[name]
+        try:
+            get_peft_model(empty, composed(experts, **options)).unload()
+        except ValueError as error:  # a UserError is one
+            left_out[name] = str(error)
+            continue
+        # Low-rank mixing of experts of one rank is an adapter of that rank.
+        size = max(sizes) if options.get("mixing") == "low_rank" else sum(sizes)
+        candidates[name] = Candidate(fused(name, experts, options), kind, size)
+    for name, path in fusions.items():
+        if name in STRATEGIES or TOP in name:
+            raise UserError(f"--fusion {name}={path}: a row has that name; give another")
+        subject = any_adapter(name, path)
+        with warnings.catch_warnings():
+            # torch warns that nothing is copied into a model without memory.
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+            subject.put_on(copy.deepcopy(empty))  # says now what does not fit
+        peft_type = read_config(path, name).get("peft_type")
+        kind = _KINDS.get(str(peft_type), OTHER)
+        size = size_of(path, name)
+        candidates[name] = Candidate(subject, kind, size)
+        for k in _ks_of(path) if kind == ROUTED else ():
+            candidates[top_k_name(name, k)] = Candidate(with_top_k(subject, k), kind, size)
+    return candidates
+
+
+def top_k_name(name: str, k: int) -> str:
+    """The row of a routed adapter whose router keeps k experts."""
+    return f"{name}{TOP}{k}"
+
+
+def _ks_of(path: str) -> tuple[int, ...]:
+    """The numbers of experts, or clusters, to keep for the calibration gap of a routed adapter.
+
+    None of a router whose coefficients are constant or no softmax.
+    """
+    config = RoutedLoraConfig.from_pretrained(path)
+    assert isinstance(config, RoutedLoraConfig)
+    router = config.router_class
+    choices = len(set(config.clusters.values())) if config.clusters else len(config.names)
+    if not (router.is_simplex and router.uses_input(config)) or choices < 2:
+        return ()
+    return 1, min(_MANY, choices)
+
+
+def add_merges(
+    candidates: dict[str, Candidate],
+    wanted: Collection[str],
+    experts: Mapping[str, str],
+    empty: nn.Module,
+    base: str,
+    directory: Path,
+    device: torch.device,
+    seed: int,
+    left_out: dict[str, str],
+) -> None:
+    """Adds the merges that are wanted to the candidates, made in the cache's `directory`.
+
+    Why adapters cannot be merged goes into `left_out`. `UserError` where a merge cannot be written.
+    """
+    for name in MERGES:
+        if name not in wanted:
+            continue
+        try:
+            check_mergeable(experts, empty)
+        except UserError as error:
+            left_out[name] = error.message
+            continue
+        candidates[name] = _merge(name, experts, empty, base, directory, device, seed)
+
+
+def _merge(
+    strategy: str,
+    experts: Mapping[str, str],
+    empty: nn.Module,
+    base: str,
+    directory: Path,
+    device: torch.device,
+    seed: int,
+) -> Candidate:
+    """The merge of all adapters as one LoRA, which is made in the cache where it is not there
+    yet.
+    """
+    merged = directory / merge_name(strategy, base, experts, seed)
+    if not merged.exists():
+        write_merge(strategy, experts, empty, base, merged, device=device, seed=seed)
+    return Candidate(
+        one_expert(strategy, str(merged)),
+        PLAIN,
+        size_of(str(merged), strategy),
+        f"the limited rank loses {error_of(merged):.0%} of the merged update's norm",
+        str(merged),
+    )
+
+
+def size_of(path: str, name: str) -> int:
+    """The bytes of an adapter's tensors."""
+    return weights_file(path, f"expert {name!r} ({path})").stat().st_size

@@ -1,0 +1,117 @@
+"""The rows of the report: how good each fusion is, and what it costs."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
+
+import torch
+
+from peft_routing.fusion.cache import Cache, Measured, Subject, Texts, milliseconds_per_token
+from peft_routing.fusion.candidates import Candidate
+from peft_routing.fusion.report import Row
+from peft_routing.fusion.strategies import CACHED, Outcome, Tables
+from peft_routing.fusion.tables import Table, joined
+
+
+def table_of(
+    cache: Cache, experts: Sequence[str], columns: Sequence[Subject], texts: Sequence[Texts]
+) -> Table:
+    """The table of one split, from the cache."""
+    values = []
+    for each in texts:
+        values.append([cache.read(subject, each).log_probabilities for subject in columns])
+    return joined(experts, [each.task for each in texts], values, [each.counts for each in texts])
+
+
+def costs_of(
+    cache: Cache, columns: Sequence[Subject], texts: Sequence[Texts]
+) -> list[float | None]:
+    """The milliseconds per token of each column's passes; None as of `milliseconds_per_token`."""
+    return [
+        milliseconds_per_token([cache.read(subject, each) for each in texts]) for subject in columns
+    ]
+
+
+def rows_of_tables(
+    tables: Tables,
+    wanted: Collection[str],
+    costs: Sequence[float | None],
+    sizes: Sequence[int],
+    left_out: dict[str, str],
+) -> list[Row]:
+    """The rows of the strategies that take no passes but the experts' own."""
+    rows = []
+    for name, strategy in CACHED.items():
+        if name not in wanted:
+            continue
+        outcome = strategy(tables)
+        if isinstance(outcome, str):
+            left_out[name] = outcome
+            continue
+        used = list(chain.from_iterable(outcome.used))
+        size = sum(sizes[column] for column in set(used) if column < len(sizes))
+        count = len(outcome.used)
+        cost = _sum([costs[column] for column in used])
+        rows.append(
+            _row(
+                name,
+                outcome,
+                tables,
+                len(used) / count,
+                None if cost is None else cost / count,
+                size,
+            )
+        )
+    return rows
+
+
+def _sum(costs: Sequence[float | None]) -> float | None:
+    """The sum of costs; None where one is not known."""
+    known = [cost for cost in costs if cost is not None]
+    return math.fsum(known) if len(known) == len(costs) else None
+
+
+def rows_of_candidates(
+    candidates: Mapping[str, Candidate],
+    cache: Cache,
+    texts: Mapping[str, Sequence[Texts]],
+    tables: Tables,
+) -> list[Row]:
+    """The rows of what was put on the base model and measured."""
+    rows = []
+    for name, candidate in candidates.items():
+        measured: dict[str, list[Measured]] = {}
+        for split in ("validation", "test"):
+            measured[split] = [cache.read(candidate.subject, each) for each in texts[split]]
+        outcome = Outcome(
+            candidate.kind,
+            torch.cat([each.log_probabilities for each in measured["validation"]]),
+            torch.cat([each.log_probabilities for each in measured["test"]]),
+            used=[],
+            note=candidate.note,
+        )
+        cost = milliseconds_per_token(measured["test"])
+        rows.append(_row(name, outcome, tables, 1, cost, candidate.size))
+    return rows
+
+
+def _row(
+    name: str,
+    outcome: Outcome,
+    tables: Tables,
+    passes: float,
+    cost: float | None,
+    size: int,
+) -> Row:
+    return Row(
+        name,
+        outcome.kind,
+        tables.validation.task_losses(outcome.validation).tolist(),
+        tables.test.task_losses(outcome.test).tolist(),
+        passes,
+        cost,
+        size / 1e6,
+        outcome.parameters,
+        outcome.note,
+        outcome.values,
+    )
