@@ -154,13 +154,15 @@ def output_directory(meaning: str, *, required: bool = False) -> Decorator:
     return click.option("-o", "--output-dir", type=click.Path(), required=required, help=meaning)
 
 
-def training_options(output: str, *, needs_data: bool = True) -> Decorator:
+def training_options(
+    output: str, *, needs_data: bool = True, device_map: bool = True
+) -> Decorator:
     """The options of a training on texts: what it reads, where it writes, and how it goes on.
 
     `output` is the help text of the output directory; `needs_data` says whether `--data` is the
-    only way to name the texts.
+    only way to name the texts. Without `device_map` one device holds the model.
     """
-    return in_order(
+    options = [
         click.option(
             "--data",
             multiple=True,
@@ -185,13 +187,17 @@ def training_options(output: str, *, needs_data: bool = True) -> Decorator:
         ),
         output_directory(output),
         RESUME,
-        click.option(
-            "--device-map",
-            type=click.Choice(["auto"]),
-            help="Have one process spread a model over all GPUs and, where they are too small, "
-            "main memory. [default: one device holds it]",
-        ),
-    )
+    ]
+    if device_map:
+        options.append(
+            click.option(
+                "--device-map",
+                type=click.Choice(["auto"]),
+                help="Have one process spread a model over all GPUs and, where they are too small, "
+                "main memory. [default: one device holds it]",
+            )
+        )
+    return in_order(*options)
 
 
 def counting_options(data: str, output: str, plot: str) -> Decorator:

@@ -5,7 +5,7 @@ Importing this package makes it known where that is off. PEFT itself is not impo
 extended the moment that the program imports it.
 
 What the command `peft-route` does is here as functions: `compose`, `train`, `inspect`, `export`,
-`compare`, `import_mttl`. `ensemble` runs all experts as one model; `save` is PEFT's
+`compare`, `distil`, `import_mttl`. `ensemble` runs all experts as one model; `save` is PEFT's
 `save_pretrained`, whole or not at all.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Exported,
         compare,
         compose,
+        distil,
         export,
         import_mttl,
         inspect,
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
     from peft_routing.given import given_coefficients
     from peft_routing.inspection import Inspection
     from peft_routing.model import RoutedLoraModel
-    from peft_routing.recipes import Recipe
+    from peft_routing.recipes import Distilling, Recipe
     from peft_routing.routers import Router
     from peft_routing.types import PeftType
 
 __all__ = [
     "Comparison",
+    "Distilling",
     "Ensemble",
     "Exported",
     "Inspection",
@@ -52,6 +54,7 @@ __all__ = [
     "UserError",
     "compare",
     "compose",
+    "distil",
     "ensemble",
     "export",
     "given_coefficients",
@@ -63,6 +66,7 @@ __all__ = [
 # Where each public name is, which is imported when the name is asked for.
 _MODULES = {
     "Comparison": "peft_routing.fusion.report",
+    "Distilling": "peft_routing.recipes",
     "Ensemble": "peft_routing.fusion.generation",
     "Exported": "peft_routing.commands",
     "Inspection": "peft_routing.inspection",
@@ -75,6 +79,7 @@ _MODULES = {
     "UserError": "_mergekit_moe_ext_common.errors",
     "compare": "peft_routing.commands",
     "compose": "peft_routing.commands",
+    "distil": "peft_routing.commands",
     "ensemble": "peft_routing.fusion.generation",
     "export": "peft_routing.commands",
     "given_coefficients": "peft_routing.given",

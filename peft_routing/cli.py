@@ -31,7 +31,7 @@ from peft_routing.expert_options import (
     TASKS,
     experts_written,
 )
-from peft_routing.recipes import LEARNING_RATES, Recipe
+from peft_routing.recipes import LEARNING_RATES, Distilling, Recipe
 
 _ROUTING = (
     "top_k",
@@ -241,6 +241,77 @@ def train(
         click.echo(f"learning rate {result.learning_rate:g}: held-out loss {result.mean:.4f}")
     if results and results[0].losses:
         click.echo(before_and_after(results[0].losses))
+
+
+@main.command()
+@click.argument("adapter")
+@training_options("Directory of the LoRA. [default: ADAPTER-distilled]", device_map=False)
+@click.option(
+    "--coefficient",
+    "coefficients",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    help="Coefficient of an expert in the ensemble. May be repeated; 0 for those not named. "
+    "[default: all alike]",
+)
+@click.option(
+    "--beta",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="How much the coefficients follow each text; 1 is Bayes' rule.",
+)
+@click.option(
+    "--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the LoRA."
+)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=2e-4,
+    show_default=True,
+    help="Learning rate of AdamW.",
+)
+@_BASE
+@options_of(Distilling, "recipe")
+@options_of(Reading, "reading")
+def distil(
+    adapter: str,
+    data: tuple[str, ...],
+    weights: tuple[str, ...],
+    eval_data: tuple[str, ...],
+    output_dir: str | None,
+    resume: bool,
+    coefficients: tuple[str, ...],
+    beta: float,
+    rank: int,
+    learning_rate: float,
+    base: str | None,
+    recipe: Distilling,
+    reading: Reading,
+) -> None:
+    """Train one plain LoRA to predict what the ensemble of the experts in the routed adapter
+    ADAPTER predicts, so that one pass does for a pass of each.
+    """
+    from _mergekit_moe_ext_common.runs import before_and_after
+
+    losses = commands.distil(
+        adapter,
+        data,
+        output=output_dir,
+        coefficients=numbers_by_name("--coefficient", coefficients) or None,
+        beta=beta,
+        rank=rank,
+        learning_rate=learning_rate,
+        recipe=recipe,
+        reading=reading,
+        base=base,
+        weights=numbers_by_name("--weight", weights),
+        eval_data=eval_data,
+        resume=resume,
+    )
+    if losses:
+        click.echo("divergence from the ensemble, in nats per held-out token:")
+        click.echo(before_and_after(losses))
 
 
 @main.command()

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
-from peft_routing.recipes import LEARNING_RATES, Recipe
+from peft_routing.recipes import LEARNING_RATES, Distilling, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from _mergekit_moe_ext_common.runs import Losses
     from peft_routing.config import RoutedLoraConfig
     from peft_routing.fusion.report import Comparison
     from peft_routing.inspection import Inspection
@@ -267,6 +268,66 @@ def train(
         eval_data=eval_data,
         resume=resume,
         device_map=device_map,
+    )
+
+
+def distil(
+    adapter: str,
+    data: Sequence[str],
+    *,
+    output: str | None = None,
+    coefficients: Mapping[str, float] | None = None,
+    beta: float = 0.0,
+    rank: int = 16,
+    learning_rate: float = 2e-4,
+    recipe: Distilling | None = None,
+    reading: Reading | None = None,
+    base: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    eval_data: Sequence[str] = (),
+    resume: bool = False,
+) -> "Losses":
+    """Train one plain LoRA to predict what the ensemble of a routed adapter's experts does.
+
+    The ensemble reads every text once; 512 bytes per token are kept of it in memory.
+
+    Args:
+        adapter: the directory of the routed adapter, whose router has no part in it.
+        data: `[NAME=]SOURCE[:SPLIT]`, each a file, a directory or a dataset on the Hub.
+        output: the directory of the LoRA; `<adapter>-distilled` if None.
+        coefficients: of each expert, by name; uniform if None.
+        beta: above 0 the coefficients follow each text, as of `ensemble`.
+        rank: of the LoRA, on the modules that the experts are on.
+        learning_rate: AdamW's.
+        recipe, reading: how it is trained and how texts are read; the defaults if None.
+        base: the base model, where it is not the one that the adapter names.
+        weights, eval_data, resume: as of `train`.
+
+    Returns each source's held-out divergence from the ensemble before and after, in nats per token.
+
+    Raises `UserError` for what cannot be trained or read, and for an output that exists.
+
+    >>> recipe = Distilling(max_steps=1, held_out=4)
+    >>> losses = distil("routed", ["math=math.jsonl"], recipe=recipe, reading=Reading(quiet=True))
+    >>> list(losses)
+    ['math']
+    """
+    from peft_routing.fusion.distillation import distil as run
+
+    return run(
+        adapter,
+        data,
+        output or f"{adapter.rstrip('/')}-distilled",
+        reading or Reading(),
+        recipe or Distilling(),
+        coefficients=coefficients,
+        beta=beta,
+        rank=rank,
+        learning_rate=learning_rate,
+        base=base,
+        weights=weights,
+        eval_data=eval_data,
+        resume=resume,
     )
 
 

@@ -1,4 +1,4 @@
-"""The options of `peft-route train`."""
+"""The options of `peft-route train` and `peft-route distil`."""
 
 from dataclasses import dataclass
 
@@ -23,4 +23,15 @@ class Recipe(TrainingOptions):
         0.0,
         "Weight of the load-balancing loss, averaged over modules.",
         at_least=0,
+    )
+
+
+@dataclass(frozen=True)
+class Distilling(TrainingOptions):
+    """The settings of a LoRA's training to match an ensemble. The defaults are transformers'."""
+
+    completions_only: bool = option(
+        False,
+        "Match the ensemble on answers alone: the last turn of a chat, or a target after its "
+        "input. [default: on all tokens]",
     )

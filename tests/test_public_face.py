@@ -186,9 +186,8 @@ def test_the_examples_for_mixtures_run(everything):
 
 
 def test_the_examples_for_adapters_run(adapters):
-    run_examples(
-        peft_routing, ["compose", "train", "inspect", "export", "save", "compare", "ensemble"]
-    )
+    names = ["compose", "train", "inspect", "export", "save", "compare", "ensemble", "distil"]
+    run_examples(peft_routing, names)
     for directory in ("routed", "routed-trained", "experts/math", "routed-again"):
         assert (adapters / directory / "adapter_config.json").exists()
     assert (adapters / "report" / "report.json").exists()

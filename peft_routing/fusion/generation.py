@@ -184,7 +184,8 @@ class Ensemble:
                 "the key-value cache was filled without the ensemble: give it an empty one"
             )
         others = [copy.deepcopy(cache) for _ in self._places[1:]]
-        cache.__class__ = following(type(cache), EnsembleCache)
+        kind: type[Cache] = type(cache)
+        cache.__class__ = following(kind, EnsembleCache)
         cache.others = others
         cache.log_weights = None
         cache.last = []

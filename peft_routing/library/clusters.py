@@ -84,6 +84,7 @@ def cluster(
     distances.fill_diagonal_(0)
     tree = linkage(squareform(distances.numpy(), checks=False), method="average")
 
+    of_number: Callable[[int], Tensor]
     if method == AVERAGE:
 
         def cut(number: int) -> Tensor:

@@ -1,0 +1,250 @@
+"""An ensemble distilled into one plain LoRA (Trade-offs 3.2.2).
+
+The ensemble reads every text once. Of each token to come the probabilities of its 64 likeliest are
+kept, and the rest's as one number. Then an ordinary LoRA on the base model is trained to have the
+same: the Kullback-Leibler divergence of the two is its loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
+from _mergekit_moe_ext_common.data import collate, fingerprint
+from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import (
+    load_model,
+    load_tokenizer,
+    padding_token,
+    vocabulary_of,
+)
+from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.runs import (
+    Losses,
+    Run,
+    before_and_after,
+    checkpoint_bytes,
+    losses_before_and_after,
+)
+from _mergekit_moe_ext_common.training import TokenTrainer, read_data
+from peft_routing.adapter_files import fingerprint as adapter_fingerprint
+from peft_routing.choosers.experts import check_known
+from peft_routing.fusion.generation import Ensemble, ensemble
+from peft_routing.loading import base_of, check_routed, load_adapter_config, load_routed
+from peft_routing.recipes import Distilling
+
+TOP = 64
+_IDS = "top_ids"
+_VALUES = "top_log_probabilities"
+
+
+def distil(
+    adapter: str,
+    data: Sequence[str],
+    output: str,
+    reading: Reading,
+    recipe: Distilling,
+    *,
+    coefficients: Mapping[str, float] | None,
+    beta: float,
+    rank: int,
+    learning_rate: float,
+    base: str | None,
+    weights: Mapping[str, float] | None,
+    eval_data: Sequence[str],
+    resume: bool,
+) -> Losses:
+    """Trains a LoRA to match the ensemble of a routed adapter's experts, and writes it to `output`.
+
+    Returns each source's held-out divergence before and after, in nats per token. `UserError` for
+    what cannot be trained or read.
+    """
+    run = Run(output, reading)
+    measure = bool(recipe.held_out or eval_data)
+    arguments = run.arguments(
+        recipe,
+        learning_rate=learning_rate,
+        measure=measure,
+        label_names=["labels"],
+    )
+    config = load_adapter_config(adapter)
+    check_known(coefficients or {}, config.names, "coefficients")
+    base, base_config = base_of(base, config, reading)
+    if base_config.is_encoder_decoder:
+        raise UserError(f"{base} is an encoder-decoder; ensembles of decoders alone are distilled")
+    headers = check_routed(adapter, config, base, base_config, reading)
+    tokenizer = load_tokenizer(base, reading)
+    with arguments.main_process_first(desc="reading the data"):
+        training, held_out = read_data(
+            data,
+            weights,
+            eval_data,
+            tokenizer,
+            base_config,
+            reading,
+            recipe,
+            completions_only=recipe.completions_only,
+        )
+    settings = {
+        "adapter": adapter_fingerprint(adapter, adapter),
+        "base_model": base,
+        "data": fingerprint(training),
+        **asdict(recipe),
+        "coefficients": dict(coefficients or {}),
+        "beta": beta,
+        "rank": rank,
+        "learning_rate": learning_rate,
+    }
+    run.begin(settings, resume=resume)
+
+    pad_token_id = padding_token(tokenizer, vocabulary_of(base_config))
+    routed = load_routed(adapter, config, base, base_config, reading, headers=headers)
+    mixture = ensemble(routed.to(arguments.device).eval(), coefficients, beta=beta)
+    batch_size = recipe.per_device_eval_batch_size
+    training = with_targets(mixture, training, pad_token_id, batch_size)
+    held_out = {
+        name: with_targets(mixture, rows, pad_token_id, batch_size)
+        for name, rows in held_out.items()
+    }
+    targets = sorted({module.rpartition(".")[2] for module in config.sites})
+    del routed, mixture  # so that no two models are in memory
+
+    model = load_model(base, base_config, reading, headers=headers, dtype="auto")
+    torch.manual_seed(recipe.seed)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    student = get_peft_model(model, lora)
+    size = checkpoint_bytes(student)
+    run.check_room(size, size, arguments, len(training))
+    trainer = Distillation(
+        student,
+        arguments,
+        data_collator=lambda rows: _collated(rows, pad_token_id),
+        train_dataset=training,
+        eval_dataset=held_out or None,
+    )
+    run.train(trainer)
+    losses = losses_before_and_after(trainer, held_out)
+    run.check_converged(trainer, losses, "take a lower --learning-rate")
+    run.end_group()
+    if run.is_main:
+        with run.finish() as directory:
+            trainer.model.save_pretrained(str(directory))
+            extend_card(directory, _card(data, recipe, losses, learning_rate))
+    return losses
+
+
+@torch.no_grad()
+def with_targets(
+    mixture: Ensemble, rows: Dataset, pad_token_id: int, batch_size: int, top: int = TOP
+) -> Dataset:
+    """The rows with what the ensemble expects after each token: the ids of the likeliest (tokens,
+    top), and the logarithms of their probabilities.
+    """
+    device = next(mixture.model.parameters()).device
+    ids: list[Any] = []
+    values: list[Any] = []
+    for start in range(0, len(rows), batch_size):
+        items = list(rows.select(range(start, min(start + batch_size, len(rows)))))
+        batch = collate([{"input_ids": item["input_ids"]} for item in items], pad_token_id)
+        logits = mixture(**{key: each.to(device) for key, each in batch.items()}).logits
+        for item, of_row in zip(items, logits, strict=True):
+            own = of_row[: len(item["input_ids"])].log_softmax(dim=-1)
+            likeliest = own.topk(min(top, own.shape[-1]), dim=-1)
+            ids.append(likeliest.indices.cpu().numpy())
+            values.append(likeliest.values.cpu().numpy())
+    columns = rows.to_dict()
+    return Dataset.from_dict({**columns, _IDS: ids, _VALUES: values})
+
+
+def kl_of_likeliest(logits: Tensor, ids: Tensor, log_probabilities: Tensor) -> Tensor:
+    """(tokens,): the divergence from logits (tokens, vocabulary) to probabilities of which only the
+    likeliest are known, with all others as one event.
+
+    Args:
+        ids: (tokens, top), the likeliest.
+        log_probabilities: (tokens, top), the logarithms of their probabilities.
+    """
+    own = logits.float().log_softmax(dim=-1).gather(-1, ids)
+    probabilities = log_probabilities.exp()
+    of_likeliest = (probabilities * (log_probabilities - own)).sum(dim=-1)
+    if ids.shape[-1] == logits.shape[-1]:
+        return of_likeliest
+    rest = _log_of_rest(log_probabilities)
+    return of_likeliest + rest.exp() * (rest - _log_of_rest(own))
+
+
+def _log_of_rest(log_probabilities: Tensor) -> Tensor:
+    """(tokens,): the logarithm of what probabilities lack of 1, at least of 1e-6."""
+    whole = log_probabilities.logsumexp(dim=-1).clamp(max=-1e-6)
+    return torch.log(-torch.expm1(whole))
+
+
+class Distillation(TokenTrainer):
+    """The Trainer, whose loss is the mean over tokens of `kl_of_likeliest`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # so that it divides by the steps of accumulation
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        sums, counts = self._of_rows(model, inputs)
+        loss = sums.sum() / counts.sum().clamp(min=1)
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums, counts = self._of_rows(model, inputs)
+        return None, sums, counts
+
+    def _of_rows(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The sum of the divergences of each row's tokens, and their number, both (rows,)."""
+        ids = inputs["input_ids"]
+        logits = model(
+            input_ids=ids, attention_mask=inputs["attention_mask"], use_cache=False
+        ).logits
+        divergences = kl_of_likeliest(logits, inputs[_IDS], inputs[_VALUES])
+        # Where a token is to be predicted after this one.
+        counted = torch.zeros_like(ids, dtype=torch.bool)
+        counted[:, :-1] = inputs["labels"][:, 1:] != -100
+        return divergences.masked_fill(~counted, 0).sum(dim=1), counted.sum(dim=1)
+
+
+def _collated(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """A batch with the ensemble's targets, padded on the right as the tokens are."""
+    names = [name for name in ("input_ids", "labels") if name in rows[0]]
+    batch = collate([{name: row[name] for name in names} for row in rows], pad_token_id)
+    if "labels" not in batch:
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for name in (_IDS, _VALUES):
+        tensors = [torch.as_tensor(row[name]) for row in rows]
+        batch[name] = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    return batch
+
+
+def _card(
+    data: Sequence[str], recipe: Distilling, losses: Losses, learning_rate: float
+) -> list[str]:
+    lines = [
+        "## Distillation",
+        "",
+        f"From an ensemble, on {sources_in_markdown(data)}: {recipe.num_train_epochs:g} epochs, "
+        f"learning rate {learning_rate:g}, seed {recipe.seed}. The loss is the divergence from the "
+        "ensemble, in nats per token.",
+    ]
+    if losses:
+        lines += ["", before_and_after(losses, markdown=True)]
+    return lines

@@ -1,0 +1,95 @@
+"""A plain LoRA that is trained to match an ensemble."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_routing
+from peft_routing import Distilling, Reading, UserError, distil, ensemble
+from peft_routing.cli import main
+from peft_routing.fusion.distillation import kl_of_likeliest
+from tests.peft_routing.adapters import make_base, save_experts
+from tests.tokenizers import save_tokenizer
+
+COEFFICIENTS = {"math": 0.7, "law": 0.3}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    make_base().save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", 96)
+    experts = save_experts(tmp_path / "experts", lora_alpha=64)
+    peft_routing.compose(str(tmp_path / "base"), experts, str(tmp_path / "routed"))
+    rows = []
+    for row in range(24):
+        words = [f"w{(5 * row + 7 * step) % 90}" for step in range(4 + row % 5)]
+        rows.append(json.dumps({"text": " ".join(words)}) + "\n")
+    (tmp_path / "texts.jsonl").write_text("".join(rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("top", [5, 12])
+def test_the_divergence_is_of_the_likeliest_and_the_rest(top):
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(3, 12, generator=generator).double()
+    others = torch.randn(3, 12, generator=generator).double().softmax(dim=-1)
+    likeliest = others.topk(top, dim=-1)
+    found = kl_of_likeliest(own, likeliest.indices, likeliest.values.log())
+    for row in range(3):
+        kept = likeliest.indices[row].tolist()
+        rest = [token for token in range(12) if token not in kept]
+        p = [*others[row, kept].tolist(), others[row, rest].sum().item()]
+        q = own[row].softmax(dim=-1)
+        q = [*q[kept].tolist(), q[rest].sum().item()]
+        expected = sum(a * torch.tensor(a / b).log().item() for a, b in zip(p, q, strict=True) if a)
+        assert found[row].item() == pytest.approx(expected, abs=1e-5)
+
+
+def divergence(adapter):
+    """The mean whole divergence of an adapter, or the base, from the ensemble, over all texts."""
+    base = AutoModelForCausalLM.from_pretrained("base").eval()
+    student = PeftModel.from_pretrained(base, adapter).eval() if adapter else base
+    mixture = ensemble(PeftModel.from_pretrained(make_base(), "routed").eval(), COEFFICIENTS)
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    values = []
+    with torch.no_grad():
+        for line in Path("texts.jsonl").read_text().splitlines():
+            ids = tokenizer(json.loads(line)["text"], return_tensors="pt")["input_ids"]
+            of_mixture = mixture(input_ids=ids).logits.log_softmax(dim=-1)
+            own = student(input_ids=ids).logits.log_softmax(dim=-1)
+            values.append((of_mixture.exp() * (of_mixture - own)).sum(dim=-1)[0, :-1])
+    return torch.cat(values).mean().item()
+
+
+def test_distillation_lowers_the_divergence_from_the_ensemble(here):
+    recipe = Distilling(max_steps=60, held_out=6, per_device_train_batch_size=6)
+    losses = distil(
+        "routed", ["texts=texts.jsonl"], output="student", coefficients=COEFFICIENTS,
+        rank=8, learning_rate=2e-2, recipe=recipe, reading=Reading(quiet=True),
+    )  # fmt: skip
+    before, after = losses["texts"]
+    assert after < 0.8 * before
+    # Other texts, and 33 of 96 words counted as one.
+    assert before == pytest.approx(divergence(None), rel=0.5)
+    assert divergence("student") < 0.8 * divergence(None)
+    config = json.loads((here / "student" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 8
+    assert sorted(config["target_modules"]) == ["down_proj", "q_proj", "v_proj"]
+    assert "## Distillation" in (here / "student" / "README.md").read_text()
+    assert not (here / "student.checkpoints").exists()
+
+
+def test_mistakes_are_told_before_anything_is_read(here):
+    with pytest.raises(UserError, match="did you mean 'math'"):
+        distil("routed", ["texts.jsonl"], coefficients={"maths": 1}, reading=Reading(quiet=True))
+    result = CliRunner().invoke(
+        main, ["distil", "routed", "--data", "texts.jsonl", "-o", "experts"]
+    )
+    assert result.exit_code == 1 and "is not empty" in result.output
+    assert not list(here.glob("*.checkpoints")) and not (here / "routed-distilled").exists()
