@@ -162,7 +162,7 @@ def training_options(
     `output` is the help text of the output directory; `needs_data` says whether `--data` is the
     only way to name the texts. Without `device_map` one device holds the model.
     """
-    options = [
+    options: list[Decorator] = [
         click.option(
             "--data",
             multiple=True,

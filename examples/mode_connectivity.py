@@ -17,7 +17,7 @@ task.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
@@ -34,7 +34,7 @@ from mergekit_moe_ext.analysis import (
 )
 from peft_routing import Reading, RoutedLoraConfig, UserError
 
-WAYS = {"factors": "low_rank", "updates": "full"}
+WAYS: dict[str, Literal["low_rank", "full"]] = {"factors": "low_rank", "updates": "full"}
 
 
 def barrier(losses: Sequence[float], alphas: Sequence[float]) -> float:

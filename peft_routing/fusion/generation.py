@@ -175,7 +175,7 @@ class Ensemble:
             cache.log_weights = torch.stack(weights, dim=1)
         return result
 
-    def _cache(self, cache: Any) -> Any:
+    def _cache(self, cache: Cache | None) -> Any:
         """The cache with one per other expert beside it; None where there is none."""
         if cache is None or isinstance(cache, EnsembleCache):
             return cache
@@ -184,12 +184,13 @@ class Ensemble:
                 "the key-value cache was filled without the ensemble: give it an empty one"
             )
         others = [copy.deepcopy(cache) for _ in self._places[1:]]
-        kind: type[Cache] = type(cache)
-        cache.__class__ = following(kind, EnsembleCache)
-        cache.others = others
-        cache.log_weights = None
-        cache.last = []
-        return cache
+        followed: Any = cache
+        kind: Any = type(cache)
+        followed.__class__ = following(kind, EnsembleCache)
+        followed.others = others
+        followed.log_weights = None
+        followed.last = []
+        return followed
 
     def _followed(
         self,
