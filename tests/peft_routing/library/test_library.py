@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import peft_routing
-from peft_routing import Reading, UserError, library
+from peft_routing import Reading, UserError, adapter_files, library
 from peft_routing.cli import main
 from peft_routing.library.centroids import nearest
 from tests.peft_routing.adapters import make_base, save_lora
@@ -139,6 +139,25 @@ def test_what_has_changed_or_gone_is_said(here):
     file = here / "lib" / "library.json"
     file.write_text(file.read_text()[:40])
     assert "library.json" in refusal("list", "lib")
+
+
+def test_an_adapter_on_the_hub_is_noted_with_its_commit(here, monkeypatch):
+    snapshot = here / "models--owner--name" / "snapshots" / "0123abc"
+    shutil.copytree(here / "experts" / "math", snapshot)
+    revisions = []
+
+    def download(repository, name, *, subfolder, revision):
+        assert (repository, subfolder) == ("owner/name", None)
+        revisions.append(revision)
+        return str(snapshot / name)
+
+    monkeypatch.setattr(adapter_files, "hf_hub_download", download)
+    call("add", "lib", "--expert", "far=owner/name")
+    shown = json.loads(call("show", "lib", "far"))
+    assert (shown["path"], shown["revision"]) == ("owner/name", "0123abc")
+    assert set(revisions) == {None}
+    assert library.Library.open("lib").experts(("far",)) == {"far": "owner/name@0123abc"}
+    assert revisions[-1] == "0123abc"
 
 
 def test_duplicates_are_found_by_sketch_and_exactly(here):
