@@ -154,9 +154,7 @@ def output_directory(meaning: str, *, required: bool = False) -> Decorator:
     return click.option("-o", "--output-dir", type=click.Path(), required=required, help=meaning)
 
 
-def training_options(
-    output: str, *, needs_data: bool = True, device_map: bool = True
-) -> Decorator:
+def training_options(output: str, *, needs_data: bool = True, device_map: bool = True) -> Decorator:
     """The options of a training on texts: what it reads, where it writes, and how it goes on.
 
     `output` is the help text of the output directory; `needs_data` says whether `--data` is the
