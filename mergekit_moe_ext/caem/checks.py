@@ -16,7 +16,7 @@ from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import stored_model
-from mergekit_moe_ext.merging.wrappers import language_config
+from mergekit_moe_ext.merging.wrappers import language_config, routing_config
 from mergekit_moe_ext.mixtures.experts import MoeLayer, experts_per_token, num_experts
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def number_of_experts(job: Job, sizes: Sequence[int]) -> int:
 
 def check_routing(config: PretrainedConfig, number: int) -> None:
     """Check that the routers of this config can choose among that many experts."""
-    config = language_config(config)
+    config = routing_config(config)
     per_token = experts_per_token(config)
     groups = getattr(config, "n_group", None) or 1
     if per_token > number:
