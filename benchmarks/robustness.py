@@ -336,8 +336,6 @@ def _become(line: str, directory: Path, log: Path) -> None:
         os.dup2(out, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # tqdm's own lock is one for all forks, and a killed one may have held it.
-        tqdm.set_lock(threading.RLock())
         os.chdir(directory)
         torch.set_num_threads(1)
         program, *arguments = line.split()
@@ -672,6 +670,8 @@ def main(
         for module in LATE:
             importlib.import_module(module)
         make_template(template)
+        # tqdm's own lock is one for all forks, and a killed one may have held it.
+        tqdm.set_lock(threading.RLock())
         gc.freeze()  # so that a fork's collections do not copy all of this process's pages
         if only:
             for each in only:
