@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "sequence": "merging modeling common",
     "mixtures": "merging modeling recipes common",
     "caem": "mixtures merging recipes common",
-    "growing": "caem mixtures upcycling merging common",
+    "growing": "caem mixtures upcycling merging modeling common",
     "wemoe": "merging modeling recipes common",
     "analysis": "sequence wemoe mixtures merging modeling recipes common",
     "methods": "tensor upcycling growing sequence caem wemoe",
