@@ -52,7 +52,8 @@ def adapted(
     """
     plain = LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False)
     lora = get_peft_model(base(), plain, autocast_adapter_dtype=dtype == torch.float32)
-    routed = RoutedLoraConfig(experts=paths, router="arrow", top_k=TOP_K)
+    # As `PeftModel.from_pretrained` loads it: a router that is being trained goes another way.
+    routed = RoutedLoraConfig(experts=paths, router="arrow", top_k=TOP_K, inference_mode=True)
     return lora.to(dtype).eval(), get_peft_model(base(), routed).eval()
 
 

@@ -8,8 +8,8 @@ This is for routers whose scores are products with the hidden state, token by to
 one rank. All others, and training, go the general way, to the same result.
 
 On a GPU, and in bfloat16, a Triton kernel does what lies between the two products. PyTorch's
-operations do it where Triton is missing or fails, for more experts than the kernel takes, in other
-dtypes, and on a GPU that is not the current one.
+operations do it where Triton is missing or fails, for a router that is being trained, for more
+experts than the kernel takes, in other dtypes, and on a GPU that is not the current one.
 """
 
 import importlib
@@ -84,7 +84,9 @@ class Fused:
             return None
         tokens = x.reshape(-1, x.shape[-1])
         plan = self._plan(len(tokens), x, result, weight)
-        if plan.by_kernel:
+        # The kernel takes a copy of the router's rows. Rows that are trained may change unnoticed, as
+        # some optimizers write to `.data`.
+        if plan.by_kernel and not weight.requires_grad:
             return self._by_kernel(result, tokens, weight)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
         tokens = _cast(tokens, plan.dtype)
