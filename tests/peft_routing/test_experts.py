@@ -352,14 +352,17 @@ def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_an_expert_on_the_hub(good: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = {("someone/math", None): good["math"], ("someone/loras", "v2/code"): good["code"]}
+    stored = {
+        ("someone/math", None, None): good["math"],
+        ("someone/loras", "v2/code", "a1b2c3"): good["code"],
+    }
 
-    def download(repository: str, name: str, subfolder: str | None = None) -> str:
-        return str(Path(stored[repository, subfolder]) / name)
+    def download(repository: str, name: str, subfolder: str | None, revision: str | None) -> str:
+        return str(Path(stored[repository, subfolder, revision]) / name)
 
     monkeypatch.setattr("peft_routing.adapter_files.hf_hub_download", download)
     there = RoutedLoraConfig(
-        experts={"math": "someone/math", "code": "someone/loras/v2/code"}, router="arrow"
+        experts={"math": "someone/math", "code": "someone/loras/v2/code@a1b2c3"}, router="arrow"
     )
     here = RoutedLoraConfig(experts=good, router="arrow")
     assert torch.equal(

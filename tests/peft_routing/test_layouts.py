@@ -582,7 +582,7 @@ def test_a_pickle_of_something_else_is_refused(content: Any, tmp_path: Path) -> 
 def test_a_pickle_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, path = a_pickle(tmp_path / "odd")
 
-    def download(repository: str, name: str, subfolder: str | None = None) -> str:
+    def download(repository: str, name: str, subfolder: str | None, revision: str | None) -> str:
         if not (path / name).exists():
             raise EntryNotFoundError(f"{repository} has no {name}")
         return str(path / name)
@@ -791,7 +791,8 @@ def test_every_subdirectory_that_holds_an_adapter(
     assert result.exit_code == 0 and "3 experts (code, law, math)" in result.output, result.output
     assert Path("said", CONFIG).read_bytes() == Path("named", CONFIG).read_bytes()
     result = CliRunner().invoke(main, ["compose", "base", "-o", "never"])
-    assert result.exit_code == 1 and "name them with --expert, or --experts-from" in result.output
+    complaint = "name them with --expert, --experts-from or --library"
+    assert result.exit_code == 1 and complaint in result.output
 
     shutil.copytree("experts/law", "more")
     config = compose("base", {"more": "more"}, "four", experts_from="experts", router="layer")
