@@ -84,8 +84,8 @@ class Fused:
             return None
         tokens = x.reshape(-1, x.shape[-1])
         plan = self._plan(len(tokens), x, result, weight)
-        # The kernel takes a copy of the router's rows. Rows that are trained may change unnoticed, as
-        # some optimizers write to `.data`.
+        # The kernel takes a copy of the router's rows, and those that are trained may change
+        # unnoticed: some optimizers write to `.data`.
         if plan.by_kernel and not weight.requires_grad:
             return self._by_kernel(result, tokens, weight)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
