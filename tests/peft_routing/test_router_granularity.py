@@ -200,6 +200,7 @@ def test_generation(experts: dict[str, str], where: str, granularity: str) -> No
             model.generate(input_ids=IDS, attention_mask=MASK[:, None, None], max_new_tokens=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", SHARED)
 def test_compiled_whole_and_in_parts(experts: dict[str, str], where: str) -> None:
     options = {"router_granularity": where, "router_aux_loss_coef": 0.1}

@@ -377,7 +377,7 @@ def test_held_out_losses_are_means_over_tokens(here):
     assert result.losses["law"][1] == pytest.approx(total / count, abs=1e-5)
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@pytest.mark.parametrize("granularity", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(here, granularity):
     config = json.loads((here / "routed" / "adapter_config.json").read_text())
     config |= {"granularity": granularity, "routing_tokens": 3}
