@@ -50,6 +50,7 @@ class LinearCKA:
         self._unbiased = unbiased
         self._samples = 0
         self._sums: dict[str, Tensor] = {}
+        self._origins: tuple[Tensor, Tensor] | None = None
 
     def update(self, first: Tensor, second: Tensor) -> None:
         """Add a batch: features of shape (samples, features) of each model, in the same order."""
@@ -60,6 +61,14 @@ class LinearCKA:
             )
         first = first.detach().double()
         second = second.detach().double()
+        if not len(first):
+            return
+        # A shift does not matter. By that of the first sample, features that are all alike are
+        # exactly 0, and not what rounding leaves of them.
+        if self._origins is None:
+            self._origins = (first[0], second[0])
+        first = first - self._origins[0]
+        second = second - self._origins[1]
         if self._unbiased:
             self._add("first", _unbiased_hsic(first, first))
             self._add("second", _unbiased_hsic(second, second))

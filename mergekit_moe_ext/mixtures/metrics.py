@@ -74,7 +74,7 @@ def metric_of(name: str) -> Metric:
         raise UserError(f"there is no metric {name!r}: take {known}, or package.module:function")
     try:
         metric = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"the metric {name} cannot be imported: {error}") from error
     if not callable(metric):
         raise UserError(f"the metric {name} is no function")

@@ -109,7 +109,10 @@ def eval_sources_of(tasks: Mapping[str, Task]) -> list[str]:
 
 
 def with_prompts(rows: Dataset, source: Source, task: Task) -> Dataset:
-    """The rows of a task with the columns `input` and `target`. `UserError` for missing columns."""
+    """The rows of a task with the columns `input` and `target`.
+
+    `UserError` for missing columns, and for a row with null in one of them.
+    """
     columns = _columns_of(task.prompt)
     for column in [*columns, task.target]:
         if column not in rows.column_names:
@@ -119,6 +122,12 @@ def with_prompts(rows: Dataset, source: Source, task: Task) -> Dataset:
             )
 
     def pair(row: dict[str, Any]) -> dict[str, str]:
+        for column in [*columns, task.target]:
+            if row[column] is None:
+                raise UserError(
+                    f"{source} (task {source.name!r}) has a row with null in the column "
+                    f"{column!r}: take it out"
+                )
         values = {column: row[column] for column in columns}
         return {"input": task.prompt.format_map(values), "target": str(row[task.target])}
 

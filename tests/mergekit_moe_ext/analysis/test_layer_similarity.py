@@ -99,7 +99,12 @@ def test_samples_that_cannot_be_compared_are_refused():
         LinearCKA().update(features(1), features(2, samples=39))
     with pytest.raises(UserError, match="4 tokens or more"):
         LinearCKA(unbiased=True).update(features(1, 3), features(2, 3))
-    assert math.isnan(in_batches(torch.ones(9, 2), torch.ones(9, 2), 9))
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_features_that_are_all_alike_have_no_similarity(unbiased):
+    alike = torch.full((12, 5), 0.1)  # whose sums are rounded
+    assert math.isnan(in_batches(alike, features(1, samples=12), 6, unbiased=unbiased))
 
 
 def test_layers_of_decoders_against_a_loop_over_texts(tmp_path, monkeypatch):

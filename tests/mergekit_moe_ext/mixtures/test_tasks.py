@@ -133,6 +133,10 @@ def test_prompts_are_made_of_columns(tmp_path):
     assert pair == {"input": "{Q} who of a {b}", "target": "3"}
     with pytest.raises(UserError, match="has no column 'label'"):
         with_prompts(rows.remove_columns("label"), Source("news", "news.jsonl"), task)
+    for column in ("q", "label"):
+        with_null = Dataset.from_list([{**rows[0], column: None}])
+        with pytest.raises(UserError, match=f"null in the column '{column}'"):
+            with_prompts(with_null, Source("news", "news.jsonl"), task)
 
 
 def test_the_example_is_that_of_the_docs(monkeypatch):
@@ -148,6 +152,7 @@ def test_the_example_is_that_of_the_docs(monkeypatch):
     [
         ({"news": {"metric": "bleu"}}, "no metric 'bleu'"),
         ({"news": {"metric": "no_such_module:score"}}, "cannot be imported"),
+        ({"news": {"metric": ":score"}}, "cannot be imported"),
         ({"news": {"prompt": "Classify: {text"}}, "news.prompt"),
         ({"news": {"prompt": "Classify:"}}, "names no column"),
         ({"news": {"max_tokens": 3}}, r"news\.max_tokens"),
