@@ -1,9 +1,9 @@
 """What lies between the two products of a routed layer, as one Triton kernel: for GPUs, where time
 goes with the number of launches.
 
-It takes bfloat16 hidden states and z, and computes each token's scores, chooses, and weighs z. The
-scores are as exact as float32 ones: a router's row is split into a high and a low part of bfloat16,
-whose sum has 16 bits, and products are summed in float32. (A row rounded to bfloat16 chooses other
+It takes bfloat16 hidden states and z, and computes each token's scores, chooses, and weighs z. A
+router's row is split into a high and a low part of bfloat16, whose sum has 16 bits of the 24 of
+float32, and products are summed in float32. (A row rounded to bfloat16 has 8, and chooses other
 experts where scores nearly tie.) `fused` has the same in PyTorch's operations.
 """
 
