@@ -83,6 +83,12 @@ def _check_prompt(where: str, prompt: str) -> None:
         raise UserError(f"{where}.prompt: {error}; write a brace of the text twice") from error
     if not columns:
         raise UserError(f"{where}.prompt: it names no column, as in 'Classify: {{text}}'")
+    for column in columns:
+        if "." in column or "[" in column:
+            raise UserError(
+                f"{where}.prompt: {{{column}}} means a part of a column, which is not looked up; "
+                "give the column a name without dots and brackets"
+            )
 
 
 def _columns_of(prompt: str) -> list[str]:

@@ -155,6 +155,8 @@ def test_the_example_is_that_of_the_docs(monkeypatch):
         ({"news": {"metric": ":score"}}, "cannot be imported"),
         ({"news": {"prompt": "Classify: {text"}}, "news.prompt"),
         ({"news": {"prompt": "Classify:"}}, "names no column"),
+        ({"news": {"prompt": "Classify: {text.title}"}}, "{text.title} means a part of a column"),
+        ({"news": {"prompt": "Classify: {text[0]}"}}, "without dots and brackets"),
         ({"news": {"max_tokens": 3}}, r"news\.max_tokens"),
         ({"news": {"single_task_score": None}}, "news has no single_task_score"),
     ],
