@@ -80,9 +80,12 @@ class BehindWriter(TensorWriter):
         """
         with self._lock:
             self._flush_current_shard()
-            while self._waiting:
-                self._waiting.popleft()[1].result()
-            self._written_behind.shutdown()
+            try:
+                while self._waiting:
+                    self._waiting.popleft()[1].result()
+            finally:
+                # After an error, too: nothing goes on writing into a directory that is taken away.
+                self._written_behind.shutdown(cancel_futures=True)
             super().finalize()
 
     def _flush_current_shard(self) -> None:
