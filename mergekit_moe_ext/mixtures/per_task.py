@@ -21,7 +21,7 @@ class TaskSampler(Sampler[int]):
     def __init__(self, sizes: Sequence[int], samples: int, rows_per_step: int, seed: int) -> None:
         """`sizes` are the numbers of rows of the tasks; a step has `rows_per_step` of each."""
         self.tasks = len(sizes)
-        self._sizes = list(sizes)
+        self.sizes = list(sizes)
         self._rows_per_step = rows_per_step
         self._rows_per_epoch = math.ceil(samples / rows_per_step) * rows_per_step
         self._seed = seed
@@ -42,8 +42,8 @@ class TaskSampler(Sampler[int]):
 
     def _order(self, task: int) -> list[int]:
         """The indices of this epoch's rows of one task, in the order in which they are read."""
-        size = self._sizes[task]
-        offset = sum(self._sizes[:task])
+        size = self.sizes[task]
+        offset = sum(self.sizes[:task])
         position = self._epoch * self._rows_per_epoch
         end = position + self._rows_per_epoch
         order: list[int] = []

@@ -5,7 +5,7 @@ or, under `accelerate launch`, on many.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +14,9 @@ import torch
 from datasets import Dataset
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from transformers import TrainingArguments
 
 from _mergekit_moe_ext_common.cards import extend_card, in_markdown, sources_in_markdown
-from _mergekit_moe_ext_common.data import (
-    Source,
-    fingerprint,
-    parse_sources,
-    training_batches,
-)
+from _mergekit_moe_ext_common.data import fingerprint, training_batches
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import (
     check_model,
@@ -52,11 +46,20 @@ from _mergekit_moe_ext_common.training import (
     mixed,
     read_sources,
     restore_dtypes,
-    split_sources,
 )
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.outputs import complete_model
 from mergekit_moe_ext.mixtures.generation import TaskScorer
+from mergekit_moe_ext.mixtures.multitask import (
+    every_epoch,
+    for_tasks,
+    measured_pairs,
+    pairs_of,
+    sampler_of,
+    scorer_of,
+    tasks_per_step,
+    with_best,
+)
 from mergekit_moe_ext.mixtures.parts import (
     Part,
     chosen_parts,
@@ -68,7 +71,7 @@ from mergekit_moe_ext.mixtures.per_task import TaskSampler
 from mergekit_moe_ext.mixtures.routers import recorded, routes_sequences
 from mergekit_moe_ext.mixtures.rows import OtherRowsFixed, check_chosen, indices_of
 from mergekit_moe_ext.mixtures.sequences import check_sequences, first_predicted
-from mergekit_moe_ext.mixtures.tasks import Task, eval_sources_of, sources_of, with_prompts
+from mergekit_moe_ext.mixtures.tasks import Task, eval_sources_of, sources_of
 from mergekit_moe_ext.mixtures.trainers import MoeTrainer, SequenceTrainer, without_labels
 from mergekit_moe_ext.recipes import Recipe
 
@@ -128,11 +131,11 @@ def train(
     if tasks:
         data = sources_of(tasks)
         eval_data = eval_sources_of(tasks)
-        recipe = _for_tasks(recipe, reading)
-    recipe = _with_best(recipe, data, tasks or {})
+        recipe = for_tasks(recipe, reading)
+    recipe = with_best(recipe, data, tasks or {})
     aim = aim._replace(recipe=recipe)
     check_weights(data, weights or {})
-    tasks_per_step = _tasks_per_step(recipe, data, weights)
+    batches_per_step = tasks_per_step(recipe, data, weights)
     first_label = 1
     if is_sequence_moe:
         check_sequences(config, reading, recipe)
@@ -140,12 +143,12 @@ def train(
     arguments = run.arguments(
         replace(
             recipe,
-            gradient_accumulation_steps=tasks_per_step * recipe.gradient_accumulation_steps,
+            gradient_accumulation_steps=batches_per_step * recipe.gradient_accumulation_steps,
         ),
         learning_rate=aim.learning_rate,
         measure=bool(recipe.held_out or eval_data),
         ddp_find_unused_parameters=True,  # an expert that no token of this process chose
-        **(_every_epoch(recipe) if tasks else {}),
+        **(every_epoch(recipe) if tasks else {}),
     )
     if tasks and run.is_split:
         raise UserError("--tasks is not for a model that is split between processes (FSDP)")
@@ -164,18 +167,15 @@ def train(
             first_label=first_label,
             max_source_length=recipe.max_source_length,
             max_target_length=recipe.max_target_length,
-            prepare=_pairs_of(tasks) if tasks else None,
+            prepare=pairs_of(tasks) if tasks else None,
         )
-        pairs: Mapping[str, Dataset] = {}
-        if tasks:
-            # The same rows are held out again, here as texts.
-            _, pairs = split_sources(data, eval_data, recipe, _pairs_of(tasks))
-            _check_measured(tasks, pairs)
+        # The same rows are held out again, here as texts.
+        pairs = measured_pairs(tasks, data, eval_data, recipe) if tasks else {}
     training = mixed(sources, weights or {}, recipe.seed)
-    sampler = _sampler(sources, recipe, arguments) if tasks_per_step > 1 else None
+    sampler = sampler_of(sources, recipe, arguments) if batches_per_step > 1 else None
     settings = _settings(model_path, aim, training)
     if sampler:
-        settings["rows"] = [len(rows) for rows in sources.values()]
+        settings["rows"] = sampler.sizes
     if tasks:
         settings["tasks"] = {name: task.model_dump() for name, task in tasks.items()}
     run.begin(settings, resume=resume)
@@ -193,16 +193,7 @@ def train(
         _check_gates(model, training, batch, aim)
     scorer = None
     if tasks:
-        scorer = TaskScorer(
-            tasks,
-            pairs,
-            tokenizer,
-            pad_token_id,
-            batch_size=recipe.per_device_eval_batch_size,
-            max_source_length=recipe.max_source_length or reading.max_length,
-            max_target_length=recipe.max_target_length or reading.max_length,
-            quiet=reading.quiet,
-        )
+        scorer = scorer_of(tasks, pairs, tokenizer, pad_token_id, recipe, reading)
     run.place(model, arguments)
     trainer = _trainer(model, arguments, batch, training, held_out, aim, sampler, scorer)
     run.train(trainer)
@@ -299,106 +290,6 @@ def _settled(recipe: Recipe, config: Any, learning_rate: float, parts: Collectio
         router_aux_loss=weight if recipe.router_aux_loss is None else recipe.router_aux_loss,
         # Nothing is gained from frozen weights in float32.
         bf16=recipe.bf16 or (is_partial and config.dtype == torch.bfloat16),
-    )
-
-
-def _tasks_per_step(recipe: Recipe, data: Sequence[str], weights: Any) -> int:
-    """The number of tasks that have batches of their own in every step; 1 where rows are shuffled.
-
-    `UserError` for options of the other way of mixing.
-    """
-    if recipe.mixing == "shuffled":
-        if recipe.samples_per_task is not None:
-            raise UserError("--samples-per-task is for --mixing per-task")
-        return 1
-    if weights:
-        raise UserError("--weight is for shuffled rows: --mixing per-task weighs all tasks alike")
-    if len(data) < 2:
-        raise UserError("--mixing per-task is for several sources: repeat --data")
-    return len(data)
-
-
-def _for_tasks(recipe: Recipe, reading: Reading) -> Recipe:
-    """The recipe for tasks: decoders learn answers alone, and prompts and answers are cut one by
-    one.
-    """
-    if recipe.packing:
-        raise UserError("--packing joins texts, and --tasks has prompts with their answers")
-    return replace(
-        recipe,
-        completions_only=True,
-        max_source_length=recipe.max_source_length or reading.max_length,
-        max_target_length=recipe.max_target_length or reading.max_length,
-    )
-
-
-def _with_best(recipe: Recipe, data: Sequence[str], tasks: Mapping[str, Task]) -> Recipe:
-    """The recipe with the measure by which the best model is known, where that is to be written.
-
-    `UserError` for a measure that there is not.
-    """
-    metric = recipe.metric_for_best_model
-    if not recipe.load_best_model_at_end:
-        if metric:
-            raise UserError("--metric-for-best-model is for --load-best-model-at-end")
-        return recipe
-    names = [source.name for source in parse_sources(data)]
-    measures = [f"{name}_loss" for name in names] + [f"{name}_score" for name in tasks]
-    if tasks and all(task.single_task_score for task in tasks.values()):
-        measures.append("overall_performance")
-    if metric is None:
-        # The last measure is the most telling one, but of several tasks it is only one task's.
-        metric = measures[-1]
-        if len(names) > 1 and metric != "overall_performance":
-            raise UserError(
-                "--load-best-model-at-end: with several tasks the best model is that of the best "
-                "overall performance, for which each needs a single_task_score in --tasks; or "
-                f"state --metric-for-best-model: {', '.join(measures)}"
-            )
-    if metric.removeprefix("eval_") not in measures:
-        raise UserError(f"--metric-for-best-model {metric}: there are {', '.join(measures)}")
-    return replace(recipe, metric_for_best_model=metric)
-
-
-def _pairs_of(tasks: Mapping[str, Task]) -> Callable[[Dataset, Source], Dataset]:
-    """A function that makes inputs and targets of a task's rows."""
-
-    def pairs(rows: Dataset, source: Source) -> Dataset:
-        return with_prompts(rows, source, tasks[source.name])
-
-    return pairs
-
-
-def _check_measured(tasks: Mapping[str, Task], pairs: Mapping[str, Dataset]) -> None:
-    """`UserError` for a task without rows that its answers are measured on."""
-    for name in tasks:
-        if name not in pairs:
-            raise UserError(
-                f"nothing is held out of the task {name}, so that no answer of it could be "
-                "measured; see --held-out, and eval_data in --tasks"
-            )
-
-
-def _every_epoch(recipe: Recipe) -> dict[str, str]:
-    """The Trainer's arguments by which it measures at the end of every epoch.
-
-    Where the best model is kept, checkpoints are of the steps that were measured.
-    """
-    save_strategy = "epoch" if recipe.load_best_model_at_end else "steps"
-    return {"eval_strategy": "epoch", "save_strategy": save_strategy}
-
-
-def _sampler(
-    sources: Mapping[str, Dataset], recipe: Recipe, arguments: TrainingArguments
-) -> TaskSampler:
-    """The order of the rows of all sources with `--mixing per-task`."""
-    sizes = [len(rows) for rows in sources.values()]
-    rows_per_batch = arguments.per_device_train_batch_size * arguments.world_size
-    return TaskSampler(
-        sizes,
-        samples=recipe.samples_per_task or min(sizes),
-        rows_per_step=rows_per_batch * recipe.gradient_accumulation_steps,
-        seed=recipe.seed,
     )
 
 
