@@ -9,7 +9,7 @@ one rank. All others, and training, go the general way, to the same result.
 
 On a GPU, and in bfloat16, a Triton kernel does what lies between the two products. PyTorch's
 operations do it where Triton is missing or fails, for a router that is being trained, for more
-experts than the kernel takes, in other dtypes, and on a GPU that is not the current one.
+experts than the kernel takes, and in other dtypes.
 """
 
 import importlib
@@ -210,9 +210,6 @@ class Fused:
         return plan
 
     def _fits_kernel(self, device: torch.device) -> bool:
-        # Triton starts a kernel on the current GPU, where those of another are read too early.
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            return False
         return _works(device) and _kernels().fits(self.count, self.rank // self.count)
 
 

@@ -9,6 +9,8 @@ experts where scores nearly tie.) `fused` has the same in PyTorch's operations.
 
 # mypy: disallow-untyped-defs=False
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -58,29 +60,32 @@ def weigh(
         hidden = hidden.contiguous()
     is_wide = padded > 64
     launch = _weigh[(triton.cdiv(tokens, _TOKENS),)]
-    launch(
-        hidden,
-        rows,
-        z,
-        scalings,
-        weighed,
-        tokens,
-        width,
-        hidden.stride(0),
-        k,
-        temperature,
-        absolute,
-        is_low_rank,
-        experts,
-        rank,
-        padded,
-        triton.next_power_of_2(rank),
-        _TOKENS,
-        # The fastest that were tried on an H200: so many columns are read ahead of their use.
-        columns=64 if padded > 16 else 128,
-        num_warps=8 if is_wide else 4,
-        num_stages=3 if is_wide else 5,
-    )
+    # Triton starts a kernel on the current GPU.
+    is_on_gpu = hidden.device.type == "cuda"
+    with torch.cuda.device(hidden.device) if is_on_gpu else nullcontext():
+        launch(
+            hidden,
+            rows,
+            z,
+            scalings,
+            weighed,
+            tokens,
+            width,
+            hidden.stride(0),
+            k,
+            temperature,
+            absolute,
+            is_low_rank,
+            experts,
+            rank,
+            padded,
+            triton.next_power_of_2(rank),
+            _TOKENS,
+            # The fastest that were tried on an H200: so many columns are read ahead of their use.
+            columns=64 if padded > 16 else 128,
+            num_warps=8 if is_wide else 4,
+            num_stages=3 if is_wide else 5,
+        )
     return weighed
 
 
@@ -122,7 +127,7 @@ def _weigh(
 
     # The largest is taken k times. Of equal ones the first is taken first.
     left = score
-    is_kept = score != score
+    is_kept = score != score  # none, but for NaN, which is to be seen in the result
     for _ in range(k):
         best = tl.argmax(left, 1)
         is_best = expert[None, :] == best[:, None]
