@@ -226,7 +226,10 @@ class Distillation(TokenTrainer):
 def _collated(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """A batch with the ensemble's targets, padded on the right as the tokens are."""
     names = [name for name in ("input_ids", "labels") if name in rows[0]]
-    batch = collate([{name: row[name] for name in names} for row in rows], pad_token_id)
+    tokens = []
+    for row in rows:
+        tokens.append({name: row[name] for name in names})
+    batch = collate(tokens, pad_token_id)
     if "labels" not in batch:
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     for name in (_IDS, _VALUES):

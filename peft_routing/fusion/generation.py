@@ -270,7 +270,7 @@ class _Mixture:
 
     @property
     def logits(self) -> Tensor:
-        """Of probabilities the logarithms of the mixture's, of logits their weighed sum."""
+        """The logarithms of the mixture's probabilities, or the weighed sum of logits."""
         assert self._sum is not None
         return self._sum if self._total is None else self._sum - self._total
 

@@ -27,9 +27,11 @@ def costs_of(
     cache: Cache, columns: Sequence[Subject], texts: Sequence[Texts]
 ) -> list[float | None]:
     """The milliseconds per token of each column's passes; None as of `milliseconds_per_token`."""
-    return [
-        milliseconds_per_token([cache.read(subject, each) for each in texts]) for subject in columns
-    ]
+    costs = []
+    for subject in columns:
+        measured = [cache.read(subject, each) for each in texts]
+        costs.append(milliseconds_per_token(measured))
+    return costs
 
 
 def rows_of_tables(

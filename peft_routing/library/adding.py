@@ -11,7 +11,7 @@ from _mergekit_moe_ext_common.options import Reading
 from peft_routing.adapter_files import fingerprint, hub_revision, read_config
 from peft_routing.expert import Expert, check_experts, read_expert
 from peft_routing.library.catalogue import Entry, Library, locked
-from peft_routing.library.centroids import centroid_texts, write_centroids
+from peft_routing.library.centroids import Base, write_centroids
 from peft_routing.library.sketches import sketch, sketch_file, write_sketch
 from peft_routing.loading import empty_model
 
@@ -64,15 +64,18 @@ def add(
             expert = _read(name, path, empty)
             task = tasks.get(name, name)
             entries[name] = _entry(library, expert, path, task, data.get(name))
-        texts = centroid_texts(library.base, data, reading, max_samples)
+        reader_of_texts = Base(library.base, reading) if data else None
+        texts = {}
+        if reader_of_texts:
+            for name, source in data.items():
+                texts[entries[name].sha256] = reader_of_texts.read(f"{name}={source}", max_samples)
         library.index.mkdir(exist_ok=True)
         for name, path in experts.items():
             file = sketch_file(library.index, entries[name].sha256)
             if not file.exists():
                 write_sketch(sketch(_read(name, path, empty)), file)
-        if texts:
-            by_hash = {entries[name].sha256: rows for name, rows in texts.items()}
-            write_centroids(library, by_hash, reading, batch_size=batch_size)
+        if reader_of_texts:
+            write_centroids(library, reader_of_texts, texts, batch_size=batch_size)
         library.entries.update(entries)
         library.write()
     return library

@@ -79,21 +79,10 @@ class Base:
         return encoded
 
 
-def centroid_texts(
-    base: str, data: Mapping[str, str], reading: Reading, max_samples: int | None
-) -> dict[str, Dataset]:
-    """The token ids of each adapter's texts, by its name. `UserError` for what cannot be read."""
-    if not data:
-        return {}
-    model = Base(base, reading)
-    return {name: model.read(f"{name}={source}", max_samples) for name, source in data.items()}
-
-
 def write_centroids(
-    library: Library, texts: Mapping[str, Dataset], reading: Reading, *, batch_size: int
+    library: Library, base: Base, texts: Mapping[str, Dataset], *, batch_size: int
 ) -> None:
     """Keeps the centroid of each adapter's texts, which are by the adapter's sha256."""
-    base = Base(library.base, reading)
     notes = {"base": model_fingerprint(library.base)}
     model = base.model()
     for sha256, rows in texts.items():

@@ -15,9 +15,10 @@ from _mergekit_moe_ext_common.loading import (
 )
 from _mergekit_moe_ext_common.options import Reading
 from peft_routing.fusion.cache import Cache, fill
+from peft_routing.fusion.rows import table_of
 from peft_routing.fusion.selection import curve_on, greedy
 from peft_routing.fusion.subjects import base_alone, one_expert
-from peft_routing.fusion.tables import Table, joined
+from peft_routing.fusion.tables import Table
 from peft_routing.fusion.tasks import read_tasks
 from peft_routing.library.catalogue import Library, locked
 
@@ -88,11 +89,7 @@ def select(
 
     tables: dict[str, Table] = {}
     for split in ("validation", "test"):
-        columns = []
-        for each in texts[split]:
-            columns.append([store.read(subject, each).log_probabilities for subject in subjects])
-        counts = [each.counts for each in texts[split]]
-        tables[split] = joined(list(experts), list(tasks), columns, counts)
+        tables[split] = table_of(store, list(experts), subjects, texts[split])
     losses = tables["validation"].losses
     selection = greedy(losses)
     order = selection.order[:k]
