@@ -98,6 +98,17 @@ class Adaptation:
         "router layers]",
         at_least=0,
     )
+    lr_scheduler_type: str = option(
+        "constant", "Schedule of the learning rate: constant (FusionBench), cosine (WEMoE's code) …"
+    )
+    adam_beta1: float = option(0.9, "Adam's decay of the mean of gradients.", at_least=0)
+    adam_beta2: float = option(0.999, "Adam's decay of the mean of their squares.", at_least=0)
+    coefficients_per: Literal["sample", "batch"] = option(
+        "sample",
+        "What has its own coefficients, in steps and when measuring. With batch, all rows of a "
+        "batch have the mean of theirs, as FusionBench's published runs do; the adapted model has "
+        "them per sample all the same.",
+    )
     per_device_train_batch_size: int = option(
         16, "Number of rows of each task per process and step.", at_least=1
     )

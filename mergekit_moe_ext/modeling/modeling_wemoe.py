@@ -36,6 +36,7 @@ from .configuration_wemoe import Ensembling, config_class
 from .host_cache import cache_in, generating, with_cache_renamed
 from .prefix_labels import without_prefix_labels
 from .wemoe_calls import (
+    BATCH,
     IS_PROMPT,
     OUTSIDE,
     PADDING_MASKS,
@@ -241,9 +242,11 @@ class Ensemble:
         self._current.last = {name: value.detach() for name, value in call.values.items()}
         return output
 
-    def _check_override(self, coefficients: Tensor | None, samples: int | None) -> None:
-        if coefficients is None:
+    def _check_override(self, coefficients: Tensor | str | None, samples: int | None) -> None:
+        if coefficients is None or (isinstance(coefficients, str) and coefficients == BATCH):
             return
+        if not isinstance(coefficients, Tensor):
+            raise ValueError(f'coefficients= are a tensor or "{BATCH}", not {coefficients!r}')
         groups = len(self.ensembling.groups)
         experts = len(self.ensembling.experts)
         has_shape = coefficients.ndim == 3 and coefficients.shape[1:] == (groups, experts)
@@ -303,7 +306,8 @@ class Ensemble:
         real = call.real(h, in_decoder=in_decoder, mask_name=self._masks[name])
         # An encoder, a classifier or a vision model predicts no next token: all tokens choose.
         if not call.generates or (call.is_encoder_decoder and not in_decoder):
-            return mean(router(h).to(h.device), real)
+            coefficients = mean(router(h).to(h.device), real)
+            return coefficients.mean(dim=0) if call.is_of_batch else coefficients
         if call.runs:
             return call.running_mean(name, router(h).to(h.device), real)
         earlier = call.earlier(name)
@@ -314,7 +318,7 @@ class Ensemble:
             return earlier[0]
         coefficients = mean(router(h).to(h.device), self._prefix(call, h))
         call.left[name] = (coefficients,)
-        return coefficients
+        return coefficients.mean(dim=0) if call.is_of_batch else coefficients
 
     @torch.no_grad()
     def coefficients(self, **inputs: Any) -> Tensor:

@@ -43,6 +43,8 @@ _INPUTS = (
 _TOKEN_MASK = "attention_mask"
 _DECODER_MASK = "decoder_attention_mask"
 _IMAGE_MASK = "pixel_attention_mask"
+# A value of `coefficients=`: every sample has the mean of what the batch's samples would have.
+BATCH = "batch"
 _TAKES_OTHERS = {"pixel_values", "input_features", "input_values", "query_embeds"}
 
 
@@ -174,7 +176,9 @@ class EnsembleCall:
         masks = {**arguments, **(arguments.get(PADDING_MASKS) or {})}
         self.masks = {name: masks.get(name) for name in (_TOKEN_MASK, _IMAGE_MASK)}
         self.decoder_mask = masks.get(_DECODER_MASK)
-        self.override = arguments.get("coefficients")
+        coefficients = arguments.get("coefficients")
+        self.is_of_batch = isinstance(coefficients, str)
+        self.override = None if self.is_of_batch else coefficients
         self.samples = samples_in(arguments)
         self.head = 0
         self.has_begun = False
@@ -186,6 +190,11 @@ class EnsembleCall:
         self.keeps_no_cache = arguments.get("use_cache") is False
         self.uses_cache = self.cache is not None or arguments.get("use_cache") is True
         self.is_prompt = bool(arguments.get(IS_PROMPT))
+        if self.is_of_batch and self.generates and (self.runs or not self.keeps_no_cache):
+            raise ValueError(
+                f'coefficients="{BATCH}" is for a model that has one set of coefficients per '
+                "sample, and in one that generates for a pass with use_cache=False"
+            )
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
         # What this pass leaves behind is kept apart from what it was handed: gradient
         # checkpointing runs layers again, and these must not count their tokens twice.

@@ -25,7 +25,7 @@ from _mergekit_moe_ext_common.cards import extend_card, in_markdown, sources_in_
 from _mergekit_moe_ext_common.data import Source, parse_sources
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import check_model, load_tokenizer
-from _mergekit_moe_ext_common.options import Reading, TrainingOptions
+from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.runs import (
     Losses,
     Measures,
@@ -46,7 +46,7 @@ from mergekit_moe_ext.merging.card import renew_loading
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.outputs import complete_model
 from mergekit_moe_ext.modeling.configuration_wemoe import class_names
-from mergekit_moe_ext.recipes import Adaptation
+from mergekit_moe_ext.recipes import Adaptation, Recipe
 from mergekit_moe_ext.wemoe.inputs import (
     Kind,
     One,
@@ -98,6 +98,7 @@ def adapt(
         adaptation = replace(adaptation, learning_rate=_learning_rate(kind, config))
     tasks = [source.name for source in parse_sources(data)]
     _check_tasks(model_path, config, tasks, [source.name for source in parse_sources(eval_data)])
+    _check_coefficients(model_path, kind, config, adaptation)
     recipe = _recipe(adaptation, len(tasks))
     arguments = _arguments(run, recipe, adaptation, config)
     load = load_image_processor if kind == "image" else load_tokenizer
@@ -122,7 +123,9 @@ def adapt(
         arguments,
         train_dataset=Rounds(training, batch=batch, steps=adaptation.steps, seed=adaptation.seed),
         eval_dataset={task: One(task, rows) for task, rows in measured.items()},
-        predictions=Predictions(model, kind, prepare, prefix, adaptation.image_column),
+        predictions=Predictions(
+            model, kind, prepare, prefix, adaptation.image_column, adaptation.coefficients_per
+        ),
         adaptation=adaptation,
     )
     run.train(trainer)
@@ -161,10 +164,13 @@ def _settings(
     }
 
 
-def _recipe(adaptation: Adaptation, tasks: int) -> TrainingOptions:
+def _recipe(adaptation: Adaptation, tasks: int) -> Recipe:
     """The adaptation as the Trainer knows it: a step accumulates one batch of every task."""
-    return TrainingOptions(
-        lr_scheduler_type="constant",
+    return Recipe(
+        weight_decay=0.0,
+        adam_beta1=adaptation.adam_beta1,
+        adam_beta2=adaptation.adam_beta2,
+        lr_scheduler_type=adaptation.lr_scheduler_type,
         max_steps=adaptation.steps,
         per_device_train_batch_size=adaptation.per_device_train_batch_size,
         per_device_eval_batch_size=adaptation.per_device_eval_batch_size,
@@ -178,7 +184,7 @@ def _recipe(adaptation: Adaptation, tasks: int) -> TrainingOptions:
 
 def _arguments(
     run: Run,
-    recipe: TrainingOptions,
+    recipe: Recipe,
     adaptation: Adaptation,
     config: Any,
 ) -> TrainingArguments:
@@ -265,6 +271,15 @@ def _check_tasks(
             raise UserError(f"--eval-data {task}: there is no --data of this name")
 
 
+def _check_coefficients(model_path: str, kind: Kind, config: Any, adaptation: Adaptation) -> None:
+    is_running = kind == "decoder" and config.ensembling["mode"] == "running"
+    if adaptation.coefficients_per == "batch" and (is_running or kind == "encoder-decoder"):
+        raise UserError(
+            f"--coefficients-per batch: in {model_path} every token has coefficients of its own, "
+            "so leave it out; mode frozen has one set per row"
+        )
+
+
 def _prefix(kind: Kind, config: Any) -> int:
     """How many tokens of a decoder's row the coefficients depend on as a whole."""
     ensembling = config.ensembling
@@ -314,9 +329,15 @@ def _card(
     text = (
         f"After merging, the routers were adapted with mergekit-moe-ext to lower the {objective} "
         f"on {sources_in_markdown(data)}: {trainer.state.global_step} steps, learning rate "
-        f"{settings['learning_rate']}, {settings['per_device_train_batch_size']} rows of each task "
-        f"per process, processes {settings['processes']}, seed {settings['seed']}."
+        f"{settings['learning_rate']} ({settings['lr_scheduler_type']}), "
+        f"{settings['per_device_train_batch_size']} rows of each task per process, processes "
+        f"{settings['processes']}, seed {settings['seed']}."
     )
+    if settings["coefficients_per"] == "batch":
+        text += (
+            " In steps and in what follows, all rows of a batch had the mean of their "
+            "coefficients; the model itself gives every sample its own."
+        )
     for task, count in trainer.guarded_steps().items():
         text += f" The collapse guard acted on {in_markdown(task)} in {count} steps."
     inputs = (

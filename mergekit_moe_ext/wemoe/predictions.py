@@ -14,6 +14,7 @@ from transformers import EvalPrediction
 
 from _mergekit_moe_ext_common.data import collate, decoder_inputs
 from _mergekit_moe_ext_common.loading import padding_token, vocabulary_of
+from mergekit_moe_ext.modeling.wemoe_calls import BATCH
 from mergekit_moe_ext.wemoe.inputs import Kind
 from mergekit_moe_ext.wemoe.objective import entropy
 
@@ -24,6 +25,7 @@ class Predictions:
 
     prepare: its tokenizer or image processor.
     prefix: the number of a decoder's first tokens whose predictions do not count.
+    coefficients_per: `sample`, or `batch` for the mean of those of a batch's samples.
     """
 
     model: Any
@@ -31,6 +33,7 @@ class Predictions:
     prepare: Any
     prefix: int
     image_column: str
+    coefficients_per: str = "sample"
 
     def batch(self, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
         """The data collator: rows `{task: row}`, all of one task, become `{task: inputs}`."""
@@ -62,6 +65,8 @@ class Predictions:
         inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
         if self.model.ensembling.heads:
             inputs["task"] = task
+        if self.coefficients_per == "batch":
+            inputs["coefficients"] = BATCH
         if self.model.can_generate():
             inputs["use_cache"] = False
         logits = model(**inputs).logits

@@ -197,27 +197,54 @@ def test_entropy_is_equation_5():
     assert entropy(certain).item() == 0 and certain.grad.isfinite().all()
 
 
-def test_a_step_is_adam_on_the_summed_entropies_of_all_tasks(here):
+def coefficients_of_batch(model, pixels, task):
+    """The mean of all images' coefficients, group by group: a group reads what comes of the means
+    of the groups before it.
+    """
+    chosen = torch.zeros(1, len(model.ensembling.groups), len(model.ensembling.experts))
+    for index, name in enumerate(model.ensembling.groups):
+        read = []
+        group = model.get_submodule(name)
+        hook = group.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
+        model(pixel_values=pixels, task=task, coefficients=chosen)
+        hook.remove()
+        mean = sum(model.routers[str(index)](h).mean(0) for h in read[0]) / len(pixels)
+        chosen = torch.cat([chosen[:, :index], mean[None, None], chosen[:, index + 1 :]], dim=1)
+    return chosen
+
+
+SCHEDULED = {"lr_scheduler_type": "cosine", "adam_beta1": 0.8, "adam_beta2": 0.95}
+
+
+@pytest.mark.parametrize("changes", [{}, SCHEDULED, {"coefficients_per": "batch"}], ids=str)
+def test_a_step_is_adam_on_the_summed_entropies_of_all_tasks(here, changes):
     """Two steps, each over all twelve images of both tasks, so that their order does not matter."""
-    adapt(
-        "vit-2", "out", IMAGES, READING, adaptation(per_device_train_batch_size=12, no_guard=True)
-    )
+    plan = adaptation(per_device_train_batch_size=12, no_guard=True, **changes)
+    adapt("vit-2", "out", IMAGES, READING, plan)
+    # A cosine from 1 over two steps has 1 and ½.
+    rates = {1: 0.01, 2: 0.005 if plan.lr_scheduler_type == "cosine" else 0.01}
+    beta1, beta2 = plan.adam_beta1, plan.adam_beta2
     model = load("vit-2")
     routers = dict(model.routers.named_parameters())
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in routers.items()}
     for step in (1, 2):
         total = 0.0
         for task in ("sun", "cars"):
-            for pixels in pixels_of("vit-2", f"images/{task}"):
-                p = model(pixel_values=pixels, task=task).logits[0].softmax(-1)
+            images = pixels_of("vit-2", f"images/{task}")
+            given = {}
+            if plan.coefficients_per == "batch":
+                given["coefficients"] = coefficients_of_batch(model, torch.cat(images), task)
+            for pixels in images:
+                p = model(pixel_values=pixels, task=task, **given).logits[0].softmax(-1)
                 total = total - (p * p.log()).sum() / 12
         gradients = torch.autograd.grad(total, list(routers.values()))
         with torch.no_grad():
             for (name, p), gradient in zip(routers.items(), gradients, strict=True):
                 first, second = moments[name]
-                first.mul_(0.9).add_(0.1 * gradient)
-                second.mul_(0.999).add_(0.001 * gradient**2)
-                p -= 0.01 * first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+                first.mul_(beta1).add_((1 - beta1) * gradient)
+                second.mul_(beta2).add_((1 - beta2) * gradient**2)
+                mean, square = first / (1 - beta1**step), second / (1 - beta2**step)
+                p -= rates[step] * mean / (square.sqrt() + 1e-8)
     before, after = read_tensors(here / "vit-2"), read_tensors(here / "out")
     assert changed(before, after) == {f"routers.{name}" for name in routers}
     for name, parameter in routers.items():
@@ -305,6 +332,24 @@ def test_routers_of_next_tokens_take_smaller_steps(here, path, data, rate):
     before, after = read_tensors(here / path), read_tensors(here / "out")
     steps = [(after[name] - before[name]).abs().max().item() for name in changed(before, after)]
     assert max(steps) == pytest.approx(rate, rel=1e-2)
+
+
+def test_coefficients_of_a_batch_are_refused_where_tokens_have_their_own(here):
+    for path, data in (("t5-2", "pairs.jsonl"), ("llama-running", "long.jsonl")):
+        with pytest.raises(click.ClickException, match="--coefficients-per batch"):
+            adapt(path, "out", [data], READING, adaptation(coefficients_per="batch"))
+    model = load("llama-2")
+    tokens = torch.arange(20).reshape(2, 10)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(tokens, coefficients="batch")
+    with pytest.raises(ValueError, match='a tensor or "batch"'):
+        model(tokens, coefficients="mean")
+    mean_of_first_group = model.coefficients(input_ids=tokens)[:, :1].mean(0, keepdim=True)
+    logits = model(tokens, coefficients="batch", use_cache=False).logits
+    chosen = model._last_coefficients()
+    assert torch.allclose(chosen[:, :1], mean_of_first_group, atol=1e-6)
+    given = model(tokens, coefficients=chosen, use_cache=False).logits
+    assert (logits - given).abs().max() < 1e-5
 
 
 def test_labels_teach_what_entropy_does_not(here, caplog):
