@@ -32,7 +32,7 @@ from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClas
 
 PROJECTION = "visual_projection.weight"
 TEMPLATES = ("a photo of a {}",)
-_TOWERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+TOWERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,8 @@ def read_heads(
         return []
     for path, model in zip(paths, models, strict=True):
         architecture = (configs[model].architectures or ["no class"])[0]
-        if architecture not in _TOWERS:
-            raise UserError(
-                f"`head:` is for {' and '.join(_TOWERS)}, and {model} is {architecture}"
-            )
+        if architecture not in TOWERS:
+            raise UserError(f"`head:` is for {' and '.join(TOWERS)}, and {model} is {architecture}")
         if path is None:
             raise UserError(
                 f"{model} has no `head:`, though others have one: name one for each or for none"

@@ -77,6 +77,7 @@ class Wemoe(StructuralMethod):
         for parameter in ensembling.groups if ensembling.per_tensor else ():
             _check_stored_itself(parameter, sources)
             output.ensemble(parameter, vectors_of(parameter))
+        output.check_joined()
         output.add_routers()
         if sources.clip_heads:
             output.add_clip_heads(ensembling.head)
@@ -156,12 +157,21 @@ class _Output:
         self._sources = sources
         self._dtype = config.dtype
         self._names = hub_names(network, state)
+        self._joined_in: dict[str, str] = {}
+        self._copied_parts: set[str] = set()
+        for joined, parts in sources.joined.items():
+            self._joined_in |= dict.fromkeys(parts, joined)
         self.shapes = manifest_from(network, state).shapes
         self.copies: dict[str, CopiedTensor] = {}
         self.computed: dict[str, Any] = {}
 
     def _copy(self, name: str, model: ModelReference, stored: str) -> None:
         headers = self._sources.headers[model]
+        if name in self._joined_in:
+            joined = self._joined_in[name]
+            self.copies[joined] = CopiedTensor(model, joined, headers.shapes[joined])
+            self._copied_parts.add(name)
+            return
         # In the files of a whole CLIP the tower's tensors have a prefix, but the projection, which
         # lies beside the tower, has none.
         name_in_files = stored if stored == PROJECTION else headers.prefix + stored
@@ -197,6 +207,16 @@ class _Output:
             self._compute(
                 f"{module}.{part}", PartOfPruned, size, pruned=pruned, part=part, width=width
             )
+
+    def check_joined(self) -> None:
+        """`UserError` where only some parts of a tensor that is stored joined are the base's."""
+        for joined, parts in self._sources.joined.items():
+            others = set(parts) - self._copied_parts
+            if joined in self.copies and others:
+                raise UserError(
+                    f"{joined} of {self._sources.base} holds {', '.join(parts)}, of which "
+                    f"{', '.join(sorted(others))} would not be upscaled: choose another `upscale`"
+                )
 
     def add_routers(self) -> None:
         """Add all routers: random matrices, and last biases at which coefficients start."""

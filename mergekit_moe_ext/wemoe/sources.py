@@ -2,13 +2,16 @@
 tensor is read.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import transformers
 from mergekit.common import ModelReference
 from transformers import PretrainedConfig, PreTrainedModel
 
 from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.joined import joined_tensors
 from mergekit_moe_ext.merging.manifest import Manifest, hub_names, hub_state, manifest_from
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import (
@@ -18,8 +21,10 @@ from mergekit_moe_ext.merging.sources import (
     read_headers,
     untied_if_any_is,
 )
+from mergekit_moe_ext.merging.views import derived_shapes
 from mergekit_moe_ext.modeling.any_base import auto_class_of
 from mergekit_moe_ext.wemoe.clip_heads import (
+    TOWERS,
     ClipHead,
     as_tower,
     has_projection,
@@ -27,6 +32,13 @@ from mergekit_moe_ext.wemoe.clip_heads import (
     with_projection,
 )
 
+# Classes that need no head of the base: a trunk has none, and of classifiers each keeps its own.
+_WITHOUT_HEADS_OF_A_BASE = (
+    "AutoModel",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForImageClassification",
+)
 _HEADS = ("classifier", "score", "classification_head.out_proj", "classifier.out_proj")
 
 
@@ -36,7 +48,9 @@ class Sources:
 
     network: the base's, without memory.
     manifest: the base's.
-    stored: the names of the network's tensors in a checkpoint, by their names in the network.
+    stored: the names of the network's tensors in a checkpoint, by their names in the network. Where
+        a checkpoint holds several joined, those under which the headers' view shows the parts.
+    joined: the parts of each tensor that a checkpoint holds joined, by its name there.
     projecting: the CLIP towers that have a projection of their own.
     """
 
@@ -46,6 +60,7 @@ class Sources:
     network: PreTrainedModel
     manifest: Manifest
     stored: Mapping[str, str]
+    joined: Mapping[str, Sequence[str]]
     clip_heads: Sequence[ClipHead]
     projecting: Sequence[ModelReference]
 
@@ -95,7 +110,16 @@ def read_sources(job: Job, method: str) -> Sources:
         network, state = hub_state(untied)
         manifests[base] = manifest_from(network, state)
     stored = hub_names(network, state)
-    return Sources(base, configs, headers, network, manifests[base], stored, clip_heads, projecting)
+    manifest = manifests[base]
+    joined = joined_tensors(network, state)
+    if joined:
+        layer = tuple(joined.values())
+        headers = {model: source.seen_through(layer) for model, source in headers.items()}
+        manifest = replace(manifest, shapes=derived_shapes(manifest.shapes, layer))
+    parts = {name: derivation.names[1:] for name, derivation in joined.items()}
+    for names in parts.values():
+        stored |= dict(zip(names, names, strict=True))
+    return Sources(base, configs, headers, network, manifest, stored, parts, clip_heads, projecting)
 
 
 def _check_one_architecture(
@@ -106,7 +130,7 @@ def _check_one_architecture(
         if config.architectures != architectures or not architectures:
             raise UserError(
                 f"{model} is a {config.architectures} and {base} a {architectures}: they must be "
-                "one class"
+                f"one class{_way_to_one_class(base, configs)}"
             )
     try:
         auto = auto_class_of(architectures[0])
@@ -117,6 +141,40 @@ def _check_one_architecture(
             f"{base} is a {architectures[0]}, which reads images and texts: `merge_method: moe` "
             "merges such models"
         )
+
+
+def _way_to_one_class(
+    base: ModelReference, configs: Mapping[ModelReference, PretrainedConfig]
+) -> str:
+    """The Python line that makes a base of the sources' class; empty where it would not do.
+
+    It does for a trunk or tower that the base holds, and for a classifier around it, whose new head
+    is not used: each task keeps its own.
+    """
+    classes: set[str] = set()
+    for model, config in configs.items():
+        if model != base:
+            classes.update(config.architectures or ["no class"])
+    if len(classes) != 1 or base.lora:
+        return ""
+    (architecture,) = classes
+    target = getattr(transformers, architecture, None)
+    base_config = configs[base]
+    config_classes = [type(base_config), *base_config.sub_configs.values()]
+    if target is None or target.config_class not in config_classes:
+        return ""
+    try:
+        auto = auto_class_of(architecture)
+    except ValueError:
+        return ""
+    if architecture not in TOWERS and auto not in _WITHOUT_HEADS_OF_A_BASE:
+        return ""
+    path = json.dumps(str(base.model.path))
+    copy = json.dumps(f"{base.model.path.rstrip('/')}-{architecture}")
+    return (
+        "; this makes such a base, for which the tokenizer or image processor is to be saved "
+        f"likewise: transformers.{architecture}.from_pretrained({path}).save_pretrained({copy})"
+    )
 
 
 def head_of_tasks(
