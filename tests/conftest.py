@@ -14,7 +14,14 @@ from mergekit.options import MergeOptions
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import mergekit_moe_ext  # noqa: F401  (registers the methods)
-from tests.forking import command_of, program_of, run_forked, same_imports
+from tests.forking import (
+    command_of,
+    program_at,
+    program_of,
+    run_forked,
+    run_group,
+    same_imports,
+)
 
 # These hold for every process that a test starts, too.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -158,14 +165,18 @@ def merge(config: dict, out: str = "out", **options: Any) -> Path:
 
 def run(*command: str | Path, **keywords: Any) -> subprocess.CompletedProcess:
     """Run a command; one that is installed with the package is found by its name, and runs in a
-    fork (`tests/forking.py`).
+    fork, and what `TWO_PROCESSES` start in two (`tests/forking.py`).
     """
     arguments = [str(argument) for argument in command]
     environment = keywords.get("env", os.environ)
+    directory = Path(keywords.get("cwd", Path.cwd()))
     installed = command_of(arguments[0])
     if installed and same_imports(environment):
-        directory = Path(keywords.get("cwd", Path.cwd()))
         return run_forked(program_of(installed), arguments, environment, directory, 300)
+    if command[: len(TWO_PROCESSES)] == TWO_PROCESSES and same_imports(environment):
+        python = arguments[len(TWO_PROCESSES) :]
+        own = python[1:] if python[0] == "-m" else python
+        return run_group(program_at(python), own, environment, directory, 300, 2)
     return start(*command, **keywords)
 
 

@@ -8,14 +8,18 @@ status. What a command imports, and in which order, is tested by real processes 
 """
 
 import os
+import runpy
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from tqdm import tqdm
@@ -51,6 +55,18 @@ def program_of(command: EntryPoint) -> Callable[[], object]:
     return partial(_start, command)
 
 
+def program_at(arguments: list[str]) -> Callable[[], object]:
+    """As Python would run it by these arguments: `-m` and a module, or a file, and its own."""
+    return partial(_run_python, arguments)
+
+
+def _run_python(arguments: list[str]) -> None:
+    if arguments[0] == "-m":
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
 def program_from(code: str) -> Callable[[], object]:
     """As `python -c` would run it."""
     return partial(exec, code, {"__name__": "__main__"})
@@ -81,6 +97,50 @@ def run_forked(
             raise subprocess.TimeoutExpired(arguments, timeout)
         return subprocess.CompletedProcess(
             arguments, process.exitcode, output.read_text(), errors.read_text()
+        )
+
+
+def run_group(
+    program: Callable[[], object],
+    arguments: list[str],
+    environment: Mapping[str, str],
+    directory: Path,
+    timeout: float,
+    count: int,
+) -> subprocess.CompletedProcess:
+    """What `torchrun` gives for so many processes of the program: their output one after the other,
+    and the exit status of one that failed. The others are ended then.
+    """
+    CONTEXT.set_forkserver_preload(IMPORTED)
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost"}
+    with tempfile.TemporaryDirectory() as written:
+        outputs = [Path(written, f"stdout-{rank}") for rank in range(count)]
+        errors = [Path(written, f"stderr-{rank}") for rank in range(count)]
+        group = []
+        for rank in range(count):
+            own = {**shared, "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+            own_environment = {**environment, **{name: str(value) for name, value in own.items()}}
+            target = (program, arguments, own_environment, directory, outputs[rank], errors[rank])
+            group.append(CONTEXT.Process(target=_run, args=target))
+        for process in group:
+            process.start()
+        end = time.monotonic() + timeout
+        while any(process.is_alive() for process in group):
+            has_failed = any(process.exitcode for process in group)
+            if has_failed or time.monotonic() > end:
+                for process in group:
+                    process.kill()
+            wait([process.sentinel for process in group if process.is_alive()], timeout=1)
+        # One that was killed here has a negative status.
+        statuses = sorted((process.exitcode or 0 for process in group), reverse=True)
+        return subprocess.CompletedProcess(
+            arguments,
+            statuses[0] or statuses[-1],
+            "".join(path.read_text() for path in outputs),
+            "".join(path.read_text() for path in errors),
         )
 
 

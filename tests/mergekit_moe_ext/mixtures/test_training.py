@@ -28,6 +28,7 @@ from tests.conftest import (
     processes,
     read_tensors,
     run,
+    start,
 )
 from tests.mergekit_moe_ext.mixtures.test_usage import FAMILIES, SWITCH, make_moe, words, write
 from tests.tokenizers import save_tokenizer
@@ -250,7 +251,7 @@ def test_two_processes_train_as_one(moe):
         "--held-out",
         "3",
     ]
-    two = run(
+    two = start(
         *TWO_PROCESSES,
         "-m",
         "mergekit_moe_ext",
