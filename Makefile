@@ -11,7 +11,7 @@ OLDEST_TORCH ?= torch==2.7.0
 # Named after its torch, so that another torch is installed anew.
 OLDEST_INSTALLED := .venv-oldest/.installed-$(subst ==,-,$(OLDEST_TORCH))
 
-.PHONY: demo test slow hosts newest newest-installed oldest exchange transformers4 architectures lint bench gpu robustness
+.PHONY: demo test slow hosts newest newest-installed oldest exchange transformers4 architectures lint docs package bench gpu robustness
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -66,6 +66,18 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into site/: strictly, so that a warning or a dead link stops it.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What is uploaded to a package index, into dist/, and checked.
+package: $(VENV)/.installed-release
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/cffconvert --validate
+
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/tensor_methods.py
@@ -92,6 +104,11 @@ robustness: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,plots,bench]'
+	touch $@
+
+# The tools of one extra beside the rest: `docs`, `release`.
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt

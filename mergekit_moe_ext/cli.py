@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -28,6 +27,12 @@ from _mergekit_moe_ext_common.options import (
 )
 from _mergekit_moe_ext_common.staging import check_new_file
 from mergekit_moe_ext import commands
+from mergekit_moe_ext.descriptions import (
+    Parameter,
+    description_of,
+    options_of_method,
+    tensor_parameters_of,
+)
 from mergekit_moe_ext.recipes import Adaptation, Counted, Part, Recipe
 
 if TYPE_CHECKING:
@@ -503,41 +508,17 @@ def _started(*arguments: str) -> subprocess.Popen[str]:
 
 
 def _describe(method: Any) -> None:
-    spec = method.spec
-    click.echo(f"{spec.name}: {getattr(method, 'description', spec.pretty_name or spec.name)}")
-    options = getattr(method, "options_type", None)
-    if options is not None:
-        for name, field in options.model_fields.items():
-            default = _default_in_words(field.is_required(), field.default)
-            _describe_parameter(name, field.annotation, default, field.description)
-        for name, field in method.model_options_type.model_fields.items():
-            default = f"{_default_in_words(field.is_required(), field.default)}, per model"
-            _describe_parameter(name, field.annotation, default, field.description)
+    click.echo(f"{method.spec.name}: {description_of(method)}")
+    options = options_of_method(method)
+    for option in options:
+        _describe_parameter(option)
+    if options:
         click.echo("  and every parameter of the shared method, which `methods` lists by its name")
-    for parameter in spec.parameters:
-        default = _default_in_words(parameter.required, parameter.default)
-        _describe_parameter(parameter.name, parameter.value_type, default, parameter.description)
+    for parameter in tensor_parameters_of(method):
+        _describe_parameter(parameter)
 
 
-def _describe_parameter(name: str, kind: Any, default: str, meaning: str | None) -> None:
-    description = f"  {name} ({_type_in_words(kind)}, {default})"
-    click.echo(f"{description}: {meaning}" if meaning else description)
-
-
-def _default_in_words(is_required: bool, default: Any) -> str:
-    if is_required:
-        return "required"
-    # The meaning says what holds where no value is given.
-    return "optional" if default is None else f"default {default}"
-
-
-def _type_in_words(kind: Any) -> str:
-    """A type as the reader of a help text knows it: the choices, or names joined by `|`."""
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if get_origin(kind) is Literal:
-        return " | ".join(get_args(kind))
-    if get_origin(kind) in (Union, UnionType):
-        members = [member for member in get_args(kind) if member is not type(None)]
-        return " | ".join(map(_type_in_words, members))
-    return str(kind) if get_args(kind) else getattr(kind, "__name__", str(kind))
+def _describe_parameter(parameter: Parameter) -> None:
+    default = f"{parameter.default}, per model" if parameter.per_model else parameter.default
+    description = f"  {parameter.name} ({parameter.kind}, {default})"
+    click.echo(f"{description}: {parameter.meaning}" if parameter.meaning else description)

@@ -39,7 +39,9 @@ MAY_IMPORT = {
     "commands": "methods mixtures wemoe merging recipes common",
     "__init__": "commands analysis mixtures wemoe recipes autoload common",
     "selftest": "modeling common",
-    "cli": "__init__ commands methods caem mixtures wemoe merging recipes autoload common",
+    "descriptions": "",
+    "cli": "__init__ commands descriptions methods caem mixtures wemoe merging recipes autoload "
+    "common",
     "__main__": "cli",
     # peft_routing, whose files at the top are one room
     "peft_routing.routers": "common",

@@ -4,10 +4,10 @@ caches oddly.
 
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.version import Version
 
