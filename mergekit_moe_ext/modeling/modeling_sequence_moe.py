@@ -55,6 +55,15 @@ _TAKEN_FROM_TRUNKS = (
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
+def _refuse_merge(name: str, *_: Any, **__: Any) -> None:
+    """What takes the place of an adapter's `merge`, for a module of this name."""
+    raise ValueError(
+        f"{name} has an adapter of its own, but its weight is shared by all experts, so that the "
+        "adapter cannot be merged into it: leave the adapter unmerged, or train one on the FFNs "
+        "alone"
+    )
+
+
 @dataclass
 class SequenceMoEOutput(CausalLMOutputWithPast):
     """What `SequenceMoEForCausalLM` returns.
@@ -299,6 +308,25 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         # save_pretrained looks here
         self._tied_weights_keys = self.get_expanded_tied_weights_keys()
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config":  # the last thing that PEFT does when it has put an adapter in
+            self._refuse_merges_into_shared_parameters()
+
+    def _refuse_merges_into_shared_parameters(self) -> None:
+        """Make the adapters of parameters that experts share refuse to be merged into them.
+
+        PEFT gives every expert's copy factors of its own, and would add all of them to the one
+        weight.
+        """
+        patterns = [re.compile(pattern) for pattern in self.config.shared_parameters]
+        for index, expert in enumerate(self.experts):
+            for name, module in expert.trunk.named_modules():
+                if not (hasattr(module, "base_layer") and hasattr(module, "merge")):
+                    continue
+                if any(pattern.search(f"{name}.") for pattern in patterns):
+                    module.merge = partial(_refuse_merge, f"experts.{index}.trunk.{name}")
 
     def get_input_embeddings(self) -> Any:
         """The shared embedding; the base expert's, where each has its own."""

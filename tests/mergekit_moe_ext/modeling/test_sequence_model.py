@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
@@ -393,3 +394,46 @@ def test_fine_tunes_of_one_base_may_share_most_of_their_parameters():
         got = model(ids, coefficients=only(index, 3)).logits
         torch.testing.assert_close(got, logits_of(source, ids), **CLOSE)
     assert EOS in model.config.special_token_ids
+
+
+@pytest.fixture
+def with_merged_attention():
+    sources = fine_tunes(2)
+    pattern = r"^model\.layers\.\d+\.(?!mlp\.)"
+    return mixture(sources, shared_parameters=[pattern], routing="uniform")
+
+
+def adapted(model, targets, name="default"):
+    """The model with a LoRA that changes what it computes."""
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(3)
+    return get_peft_model(model, config, adapter_name=name).eval()
+
+
+def test_an_adapter_on_shared_attention_is_not_merged(with_merged_attention, tmp_path):
+    model = with_merged_attention
+    weight = model.experts[1].trunk.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    plain = model(words()).logits
+    wrapped = adapted(model, ["q_proj", "up_proj"])
+    unmerged = wrapped(words()).logits
+    assert not torch.allclose(unmerged, plain, atol=1e-3)
+    for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
+        with pytest.raises(ValueError, match="self_attn.q_proj has an adapter .* by all experts"):
+            merge()
+    torch.testing.assert_close(wrapped(words()).logits, unmerged, **CLOSE)
+    # The same holds where it is loaded.
+    wrapped.save_pretrained(tmp_path)
+    model = wrapped.unload()
+    assert torch.equal(model.experts[1].trunk.model.layers[0].self_attn.q_proj.weight, weight)
+    torch.testing.assert_close(model(words()).logits, plain, **CLOSE)
+    loaded = PeftModel.from_pretrained(model, tmp_path).eval()
+    torch.testing.assert_close(loaded(words()).logits, unmerged, **CLOSE)
+    with pytest.raises(ValueError, match="by all experts"):
+        loaded.merge_and_unload(safe_merge=True)
+
+
+def test_an_adapter_on_ffns_beside_shared_attention_is_merged(with_merged_attention):
+    wrapped = adapted(with_merged_attention, ["up_proj", "down_proj"])
+    unmerged = wrapped(words()).logits
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged(words()).logits, unmerged, **CLOSE)
