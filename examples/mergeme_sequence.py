@@ -265,24 +265,32 @@ def measure_dense(results: Results, models: dict[str, Path], held_out: dict[str,
 
 
 def without_training(
-    models: dict[str, Path], held_out: dict[str, Tensor], routed: dict[str, Tensor], seeds: int
+    models: dict[str, Path],
+    held_out: dict[str, Tensor],
+    routed: dict[str, Tensor],
+    seeds: int,
+    only: Sequence[str],
 ) -> Results:
-    """The results of Table 3, and of Table 2 with figure 9."""
+    """The results of Table 3, and of Table 2 with figure 9: of the dense models, and of these
+    merges.
+    """
     results = Results()
     base = models["base"]
     measure_dense(results, models, held_out)
     one_by_one = []
     for row in PLAIN:
-        of_row = 1 if row == "Ties dense" else seeds  # TIES draws nothing
-        one_by_one += [(row, seed) for seed in range(of_row)]
-    total = len(one_by_one) + len(SEQUENCE)
+        if row in only:
+            of_row = 1 if row == "Ties dense" else seeds  # TIES draws nothing
+            one_by_one += [(row, seed) for seed in range(of_row)]
+    sequence_moes = {kind: options for kind, options in SEQUENCE.items() if kind in only}
+    total = len(one_by_one) + len(sequence_moes)
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, desc="merges") as bar:
         merged = Path(scratch) / "merged"
         for row, seed in one_by_one:
             run_mergekit(PLAIN[row], list(models.values()), base, merged, seed)
             results.measure(row, load(merged), held_out)
             bar.update()
-        for kind, options in SEQUENCE.items():
+        for kind, options in sequence_moes.items():
             method = {"merge_method": "seq_moe", "parameters": {"shared": "linear", **options}}
             run_mergekit(method, list(models.values()), base, merged)
             model = load(merged)
@@ -441,6 +449,12 @@ def draw(
     help="File for a figure of the routing: *.png, *.pdf or *.svg.",
 )
 @click.option(
+    "--only",
+    type=click.Choice([*PLAIN, *SEQUENCE]),
+    multiple=True,
+    help="Merge to measure, without --hetero. May be repeated. [default: all]",
+)
+@click.option(
     "--seeds",
     type=click.IntRange(min=1),
     default=3,
@@ -463,12 +477,20 @@ def draw(
     help=f"Number of sequences of {BLOCK} tokens to measure on, per domain.",
 )
 def main(
-    hetero: bool, output: Path | None, plot: Path | None, seeds: int, steps: int, count: int
+    hetero: bool,
+    output: Path | None,
+    plot: Path | None,
+    only: tuple[str, ...],
+    seeds: int,
+    steps: int,
+    count: int,
 ) -> None:
     if output:
         check_new_file(output)
     if plot:
         check_new_figure(plot)
+    if hetero and only:
+        raise click.UsageError("--only names merges of the run without --hetero: leave one out")
     base = smollm2()
     texts = domains()
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -479,7 +501,8 @@ def main(
         models["music"] = make_music_expert(base, texts["music"].train)
         results = heterogeneous(models, tokenizer, texts, held_out, routed, seeds, steps)
     else:
-        results = without_training(models, held_out, routed, seeds)
+        chosen = only or [*PLAIN, *SEQUENCE]
+        results = without_training(models, held_out, routed, seeds, chosen)
     click.echo(results.text(list(models)))
     if output:
         output.write_text(json.dumps({"experts": list(models), **asdict(results)}, indent=1) + "\n")

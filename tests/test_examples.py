@@ -300,7 +300,8 @@ def sequences_of(domains):
 
 def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path):
     held_out = sequences_of(sequence.DOMAINS)
-    results = sequence.without_training(tiny_experts, held_out, held_out, seeds=2)
+    every_merge = [*sequence.PLAIN, *sequence.SEQUENCE]
+    results = sequence.without_training(tiny_experts, held_out, held_out, 2, every_merge)
     losses = {row: of_seeds[0] for row, of_seeds in results.losses.items()}
     for name, path in tiny_experts.items():
         model = AutoModelForCausalLM.from_pretrained(path)
