@@ -20,7 +20,6 @@ Each result is a line of the output file, written when it is there; a run that w
 on after the last.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -34,17 +33,18 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
+import small_models
 import torch
 import yaml
 from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
-from demo import train as train_dense
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergeme_homogeneous import make_experts, means
 from mergeme_sequence import PREFIX, choices, draw, largest, load
 from mergeme_tokenizers import train_tokenizer
-from real_data import Domain, cache_dir, domains, smollm2, written_at_once
+from real_data import Domain, domains, smollm2
+from small_models import ends_of, folder_of, make_small_base, train_from_scratch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -52,8 +52,6 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from mergekit_moe_ext import Reading, Recipe, UserError, train
@@ -75,10 +73,6 @@ ROUTED = 8  # sequences per domain whose routing is looked at
 MUSIC = ExpertRecipe(steps=300, batch=4, learning_rate=2e-3)
 GPT2 = {"n_layer": 3, "n_embd": 96, "n_head": 4, "n_positions": 512}
 MUSIC_TOKENS = 2000
-SMALL = ExpertRecipe(steps=300, batch=4, learning_rate=2e-3)
-LLAMA = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3}
-LLAMA |= {"num_attention_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True}
-LLAMA_TOKENS = 4000
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ class Scale:
 
 
 SCALES = {
-    "small": Scale(ExpertRecipe(steps=100, batch=4, learning_rate=1e-3), learning_rate=1e-3),
+    "small": Scale(small_models.EXPERT, learning_rate=1e-3),
     "smollm2": Scale(ExpertRecipe(steps=32, batch=1, learning_rate=1e-4), learning_rate=1e-4),
 }
 
@@ -101,52 +95,14 @@ def make_music_expert(texts: Mapping[str, Domain]) -> Path:
     """A GPT-2 of half a million parameters that has seen nothing but music, through a SentencePiece
     tokenizer that was trained on music.
     """
-    folder = _folder("music", [asdict(MUSIC), GPT2, MUSIC_TOKENS])
+    folder = folder_of("music", [asdict(MUSIC), GPT2, MUSIC_TOKENS])
     if not folder.is_dir():
         documents = texts["music"].train
         tokenizer = train_tokenizer("sentencepiece", documents, MUSIC_TOKENS)
-        config = GPT2Config(vocab_size=len(tokenizer), **_ends(tokenizer), **GPT2)
+        config = GPT2Config(vocab_size=len(tokenizer), **ends_of(tokenizer), **GPT2)
         data = blocks(tokenizer, documents, MUSIC.steps * MUSIC.batch)
-        _train_from_scratch(folder, GPT2LMHeadModel, config, tokenizer, data, MUSIC)
+        train_from_scratch(folder, GPT2LMHeadModel, config, tokenizer, data, MUSIC)
     return folder
-
-
-def make_small_base(texts: Mapping[str, Domain]) -> Path:
-    """A Llama of one million parameters that has seen all three kinds of text, through a byte-level
-    tokenizer that was trained on them.
-    """
-    folder = _folder("base", [asdict(SMALL), LLAMA, LLAMA_TOKENS])
-    if not folder.is_dir():
-        documents = [document for name in DOMAINS for document in texts[name].train[:300]]
-        tokenizer = train_tokenizer("byte-level", documents, LLAMA_TOKENS)
-        config = LlamaConfig(vocab_size=len(tokenizer), **_ends(tokenizer), **LLAMA)
-        count = -(-SMALL.steps * SMALL.batch // len(DOMAINS))
-        data = torch.cat([blocks(tokenizer, texts[name].train, count) for name in DOMAINS])
-        _train_from_scratch(folder, LlamaForCausalLM, config, tokenizer, data, SMALL)
-    return folder
-
-
-def _folder(name: str, settings: list[Any]) -> Path:
-    """Where a model that was trained from scratch is kept."""
-    key = hashlib.sha256(json.dumps([*settings, BLOCK]).encode()).hexdigest()[:12]
-    return cache_dir() / f"mergeme-hetero-{key}" / name
-
-
-def _ends(tokenizer: Any) -> dict[str, int]:
-    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-
-
-def _train_from_scratch(
-    folder: Path, kind: Any, config: Any, tokenizer: Any, data: Tensor, recipe: ExpertRecipe
-) -> None:
-    """Trains a new model of this class on the data, which the Trainer shuffles, and keeps it."""
-    torch.manual_seed(0)
-    model = kind(config)
-    bar = tqdm(total=recipe.steps, desc=f"{folder.name} from scratch")
-    with written_at_once(folder) as partial, bar:
-        train_dense(model, data, recipe, bar)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """Repeat MergeME's Tables 2 to 4 at small scale: whole models as experts, chosen per sequence.
 
     python examples/mergeme_sequence.py -o sequence.json --plot sequence.png
+    python examples/mergeme_sequence.py --base small -o small.json
     python examples/mergeme_sequence.py --hetero -o hetero.json --plot hetero.png
 
 Without `--hetero` these are Tables 2 and 3, with it Table 4. The base and the three experts are
-those of `mergeme_homogeneous.py`, trained once and kept.
+those of `mergeme_homogeneous.py`, trained once and kept. With `--base small` they are Llamas of one
+million parameters, all trained here in a few minutes.
 
 Both runs print the held-out loss of each model per domain, and which expert each domain is routed
 to. `--output` keeps these numbers and `--plot` draws the routing.
@@ -38,6 +40,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
+import small_models
 import torch
 from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
@@ -433,6 +436,14 @@ def draw(
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option(
+    "--base",
+    "size",
+    type=click.Choice(["smollm2", "small"]),
+    default="smollm2",
+    show_default=True,
+    help="Base that the experts are made from.",
+)
+@click.option(
     "--hetero",
     is_flag=True,
     help="Repeat Table 4: a music expert of another architecture, and a short fine-tuning.",
@@ -477,6 +488,7 @@ def draw(
     help=f"Number of sequences of {BLOCK} tokens to measure on, per domain.",
 )
 def main(
+    size: str,
     hetero: bool,
     output: Path | None,
     plot: Path | None,
@@ -489,12 +501,16 @@ def main(
         check_new_file(output)
     if plot:
         check_new_figure(plot)
-    if hetero and only:
-        raise click.UsageError("--only names merges of the run without --hetero: leave one out")
-    base = smollm2()
+    if hetero and (only or size != "smollm2"):
+        raise click.UsageError("--only and --base small are of the run without --hetero")
     texts = domains()
+    if size == "small":
+        base = small_models.make_small_base(texts)
+        models = make_experts(base, texts, small_models.EXPERT)
+    else:
+        base = smollm2()
+        models = make_experts(base, texts)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    models = make_experts(base, texts)
     routed = {name: blocks(tokenizer, texts[name].held_out, max(ROUTED, count)) for name in DOMAINS}
     held_out = {name: sequences[:count] for name, sequences in routed.items()}
     if hetero:
