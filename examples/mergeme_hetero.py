@@ -36,7 +36,7 @@ import click
 import small_models
 import torch
 import yaml
-from demo import BLOCK, DOMAINS, blocks, table
+from demo import BLOCK, DOMAINS, blocks
 from demo import Recipe as ExpertRecipe
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -47,12 +47,7 @@ from real_data import Domain, domains, smollm2
 from small_models import ends_of, folder_of, make_small_base, train_from_scratch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mergekit_moe_ext import Reading, Recipe, UserError, train
 from mergekit_moe_ext.analysis import check_new_figure, format_table
@@ -218,16 +213,6 @@ class Results:
     def rows(self) -> list[str]:
         return list(dict.fromkeys(line["row"] for line in self.lines))
 
-    def mean_losses(self) -> dict[str, Losses]:
-        """The losses of each row by domain, as means over seeds."""
-        rows: dict[str, Losses] = {}
-        for row in self.rows():
-            of_seeds = self.losses(row)
-            rows[row] = {}
-            for name in of_seeds[0]:
-                rows[row][name] = statistics.mean(losses[name] for losses in of_seeds)
-        return rows
-
     def mean_routing(self) -> dict[str, dict[str, list[float]]]:
         """The coefficients of each row that chooses, by domain and expert, as means over seeds."""
         rows: dict[str, dict[str, list[float]]] = {}
@@ -240,60 +225,93 @@ class Results:
         return rows
 
     def text(self, experts: Sequence[str]) -> str:
-        """The losses, their mean over domains seed by seed, the orderings, and the routing."""
-        rows = self.mean_losses()
-        music = rows.pop("music expert")["music"]
-        parts = [table(rows), f"music expert, through its own tokenizer, on music: {music:.2f}"]
-        width = max(map(len, rows))
-        lines = ["Mean over domains, seed by seed:"]
-        for row in rows:
-            over_domains = [statistics.mean(losses.values()) for losses in self.losses(row)]
-            if len(over_domains) > 1:
-                lines.append(f"{row:{width}}" + "".join(f"{value:9.3f}" for value in over_domains))
-        parts.append("\n".join(lines))
-        parts.append("\n".join(self.orderings()))
+        """The losses, the orderings, and the routing."""
+        parts = [self.table(), "\n".join(self.orderings())]
         for row, routing in self.mean_routing().items():
             parts.append(f"{row}\n{format_table(experts, routing)}")
         return "\n\n".join(parts)
 
-    def orderings(self) -> list[str]:
-        """What the paper says of its Table 4, and in how many seeds it holds here, for each kind of
-        mixture.
+    def table(self) -> str:
+        """The losses by row and domain, and their mean over domains: means over seeds, with the
+        standard deviation where there are several.
         """
-        best_dense = dict.fromkeys(DOMAINS, float("inf"))
-        means_of_dense = []
-        for row in DENSE:
-            (losses,) = self.losses(row)
-            best_dense = {
-                name: min(best, losses.get(name, best)) for name, best in best_dense.items()
-            }
-            if len(losses) == len(DOMAINS):
-                means_of_dense.append(statistics.mean(losses.values()))
+        rows = self.rows()
+        width = max(map(len, rows))
+        lines = [" " * width + "".join(f"{name:>16}" for name in [*DOMAINS, "mean"])]
+        for row in rows:
+            of_seeds = self.losses(row)
+            cells = []
+            for name in DOMAINS:
+                cells.append(_cell([losses[name] for losses in of_seeds if name in losses]))
+            # The music expert has no loss on other texts, and so no mean.
+            whole = [losses for losses in of_seeds if len(losses) == len(DOMAINS)]
+            cells.append(_cell([mean_of(losses) for losses in whole]))
+            lines.append(f"{row:{width}}" + "".join(f"{cell:>16}" for cell in cells))
+        return "\n".join(lines)
+
+    def orderings(self) -> list[str]:
+        """What the paper says of its Table 4, and whether it holds, for each kind of mixture."""
+        of_dense = [losses for row in DENSE for losses in self.losses(row)]
+        best = {}
+        for name in DOMAINS:
+            best[name] = min(losses[name] for losses in of_dense if name in losses)
+        whole = [losses for losses in of_dense if len(losses) == len(DOMAINS)]
+        best_mean = min(map(mean_of, whole))
         lines = []
         for row in HETERO:
             mixtures = self.losses(f"{row}, after")
-            count = len(mixtures)
             if not mixtures:
                 continue
             for name in DOMAINS:
-                held = sum(losses[name] < best_dense[name] for losses in mixtures)
-                lines.append(f"{row}: beats every dense model on {name} ({held} of {count})")
-            held = sum(
-                statistics.mean(losses.values()) < min(means_of_dense) for losses in mixtures
-            )
-            lines.append(f"{row}: beats every dense model in the mean ({held} of {count})")
+                differences = [losses[name] - best[name] for losses in mixtures]
+                lines.append(f"{row} beats every dense model on {name}: {verdict(differences)}")
+            differences = [mean_of(losses) - best_mean for losses in mixtures]
+            lines.append(f"{row} beats every dense model in the mean: {verdict(differences)}")
             for control in CONTROLS:
+                # In a run that goes on, one may have more seeds than the other.
                 of_control = self.losses(f"{control}, after")
-                if not of_control:
+                pairs = list(zip(mixtures, of_control, strict=False))
+                if not pairs:
                     continue
-                pairs = list(zip(mixtures, of_control, strict=True))
-                on_music = sum(ours["music"] < theirs["music"] for ours, theirs in pairs)
-                in_mean = sum(sum(ours.values()) < sum(theirs.values()) for ours, theirs in pairs)
-                lines.append(
-                    f"{row}: beats {control} in the mean ({in_mean} of {count}), on music "
-                    f"({on_music} of {count})"
-                )
+                on_music = [ours["music"] - theirs["music"] for ours, theirs in pairs]
+                in_mean = [mean_of(ours) - mean_of(theirs) for ours, theirs in pairs]
+                lines.append(f"{row} beats {control} on music: {verdict(on_music)}")
+                lines.append(f"{row} beats {control} in the mean: {verdict(in_mean)}")
         return lines
+
+
+def mean_of(losses: Losses) -> float:
+    """The mean over domains."""
+    return statistics.mean(losses.values())
+
+
+def _cell(values: Sequence[float]) -> str:
+    """The mean, with the standard deviation of several values; nothing for none."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """Whether a loss is the lower one of two, from what it is above the other, seed by seed.
+
+    It is said to be, or not to be, where all seeds agree and the mean is more than two standard
+    errors from 0; anything else is unclear.
+    """
+    mean = statistics.mean(differences)
+    if len(differences) == 1:
+        return f"unclear, with one seed ({mean:+.3f})"
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    are_alike = all(each < 0 for each in differences) or all(each > 0 for each in differences)
+    if not are_alike or abs(mean) <= 2 * error:
+        word = "unclear"
+    elif mean < 0:
+        word = "holds"
+    else:
+        word = "does not hold"
+    return f"{word} ({mean:+.3f}, standard error {error:.3f})"
 
 
 def measure_dense(

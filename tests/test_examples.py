@@ -416,7 +416,7 @@ def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_exp
     losses = {line["row"]: line["losses"] for line in lines}
     for row in (*hetero.HETERO, *hetero.CONTROLS):
         assert losses[f"{row}, before"] != losses[f"{row}, after"]
-    assert "own embeddings: beats 3 experts, no music" in result.output
+    assert "own embeddings beats 3 experts, no music on music: unclear, with one" in result.output
 
     # By hand: nats of the tokens after the prefix, for each of their characters.
     tokenizer = AutoTokenizer.from_pretrained(tiny_experts["base"])
@@ -437,6 +437,19 @@ def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_exp
     assert others == first.splitlines()[:-1] and json.loads(last)["losses"]["music"] == 1.0
     result = CliRunner().invoke(hetero.main, ["-o", "hetero.jsonl", "--steps", "3"])
     assert result.exit_code == 1 and "name another file" in result.output
+
+
+@pytest.mark.parametrize(
+    ("differences", "word"),
+    [
+        ([-0.2, -0.21, -0.19], "holds"),
+        ([0.2, 0.21, 0.19], "does not hold"),
+        ([-0.2, -0.21, 0.01], "unclear"),  # not all seeds agree
+        ([-0.01, -0.5, -0.01], "unclear"),  # a mean of -0.17 with a standard error of 0.16
+    ],
+)
+def test_what_seeds_say_of_an_ordering(hetero, differences, word):
+    assert hetero.verdict(differences).startswith(f"{word} (")
 
 
 @pytest.fixture
