@@ -4,9 +4,9 @@
     python examples/mergeme_hetero.py --base smollm2 --steps 9 --batch 1 -o smollm2.jsonl
 
 A base and its bible and code experts become one model with a music expert of another maker: a small
-GPT-2, trained from scratch on music alone, with a SentencePiece tokenizer of its own. `hetero_moe`
-makes it, with the base's tokenizer. Its embeddings and projectors are made in three ways, and each
-mixture is trained. Beside them are the paper's controls: the dense models, and a mixture of the
+GPT-2, trained from scratch on music alone, with a SentencePiece tokenizer of its own, whose rules
+are Llama's. `hetero_moe` makes it, with the base's tokenizer. Its embeddings and projectors are made
+in three ways, and each mixture is trained. Beside them are the paper's controls: the dense models, and a mixture of the
 other three experts (BTX), trained on the same texts or on all but the music.
 
 The base is a small Llama, trained from scratch on all three kinds of text, so that mixtures can be
@@ -67,7 +67,10 @@ READING = Reading(max_length=BLOCK, quiet=True)
 ROUTED = 8  # sequences per domain whose routing is looked at
 MUSIC = ExpertRecipe(steps=300, batch=4, learning_rate=2e-3)
 GPT2 = {"n_layer": 3, "n_embd": 96, "n_head": 4, "n_positions": 512}
+MUSIC_TOKENIZER = "llama"
 MUSIC_TOKENS = 2000
+MUSIC_SETTINGS: dict[str, Any] = {"recipe": asdict(MUSIC), "model": GPT2}
+MUSIC_SETTINGS |= {"tokenizer": MUSIC_TOKENIZER, "tokens": MUSIC_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,13 @@ Losses = dict[str, float]
 
 
 def make_music_expert(texts: Mapping[str, Domain]) -> Path:
-    """A GPT-2 of half a million parameters that has seen nothing but music, through a SentencePiece
-    tokenizer that was trained on music.
+    """A GPT-2 of half a million parameters that has seen nothing but music, through a tokenizer
+    that was trained on music.
     """
-    folder = folder_of("music", [asdict(MUSIC), GPT2, MUSIC_TOKENS])
+    folder = folder_of("music", list(MUSIC_SETTINGS.values()))
     if not folder.is_dir():
         documents = texts["music"].train
-        tokenizer = train_tokenizer("sentencepiece", documents, MUSIC_TOKENS)
+        tokenizer = train_tokenizer(MUSIC_TOKENIZER, documents, MUSIC_TOKENS)
         config = GPT2Config(vocab_size=len(tokenizer), **ends_of(tokenizer), **GPT2)
         data = blocks(tokenizer, documents, MUSIC.steps * MUSIC.batch)
         train_from_scratch(folder, GPT2LMHeadModel, config, tokenizer, data, MUSIC)
@@ -547,6 +550,7 @@ def main(
     training = ExpertRecipe(steps, batch, scale.learning_rate)
     settings = {"base": size, "held_out": count}
     settings |= {"training": asdict(training), "expert": asdict(scale.expert)}
+    settings["music"] = MUSIC_SETTINGS
     results = Results(output, settings)
     tokenizer = AutoTokenizer.from_pretrained(base)
     models = make_experts(base, texts, scale.expert, ["bible", "code"])

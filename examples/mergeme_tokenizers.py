@@ -52,12 +52,27 @@ SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512}
 def train_tokenizer(
     kind: str, documents: list[str], tokens: int = TOKENS
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of this kind with so many tokens, trained on the documents."""
+    """A tokenizer of this kind with so many tokens, trained on the documents.
+
+    "llama" is SentencePiece, too, with Llama's rules: no token goes beyond a digit, a line, or
+    letters on one side and other characters on the other.
+    """
     options: dict[str, Any] = {"vocab_size": tokens, "show_progress": False}
     trainer: Any
-    if kind == "sentencepiece":
+    if kind in ("sentencepiece", "llama"):
         raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         raw.pre_tokenizer = pre_tokenizers.Metaspace()
+        if kind == "llama":
+            # The others have to see spaces, and only the first of the parts that they make is the
+            # beginning of the text.
+            raw.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split("\n", "isolated"),
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.UnicodeScripts(),
+                    pre_tokenizers.Metaspace(prepend_scheme="first"),
+                ]
+            )
         spaces = decoders.Replace("▁", " ")
         raw.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
         every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
