@@ -5,9 +5,10 @@
 
 A base and its bible and code experts become one model with a music expert of another maker: a small
 GPT-2, trained from scratch on music alone, with a SentencePiece tokenizer of its own, whose rules
-are Llama's. `hetero_moe` makes it, with the base's tokenizer. Its embeddings and projectors are made
-in three ways, and each mixture is trained. Beside them are the paper's controls: the dense models, and a mixture of the
-other three experts (BTX), trained on the same texts or on all but the music.
+are Llama's. `hetero_moe` makes it, with the base's tokenizer. Its embeddings and projectors are
+made in three ways, and each mixture is trained. Beside them are the paper's controls: the dense
+models, and a mixture of the other three experts (BTX), trained on the same texts or on all but the
+music.
 
 The base is a small Llama, trained from scratch on all three kinds of text, so that mixtures can be
 trained for more than a few steps; or SmolLM2-135M-Instruct. All dense models are trained once and
