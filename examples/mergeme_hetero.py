@@ -4,10 +4,11 @@
     python examples/mergeme_hetero.py --base smollm2 --steps 9 --batch 1 -o smollm2.jsonl
 
 A base and its bible and code experts become one model with a music expert of another maker: a small
-GPT-2, trained from scratch on music alone, with a SentencePiece tokenizer of its own. `hetero_moe`
-makes it, with the base's tokenizer. Its embeddings and projectors are made in three ways, and each
-mixture is trained. Beside them are the paper's controls: the dense models, and a mixture of the
-other three experts (BTX), trained on the same texts or on all but the music.
+GPT-2, trained from scratch on music alone, with a SentencePiece tokenizer of its own, whose rules
+are Llama's. `hetero_moe` makes it, with the base's tokenizer. Its embeddings and projectors are
+made in three ways, and each mixture is trained. Beside them are the paper's controls: the dense
+models, and a mixture of the other three experts (BTX), trained on the same texts or on all but the
+music.
 
 The base is a small Llama, trained from scratch on all three kinds of text, so that mixtures can be
 trained for more than a few steps; or SmolLM2-135M-Instruct. All dense models are trained once and
@@ -20,7 +21,6 @@ Each result is a line of the output file, written when it is there; a run that w
 on after the last.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -34,27 +34,21 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
+import small_models
 import torch
 import yaml
-from demo import BLOCK, DOMAINS, blocks, table
+from demo import BLOCK, DOMAINS, blocks
 from demo import Recipe as ExpertRecipe
-from demo import train as train_dense
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergeme_homogeneous import make_experts, means
 from mergeme_sequence import PREFIX, choices, draw, largest, load
 from mergeme_tokenizers import train_tokenizer
-from real_data import Domain, cache_dir, domains, smollm2, written_at_once
+from real_data import Domain, domains, smollm2
+from small_models import ends_of, folder_of, make_small_base, train_from_scratch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mergekit_moe_ext import Reading, Recipe, UserError, train
 from mergekit_moe_ext.analysis import check_new_figure, format_table
@@ -74,11 +68,10 @@ READING = Reading(max_length=BLOCK, quiet=True)
 ROUTED = 8  # sequences per domain whose routing is looked at
 MUSIC = ExpertRecipe(steps=300, batch=4, learning_rate=2e-3)
 GPT2 = {"n_layer": 3, "n_embd": 96, "n_head": 4, "n_positions": 512}
+MUSIC_TOKENIZER = "llama"
 MUSIC_TOKENS = 2000
-SMALL = ExpertRecipe(steps=300, batch=4, learning_rate=2e-3)
-LLAMA = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3}
-LLAMA |= {"num_attention_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True}
-LLAMA_TOKENS = 4000
+MUSIC_SETTINGS: dict[str, Any] = {"recipe": asdict(MUSIC), "model": GPT2}
+MUSIC_SETTINGS |= {"tokenizer": MUSIC_TOKENIZER, "tokens": MUSIC_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ class Scale:
 
 
 SCALES = {
-    "small": Scale(ExpertRecipe(steps=100, batch=4, learning_rate=1e-3), learning_rate=1e-3),
+    "small": Scale(small_models.EXPERT, learning_rate=1e-3),
     "smollm2": Scale(ExpertRecipe(steps=32, batch=1, learning_rate=1e-4), learning_rate=1e-4),
 }
 
@@ -98,55 +91,17 @@ Losses = dict[str, float]
 
 
 def make_music_expert(texts: Mapping[str, Domain]) -> Path:
-    """A GPT-2 of half a million parameters that has seen nothing but music, through a SentencePiece
-    tokenizer that was trained on music.
+    """A GPT-2 of half a million parameters that has seen nothing but music, through a tokenizer
+    that was trained on music.
     """
-    folder = _folder("music", [asdict(MUSIC), GPT2, MUSIC_TOKENS])
+    folder = folder_of("music", list(MUSIC_SETTINGS.values()))
     if not folder.is_dir():
         documents = texts["music"].train
-        tokenizer = train_tokenizer("sentencepiece", documents, MUSIC_TOKENS)
-        config = GPT2Config(vocab_size=len(tokenizer), **_ends(tokenizer), **GPT2)
+        tokenizer = train_tokenizer(MUSIC_TOKENIZER, documents, MUSIC_TOKENS)
+        config = GPT2Config(vocab_size=len(tokenizer), **ends_of(tokenizer), **GPT2)
         data = blocks(tokenizer, documents, MUSIC.steps * MUSIC.batch)
-        _train_from_scratch(folder, GPT2LMHeadModel, config, tokenizer, data, MUSIC)
+        train_from_scratch(folder, GPT2LMHeadModel, config, tokenizer, data, MUSIC)
     return folder
-
-
-def make_small_base(texts: Mapping[str, Domain]) -> Path:
-    """A Llama of one million parameters that has seen all three kinds of text, through a byte-level
-    tokenizer that was trained on them.
-    """
-    folder = _folder("base", [asdict(SMALL), LLAMA, LLAMA_TOKENS])
-    if not folder.is_dir():
-        documents = [document for name in DOMAINS for document in texts[name].train[:300]]
-        tokenizer = train_tokenizer("byte-level", documents, LLAMA_TOKENS)
-        config = LlamaConfig(vocab_size=len(tokenizer), **_ends(tokenizer), **LLAMA)
-        count = -(-SMALL.steps * SMALL.batch // len(DOMAINS))
-        data = torch.cat([blocks(tokenizer, texts[name].train, count) for name in DOMAINS])
-        _train_from_scratch(folder, LlamaForCausalLM, config, tokenizer, data, SMALL)
-    return folder
-
-
-def _folder(name: str, settings: list[Any]) -> Path:
-    """Where a model that was trained from scratch is kept."""
-    key = hashlib.sha256(json.dumps([*settings, BLOCK]).encode()).hexdigest()[:12]
-    return cache_dir() / f"mergeme-hetero-{key}" / name
-
-
-def _ends(tokenizer: Any) -> dict[str, int]:
-    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-
-
-def _train_from_scratch(
-    folder: Path, kind: Any, config: Any, tokenizer: Any, data: Tensor, recipe: ExpertRecipe
-) -> None:
-    """Trains a new model of this class on the data, which the Trainer shuffles, and keeps it."""
-    torch.manual_seed(0)
-    model = kind(config)
-    bar = tqdm(total=recipe.steps, desc=f"{folder.name} from scratch")
-    with written_at_once(folder) as partial, bar:
-        train_dense(model, data, recipe, bar)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
 
 
 @dataclass
@@ -262,16 +217,6 @@ class Results:
     def rows(self) -> list[str]:
         return list(dict.fromkeys(line["row"] for line in self.lines))
 
-    def mean_losses(self) -> dict[str, Losses]:
-        """The losses of each row by domain, as means over seeds."""
-        rows: dict[str, Losses] = {}
-        for row in self.rows():
-            of_seeds = self.losses(row)
-            rows[row] = {}
-            for name in of_seeds[0]:
-                rows[row][name] = statistics.mean(losses[name] for losses in of_seeds)
-        return rows
-
     def mean_routing(self) -> dict[str, dict[str, list[float]]]:
         """The coefficients of each row that chooses, by domain and expert, as means over seeds."""
         rows: dict[str, dict[str, list[float]]] = {}
@@ -284,60 +229,93 @@ class Results:
         return rows
 
     def text(self, experts: Sequence[str]) -> str:
-        """The losses, their mean over domains seed by seed, the orderings, and the routing."""
-        rows = self.mean_losses()
-        music = rows.pop("music expert")["music"]
-        parts = [table(rows), f"music expert, through its own tokenizer, on music: {music:.2f}"]
-        width = max(map(len, rows))
-        lines = ["Mean over domains, seed by seed:"]
-        for row in rows:
-            over_domains = [statistics.mean(losses.values()) for losses in self.losses(row)]
-            if len(over_domains) > 1:
-                lines.append(f"{row:{width}}" + "".join(f"{value:9.3f}" for value in over_domains))
-        parts.append("\n".join(lines))
-        parts.append("\n".join(self.orderings()))
+        """The losses, the orderings, and the routing."""
+        parts = [self.table(), "\n".join(self.orderings())]
         for row, routing in self.mean_routing().items():
             parts.append(f"{row}\n{format_table(experts, routing)}")
         return "\n\n".join(parts)
 
-    def orderings(self) -> list[str]:
-        """What the paper says of its Table 4, and in how many seeds it holds here, for each kind of
-        mixture.
+    def table(self) -> str:
+        """The losses by row and domain, and their mean over domains: means over seeds, with the
+        standard deviation where there are several.
         """
-        best_dense = dict.fromkeys(DOMAINS, float("inf"))
-        means_of_dense = []
-        for row in DENSE:
-            (losses,) = self.losses(row)
-            best_dense = {
-                name: min(best, losses.get(name, best)) for name, best in best_dense.items()
-            }
-            if len(losses) == len(DOMAINS):
-                means_of_dense.append(statistics.mean(losses.values()))
+        rows = self.rows()
+        width = max(map(len, rows))
+        lines = [" " * width + "".join(f"{name:>16}" for name in [*DOMAINS, "mean"])]
+        for row in rows:
+            of_seeds = self.losses(row)
+            cells = []
+            for name in DOMAINS:
+                cells.append(_cell([losses[name] for losses in of_seeds if name in losses]))
+            # The music expert has no loss on other texts, and so no mean.
+            whole = [losses for losses in of_seeds if len(losses) == len(DOMAINS)]
+            cells.append(_cell([mean_of(losses) for losses in whole]))
+            lines.append(f"{row:{width}}" + "".join(f"{cell:>16}" for cell in cells))
+        return "\n".join(lines)
+
+    def orderings(self) -> list[str]:
+        """What the paper says of its Table 4, and whether it holds, for each kind of mixture."""
+        of_dense = [losses for row in DENSE for losses in self.losses(row)]
+        best = {}
+        for name in DOMAINS:
+            best[name] = min(losses[name] for losses in of_dense if name in losses)
+        whole = [losses for losses in of_dense if len(losses) == len(DOMAINS)]
+        best_mean = min(map(mean_of, whole))
         lines = []
         for row in HETERO:
             mixtures = self.losses(f"{row}, after")
-            count = len(mixtures)
             if not mixtures:
                 continue
             for name in DOMAINS:
-                held = sum(losses[name] < best_dense[name] for losses in mixtures)
-                lines.append(f"{row}: beats every dense model on {name} ({held} of {count})")
-            held = sum(
-                statistics.mean(losses.values()) < min(means_of_dense) for losses in mixtures
-            )
-            lines.append(f"{row}: beats every dense model in the mean ({held} of {count})")
+                differences = [losses[name] - best[name] for losses in mixtures]
+                lines.append(f"{row} beats every dense model on {name}: {verdict(differences)}")
+            differences = [mean_of(losses) - best_mean for losses in mixtures]
+            lines.append(f"{row} beats every dense model in the mean: {verdict(differences)}")
             for control in CONTROLS:
+                # In a run that goes on, one may have more seeds than the other.
                 of_control = self.losses(f"{control}, after")
-                if not of_control:
+                pairs = list(zip(mixtures, of_control, strict=False))
+                if not pairs:
                     continue
-                pairs = list(zip(mixtures, of_control, strict=True))
-                on_music = sum(ours["music"] < theirs["music"] for ours, theirs in pairs)
-                in_mean = sum(sum(ours.values()) < sum(theirs.values()) for ours, theirs in pairs)
-                lines.append(
-                    f"{row}: beats {control} in the mean ({in_mean} of {count}), on music "
-                    f"({on_music} of {count})"
-                )
+                on_music = [ours["music"] - theirs["music"] for ours, theirs in pairs]
+                in_mean = [mean_of(ours) - mean_of(theirs) for ours, theirs in pairs]
+                lines.append(f"{row} beats {control} on music: {verdict(on_music)}")
+                lines.append(f"{row} beats {control} in the mean: {verdict(in_mean)}")
         return lines
+
+
+def mean_of(losses: Losses) -> float:
+    """The mean over domains."""
+    return statistics.mean(losses.values())
+
+
+def _cell(values: Sequence[float]) -> str:
+    """The mean, with the standard deviation of several values; nothing for none."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """Whether a loss is the lower one of two, from what it is above the other, seed by seed.
+
+    It is said to be, or not to be, where all seeds agree and the mean is more than two standard
+    errors from 0; anything else is unclear.
+    """
+    mean = statistics.mean(differences)
+    if len(differences) == 1:
+        return f"unclear, with one seed ({mean:+.3f})"
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    are_alike = all(each < 0 for each in differences) or all(each > 0 for each in differences)
+    if not are_alike or abs(mean) <= 2 * error:
+        word = "unclear"
+    elif mean < 0:
+        word = "holds"
+    else:
+        word = "does not hold"
+    return f"{word} ({mean:+.3f}, standard error {error:.3f})"
 
 
 def measure_dense(
@@ -573,6 +551,7 @@ def main(
     training = ExpertRecipe(steps, batch, scale.learning_rate)
     settings = {"base": size, "held_out": count}
     settings |= {"training": asdict(training), "expert": asdict(scale.expert)}
+    settings["music"] = MUSIC_SETTINGS
     results = Results(output, settings)
     tokenizer = AutoTokenizer.from_pretrained(base)
     models = make_experts(base, texts, scale.expert, ["bible", "code"])

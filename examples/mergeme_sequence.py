@@ -1,10 +1,12 @@
 """Repeat MergeME's Tables 2 to 4 at small scale: whole models as experts, chosen per sequence.
 
     python examples/mergeme_sequence.py -o sequence.json --plot sequence.png
+    python examples/mergeme_sequence.py --base small -o small.json
     python examples/mergeme_sequence.py --hetero -o hetero.json --plot hetero.png
 
 Without `--hetero` these are Tables 2 and 3, with it Table 4. The base and the three experts are
-those of `mergeme_homogeneous.py`, trained once and kept.
+those of `mergeme_homogeneous.py`, trained once and kept. With `--base small` they are Llamas of one
+million parameters, all trained here in a few minutes.
 
 Both runs print the held-out loss of each model per domain, and which expert each domain is routed
 to. `--output` keeps these numbers and `--plot` draws the routing.
@@ -38,6 +40,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
+import small_models
 import torch
 from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
@@ -265,24 +268,32 @@ def measure_dense(results: Results, models: dict[str, Path], held_out: dict[str,
 
 
 def without_training(
-    models: dict[str, Path], held_out: dict[str, Tensor], routed: dict[str, Tensor], seeds: int
+    models: dict[str, Path],
+    held_out: dict[str, Tensor],
+    routed: dict[str, Tensor],
+    seeds: int,
+    only: Sequence[str],
 ) -> Results:
-    """The results of Table 3, and of Table 2 with figure 9."""
+    """The results of Table 3, and of Table 2 with figure 9: of the dense models, and of these
+    merges.
+    """
     results = Results()
     base = models["base"]
     measure_dense(results, models, held_out)
     one_by_one = []
     for row in PLAIN:
-        of_row = 1 if row == "Ties dense" else seeds  # TIES draws nothing
-        one_by_one += [(row, seed) for seed in range(of_row)]
-    total = len(one_by_one) + len(SEQUENCE)
+        if row in only:
+            of_row = 1 if row == "Ties dense" else seeds  # TIES draws nothing
+            one_by_one += [(row, seed) for seed in range(of_row)]
+    sequence_moes = {kind: options for kind, options in SEQUENCE.items() if kind in only}
+    total = len(one_by_one) + len(sequence_moes)
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, desc="merges") as bar:
         merged = Path(scratch) / "merged"
         for row, seed in one_by_one:
             run_mergekit(PLAIN[row], list(models.values()), base, merged, seed)
             results.measure(row, load(merged), held_out)
             bar.update()
-        for kind, options in SEQUENCE.items():
+        for kind, options in sequence_moes.items():
             method = {"merge_method": "seq_moe", "parameters": {"shared": "linear", **options}}
             run_mergekit(method, list(models.values()), base, merged)
             model = load(merged)
@@ -425,6 +436,14 @@ def draw(
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option(
+    "--base",
+    "size",
+    type=click.Choice(["smollm2", "small"]),
+    default="smollm2",
+    show_default=True,
+    help="Base that the experts are made from.",
+)
+@click.option(
     "--hetero",
     is_flag=True,
     help="Repeat Table 4: a music expert of another architecture, and a short fine-tuning.",
@@ -439,6 +458,12 @@ def draw(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
     help="File for a figure of the routing: *.png, *.pdf or *.svg.",
+)
+@click.option(
+    "--only",
+    type=click.Choice([*PLAIN, *SEQUENCE]),
+    multiple=True,
+    help="Merge to measure, without --hetero. May be repeated. [default: all]",
 )
 @click.option(
     "--seeds",
@@ -463,23 +488,37 @@ def draw(
     help=f"Number of sequences of {BLOCK} tokens to measure on, per domain.",
 )
 def main(
-    hetero: bool, output: Path | None, plot: Path | None, seeds: int, steps: int, count: int
+    size: str,
+    hetero: bool,
+    output: Path | None,
+    plot: Path | None,
+    only: tuple[str, ...],
+    seeds: int,
+    steps: int,
+    count: int,
 ) -> None:
     if output:
         check_new_file(output)
     if plot:
         check_new_figure(plot)
-    base = smollm2()
+    if hetero and (only or size != "smollm2"):
+        raise click.UsageError("--only and --base small are of the run without --hetero")
     texts = domains()
+    if size == "small":
+        base = small_models.make_small_base(texts)
+        models = make_experts(base, texts, small_models.EXPERT)
+    else:
+        base = smollm2()
+        models = make_experts(base, texts)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    models = make_experts(base, texts)
     routed = {name: blocks(tokenizer, texts[name].held_out, max(ROUTED, count)) for name in DOMAINS}
     held_out = {name: sequences[:count] for name, sequences in routed.items()}
     if hetero:
         models["music"] = make_music_expert(base, texts["music"].train)
         results = heterogeneous(models, tokenizer, texts, held_out, routed, seeds, steps)
     else:
-        results = without_training(models, held_out, routed, seeds)
+        chosen = only or [*PLAIN, *SEQUENCE]
+        results = without_training(models, held_out, routed, seeds, chosen)
     click.echo(results.text(list(models)))
     if output:
         output.write_text(json.dumps({"experts": list(models), **asdict(results)}, indent=1) + "\n")

@@ -8,13 +8,16 @@ mixture of each and SmolLM2-135M-Instruct, with the tokenizer of either. The los
 alone in that mixture, is compared with its loss through its own tokenizer, in nats per character of
 held-out text. Beside it is the least that it can be: the loss of the source itself, whose own
 tokens spell every token of the other tokenizer.
+
+It also prints how each expert goes on with the first text, alone in the mixture and with its own
+tokenizer, when it always writes the likeliest token.
 """
 
 import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -37,6 +40,8 @@ OPTIONS = ("share", "mean", "unavailable")
 KINDS = ("sentencepiece", "wordpiece", "byte-level")
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TOKENS = 4000
+PROMPT = 80  # characters of the first text
+WRITTEN = 32  # tokens
 BLOCK = 128
 BATCH = 8
 LEARNING_RATE = 3e-3
@@ -47,12 +52,27 @@ SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512}
 def train_tokenizer(
     kind: str, documents: list[str], tokens: int = TOKENS
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of this kind with so many tokens, trained on the documents."""
+    """A tokenizer of this kind with so many tokens, trained on the documents.
+
+    "llama" is SentencePiece, too, with Llama's rules: no token goes beyond a digit, a line, or
+    letters on one side and other characters on the other.
+    """
     options: dict[str, Any] = {"vocab_size": tokens, "show_progress": False}
     trainer: Any
-    if kind == "sentencepiece":
+    if kind in ("sentencepiece", "llama"):
         raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         raw.pre_tokenizer = pre_tokenizers.Metaspace()
+        if kind == "llama":
+            # The others have to see spaces, and only the first of the parts that they make is the
+            # beginning of the text.
+            raw.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split("\n", "isolated"),
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.UnicodeScripts(),
+                    pre_tokenizers.Metaspace(prepend_scheme="first"),
+                ]
+            )
         spaces = decoders.Replace("▁", " ")
         raw.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
         every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -124,22 +144,50 @@ def spelled(ids: list[int], donor: Tokens, own: Tokens) -> list[int]:
     return pieces
 
 
-def through_own(expert: Path, donor: Path, texts: list[str]) -> dict[str, float]:
-    """An expert's own loss on the texts, and the least through the donor's tokenizer, in nats."""
+@torch.inference_mode()
+def continuation(model: Any, tokenizer: Any, prompt: str, **options: Any) -> str:
+    """The likeliest tokens after the prompt, one by one."""
+    ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
+    inputs = torch.tensor([ids])
+    output = model.eval().generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=WRITTEN,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+class Measured(NamedTuple):
+    """What comes of an expert that reads the texts through some tokenizer: its loss on all of them,
+    in nats, and how it goes on with the first.
+    """
+
+    nats: float
+    written: str
+
+
+def through_own(expert: Path, donor: Path, texts: list[str]) -> dict[str, Measured]:
+    """What an expert makes of the texts through its own tokenizer, and the least loss through the
+    donor's, with which it writes nothing.
+    """
     of_donor, own = (AutoTokenizer.from_pretrained(path) for path in (donor, expert))
     model = AutoModelForCausalLM.from_pretrained(expert)
     tokens = [Tokens(of_donor), Tokens(own)]
-    losses = {"own": 0.0, "least": 0.0}
+    own_loss, least = 0.0, 0.0
     for text in texts:
         own_ids = own(text, add_special_tokens=False).input_ids
-        losses["own"] += nats(model, own_ids, own.bos_token_id)
+        own_loss += nats(model, own_ids, own.bos_token_id)
         pieces = spelled(of_donor(text, add_special_tokens=False).input_ids, *tokens)
-        losses["least"] += nats(model, pieces, own.bos_token_id)
-    return losses
+        least += nats(model, pieces, own.bos_token_id)
+    written = continuation(model, own, prompt_of(texts))
+    return {"own": Measured(own_loss, written), "least": Measured(least, "")}
 
 
-def in_mixture(donor: Path, experts: list[Path], kind: str, texts: list[str]) -> list[float]:
-    """The losses in nats of each of these experts, alone in their mixture with the donor."""
+def in_mixture(donor: Path, experts: list[Path], kind: str, texts: list[str]) -> list[Measured]:
+    """What each of these experts makes of the texts, alone in their mixture with the donor."""
     tokenizer = AutoTokenizer.from_pretrained(donor)
     parameters = {"embedding": "separate", "routing": "perplexity", "spelled_tokens": kind}
     with tempfile.TemporaryDirectory() as scratch:
@@ -147,15 +195,21 @@ def in_mixture(donor: Path, experts: list[Path], kind: str, texts: list[str]) ->
         method = {"merge_method": "hetero_moe", "parameters": parameters}
         run_mergekit(method, [donor, *experts], donor, merged)
         model = AutoModelForCausalLM.from_pretrained(merged)
-    losses = []
+    readings = []
     for index in range(len(experts)):
         alone = torch.eye(len(experts) + 1)[[index + 1]]
         loss = 0.0
         for text in texts:
             ids = tokenizer(text, add_special_tokens=False).input_ids
             loss += nats(model, ids, tokenizer.bos_token_id, coefficients=alone)
-        losses.append(loss)
-    return losses
+        written = continuation(model, tokenizer, prompt_of(texts), coefficients=alone)
+        readings.append(Measured(loss, written))
+    return readings
+
+
+def prompt_of(texts: list[str]) -> str:
+    """The beginning of the first text, up to a space."""
+    return texts[0][:PROMPT].rsplit(" ", 1)[0]
 
 
 @click.command()
@@ -163,7 +217,7 @@ def in_mixture(donor: Path, experts: list[Path], kind: str, texts: list[str]) ->
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File for the losses: *.json.",
+    help="File for the losses and what was written: *.json.",
 )
 @click.option(
     "--spelled-tokens",
@@ -199,25 +253,32 @@ def main(output: Path | None, options: tuple[str, ...], count: int, steps: int) 
     texts = [text[:600].rsplit(" ", 1)[0] for text in held_out]
     base = smollm2()
     small = [make_expert(kind, documents, steps) for kind in KINDS]
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Measured]] = {}
     for kind, expert in zip(KINDS, small, strict=True):
         rows[f"{kind} expert, through SmolLM2's"] = through_own(expert, base, texts)
         rows[f"SmolLM2, through {kind}"] = through_own(base, expert, texts)
     for option in options:
         of_small = in_mixture(base, small, option, texts)
-        for kind, expert, loss in zip(KINDS, small, of_small, strict=True):
-            rows[f"{kind} expert, through SmolLM2's"][option] = loss
+        for kind, expert, reading in zip(KINDS, small, of_small, strict=True):
+            rows[f"{kind} expert, through SmolLM2's"][option] = reading
             (of_base,) = in_mixture(expert, [base], option, texts)
             rows[f"SmolLM2, through {kind}"][option] = of_base
     characters = sum(map(len, texts))
-    for losses in rows.values():
-        losses |= {name: loss / characters for name, loss in losses.items()}
     width = max(map(len, rows))
     click.echo(" " * width + "".join(f"{name:>13}" for name in next(iter(rows.values()))))
-    for row, losses in rows.items():
+    results: dict[str, Any] = {}
+    for row, readings in rows.items():
+        losses = {name: reading.nats / characters for name, reading in readings.items()}
         click.echo(f"{row:{width}}" + "".join(f"{loss:13.3f}" for loss in losses.values()))
+        written = {name: reading.written for name, reading in readings.items() if name != "least"}
+        results[row] = {"losses": losses, "written": written}
+    click.echo(f"\n{prompt_of(texts)} …")
+    for row, result in results.items():
+        click.echo(row)
+        for name, text in result["written"].items():
+            click.echo(f"  {name:12} … {text}")
     if output:
-        output.write_text(json.dumps(rows, indent=1) + "\n")
+        output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

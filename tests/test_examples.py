@@ -300,7 +300,8 @@ def sequences_of(domains):
 
 def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path):
     held_out = sequences_of(sequence.DOMAINS)
-    results = sequence.without_training(tiny_experts, held_out, held_out, seeds=2)
+    every_merge = [*sequence.PLAIN, *sequence.SEQUENCE]
+    results = sequence.without_training(tiny_experts, held_out, held_out, 2, every_merge)
     losses = {row: of_seeds[0] for row, of_seeds in results.losses.items()}
     for name, path in tiny_experts.items():
         model = AutoModelForCausalLM.from_pretrained(path)
@@ -415,7 +416,7 @@ def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_exp
     losses = {line["row"]: line["losses"] for line in lines}
     for row in (*hetero.HETERO, *hetero.CONTROLS):
         assert losses[f"{row}, before"] != losses[f"{row}, after"]
-    assert "own embeddings: beats 3 experts, no music" in result.output
+    assert "own embeddings beats 3 experts, no music on music: unclear, with one" in result.output
 
     # By hand: nats of the tokens after the prefix, for each of their characters.
     tokenizer = AutoTokenizer.from_pretrained(tiny_experts["base"])
@@ -436,6 +437,19 @@ def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_exp
     assert others == first.splitlines()[:-1] and json.loads(last)["losses"]["music"] == 1.0
     result = CliRunner().invoke(hetero.main, ["-o", "hetero.jsonl", "--steps", "3"])
     assert result.exit_code == 1 and "name another file" in result.output
+
+
+@pytest.mark.parametrize(
+    ("differences", "word"),
+    [
+        ([-0.2, -0.21, -0.19], "holds"),
+        ([0.2, 0.21, 0.19], "does not hold"),
+        ([-0.2, -0.21, 0.01], "unclear"),  # not all seeds agree
+        ([-0.01, -0.5, -0.01], "unclear"),  # a mean of -0.17 with a standard error of 0.16
+    ],
+)
+def test_what_seeds_say_of_an_ordering(hetero, differences, word):
+    assert hetero.verdict(differences).startswith(f"{word} (")
 
 
 @pytest.fixture

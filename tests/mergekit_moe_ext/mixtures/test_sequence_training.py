@@ -4,6 +4,7 @@ way of running against another.
 
 import json
 import shutil
+from functools import wraps
 
 import click
 import pytest
@@ -15,6 +16,7 @@ from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext import train
 from mergekit_moe_ext.mixtures.sequences import balance_of_texts, count_choices
 from mergekit_moe_ext.mixtures.trainers import SequenceTrainer
+from mergekit_moe_ext.modeling import SequenceMoEForCausalLM
 from mergekit_moe_ext.recipes import Recipe
 from tests.conftest import read_tensors
 from tests.mergekit_moe_ext.mixtures.test_usage import words, write
@@ -275,6 +277,41 @@ def test_the_load_balancing_loss_of_the_config_balances(moe):
     train("moe", ["many.jsonl"], "router", output="out", recipe=settings, reading=READING)
     assert imbalance("out") < 0.5 * imbalance("moe")
     assert "router aux loss 10.0" in (moe / "out" / "README.md").read_text()
+
+
+def test_weights_of_sources_multiply_how_often_their_texts_are_read(moe, monkeypatch):
+    """Each row of the source that is drawn least is read once in an epoch, and three of the other
+    for each of them.
+    """
+    for name, source in (("news", "w1"), ("law", "w2")):
+        rows = [{"text": f"{source} w{20 + number} w3 w4 w5 w6 w7"} for number in range(60)]
+        write(moe / f"{name}.jsonl", rows)
+    read = []
+    forward = SequenceMoEForCausalLM.forward
+
+    @wraps(forward)
+    def recorded(model, *args, **kwargs):
+        read.extend(kwargs["input_ids"][:, :2].tolist())
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(SequenceMoEForCausalLM, "forward", recorded)
+    settings = recipe(
+        max_steps=-1,
+        num_train_epochs=1,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=1,
+    )
+    data = ["news=news.jsonl", "law=law.jsonl"]
+    train("moe", data, "router", recipe=settings, reading=READING, weights={"law": 3})
+    tokenizer = AutoTokenizer.from_pretrained("moe")
+    of_news, of_law = tokenizer.convert_tokens_to_ids(["w1", "w2"])
+    news = [row for source, row in read if source == of_news]
+    law = [row for source, row in read if source == of_law]
+    assert len(news) + len(law) == len(read)
+    assert sorted(news) == sorted(set(news)) and len(news) == 60
+    assert len(set(law)) == 60
+    # The standard deviation of such a draw is 0.45.
+    assert len(law) / len(news) == pytest.approx(3, abs=1.2)
 
 
 # What is refused.
