@@ -244,14 +244,24 @@ class Reading:
         )
 
 
+# Those of transformers' that need no settings of their own.
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """The settings of a training. Names, and most defaults, are those of transformers."""
 
     weight_decay: float = option(0.0, "AdamW's weight decay.", at_least=0)
-    lr_scheduler_type: str = option(
-        "linear", "Schedule of the learning rate: linear, cosine, constant …"
-    )
+    lr_scheduler_type: Schedule = option("linear", "Schedule of the learning rate.")  # noqa: RUF009
     warmup_steps: int = option(0, "Number of steps in which the learning rate rises.", at_least=0)
     num_train_epochs: float = option(3.0, "Number of times that the data is read.", at_least=0)
     max_steps: int = option(-1, "Number of steps in all; above 0, it overrides the epochs.")

@@ -7,7 +7,7 @@ means over batches.)
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from datasets import Dataset, concatenate_datasets, interleave_datasets
@@ -27,7 +27,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from _mergekit_moe_ext_common.data import Source, load, pack, parse_sources, tokenise
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import vocabulary_of
-from _mergekit_moe_ext_common.options import USUAL_COLUMNS, Reading, TrainingOptions
+from _mergekit_moe_ext_common.options import USUAL_COLUMNS, Reading, Schedule, TrainingOptions
 from _mergekit_moe_ext_common.sharding import (
     keep_dtypes,
     load_optimizer,
@@ -247,6 +247,15 @@ def training_arguments(
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if recipe.eval_steps <= 0 or recipe.save_steps <= 0:
         raise UserError("--eval-steps and --save-steps must be above 0")
+    schedules = get_args(Schedule)
+    if recipe.lr_scheduler_type not in schedules:
+        raise UserError(
+            f"--lr-scheduler-type {recipe.lr_scheduler_type} is none of {', '.join(schedules)}"
+        )
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= values.get(name, 0) < 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {values[name]} must be at least 0 and below 1")
     # The Trainer takes what is below 1 for a share of all steps, and wants whole numbers above.
     for name in ("eval_steps", "save_steps"):
         values[name] = int(values[name]) if values[name] >= 1 else values[name]

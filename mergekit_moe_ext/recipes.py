@@ -5,7 +5,7 @@ options of several commands and methods can have.
 from dataclasses import dataclass
 from typing import Literal
 
-from _mergekit_moe_ext_common.options import TrainingOptions, option
+from _mergekit_moe_ext_common.options import Schedule, TrainingOptions, option
 
 # What `train` can be asked to train; gates and router are two names of one thing.
 Part = Literal["gates", "router", "projectors", "all"]
@@ -98,8 +98,8 @@ class Adaptation:
         "router layers]",
         at_least=0,
     )
-    lr_scheduler_type: str = option(
-        "constant", "Schedule of the learning rate: constant (FusionBench), cosine (WEMoE's code) …"
+    lr_scheduler_type: Schedule = option(  # noqa: RUF009
+        "constant", "Schedule of the learning rate; WEMoE's own code has cosine."
     )
     adam_beta1: float = option(0.9, "Adam's decay of the mean of gradients.", at_least=0)
     adam_beta2: float = option(0.999, "Adam's decay of the mean of their squares.", at_least=0)
