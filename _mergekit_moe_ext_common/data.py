@@ -176,7 +176,7 @@ def tokenise(
         except (TypeError, ValueError, KeyError, TemplateError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{where}: {reason}") from error
-        largest = max((token for ids in encoded.values() for token in ids), default=0)
+        largest = max((max(ids, default=0) for ids in encoded.values()), default=0)
         if vocabulary is not None and largest >= vocabulary:
             raise UserError(
                 f"{where}: the tokenizer makes the token {largest} of it, and the model knows "

@@ -365,7 +365,8 @@ def _check_doubtful(
             f"config.json: {_EITHER_IS_WRONG}"
         )
     for name, tensor in wanted.items():
-        there, here = headers[name].shape, tuple(tensor.shape)
+        there = headers[name].shape
+        here = tuple(tensor.shape)
         if there != here:
             raise UserError(
                 f"{name} of {headers[name].file} has the shape {there}, and {kind} by its "

@@ -343,7 +343,9 @@ def _become(line: str, directory: Path, log: Path) -> None:
         package.cli.main(arguments, prog_name=program)
         status = 0
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        status = 0 if end.code is None else 1
+        if isinstance(end.code, int):
+            status = end.code
     except BaseException:
         traceback.print_exc()
         status = 1

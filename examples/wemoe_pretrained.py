@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import BitImageProcessor, Dinov2ForImageClassification, Dinov2Model
-from wemoe_images import STATIC, TASKS, Results, claim, merge, percent, routed, write_tests
+from wemoe_images import STATIC, TASKS, Results, average, claim, merge, percent, routed, write_tests
 
 from mergekit_moe_ext import Adaptation, Reading, adapt
 from mergekit_moe_ext.analysis import load_ensemble, read_ensemble
@@ -389,10 +389,12 @@ def table(results: Results) -> str:
     lines = [f"| | {' | '.join(TASKS)} | average | entropy |", "|---|" + "---:|" * (len(TASKS) + 2)]
     for row, seeds in results.cells.items():
         cells = list(seeds.values())
-        columns = [percent([cell[task] for cell in cells]) for task in TASKS]
-        averages = [statistics.mean(cell[task] for task in TASKS) for cell in cells]
+        columns = []
+        for task in TASKS:
+            columns.append(percent([cell[task] for cell in cells]))
+        columns.append(percent([average(cell) for cell in cells]))
         entropy = statistics.mean(cell["entropy"] for cell in cells)
-        columns += [percent(averages), f"{entropy:.3f}"]
+        columns.append(f"{entropy:.3f}")
         lines.append(f"| {row} | {' | '.join(columns)} |")
     for better, worse in CLAIMS:
         lines += ["", *claim(results, better, worse)]

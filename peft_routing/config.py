@@ -364,7 +364,8 @@ class RoutedLoraConfig(PeftConfig):
         for option in _FIELDS_OF_ROUTERS:
             if option not in own:
                 continue
-            value, stated = own.pop(option), getattr(self, option)
+            value = own.pop(option)
+            stated = getattr(self, option)
             if stated is not None and stated != value:
                 raise UserError(
                     f"{option}={stated!r}, and {value!r} in router_options: give it once"

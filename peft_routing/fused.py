@@ -79,7 +79,9 @@ class Fused:
         router = self.router
         # Not by their names as attributes, which PyTorch would look for in several places.
         of_experts = self.experts._parameters
-        a, b, weight = of_experts.get("A"), of_experts.get("B"), router._parameters.get("weight")
+        a = of_experts.get("A")
+        b = of_experts.get("B")
+        weight = router._parameters.get("weight")
         if a is None or b is None or weight is None or not self._holds(x, a, b, weight):
             return None
         tokens = x.reshape(-1, x.shape[-1])
@@ -191,8 +193,10 @@ class Fused:
 
     def _plan(self, tokens: int, x: Tensor, result: Tensor, weight: Tensor) -> Plan:
         """How a call with so many tokens is computed."""
-        experts, k = self.experts, self.router.k
-        a, b = experts._parameters["A"], experts._parameters["B"]
+        experts = self.experts
+        k = self.router.k
+        a = experts._parameters["A"]
+        b = experts._parameters["B"]
         key = tokens, k, x.dtype, result.dtype, weight.dtype, a.dtype, x.device
         plan = self._plans.get(key)
         if plan is None:

@@ -152,7 +152,8 @@ def _check_tensors(expert: Expert, heads: Mapping[str, nn.Module], *, own: bool)
         if name not in expert.head:
             raise UserError(f"the file of {where} lacks {name}, which is in the base model's head")
         # The classes are the first dimension, of a weight as of a bias.
-        shape, base = tuple(expert.head[name].shape), tuple(of_base[name].shape)
+        shape = tuple(expert.head[name].shape)
+        base = tuple(of_base[name].shape)
         if shape != base and not (own and shape[1:] == base[1:] and len(shape) == len(base)):
             hint = ""
             if shape[1:] == base[1:]:

@@ -36,7 +36,8 @@ class Experts(nn.Module):
         self, site: Site, in_features: int, out_features: int, mixed: str, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.site, self.mixing = site, mixed
+        self.site = site
+        self.mixing = mixed
         self.scalings = Constant(site.scalings)
         rank = sum(site.ranks)
         self.A = nn.Parameter(torch.zeros(rank, in_features, dtype=dtype), requires_grad=False)
@@ -214,7 +215,9 @@ class Experts(nn.Module):
         The coefficients are (experts,).
         """
         dtype = torch.promote_types(self.A.dtype, torch.float32)
-        a, b, coefficients = self.A.to(dtype), self.B.mT.to(dtype), coefficients.to(dtype)
+        a = self.A.to(dtype)
+        b = self.B.mT.to(dtype)
+        coefficients = coefficients.to(dtype)
         scaled = coefficients * self.scalings(dtype, coefficients.device)
         if self.mixing == "full":
             return a, b * scaled[self.owners]
@@ -529,7 +532,8 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         adapters = []
         for name in self.active_adapters:
             if name in self.routed_lora_experts:
-                experts, router = self.experts_of(name), self.router_of(name)
+                experts = self.experts_of(name)
+                router = self.router_of(name)
                 is_fused = can_fuse and Fused.fits(experts, router)
                 fused = Fused(experts, router) if is_fused else None
                 here = self.routed_lora_router[name]
@@ -542,7 +546,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
 
     def _update(self, adapter: "Adapter", x: Tensor, result: Tensor) -> Tensor:
         """An adapter's update (…, out) of the hidden states (…, in), to be added to the result."""
-        name, experts, router = adapter.name, adapter.experts, adapter.router
+        name = adapter.name
+        experts = adapter.experts
+        router = adapter.router
         general = experts.site.general
         instead = given.current()
         if instead is not None:
@@ -556,11 +562,11 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             count = len(router.experts)
             all_chosen = [*chosen.experts, *range(count, count + general)]
             return experts.of_few(x, with_general(weights, general), all_chosen)
-        weights, kept = coefficients_at(self, router, x, name), router.kept
+        weights = coefficients_at(self, router, x, name)
         # Whatever loop trains it, this is where a gradient arrives that is always 0.
         if weights.requires_grad and not router.learns and not torch.compiler.is_compiling():
             weights.register_hook(lambda _: warn_if_trained(router))
-        kept = None if kept is None else kept + general
+        kept = None if router.kept is None else router.kept + general
         x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
         return experts(x, with_general(weights, general), kept)
 

@@ -237,7 +237,8 @@ class RoutedLoraModel(BaseTuner):
                 experts, pairs, site.ranks, site.scalings, strict=True
             ):
                 if rank:
-                    expert.factors[layer.key], expert.scalings[layer.key] = pair, scaling
+                    expert.factors[layer.key] = pair
+                    expert.scalings[layer.key] = scaling
             # Where one expert has a bias there is room for one of each; some never had it.
             for expert, bias in zip(experts, inside.biases_of_all(), strict=True):
                 if expert.config.get("lora_bias") and layer.key in expert.factors:
@@ -300,7 +301,8 @@ class RoutedLoraModel(BaseTuner):
         """Layers for a composed configuration, with its experts, and a router that starts."""
         self._make_room(model, adapter_name, config, **kwargs)
         for layer in self._layers(adapter_name):
-            site, inside = config.sites[layer.key], layer.experts_of(adapter_name)
+            site = config.sites[layer.key]
+            inside = layer.experts_of(adapter_name)
             empty = (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0))
             device = torch.device("cpu") if inside.owners.is_meta else inside.owners.device
             factors = [expert.factors.get(layer.key, empty) for expert in experts]

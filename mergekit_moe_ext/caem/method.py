@@ -235,7 +235,8 @@ def _usages(
         quiet=merge_options.quiet,
     )
     cache = merge_options.transformers_cache
-    paths, tokenizers = {}, {}
+    paths = {}
+    tokenizers = {}
     for model in job.experts:
         paths[model] = ModelReference(model=stored_model(job, model).model).local_path(cache)
         # A model into which a LoRA was merged has none of its own.

@@ -312,7 +312,8 @@ def read_headers(
     headers = {}
     for model in job.sources:
         stored = ModelReference(model=stored_model(job, model).model)
-        config, wanted = configs[model], manifests[model]
+        config = configs[model]
+        wanted = manifests[model]
         in_files = _without_prefix(stored_headers(stored, job.merge_options), wanted.prefix)
         in_files = _with_trunk(in_files, wanted.trunk)
         headers[model] = in_files.seen_through(hub_layer(config, in_files.shapes, wanted.shapes))
@@ -409,7 +410,8 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
     except _UNREADABLE as error:
         reason = _why_unreadable(model, error)
         raise UserError(f"cannot read the weights of {model}: {reason}") from error
-    shapes, dtypes = {}, {}
+    shapes = {}
+    dtypes = {}
     for shard in index.shards:
         check_shard_name(Path(index.base_path, SAFE_WEIGHTS_INDEX_NAME), shard.filename)
         path = Path(index.base_path, shard.filename)
@@ -422,7 +424,8 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
         for name, shape, dtype in stored:
             if name not in index.tensor_paths and not name.endswith(_NOT_PARAMETERS):
                 raise UserError(f"{path} holds {name}, which the index of {model} does not name")
-            shapes[name], dtypes[name] = shape, dtype
+            shapes[name] = shape
+            dtypes[name] = dtype
         names = {name for name, _, _ in stored}
         lost = [name for name in shard.contained_keys if name not in names]
         if lost:

@@ -239,7 +239,8 @@ def _check_scores(router: str, *scores: torch.Tensor) -> None:
 def _sums(experts: torch.Tensor, weights: torch.Tensor, num_experts: int) -> Sums:
     """The sums of experts (tokens, k), of which -1 is none, and their weights; on the CPU."""
     is_expert = experts >= 0
-    indices, weights = experts[is_expert].cpu(), weights[is_expert].cpu().double()
+    indices = experts[is_expert].cpu()
+    weights = weights[is_expert].cpu().double()
     return {
         "tokens": torch.tensor(len(experts)),
         "counts": torch.bincount(indices, minlength=num_experts),

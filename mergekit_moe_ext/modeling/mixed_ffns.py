@@ -42,7 +42,8 @@ class MixedFFNs:
     def running(self, shares: Sequence[Share] | None, rows: int) -> Iterator[None]:
         """A context in which the first expert's FFNs give the sum of these shares."""
         before = self._running.shares, self._running.rows
-        self._running.shares, self._running.rows = shares, rows
+        self._running.shares = shares
+        self._running.rows = rows
         try:
             yield
         finally:

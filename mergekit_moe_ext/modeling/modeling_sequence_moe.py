@@ -705,7 +705,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         comparison = _Comparison(self.experts, self.config.base_expert)
         similarities = []
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(base):
-            of_base, of_head = _outside_inference(base), {}
+            of_base = _outside_inference(base)
+            of_head = {}
             if self.config.embedding == "shared":
                 of_head = _outside_inference(self.lm_head)
             for row in range(batch.shape[0]):
@@ -911,7 +912,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         predicts = self.config.routing in ("perplexity", "task_vector") and not has_choice
         if is_shared and not predicts:
             return None, inputs_embeds
-        reason, hint = "each expert of this sequence MoE has an embedding of its own", ""
+        reason = "each expert of this sequence MoE has an embedding of its own"
+        hint = ""
         if is_shared:
             reason = f"routing {self.config.routing!r} predicts the tokens of the prefix"
             hint = ", or coefficients="
@@ -1003,7 +1005,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         given = kwargs.pop("coefficients", None)
         if isinstance(cache, SequenceMoECache) and cache.coefficients is None:
             if given is None:
-                embedded, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+                embedded = kwargs.get("inputs_embeds")
+                mask = kwargs.get("attention_mask")
                 tokens = input_ids if embedded is None else None
                 batch = self._batch(tokens, embedded, mask, None, None, None)
                 given, _, _ = self._route(batch, self._prefix(batch, whole=True), None)

@@ -218,7 +218,8 @@ def check_same_ffns(
     """`UserError` for two models of one class whose language models, or the activations of their
     FFNs, are not the same.
     """
-    inner, inner_of_other = language_config(config), language_config(config_of_other)
+    inner = language_config(config)
+    inner_of_other = language_config(config_of_other)
     if inner is not config and inner.model_type != inner_of_other.model_type:
         raise UserError(
             f"{model} has a {inner.model_type} inside and {other} a {inner_of_other.model_type}: "

@@ -116,10 +116,8 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
             if (name := f"{head}.{number}.{part}") in chosen:
                 state[f"{head}.{part}"] = chosen[name]
         names = model.ensembling.heads[task]
-        config.id2label, config.label2id = (
-            dict(enumerate(names)),
-            {name: number for number, name in enumerate(names)},
-        )
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
     with torch.device("meta"):
         stock = base._from_config(config, dtype=model.dtype)
     stock.load_state_dict(state, assign=True)
