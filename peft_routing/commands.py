@@ -303,7 +303,8 @@ def distil(
         base: the base model, where it is not the one that the adapter names.
         weights, eval_data, resume: as of `train`.
 
-    Returns each source's held-out divergence from the ensemble before and after, in nats per token.
+    Returns each source's held-out divergence from the ensemble before and after, in nats per token;
+    nothing in all but the main process.
 
     Raises `UserError` for what cannot be trained or read, and for an output that exists.
 
