@@ -1,12 +1,13 @@
-"""What generated answers are measured by, from 0 to 1, and CAEM-MoE's Overall Performance.
+"""What generated answers are measured by, from 0 to 1.
 
 A metric is a function of the generated and the right answers, two lists of equally many strings.
 """
 
 import importlib
+import math
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from _mergekit_moe_ext_common.errors import UserError
 
@@ -81,11 +82,9 @@ def metric_of(name: str) -> Metric:
     return metric
 
 
-def overall_performance(
-    scores: Mapping[str, float], single_task_scores: Mapping[str, float]
-) -> float:
-    """The mean over tasks of a model's score divided by that of a single-task model (CAEM-MoE,
-    equation 2). Both are by the names of the tasks.
-    """
-    ratios = [scores[name] / single for name, single in single_task_scores.items()]
-    return sum(ratios) / len(ratios)
+def score_of(metric: str, answers: Sequence[str], references: Sequence[str]) -> float:
+    """How good answers are by the metric of that name. `UserError` where it returns no number."""
+    score = metric_of(metric)(answers, references)
+    if not isinstance(score, int | float) or not math.isfinite(score):
+        raise UserError(f"the metric {metric} returns no number, but {score!r}")
+    return float(score)
