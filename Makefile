@@ -85,6 +85,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/routed_lora.py
 	$(BIN)/python benchmarks/routed_lora_model.py
 	$(BIN)/python benchmarks/routed_lora_dtypes.py
+	$(BIN)/python benchmarks/library.py
 	$(BIN)/python benchmarks/sequence_moe.py
 	$(BIN)/python benchmarks/wemoe.py
 

@@ -87,27 +87,8 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
                     "there are " + ", ".join(splits)
                 )
             data = splits[source.split]
-        elif path.is_file():
-            if path.suffix not in _BUILDERS:
-                raise UserError(f"{path} is none of {', '.join(sorted(_BUILDERS))}")
-            if _BUILDERS[path.suffix] == "json":
-                _check_first_row(path)
-            delimiter = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            # the file's only split is called train, so a split of it is a slice of that
-            data = load_dataset(
-                _BUILDERS[path.suffix],
-                data_files={"train": str(path)},
-                split=source.split,
-                **delimiter,
-            )
-        elif path.is_dir():
-            data = load_dataset(str(path), split=source.split)
-        elif source.path.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
-            raise UserError(f"{source.path} does not exist (data {source.name!r})")
         else:
-            # owner/name[/config], or the name alone of a dataset without an owner
-            parts = source.path.rstrip("/").split("/")
-            data = load_dataset("/".join(parts[:2]), *parts[2:], split=source.split)
+            data = load_dataset(**dataset_arguments(source))
     except UserError:  # says what is wrong already
         raise
     except StopIteration:  # what datasets raises for an empty file
@@ -127,6 +108,40 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
     if len(data) == 0:
         raise UserError(f"{source} (data {source.name!r}) has no rows")
     return data
+
+
+def dataset_arguments(source: Source) -> dict[str, Any]:
+    """The arguments of `load_dataset` for a source that was not saved by `save_to_disk`.
+
+    `UserError` for a file that does not exist or is of another kind.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        if path.suffix not in _BUILDERS:
+            raise UserError(f"{path} is none of {', '.join(sorted(_BUILDERS))}")
+        if _BUILDERS[path.suffix] == "json":
+            _check_first_row(path)
+        delimiter = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        # the file's only split is called train, so a split of it is a slice of that
+        return {
+            "path": _BUILDERS[path.suffix],
+            "data_files": {"train": str(path)},
+            "split": source.split,
+            **delimiter,
+        }
+    if path.is_dir():
+        return {"path": str(path), "split": source.split}
+    if source.path.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
+        raise UserError(f"{source.path} does not exist (data {source.name!r})")
+    # owner/name[/config], or the name alone of a dataset without an owner
+    parts = source.path.rstrip("/").split("/")
+    if len(parts) > 3:
+        raise UserError(
+            f"{source.path} (data {source.name!r}) is no dataset on the Hub, which is "
+            "owner/name[/config], and no directory here"
+        )
+    config = {"name": parts[2]} if len(parts) == 3 else {}
+    return {"path": "/".join(parts[:2]), **config, "split": source.split}
 
 
 def _check_first_row(path: Path) -> None:

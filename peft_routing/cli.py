@@ -430,6 +430,11 @@ def export(
     "of the library, or OUTPUT.cache]",
 )
 @click.option(
+    "--metric",
+    help="Measure of generated answers, beside the loss: accuracy, exact_match, rouge_l, or a "
+    "function of your own, package.module:function, which is run. Needs --completions-only.",
+)
+@click.option(
     "--completions-only",
     is_flag=True,
     help="Score answers alone: the last turn of a chat, or a target after its input.",
@@ -465,6 +470,7 @@ def compare(
     strategies: tuple[str, ...],
     output: str,
     cache: str | None,
+    metric: str | None,
     completions_only: bool,
     max_samples: int | None,
     batch_size: int,
@@ -492,6 +498,7 @@ def compare(
         fusions=values_by_name("--fusion", fusions, "NAME=DIR"),
         strategies=strategies,
         cache=cache,
+        metric=metric,
         reading=reading,
         completions_only=completions_only,
         max_samples=max_samples,

@@ -185,6 +185,12 @@ def dedupe(library: str, within: float, exact: bool, trust_remote_code: bool) ->
 @_EXACT
 @click.option("-o", "--output", type=click.Path(), help="File to write: *.json.")
 @click.option("--plot", type=click.Path(), help="Picture of the cosines: *.png, *.pdf or *.svg.")
+@click.option(
+    "--retrain",
+    type=click.Path(),
+    help="Directory to write with a file per cluster, by which TRL trains one adapter on the texts "
+    "of all its adapters.",
+)
 @_SEED
 @TRUST_REMOTE_CODE
 def cluster(
@@ -194,6 +200,7 @@ def cluster(
     exact: bool,
     output: str | None,
     plot: str | None,
+    retrain: str | None,
     seed: int,
     trust_remote_code: bool,
 ) -> None:
@@ -211,11 +218,15 @@ def cluster(
         exact=exact,
         output=output,
         plot=plot,
+        retrain=retrain,
         seed=seed,
     )
     for number, names in clusters.members.items():
         click.echo(f"{number}: {', '.join(names)}")
     click.echo(f"{len(clusters.members)} clusters, silhouette {clusters.silhouette:.3f}")
+    if retrain is not None:
+        for number in clusters.members:
+            click.echo(functions.retraining_command(retrain, number))
 
 
 @library.command()

@@ -303,7 +303,8 @@ def distil(
         base: the base model, where it is not the one that the adapter names.
         weights, eval_data, resume: as of `train`.
 
-    Returns each source's held-out divergence from the ensemble before and after, in nats per token.
+    Returns each source's held-out divergence from the ensemble before and after, in nats per token;
+    nothing in all but the main process.
 
     Raises `UserError` for what cannot be trained or read, and for an output that exists.
 
@@ -429,6 +430,7 @@ def compare(
     fusions: Mapping[str, str] | None = None,
     strategies: Collection[str] = (),
     cache: str | None = None,
+    metric: str | None = None,
     reading: Reading | None = None,
     completions_only: bool = False,
     max_samples: int | None = None,
@@ -456,6 +458,9 @@ def compare(
         strategies: the fusions to compare, beside the base model; all if none is named.
         cache: the directory that keeps what was measured; the library's or, without one,
         `<output>.cache` if None. What is there already is not measured again.
+        metric: what answers to the prompts of the test are measured by, beside the loss:
+        `accuracy`, `exact_match`, `rouge_l`, or a function of one's own, `package.module:function`.
+        Each fusion generates them, the likeliest token at each step. Needs `completions_only`.
         reading: how texts are read; `Reading()` if None.
         completions_only: score answers alone: the last turn of a chat, or a target after its input.
         max_samples: the first so many rows of each source; all if None.
@@ -492,6 +497,7 @@ def compare(
         fusions=fusions or {},
         strategies=strategies,
         cache=cache,
+        metric=metric,
         completions_only=completions_only,
         max_samples=max_samples,
         batch_size=batch_size,

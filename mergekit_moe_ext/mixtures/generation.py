@@ -1,17 +1,17 @@
 """Task scores by generation: what a model answers to the prompts of a task, on all processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
 
-from _mergekit_moe_ext_common.errors import UserError
-from mergekit_moe_ext.mixtures.metrics import metric_of, overall_performance
+from _mergekit_moe_ext_common.generation import generated
+from _mergekit_moe_ext_common.metrics import score_of
+from mergekit_moe_ext.mixtures.metrics import overall_performance
 from mergekit_moe_ext.mixtures.tasks import Task
 
 
@@ -41,10 +41,7 @@ class TaskScorer:
         for name, task in self.tasks.items():
             answers = self._answers(model, name, task)
             references = list(self.pairs[name]["target"])
-            score = metric_of(task.metric)(answers, references)
-            if not isinstance(score, int | float):
-                raise UserError(f"the metric {task.metric} returns no number, but {score!r}")
-            scores[name] = float(score)
+            scores[name] = score_of(task.metric, answers, references)
         results = {f"{name}_score": score for name, score in scores.items()}
         single_task_scores = {}
         for name, task in self.tasks.items():
@@ -85,37 +82,3 @@ class TaskScorer:
             answers += list(zip(rows, texts, strict=True))
         by_row = dict(gather_object(answers))
         return [by_row[row] for row in range(len(prompts))]
-
-
-@torch.no_grad()
-def generated(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    pad_token_id: int,
-    max_new_tokens: int,
-) -> list[str]:
-    """What a model answers to a batch of prompts, the likeliest token at each step.
-
-    A decoder's prompts are padded on the left, an encoder-decoder's on the right.
-    """
-    is_pair = model.config.is_encoder_decoder
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        place = slice(0, len(prompt)) if is_pair else slice(longest - len(prompt), longest)
-        ids[row, place] = torch.tensor(prompt)
-        mask[row, place] = 1
-    tokens = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_token_id,
-    )
-    answers = tokens if is_pair else tokens[:, longest:]
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)

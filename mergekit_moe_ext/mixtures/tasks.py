@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from _mergekit_moe_ext_common.data import Source, parse_sources
 from _mergekit_moe_ext_common.errors import UserError
-from mergekit_moe_ext.mixtures.metrics import metric_of
+from _mergekit_moe_ext_common.metrics import metric_of
 
 
 class Task(BaseModel):

@@ -74,12 +74,14 @@ class Subject:
     put_on: makes the model to measure out of the base model. What it returns has `unload`, unless
     it is the base model itself, or `stays_on`.
     stays_on: whether the base model cannot be had back from it, and is loaded again.
+    running: makes what is called like a model out of that one, where it is not the model itself.
     """
 
     name: str
     fingerprint: str
     put_on: Callable[[Any], Any]
     stays_on: bool = False
+    running: Callable[[Any], Any] = lambda model: model
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,34 @@ def fill(
         cache.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {cache.directory}: {error.strerror}") from error
-    state = processes()
     lacking = []
     for subject, texts in work:
         of_subject = [each for each in texts if not cache.has(subject, each)]
         if of_subject:
             lacking.append((subject, of_subject))
+
+    def measure_and_keep(model: Any, subject: Subject, texts: Texts, bar: Any) -> None:
+        measured = measure(model, texts.rows, pad_token_id, batch_size, bar)
+        _check(measured, subject, texts)
+        cache.write(subject, texts, measured)
+
+    for_each(lacking, measure_and_keep, load_base, quiet=quiet)
+
+
+def for_each(
+    lacking: Sequence[tuple[Subject, Sequence[Texts]]],
+    work: Callable[[Any, Subject, Texts, Any], None],
+    load_base: Callable[[], Any],
+    *,
+    quiet: bool,
+) -> None:
+    """Calls `work` with what runs, the subject, its texts and a bar of rows, for all that is
+    lacking.
+
+    Each process takes its share of the subjects, and none returns before all are done. `load_base`
+    is called where there is something to do.
+    """
+    state = processes()
     state.wait_for_everyone()  # so that all of them have looked before one writes
     with state.split_between_processes(lacking) as share:
         total = sum(len(each.rows) for _, of_subject in share for each in of_subject)
@@ -190,15 +214,14 @@ def fill(
                 if base is None:
                     base = load_base().to(state.device).eval()
                 model = subject.put_on(base).eval()
+                running = subject.running(model)
                 for each in of_subject:
-                    measured = measure(model, each.rows, pad_token_id, batch_size, bar)
-                    _check(measured, subject, each)
-                    cache.write(subject, each, measured)
+                    work(running, subject, each, bar)
                 if subject.stays_on:
                     base = None
                 elif model is not base:
                     base = model.unload()
-                del model  # so that no two of them are in memory
+                del model, running  # so that no two of them are in memory
     state.wait_for_everyone()
 
 
@@ -225,13 +248,12 @@ def measure(
     of_rows: dict[int, Tensor] = {}
     seconds = 0.0
     tokens_read = 0
-    device = next(model.parameters()).device
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         batch = collate([items[place] for place in places], pad_token_id)
         tokens_read += int(batch["attention_mask"].sum())
         began = time.perf_counter()
-        values = list(_of_batch(model, {key: each.to(device) for key, each in batch.items()}))
+        values = list(_of_batch(model, {key: each.to(model.device) for key, each in batch.items()}))
         seconds += time.perf_counter() - began
         of_rows.update(zip(places, values, strict=True))
         if bar is not None:

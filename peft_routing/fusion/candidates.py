@@ -3,8 +3,9 @@
 import copy
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -14,6 +15,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.adapter_files import read_config, weights_file
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.fusion.cache import Subject
+from peft_routing.fusion.generation import ensemble
 from peft_routing.fusion.merges import (
     MERGES,
     check_mergeable,
@@ -23,13 +25,21 @@ from peft_routing.fusion.merges import (
 )
 from peft_routing.fusion.strategies import (
     CACHED,
+    ENSEMBLE,
     OTHER,
     PLAIN,
     ROUTED,
     STRATEGIES,
     composed_of,
 )
-from peft_routing.fusion.subjects import any_adapter, composed, fused, one_expert, with_top_k
+from peft_routing.fusion.subjects import (
+    any_adapter,
+    composed,
+    fused,
+    mixture_of,
+    one_expert,
+    with_top_k,
+)
 
 # B.4: the gap between one expert and so many says how well a router is calibrated.
 _MANY = 4
@@ -40,7 +50,8 @@ _KINDS = {"LORA": PLAIN, "ROUTED_LORA": ROUTED}
 @dataclass(frozen=True)
 class Candidate:
     """An adapter that is put on the base model and measured: its kind, its size in bytes, what is
-    to be said of it, and the directory of one that was written for it.
+    to be said of it, the directory of one that was written for it, its passes per text, and what
+    `recommended` needs to know of it.
     """
 
     subject: Subject
@@ -48,6 +59,8 @@ class Candidate:
     size: int
     note: str = ""
     directory: str = ""
+    passes: int = 1
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 def candidates_of(
@@ -73,9 +86,19 @@ def candidates_of(
             continue
         kind, options = composable[name]
         try:
-            get_peft_model(empty, composed(experts, **options)).unload()
+            model = get_peft_model(empty, composed(experts, **options))
+            if kind == ENSEMBLE:
+                ensemble(model)
+            model.unload()
         except ValueError as error:  # a UserError is one
             left_out[name] = str(error)
+            continue
+        if kind == ENSEMBLE:
+            alike = dict.fromkeys(experts, 1 / len(experts))
+            subject = mixture_of(name, experts, alike, of="logits")
+            candidates[name] = Candidate(
+                subject, kind, sum(sizes), passes=len(experts), values={"of": "logits"}
+            )
             continue
         # Low-rank mixing of experts of one rank is an adapter of that rank.
         size = max(sizes) if options.get("mixing") == "low_rank" else sum(sizes)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from _mergekit_moe_ext_common.loading import (
     silence,
     vocabulary_of,
 )
+from _mergekit_moe_ext_common.metrics import metric_of
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.sharding import check_launch
 from _mergekit_moe_ext_common.staging import check_output, staged
 from peft_routing.adapter_files import read_config
 from peft_routing.expert import check_experts, read_expert
 from peft_routing.fusion import report
+from peft_routing.fusion.answers import Questions, scored
 from peft_routing.fusion.cache import Cache, Subject, Texts, fill, processes
 from peft_routing.fusion.candidates import (
     TOP,
@@ -88,6 +90,7 @@ def compare(
     fusions: Mapping[str, str],
     strategies: Collection[str],
     cache: str | None,
+    metric: str | None,
     completions_only: bool,
     max_samples: int | None,
     batch_size: int,
@@ -101,6 +104,8 @@ def compare(
     check_launch(splits=False)
     silence(reading)
     asked = _checked(base, experts, output, reading, fusions, strategies, cache)
+    if metric is not None:
+        _check_metric(metric, asked.base_config, completions_only)
     headers = check_model(base, asked.base_config, reading)
     tokenizer = load_tokenizer(base, reading)
     state = processes()
@@ -114,6 +119,9 @@ def compare(
             max_samples=max_samples,
             seed=seed,
         )
+    questions = []
+    if metric is not None:
+        questions = _questions(texts["test"], tokenizer, asked)
     store = Cache(asked.directory, model_fingerprint(base))
     with state.main_process_first():
         add_merges(
@@ -130,18 +138,38 @@ def compare(
     columns = [one_expert(name, path) for name, path in experts.items()] + [base_alone()]
     everything = [each for split in SPLITS for each in texts[split]]
     not_train = texts["validation"] + texts["test"]
+    pad_token_id = padding_token(tokenizer, vocabulary_of(asked.base_config))
+
+    def load_base() -> Any:
+        return load_model(base, asked.base_config, reading, headers=headers, dtype="auto")
+
     fill(
         store,
         [
             *[(subject, everything) for subject in columns],
             *[(candidate.subject, not_train) for candidate in asked.candidates.values()],
         ],
-        lambda: load_model(base, asked.base_config, reading, headers=headers, dtype="auto"),
-        padding_token(tokenizer, vocabulary_of(asked.base_config)),
+        load_base,
+        pad_token_id,
         batch_size=batch_size,
         quiet=reading.quiet,
     )
     comparison = _compared(asked, store, columns, texts)
+    if metric is not None:
+        rows = scored(
+            comparison.rows,
+            metric,
+            questions,
+            store,
+            experts,
+            asked.candidates,
+            load_base,
+            tokenizer,
+            pad_token_id,
+            batch_size=batch_size,
+            quiet=reading.quiet,
+        )
+        comparison = replace(comparison, rows=rows, metric=metric)
     is_main = state.is_main_process
     state.destroy_process_group()  # what is left to do, only the main process does
     if is_main:
@@ -182,6 +210,31 @@ def _checked(
         out=out,
         directory=directory,
     )
+
+
+def _check_metric(metric: str, base_config: Any, completions_only: bool) -> None:
+    """`UserError` for a metric that there is not, and for texts without prompts and answers."""
+    metric_of(metric)
+    if not (completions_only or base_config.is_encoder_decoder):
+        raise UserError(
+            "--metric measures answers, and whole texts have none: give --completions-only, and "
+            "tasks with inputs and targets, or chats"
+        )
+
+
+def _questions(texts: Sequence[Texts], tokenizer: Any, asked: _Asked) -> list[Questions]:
+    """The prompts and right answers of each task."""
+    questions = []
+    for each in texts:
+        questions.append(
+            Questions.of(
+                each,
+                tokenizer,
+                is_encoder_decoder=asked.base_config.is_encoder_decoder,
+                max_length=asked.reading.max_length,
+            )
+        )
+    return questions
 
 
 def _compared(

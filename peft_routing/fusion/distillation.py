@@ -10,6 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -61,8 +63,8 @@ def distil(
 ) -> Losses:
     """Trains a LoRA to match the ensemble of a routed adapter's experts, and writes it to `output`.
 
-    Returns each source's held-out divergence before and after, in nats per token. `UserError` for
-    what cannot be trained or read.
+    Returns each source's held-out divergence before and after, in nats per token; nothing in all
+    but the main process. `UserError` for what cannot be trained or read.
     """
     run = Run(output, reading)
     measure = bool(recipe.held_out or eval_data)
@@ -131,10 +133,11 @@ def distil(
     losses = losses_before_and_after(trainer, held_out)
     run.check_converged(trainer, losses, "take a lower --learning-rate")
     run.end_group()
-    if run.is_main:
-        with run.finish() as directory:
-            trainer.model.save_pretrained(str(directory))
-            extend_card(directory, _card(data, recipe, losses, learning_rate))
+    if not run.is_main:
+        return {}
+    with run.finish() as directory:
+        trainer.model.save_pretrained(str(directory))
+        extend_card(directory, _card(data, recipe, losses, learning_rate))
     return losses
 
 
@@ -144,21 +147,41 @@ def with_targets(
 ) -> Dataset:
     """The rows with what the ensemble expects after each token: the ids of the likeliest (tokens,
     top), and the logarithms of their probabilities.
+
+    Each process reads its share of the rows, and gets what the others have read.
     """
-    device = next(mixture.model.parameters()).device
+    state = PartialState()
     ids: list[Any] = []
     values: list[Any] = []
-    for start in range(0, len(rows), batch_size):
-        items = list(rows.select(range(start, min(start + batch_size, len(rows)))))
-        batch = collate([{"input_ids": item["input_ids"]} for item in items], pad_token_id)
-        logits = mixture(**{key: each.to(device) for key, each in batch.items()}).logits
-        for item, of_row in zip(items, logits, strict=True):
-            own = of_row[: len(item["input_ids"])].log_softmax(dim=-1)
-            likeliest = own.topk(min(top, own.shape[-1]), dim=-1)
-            ids.append(likeliest.indices.cpu().numpy())
-            values.append(likeliest.values.cpu().numpy())
+    # A batch per process at a time, so that little is under way between them.
+    for start in range(0, len(rows), batch_size * state.num_processes):
+        first = start + batch_size * state.process_index
+        own = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
+        targets = gather_object(_targets_of_batch(mixture, own, pad_token_id, top))
+        for of_ids, of_values in targets:
+            ids.append(of_ids)
+            values.append(of_values)
     columns = rows.to_dict()
     return Dataset.from_dict({**columns, _IDS: ids, _VALUES: values})
+
+
+def _targets_of_batch(
+    mixture: Ensemble, rows: Sequence[Mapping[str, Any]], pad_token_id: int, top: int
+) -> list[tuple[Any, Any]]:
+    """For each row the ids of the likeliest and the logarithms of their probabilities, both
+    (tokens, top), in NumPy; none where there are no rows.
+    """
+    if not rows:
+        return []
+    device = next(mixture.model.parameters()).device
+    batch = collate([{"input_ids": row["input_ids"]} for row in rows], pad_token_id)
+    logits = mixture(**{key: each.to(device) for key, each in batch.items()}).logits
+    targets = []
+    for row, of_row in zip(rows, logits, strict=True):
+        own = of_row[: len(row["input_ids"])].log_softmax(dim=-1)
+        likeliest = own.topk(min(top, own.shape[-1]), dim=-1)
+        targets.append((likeliest.indices.int().cpu().numpy(), likeliest.values.cpu().numpy()))
+    return targets
 
 
 def kl_of_likeliest(logits: Tensor, ids: Tensor, log_probabilities: Tensor) -> Tensor:
@@ -185,17 +208,27 @@ def _log_of_rest(log_probabilities: Tensor) -> Tensor:
 
 
 class Distillation(TokenTrainer):
-    """The Trainer, whose loss is the mean over tokens of `kl_of_likeliest`."""
+    """The Trainer, whose loss is the mean of `kl_of_likeliest` over the tokens of a step, whatever
+    its batches and processes.
+    """
+
+    loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # so that it divides by the steps of accumulation
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count the tokens of a step
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        sums, counts = self._of_rows(model, inputs)
-        loss = sums.sum() / counts.sum().clamp(min=1)
+        sums, _ = self._of_rows(model, inputs)
+        # The Trainer averages gradients over the processes: times their number it is the mean over
+        # the tokens of all of them.
+        loss = sums.sum() / num_items_in_batch * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(

@@ -87,6 +87,17 @@ class Ensemble:
         self._beta = beta
         self.experts = [self._names[place] for place in self._places]
 
+    @property
+    def config(self) -> Any:
+        """The configuration of the base model."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        device: torch.device = self.model.device
+        return device
+
     def __call__(self, **batch: Any) -> Any:
         """What the model returns for a batch, with the logits of the mixture (rows, tokens,
         vocabulary) in float32; with `labels`, their mean loss, too.

@@ -69,6 +69,10 @@ def _write_ensemble(row: Row, experts: Mapping[str, str], empty: nn.Module, out:
     with torch.no_grad():
         model.save_pretrained(str(out))
     model.unload()
-    arguments = {"coefficients": coefficients, "beta": row.values.get("beta", 0.0)}
+    arguments = {
+        "coefficients": coefficients,
+        "beta": row.values.get("beta", 0.0),
+        "of": row.values.get("of", "probabilities"),
+    }
     text = json.dumps(arguments, indent=1) + "\n"
     (out / ENSEMBLE_FILE).write_text(text, encoding="utf-8")

@@ -47,6 +47,7 @@ class Row:
     another machine.
     megabytes: what is kept beside the base model.
     parameters: how many numbers were learned.
+    scores: of each task by the metric, on the test; None without one.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Row:
     parameters: int
     note: str
     values: dict[str, Any]
+    scores: list[float] | None = None
 
     @property
     def validation_loss(self) -> float:
@@ -118,6 +120,7 @@ class Comparison:
     not_first: experts that another beats on their own task.
     calibration: what each router loses with one expert.
     tables: what all this was computed from.
+    metric: the name of what answers are measured by, where they are.
     """
 
     base: str
@@ -130,6 +133,12 @@ class Comparison:
     not_first: list[NotFirst]
     calibration: list[Calibration]
     tables: Tables
+    metric: str | None = None
+
+    @property
+    def headings(self) -> list[str]:
+        """The heading of the table."""
+        return [*_HEADINGS, *([self.metric, "± s.e."] if self.metric else [])]
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -159,6 +168,9 @@ class Comparison:
                     str(row.parameters),
                 ]
             )
+            if row.scores is not None:
+                error_of_score = standard_error(torch.tensor(row.scores))
+                lines[-1] += [f"{_mean(row.scores):.3f}", _number(error_of_score)]
         return lines
 
     def write(self, directory: Path) -> None:
@@ -190,6 +202,7 @@ class Comparison:
             "experts": self.experts,
             "tasks": list(self.tasks),
             "best": self.best,
+            "metric": self.metric,
             "sentences": self.sentences,
             "rows": rows,
             "left_out": self.left_out,
@@ -212,8 +225,8 @@ class Comparison:
             "",
             *[f"- {in_markdown(sentence)}" for sentence in self.sentences],
             "",
-            f"| {' | '.join(_HEADINGS)} |",
-            "|---|" + "---:|" * (len(_HEADINGS) - 1),
+            f"| {' | '.join(in_markdown(each) for each in self.headings)} |",
+            "|---|" + "---:|" * (len(self.headings) - 1),
         ]
         for name, *numbers in self.cells():
             lines.append(f"| {' | '.join([in_markdown(name), *numbers])} |")
@@ -223,7 +236,7 @@ class Comparison:
 
 def table(comparison: Comparison) -> str:
     """The table for a terminal."""
-    lines = [list(_HEADINGS), *comparison.cells()]
+    lines = [comparison.headings, *comparison.cells()]
     columns = []
     for number, column in enumerate(zip(*lines, strict=True)):
         width = max(map(len, column))
@@ -310,12 +323,13 @@ def _is_clear(difference: float, error: float, degrees: int) -> bool:
 
 
 def draw(comparison: Comparison, directory: Path) -> None:
-    """Draws the losses of all fusions (figure 2), loss against cost, the loss matrix and the
-    selection (figure 7).
+    """Draws the losses of all fusions (figure 2), loss against cost, the loss matrix, learned
+    coefficients (figure 6) and the selection (figure 7).
     """
     _draw_losses(comparison, directory)
     _draw_pareto(comparison, directory)
     _draw_matrix(comparison, directory)
+    _draw_coefficients(comparison, directory)
     _draw_selection(comparison, directory)
 
 
@@ -390,6 +404,30 @@ def _draw_matrix(comparison: Comparison, directory: Path) -> None:
     axes.set_yticks(range(len(matrix)), comparison.tasks, fontsize=7)
     figure.colorbar(image, label="test loss above the task's least")
     _save(figure, directory / "loss_matrix.png")
+
+
+def _draw_coefficients(comparison: Comparison, directory: Path) -> None:
+    """The coefficients of each ensemble whose coefficients are not all alike, from the largest on.
+
+    There is no figure where there is no such ensemble.
+    """
+    by_row = {}
+    for row in comparison.rows:
+        coefficients = sorted(row.values.get("coefficients", {}).values(), reverse=True)
+        if coefficients and coefficients[0] > coefficients[-1]:
+            by_row[row.name] = coefficients
+    if not by_row:
+        return
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(5, 3.2))
+    for name, coefficients in by_row.items():
+        count = sum(coefficient > 0 for coefficient in coefficients)
+        places = range(1, len(coefficients) + 1)
+        axes.plot(places, coefficients, ".-", label=f"{name}, {count} above 0")
+    axes.set_xlabel("experts, from the largest coefficient on")
+    axes.set_ylabel("coefficient")
+    axes.legend(fontsize=7)
+    _save(figure, directory / "coefficients.png")
 
 
 def _draw_selection(comparison: Comparison, directory: Path) -> None:

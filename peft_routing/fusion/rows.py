@@ -91,9 +91,10 @@ def rows_of_candidates(
             torch.cat([each.log_probabilities for each in measured["test"]]),
             used=[],
             note=candidate.note,
+            values=candidate.values,
         )
         cost = milliseconds_per_token(measured["test"])
-        rows.append(_row(name, outcome, tables, 1, cost, candidate.size))
+        rows.append(_row(name, outcome, tables, candidate.passes, cost, candidate.size))
     return rows
 
 

@@ -255,6 +255,8 @@ def composed_of(experts: int) -> dict[str, tuple[str, dict[str, Any]]]:
     global one.
     """
     strategies: dict[str, tuple[str, dict[str, Any]]] = {
+        # The mean of the experts' logits (B.3), which needs the whole vocabulary.
+        "logit_ensemble": (ENSEMBLE, {"router": "uniform", "mixing": "full"}),
         "uniform_low_rank": (PLAIN, {"router": "uniform", "mixing": "low_rank"}),
         "uniform_full": (PLAIN, {"router": "uniform", "mixing": "full"}),
     }

@@ -13,6 +13,7 @@ from _mergekit_moe_ext_common.loading import explained
 from peft_routing.adapter_files import fingerprint, read_config
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.fusion.cache import Subject
+from peft_routing.fusion.generation import Of, ensemble
 
 
 def base_alone() -> Subject:
@@ -40,6 +41,29 @@ def fused(name: str, experts: Mapping[str, str], options: Mapping[str, Any]) -> 
         name,
         _digest("fused", own, dict(options)),
         lambda base: get_peft_model(base, composed(experts, **options)),
+    )
+
+
+def mixture_of(
+    name: str,
+    experts: Mapping[str, str],
+    coefficients: Mapping[str, float],
+    *,
+    of: Of = "probabilities",
+    beta: float = 0.0,
+) -> Subject:
+    """The ensemble of the experts that have a coefficient above 0, as `ensemble` runs it."""
+    used = {each: experts[each] for each, value in coefficients.items() if value > 0}
+    own = []
+    for each, path in used.items():
+        own.append([fingerprint(path, f"expert {each!r} ({path})"), coefficients[each]])
+    return Subject(
+        name,
+        _digest("mixture", own, of, beta),
+        lambda base: get_peft_model(base, composed(used, router="uniform", mixing="full")),
+        running=lambda model: ensemble(
+            model, {each: coefficients[each] for each in used}, of=of, beta=beta
+        ),
     )
 
 

@@ -4,16 +4,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.figures import check_new_figure
 from _mergekit_moe_ext_common.options import Reading
-from _mergekit_moe_ext_common.staging import check_new_file, new_file
+from _mergekit_moe_ext_common.staging import check_new_file, check_output, new_file
 from peft_routing.library.adding import reader
 from peft_routing.library.catalogue import Library
 from peft_routing.library.clusters import AVERAGE, MTTL, Clusters, cluster, draw, mttl_rows
+from peft_routing.library.retraining import training_sets, write_recipes
 from peft_routing.library.sketches import (
     cosines,
     exact_products,
@@ -82,10 +84,13 @@ def cluster_library(
     exact: bool = False,
     output: str | None = None,
     plot: str | None = None,
+    retrain: str | None = None,
     seed: int = 42,
 ) -> Clusters:
     """Clusters the adapters of a library, and writes `output` (JSON) and the picture `plot`.
 
+    `retrain` is a directory to write with a file for each cluster, by which TRL trains one adapter
+    on the texts of all its adapters.
     `UserError` for what is missing or damaged, and for outputs that exist.
     """
     if output is not None:
@@ -93,6 +98,10 @@ def cluster_library(
     if plot is not None:
         check_new_figure(Path(plot).expanduser())
     library = Library.open(directory)
+    sets: dict[str, dict[str, Any]] = {}
+    if retrain is not None:
+        check_output(retrain)
+        sets = training_sets(library)
     names = list(library.entries)
     similar = cosines(products(library, reading, exact=exact), names)
     rows = None
@@ -104,6 +113,8 @@ def cluster_library(
         _write(clusters, library, Path(output).expanduser())
     if plot is not None:
         draw(clusters, names, similar, Path(plot).expanduser())
+    if retrain is not None:
+        write_recipes(clusters, library, sets, retrain)
     return clusters
 
 

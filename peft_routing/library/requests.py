@@ -72,10 +72,11 @@ def route(
         if path is not None:
             check_new_file(Path(path).expanduser())
     library = Library.open(directory)
-    experts = library.experts(tuple(only))
-    if not experts:
+    for name in only:
+        library.check_name(name)
+    names = list(only or library.entries)
+    if not names:
         raise UserError(f"{directory} has no adapter")
-    names = list(experts)
     base = Base(library.base, reading)
     rows = base.read(texts, max_samples)
     counts = Texts.of(texts, "all", rows, is_encoder_decoder=False).counts
@@ -87,9 +88,13 @@ def route(
     else:
         of_texts = embeddings(model, rows, base.pad_token_id, batch_size)
         candidates = nearest(of_texts, centroids, shortlist)
-    subjects = [one_expert(name, path) for name, path in experts.items()]
+    # Whether files are those that were added is looked up for adapters that read a text: to read
+    # the files of all would take longer with every adapter of the library.
+    experts = library.experts(tuple(names[number] for number in candidates.unique().tolist()))
+    subjects = {name: one_expert(name, path) for name, path in experts.items()}
+    in_order = [subjects.get(name) for name in names]
     scores = _scores(
-        model, subjects, rows, counts, candidates, base.pad_token_id, batch_size, reading.quiet
+        model, in_order, rows, counts, candidates, base.pad_token_id, batch_size, reading.quiet
     )
     requests = [_request(names, own, count) for own, count in zip(scores, counts, strict=True)]
     with new_file(Path(output).expanduser()) as partial:
@@ -104,7 +109,7 @@ def route(
 
 def _scores(
     model: Any,
-    subjects: Sequence[Subject],
+    subjects: Sequence[Subject | None],
     rows: Dataset,
     counts: Sequence[int],
     candidates: Tensor,
@@ -115,7 +120,8 @@ def _scores(
     """(texts, adapters + 1): the log-probability of each text, the base model's last, and minus
     infinity where an adapter is not in its shortlist.
 
-    Each adapter is put on once and reads its texts together.
+    Each adapter is put on once and reads its texts together. `subjects` are None where no text has
+    the adapter in its shortlist.
     """
     scores = torch.full((len(rows), len(subjects) + 1), float("-inf"), dtype=torch.float64)
     passes = candidates.numel() + len(rows)
@@ -124,7 +130,7 @@ def _scores(
             is_base = number == len(subjects)
             in_shortlist = (candidates == number).any(dim=1)
             places = list(range(len(rows))) if is_base else in_shortlist.nonzero()[:, 0].tolist()
-            if not places:
+            if subject is None or not places:
                 continue
             on = subject.put_on(model).eval()
             measured = measure(on, rows.select(places), pad_token_id, batch_size, bar)

@@ -11,20 +11,15 @@ from click.testing import CliRunner
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from _mergekit_moe_ext_common import metrics
 from _mergekit_moe_ext_common.data import Source
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.generation import generated
+from _mergekit_moe_ext_common.metrics import accuracy, exact_match, metric_of, rouge_l
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.cli import main
-from mergekit_moe_ext.mixtures import generation
 from mergekit_moe_ext.mixtures import tasks as tasks_module
-from mergekit_moe_ext.mixtures.generation import generated
-from mergekit_moe_ext.mixtures.metrics import (
-    accuracy,
-    exact_match,
-    metric_of,
-    overall_performance,
-    rouge_l,
-)
+from mergekit_moe_ext.mixtures.metrics import overall_performance
 from mergekit_moe_ext.mixtures.tasks import read_tasks, with_prompts
 from mergekit_moe_ext.mixtures.training import train
 from mergekit_moe_ext.recipes import Recipe
@@ -195,7 +190,7 @@ def test_the_epoch_of_the_best_answers_is_written(moe, monkeypatch):
         assert len(answers) == len(references) == 3
         return next(measured) / 3
 
-    monkeypatch.setattr(generation, "metric_of", lambda name: score)
+    monkeypatch.setattr(metrics, "metric_of", lambda name: score)
     tasks = read_tasks(moe / "tasks.yml")
     constant = recipe(lr_scheduler_type="constant")
     best = replace(constant, load_best_model_at_end=True, save_total_limit=1)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 import peft_routing
 from peft_routing import Reading, UserError, compare, fusion
 from peft_routing.cli import main
+from peft_routing.fusion import answers as answers_module
 from peft_routing.fusion import cache as cache_module
 from peft_routing.fusion import candidates, report
 from peft_routing.fusion.recommended import write_recommended
@@ -143,6 +144,116 @@ def test_the_rows_of_ensembles_are_mixtures_of_what_peft_gives(compared, alone):
         assert row.passes == sum(coefficient > 0 for coefficient in coefficients)
 
 
+def test_the_logit_ensemble_is_the_mean_of_peft_s_logits(compared, prepared):
+    row = compared.row("logit_ensemble")
+    models = []
+    for name in NAMES:
+        path = str(prepared / "experts" / name)
+        models.append(PeftModel.from_pretrained(make_base(), path).eval())
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "base")
+    losses = []
+    for task in NAMES:
+        of_texts = []
+        for text in texts_of(task, 2):
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                mean = sum(model(input_ids=ids).logits[0, :-1].double() for model in models) / 3
+            of_texts.append(mean.log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0])
+        losses.append(of_texts)
+    assert row.test == pytest.approx(losses_of(losses), abs=2e-5)
+    assert (row.kind, row.passes) == ("ensemble", 3)
+
+
+def naive_answers(models, weights, prompts, tokenizer, number):
+    """Greedy answers by a mixture of the models' probabilities, a token and a prompt at a time."""
+    answers = []
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        start = len(ids)
+        while len(ids) - start < number and ids[-1] != tokenizer.eos_token_id:
+            mixture = 0.0
+            with torch.no_grad():
+                for model, weight in zip(models, weights, strict=True):
+                    logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+                    mixture = mixture + weight * logits.softmax(dim=-1)
+            ids.append(int(mixture.argmax()))
+        answers.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
+    return answers
+
+
+OVERLAP = """
+CALLS = []
+
+def overlap(answers, references):
+    CALLS.append((answers, references))
+    common = [set(a.split()) & set(b.split()) for a, b in zip(answers, references, strict=True)]
+    return sum(map(len, common)) / len(common)
+"""
+
+
+def test_a_metric_measures_what_every_row_answers(here, monkeypatch):
+    (here / "own_metric.py").write_text(OVERLAP)
+    monkeypatch.syspath_prepend(here)
+    tasks = {}
+    prompts = {}
+    targets = {}
+    for task in ("math", "law"):
+        prompts[task] = texts_of(task, 0)
+        targets[task] = [" ".join(text.split()[:3]) for text in texts_of(task, 1)]
+        rows = []
+        for prompt, target in zip(prompts[task], targets[task], strict=True):
+            rows.append(json.dumps({"input": prompt, "target": target}) + "\n")
+        (here / f"pairs-{task}.jsonl").write_text("".join(rows))
+        tasks[task] = ",".join([f"pairs-{task}.jsonl"] * 3)
+    names = ["best_expert", "own_expert", "learned_ensemble", "uniform_ensemble", "arrow_all"]
+    options = {"strategies": names, "metric": "own_metric:overlap", "completions_only": True}
+    found = compare_here("one", tasks, cache="kept", **options)
+    import own_metric
+
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    experts = {}
+    for name in NAMES:
+        path = f"experts/{name}"
+        experts[name] = PeftModel.from_pretrained(make_base(), path).eval()
+
+    def expected(models, weights):
+        scores = []
+        for task in tasks:
+            answers = naive_answers(models, weights, prompts[task], tokenizer, 4)
+            scores.append(own_metric.overlap(answers, targets[task]))
+        return scores
+
+    assert own_metric.CALLS[0][1] == targets["math"]
+    assert found.row("base").scores == expected([make_base()], [1])
+    assert found.row("best_expert").scores == expected(
+        [experts[found.row("best_expert").note]], [1]
+    )
+    own = [expected([experts[task]], [1])[place] for place, task in enumerate(tasks)]
+    assert found.row("own_expert").scores == own
+    for row in (found.row("learned_ensemble"), found.row("uniform_ensemble")):
+        weights = row.values["coefficients"]
+        assert row.scores == expected(list(experts.values()), [weights[name] for name in experts])
+    peft_routing.compose("base", [], "arrow", experts_from="experts", router="arrow", top_k=3)
+    arrow = PeftModel.from_pretrained(make_base(), "arrow").eval()
+    assert found.row("arrow_all").scores == expected([arrow], [1])
+    assert "| own\\_metric:overlap |" in Path("one/report.md").read_text()
+    content = json.loads(Path("one/report.json").read_text())
+    assert content["metric"] == "own_metric:overlap"
+    assert content["rows"][0]["scores"] == found.row("base").scores
+
+    # Nothing is generated twice.
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(answers_module, "generated", never)
+    again = compare_here("two", tasks, cache="kept", **options)
+    assert [row.scores for row in again.rows] == [row.scores for row in found.rows]
+    file = next(Path("kept").glob("*.answers-4.json"))
+    file.write_text("[]")
+    with pytest.raises(UserError, match="does not hold 4 answers; remove it"):
+        compare_here("three", tasks, cache="kept", **options)
+
+
 def test_the_posterior_follows_the_texts_that_peft_read(compared, alone):
     row = compared.row("posterior_ensemble")
     beta = row.values["beta"]
@@ -195,7 +306,7 @@ def test_an_adapter_of_the_users_own_is_a_row(compared, prepared):
 @pytest.mark.parametrize(
     "name",
     ["best_expert", "uniform_low_rank", "uniform_full", "arrow_all", "ties", "learned_ensemble",
-     "posterior_ensemble"],
+     "posterior_ensemble", "logit_ensemble"],
 )  # fmt: skip
 def test_what_is_recommended_gives_its_row_s_figures(compared, prepared, tmp_path, name):
     row = compared.row(name)
@@ -305,7 +416,7 @@ def test_choices_are_of_validation_and_figures_of_test(compared):
 
 def test_the_report_has_the_table_the_sentences_and_figures(compared, prepared):
     out = prepared / "report"
-    figures = {"losses.png", "pareto.png", "loss_matrix.png", "selection.png"}
+    figures = {"losses.png", "pareto.png", "loss_matrix.png", "coefficients.png", "selection.png"}
     others = {"report.json", "report.md", "recommended"}
     assert {path.name for path in out.iterdir()} == {*others, *figures}
     for name in figures:
@@ -442,6 +553,8 @@ def test_two_processes_measure_what_one_does(compared, here):
     [
         (["--task", "math=a.jsonl,b.jsonl"], "name one source, which is split, or three"),
         (["--task", "math=nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--task", "math=law-test.jsonl", "--metric", "exact"], "there is no metric 'exact'"),
+        (["--task", "math=law-test.jsonl", "--metric", "accuracy"], "give --completions-only"),
         (["--task", "math=law-test.jsonl", "--strategy", "arow"], "there is no strategy 'arow'"),
         (["--task", "math=law-test.jsonl", "--fusion", "arrow_all=routed"], "a row has that name"),
         (["--task", "math=law-test.jsonl", "--fusion", "x=./nothing"], "no such directory"),

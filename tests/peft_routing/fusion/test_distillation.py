@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peft_routing
 from peft_routing import Distilling, Reading, UserError, distil, ensemble
 from peft_routing.cli import main
-from peft_routing.fusion.distillation import kl_of_likeliest
+from peft_routing.fusion.distillation import Distillation, kl_of_likeliest
+from tests.conftest import ON_CPU, TWO_PROCESSES, read_tensors, run
 from tests.peft_routing.adapters import make_base, save_experts
 from tests.tokenizers import save_tokenizer
 
@@ -83,6 +84,67 @@ def test_distillation_lowers_the_divergence_from_the_ensemble(here):
     assert sorted(config["target_modules"]) == ["down_proj", "q_proj", "v_proj"]
     assert "## Distillation" in (here / "student" / "README.md").read_text()
     assert not (here / "student.checkpoints").exists()
+
+
+def distil_here(output, resume=False, **changes):
+    settings = {"max_steps": 4, "held_out": 6, "per_device_train_batch_size": 6, **changes}
+    return distil(
+        "routed", ["texts=texts.jsonl"], output=output, coefficients=COEFFICIENTS, rank=4,
+        learning_rate=1e-2, recipe=Distilling(**settings), reading=Reading(quiet=True),
+        resume=resume,
+    )  # fmt: skip
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(here, monkeypatch):
+    expected = distil_here("whole", save_steps=2)
+    steps = []
+    stock = Distillation.training_step
+
+    def counted(self, *args, **kwargs):
+        steps.append(args)
+        if len(steps) == 4:  # after the checkpoint of step 2
+            raise KeyboardInterrupt
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(Distillation, "training_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        distil_here("stopped", save_steps=2)
+    assert not Path("stopped").exists()
+    with pytest.raises(UserError, match="--resume goes on"):
+        distil_here("stopped", save_steps=2)
+    with pytest.raises(UserError, match="had another max steps: 4, not 5"):
+        distil_here("stopped", save_steps=2, max_steps=5, resume=True)
+    resumed = distil_here("stopped", save_steps=2, resume=True)
+    assert len(steps) == 4 + 2
+    assert resumed == expected
+    tensors = read_tensors(here / "stopped")
+    for name, tensor in read_tensors(here / "whole").items():
+        assert torch.equal(tensor, tensors[name]), name
+    assert not Path("stopped.checkpoints").exists()
+
+
+def test_the_loss_of_a_step_is_a_mean_over_its_tokens_whatever_its_batches(here):
+    expected = distil_here("whole")
+    parts = distil_here("parts", per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    assert parts["texts"] == pytest.approx(expected["texts"], abs=1e-5)
+    tensors = read_tensors(here / "parts")
+    for name, tensor in read_tensors(here / "whole").items():
+        torch.testing.assert_close(tensor, tensors[name], atol=1e-4, rtol=0)
+
+
+def test_two_processes_distil_as_one(here):
+    expected = distil_here("one")
+    options = ["--data", "texts=texts.jsonl", "--rank", "4", "--learning-rate", "1e-2", "--quiet"]
+    options += ["--coefficient", "math=0.7", "--coefficient", "law=0.3", "--max-steps", "4"]
+    options += ["--held-out", "6", "--per-device-train-batch-size", "3", "-o", "two"]
+    command = [*TWO_PROCESSES, "-m", "peft_routing", "distil", "routed"]
+    result = run(*command, *options, env=ON_CPU)
+    assert result.returncode == 0, result.stderr
+    before, after = expected["texts"]
+    assert result.stdout.count(f"{before:.4f}") == 1 and f"{after:.4f}" in result.stdout
+    tensors = read_tensors(here / "two")
+    for name, tensor in read_tensors(here / "one").items():
+        torch.testing.assert_close(tensor, tensors[name], atol=1e-4, rtol=0)
 
 
 def test_mistakes_are_told_before_anything_is_read(here):

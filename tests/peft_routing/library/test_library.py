@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
+from datasets import load_dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -118,6 +120,7 @@ def test_one_more_adapter_costs_one_adapter(here, monkeypatch):
         (("route", "lib", "no.jsonl", "-o", "names.jsonl"), "does not exist"),
         (("route", "lib", "math.jsonl", "-o", "math.jsonl"), "exists and is not overwritten"),
         (("cluster", "lib", "-k", "9"), "have no 9 clusters"),
+        (("cluster", "lib", "--retrain", "experts"), "is not empty"),
     ],
 )
 def test_mistakes_are_named_and_change_nothing(here, arguments, words):
@@ -126,6 +129,31 @@ def test_mistakes_are_named_and_change_nothing(here, arguments, words):
     assert words in refusal(*arguments)
     assert (here / "lib" / "library.json").read_bytes() == before
     assert sorted(here.rglob("*")) == files
+
+
+def test_each_cluster_is_retrained_by_a_file_that_trl_reads(here):
+    output = call("cluster", "lib", "-k", "4", "--retrain", "again")
+    content = yaml.safe_load((here / "again" / "cluster2.yml").read_text())
+    assert "2: law, law-again\n" in output
+    assert output.splitlines()[-4:] == [
+        f"trl sft --config again/cluster{number}.yml" for number in range(4)
+    ]
+    assert content["model_name_or_path"] == str(here / "base") and content["use_peft"] is True
+    assert (content["lora_r"], content["lora_alpha"]) == (4, 8)
+    assert content["lora_target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    assert content["output_dir"] == str(here / "again" / "cluster2")
+    (source,) = content["datasets"]  # of both adapters
+    rows = load_dataset(**source)
+    assert rows["text"] == texts_of("law")
+
+
+def test_texts_that_trl_cannot_read_are_named_before_any_work(here):
+    call("add", "lib", "--expert", "new=experts/law")
+    assert "--data new=SOURCE" in refusal("cluster", "lib", "--retrain", "again")
+    call("remove", "lib", "new")
+    (here / "math.jsonl").unlink()
+    assert "math.jsonl does not exist" in refusal("cluster", "lib", "--retrain", "again")
+    assert not (here / "again").exists()
 
 
 def test_what_has_changed_or_gone_is_said(here):

@@ -1,0 +1,181 @@
+"""What fusions answer to the prompts of tasks, beside the loss: `compare --metric`.
+
+A task's rows have the prompt and the right answer as `--completions-only` reads them. What a
+subject answers is kept in the cache, and is not generated again.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from _mergekit_moe_ext_common.checkpoints import damage
+from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.generation import generated
+from _mergekit_moe_ext_common.metrics import score_of
+from _mergekit_moe_ext_common.staging import new_file
+from peft_routing.fusion.cache import Cache, Subject, Texts, for_each
+from peft_routing.fusion.candidates import Candidate
+from peft_routing.fusion.report import Row
+from peft_routing.fusion.strategies import BY_TASK, ENSEMBLE
+from peft_routing.fusion.subjects import base_alone, mixture_of, one_expert
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The prompts of one task's test, and the right answers.
+
+    prompts: the token ids of each.
+    longest: the number of tokens of the longest right answer, which bounds what is generated.
+    """
+
+    texts: Texts
+    prompts: list[list[int]]
+    references: list[str]
+    longest: int
+
+    @classmethod
+    def of(
+        cls, texts: Texts, tokenizer: Any, *, is_encoder_decoder: bool, max_length: int | None
+    ) -> "Questions":
+        """The questions of rows that have labels.
+
+        Rows of which nothing is left to answer are left out. A warning says so, and where rows are
+        so long that their right answers may have been cut. `UserError` where no row is left.
+        """
+        prompts = []
+        answers = []
+        cut = 0
+        for row in texts.rows:
+            answer = [label for label in row["labels"] if label != -100]
+            if not answer:
+                continue
+            prompt = row["input_ids"]
+            # A decoder's answer comes last in the same row.
+            prompts.append(prompt if is_encoder_decoder else prompt[: -len(answer)])
+            answers.append(answer)
+            cut += max_length is not None and len(row["labels"]) >= max_length
+        if not prompts:
+            raise UserError(f"task {texts.task!r}, {texts.split}: there is no answer to generate")
+        left_out = len(texts.rows) - len(prompts)
+        if left_out or cut:
+            LOG.warning(
+                "task %r, %s: of %d rows %d are left out, since nothing of their answers is left "
+                "within --max-length, and %d are as long as that: their answers may be cut",
+                texts.task,
+                texts.split,
+                len(texts.rows),
+                left_out,
+                cut,
+            )
+        references = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return cls(texts, prompts, references, max(map(len, answers)))
+
+
+def scored(
+    rows: Sequence[Row],
+    metric: str,
+    questions: Sequence[Questions],
+    cache: Cache,
+    experts: Mapping[str, str],
+    candidates: Mapping[str, Candidate],
+    load_base: Callable[[], Any],
+    tokenizer: Any,
+    pad_token_id: int,
+    *,
+    batch_size: int,
+    quiet: bool,
+) -> list[Row]:
+    """The rows with the score of each task's answers.
+
+    What is not in the cache is generated, on as many processes as accelerate has started.
+    `UserError` where the metric returns no number.
+    """
+    of_rows = []
+    asked_of: dict[str, Subject] = {}
+    lacking: dict[str, dict[Path, Texts]] = {}
+    for row in rows:
+        subjects = [_subject_of(row, each.texts.task, experts, candidates) for each in questions]
+        of_rows.append(subjects)
+        # Several rows may ask for the same.
+        for subject, each in zip(subjects, questions, strict=True):
+            file = _file(cache, subject, each)
+            if not file.exists():
+                asked_of[subject.fingerprint] = subject
+                lacking.setdefault(subject.fingerprint, {})[file] = each.texts
+    work = [(asked_of[own], list(files.values())) for own, files in lacking.items()]
+    by_task = {each.texts.task: each for each in questions}
+
+    def answer_and_keep(model: Any, subject: Subject, texts: Texts, bar: Any) -> None:
+        asked = by_task[texts.task]
+        answers = _answers(model, asked, tokenizer, pad_token_id, batch_size)
+        bar.update(len(texts.rows))
+        with new_file(_file(cache, subject, asked)) as partial:
+            partial.write_text(json.dumps(answers), encoding="utf-8")
+
+    for_each(work, answer_and_keep, load_base, quiet=quiet)
+    with_scores = []
+    for row, subjects in zip(rows, of_rows, strict=True):
+        scores = []
+        for subject, each in zip(subjects, questions, strict=True):
+            answers = _read(_file(cache, subject, each), len(each.prompts))
+            scores.append(score_of(metric, answers, each.references))
+        with_scores.append(replace(row, scores=scores))
+    return with_scores
+
+
+def _subject_of(
+    row: Row, task: str, experts: Mapping[str, str], candidates: Mapping[str, Candidate]
+) -> Subject:
+    """What answers for a row and a task."""
+    if row.name in candidates:
+        return candidates[row.name].subject
+    if row.kind == ENSEMBLE:
+        # A posterior ensemble starts from equal coefficients, and names none.
+        coefficients = row.values.get("coefficients", dict.fromkeys(experts, 1 / len(experts)))
+        return mixture_of(row.name, experts, coefficients, beta=row.values.get("beta", 0.0))
+    expert = row.values["by_task"][task] if row.kind == BY_TASK else row.note
+    return one_expert(expert, experts[expert]) if expert in experts else base_alone()
+
+
+def _answers(
+    model: Any, questions: Questions, tokenizer: Any, pad_token_id: int, batch_size: int
+) -> list[str]:
+    """The answers to all prompts, in their order."""
+    # Prompts of about one length share a batch, so that little of it is padding.
+    order = sorted(range(len(questions.prompts)), key=lambda row: len(questions.prompts[row]))
+    by_row: dict[int, str] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        texts = generated(
+            model,
+            tokenizer,
+            [questions.prompts[row] for row in rows],
+            pad_token_id=pad_token_id,
+            max_new_tokens=questions.longest,
+        )
+        by_row.update(zip(rows, texts, strict=True))
+    return [by_row[row] for row in range(len(order))]
+
+
+def _file(cache: Cache, subject: Subject, questions: Questions) -> Path:
+    """The file of a subject's answers to a task's prompts."""
+    measured = cache.path(subject, questions.texts)
+    return measured.with_name(f"{measured.stem}.answers-{questions.longest}.json")
+
+
+def _read(file: Path, count: int) -> list[str]:
+    """`UserError` for a file that does not hold so many answers."""
+    remedy = "remove it, and they are generated again"
+    try:
+        answers = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{damage(file, error)}; {remedy}") from error
+    is_whole = isinstance(answers, list) and all(isinstance(each, str) for each in answers)
+    if not is_whole or len(answers) != count:
+        raise UserError(f"{file} does not hold {count} answers; {remedy}")
+    return answers
