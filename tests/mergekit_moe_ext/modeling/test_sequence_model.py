@@ -418,7 +418,7 @@ def test_an_adapter_on_shared_attention_is_not_merged(with_merged_attention, tmp
     unmerged = wrapped(words()).logits
     assert not torch.allclose(unmerged, plain, atol=1e-3)
     for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
-        with pytest.raises(ValueError, match=r"self_attn.q_proj has an adapter .* by all experts"):
+        with pytest.raises(ValueError, match=r"self_attn\.q_proj has an adapter .* by all experts"):
             merge()
     torch.testing.assert_close(wrapped(words()).logits, unmerged, **CLOSE)
     # The same holds where it is loaded.
