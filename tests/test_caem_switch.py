@@ -1,6 +1,5 @@
 """CAEM-MoE's experiment, `examples/caem_switch`, from one end to the other on made-up texts."""
 
-import json
 import random
 import sys
 

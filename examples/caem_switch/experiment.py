@@ -94,9 +94,9 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        sizes=Sizes(9000, 30, training=800, validation=60, test=200),
+        sizes=Sizes(9000, 30, training=480, validation=40, test=120),
         shape=Shape(width=64, heads=4, ffn=128, layers=4, vocabulary=4000),
-        pretraining=Pretraining(held_out=200, steps=600, batch=16, learning_rate=3e-3),
+        pretraining=Pretraining(held_out=200, steps=400, batch=16, learning_rate=3e-3),
         batch=8,
         epochs=2,
         learning_rate=2e-3,

@@ -12,7 +12,7 @@ from _mergekit_moe_ext_common.loading import (
     vocabulary_of,
 )
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.mixtures.generation import TaskScorer
+from mergekit_moe_ext.mixtures.generation import TaskScorer, check_prompts
 from mergekit_moe_ext.mixtures.tasks import read_tasks, with_prompts
 
 
@@ -51,6 +51,7 @@ def task_scores(
         pairs[source.name] = with_prompts(load(source), source, by_name[source.name])
     config = load_config(path, reading)
     tokenizer = load_tokenizer(path, reading)
+    check_prompts(pairs, tokenizer)
     scorer = TaskScorer(
         by_name,
         pairs,

@@ -87,6 +87,17 @@ class TaskScorer:
         return [by_row[row] for row in range(len(prompts))]
 
 
+def check_prompts(pairs: Mapping[str, Dataset], tokenizer: Any) -> None:
+    """`UserError` for a prompt of no tokens: a decoder has nothing to go on from."""
+    for name, rows in pairs.items():
+        for number, text in enumerate(rows["input"]):
+            if not tokenizer(text)["input_ids"]:
+                raise UserError(
+                    f"the task {name!r} has a prompt without any token, in row {number} of those "
+                    "that are measured: put words around the columns, or take the row out"
+                )
+
+
 @torch.no_grad()
 def generated(
     model: Any,
