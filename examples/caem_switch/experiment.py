@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -94,7 +95,7 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        sizes=Sizes(9000, 30, training=480, validation=40, test=120),
+        sizes=Sizes(9000, 30, training=400, validation=40, test=100),
         shape=Shape(width=64, heads=4, ffn=128, layers=4, vocabulary=4000),
         pretraining=Pretraining(held_out=200, steps=400, batch=16, learning_rate=3e-3),
         batch=8,
@@ -155,7 +156,8 @@ class Seed:
 
     def multi_task(self, name: str) -> Record:
         """A configuration, fine-tuned on all tasks: its scores on the test rows, the entropies of
-        what its routers choose, and of CAEM the scores of the merged model before training.
+        what its routers choose, and the Overall Performance on the validation rows before the
+        training and after each epoch.
         """
         configuration = CONFIGURATIONS[name]
 
@@ -170,12 +172,11 @@ class Seed:
                 single,
             )
             self._train(initial, self._model(name), tasks, TASKS)
-            record: Record = {
-                "before": self._test_scores(initial, TASKS, single),
+            return {
                 "scores": self._test_scores(self._model(name), TASKS, single),
+                "epochs": _epochs(self._model(name)),
+                "entropies": self._entropies(self._model(name)),
             }
-            record["entropies"] = self._entropies(self._model(name))
-            return record
 
         return self._once(name, run)
 
@@ -328,12 +329,21 @@ class Seed:
         path = self.folder / f"{name}.json"
         if path.is_file():
             return json.loads(path.read_text())
-        print(f"seed {self.number}: {name}", flush=True)
+        click.echo(f"seed {self.number}: {name}", err=True)
         record = run()
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1))
         partial.rename(path)
         return record
+
+
+def _epochs(model: Path) -> list[float]:
+    """The Overall Performance before a model's training and after each epoch, as the Trainer noted
+    it.
+    """
+    history = json.loads((model / "trainer_state.json").read_text())["log_history"]
+    measure = "eval_overall_performance"
+    return [entry[measure] for entry in history if measure in entry]
 
 
 def merge(config: dict[str, Any], output: Path) -> None:

@@ -146,7 +146,7 @@ def _orderings_of_layers(seed: Results) -> dict[str, bool]:
 def report(folder: Path, seeds: int) -> str:
     """The tables and orderings of the first `seeds` seeds."""
     results = [Results(folder / f"seed-{number}") for number in range(1, seeds + 1)]
-    parts = [f"{seeds} seeds: means and standard deviations over them"]
+    parts = [f"Seeds: {seeds}. Of several, the mean and the standard deviation."]
     pretraining = []
     for experts in (8, 16):
         path = folder / "pretrained" / f"switch-{experts}" / "pretraining.json"
@@ -168,7 +168,7 @@ def report(folder: Path, seeds: int) -> str:
 
 
 def _table_2(results: Sequence[Results]) -> str:
-    columns = ["overall", *(f"{task} ({METRICS[task]})" for task in TASKS), "before training"]
+    columns = ["overall", *(f"{task} ({METRICS[task]})" for task in TASKS), "before training*"]
     rows = {}
     for experts in (8, 16):
         cells = [""]
@@ -180,9 +180,10 @@ def _table_2(results: Sequence[Results]) -> str:
         cells = [_cell([seed.overall(name) for seed in results])]
         for task in TASKS:
             cells.append(_cell([seed.score(name, f"{task}_score") for seed in results]))
-        before = [seed.record(name)["before"]["overall_performance"] for seed in results]
+        before = [seed.record(name)["epochs"][0] for seed in results]
         rows[name] = [*cells, _cell(before)]
-    return _table("Table 2: scores on test rows", columns, rows)
+    table = _table("Table 2: scores on test rows", columns, rows)
+    return f"{table}\n* overall, on validation rows: what the training starts from"
 
 
 def _table_3(results: Sequence[Results]) -> str:

@@ -116,7 +116,7 @@ def write_texts(folder: Path, sizes: Sizes) -> None:
             "test": sizes.test,
         }
         for part, count in counts.items():
-            rows = []
+            rows: list[Row] = []
             for name, text in parts[part]:
                 rows += ROWS[task](name, text)
             random.Random(0).shuffle(rows)
@@ -176,12 +176,13 @@ def corrupted(words: Sequence[str], generator: random.Random) -> Row:
     shown = []
     hidden = []
     for span in range(spans):
+        stop = len(words) if span == spans - 1 else (span + 1) * part
+        of_part = words[span * part : stop]
         length = generator.randint(1, 2 * SPAN - 1)
-        begin = span * part + generator.randint(1, max(1, part - length))
-        end = min(begin + length, (span + 1) * part)
+        begin = generator.randint(1, max(1, part - length))
         sentinel = f"<extra_id_{span}>"
-        shown += [*words[span * part : begin], sentinel, *words[end : (span + 1) * part]]
-        hidden += [sentinel, *words[begin:end]]
+        shown += [*of_part[:begin], sentinel, *of_part[begin + length :]]
+        hidden += [sentinel, *of_part[begin : begin + length]]
     hidden.append(f"<extra_id_{spans}>")
     return {"input": " ".join(shown), "target": " ".join(hidden)}
 

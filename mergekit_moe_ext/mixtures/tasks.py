@@ -83,6 +83,7 @@ def _check_keys(path: Path, text: str) -> None:
     the last one in silence.
     """
     document = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(document, yaml.MappingNode)  # as which it was read
     tasks = [task for _name, task in document.value]
     for mapping in [document, *tasks]:
         if not isinstance(mapping, yaml.MappingNode):

@@ -170,7 +170,7 @@ def train(
             prepare=pairs_of(tasks) if tasks else None,
         )
         # The same rows are held out again, here as texts.
-        pairs = {}
+        pairs: Mapping[str, Dataset] = {}
         if tasks:
             pairs = measured_pairs(tasks, data, eval_data, recipe, tokenizer)
     training = mixed(sources, weights or {}, recipe.seed)
