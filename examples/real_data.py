@@ -10,6 +10,7 @@ This file is no script; the others import from it:
 
     smollm2()   a directory with SmolLM2-135M-Instruct, ready for transformers and mergekit
     domains()   training and held-out documents of some of seven domains of text
+    documents() all documents of one of them, by name
 """
 
 import gzip
@@ -151,7 +152,14 @@ def domains(
     A document is a chapter in `bible`, a tune in `music`, a file in `code`, an article in `news`, a
     section of Metamath's set.mm in `math`, a manual page in `french`, and an entry in `dictionary`.
     """
-    return {name: _split(_READERS[name](quiet)) for name in names}
+    return {name: _split(documents(name, quiet)) for name in names}
+
+
+def documents(name: str, quiet: bool = False) -> dict[str, str]:
+    """All documents of a domain, by name. An article's name in `news` is a path, whose folder is
+    the topic.
+    """
+    return _READERS[name](quiet)
 
 
 def debian_version(name: str) -> str | None:

@@ -214,7 +214,7 @@ def test_a_plan_says_what_the_command_prints(everything):
 def test_the_scripts_use_public_names_alone():
     root = Path(__file__).parents[1]
     scripts = [
-        path for path in (root / "examples").glob("*.py") if not path.name.startswith("extending_")
+        path for path in (root / "examples").rglob("*.py") if not path.name.startswith("extending_")
     ]
     assert len(scripts) > 10
     for path in scripts:

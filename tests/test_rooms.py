@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "caem": "mixtures merging recipes common",
     "growing": "caem mixtures upcycling merging modeling common",
     "wemoe": "merging modeling recipes common",
-    "analysis": "sequence wemoe mixtures merging modeling recipes common",
+    "analysis": "caem sequence wemoe mixtures merging modeling recipes common",
     "methods": "tensor upcycling growing sequence caem wemoe",
     "host": "methods merging modeling common",
     "commands": "methods mixtures wemoe merging recipes common",

@@ -1,5 +1,5 @@
-"""The papers' measurements of models: similarity, CKA, variation, coefficients, usage, counts, loss
-landscapes.
+"""The papers' measurements of models: scores, similarity, CKA, variation, coefficients, usage,
+counts, loss landscapes.
 
 Beside them are functions with which scripts read models and inputs and draw figures. Each name is
 imported when it is first used.
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from _mergekit_moe_ext_common.loading import load_config, silence
     from _mergekit_moe_ext_common.staging import check_new_file
+    from mergekit_moe_ext.analysis.answers import task_scores
     from mergekit_moe_ext.analysis.batches import read_batches
     from mergekit_moe_ext.analysis.coefficients import EnsembleRouting, ensemble_routing
     from mergekit_moe_ext.analysis.landscape import HEADS, Landscape, loss_landscape
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     )
     from mergekit_moe_ext.analysis.similarity import PairSimilarity, task_vector_similarity
     from mergekit_moe_ext.analysis.variation import THRESHOLDS, parameter_variation
+    from mergekit_moe_ext.caem.entropies import layer_entropies, mean_entropies
+    from mergekit_moe_ext.mixtures.plots import plot_usage
     from mergekit_moe_ext.mixtures.routers import coefficients_of_sequences
     from mergekit_moe_ext.mixtures.usage import format_table, routing_probability
     from mergekit_moe_ext.sequence.tokens import Tokens
@@ -62,19 +65,23 @@ __all__ = [
     "ensemble_routing",
     "format_table",
     "heat_map",
+    "layer_entropies",
     "load_config",
     "load_ensemble",
     "loss_landscape",
+    "mean_entropies",
     "parameter_variation",
     "parse_sources",
     "planned_parameters",
     "plot_layers",
     "plot_pairs",
+    "plot_usage",
     "pyplot",
     "read_batches",
     "read_ensemble",
     "routing_probability",
     "silence",
+    "task_scores",
     "task_vector_similarity",
 ]
 # The module of each public name, which is imported when the name is first used.
@@ -82,6 +89,10 @@ _MODULES = {
     "Part": "mergekit_moe_ext.wemoe.groups",
     "Variation": "mergekit_moe_ext.wemoe.variation",
     "decide": "mergekit_moe_ext.wemoe.variation",
+    "layer_entropies": "mergekit_moe_ext.caem.entropies",
+    "mean_entropies": "mergekit_moe_ext.caem.entropies",
+    "plot_usage": "mergekit_moe_ext.mixtures.plots",
+    "task_scores": "mergekit_moe_ext.analysis.answers",
     "coefficients_of_sequences": "mergekit_moe_ext.mixtures.routers",
     "format_table": "mergekit_moe_ext.mixtures.usage",
     "routing_probability": "mergekit_moe_ext.mixtures.usage",

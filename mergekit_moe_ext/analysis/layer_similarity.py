@@ -36,6 +36,8 @@ from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.merging.layers import checkpointed_layers
 from mergekit_moe_ext.mixtures.routers import routes_sequences, stack_of, tokens_routed_by
 
+FEWEST_SAMPLES = 4  # of a batch that has an unbiased estimate
+
 
 class LinearCKA:
     """Linear CKA of two sets of features of the same samples, which come in batches.
@@ -110,8 +112,8 @@ def _unbiased_hsic(first: Tensor, second: Tensor) -> Tensor:
     the diagonal of a kernel left out, sums over it are those over all of it less the diagonal's.
     """
     number = len(first)
-    if number < 4:
-        raise UserError(f"unbiased: batches have 4 tokens or more, not {number}")
+    if number < FEWEST_SAMPLES:
+        raise UserError(f"unbiased: batches have {FEWEST_SAMPLES} tokens or more, not {number}")
     first_diagonal = (first * first).sum(dim=1)
     second_diagonal = (second * second).sum(dim=1)
     # Of both kernels, without the diagonal: the trace of their product, and the sums of the rows.
@@ -182,6 +184,8 @@ def cka(
     rows = rows_of_models[0]
     if rows != rows_of_models[1]:
         raise UserError(f"cka: the tokenizers of {paths[0]} and {paths[1]} make different tokens")
+    if unbiased:
+        _check_batches(rows, batch_size)
     first = load_model(paths[0], configs[0], reading, dtype="auto").eval()
     second = load_model(paths[1], configs[1], reading, dtype="auto").eval()
     pad_token_id = padding_token(tokenizers[0], vocabulary_of(configs[0]))
@@ -212,6 +216,20 @@ def _rows(
             vocabulary=vocabulary_of(config),
             encoder_decoder=config.is_encoder_decoder,
         )
+
+
+def _check_batches(rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int) -> None:
+    """`UserError` for a batch with too few tokens for an unbiased estimate, mostly the last one."""
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        # An encoder-decoder's labels are the tokens of its decoder.
+        for name in batch[0]:
+            tokens = sum(len(row[name]) for row in batch)
+            if tokens < FEWEST_SAMPLES:
+                raise UserError(
+                    f"cka: the rows from {start} on are a batch of {tokens} tokens, and unbiased "
+                    f"needs {FEWEST_SAMPLES} or more: take another batch_size or max_samples"
+                )
 
 
 def _features(model: Any, batch: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
 
+from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.generation import generated
 from _mergekit_moe_ext_common.metrics import score_of
 from mergekit_moe_ext.mixtures.metrics import overall_performance
@@ -82,3 +83,14 @@ class TaskScorer:
             answers += list(zip(rows, texts, strict=True))
         by_row = dict(gather_object(answers))
         return [by_row[row] for row in range(len(prompts))]
+
+
+def check_prompts(pairs: Mapping[str, Dataset], tokenizer: Any) -> None:
+    """`UserError` for a prompt of no tokens: a decoder has nothing to go on from."""
+    for name, rows in pairs.items():
+        for number, text in enumerate(rows["input"]):
+            if not tokenizer(text)["input_ids"]:
+                raise UserError(
+                    f"the task {name!r} has a prompt without any token, in row {number} of those "
+                    "that are measured: put words around the columns, or take the row out"
+                )

@@ -13,7 +13,7 @@ from _mergekit_moe_ext_common.data import Source, parse_sources
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.training import split_sources
-from mergekit_moe_ext.mixtures.generation import TaskScorer
+from mergekit_moe_ext.mixtures.generation import TaskScorer, check_prompts
 from mergekit_moe_ext.mixtures.per_task import TaskSampler
 from mergekit_moe_ext.mixtures.tasks import Task, with_prompts
 from mergekit_moe_ext.recipes import Recipe
@@ -87,11 +87,16 @@ def pairs_of(tasks: Mapping[str, Task]) -> Callable[[Dataset, Source], Dataset]:
 
 
 def measured_pairs(
-    tasks: Mapping[str, Task], data: Sequence[str], eval_data: Sequence[str], recipe: Recipe
+    tasks: Mapping[str, Task],
+    data: Sequence[str],
+    eval_data: Sequence[str],
+    recipe: Recipe,
+    tokenizer: Any,
 ) -> Mapping[str, Dataset]:
     """Inputs and targets, as texts, of the rows that are held out of each task.
 
-    `UserError` for a task of which nothing is, so that no answer could be measured.
+    `UserError` for a task of which nothing is, so that no answer could be measured, and for a
+    prompt of no tokens.
     """
     _, pairs = split_sources(data, eval_data, recipe, pairs_of(tasks))
     for name in tasks:
@@ -100,6 +105,7 @@ def measured_pairs(
                 f"nothing is held out of the task {name}, so that no answer of it could be "
                 "measured; see --held-out, and eval_data in --tasks"
             )
+    check_prompts(pairs, tokenizer)
     return pairs
 
 

@@ -47,15 +47,18 @@ class Task(BaseModel):
 def read_tasks(path: Path) -> dict[str, Task]:
     """The tasks of a YAML file, by name.
 
-    `UserError` for a file that cannot be read, for what is no task, for a metric that there is not,
-    and where only some of the tasks have a `single_task_score`.
+    `UserError` for a file that cannot be read, for what is no task, for a task or a key that stands
+    there twice, for a metric that there is not, and where only some of the tasks have a
+    `single_task_score`.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the tasks of {path}: {error}") from error
     if not isinstance(document, dict) or not document:
         raise UserError(f"{path} is no file of tasks: write `NAME:` with `data:`, `prompt:` …")
+    _check_keys(path, text)
     tasks = {}
     for name, values in document.items():
         try:
@@ -73,6 +76,24 @@ def read_tasks(path: Path) -> dict[str, Task]:
             raise UserError(f"{path}: {name!r}: a name has letters, digits, `_`, `.` and `-` only")
     _check_single_task_scores(path, tasks)
     return tasks
+
+
+def _check_keys(path: Path, text: str) -> None:
+    """`UserError` for a task's name, or a key of a task, that stands there twice: YAML would take
+    the last one in silence.
+    """
+    document = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(document, yaml.MappingNode)  # as which it was read
+    tasks = [task for _name, task in document.value]
+    for mapping in [document, *tasks]:
+        if not isinstance(mapping, yaml.MappingNode):
+            continue
+        seen = set()
+        for key, _value in mapping.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise UserError(f"{path}, line {line}: {key.value!r} stands there already")
+            seen.add(key.value)
 
 
 def _check_prompt(where: str, prompt: str) -> None:

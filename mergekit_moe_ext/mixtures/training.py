@@ -170,7 +170,9 @@ def train(
             prepare=pairs_of(tasks) if tasks else None,
         )
         # The same rows are held out again, here as texts.
-        pairs = measured_pairs(tasks, data, eval_data, recipe) if tasks else {}
+        pairs: Mapping[str, Dataset] = {}
+        if tasks:
+            pairs = measured_pairs(tasks, data, eval_data, recipe, tokenizer)
     training = mixed(sources, weights or {}, recipe.seed)
     sampler = sampler_of(sources, recipe, arguments) if batches_per_step > 1 else None
     settings = _settings(model_path, aim, training)

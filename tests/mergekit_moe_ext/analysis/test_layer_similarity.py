@@ -8,7 +8,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
-from mergekit_moe_ext.analysis import LayerSimilarity, LinearCKA, cka, plot_layers, plot_pairs
+from mergekit_moe_ext.analysis import (
+    LayerSimilarity,
+    LinearCKA,
+    cka,
+    layer_similarity,
+    plot_layers,
+    plot_pairs,
+)
 from tests.mergekit_moe_ext.mixtures.test_usage import FAMILIES, SWITCH, make_moe, words, write
 
 READING = Reading(max_length=24, quiet=True)
@@ -154,6 +161,19 @@ def test_encoder_and_decoder_are_compared_and_drawn_apart(tmp_path, monkeypatch)
     plot_layers({"one and two": similarity}, tmp_path / "lines.png")
     plot_pairs(similarity, tmp_path / "pairs.png")
     assert (tmp_path / "lines.png").stat().st_size and (tmp_path / "pairs.png").stat().st_size
+
+
+def test_a_last_batch_too_small_for_the_unbiased_estimate_is_found_before_work(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        make_moe(tmp_path / name, "switch_transformers", **SWITCH)
+    rows = [{"input": "w1 w2 w3 w4", "target": "w5"}] * 3
+    write(tmp_path / "news.jsonl", rows)
+    monkeypatch.setattr(layer_similarity, "load_model", None)
+    with pytest.raises(UserError, match=r"rows from 2 on are a batch of \d tokens"):
+        cka("one", "two", ["news.jsonl"], reading=READING, batch_size=2, unbiased=True)
 
 
 def test_models_of_two_kinds_are_refused(tmp_path, monkeypatch):

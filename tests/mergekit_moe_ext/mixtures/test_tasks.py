@@ -17,6 +17,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.generation import generated
 from _mergekit_moe_ext_common.metrics import accuracy, exact_match, metric_of, rouge_l
 from _mergekit_moe_ext_common.options import Reading
+from mergekit_moe_ext.analysis import task_scores
 from mergekit_moe_ext.cli import main
 from mergekit_moe_ext.mixtures import tasks as tasks_module
 from mergekit_moe_ext.mixtures.metrics import overall_performance
@@ -159,6 +160,51 @@ def test_the_example_is_that_of_the_docs(monkeypatch):
 def test_mistakes_in_a_task_file_are_named(tmp_path, changes, complaint):
     with pytest.raises(UserError, match=complaint):
         read_tasks(write_tasks(tmp_path / "tasks.yml", **changes))
+
+
+@pytest.mark.parametrize("repeated", ["news: {}", "law:\n  prompt: a\n  prompt: b"])
+def test_what_stands_twice_in_a_task_file_is_named(tmp_path, repeated):
+    path = tmp_path / "tasks.yml"
+    text = "news: {data: a.jsonl, prompt: '{a}', metric: accuracy}\n"
+    path.write_text(text)
+    assert list(read_tasks(path)) == ["news"]
+    path.write_text(text + repeated)
+    with pytest.raises(UserError, match=r"line [24]: '(news|prompt)' stands there already"):
+        read_tasks(path)
+
+
+@pytest.mark.parametrize("moe", ["mixtral"], indirect=True)
+def test_a_prompt_of_no_tokens_is_refused_before_work(moe):
+    write(moe / "empty.jsonl", [{"input": "w1", "target": "w2"}, {"input": "", "target": "w2"}])
+    write_tasks(moe / "tasks.yml", news={"prompt": "{input}", "eval_data": "empty.jsonl"})
+    tasks = read_tasks(moe / "tasks.yml")
+    with pytest.raises(UserError, match="'news' has a prompt without any token, in row 1"):
+        train("moe", "out", "all", [], READING, recipe(), tasks=tasks)
+    with pytest.raises(UserError, match="'news' has a prompt without any token, in row 1"):
+        task_scores("moe", "tasks.yml", reading=READING)
+    assert not list(moe.glob("out*"))
+
+
+def test_scores_without_training_are_those_before_training(moe, monkeypatch):
+    def score(answers, references):
+        return len("".join([*answers, *references])) / 1000
+
+    monkeypatch.setattr(generation, "metric_of", lambda name: score)
+    write(moe / "law-validation.jsonl", words(7, 5, ("input", "target")))
+    write_tasks(
+        moe / "tasks.yml",
+        news={"eval_data": "news.jsonl"},
+        law={"eval_data": "law-validation.jsonl"},
+    )
+    one_step = recipe(max_steps=1, max_target_length=24)
+    trained = train("moe", "out", "all", [], READING, one_step, tasks=read_tasks(moe / "tasks.yml"))
+    scores = task_scores("moe", "tasks.yml", reading=READING, batch_size=3)
+    assert scores == {
+        "news_score": trained["news"]["score"][0],
+        "law_score": trained["law"]["score"][0],
+        "overall_performance": trained["overall"]["performance"][0],
+    }
+    assert scores["news_score"] != scores["law_score"]
 
 
 def test_a_metric_of_ones_own(tmp_path, monkeypatch):
