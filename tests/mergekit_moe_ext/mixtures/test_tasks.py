@@ -189,7 +189,7 @@ def test_scores_without_training_are_those_before_training(moe, monkeypatch):
     def score(answers, references):
         return len("".join([*answers, *references])) / 1000
 
-    monkeypatch.setattr(generation, "metric_of", lambda name: score)
+    monkeypatch.setattr(metrics, "metric_of", lambda name: score)
     write(moe / "law-validation.jsonl", words(7, 5, ("input", "target")))
     write_tasks(
         moe / "tasks.yml",
