@@ -130,8 +130,9 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
                 PREPARED.reset(token)
                 LoaderCache.loaders.clear()
             if options.copy_tokenizer:
+                config = prepared.plan.config
                 _copy_tokenizer_files(
-                    merge, job, donor, directory, tokenizer_is_there=makes_tokenizer
+                    merge, job, config, donor, directory, tokenizer_is_there=makes_tokenizer
                 )
             if options.write_model_card:
                 write_card(job, prepared.plan, directory, config_source or merge_config.to_yaml())
@@ -185,17 +186,26 @@ def _folder_of_donor(job: Any) -> Path:
     return model_folder(model.path, revision=model.revision, cache_dir=cache)
 
 
+def _reads_images(config: Any) -> bool:
+    """Whether images are what the model of this configuration reads first."""
+    import transformers
+
+    from mergekit_moe_ext.modeling import find_architecture
+
+    name = config.architectures[0]
+    architecture = find_architecture(name) or getattr(transformers, name, None)
+    return getattr(architecture, "main_input_name", "") == "pixel_values"
+
+
 def _copy_tokenizer_files(
-    merge: Any, job: Any, donor: Path, directory: Path, *, tokenizer_is_there: bool
+    merge: Any, job: Any, config: Any, donor: Path, directory: Path, *, tokenizer_is_there: bool
 ) -> None:
     from _mergekit_moe_ext_common.staging import copy_settings, copy_tokenizer, has_tokenizer
     from mergekit_moe_ext.merging.sources import tokenizer_of
 
     copy_settings(donor, directory)
-    reads_images_alone = (donor / "preprocessor_config.json").exists() and not any(
-        donor.glob("*token*")
-    )
-    if tokenizer_is_there or reads_images_alone:
+    has_none = not any(donor.glob("*token*"))
+    if tokenizer_is_there or (has_none and _reads_images(config)):
         return
     try:
         if job.config.chat_template:

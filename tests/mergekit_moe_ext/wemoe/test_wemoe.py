@@ -380,13 +380,16 @@ def test_heads_of_their_own_are_kept_per_task(tmp_path, monkeypatch, family):
             model(**INPUTS[family], **task)
 
 
-def test_a_model_of_images_is_not_missed_a_tokenizer(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("files", [["preprocessor_config.json"], []])
+def test_a_model_of_images_is_not_missed_a_tokenizer(tmp_path, monkeypatch, caplog, files):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", "sun", "cars")):
         make_classifier(tmp_path / name, seed)
-    (tmp_path / "base" / "preprocessor_config.json").write_text("{}")
+    for file in files:
+        (tmp_path / "base" / file).write_text("{}")
     out = merge(wemoe(("sun", "cars"), **LAMBDA, **CONSTANT))
-    assert "tokenizer" not in caplog.text and (out / "preprocessor_config.json").exists()
+    assert "tokenizer" not in caplog.text
+    assert all((out / file).exists() for file in files)
 
 
 def test_one_head_is_merged_only_where_all_have_the_same_named_classes(tmp_path, monkeypatch):
