@@ -451,7 +451,7 @@ def compare(
         experts_from: a directory, of which every subdirectory that holds an adapter is one more
         expert, by its name and in the order of the names.
         library: a directory that `peft_routing.library.add` wrote, whose adapters are compared,
-        too.
+        too. It says which task an adapter was trained on.
         only: the names of those that are taken of it; all if there is none.
         fusions: other adapters to measure beside them, by name: a trained routed adapter, say, or
         one LoRA for all tasks.
@@ -486,14 +486,17 @@ def compare(
     from peft_routing.fusion.comparison import compare as run
 
     named = named_experts(experts, experts_from=experts_from, library=library, only=only)
-    if cache is None and library is not None:
-        cache = str(Path(library) / "cache")
+    own = {}
+    if library is not None:
+        own = _own_experts(library, named)
+        cache = str(Path(library) / "cache") if cache is None else cache
     return run(
         base,
         named,
         tasks,
         output,
         reading or Reading(),
+        own=own,
         fusions=fusions or {},
         strategies=strategies,
         cache=cache,
@@ -503,3 +506,16 @@ def compare(
         batch_size=batch_size,
         seed=seed,
     )
+
+
+def _own_experts(library: str, experts: Mapping[str, str]) -> dict[str, str]:
+    """By task the first of a library's adapters that was trained on it, for tasks that no expert
+    has the name of.
+    """
+    from peft_routing.library import Library
+
+    own: dict[str, str] = {}
+    for name, entry in Library.open(library).entries.items():
+        if name in experts and entry.task not in experts:
+            own.setdefault(entry.task, name)
+    return own

@@ -61,6 +61,7 @@ _NEEDS_SCIPY = "program_ensemble"
 class _Asked:
     """What is to be compared, once it is known to be comparable.
 
+    own: by task the expert that was trained on it, where it does not have the task's name.
     wanted: the strategies.
     left_out: why one cannot be compared, by its name.
     empty: the base model's architecture.
@@ -71,6 +72,7 @@ class _Asked:
     base_config: Any
     reading: Reading
     experts: Mapping[str, str]
+    own: Mapping[str, str]
     fusions: Mapping[str, str]
     wanted: list[str]
     left_out: dict[str, str]
@@ -87,6 +89,7 @@ def compare(
     output: str,
     reading: Reading,
     *,
+    own: Mapping[str, str],
     fusions: Mapping[str, str],
     strategies: Collection[str],
     cache: str | None,
@@ -103,7 +106,7 @@ def compare(
     """
     check_launch(splits=False)
     silence(reading)
-    asked = _checked(base, experts, output, reading, fusions, strategies, cache)
+    asked = _checked(base, experts, own, output, reading, fusions, strategies, cache)
     if metric is not None:
         _check_metric(metric, asked.base_config, completions_only)
     headers = check_model(base, asked.base_config, reading)
@@ -180,6 +183,7 @@ def compare(
 def _checked(
     base: str,
     experts: Mapping[str, str],
+    own: Mapping[str, str],
     output: str,
     reading: Reading,
     fusions: Mapping[str, str],
@@ -202,6 +206,7 @@ def _checked(
         base_config=base_config,
         reading=reading,
         experts=experts,
+        own=own,
         fusions=fusions,
         wanted=wanted,
         left_out=left_out,
@@ -246,6 +251,7 @@ def _compared(
         train=table_of(store, names, columns, texts["train"]),
         validation=table_of(store, names, columns, texts["validation"]),
         test=table_of(store, names, columns, texts["test"]),
+        own=asked.own,
     )
     sizes = [size_of(path, name) for name, path in asked.experts.items()]
     costs = costs_of(store, columns, texts["test"])
@@ -260,7 +266,7 @@ def _compared(
         sentences=report.budget_sentences(rows),
         left_out=asked.left_out,
         selected=_selected(tables),
-        not_first=not_first(tables.validation, tables.test, own_experts(tables.test)),
+        not_first=not_first(tables.validation, tables.test, own_experts(tables.test, asked.own)),
         calibration=_calibration(rows, asked.fusions),
         tables=tables,
     )
@@ -312,7 +318,7 @@ def _selected(tables: Tables) -> Selected:
     """The greedy selection on validation, and its curves."""
     losses = tables.validation.losses
     selection = greedy(losses)
-    own = own_experts(tables.validation)
+    own = own_experts(tables.validation, tables.own)
     reaches = None
     if None not in own:
         of_own = losses.gather(1, torch.tensor(own)[:, None]).mean().item()

@@ -11,7 +11,7 @@ import torch
 
 from _mergekit_moe_ext_common.cards import in_markdown
 from _mergekit_moe_ext_common.figures import pyplot
-from peft_routing.fusion.selection import NotFirst, standard_error
+from peft_routing.fusion.selection import NotFirst, own_experts, standard_error
 from peft_routing.fusion.strategies import BY_TASK, ENSEMBLE, OTHER, PLAIN, ROUTED, Tables
 
 # The factors of the standard error that 95 percent of a mean's distribution lie within, by degrees
@@ -260,7 +260,8 @@ def notes(comparison: Comparison) -> list[str]:
             f"calibration (B.4): {gap.one} is {gap.gap:+.4f} (± {_number(gap.standard_error)}) to "
             f"{gap.many}"
         )
-    own = sum(task in comparison.experts for task in comparison.tasks)
+    tables = comparison.tables
+    own = sum(place is not None for place in own_experts(tables.test, tables.own))
     if own:
         beaten = comparison.not_first
         clear = 0

@@ -57,11 +57,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Tables:
-    """The table of each split; all have the same experts and tasks."""
+    """The table of each split; all have the same experts and tasks.
+
+    own: by task the expert that was trained on it, where it does not have the task's name.
+    """
 
     train: Table
     validation: Table
     test: Table
+    own: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def learned(self) -> Learned:
@@ -91,14 +95,14 @@ def _one_for_all(tables: Tables, column: int, note: str) -> Outcome:
 
 
 def own_of_each_task(tables: Tables) -> Outcome | str:
-    """The oracle: the expert that was trained on the task, by its name (2.4).
+    """The oracle: the expert that was trained on the task (2.4).
 
     A sentence in its place where a task has none.
     """
-    own = own_experts(tables.test)
+    own = own_experts(tables.test, tables.own)
     lacking = [task for task, of in zip(tables.test.tasks, own, strict=True) if of is None]
     if lacking:
-        return f"no expert is called {lacking[0]!r}, as the task is"
+        return f"no expert is called {lacking[0]!r}, as the task is, or is said to be of that task"
     return _by_task(tables, [column for column in own if column is not None])
 
 

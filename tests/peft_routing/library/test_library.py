@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 import peft_routing
 from peft_routing import Reading, UserError, adapter_files, library
 from peft_routing.cli import main
+from peft_routing.fusion import report
 from peft_routing.library.centroids import nearest
 from tests.peft_routing.adapters import make_base, save_lora
 from tests.tokenizers import save_tokenizer
@@ -322,6 +323,15 @@ def test_the_nearest_centroids_are_those_of_a_plain_loop():
             one, other = text - common, centroid - common
             cosines.append((one @ other / one.norm() / other.norm()).item())
         assert best == sorted(range(5), key=lambda place: -cosines[place])[:2]
+
+
+def test_the_library_says_what_an_adapter_was_trained_on(here):
+    call("remove", "lib", "law")
+    options = {"library": "lib", "reading": QUIET, "strategies": ["own_expert"]}
+    tasks = {"math": "math.jsonl", "law": "law.jsonl"}
+    compared = peft_routing.compare("base", {}, tasks, "report", **options)
+    assert compared.row("own_expert").values["by_task"] == {"math": "math", "law": "law-again"}
+    assert any(" of 2 experts are not first" in line for line in report.notes(compared))
 
 
 def test_selection_is_that_of_compare_and_keeps_scores(here):
