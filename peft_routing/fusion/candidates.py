@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,16 +93,7 @@ def candidates_of(
         except ValueError as error:  # a UserError is one
             left_out[name] = str(error)
             continue
-        if kind == ENSEMBLE:
-            alike = dict.fromkeys(experts, 1 / len(experts))
-            subject = mixture_of(name, experts, alike, of="logits")
-            candidates[name] = Candidate(
-                subject, kind, sum(sizes), passes=len(experts), values={"of": "logits"}
-            )
-            continue
-        # Low-rank mixing of experts of one rank is an adapter of that rank.
-        size = max(sizes) if options.get("mixing") == "low_rank" else sum(sizes)
-        candidates[name] = Candidate(fused(name, experts, options), kind, size)
+        candidates[name] = _composed(name, kind, options, experts, sizes)
     for name, path in fusions.items():
         if name in STRATEGIES or TOP in name:
             raise UserError(f"--fusion {name}={path}: a row has that name; give another")
@@ -118,6 +109,28 @@ def candidates_of(
         for k in _ks_of(path) if kind == ROUTED else ():
             candidates[top_k_name(name, k)] = Candidate(with_top_k(subject, k), kind, size)
     return candidates
+
+
+def _composed(
+    name: str,
+    kind: str,
+    options: Mapping[str, Any],
+    experts: Mapping[str, str],
+    sizes: Sequence[int],
+) -> Candidate:
+    """All experts as one routed adapter, or as the ensemble of their logits."""
+    if kind == ENSEMBLE:
+        alike = dict.fromkeys(experts, 1 / len(experts))
+        return Candidate(
+            mixture_of(name, experts, alike, of="logits"),
+            kind,
+            sum(sizes),
+            passes=len(experts),
+            values={"of": "logits"},
+        )
+    # Low-rank mixing of experts of one rank is an adapter of that rank.
+    size = max(sizes) if options.get("mixing") == "low_rank" else sum(sizes)
+    return Candidate(fused(name, experts, options), kind, size)
 
 
 def top_k_name(name: str, k: int) -> str:
