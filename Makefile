@@ -58,7 +58,7 @@ transformers4: $(VENV)/.installed
 # What becomes of every architecture of transformers, as a table in the documentation, and tested.
 architectures: export HF_HUB_OFFLINE = 1
 architectures: $(VENV)/.installed
-	$(BIN)/python -m tests.mergekit_moe_ext.upcycling.architectures docs/upcycling.md
+	$(BIN)/python -m tests.mergekit_moe_ext.upcycling.architectures docs/upcycling.md docs/caem.md
 	ARCHITECTURES=all $(BIN)/python -m pytest tests/mergekit_moe_ext/upcycling/test_architectures.py
 
 lint: $(VENV)/.installed

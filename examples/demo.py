@@ -75,16 +75,19 @@ PROMPTS = {
 }
 
 
-def blocks(tokenizer: Any, documents: list[str], count: int) -> torch.Tensor:
-    """The first `count` blocks of the documents, joined by the end-of-text token: (count, BLOCK)
-    ids.
+def blocks(
+    tokenizer: Any, documents: list[str], count: int, length: int | None = None
+) -> torch.Tensor:
+    """The first `count` blocks of the documents, joined by the end-of-text token: (count, length)
+    ids, of BLOCK tokens each if `length` is None.
     """
+    size = BLOCK if length is None else length
     ids: list[int] = []
     for document in documents:
         ids += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
-        if len(ids) >= count * BLOCK:
-            return torch.tensor(ids[: count * BLOCK]).view(count, BLOCK)
-    raise ValueError(f"The documents fill {len(ids) // BLOCK} blocks, not {count}.")
+        if len(ids) >= count * size:
+            return torch.tensor(ids[: count * size]).view(count, size)
+    raise ValueError(f"The documents fill {len(ids) // size} blocks, not {count}.")
 
 
 def held_out_blocks(tokenizer: Any, texts: dict[str, Domain]) -> dict[str, torch.Tensor]:

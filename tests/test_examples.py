@@ -18,7 +18,7 @@ from mergekit_moe_ext import Reading
 from mergekit_moe_ext.analysis import THRESHOLDS, parameter_variation, task_vector_similarity
 from mergekit_moe_ext.cli import main
 from peft_routing.cli import main as route
-from tests.conftest import NAMES, make_model, merge, run
+from tests.conftest import NAMES, make_model, merge, read_tensors, run
 from tests.mergekit_moe_ext.mixtures.test_usage import make_moe, words, write
 from tests.mergekit_moe_ext.wemoe.test_clip_heads import CLASSES, make_clips
 from tests.peft_routing.adapters import make_base, save_lora
@@ -33,6 +33,8 @@ SCRIPTS = (
     "mergeme_homogeneous",
     "mergeme_hetero",
     "mergeme_tokenizers",
+    "grown_mixture",
+    "upcycled_gates",
     "caem_tasks",
     "tradeoffs_routers",
     "task_vector_similarity",
@@ -78,7 +80,20 @@ def everything(here, sources, monkeypatch):
     return here
 
 
-def test_every_configuration_runs(everything):
+@pytest.fixture
+def everything_upcycled(everything):
+    """What the configurations in docs/upcycling.md name besides."""
+    for seed, name in enumerate(("gpt2", "gpt2-math", "gpt2-code")):
+        make_model(everything / name, seed, family="gpt2")
+    for seed, name in enumerate(("math-lora", "code-lora")):
+        base = AutoModelForCausalLM.from_pretrained(everything / "base")
+        save_lora(everything / name, seed, base, target_modules=["up_proj"])
+    make_moe(everything / "moe", "mixtral")
+    return everything
+
+
+def test_every_configuration_runs(everything_upcycled):
+    everything = everything_upcycled
     # What has no method is a file of tasks, or in the form of mergekit-moe.
     assert len(configurations()) >= 4
     for name, text in configurations().items():
@@ -508,6 +523,86 @@ def test_wemoe_s_experiment_on_texts_runs_and_goes_on(on_texts, tiny_experts, mo
     )
     other = CliRunner().invoke(on_texts.main, [*command, "--steps", "2"])
     assert other.exit_code == 1 and "name another file" in other.output
+
+
+@pytest.fixture
+def grown(sequence, tiny_experts, here, monkeypatch):
+    """The experiment with a fourth domain, with a tiny model on made-up texts."""
+    import grown_mixture
+    from real_data import Domain
+
+    documents = [row["text"] for row in words(1, 100)]
+    texts = dict.fromkeys(grown_mixture.NAMES, Domain(documents, documents[50:]))
+    monkeypatch.setenv("MERGEKIT_MOE_EXT_CACHE", str(here / "cache"))
+    monkeypatch.setattr(grown_mixture, "BLOCK", 40)
+    monkeypatch.setattr(grown_mixture, "smollm2", lambda: tiny_experts["base"])
+    monkeypatch.setattr(grown_mixture, "domains", lambda names: texts)
+    monkeypatch.setattr(grown_mixture, "run_mergekit", sequence.run_mergekit)
+    yield grown_mixture
+    sys.modules.pop("grown_mixture", None)
+
+
+def test_the_experiment_with_a_fourth_domain_runs_and_goes_on(grown, tiny_experts, monkeypatch):
+    result = CliRunner().invoke(grown.main, ["--output", "out", "--quick"])
+    assert result.exit_code == 0, result.output
+    losses = json.loads(Path("out/losses.json").read_text())["losses"]
+    assert len(losses) == 8
+
+    # By hand: the fine-tune's loss, and what a growing and a training may change.
+    (lora,) = Path("cache").glob("grown-*/news")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_experts["base"])
+    ids = grown.blocks(tokenizer, grown.domains([])["news"].held_out, 1, 40)
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_experts["base"]), lora
+    ).eval()
+    scores = tuned(ids).logits[0, :-1].log_softmax(-1)
+    by_hand = -scores.gather(-1, ids[0, 1:, None]).mean().item()
+    assert losses["fine-tuned on news"]["news"] == pytest.approx(by_hand, abs=1e-5)
+    before = read_tensors(Path("out/mixture-trained"))
+    for start in ("mean", "prompts"):
+        after = read_tensors(Path(f"out/grown-{start}-trained"))
+        assert all("experts.3." in name for name in after.keys() - before.keys())
+        for name, tensor in before.items():
+            assert torch.equal(after[name][: len(tensor)], tensor), name
+
+    # The same command measures nothing again.
+    monkeypatch.delattr(grown, "losses_of")
+    again = CliRunner().invoke(grown.main, ["--output", "out", "--quick"])
+    assert again.exit_code == 0 and again.stdout == result.stdout, again.output
+    result = CliRunner().invoke(grown.main, ["--output", "out"])
+    assert result.exit_code == 1 and "name another directory" in result.output
+
+
+@pytest.fixture
+def gates(mergeme, monkeypatch):
+    """The experiment with generic mixtures, on made-up texts."""
+    import upcycled_gates
+    from real_data import Domain
+
+    texts = {}
+    for seed, name in enumerate(upcycled_gates.DOMAINS):
+        documents = [row["text"] for row in words(seed, 120)]
+        texts[name] = Domain(documents, documents[60:])
+    monkeypatch.setattr(upcycled_gates, "TOKENS", 300)
+    monkeypatch.setattr(upcycled_gates, "domains", lambda names: texts)
+    yield upcycled_gates
+    for name in ("upcycled_gates", "mergeme_tokenizers"):
+        sys.modules.pop(name, None)
+
+
+def test_the_experiment_with_generic_mixtures_runs(gates, here):
+    command = ["-o", "gates.json", "--steps", "8", "--gate-steps", "2", "--seeds", "2"]
+    result = CliRunner().invoke(gates.main, command)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(Path("gates.json").read_text())
+    before, after = rows["mixture, random gates"], rows["mixture, trained gates"]
+    assert len(before) == len(after) == 2
+    assert before[0] != after[0] != after[1]
+    for losses in rows["mixture, gates of zero"]:  # of nearly untrained models
+        assert all(abs(losses[name] - rows["base"][0][name]) < 0.1 for name in losses)
+    bible = statistics.mean(losses["bible"] for losses in after)
+    last = result.stdout.rstrip().splitlines()[-1].split()
+    assert last[:4] == ["mixture,", "trained", "gates", f"{bible:.3f}"]
 
 
 @pytest.fixture

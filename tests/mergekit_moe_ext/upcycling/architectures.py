@@ -1,9 +1,9 @@
-"""Every causal, encoder-decoder and vision architecture of the installed transformers, at tiny
-size: what `merge_method: moe` makes of it.
+"""Every causal, encoder-decoder, vision and image-text architecture of the installed transformers,
+at tiny size: what `merge_method: moe` makes of it, and whether `caem` takes it if it is a mixture.
 
-    python -m tests.mergekit_moe_ext.upcycling.architectures docs/upcycling.md
+    python -m tests.mergekit_moe_ext.upcycling.architectures docs/upcycling.md docs/caem.md
 
-tries all of them and writes the table into that page (`make architectures`).
+tries all of them and writes the tables into these pages (`make architectures`).
 """
 
 import copy
@@ -22,20 +22,24 @@ from transformers.models.auto import modeling_auto
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import hub_state
+from mergekit_moe_ext.merging.wrappers import language_config
+from mergekit_moe_ext.mixtures.experts import experts_per_token, moe_layers
 from mergekit_moe_ext.modeling.modeling_upcycled_moe import TokenRouter, model_class
-from mergekit_moe_ext.upcycling.families import upcycling_for
 from mergekit_moe_ext.upcycling.generic import read_dense, upcycled_config
+from mergekit_moe_ext.upcycling.wrapped import family_of_all
 
 KINDS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "encoder-decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "vision": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "image-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
 # By outcome, the heading of its column in the table.
 HEADINGS = {
     "exact": "becomes the stock mixture",
     "generic": "becomes a generic mixture",
     "refused": "is refused, because",
+    "merged": "can be merged",
     "untried": "was not tried, because",
 }
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
@@ -71,6 +75,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "donut-swin": {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
     "codegen": {"rotary_dim": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "gptj": {"rotary_dim": 4},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -84,8 +89,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
 class Result:
     """What became of one architecture.
 
-    outcome: exact, generic or refused; or untried where no tiny model could be built.
-    detail: the stock mixture, what is routed, or the reason.
+    outcome: exact, generic or refused by `moe`, merged or refused by `caem`; or untried where no
+        tiny model could be built.
+    detail: the stock mixture, what is routed, or the reason; yes for what `caem` merges.
     """
 
     kind: str
@@ -129,7 +135,7 @@ def inputs_of(kind: str, config: Any) -> dict[str, torch.Tensor]:
         size = size if isinstance(size, int) else size[0]
         generator = torch.Generator().manual_seed(0)
         return {"pixel_values": torch.randn(2, channels, size, size, generator=generator)}
-    if kind == "encoder-decoder" and config.is_encoder_decoder:
+    if config.is_encoder_decoder and kind != "causal":
         return {"input_ids": ids, "decoder_input_ids": ids[:, :4]}
     return {"input_ids": ids}
 
@@ -184,9 +190,13 @@ def tried(kind: str, model_type: str, architecture: str) -> Result:
         line = lines[0] if isinstance(error, ImportError) else lines[-1]
         return result("untried", line.strip()[:120])
     try:
-        return result("exact", upcycling_for({"it": copy.deepcopy(config)}).moe)  # type: ignore[dict-item]
+        family = family_of_all({"it": copy.deepcopy(config)})  # type: ignore[dict-item]
     except UserError:
         pass
+    else:
+        inner = language_config(family.output_config(config, 4, family.experts_per_token or 2))
+        detail = inner.architectures[0]
+        return result("exact", detail if detail == family.moe else f"itself around a {detail}")
     try:
         ffns = read_dense(config).ffns
         hub_state(upcycled_config(config, ffns, 4, 2))
@@ -196,6 +206,18 @@ def tried(kind: str, model_type: str, architecture: str) -> Result:
     return result("generic", "both stacks are routed" if is_pair else "every FFN is routed")
 
 
+def tried_in_caem(kind: str, model_type: str, architecture: str) -> Result:
+    """What `caem` makes of a mixture."""
+    config = tiny_config(CONFIG_MAPPING[model_type])
+    config.architectures = [architecture]
+    try:
+        moe_layers(config)
+        experts_per_token(config)
+    except UserError as error:
+        return Result(kind, model_type, architecture, "refused", error.message)
+    return Result(kind, model_type, architecture, "merged", "yes")
+
+
 def is_comparable(config: Any) -> bool:
     """Whether the tiny model is tiny in all of its parts, so that it can be run."""
     with torch.device("meta"):
@@ -203,17 +225,30 @@ def is_comparable(config: Any) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) < MOST_PARAMETERS
 
 
-def table(results: list[Result]) -> str:
-    """Markdown: the counts, then what became of all architectures."""
+def summary(results: list[Result]) -> str:
+    """The numbers of architectures by what `moe` makes of them."""
     counts = Counter(result.outcome for result in results)
-    lines = [
+    return (
         f"Tried with transformers {transformers.__version__}: {len(results)} architectures, of "
         f"which {counts['exact']} become a stock mixture, {counts['generic']} a generic one, "
         f"{counts['refused']} are refused, and of {counts['untried']} no tiny model could be "
-        "built here.",
-    ]
+        "built here."
+    )
+
+
+def summary_of_caem(results: list[Result]) -> str:
+    """The numbers of mixtures by what `caem` makes of them."""
+    counts = Counter(result.outcome for result in results)
+    return (
+        f"Tried with transformers {transformers.__version__}: {len(results)} mixtures, of which "
+        f"{counts['merged']} can be merged and {counts['refused']} are refused."
+    )
+
+
+def tables(results: list[Result]) -> str:
+    """Markdown: by outcome, what became of all architectures."""
+    lines = []
     for outcome, heading in HEADINGS.items():
-        lines += ["", f"| kind | {heading} | model types |", "|---|---|---|"]
         rows: dict[tuple[str, str], list[str]] = {}
         for result in results:
             if result.outcome == outcome:
@@ -222,6 +257,8 @@ def table(results: list[Result]) -> str:
                 detail = detail.replace(name, "it")
                 row = rows.setdefault((result.kind, detail.replace("|", "/")), [])
                 row.append(f"`{result.model_type}`")
+        if rows:
+            lines += ["", f"| kind | {heading} | model types |", "|---|---|---|"]
         for (kind, detail), names in rows.items():
             lines.append(f"| {kind} | {detail} | {', '.join(dict.fromkeys(names))} |")
     return "\n".join(lines)
@@ -242,16 +279,26 @@ def rows_of(page: str) -> dict[str, set[tuple[str, str]]]:
     return rows
 
 
-def main(path: Path) -> None:
-    results = []
-    for each in architectures():
-        results.append(tried(*each))
-        print(results[-1], flush=True)
+def write(path: Path, text: str) -> None:
+    """Write a text between the marks in a page, in the place of an earlier one."""
     page = path.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def main(upcycling: Path, caem: Path) -> None:
+    results = []
+    mixtures = []
+    for each in architectures():
+        result = tried(*each)
+        print(result, flush=True)
+        results.append(result)
+        if "is a mixture of experts already" in result.detail:
+            mixtures.append(tried_in_caem(*each))
+    write(upcycling, f"{summary(results)}\n{tables(results)}")
+    write(caem, f"{summary_of_caem(mixtures)}\n{tables(mixtures)}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
