@@ -49,7 +49,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for uri, text in pages.items():
         files.append(File.generated(config, uri, content=text))
     for path in _example_files():
-        text = f"# {path.name}\n\n```{LANGUAGES[path.suffix]}\n{path.read_text()}```\n"
+        # A search for a word shall find the guides.
+        text = "---\nsearch: {exclude: true}\n---\n\n"
+        text += f"# {path.name}\n\n```{LANGUAGES[path.suffix]}\n{path.read_text()}```\n"
         uri = f"examples/{path.name}.md"
         page = File.generated(config, uri, content=text, inclusion=InclusionLevel.NOT_IN_NAV)
         files.append(page)
@@ -161,10 +163,11 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text as one cell: a bar would end it, and `<` begin a tag outside of code."""
-    parts = text.replace("|", "\\|").split("`")
-    # Brackets would be a link.
-    parts[::2] = [part.replace("<", "&lt;").replace("[", "\\[") for part in parts[::2]]
+    """A text as one cell. Outside of code, bars, brackets and `<` would have a meaning."""
+    parts = text.split("`")
+    for index in range(0, len(parts), 2):
+        words = parts[index].replace("|", "\\|").replace("[", "\\[")
+        parts[index] = words.replace("<", "&lt;")
     return " ".join("`".join(parts).split())
 
 
