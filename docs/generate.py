@@ -6,8 +6,9 @@ its text, and links to these files lead there.
 """
 
 import importlib
+import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _rows(parameters: Sequence[Parameter]) -> Iterator[tuple[str, ...]]:
 
 
 def command_page(name: str, group: click.Group) -> str:
-    """A section per subcommand: how it is called, what it does, and a table of its options."""
+    """A section per subcommand: how it is called, what it does, and its options."""
     parts = [f"# {name}", group.get_short_help_str(200)]
     for path, command in _commands(group, (name,)):
         # Some commands are built when they are used: the context has the one that was built.
@@ -113,13 +114,10 @@ def command_page(name: str, group: click.Group) -> str:
         parts.append(f"## {' '.join(path[1:])}")
         parts.append(f"```\n{' '.join(path)} {arguments}\n```")
         parts.append(_paragraphs(context.command.help or ""))
-        records = []
         for parameter in context.command.get_params(context):
-            record = parameter.get_help_record(context)
-            if record is not None:
-                flags, meaning = record
-                records.append((f"`{flags}`", meaning))
-        parts.append(_table(("option", "meaning"), records))
+            flags, meaning = parameter.get_help_record(context) or ("", "")
+            if meaning:  # an argument has none: the text above names it
+                parts.append(f"`{flags}`\n:   {_cell(meaning)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -152,7 +150,7 @@ def python_page() -> str:
 # Markdown
 
 
-def _table(head: Sequence[str], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [_line(head), _line(["---"] * len(head))]
     lines += [_line([_cell(cell) for cell in row]) for row in rows]
     return "\n".join(lines)
@@ -172,8 +170,8 @@ def _cell(text: str) -> str:
 
 
 def _paragraphs(text: str) -> str:
-    """A help text without the marks by which click wraps it."""
-    return text.replace("\b\n", "").replace("<", "&lt;").strip()
+    """A help text without its indent and the marks by which click wraps it."""
+    return inspect.cleandoc(text).replace("\b\n", "").replace("<", "&lt;")
 
 
 def _sentence(text: str) -> str:

@@ -55,10 +55,6 @@ def test_the_reference_has_every_option():
         assert options <= set(re.findall(r"^\| `(\w+)` \|", section, re.M))
     commands = generate.command_page("mergekit-moe-ext", generate.mergekit_moe_ext_command)
     assert "## add-expert" in commands and "`--margin" in commands
-    # A cell has no bar that would end it, outside of code.
-    for line in commands.splitlines():
-        if line.startswith("| "):
-            assert len(re.findall(r"(?<!\\)\|", re.sub("`.*?`", "", line))) == 3, line
     routed = generate.command_page("peft-route", generate.peft_route_command)
     assert "## library add" in routed and "`--top-k" in routed
 
