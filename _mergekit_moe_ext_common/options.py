@@ -208,6 +208,12 @@ def counting_options(data: str, output: str, plot: str) -> Decorator:
         click.option("-o", "--output", type=_NEW_FILE, help=output),
         click.option("--plot", type=_NEW_FILE, help=plot),
         click.option(
+            "--html",
+            type=_NEW_FILE,
+            help="Page to write, which shows the expert of each token, layer by layer: *.html. It "
+            "needs no network.",
+        ),
+        click.option(
             "--max-samples",
             type=click.IntRange(min=1),
             help="Number of rows of each source that are read, from the first. [default: all]",

@@ -218,6 +218,7 @@ def usage(
     data: tuple[str, ...],
     output: Path | None,
     plot: Path | None,
+    html: Path | None,
     max_samples: int | None,
     batch_size: int,
     count: Any,
@@ -246,6 +247,7 @@ def usage(
         count=count,
         batch_size=batch_size,
         device=device,
+        html=html,
     )
     if counted is None:  # not the main process
         return

@@ -310,6 +310,7 @@ def count_usage(
     count: Counted = "chosen",
     batch_size: int = 8,
     device: str = "auto",
+    html: str | Path | None = None,
 ) -> "Usage | None":
     """Count how often each expert of a mixture is chosen on texts, per source.
 
@@ -324,6 +325,8 @@ def count_usage(
             is counted either way.
         batch_size: the number of rows at a time.
         device: `cpu`, `cuda`, `cuda:1` …; `auto` spreads the model over all GPUs.
+        html: a page that shows the expert of each token, and needs no network. Of several
+            processes, it shows texts of the main one.
 
     Returns the usage, whose `write` makes the file that `caem` reads; None in all but the main
     process. Where there are several processes, their process group is destroyed afterwards.
@@ -335,14 +338,21 @@ def count_usage(
     ['news']
     """
     from _mergekit_moe_ext_common.loading import check_device
+    from _mergekit_moe_ext_common.token_page import ShownTexts, check_new_page
     from mergekit_moe_ext.mixtures import usage
 
     check_device(device)
+    if html:
+        check_new_page(Path(html))
     reading = reading or Reading()
     texts = usage.read_texts(model, data, reading, max_samples)
-    return usage.count_usage(
-        model, texts, reading, count=count, batch_size=batch_size, device=device
+    shown = ShownTexts(texts.tokenizer) if html else None
+    counted = usage.count_usage(
+        model, texts, reading, count=count, batch_size=batch_size, device=device, shown=shown
     )
+    if counted and shown and html:
+        usage.write_usage_page(counted, shown, Path(html))
+    return counted
 
 
 def train(

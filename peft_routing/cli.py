@@ -329,6 +329,7 @@ def inspect(
     base: str | None,
     output: Path | None,
     plot: Path | None,
+    html: Path | None,
     max_samples: int | None,
     batch_size: int,
     reading: Reading,
@@ -347,6 +348,7 @@ def inspect(
         base=base,
         max_samples=max_samples,
         batch_size=batch_size,
+        html=html,
     )
     from peft_routing import inspection
 

@@ -340,6 +340,7 @@ def inspect(
     base: str | None = None,
     max_samples: int | None = None,
     batch_size: int = 8,
+    html: str | Path | None = None,
 ) -> "Inspection":
     """Run texts through a routed adapter and say who is chosen where.
 
@@ -350,6 +351,7 @@ def inspect(
         base: the base model, where it is not the one that the adapter names.
         max_samples: the first so many rows of each source; all if None.
         batch_size: rows at a time.
+        html: a page that shows the expert of each token, and needs no network.
 
     Returns the mean coefficient of each expert, per task and module.
 
@@ -359,8 +361,11 @@ def inspect(
     >>> inspection.experts, list(inspection.tasks)
     (['math', 'code'], ['math'])
     """
+    from _mergekit_moe_ext_common.token_page import check_new_page
     from peft_routing.inspection import inspect_adapter
 
+    if html:
+        check_new_page(Path(html))
     return inspect_adapter(
         adapter,
         data,
@@ -368,6 +373,7 @@ def inspect(
         base=base,
         max_samples=max_samples,
         batch_size=batch_size,
+        html=Path(html) if html else None,
     )
 
 

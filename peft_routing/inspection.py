@@ -32,6 +32,7 @@ from _mergekit_moe_ext_common.loading import (
 )
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.staging import new_file
+from _mergekit_moe_ext_common.token_page import ShownTexts, write_page
 from peft_routing.layer import Experts
 from peft_routing.loading import base_of, check_routed, load_adapter_config, load_routed
 
@@ -64,8 +65,10 @@ def inspect_adapter(
     base: str | None = None,
     max_samples: int | None = None,
     batch_size: int = 8,
+    html: Path | None = None,
 ) -> Inspection:
-    """The mean coefficients of a routed adapter on the texts of each source.
+    """The mean coefficients of a routed adapter on the texts of each source; `html` is a page to
+    write, which shows the texts.
 
     `UserError` for what cannot be read.
     """
@@ -91,27 +94,44 @@ def inspect_adapter(
     pad_token_id = padding_token(tokenizer, vocabulary_of(base_config))
     any_head = {"task": config.names[0]} if config.head == "own" else {}
     tasks = {}
+    shown = ShownTexts(tokenizer)
     for name, rows in texts.items():
         batches = DataLoader(rows, batch_size, collate_fn=lambda rows: collate(rows, pad_token_id))
         with _recorded(model) as means:
             for batch in tqdm(batches, desc=name, disable=reading.quiet):
                 inputs = {key: value.to(device) for key, value in batch.items()}
+                means.of_tokens = {"inputs": {}, "targets": {}} if html else None
                 means.real = real_tokens(inputs)
+                ids = {"inputs": inputs["input_ids"], "targets": inputs.get("labels")}
                 if "labels" in inputs:
                     labels = inputs.pop("labels")
                     inputs["decoder_input_ids"] = decoder_inputs(model.get_base_model(), labels)
+                    means.has_targets = True
                 with torch.no_grad():
                     model(**inputs, **any_head, use_cache=False)
+                for kind, layers in (means.of_tokens or {}).items():
+                    if layers:
+                        stack = kind if ids["targets"] is not None else ""
+                        shown.add(name, stack, ids[kind], getattr(means.real, kind), layers)
         tasks[name] = means.result()
-    return Inspection(str(adapter), config.router, config.names, tasks)
+    inspected = Inspection(str(adapter), config.router, config.names, tasks)
+    if html:
+        title = f"{Path(adapter).name}: {config.router}"
+        write_page(html, title, config.names, shown, tasks, "Mean coefficient of each module")
+    return inspected
 
 
 class _Means:
     """Mean coefficients over the tokens that are not padding, module by module."""
 
     real: RealTokens  # of the batch that runs next
+    # Of that batch, the coefficients (batch, length, experts) of each module for inputs and for
+    # targets; None where nobody looks at tokens.
+    of_tokens: dict[str, dict[str, Tensor]] | None
+    has_targets = False  # whether the model reads targets beside its inputs
 
     def __init__(self) -> None:
+        self.of_tokens = None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -122,6 +142,9 @@ class _Means:
         real = self.real.targets if reads_targets else self.real.inputs
         # Where a module's input has lost the batch dimension, nobody knows which row is padding.
         if real.shape == x.shape[:-1]:
+            if self.of_tokens is not None:
+                of_targets = reads_targets and self.has_targets
+                self.of_tokens["targets" if of_targets else "inputs"][module] = coefficients
             coefficients = coefficients[real]
         coefficients = coefficients.flatten(0, -2).double()
         self._sums[module] = self._sums.get(module, 0) + coefficients.sum(dim=0).cpu()

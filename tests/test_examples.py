@@ -119,6 +119,59 @@ def test_the_readme_s_commands_run(everything):
     ).exists()
 
 
+def test_the_first_mixture_is_made_trained_and_generates(everything, capsys):
+    """The short example, and the walk on the site, which does the same in the shell."""
+    exec((ROOT / "examples" / "first_mixture.py").read_text(), {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip()
+    assert (everything / "mixture-trained" / "model.safetensors").exists()
+    page = (ROOT / "docs" / "get_started.md").read_text()
+    (configuration,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (everything / "config.yml").write_text(configuration)
+    commands = re.findall(r"^(mergekit-\S+) (.*)$", page, flags=re.MULTILINE)
+    assert [command.split()[0] for _, command in commands] == [
+        "doctor",
+        "plan",
+        "config.yml",
+        "train",
+        "usage",
+    ]
+    for program, command in commands:
+        words_of_command = command.split()
+        if "doctor" in words_of_command:  # tested by itself
+            continue
+        if program == "mergekit-yaml":
+            words_of_command = ["yaml", *words_of_command]
+        result = CliRunner().invoke(main, words_of_command)
+        assert result.exit_code == 0, (command, result.output)
+    assert (everything / "out-trained" / "model.safetensors").exists()
+
+
+def test_the_first_routed_adapter_is_made_and_generates(here):
+    """Likewise, for adapters."""
+    make_base().save_pretrained(here / "a-base")
+    save_tokenizer(here / "a-base", 96)
+    (here / "base").unlink()
+    (here / "a-base").rename(here / "base")
+    for seed, task in enumerate(("math", "code")):
+        save_lora(here / f"{task}-lora", seed)
+        write(here / f"{task}.jsonl", words(seed, 40))
+    exec((ROOT / "examples" / "first_routed_adapter.py").read_text(), {"__name__": "__main__"})
+    shutil.rmtree(here / "routed")
+    page = (ROOT / "docs" / "get_started.md").read_text()
+    commands = re.findall(r"^peft-route (.*)$", page, flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == [
+        "compose",
+        "inspect",
+        "compose",
+        "train",
+    ]
+    for command in commands:
+        more = ["--held-out", "4", "--num-train-epochs", "1"] if command.startswith("train") else []
+        result = CliRunner().invoke(route, [*command.split(), *more])
+        assert result.exit_code == 0, (command, result.output)
+    assert (here / "learned-trained" / "adapter_model.safetensors").exists()
+
+
 def test_the_readme_s_routed_adapters_run(here):
     make_base().save_pretrained(here / "a-base")
     save_tokenizer(here / "a-base", 96)
