@@ -23,7 +23,7 @@ import click
 import torch
 from mergeme_homogeneous import run_mergekit
 from real_data import cache_dir, domains, smollm2, written_at_once
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import (
@@ -40,6 +40,8 @@ OPTIONS = ("share", "mean", "unavailable")
 KINDS = ("sentencepiece", "wordpiece", "byte-level")
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TOKENS = 4000
+# A word or other signs, with a space before them, or a digit, or a line's end.
+LLAMA_PARTS = r" ?\p{L}+| ?[^\s\p{L}\p{N}]+|\p{N}|\s"
 PROMPT = 80  # characters of the first text
 WRITTEN = 32  # tokens
 BLOCK = 128
@@ -63,16 +65,10 @@ def train_tokenizer(
         raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         raw.pre_tokenizer = pre_tokenizers.Metaspace()
         if kind == "llama":
-            # The others have to see spaces, and only the first of the parts that they make is the
-            # beginning of the text.
-            raw.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split("\n", "isolated"),
-                    pre_tokenizers.Digits(individual_digits=True),
-                    pre_tokenizers.UnicodeScripts(),
-                    pre_tokenizers.Metaspace(prepend_scheme="first"),
-                ]
-            )
+            # Only the first of the parts that are split off is the beginning of the text.
+            split = pre_tokenizers.Split(Regex(LLAMA_PARTS), "isolated")
+            first = pre_tokenizers.Metaspace(prepend_scheme="first")
+            raw.pre_tokenizer = pre_tokenizers.Sequence([split, first])
         spaces = decoders.Replace("▁", " ")
         raw.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
         every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
