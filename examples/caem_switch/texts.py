@@ -1,7 +1,7 @@
 """Three tasks of the paper's three kinds, made of real texts, and texts to pretrain on.
 
     news        classification: the topic of an article, of five
-    dictionary  extraction: the name, the field or the first reference in an entry
+    dictionary  extraction: the field that an entry is of, a part of its text
     code        generation: the first line of a function's docstring, from the rest of it
 
 A row has an `input`, which begins with the prompt of its task as in the paper (A.1), and a
@@ -52,20 +52,11 @@ def news_rows(name: str, article: str) -> Iterator[Row]:
 
 
 def dictionary_rows(name: str, entry: str) -> Iterator[Row]:
-    """The name of an entry, its field in angle brackets and the first reference in braces, each
-    asked for if it is there. All three are letters of the context.
-    """
+    """An entry and its field, which stands in angle brackets; nothing of an entry without one."""
     context = _beginning(entry)
-    headword = _beginning(entry.splitlines()[0])
     field = re.search(r"<([^<>]+)>", context)
-    reference = re.search(r"\{([^{}]+)\}", context)
-    answers = {"name": headword}
     if field:
-        answers["field"] = field[1]
-    if reference:
-        answers["reference"] = reference[1]
-    for question, answer in answers.items():
-        yield {"input": f"Question: {question} Context: {context}", "target": answer}
+        yield {"input": f"Question: field? Context: {context}", "target": field[1]}
 
 
 def code_rows(name: str, source: str) -> Iterator[Row]:
