@@ -14,6 +14,10 @@ _TOWER = (
 _WITH_HEAD = (
     'AutoModelForCausalLM.from_pretrained("{path}").save_pretrained("model") saves it with its head'
 )
+_TRUNK = (
+    'AutoModel.from_pretrained("{path}").save_pretrained("trunk") saves {path} without its head, '
+    "as others here are"
+)
 _DECODER = (
     "`merge_method: seq_moe` takes nearly every decoder (whole models, routed per text), and "
     "`merge_method: wemoe` fine-tunes of one base (task vectors, weighed by routers)"
@@ -30,13 +34,30 @@ def what_would_work(configs: Mapping[ModelReference, PretrainedConfig]) -> str:
         return "`merge_method: caem` merges models that are mixtures already"
     if architecture == "CLIPModel":
         return _TOWER.format(path=path)
+    if len({each.model_type for each in configs.values()}) == 1 and is_decoder:
+        with_head = [other for other, each in configs.items() if _has_head(each)]
+        trunks = [other for other, each in configs.items() if _is_trunk(each)]
+        if with_head and trunks and len(with_head) + len(trunks) == len(configs):
+            return _TRUNK.format(path=with_head[0].model.path)
     if len({each.model_type for each in configs.values()}) > 1 and is_decoder:
         return "`merge_method: hetero_moe` takes decoders of several architectures"
-    if is_decoder and architecture.endswith(("CausalLM", "LMHeadModel")):
+    if is_decoder and _has_head(config):
         return _DECODER
-    if is_decoder and architecture.endswith("Model"):
+    if is_decoder and _is_trunk(config):
         return _WITH_HEAD.format(path=path)
     return (
         "`merge_method: wemoe` takes fine-tunes of one base of nearly any class (task vectors, "
         "weighed by routers)"
     )
+
+
+def _has_head(config: PretrainedConfig) -> bool:
+    """Whether the config is of a decoder with its head, by the name of its class."""
+    architecture = (config.architectures or [""])[0]
+    return architecture.endswith(("CausalLM", "LMHeadModel"))
+
+
+def _is_trunk(config: PretrainedConfig) -> bool:
+    """Whether the config is of a decoder without a head, by the name of its class."""
+    architecture = (config.architectures or [""])[0]
+    return architecture.endswith("Model") and not _has_head(config)

@@ -5,11 +5,12 @@ equation.
 import dataclasses
 import json
 import os
+import re
 
 import click
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mergekit_moe_ext.mixtures.routers import routers_of
 from mergekit_moe_ext.upcycling import families
@@ -417,6 +418,16 @@ def test_a_refusal_names_what_would_work(tmp_path, monkeypatch, config, way_on):
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(click.ClickException, match=way_on):
         merge(document("moe", ["base"] * 2, base=None, parameters={"architecture": "stock"}))
+
+
+def test_the_line_for_a_model_with_a_head_among_trunks_makes_one_of_it(here):
+    AutoModel.from_pretrained("math").save_pretrained("math-trunk")
+    with pytest.raises(click.ClickException) as refusal:
+        merge(document("moe", ["code", "math-trunk"], base=None))
+    line = re.search(r"AutoModel\.\S*code\S*", refusal.value.message).group()
+    exec(line, {"AutoModel": AutoModel})
+    out = merge(document("moe", ["trunk", "math-trunk"], base=None))
+    assert AutoConfig.from_pretrained(out).architectures == ["UpcycledMoeLlamaModel"]
 
 
 def test_a_family_from_outside_takes_the_place_of_ours(monkeypatch):
