@@ -17,10 +17,13 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from _mergekit_moe_ext_common.token_page import ALL_LAYERS, check_new_page, pieces
+from mergekit_moe_ext import Reading, count_usage
 from mergekit_moe_ext.cli import main
+from mergekit_moe_ext.mixtures.routers import PER_SEQUENCE
 from peft_routing import RoutedLoraConfig
 from peft_routing.cli import main as route
-from tests.mergekit_moe_ext.mixtures.test_usage import make_moe, words, write
+from tests.conftest import NAMES, document, make_model, merge
+from tests.mergekit_moe_ext.mixtures.test_usage import SWITCH, make_moe, words, write
 from tests.peft_routing.adapters import make_base, save_lora
 from tests.tokenizers import save_tokenizer
 
@@ -108,6 +111,52 @@ def test_usage_shows_the_expert_with_the_highest_weight(mixture):
     for name in ("math", "code"):
         for shares in data["shares"][name].values():
             assert sum(shares) == pytest.approx(1)
+
+
+def test_inputs_and_targets_of_an_encoder_decoder_are_shown_apart(tmp_path):
+    make_moe(tmp_path / "moe", "switch_transformers", **SWITCH)
+    rows = words(0, 3, ("input", "target"))
+    write(tmp_path / "data.jsonl", rows)
+    page = tmp_path / "page.html"
+    count_usage(
+        str(tmp_path / "moe"),
+        [f"news={tmp_path / 'data.jsonl'}"],
+        reading=Reading(quiet=True),
+        batch_size=2,
+        html=page,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moe")
+    usage = count_usage(
+        str(tmp_path / "moe"), [f"news={tmp_path / 'data.jsonl'}"], reading=Reading(quiet=True)
+    )
+    for stack, column in (("encoder", "input"), ("decoder", "target")):
+        texts = [text for text in read(page)["texts"] if text["stack"] == stack]
+        for row, text in zip(rows, texts, strict=True):
+            assert "".join(text["tokens"]) == tokenizer.decode(tokenizer(row[column])["input_ids"])
+        # One expert per token: the colours of all texts add up to the counts.
+        for index, layer in enumerate(texts[0]["layers"][1:], 1):
+            coloured = torch.cat([experts_of(text)[index] for text in texts])
+            counts = torch.bincount(coloured, minlength=4).tolist()
+            assert counts == usage.tasks["news"].layers[layer].counts
+
+
+def test_a_text_of_a_sequence_moe_has_one_colour(here):
+    for name in ("base", *NAMES):
+        make_model(here / f"a-{name}", len(name))
+        save_tokenizer(here / f"a-{name}", 96)
+    options = {"routing": "perplexity", "experts_per_sequence": 1, "embedding": "separate"}
+    models = [f"a-{name}" for name in NAMES]
+    merge(document("seq_moe", models, "./a-base", parameters=options), "moe")
+    write(here / "math.jsonl", words(0, 4))
+    usage = count_usage("moe", ["math.jsonl"], reading=Reading(quiet=True), html="page.html")
+    colours = []
+    for text in read(here / "page.html")["texts"]:
+        assert text["layers"] == [ALL_LAYERS, PER_SEQUENCE]
+        (expert,) = experts_of(text)[1].unique().tolist()
+        colours.append(expert)
+    (task,) = usage.tasks.values()
+    counts = torch.bincount(torch.tensor(colours), minlength=len(NAMES)).tolist()
+    assert counts == task.layers[PER_SEQUENCE].counts
 
 
 def test_inspect_shows_the_expert_with_the_highest_coefficient(tmp_path):
