@@ -30,6 +30,7 @@ from _mergekit_moe_ext_common.loading import (
     load_model,
     load_tokenizer,
     padding_token,
+    silence,
     vocabulary_of,
 )
 from _mergekit_moe_ext_common.options import Reading
@@ -169,6 +170,7 @@ def cka(
     >>> cka("merged", "baseline", ["news.jsonl"]).same_layers("decoder")
     """
     reading = reading or Reading(quiet=True)
+    silence(reading)
     paths = [str(model_a), str(model_b)]
     configs = [load_config(path, reading) for path in paths]
     is_pair = configs[0].is_encoder_decoder
