@@ -5,10 +5,10 @@ which is cheaper depends on how many tokens share a set of coefficients. Neither
 weight nor a whole sparse task vector is ever made dense: both are processed in tiles of rows.
 """
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from transformers import initialization
 from transformers.pytorch_utils import Conv1D
 
 from .wemoe_calls import OUTSIDE, Current
+
+_MEMORY = Path("/proc/meminfo")  # on Linux, lines of a name and kilobytes
 
 
 class Rule(NamedTuple):
@@ -418,10 +420,15 @@ def _has_room(size: int, device: torch.device) -> bool:
     """Whether so many bytes leave a quarter of the device's memory free."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-    elif device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        page = os.sysconf("SC_PAGE_SIZE")
-        free = os.sysconf("SC_AVPHYS_PAGES") * page
-        total = os.sysconf("SC_PHYS_PAGES") * page
+    elif device.type == "cpu" and _MEMORY.exists():
+        # What is free in the strict sense is little on a machine that has read many files, though
+        # all that holds them can be had.
+        amounts = {}
+        for line in _MEMORY.read_text().splitlines():
+            name, _, amount = line.partition(":")
+            amounts[name] = amount.split()
+        free = 1024 * int(amounts["MemAvailable"][0])
+        total = 1024 * int(amounts["MemTotal"][0])
     else:
         return False
     return free - size >= total / 4

@@ -439,9 +439,24 @@ def test_while_one_sequence_is_decoded_its_merged_weights_are_kept(monkeypatch):
     )
 
 
+@pytest.fixture
+def much_memory(monkeypatch, tmp_path):
+    """A machine with room for all that is worth keeping, whatever else runs on it."""
+    lines = "MemTotal: 24000000 kB\nMemFree: 1000 kB\nMemAvailable: 20000000 kB\n"
+    (tmp_path / "meminfo").write_text(lines)
+    monkeypatch.setattr(wemoe_products, "_MEMORY", tmp_path / "meminfo")
+
+
+def test_a_quarter_of_the_memory_stays_free(much_memory):
+    # 20 of 24 million kilobytes can be had, and 6 are to stay.
+    cpu = torch.device("cpu")
+    assert wemoe_products._has_room(14_000_000 * 1024, cpu)
+    assert not wemoe_products._has_room(14_000_001 * 1024, cpu)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @torch.no_grad()
-def test_so_are_those_of_a_batch_until_its_rows_change(family):
+def test_so_are_those_of_a_batch_until_its_rows_change(family, much_memory):
     model, batch = build(family), padded(inputs_of(family), "left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     samples = len(ids)
@@ -462,7 +477,7 @@ def test_so_are_those_of_a_batch_until_its_rows_change(family):
 
 
 @torch.no_grad()
-def test_a_step_of_a_batch_is_one_of_the_base():
+def test_a_step_of_a_batch_is_one_of_the_base(much_memory):
     """But for the bookkeeping of a pass, and a product with a weight per row in place of one."""
     model = build("llama")
     ids = inputs_of("llama", samples=3)["input_ids"]
