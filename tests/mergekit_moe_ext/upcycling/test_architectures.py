@@ -36,7 +36,7 @@ NOT_RUN = {
         "youtu": "its heads have sizes of their own",
     },
     "encoder-decoder": {"voxtral_realtime": "it needs sound"},
-    "vision": {},
+    "vision": {"shieldgemma2": "it needs text as well"},
     "image-text": {
         **dict.fromkeys(
             (
