@@ -169,7 +169,7 @@ def test_a_last_batch_too_small_for_the_unbiased_estimate_is_found_before_work(
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
         make_moe(tmp_path / name, "switch_transformers", **SWITCH)
-    rows = [{"input": "w1 w2 w3 w4", "target": "w5"}] * 3
+    rows = [{"input": "w1 w2 w3 w4", "target": "w5 w6 w7"}] * 3
     write(tmp_path / "news.jsonl", rows)
     monkeypatch.setattr(layer_similarity, "load_model", None)
     with pytest.raises(UserError, match=r"rows from 2 on are a batch of \d tokens"):
