@@ -8,7 +8,7 @@ its text, and links to these files lead there.
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def _example_files() -> list[Path]:
 
 
 def methods_page() -> str:
-    """A section per merge method, with a table of its options."""
+    """A section per merge method, with its options."""
     parts = [
         "# Merge methods",
         "Every option of every merge method of this package, made from the program. "
@@ -87,18 +87,15 @@ def methods_page() -> str:
     for method in METHODS:
         parts.append(f"## `{method.spec.name}`")
         parts.append(f"{_sentence(description_of(method))}")
-        parameters = options_of_method(method) + tensor_parameters_of(method)
-        if parameters:
-            parts.append(_table(("option", "type", "default", "meaning"), _rows(parameters)))
+        for parameter in options_of_method(method) + tensor_parameters_of(method):
+            parts.append(_parameter(parameter))
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(parameters: Sequence[Parameter]) -> Iterator[tuple[str, ...]]:
-    for parameter in parameters:
-        default = parameter.default.removeprefix("default ")
-        if parameter.per_model:
-            default += ", per model"
-        yield f"`{parameter.name}`", f"`{parameter.kind}`", default, parameter.meaning or ""
+def _parameter(parameter: Parameter) -> str:
+    default = f"{parameter.default}, per model" if parameter.per_model else parameter.default
+    term = f"`{parameter.name}` (`{parameter.kind}`, {default})"
+    return _definition(term, parameter.meaning) if parameter.meaning else term
 
 
 # Commands
@@ -117,7 +114,7 @@ def command_page(name: str, group: click.Group) -> str:
         for parameter in context.command.get_params(context):
             flags, meaning = parameter.get_help_record(context) or ("", "")
             if meaning:  # an argument has none: the text above names it
-                parts.append(f"`{flags}`\n:   {_cell(meaning)}")
+                parts.append(_definition(f"`{flags}`", meaning))
     return "\n\n".join(parts) + "\n"
 
 
@@ -150,23 +147,12 @@ def python_page() -> str:
 # Markdown
 
 
-def _table(head: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [_line(head), _line(["---"] * len(head))]
-    lines += [_line([_cell(cell) for cell in row]) for row in rows]
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(text: str) -> str:
-    """A text as one cell. Outside of code, bars, brackets and `<` would have a meaning."""
-    parts = text.split("`")
+def _definition(term: str, meaning: str) -> str:
+    """An entry of a list of definitions. Outside of code, brackets and `<` would have a meaning."""
+    parts = meaning.split("`")
     for index in range(0, len(parts), 2):
-        words = parts[index].replace("|", "\\|").replace("[", "\\[")
-        parts[index] = words.replace("<", "&lt;")
-    return " ".join("`".join(parts).split())
+        parts[index] = parts[index].replace("[", "\\[").replace("<", "&lt;")
+    return f"{term}\n:   {' '.join('`'.join(parts).split())}"
 
 
 def _paragraphs(text: str) -> str:

@@ -52,7 +52,7 @@ def test_the_reference_has_every_option():
         options = {parameter.name for parameter in method.spec.parameters}
         if hasattr(method, "options_type"):
             options = set(method.options_type.model_fields)
-        assert options <= set(re.findall(r"^\| `(\w+)` \|", section, re.M))
+        assert options <= set(re.findall(r"^`(\w+)` \(`", section, re.M))
     commands = generate.command_page("mergekit-moe-ext", generate.mergekit_moe_ext_command)
     assert "## add-expert" in commands and "`--margin" in commands
     routed = generate.command_page("peft-route", generate.peft_route_command)
