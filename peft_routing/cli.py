@@ -46,6 +46,12 @@ _ROUTING = (
     "init_lambda",
     "head",
 )
+_CLUSTERS_FROM = click.option(
+    "--clusters-from",
+    metavar="FILE",
+    help="File of `peft-route library cluster`: the cluster of each expert, for the router "
+    "hierarchical.",
+)
 _BASE = click.option("--base", help="Base model. [default: the one that the adapter names]")
 
 
@@ -153,12 +159,7 @@ def _compose_command() -> click.Command:
             metavar="NAME=ID",
             help="Cluster of an expert, for the router hierarchical.",
         ),
-        click.option(
-            "--clusters-from",
-            metavar="FILE",
-            help="File of `peft-route library cluster`: the cluster of each expert, for the router "
-            "hierarchical.",
-        ),
+        _CLUSTERS_FROM,
         click.option(
             "--router-option",
             "router_options",
@@ -422,7 +423,27 @@ def export(
     "strategies",
     multiple=True,
     metavar="NAME",
-    help="Fusion to compare, beside the base model. May be repeated. [default: all]",
+    help="Fusion to compare, beside the base model. May be repeated. [default: all that need no "
+    "training]",
+)
+@click.option(
+    "--trained",
+    is_flag=True,
+    help="Compare routers, too, that are trained first, on the train texts of all tasks: global, "
+    "layer, linear, linear_arrow and, with --clusters-from, hierarchical. Each takes a training "
+    "per learning rate. --strategy names single ones.",
+)
+@_CLUSTERS_FROM
+@fields_as_options(Recipe, ("num_train_epochs", "max_steps"))
+@click.option(
+    "--learning-rate",
+    "learning_rates",
+    type=click.FloatRange(min=0, min_open=True),
+    multiple=True,
+    default=LEARNING_RATES,
+    show_default=True,
+    help="Learning rate of the routers' AdamW. May be repeated: the one with the lowest loss on "
+    "validation is kept. (The default is the paper's three.)",
 )
 @click.option("-o", "--output", type=click.Path(), required=True, help="Directory of the report.")
 @click.option(
@@ -451,14 +472,15 @@ def export(
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Number of rows at a time.",
+    help="Number of rows at a time, in training, too.",
 )
 @click.option(
     "--seed",
     type=int,
     default=42,
     show_default=True,
-    help="Seed of the split of a task that has one source, and of what a DARE merge drops.",
+    help="Seed of the split of a task that has one source, of what a DARE merge drops, and of the "
+    "order of the rows in training.",
 )
 @options_of(Reading, "reading")
 def compare(
@@ -470,6 +492,11 @@ def compare(
     tasks: tuple[str, ...],
     fusions: tuple[str, ...],
     strategies: tuple[str, ...],
+    trained: bool,
+    clusters_from: str | None,
+    num_train_epochs: float,
+    max_steps: int,
+    learning_rates: tuple[float, ...],
     output: str,
     cache: str | None,
     metric: str | None,
@@ -499,6 +526,11 @@ def compare(
         only=only,
         fusions=values_by_name("--fusion", fusions, "NAME=DIR"),
         strategies=strategies,
+        trained=trained,
+        clusters_from=clusters_from,
+        num_train_epochs=num_train_epochs,
+        max_steps=max_steps,
+        learning_rates=learning_rates,
         cache=cache,
         metric=metric,
         reading=reading,

@@ -435,6 +435,11 @@ def compare(
     only: Sequence[str] = (),
     fusions: Mapping[str, str] | None = None,
     strategies: Collection[str] = (),
+    trained: bool = False,
+    clusters_from: str | None = None,
+    num_train_epochs: float = 5.0,
+    max_steps: int = -1,
+    learning_rates: Sequence[float] = LEARNING_RATES,
     cache: str | None = None,
     metric: str | None = None,
     reading: Reading | None = None,
@@ -461,7 +466,13 @@ def compare(
         only: the names of those that are taken of it; all if there is none.
         fusions: other adapters to measure beside them, by name: a trained routed adapter, say, or
         one LoRA for all tasks.
-        strategies: the fusions to compare, beside the base model; all if none is named.
+        strategies: the fusions to compare, beside the base model; all if none is named, but for
+        those that are trained: `global`, `layer`, `linear`, `linear_arrow`, `hierarchical`.
+        trained: compare those, too.
+        clusters_from: a file that `peft_routing.library.cluster_library` wrote: the cluster of each
+        expert, for `hierarchical`.
+        num_train_epochs, max_steps: how long each is trained on the tasks' train texts.
+        learning_rates: AdamW's; of several, the one with the lowest loss on validation is kept.
         cache: the directory that keeps what was measured; the library's or, without one,
         `<output>.cache` if None. What is there already is not measured again.
         metric: what answers to the prompts of the test are measured by, beside the loss:
@@ -470,8 +481,9 @@ def compare(
         reading: how texts are read; `Reading()` if None.
         completions_only: score answers alone: the last turn of a chat, or a target after its input.
         max_samples: the first so many rows of each source; all if None.
-        batch_size: rows at a time.
-        seed: of the split of a task that has one source, and of what a DARE merge drops.
+        batch_size: rows at a time, in training, too.
+        seed: of the split of a task that has one source, of what a DARE merge drops, and of the
+        order of the rows in training.
 
     Returns the table as `rows`, a sentence per budget, the selection of few experts, and the tables
     of log-probabilities, for `peft_routing.fusion`.
@@ -490,12 +502,24 @@ def compare(
     ['base', 'best_expert', 'learned_ensemble']
     """
     from peft_routing.fusion.comparison import compare as run
+    from peft_routing.fusion.trained import Training
 
     named = named_experts(experts, experts_from=experts_from, library=library, only=only)
     own = {}
     if library is not None:
         own = _own_experts(library, named)
         cache = str(Path(library) / "cache") if cache is None else cache
+    clusters = None if clusters_from is None else _clusters(clusters_from, named, None)
+    recipe = Recipe(
+        num_train_epochs=num_train_epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        held_out=0,  # what is measured are the validation texts
+        eval_steps=0.5,
+        completions_only=completions_only,
+        seed=seed,
+    )
     return run(
         base,
         named,
@@ -505,6 +529,8 @@ def compare(
         own=own,
         fusions=fusions or {},
         strategies=strategies,
+        trained=trained,
+        training=Training(recipe, tuple(dict.fromkeys(learning_rates)), clusters),
         cache=cache,
         metric=metric,
         completions_only=completions_only,

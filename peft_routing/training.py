@@ -33,7 +33,7 @@ from _mergekit_moe_ext_common.runs import (
     divergence,
     losses_before_and_after,
 )
-from _mergekit_moe_ext_common.training import TokenTrainer, TrainedOnly, read_data
+from _mergekit_moe_ext_common.training import TokenTrainer, TrainedOnly, mixed, read_data
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.loading import CLASSES, base_of, check_routed, load_adapter_config, load_routed
 from peft_routing.recipes import LEARNING_RATES, Recipe
@@ -44,6 +44,17 @@ _RESULT = "result.json"
 
 class RouterTrainer(TrainedOnly, TokenTrainer):
     """The Trainer, whose checkpoints hold the router alone."""
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows to train on and those to measure on, as token ids, by the name of their source.
+
+    Each has a token to predict.
+    """
+
+    training: Mapping[str, Dataset]
+    held_out: Mapping[str, Dataset]
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ def train(
     base: str | None = None,
     weights: Mapping[str, float] | None = None,
     eval_data: Sequence[str] = (),
+    rows: TokenRows | None = None,
     resume: bool = False,
     device_map: str | None = None,
 ) -> list[Result]:
@@ -79,13 +91,15 @@ def train(
     `output` is `<adapter>-trained` if not given. Checkpoints lie in `<output>.checkpoints` until
     the training is complete, and `resume` goes on from there. Where there are several processes,
     their group is gone afterwards. With `device_map="auto"` one process spreads the base model over
-    all GPUs and main memory. `UserError` for what cannot be trained.
+    all GPUs and main memory. Where there are `rows`, they are what is read, and `data` are only
+    named. `UserError` for what cannot be trained.
     """
     run = Run(
         output or f"{adapter.rstrip('/')}-trained", reading, splits=True, device_map=device_map
     )
     parts = {_part(rate): rate for rate in learning_rates}
-    arguments = _arguments(run, recipe, parts, measure=bool(recipe.held_out or eval_data))
+    measure = rows is not None or bool(recipe.held_out or eval_data)
+    arguments = _arguments(run, recipe, parts, measure=measure)
     first = next(iter(arguments.values()))
     config = _read_config(adapter, recipe)
     base, base_config = base_of(base, config, reading)
@@ -95,17 +109,21 @@ def train(
     tokenizer = load_tokenizer(base, reading)
     first_label = 1 if config.granularity == "token" else config.routing_tokens
     with first.main_process_first(desc="reading the data"):
-        training, held_out = read_data(
-            data,
-            weights,
-            eval_data,
-            tokenizer,
-            base_config,
-            reading,
-            recipe,
-            completions_only=recipe.completions_only,
-            first_label=first_label,
-        )
+        if rows is not None:
+            training = mixed(rows.training, weights or {}, recipe.seed)
+            held_out = dict(rows.held_out)
+        else:
+            training, held_out = read_data(
+                data,
+                weights,
+                eval_data,
+                tokenizer,
+                base_config,
+                reading,
+                recipe,
+                completions_only=recipe.completions_only,
+                first_label=first_label,
+            )
     stored = Path(adapter) / SAFETENSORS_WEIGHTS_NAME
     settings = _settings(stored, base, training, recipe, learning_rates)
     # A learning rate whose training is finished has a result, and is not trained again.
@@ -142,6 +160,13 @@ def train(
         shutil.copytree(trained, directory, dirs_exist_ok=True)
         extend_card(directory, _card(data, recipe, ranking, run.processes))
     return ranking
+
+
+def is_interrupted(output: str) -> bool:
+    """Whether there was a training for this output that `resume` would go on with."""
+    checkpoints = Path(f"{output}.checkpoints")
+    states = checkpoints.glob("*/checkpoint-*/trainer_state.json")
+    return any(states) or any(checkpoints.glob(f"*/{_RESULT}"))
 
 
 def _train_each(

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from peft_routing.fusion.strategies import (
     PLAIN,
     ROUTED,
     STRATEGIES,
+    TRAINED,
     composed_of,
 )
 from peft_routing.fusion.subjects import (
@@ -50,8 +51,8 @@ _KINDS = {"LORA": PLAIN, "ROUTED_LORA": ROUTED}
 @dataclass(frozen=True)
 class Candidate:
     """An adapter that is put on the base model and measured: its kind, its size in bytes, what is
-    to be said of it, the directory of one that was written for it, its passes per text, and what
-    `recommended` needs to know of it.
+    to be said of it, the directory of one that was written for it, its passes per text, what
+    `recommended` needs to know of it, and how many numbers were learned.
     """
 
     subject: Subject
@@ -61,6 +62,7 @@ class Candidate:
     directory: str = ""
     passes: int = 1
     values: dict[str, Any] = field(default_factory=dict)
+    parameters: int = 0
 
 
 def candidates_of(
@@ -70,7 +72,7 @@ def candidates_of(
     empty: nn.Module,
     left_out: dict[str, str],
 ) -> dict[str, Candidate]:
-    """What is put on the base model and measured, by the name of its row.
+    """What is put on the base model and measured as it is, by the name of its row.
 
     Why a strategy cannot be composed of these experts goes into `left_out`. `UserError` for a
     fusion of the user's that cannot be read or has a strategy's name.
@@ -79,7 +81,7 @@ def candidates_of(
     candidates = {}
     composable = composed_of(len(experts))
     for name in wanted:
-        if name in CACHED or name in MERGES:
+        if name in CACHED or name in MERGES or name in TRAINED:
             continue
         if name not in composable:
             left_out[name] = f"of {len(experts)} adapters it takes all, as arrow_all does"
@@ -97,18 +99,30 @@ def candidates_of(
     for name, path in fusions.items():
         if name in STRATEGIES or TOP in name:
             raise UserError(f"--fusion {name}={path}: a row has that name; give another")
-        subject = any_adapter(name, path)
+        subject = any_adapter(name, path, f"--fusion {name}={path}")
         with warnings.catch_warnings():
             # torch warns that nothing is copied into a model without memory.
             warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
             subject.put_on(copy.deepcopy(empty))  # says now what does not fit
         peft_type = read_config(path, name).get("peft_type")
         kind = _KINDS.get(str(peft_type), OTHER)
-        size = size_of(path, name)
-        candidates[name] = Candidate(subject, kind, size)
-        for k in _ks_of(path) if kind == ROUTED else ():
-            candidates[top_k_name(name, k)] = Candidate(with_top_k(subject, k), kind, size)
+        add_adapter(candidates, name, Candidate(subject, kind, size_of(path, name)), path)
     return candidates
+
+
+def add_adapter(
+    candidates: dict[str, Candidate], name: str, candidate: Candidate, path: str
+) -> None:
+    """Adds an adapter that lies in a directory and, of one whose coefficients are a softmax, itself
+    with fewer experts.
+    """
+    candidates[name] = candidate
+    for k in _ks_of(path) if candidate.kind == ROUTED else ():
+        candidates[top_k_name(name, k)] = replace(
+            candidate,
+            subject=with_top_k(candidate.subject, k),
+            values={**candidate.values, "top_k": k},
+        )
 
 
 def _composed(

@@ -47,9 +47,10 @@ from peft_routing.fusion.selection import (
     own_experts,
     random_curves,
 )
-from peft_routing.fusion.strategies import BY_TASK, STRATEGIES, Tables
+from peft_routing.fusion.strategies import BY_TASK, STRATEGIES, TRAINED, Tables
 from peft_routing.fusion.subjects import base_alone, one_expert
 from peft_routing.fusion.tasks import SPLITS, read_tasks
+from peft_routing.fusion.trained import Planned, Training, add_trained, planned_of
 from peft_routing.fusion.worst_case import PROGRAM_NEEDS_SCIPY, check_scipy
 from peft_routing.loading import CLASSES, empty_model
 
@@ -65,6 +66,7 @@ class _Asked:
     wanted: the strategies.
     left_out: why one cannot be compared, by its name.
     empty: the base model's architecture.
+    planned: the routers that are to be trained.
     directory: that of the cache.
     """
 
@@ -78,6 +80,7 @@ class _Asked:
     left_out: dict[str, str]
     empty: nn.Module
     candidates: dict[str, Candidate]
+    planned: dict[str, Planned]
     out: Path
     directory: Path
 
@@ -92,6 +95,8 @@ def compare(
     own: Mapping[str, str],
     fusions: Mapping[str, str],
     strategies: Collection[str],
+    trained: bool,
+    training: Training,
     cache: str | None,
     metric: str | None,
     completions_only: bool,
@@ -106,7 +111,10 @@ def compare(
     """
     check_launch(splits=False)
     silence(reading)
-    asked = _checked(base, experts, own, output, reading, fusions, strategies, cache)
+    wanted, left_out = _check_strategies(strategies, trained, training)
+    asked = _checked(
+        base, experts, own, output, reading, fusions, wanted, left_out, training, cache
+    )
     if metric is not None:
         _check_metric(metric, asked.base_config, completions_only)
     headers = check_model(base, asked.base_config, reading)
@@ -138,6 +146,19 @@ def compare(
             seed,
             asked.left_out,
         )
+    add_trained(
+        asked.candidates,
+        asked.planned,
+        experts,
+        asked.empty,
+        base,
+        tasks,
+        texts,
+        asked.directory,
+        reading,
+        training,
+        state,
+    )
     columns = [one_expert(name, path) for name, path in experts.items()] + [base_alone()]
     everything = [each for split in SPLITS for each in texts[split]]
     not_train = texts["validation"] + texts["test"]
@@ -187,7 +208,9 @@ def _checked(
     output: str,
     reading: Reading,
     fusions: Mapping[str, str],
-    strategies: Collection[str],
+    wanted: list[str],
+    left_out: dict[str, str],
+    training: Training,
     cache: str | None,
 ) -> _Asked:
     """What is to be compared. `UserError` where something is wrong with it."""
@@ -195,12 +218,11 @@ def _checked(
     directory = Path(cache).expanduser().resolve() if cache else out.with_name(f"{out.name}.cache")
     if directory.is_relative_to(out):
         raise UserError(f"the cache {cache} lies in the output {output}; name another directory")
-    left_out: dict[str, str] = {}
-    wanted = _check_strategies(strategies, left_out)
     base_config = load_config(base, reading)
     empty = empty_model(base_config, reading)
     _check_experts(experts, empty)
     candidates = candidates_of(experts, fusions, wanted, empty, left_out)
+    planned = planned_of(wanted, experts, empty, training, left_out)
     return _Asked(
         base=base,
         base_config=base_config,
@@ -212,6 +234,7 @@ def _checked(
         left_out=left_out,
         empty=empty,
         candidates=candidates,
+        planned=planned,
         out=out,
         directory=directory,
     )
@@ -267,21 +290,36 @@ def _compared(
         left_out=asked.left_out,
         selected=_selected(tables),
         not_first=not_first(tables.validation, tables.test, own_experts(tables.test, asked.own)),
-        calibration=_calibration(rows, asked.fusions),
+        calibration=_calibration(rows, [*asked.planned, *asked.fusions]),
         tables=tables,
     )
 
 
-def _check_strategies(strategies: Collection[str], left_out: dict[str, str]) -> list[str]:
-    """The strategies in the order of the table: those that are named and the base, or all.
+def _check_strategies(
+    strategies: Collection[str], trained: bool, training: Training
+) -> tuple[list[str], dict[str, str]]:
+    """The strategies in the order of the table, and why one of them cannot be compared.
 
-    What needs scipy goes into `left_out` where that is lacking. `UserError` where it is named,
-    and for a name that is no strategy.
+    They are those that are named and the base, or all that need no training; with `trained`
+    those that do as well. What needs scipy is left out where that is lacking. `UserError` where
+    it is named, for a name that is no strategy, and where clusters are lacking or of no use.
     """
     for name in strategies:
         if name not in STRATEGIES:
             raise UserError(f"there is no strategy {name!r}; there are {', '.join(STRATEGIES)}")
-    wanted = [name for name in STRATEGIES if not strategies or name in (*strategies, "base")]
+    if "hierarchical" in strategies and training.clusters is None:
+        raise UserError(
+            "the strategy hierarchical needs the cluster of each expert: give --clusters-from"
+        )
+    usual = strategies or [name for name in STRATEGIES if name not in TRAINED]
+    chosen = {"base", *usual, *(TRAINED if trained else ())}
+    wanted = [name for name in STRATEGIES if name in chosen]
+    if training.clusters is not None and "hierarchical" not in wanted:
+        raise UserError(
+            "--clusters-from is for the strategy hierarchical: give --trained, or "
+            "--strategy hierarchical"
+        )
+    left_out: dict[str, str] = {}
     if _NEEDS_SCIPY in wanted:
         try:
             check_scipy(PROGRAM_NEEDS_SCIPY)
@@ -290,7 +328,7 @@ def _check_strategies(strategies: Collection[str], left_out: dict[str, str]) -> 
                 raise
             wanted.remove(_NEEDS_SCIPY)
             left_out[_NEEDS_SCIPY] = error.message
-    return wanted
+    return wanted, left_out
 
 
 def _check_experts(experts: Mapping[str, str], empty: nn.Module) -> None:
@@ -333,12 +371,12 @@ def _selected(tables: Tables) -> Selected:
     )
 
 
-def _calibration(rows: Sequence[Row], fusions: Collection[str]) -> list[Calibration]:
+def _calibration(rows: Sequence[Row], adapters: Collection[str]) -> list[Calibration]:
     """The gap of each router between one expert and more, where both were measured (B.4)."""
     by_name = {row.name: row for row in rows}
     pairs = [["arrow_top1", "arrow_top4" if "arrow_top4" in by_name else "arrow_all"]]
-    for fusion in fusions:
-        pairs.append([name for name in by_name if name.startswith(f"{fusion}{TOP}")])
+    for adapter in adapters:
+        pairs.append([name for name in by_name if name.startswith(f"{adapter}{TOP}")])
     gaps = []
     for pair in pairs:
         if len(pair) == 2 and all(name in by_name for name in pair):

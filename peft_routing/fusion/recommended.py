@@ -19,21 +19,25 @@ ENSEMBLE_FILE = "ensemble.json"
 
 
 def write_recommended(
-    row: Row, experts: Mapping[str, str], merged: str, empty: nn.Module, out: Path
+    row: Row, experts: Mapping[str, str], written: str, empty: nn.Module, out: Path
 ) -> bool:
     """Writes the adapter of a row to a directory that does not exist; returns whether there is one.
 
-    One adapter is copied, a merge is one plain LoRA, a router a routed adapter. An ensemble is a
+    One adapter is copied, and so is a merge or a trained router. Another router is a routed
+    adapter. An ensemble is a
     routed adapter of the experts that have a coefficient, with `ensemble.json` beside it, whose
     entries are arguments of `peft_routing.ensemble`. The base model needs nothing, and an adapter
     of the user's own lies where it lies.
 
     Args:
-        merged: the directory of a merge that was written to be measured, empty for other rows.
+        written: the directory of a merge, or of a trained router, that was written to be measured;
+        empty for other rows.
         empty: the base model's architecture.
     """
-    if merged:
-        _copy(merged, out)
+    if written:
+        _copy(written, out)
+        if "top_k" in row.values:
+            _set_top_k(out, row.values["top_k"])
         return True
     if row.name == "best_expert":  # which its note names
         _copy(experts[row.note], out)
@@ -58,6 +62,14 @@ def _copy(adapter: str, out: Path) -> None:
     out.mkdir()
     shutil.copyfile(weights, out / weights.name)
     shutil.copyfile(weights.with_name(CONFIG_NAME), out / CONFIG_NAME)
+
+
+def _set_top_k(adapter: Path, k: int) -> None:
+    """Has the router of a written adapter keep the k largest coefficients."""
+    path = adapter / CONFIG_NAME
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["top_k"] = k
+    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _write_ensemble(row: Row, experts: Mapping[str, str], empty: nn.Module, out: Path) -> None:

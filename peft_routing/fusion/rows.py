@@ -90,6 +90,7 @@ def rows_of_candidates(
             torch.cat([each.log_probabilities for each in measured["validation"]]),
             torch.cat([each.log_probabilities for each in measured["test"]]),
             used=[],
+            parameters=candidate.parameters,
             note=candidate.note,
             values=candidate.values,
         )

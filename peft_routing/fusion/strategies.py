@@ -2,7 +2,7 @@
 
 A strategy of the first kind is computed from the tables of all experts: coefficients are learned on
 train, choices are made on validation. One of the second kind is an adapter that is put on the base
-model and measured.
+model and measured. One of the third kind is trained before that.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -271,4 +271,14 @@ def composed_of(experts: int) -> dict[str, tuple[str, dict[str, Any]]]:
     return strategies
 
 
-STRATEGIES = (*CACHED, *composed_of(_PAPERS_TOP_K + 1), *MERGES)
+# By strategy its kind, and the options of the routed adapter that is trained. Where coefficients do
+# not depend on the input, it is one plain LoRA afterwards.
+TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "global": (PLAIN, {"router": "global"}),
+    "layer": (PLAIN, {"router": "layer"}),
+    "linear": (ROUTED, {"router": "linear"}),
+    "linear_arrow": (ROUTED, {"router": "linear", "init": "arrow"}),
+    "hierarchical": (ROUTED, {"router": "hierarchical"}),
+}
+
+STRATEGIES = (*CACHED, *composed_of(_PAPERS_TOP_K + 1), *MERGES, *TRAINED)

@@ -67,14 +67,14 @@ def mixture_of(
     )
 
 
-def any_adapter(name: str, path: str) -> Subject:
+def any_adapter(name: str, path: str, where: str) -> Subject:
     """An adapter of any type, a routed one among them, as PEFT loads it from a directory.
 
+    `where` is what messages call it.
     `UserError` for one that chooses per sequence: in a text that is scored it would choose by the
     tokens that it is to predict. And for one that is a prompt: a text's tokens would not be where
     they are looked for.
     """
-    where = f"--fusion {name}={path}"
     try:
         config = read_config(path, where)
     except FileNotFoundError as error:

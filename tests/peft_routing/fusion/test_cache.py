@@ -75,7 +75,7 @@ def test_nothing_of_an_adapter_of_the_users_own_stays_for_those_after_it(tmp_pat
                 if parameter.requires_grad:
                     parameter.add_(0.3 * torch.randn_like(parameter))
         model.save_pretrained(tmp_path / name)
-        subjects.append(any_adapter(name, str(tmp_path / name)))
+        subjects.append(any_adapter(name, str(tmp_path / name), name))
     cache = Cache(tmp_path / "cache", "base")
     fill_quietly(cache, [*subjects, base_alone()], [texts_of("math")], lambda: make_base("qwen2"))
     models = [

@@ -1,10 +1,13 @@
-"""`compare` against separate PEFT models, interrupted, in two processes, and with mistakes."""
+"""`compare` against separate PEFT models, interrupted, in two processes, with mistakes, and with
+routers that it trains.
+"""
 
 import json
 import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +18,13 @@ from transformers import AutoTokenizer
 
 import peft_routing
 from peft_routing import Reading, UserError, compare, fusion
+from peft_routing import training as training_module
 from peft_routing.cli import main
 from peft_routing.fusion import answers as answers_module
 from peft_routing.fusion import cache as cache_module
-from peft_routing.fusion import candidates, report
+from peft_routing.fusion import candidates, report, trained
 from peft_routing.fusion.recommended import write_recommended
+from peft_routing.fusion.strategies import TRAINED
 from peft_routing.loading import empty_model
 from tests.conftest import ON_CPU, TWO_PROCESSES, run
 from tests.peft_routing.adapters import make_base, save_experts
@@ -590,3 +595,135 @@ def test_mistakes_are_told_before_anything_is_measured(here, options, message):
 def test_one_adapter_alone_is_not_compared(here):
     with pytest.raises(ValueError, match="at least two adapters"):
         compare("base", ["experts/math"], TASKS, "report")
+
+
+SHORT = {"max_steps": 2, "learning_rates": [1e-2, 1e-4]}
+
+
+@pytest.fixture(scope="module")
+def with_trained(prepared):
+    """A comparison with all routers that can be trained."""
+    clusters = {"clusters": {"code": 0, "law": 0, "math": 1}}
+    (prepared / "clusters.json").write_text(json.dumps(clusters))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(prepared)
+        return compare_here(
+            "report-trained", strategies=["best_expert"], trained=True,
+            clusters_from="clusters.json", **SHORT,
+        )  # fmt: skip
+
+
+def never_trains(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(trained, "train", never)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_row_is_what_peft_loads(with_trained, prepared, name):
+    row = with_trained.row(name)
+    (directory,) = (prepared / "report-trained.cache").glob(f"{name}-*")
+    assert losses_of(naive(prepared, directory)) == pytest.approx(row.test, abs=2e-5)
+    assert row.kind == ("plain LoRA" if name in ("global", "layer") else "routed")
+    # Three modules in each of three layers, two of them 32 wide and one 48.
+    width = 3 * (32 + 32 + 48)
+    parameters = {"global": 3, "layer": 9 * 3, "hierarchical": 2 * width + 9 * 3}
+    assert row.parameters == parameters.get(name, 3 * width)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_learning_rate_of_a_trained_row_is_chosen_on_validation(with_trained, name):
+    row = with_trained.row(name)
+    losses = {float(rate): loss for rate, loss in row.values["validation_losses"].items()}
+    assert losses.keys() == {1e-2, 1e-4}
+    assert row.values["learning_rate"] == min(losses, key=losses.get)
+    assert row.validation_loss == pytest.approx(min(losses.values()), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["layer", "linear", "linear, top 1"])
+def test_what_is_recommended_of_trained_rows_gives_their_figures(
+    with_trained, prepared, tmp_path, name
+):
+    (directory,) = (prepared / "report-trained.cache").glob(f"{name.split(',')[0]}-*")
+    row = with_trained.row(name)
+    out = tmp_path / "recommended"
+    assert write_recommended(row, with_trained.experts, str(directory), make_base(), out)
+    assert losses_of(naive(prepared, out)) == pytest.approx(row.test, abs=2e-5)
+
+
+def test_a_second_comparison_trains_nothing(with_trained, here, monkeypatch, prepared):
+    never_trains(monkeypatch)
+    tasks = [word for task in NAMES for word in ("--task", f"{task}={three(task)}")]
+    rates = ["--learning-rate", "1e-2", "--learning-rate", "1e-4", "--max-steps", "2"]
+    result = CliRunner().invoke(
+        main,
+        ["compare", "base", "--experts-from", "experts", *tasks, "-o", "report", "--quiet",
+         "--strategy", "best_expert", "--trained", "--clusters-from", "clusters.json", *rates,
+         "--cache", str(prepared / "report-trained.cache")],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    content = json.loads(Path("report/report.json").read_text())
+    assert content == json.loads((prepared / "report-trained/report.json").read_text())
+    assert "linear: trained at the learning rate" in result.output
+
+
+def test_an_interrupted_training_goes_on_where_it_was(with_trained, here, monkeypatch):
+    stock = training_module._write_result
+    ended = []
+
+    def interrupted(*arguments):
+        if len(ended) == 1:
+            raise KeyboardInterrupt
+        ended.append(arguments[2])
+        return stock(*arguments)
+
+    monkeypatch.setattr(training_module, "_write_result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare_here(strategies=["linear"], **SHORT)
+    assert ended == [1e-2] and not Path("report").exists()
+    ended.clear()
+    again = compare_here(strategies=["linear"], **SHORT)
+    assert ended == [1e-4]
+    row = again.row("linear")
+    whole = with_trained.row("linear")
+    assert row.test == pytest.approx(whole.test, abs=1e-6)
+    losses = row.values["validation_losses"]
+    assert losses == pytest.approx(whole.values["validation_losses"])
+    assert not list(Path("report.cache").glob("*.unfinished"))
+
+
+def test_nothing_is_trained_unasked(here, monkeypatch, prepared):
+    never_trains(monkeypatch)
+    found = compare_here(cache=str(prepared / "report-trained.cache"))
+    assert not TRAINED.keys() & {*[row.name for row in found.rows], *found.left_out}
+
+
+def test_a_router_that_would_be_too_large_is_left_out(with_trained, here, monkeypatch, prepared):
+    never_trains(monkeypatch)
+    monkeypatch.setattr(trained, "MOST_PER_MODULE", 3 * 48 - 1)
+    found = compare_here(
+        strategies=["global", "linear"], cache=str(prepared / "report-trained.cache"), **SHORT
+    )
+    assert [row.name for row in found.rows] == ["base", "global"]
+    (line,) = [line for line in report.notes(found) if line.startswith("linear is left out")]
+    assert "144 numbers in one module (experts times width), and none of more than 143" in line
+
+
+def test_clusters_are_asked_for_where_they_matter(here):
+    with pytest.raises(UserError, match="needs the cluster of each expert"):
+        compare_here(strategies=["hierarchical"])
+    (here / "own-clusters.json").write_text('{"clusters": {"code": 0, "law": 0, "math": 1}}')
+    with pytest.raises(UserError, match="--clusters-from is for the strategy hierarchical"):
+        compare_here(clusters_from="own-clusters.json")
+
+
+def test_several_processes_do_not_train(here):
+    planned = {"global": trained.Planned("plain LoRA", {"router": "global"}, 2)}
+    recipe = trained.Training(peft_routing.Recipe(), [1e-3])
+    texts = {"train": [], "validation": []}
+    with pytest.raises(UserError, match="global is yet to be trained, which one process does"):
+        trained.add_trained(
+            {}, planned, {}, make_base(), "base", {}, texts, here, Reading(), recipe,
+            SimpleNamespace(num_processes=2),
+        )  # fmt: skip
