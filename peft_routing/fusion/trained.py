@@ -6,6 +6,7 @@ and is measured as any other adapter is.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -255,6 +256,11 @@ def _write_lora(trained: str, base: str, reading: Reading, out: Path) -> None:
 
 
 def _notes(results: Sequence[Result]) -> dict[str, Any]:
-    """The learning rate that was best on validation, and the loss of each there."""
-    losses = {f"{result.learning_rate:g}": result.mean for result in results}
+    """The learning rate that was best on validation, and the loss of each there; None where the
+    training diverged, for which JSON has no number.
+    """
+    losses = {}
+    for result in results:
+        loss = result.mean if math.isfinite(result.mean) else None
+        losses[f"{result.learning_rate:g}"] = loss
     return {"learning_rate": results[0].learning_rate, "validation_losses": losses}

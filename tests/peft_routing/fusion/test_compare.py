@@ -718,6 +718,15 @@ def test_clusters_are_asked_for_where_they_matter(here):
         compare_here(clusters_from="own-clusters.json")
 
 
+def test_a_learning_rate_that_diverged_is_noted_as_json_can():
+    results = [
+        training_module.Result(1e-3, {"math": (2.0, 1.0), "law": (2.0, 1.5)}),
+        training_module.Result(1e3, {"math": (2.0, math.nan), "law": (2.0, math.nan)}),
+    ]
+    notes = trained._notes(results)
+    assert notes == {"learning_rate": 1e-3, "validation_losses": {"0.001": 1.25, "1000": None}}
+
+
 def test_several_processes_do_not_train(here):
     planned = {"global": trained.Planned("plain LoRA", {"router": "global"}, 2)}
     recipe = trained.Training(peft_routing.Recipe(), [1e-3])
