@@ -319,6 +319,11 @@ def _check_strategies(
             "--clusters-from is for the strategy hierarchical: give --trained, or "
             "--strategy hierarchical"
         )
+    if not training.is_usual and not any(name in wanted for name in TRAINED):
+        raise UserError(
+            "--learning-rate, --num-train-epochs and --max-steps are for routers that are trained: "
+            f"give --trained, or --strategy with one of {', '.join(TRAINED)}"
+        )
     left_out: dict[str, str] = {}
     if _NEEDS_SCIPY in wanted:
         try:

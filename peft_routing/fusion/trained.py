@@ -28,7 +28,7 @@ from peft_routing.fusion.candidates import Candidate, add_adapter, size_of
 from peft_routing.fusion.strategies import PLAIN, TRAINED
 from peft_routing.fusion.subjects import any_adapter, composed, one_expert
 from peft_routing.loading import base_of, load_adapter_config, load_on_empty
-from peft_routing.recipes import Recipe
+from peft_routing.recipes import LEARNING_RATES, Recipe
 from peft_routing.training import Result, TokenRows, is_interrupted, train
 
 # The most numbers that a router may learn in one module: 128 experts at a width of 8192. In the 224
@@ -49,6 +49,16 @@ class Training:
     recipe: Recipe
     learning_rates: Sequence[float]
     clusters: Mapping[str, int] | None = None
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether learning rates and length are those of `train`."""
+        usual = Recipe()
+        has_usual_length = (
+            self.recipe.num_train_epochs == usual.num_train_epochs
+            and self.recipe.max_steps == usual.max_steps
+        )
+        return has_usual_length and tuple(self.learning_rates) == LEARNING_RATES
 
 
 @dataclass(frozen=True)

@@ -716,6 +716,9 @@ def test_clusters_are_asked_for_where_they_matter(here):
     (here / "own-clusters.json").write_text('{"clusters": {"code": 0, "law": 0, "math": 1}}')
     with pytest.raises(UserError, match="--clusters-from is for the strategy hierarchical"):
         compare_here(clusters_from="own-clusters.json")
+    for options in ({"max_steps": 3}, {"num_train_epochs": 1.0}, {"learning_rates": [0.1]}):
+        with pytest.raises(UserError, match="are for routers that are trained"):
+            compare_here(strategies=["uniform_full"], **options)
 
 
 def test_a_learning_rate_that_diverged_is_noted_as_json_can():
