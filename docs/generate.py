@@ -2,7 +2,7 @@
 
 The reference of merge methods is made from the fields of their options, that of the commands from
 their help, and that of Python from what the packages export. A page per file in `examples/` shows
-its text, and links to these files lead there.
+its text, one per folder there its README, and links to these lead there.
 """
 
 import importlib
@@ -56,15 +56,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         uri = f"examples/{path.name}.md"
         page = File.generated(config, uri, content=text, inclusion=InclusionLevel.NOT_IN_NAV)
         files.append(page)
+    for readme in EXAMPLES.glob("*/README.md"):
+        uri = f"examples/{readme.parent.name}/README.md"
+        text = readme.read_text()
+        page = File.generated(config, uri, content=text, inclusion=InclusionLevel.NOT_IN_NAV)
+        files.append(page)
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads links to files of `examples/` to the pages that show them."""
+    """Leads links to what lies in `examples/` to the pages that show it."""
     folder = "" if page.file.src_uri.startswith("examples/") else r"\.\./examples/"
     to_folder = "" if not folder else "examples/"
     names = "|".join(re.escape(path.name) for path in _example_files())
-    return re.sub(rf"\]\({folder}({names})\)", rf"]({to_folder}\1.md)", markdown)
+    markdown = re.sub(rf"\]\({folder}({names})\)", rf"]({to_folder}\1.md)", markdown)
+    return re.sub(rf"\]\({folder}(\w+/README\.md)\)", rf"]({to_folder}\1)", markdown)
 
 
 def _example_files() -> list[Path]:
