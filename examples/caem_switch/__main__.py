@@ -1,8 +1,8 @@
 """Repeat CAEM-MoE's experiments at small scale: Tables 2 to 5, figures 2 to 4.
 
-cd examples
-python -m caem_switch --output caem/
-python -m caem_switch --output caem/ --model google/switch-base-8 google/switch-base-16
+    cd examples
+    python -m caem_switch --output caem/
+    python -m caem_switch --output caem/ --model google/switch-base-8 google/switch-base-16
 
 README.md beside this file says what is done. Each run is a file of JSON under the output; a command
 that was interrupted goes on after the last.
