@@ -165,7 +165,7 @@ def merge(config: dict, out: str = "out", **options: Any) -> Path:
 
 def run(*command: str | Path, **keywords: Any) -> subprocess.CompletedProcess:
     """Run a command; one that is installed with the package is found by its name, and runs in a
-    fork, and what `TWO_PROCESSES` start in two (`tests/forking.py`).
+    fork, and what `processes` starts in as many (`tests/forking.py`).
     """
     arguments = [str(argument) for argument in command]
     environment = keywords.get("env", os.environ)
@@ -173,10 +173,11 @@ def run(*command: str | Path, **keywords: Any) -> subprocess.CompletedProcess:
     installed = command_of(arguments[0])
     if installed and same_imports(environment):
         return run_forked(program_of(installed), arguments, environment, directory, 300)
-    if command[: len(TWO_PROCESSES)] == TWO_PROCESSES and same_imports(environment):
-        python = arguments[len(TWO_PROCESSES) :]
+    if arguments[0] == "torchrun" and same_imports(environment):
+        count = int(arguments[2])
+        python = arguments[len(processes(count)) :]
         own = python[1:] if python[0] == "-m" else python
-        return run_group(program_at(python), own, environment, directory, 300, 2)
+        return run_group(program_at(python), own, environment, directory, 300, count)
     return start(*command, **keywords)
 
 
