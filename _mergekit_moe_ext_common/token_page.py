@@ -6,6 +6,7 @@ that a page stays small; its heat maps are of all texts.
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -41,14 +42,12 @@ class ShownTexts:
 
     tokenizer: Any
     texts: list[_Text] = field(default_factory=list)
+    _shown: Counter[tuple[str, str]] = field(default_factory=Counter)  # tokens by task and stack
 
-    def room(self, task: str, stack: str) -> int:
-        """The number of tokens that may still be added."""
-        taken = 0
-        for text in self.texts:
-            if (text.task, text.stack) == (task, stack):
-                taken += len(text.tokens)
-        return SHOWN - taken
+    def has_room(self, task: str) -> bool:
+        """Whether tokens of a source may still be added, inputs or targets."""
+        numbers = [number for (name, _stack), number in self._shown.items() if name == task]
+        return min(numbers, default=0) < SHOWN
 
     def add(
         self, task: str, stack: str, ids: Tensor, real: Tensor, layers: Mapping[str, Tensor]
@@ -57,14 +56,14 @@ class ShownTexts:
         (batch, length, experts) of each layer.
         """
         for row in range(len(ids)):
-            room = self.room(task, stack)
-            if room <= 0:
-                return
+            room = SHOWN - self._shown[task, stack]
             places = real[row].nonzero().flatten()[:room]
             if not len(places):
                 continue
+            self._shown[task, stack] += len(places)
             total: Tensor | float = 0.0
-            experts, coefficients = [], []
+            experts = []
+            coefficients = []
             for of_layer in layers.values():
                 of_tokens = of_layer[row, places.to(of_layer.device)].float().cpu()
                 total = total + of_tokens
@@ -88,18 +87,19 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token, whose join is that of all. Of several tokens that make one character
     the last has it, and the others are empty.
     """
-    found = []
+    texts = []
     start = 0  # of the window that is decoded, so that a space before a token is kept
     end = 0  # of what has been shown
     for index in range(len(ids)):
         shown = _decoded(tokenizer, ids[start:end])
         longer = _decoded(tokenizer, ids[start : index + 1])
         if len(longer) <= len(shown) or longer.endswith("\ufffd"):
-            found.append("")
+            texts.append("")
             continue
-        found.append(longer[len(shown) :])
-        start, end = end, index + 1
-    return found
+        texts.append(longer[len(shown) :])
+        start = end
+        end = index + 1
+    return texts
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -351,7 +351,9 @@ def count_usage(
         model, texts, reading, count=count, batch_size=batch_size, device=device, shown=shown
     )
     if counted and shown and html:
-        usage.write_usage_page(counted, shown, Path(html))
+        from mergekit_moe_ext.mixtures.plots import write_usage_page
+
+        write_usage_page(counted, shown, Path(html))
     return counted
 
 

@@ -67,8 +67,8 @@ def inspect_adapter(
     batch_size: int = 8,
     html: Path | None = None,
 ) -> Inspection:
-    """The mean coefficients of a routed adapter on the texts of each source; `html` is a page to
-    write, which shows the texts.
+    """The mean coefficients of a routed adapter on the texts of each source. Where there is a path
+    `html`, a page with the texts is written there.
 
     `UserError` for what cannot be read.
     """
@@ -100,7 +100,8 @@ def inspect_adapter(
         with _recorded(model) as means:
             for batch in tqdm(batches, desc=name, disable=reading.quiet):
                 inputs = {key: value.to(device) for key, value in batch.items()}
-                means.of_tokens = {"inputs": {}, "targets": {}} if html else None
+                is_shown = html is not None and shown.has_room(name)
+                means.of_tokens = {"inputs": {}, "targets": {}} if is_shown else None
                 means.real = real_tokens(inputs)
                 ids = {"inputs": inputs["input_ids"], "targets": inputs.get("labels")}
                 if "labels" in inputs:

@@ -1,4 +1,4 @@
-"""Figures of expert usage. matplotlib is needed only when one is drawn."""
+"""Figures of expert usage, and a page of it with texts. matplotlib is needed only for figures."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -7,8 +7,30 @@ from typing import Any
 
 from _mergekit_moe_ext_common.figures import heat_map, pyplot
 from _mergekit_moe_ext_common.staging import new_file
+from _mergekit_moe_ext_common.token_page import ShownTexts, write_page
 from mergekit_moe_ext.mixtures.routers import PER_SEQUENCE, stack_of
 from mergekit_moe_ext.mixtures.usage import TaskUsage, Usage, routing_probability, share_of_choices
+
+
+def write_usage_page(usage: Usage, shown: ShownTexts, path: Path) -> None:
+    """Write a page with the texts that were shown, and heat maps of the usage. `UserError` where it
+    cannot be written.
+    """
+    shares = {}
+    for name, task in usage.tasks.items():
+        shares[name] = {
+            layer: share_of_choices(of_layer) for layer, of_layer in task.layers.items()
+        }
+    first = next(iter(usage.tasks.values())).layers
+    number = max(len(layer.counts) for layer in first.values())
+    write_page(
+        path,
+        f"Experts of {Path(usage.model).name}",
+        [f"expert {index}" for index in range(number)],
+        shown,
+        shares,
+        "Share of the choices of each layer",
+    )
 
 
 def plot_usage(usage: Usage, path: Path) -> None:

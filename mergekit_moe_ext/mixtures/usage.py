@@ -7,9 +7,8 @@ many it drops is counted beside, and `dispatched` counts only what it does not d
 MoE every text counts, once, with the coefficients that its first `routing_tokens` tokens lead to.
 """
 
-import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,6 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from _mergekit_moe_ext_common.checkpoints import Stored, first_line
 from _mergekit_moe_ext_common.data import (
-    RealTokens,
     Source,
     collate,
     decoder_inputs,
@@ -50,7 +48,7 @@ from _mergekit_moe_ext_common.loading import (
 )
 from _mergekit_moe_ext_common.options import Columns, Reading
 from _mergekit_moe_ext_common.staging import new_file
-from _mergekit_moe_ext_common.token_page import ShownTexts, write_page
+from _mergekit_moe_ext_common.token_page import ShownTexts
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.manifest import hub_state
 from mergekit_moe_ext.merging.wrappers import language_config, language_model
@@ -62,17 +60,15 @@ from mergekit_moe_ext.mixtures.routers import (
     recorded,
     router_names,
     routes_sequences,
-    stack_of,
     tokens_routed_by,
 )
+from mergekit_moe_ext.mixtures.shown import show_sequences, show_tokens
 from mergekit_moe_ext.modeling import find_architecture
 from mergekit_moe_ext.recipes import Counted
 
 # Of one router, by the names of LayerUsage's fields: `tokens`, `counts`, `weights`, and `dropped`
 # where it has an expert capacity.
 Sums = dict[str, torch.Tensor]
-# `ShownTexts.add` for one source.
-Show = Callable[[str, torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], None]
 
 
 class LayerUsage(BaseModel):
@@ -171,11 +167,10 @@ def _usage_of_source(
         return collate([rows[index] for index in range(start, end)], pad_token_id)
 
     batches = map(batch_from, bar)
-    show = None if shown is None else functools.partial(shown.add, source.name)
     if routes_sequences(model.config):
-        of_batches = _sums_of_sequences(model, batches, show)
+        of_batches = _sums_of_sequences(model, batches, source.name, shown)
     else:
-        of_batches = _sums_of_tokens(model, batches, count, show)
+        of_batches = _sums_of_tokens(model, batches, count, source.name, shown)
     sums: dict[str, Sums] = {}
     for name, of_batch in of_batches:
         sums[name] = _added([sums[name], of_batch]) if name in sums else of_batch
@@ -191,9 +186,10 @@ def _sums_of_tokens(
     model: Any,
     batches: Iterable[dict[str, torch.Tensor]],
     count: Counted,
-    show: Show | None = None,
+    task: str,
+    shown: ShownTexts | None,
 ) -> Iterator[tuple[str, Sums]]:
-    """The name of each router and its sums, once for every batch."""
+    """The name of each router and its sums, once for every batch. `shown` gets the first texts."""
     with recorded(model) as choices:
         for batch in batches:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -208,42 +204,8 @@ def _sums_of_tokens(
             for name, choice in choices.items():
                 _check_scores(name, choice.logits, choice.weights)
                 yield name, _sums_of_choice(choice, tokens_routed_by(name, real), count)
-            if show is not None:
-                _show_tokens(choices, batch["input_ids"], targets, real, show)
-
-
-def _show_tokens(
-    choices: Mapping[str, Choice],
-    inputs: torch.Tensor,
-    targets: torch.Tensor | None,
-    real: RealTokens,
-    show: Show,
-) -> None:
-    """Show the tokens of a batch, inputs and targets (batch, length) apart, with the weights that
-    the routers of their stack gave to the experts.
-    """
-    if targets is None:
-        show("", inputs, real.inputs, _weights_of_all(choices, real.inputs.shape))
-        return
-    stacks = {"encoder": (inputs, real.inputs), "decoder": (targets, real.targets)}
-    for stack, (ids, are_real) in stacks.items():
-        own = {name: choice for name, choice in choices.items() if stack_of(name) == stack}
-        if own:
-            show(stack, ids, are_real, _weights_of_all(own, are_real.shape))
-
-
-def _weights_of_all(
-    choices: Mapping[str, Choice], shape: tuple[int, ...]
-) -> dict[str, torch.Tensor]:
-    """Per router the weight (batch, length, experts) of every expert; 0 for what was not chosen."""
-    weights = {}
-    for name, choice in choices.items():
-        is_expert = choice.experts >= 0
-        chosen = choice.weights.float().masked_fill(~is_expert, 0)
-        of_all = torch.zeros(choice.logits.shape, device=chosen.device)
-        of_all.scatter_add_(-1, choice.experts.clamp(min=0).long(), chosen)
-        weights[name] = of_all.reshape(*shape, -1)
-    return weights
+            if shown is not None and shown.has_room(task):
+                show_tokens(shown, task, choices, batch["input_ids"], targets, real)
 
 
 def _sums_of_choice(choice: Choice, real: torch.Tensor, count: Counted) -> Sums:
@@ -262,9 +224,14 @@ def _sums_of_choice(choice: Choice, real: torch.Tensor, count: Counted) -> Sums:
 
 
 def _sums_of_sequences(
-    model: Any, batches: Iterable[dict[str, torch.Tensor]], show: Show | None = None
+    model: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    task: str,
+    shown: ShownTexts | None,
 ) -> Iterator[tuple[str, Sums]]:
-    """The sums of the mixture's one router, once for every batch. A row is a text."""
+    """The sums of the mixture's one router, once for every batch. A row is a text. `shown` gets the
+    first texts.
+    """
     for batch in batches:
         weights = coefficients_of_sequences(
             model, {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -273,10 +240,9 @@ def _sums_of_sequences(
         number = weights.shape[-1]
         experts = torch.arange(number, device=weights.device).expand_as(weights)
         yield PER_SEQUENCE, _sums(experts.masked_fill(weights == 0, -1), weights, number)
-        if show is not None:
-            ids = batch["input_ids"]
-            of_tokens = weights[:, None].expand(-1, ids.shape[1], -1)
-            show("", ids, batch["attention_mask"].bool(), {PER_SEQUENCE: of_tokens})
+        if shown is not None and shown.has_room(task):
+            is_real = batch["attention_mask"].bool()
+            show_sequences(shown, task, batch["input_ids"], is_real, weights)
 
 
 def _check_scores(router: str, *scores: torch.Tensor) -> None:
@@ -509,25 +475,4 @@ def count_usage(
         experts_per_token=experts_per_token(config),
         count=count,
         tasks=tasks,
-    )
-
-
-def write_usage_page(usage: Usage, shown: ShownTexts, path: Path) -> None:
-    """Write a page with the texts that were shown, and heat maps of the usage. `UserError` where it
-    cannot be written.
-    """
-    shares = {}
-    for name, task in usage.tasks.items():
-        shares[name] = {
-            layer: share_of_choices(of_layer) for layer, of_layer in task.layers.items()
-        }
-    first = next(iter(usage.tasks.values())).layers
-    number = max(len(layer.counts) for layer in first.values())
-    write_page(
-        path,
-        f"Experts of {Path(usage.model).name}",
-        [f"expert {index}" for index in range(number)],
-        shown,
-        shares,
-        "Share of the choices of each layer",
     )
