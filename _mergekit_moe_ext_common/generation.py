@@ -6,6 +6,39 @@ from typing import Any
 import torch
 
 
+def answers_to(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    *,
+    pad_token_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    bar: Any = None,
+) -> dict[int, str]:
+    """What a model answers to the prompts of these numbers, by number; `bar` counts them.
+
+    Prompts of about one length share a batch, so that little of it is padding. The longest come
+    first, so that what does not fit into memory shows at once.
+    """
+    by_length = sorted(numbers, key=lambda number: -len(prompts[number]))
+    answers: dict[int, str] = {}
+    for start in range(0, len(by_length), batch_size):
+        own = by_length[start : start + batch_size]
+        texts = generated(
+            model,
+            tokenizer,
+            [prompts[number] for number in own],
+            pad_token_id=pad_token_id,
+            max_new_tokens=max_new_tokens,
+        )
+        answers.update(zip(own, texts, strict=True))
+        if bar is not None:
+            bar.update(len(own))
+    return answers
+
+
 @torch.no_grad()
 def generated(
     model: Any,

@@ -10,7 +10,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.generation import generated
+from _mergekit_moe_ext_common.generation import answers_to
 from _mergekit_moe_ext_common.metrics import score_of
 from mergekit_moe_ext.mixtures.metrics import overall_performance
 from mergekit_moe_ext.mixtures.tasks import Task
@@ -59,29 +59,22 @@ class TaskScorer:
         for text in self.pairs[name]["input"]:
             encoded = self.tokenizer(text, truncation=True, max_length=self.max_source_length)
             prompts.append(encoded["input_ids"])
-        # Prompts of about one length are in a batch together. The longest come first, so that what
-        # does not fit into memory shows at once.
+        # Each process has as many long ones as the others.
         by_length = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         own = by_length[state.process_index :: state.num_processes]
-        answers = []
-        bar = tqdm(
-            range(0, len(own), self.batch_size),
-            desc=f"generating {name}",
-            disable=self.quiet or not state.is_main_process,
-            leave=False,
-        )
-        for start in bar:
-            rows = own[start : start + self.batch_size]
-            number = task.max_new_tokens or self.max_target_length
-            texts = generated(
+        is_silent = self.quiet or not state.is_main_process
+        with tqdm(total=len(own), desc=f"generating {name}", disable=is_silent, leave=False) as bar:
+            answers = answers_to(
                 model,
                 self.tokenizer,
-                [prompts[row] for row in rows],
+                prompts,
+                own,
                 pad_token_id=self.pad_token_id,
-                max_new_tokens=number,
+                max_new_tokens=task.max_new_tokens or self.max_target_length,
+                batch_size=self.batch_size,
+                bar=bar,
             )
-            answers += list(zip(rows, texts, strict=True))
-        by_row = dict(gather_object(answers))
+        by_row = dict(gather_object(list(answers.items())))
         return [by_row[row] for row in range(len(prompts))]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from _mergekit_moe_ext_common.checkpoints import damage
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.generation import generated
+from _mergekit_moe_ext_common.generation import answers_to
 from _mergekit_moe_ext_common.metrics import score_of
 from _mergekit_moe_ext_common.staging import new_file
 from peft_routing.fusion.cache import Cache, Subject, Texts, for_each
@@ -45,7 +45,8 @@ class Questions:
         """The questions of rows that have labels.
 
         Rows of which nothing is left to answer are left out. A warning says so, and where rows are
-        so long that their right answers may have been cut. `UserError` where no row is left.
+        so long that their right answers may have been cut. `UserError` where no row is left, and
+        for a prompt of no tokens.
         """
         prompts = []
         answers = []
@@ -55,8 +56,14 @@ class Questions:
             if not answer:
                 continue
             prompt = row["input_ids"]
-            # A decoder's answer comes last in the same row.
-            prompts.append(prompt if is_encoder_decoder else prompt[: -len(answer)])
+            if not is_encoder_decoder:
+                prompt = prompt[: -len(answer)]  # the answer comes last in the same row
+            if not prompt:
+                raise UserError(
+                    f"task {texts.task!r}, {texts.split}: a prompt has no token, and a decoder has "
+                    "nothing to go on from: put words before the answer, or take the row out"
+                )
+            prompts.append(prompt)
             answers.append(answer)
             cut += max_length is not None and len(row["labels"]) >= max_length
         if not prompts:
@@ -112,10 +119,19 @@ def scored(
 
     def answer_and_keep(model: Any, subject: Subject, texts: Texts, bar: Any) -> None:
         asked = by_task[texts.task]
-        answers = _answers(model, asked, tokenizer, pad_token_id, batch_size)
+        numbers = range(len(asked.prompts))
+        answers = answers_to(
+            model,
+            tokenizer,
+            asked.prompts,
+            numbers,
+            pad_token_id=pad_token_id,
+            max_new_tokens=asked.longest,
+            batch_size=batch_size,
+        )
         bar.update(len(texts.rows))
         with new_file(_file(cache, subject, asked)) as partial:
-            partial.write_text(json.dumps(answers), encoding="utf-8")
+            partial.write_text(json.dumps([answers[number] for number in numbers]))
 
     for_each(work, answer_and_keep, load_base, quiet=quiet)
     with_scores = []
@@ -140,26 +156,6 @@ def _subject_of(
         return mixture_of(row.name, experts, coefficients, beta=row.values.get("beta", 0.0))
     expert = row.values["by_task"][task] if row.kind == BY_TASK else row.note
     return one_expert(expert, experts[expert]) if expert in experts else base_alone()
-
-
-def _answers(
-    model: Any, questions: Questions, tokenizer: Any, pad_token_id: int, batch_size: int
-) -> list[str]:
-    """The answers to all prompts, in their order."""
-    # Prompts of about one length share a batch, so that little of it is padding.
-    order = sorted(range(len(questions.prompts)), key=lambda row: len(questions.prompts[row]))
-    by_row: dict[int, str] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        texts = generated(
-            model,
-            tokenizer,
-            [questions.prompts[row] for row in rows],
-            pad_token_id=pad_token_id,
-            max_new_tokens=questions.longest,
-        )
-        by_row.update(zip(rows, texts, strict=True))
-    return [by_row[row] for row in range(len(order))]
 
 
 def _file(cache: Cache, subject: Subject, questions: Questions) -> Path:
