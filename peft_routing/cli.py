@@ -52,6 +52,16 @@ _CLUSTERS_FROM = click.option(
     help="File of `peft-route library cluster`: the cluster of each expert, for the router "
     "hierarchical.",
 )
+_LEARNING_RATES = click.option(
+    "--learning-rate",
+    "learning_rates",
+    type=click.FloatRange(min=0, min_open=True),
+    multiple=True,
+    default=LEARNING_RATES,
+    show_default=True,
+    help="Learning rate of a router's AdamW. May be repeated: the one with the lowest held-out "
+    "loss is kept. (The default is the paper's three.)",
+)
 _BASE = click.option("--base", help="Base model. [default: the one that the adapter names]")
 
 
@@ -187,16 +197,7 @@ main.add_command(library_group)
 @main.command()
 @click.argument("adapter")
 @training_options("Directory of the trained adapter. [default: ADAPTER-trained]")
-@click.option(
-    "--learning-rate",
-    "learning_rates",
-    type=click.FloatRange(min=0, min_open=True),
-    multiple=True,
-    default=LEARNING_RATES,
-    show_default=True,
-    help="Learning rate of AdamW. May be repeated: the one with the lowest held-out loss is kept. "
-    "(The default is the paper's three.)",
-)
+@_LEARNING_RATES
 @_BASE
 @options_of(Recipe, "recipe")
 @options_of(Reading, "reading")
@@ -435,16 +436,7 @@ def export(
 )
 @_CLUSTERS_FROM
 @fields_as_options(Recipe, ("num_train_epochs", "max_steps"))
-@click.option(
-    "--learning-rate",
-    "learning_rates",
-    type=click.FloatRange(min=0, min_open=True),
-    multiple=True,
-    default=LEARNING_RATES,
-    show_default=True,
-    help="Learning rate of the routers' AdamW. May be repeated: the one with the lowest loss on "
-    "validation is kept. (The default is the paper's three.)",
-)
+@_LEARNING_RATES
 @click.option("-o", "--output", type=click.Path(), required=True, help="Directory of the report.")
 @click.option(
     "--cache",

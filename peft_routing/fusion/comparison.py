@@ -50,7 +50,7 @@ from peft_routing.fusion.selection import (
 from peft_routing.fusion.strategies import BY_TASK, STRATEGIES, TRAINED, Tables
 from peft_routing.fusion.subjects import base_alone, one_expert
 from peft_routing.fusion.tasks import SPLITS, read_tasks
-from peft_routing.fusion.trained import Planned, Training, add_trained, planned_of
+from peft_routing.fusion.trained import Planned, Setting, Training, add_trained, planned_of
 from peft_routing.fusion.worst_case import PROGRAM_NEEDS_SCIPY, check_scipy
 from peft_routing.loading import CLASSES, empty_model
 
@@ -146,19 +146,8 @@ def compare(
             seed,
             asked.left_out,
         )
-    add_trained(
-        asked.candidates,
-        asked.planned,
-        experts,
-        asked.empty,
-        base,
-        tasks,
-        texts,
-        asked.directory,
-        reading,
-        training,
-        state,
-    )
+    setting = Setting(base, experts, asked.empty, tasks, texts, asked.directory, reading, training)
+    add_trained(asked.candidates, asked.planned, setting, state)
     columns = [one_expert(name, path) for name, path in experts.items()] + [base_alone()]
     everything = [each for split in SPLITS for each in texts[split]]
     not_train = texts["validation"] + texts["test"]

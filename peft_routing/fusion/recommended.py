@@ -24,14 +24,13 @@ def write_recommended(
     """Writes the adapter of a row to a directory that does not exist; returns whether there is one.
 
     One adapter is copied, and so is a merge or a trained router. Another router is a routed
-    adapter. An ensemble is a
-    routed adapter of the experts that have a coefficient, with `ensemble.json` beside it, whose
-    entries are arguments of `peft_routing.ensemble`. The base model needs nothing, and an adapter
-    of the user's own lies where it lies.
+    adapter. An ensemble is a routed adapter of the experts that have a coefficient, with
+    `ensemble.json` beside it, whose entries are arguments of `peft_routing.ensemble`. The base
+    model needs nothing, and an adapter of the user's own lies where it lies.
 
     Args:
         written: the directory of a merge, or of a trained router, that was written to be measured;
-        empty for other rows.
+            empty for other rows.
         empty: the base model's architecture.
     """
     if written:

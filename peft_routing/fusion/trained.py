@@ -62,6 +62,27 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What routers are composed of, what they are trained on, and where they are kept.
+
+    experts: their directories, by name.
+    empty: the base model's architecture.
+    tasks: the written sources, which an adapter's card names.
+    texts: of each split. Routers learn on train, and learning rates are chosen on validation.
+    directory: that of the cache.
+    """
+
+    base: str
+    experts: Mapping[str, str]
+    empty: nn.Module
+    tasks: Mapping[str, str]
+    texts: Mapping[str, Sequence[Texts]]
+    directory: Path
+    reading: Reading
+    training: Training
+
+
+@dataclass(frozen=True)
 class Planned:
     """A router that is to be trained.
 
@@ -115,29 +136,16 @@ def planned_of(
 def add_trained(
     candidates: dict[str, Candidate],
     planned: Mapping[str, Planned],
-    experts: Mapping[str, str],
-    empty: nn.Module,
-    base: str,
-    tasks: Mapping[str, str],
-    texts: Mapping[str, Sequence[Texts]],
-    directory: Path,
-    reading: Reading,
-    training: Training,
+    setting: Setting,
     state: PartialState,
 ) -> None:
-    """Adds the trained routers to the candidates; those that the cache's `directory` lacks are
-    trained.
-
-    Args:
-        tasks: the written sources, which an adapter's card names.
-        texts: of each split. Routers learn on train, and learning rates are chosen on validation.
+    """Adds the trained routers to the candidates; those that the cache lacks are trained.
 
     `UserError` as of `train`, and where something is to be trained in several processes.
     """
     directories = {}
     for name, plan in planned.items():
-        own = _name(name, plan, experts, base, texts, training)
-        directories[name] = directory / own
+        directories[name] = setting.directory / _name(name, plan, setting)
     lacking = [name for name, path in directories.items() if not path.exists()]
     if lacking and state.num_processes > 1:
         raise UserError(
@@ -145,8 +153,7 @@ def add_trained(
             "`accelerate launch` first"
         )
     for name in lacking:
-        plan = planned[name]
-        _write(name, plan, experts, empty, base, tasks, texts, directories[name], reading, training)
+        _write(name, planned[name], setting, directories[name])
     for name, path in directories.items():
         _add(candidates, name, planned[name], path)
 
@@ -170,47 +177,29 @@ def _add(candidates: dict[str, Candidate], name: str, plan: Planned, path: Path)
     add_adapter(candidates, name, candidate, str(path))
 
 
-def _name(
-    name: str,
-    plan: Planned,
-    experts: Mapping[str, str],
-    base: str,
-    texts: Mapping[str, Sequence[Texts]],
-    training: Training,
-) -> str:
+def _name(name: str, plan: Planned, setting: Setting) -> str:
     """The name of a trained router's directory, by all that its files depend on."""
     own = []
-    for expert, path in experts.items():
+    for expert, path in setting.experts.items():
         own.append([expert, fingerprint(path, f"expert {expert!r} ({path})")])
     of_texts = []
     for split in ("train", "validation"):
-        of_texts.append([[each.task, each.fingerprint] for each in texts[split]])
+        of_texts.append([[each.task, each.fingerprint] for each in setting.texts[split]])
     parts = [
         _VERSION,
         plan.options,
-        base,
-        model_fingerprint(base),
+        setting.base,
+        model_fingerprint(setting.base),
         own,
         of_texts,
-        asdict(training.recipe),
-        list(training.learning_rates),
+        asdict(setting.training.recipe),
+        list(setting.training.learning_rates),
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return f"{name}-{digest[:16]}"
 
 
-def _write(
-    name: str,
-    plan: Planned,
-    experts: Mapping[str, str],
-    empty: nn.Module,
-    base: str,
-    tasks: Mapping[str, str],
-    texts: Mapping[str, Sequence[Texts]],
-    directory: Path,
-    reading: Reading,
-    training: Training,
-) -> None:
+def _write(name: str, plan: Planned, setting: Setting, directory: Path) -> None:
     """Composes and trains a router, and writes it to a directory that does not exist.
 
     Until then it lies beside that, where an interrupted training goes on. One whose coefficients
@@ -222,7 +211,7 @@ def _write(
     # One that was complete, but whose results were not kept any more.
     shutil.rmtree(trained, ignore_errors=True)
     if not start.exists():
-        model = get_peft_model(empty, composed(experts, **plan.options))
+        model = get_peft_model(setting.empty, composed(setting.experts, **plan.options))
         with staged(check_output(str(start))) as out:
             model.save_pretrained(str(out))
         model.unload()
@@ -230,19 +219,21 @@ def _write(
         results = train(
             str(start),
             str(trained),
-            [f"{task}={written.split(',')[0]}" for task, written in tasks.items()],
-            reading,
-            training.recipe,
-            learning_rates=training.learning_rates,
-            base=base,
-            rows=TokenRows(_that_teach(texts["train"]), _that_teach(texts["validation"])),
+            [f"{task}={written.split(',')[0]}" for task, written in setting.tasks.items()],
+            setting.reading,
+            setting.training.recipe,
+            learning_rates=setting.training.learning_rates,
+            base=setting.base,
+            rows=TokenRows(
+                _that_teach(setting.texts["train"]), _that_teach(setting.texts["validation"])
+            ),
             resume=is_interrupted(str(trained)),
         )
     except UserError as error:
         raise UserError(f"{name}: {error.message}") from error
     with staged(check_output(str(directory))) as out:
         if plan.kind == PLAIN:
-            _write_lora(str(trained), base, reading, out)
+            _write_lora(str(trained), setting.base, setting.reading, out)
         else:
             shutil.copytree(trained, out, dirs_exist_ok=True)
         (out / _NOTES).write_text(json.dumps(_notes(results)), encoding="utf-8")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from datasets import Dataset
 from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -23,6 +24,7 @@ from peft_routing.cli import main
 from peft_routing.fusion import answers as answers_module
 from peft_routing.fusion import cache as cache_module
 from peft_routing.fusion import candidates, report, trained
+from peft_routing.fusion.cache import Texts
 from peft_routing.fusion.recommended import write_recommended
 from peft_routing.fusion.strategies import TRAINED
 from peft_routing.loading import empty_model
@@ -250,13 +252,20 @@ def test_a_metric_measures_what_every_row_answers(here, monkeypatch):
     def never(*_, **__):
         raise AssertionError
 
-    monkeypatch.setattr(answers_module, "generated", never)
+    monkeypatch.setattr(answers_module, "answers_to", never)
     again = compare_here("two", tasks, cache="kept", **options)
     assert [row.scores for row in again.rows] == [row.scores for row in found.rows]
     file = next(Path("kept").glob("*.answers-4.json"))
     file.write_text("[]")
     with pytest.raises(UserError, match="does not hold 4 answers; remove it"):
         compare_here("three", tasks, cache="kept", **options)
+
+
+def test_a_decoder_s_prompt_of_no_tokens_is_refused():
+    rows = Dataset.from_list([{"input_ids": [5, 6], "labels": [5, 6]}])
+    texts = Texts.of("math", "test", rows, is_encoder_decoder=False)
+    with pytest.raises(UserError, match="task 'math', test: a prompt has no token"):
+        answers_module.Questions.of(texts, None, is_encoder_decoder=False, max_length=None)
 
 
 def test_the_posterior_follows_the_texts_that_peft_read(compared, alone):
@@ -734,8 +743,6 @@ def test_several_processes_do_not_train(here):
     planned = {"global": trained.Planned("plain LoRA", {"router": "global"}, 2)}
     recipe = trained.Training(peft_routing.Recipe(), [1e-3])
     texts = {"train": [], "validation": []}
+    setting = trained.Setting("base", {}, make_base(), {}, texts, here, Reading(), recipe)
     with pytest.raises(UserError, match="global is yet to be trained, which one process does"):
-        trained.add_trained(
-            {}, planned, {}, make_base(), "base", {}, texts, here, Reading(), recipe,
-            SimpleNamespace(num_processes=2),
-        )  # fmt: skip
+        trained.add_trained({}, planned, setting, SimpleNamespace(num_processes=2))
