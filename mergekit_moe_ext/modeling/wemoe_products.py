@@ -427,6 +427,8 @@ def _has_room(size: int, device: torch.device) -> bool:
         for line in _MEMORY.read_text().splitlines():
             name, _, amount = line.partition(":")
             amounts[name] = amount.split()
+        if not {"MemAvailable", "MemTotal"} <= amounts.keys():
+            return False
         free = 1024 * int(amounts["MemAvailable"][0])
         total = 1024 * int(amounts["MemTotal"][0])
     else:

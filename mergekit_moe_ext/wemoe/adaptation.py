@@ -98,7 +98,7 @@ def adapt(
         adaptation = replace(adaptation, learning_rate=_learning_rate(kind, config))
     tasks = [source.name for source in parse_sources(data)]
     _check_tasks(model_path, config, tasks, [source.name for source in parse_sources(eval_data)])
-    _check_coefficients(model_path, kind, config, adaptation)
+    _check_coefficients_per(model_path, kind, config, adaptation)
     recipe = _recipe(adaptation, len(tasks))
     arguments = _arguments(run, recipe, adaptation, config)
     load = load_image_processor if kind == "image" else load_tokenizer
@@ -271,7 +271,12 @@ def _check_tasks(
             raise UserError(f"--eval-data {task}: there is no --data of this name")
 
 
-def _check_coefficients(model_path: str, kind: Kind, config: Any, adaptation: Adaptation) -> None:
+def _check_coefficients_per(
+    model_path: str, kind: Kind, config: Any, adaptation: Adaptation
+) -> None:
+    """`UserError` for coefficients of a batch where there is not one set per row to take the mean
+    of.
+    """
     is_running = kind == "decoder" and config.ensembling["mode"] == "running"
     if adaptation.coefficients_per == "batch" and (is_running or kind == "encoder-decoder"):
         raise UserError(
