@@ -8,7 +8,7 @@ pretrained models are the same for all.
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,22 +93,21 @@ class Scale:
         return Reading(max_length=self.source_tokens, quiet=True)
 
 
+SMALL = Scale(
+    sizes=Sizes(9000, 30, training=750, validation=40, test=100),
+    shape=Shape(width=64, heads=4, ffn=128, layers=4, vocabulary=4000),
+    pretraining=Pretraining(held_out=200, steps=400, batch=16, learning_rate=3e-3),
+    batch=16,
+    epochs=2,
+    learning_rate=3e-3,
+)
 SCALES = {
-    "small": Scale(
-        sizes=Sizes(9000, 30, training=750, validation=40, test=100),
-        shape=Shape(width=64, heads=4, ffn=128, layers=4, vocabulary=4000),
-        pretraining=Pretraining(held_out=200, steps=400, batch=16, learning_rate=3e-3),
-        batch=16,
-        epochs=2,
-        learning_rate=3e-3,
-    ),
-    "hours": Scale(
+    "small": SMALL,
+    "hours": replace(
+        SMALL,
         sizes=Sizes(48_000, 30, training=1500, validation=100, test=300),
-        shape=Shape(width=64, heads=4, ffn=128, layers=4, vocabulary=4000),
-        pretraining=Pretraining(held_out=200, steps=3000, batch=16, learning_rate=3e-3),
-        batch=16,
+        pretraining=replace(SMALL.pretraining, steps=3000),
         epochs=4,
-        learning_rate=3e-3,
     ),
     "quick": Scale(
         sizes=Sizes(60, 20, training=8, validation=4, test=4),

@@ -188,16 +188,19 @@ def _table_2(results: Sequence[Results]) -> str:
 
 def _table_3(results: Sequence[Results]) -> str:
     stacks = ("encoder", "decoder")
-    trained = {}
+    trained: dict[str, list[str]] = {}
     for name in CONFIGURATIONS:
-        trained[name] = [_cell([seed.entropy(name, stack) for seed in results]) for stack in stacks]
+        trained[name] = []
+        for stack in stacks:
+            trained[name].append(_cell([seed.entropy(name, stack) for seed in results]))
     sources = {}
     for experts in (8, 16):
         for task in TASKS:
-            sources[f"single-task, {experts}, {task}"] = [
-                _cell([seed.source_entropy(experts, task, stack) for seed in results])
-                for stack in stacks
-            ]
+            cells = []
+            for stack in stacks:
+                values = [seed.source_entropy(experts, task, stack) for seed in results]
+                cells.append(_cell(values))
+            sources[f"single-task, {experts}, {task}"] = cells
     return "\n\n".join(
         [
             _table("Table 3: normalised entropies of the trained models", stacks, trained),
