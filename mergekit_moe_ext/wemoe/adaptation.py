@@ -293,9 +293,9 @@ def _prefix(kind: Kind, config: Any) -> int:
 
 
 def _learning_rate(kind: Kind, config: Any) -> float:
-    """The paper's learning rate, and a tenth of it for tokens.
+    """The learning rate of WEMoE's own code, and a tenth of it for tokens.
 
-    Their loss soars at the paper's (docs/wemoe_texts.md).
+    Their loss soars at the former (docs/wemoe_texts.md).
     """
     predicts_tokens = kind in ("decoder", "encoder-decoder")
     return 1e-4 if predicts_tokens and config.ensembling["router_layers"] else 1e-3
