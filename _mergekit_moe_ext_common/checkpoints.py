@@ -103,10 +103,10 @@ def _file_of(model: str, name: str) -> Path | None:
         path = directory / name
         return path if path.exists() else None
     try:
-        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot fetch {name} of {model}: {first_line(error)}") from error
-    return None if found is None else Path(found)
+    return None if file is None else Path(file)
 
 
 def _shards_of(model: str, index: Path) -> list[Path]:

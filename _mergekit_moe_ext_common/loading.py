@@ -353,9 +353,9 @@ def _check_doubtful(
     # Their names and shapes in the files: of stacked experts, say, those of each. A config of no
     # experts at all makes transformers divide nothing by nothing.
     with explained(f"cannot tell by its config what the files of {model} must hold", model):
-        wanted = revert_weight_conversion(loaded, chosen)
+        expected = revert_weight_conversion(loaded, chosen)
     kind = type(loaded).__name__
-    lacking = sorted(name for name in wanted if name not in headers)
+    lacking = sorted(name for name in expected if name not in headers)
     if lacking:
         wrapper = wrapper_of(headers, lacking)
         if wrapper:
@@ -364,7 +364,7 @@ def _check_doubtful(
             f"{_where(model, headers)} lacks {_counted(lacking)}, which {kind} has by its "
             f"config.json: {_EITHER_IS_WRONG}"
         )
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         there = headers[name].shape
         here = tuple(tensor.shape)
         if there != here:

@@ -211,15 +211,15 @@ class Run:
 
         Checkpoints stay where they are.
         """
-        what = divergence(trainer, losses)
-        if what is None:
+        symptom = divergence(trainer, losses)
+        if symptom is None:
             return
         if not any(_complete_checkpoints(self.checkpoints / part) for part in self.starts):
             self._remove_checkpoints()
-            raise UserError(f"the training diverged: {what}; {advice}")
+            raise UserError(f"the training diverged: {symptom}; {advice}")
         raise UserError(
-            f"the training diverged: {what}; {advice}, and remove {self.checkpoints}, which this "
-            "training left"
+            f"the training diverged: {symptom}; {advice}, and remove {self.checkpoints}, which "
+            "this training left"
         )
 
     @contextmanager

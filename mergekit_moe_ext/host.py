@@ -167,8 +167,8 @@ def _merge_tensors(
     check_tensor_merge(merge_config, options, method)
     out = check_output(out_path)
     # What mergekit cannot merge makes it raise exceptions of many kinds.
-    what = f"{method.spec.name} cannot merge these models"
-    with explained(what, str(merge_config.base_model)), staged(out) as directory:
+    failure = f"{method.spec.name} cannot merge these models"
+    with explained(failure, str(merge_config.base_model)), staged(out) as directory:
         # mergekit keeps loaders for the life of the process, so a second merge would read stale
         # weights.
         LoaderCache.loaders.clear()

@@ -99,9 +99,9 @@ def compose(
         )
         model = base_for_composing(base, load_config(base, reading), config, reading)
         set_seed(seed)
-        asked = config.head
+        head = config.head
         model = get_peft_model(model, config)
-        if asked is None and model.peft_config["default"].head == "new":
+        if head is None and model.peft_config["default"].head == "new":
             raise UserError(
                 "the experts are of a task whose head PEFT has trained and saved with the router, "
                 "and none has one: say head='new' (--head new), so that the base model's is read"

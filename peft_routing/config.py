@@ -326,7 +326,8 @@ class RoutedLoraConfig(PeftConfig):
             raise UserError(
                 "a routed adapter needs experts: experts={'math': 'math/', 'code': 'code/'}"
             )
-        if both := self.experts.keys() & self.general_experts.keys():
+        both = self.experts.keys() & self.general_experts.keys()
+        if both:
             raise UserError(
                 f"{min(both)!r} names an expert and a general one: give names, "
                 f"general_experts={{'wiki': …}}"

@@ -86,17 +86,17 @@ def _taken_from(
     if config.head in (None, "new"):
         return list(having)
     if config.head in config.experts:
-        wanted = [expert for expert in routed if expert.name == config.head]
+        chosen = [expert for expert in routed if expert.name == config.head]
     else:
-        wanted = list(routed)
-    for expert in wanted:
+        chosen = list(routed)
+    for expert in chosen:
         if not expert.head:
             others = ", ".join(other.name for other in having) or "none"
             raise UserError(
                 f"head={config.head!r}: expert {expert.name!r} has no head; of the experts, "
                 f"{others} has one"
             )
-    return wanted
+    return chosen
 
 
 def base_heads(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:

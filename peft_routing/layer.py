@@ -91,7 +91,8 @@ class Experts(nn.Module):
 
     def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B; in another dtype than theirs, copies that are made once."""
-        a, b = self.A, self.B
+        a = self.A
+        b = self.B
         if dtype == a.dtype:
             return a, b
         if torch.compiler.is_compiling() or a.is_inference() or b.is_inference():
@@ -180,7 +181,8 @@ class Experts(nn.Module):
         """
         chosen, slots, owners = self._places_of(experts, x.device)
         a, b = self.factors_in(x.dtype)
-        a, b = a.index_select(0, slots), b.index_select(0, slots)
+        a = a.index_select(0, slots)
+        b = b.index_select(0, slots)
         coefficients = coefficients.index_select(-1, chosen)
         scalings = self.scalings(coefficients.dtype, coefficients.device)
         scaled = coefficients * scalings.index_select(0, chosen)
@@ -260,7 +262,8 @@ def updates(
         (a.double(), b.double() * scaling)
         for (a, b), scaling in zip(factors, site.scalings, strict=True)
     ]
-    routed, general = scaled[: -site.general], scaled[-site.general :]
+    routed = scaled[: -site.general]
+    general = scaled[-site.general :]
     less_a = [a for a, _ in general]
     less_b = [-b / site.general for _, b in general]
     less = [(torch.cat([a, *less_a]), torch.cat([b, *less_b], dim=1)) for a, b in routed]

@@ -164,8 +164,8 @@ def check_adapter(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
     `tensors` are what is to be loaded, by their names in the model. (Shapes are torch's to check.)
     """
     where = f"the routed adapter {adapter_name!r}"
-    wanted = _names_in(model, adapter_name)
-    lacking = [name for name in wanted if name not in tensors]
+    expected = _names_in(model, adapter_name)
+    lacking = [name for name in expected if name not in tensors]
     if lacking:
         others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UserError(

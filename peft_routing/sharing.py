@@ -81,7 +81,8 @@ class SharedChoice(threading.local):
         coefficients = self.now.coefficients
         assert coefficients is not None
         coefficients = coefficients.to(x.device)
-        tokens, own = coefficients.shape[:-1], x.shape[:-1]
+        tokens = coefficients.shape[:-1]
+        own = x.shape[:-1]
         if tokens == own or not tokens:
             return coefficients
         # One set per sequence is (batch, 1 …, experts), but for packed documents.

@@ -97,7 +97,8 @@ def check_dense(
         )
     inner = language_config(mixture)
     for key in _OF_FFNS:
-        here, there = getattr(language_config(dense), key, None), getattr(inner, key, None)
+        here = getattr(language_config(dense), key, None)
+        there = getattr(inner, key, None)
         if here != there:
             raise UserError(f"{model} does not fit the mixture: `{key}` is {here!r}, not {there!r}")
     if hasattr(mixture, "routed_ffns"):

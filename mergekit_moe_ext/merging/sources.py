@@ -231,12 +231,15 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
 
     Keys that change what a model computes, but not its sizes, are warned about.
     """
-    keys = (*_SIZES, *(() if _vocabulary_may_differ(job) else ("vocab_size",)))
-    wanted = language_config(configs[job.donor])
+    keys = list(_SIZES)
+    if not _vocabulary_may_differ(job):
+        keys.append("vocab_size")
+    donor_config = language_config(configs[job.donor])
     for model, whole in configs.items():
         config = language_config(whole)
         for key in keys:
-            here, there = _size(config, key), _size(wanted, key)
+            here = _size(config, key)
+            there = _size(donor_config, key)
             if here != there:
                 hint = (
                     "; `tokenizer: {source: union}` aligns vocabularies"
@@ -248,7 +251,8 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
                     f"{there!r}{hint}"
                 )
         for key in _BEHAVIOUR:
-            here, there = getattr(config, key, None), getattr(wanted, key, None)
+            here = getattr(config, key, None)
+            there = getattr(donor_config, key, None)
             if here != there:
                 LOG.warning(
                     "`%s` of %s is %s; the output has that of %s: %s",
@@ -313,13 +317,13 @@ def read_headers(
     for model in job.sources:
         stored = ModelReference(model=stored_model(job, model).model)
         config = configs[model]
-        wanted = manifests[model]
-        in_files = _without_prefix(stored_headers(stored, job.merge_options), wanted.prefix)
-        in_files = _with_trunk(in_files, wanted.trunk)
-        headers[model] = in_files.seen_through(hub_layer(config, in_files.shapes, wanted.shapes))
-        _check_headers(model, headers[model], config, wanted, vocabulary_may_differ)
-        for name in wanted.tied & headers[model].shapes.keys():
-            _check_really_tied(job, model, headers[model], name, wanted)
+        manifest = manifests[model]
+        in_files = _without_prefix(stored_headers(stored, job.merge_options), manifest.prefix)
+        in_files = _with_trunk(in_files, manifest.trunk)
+        headers[model] = in_files.seen_through(hub_layer(config, in_files.shapes, manifest.shapes))
+        _check_headers(model, headers[model], config, manifest, vocabulary_may_differ)
+        for name in manifest.tied & headers[model].shapes.keys():
+            _check_really_tied(job, model, headers[model], name, manifest)
     return headers
 
 
@@ -381,15 +385,15 @@ def _vocabulary_may_differ(job: Job) -> bool:
 
 
 def _check_really_tied(
-    job: Job, model: ModelReference, headers: Headers, name: str, wanted: Manifest
+    job: Job, model: ModelReference, headers: Headers, name: str, manifest: Manifest
 ) -> None:
     """A stored copy of a tied tensor is dropped only if it is one: transformers unties those that
     differ.
     """
     loader = loader_of(job, model, headers.view)
     stored_names = loader.index.tensor_paths
-    if wanted.embedding in stored_names and not torch.equal(
-        loader.get_tensor(name), loader.get_tensor(wanted.embedding)
+    if manifest.embedding in stored_names and not torch.equal(
+        loader.get_tensor(name), loader.get_tensor(manifest.embedding)
     ):
         raise UserError(
             f"{name} of {model} differs from the embedding, to which its config ties it: write "
@@ -479,23 +483,25 @@ def _check_headers(
     model: ModelReference,
     headers: Headers,
     config: PretrainedConfig,
-    wanted: Manifest,
+    manifest: Manifest,
     vocabulary_may_differ: bool,
 ) -> None:
     tied_here = (
-        wanted.vocabulary | wanted.tied
+        manifest.vocabulary | manifest.tied
         if getattr(config, "tie_word_embeddings", False)
         else frozenset()
     )
-    for name, shape in wanted.shapes.items():
+    for name, shape in manifest.shapes.items():
         if name not in headers.shapes:
             if name in tied_here and any(other in headers.shapes for other in tied_here):
                 continue
-            lacking = [each for each in wanted.shapes if each not in {*headers.shapes, *tied_here}]
+            lacking = [
+                each for each in manifest.shapes if each not in {*headers.shapes, *tied_here}
+            ]
             wrapper = wrapper_of(headers.shapes, lacking)
             hint = f": {wrapper}" if wrapper else ""
             raise UserError(f"{model} lacks the tensor {name}{hint}")
-        skip = 1 if name in wanted.vocabulary and vocabulary_may_differ else 0
+        skip = 1 if name in manifest.vocabulary and vocabulary_may_differ else 0
         if headers.shapes[name][skip:] != shape[skip:]:
             raise UserError(
                 f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture "
@@ -507,14 +513,14 @@ def _check_headers(
                 "can be merged"
             )
     for name in headers.shapes:
-        if name in wanted.shapes or name in tied_here or name.endswith(_NOT_PARAMETERS):
+        if name in manifest.shapes or name in tied_here or name.endswith(_NOT_PARAMETERS):
             continue
         if any(
-            re.search(pattern, name) for pattern in wanted.ignored
+            re.search(pattern, name) for pattern in manifest.ignored
         ):  # prediction of further tokens, mostly
             LOG.warning("%s of %s is left out, as transformers does", name, model)
             continue
-        hint = ": its embeddings are not tied, the output's are" if name in wanted.tied else ""
+        hint = ": its embeddings are not tied, the output's are" if name in manifest.tied else ""
         raise UserError(f"{name} of {model} has no place in the output{hint}")
 
 

@@ -41,10 +41,10 @@ class LoadFiniteTensor(LoadTensor):
         tensor = LoadTensor(**{**dict(self), "dtype": None}).execute()
         if tensor is None:
             return None
-        what = f"{self.tensor} of {self.model}"
+        label = f"{self.tensor} of {self.model}"
         if not is_finite(tensor):
-            raise UserError(f"{what} holds NaN or Inf; {_LET_THROUGH}")
-        return cast_finite(tensor, dtype_from_name(self.dtype), what)
+            raise UserError(f"{label} holds NaN or Inf; {_LET_THROUGH}")
+        return cast_finite(tensor, dtype_from_name(self.dtype), label)
 
 
 class RefuseNonfinite(Task[torch.Tensor | None]):

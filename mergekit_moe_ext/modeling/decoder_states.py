@@ -43,10 +43,10 @@ class DecoderStates:
         """
         if f"output_{name}" not in self.arguments:
             return None
-        given = [tuple(getattr(output, name) or ()) for _, _, output in self.parts]
-        if len({len(layers) for layers in given}) > 1:
+        of_decoders = [tuple(getattr(output, name) or ()) for _, _, output in self.parts]
+        if len({len(layers) for layers in of_decoders}) > 1:
             raise ValueError(_refusal(name, "numbers of layers"))
-        return tuple(self._sum(name, layers) for layers in zip(*given, strict=True))
+        return tuple(self._sum(name, layers) for layers in zip(*of_decoders, strict=True))
 
     def _sum(self, name: str, of_decoders: Sequence[Tensor | None]) -> Tensor | None:
         """One layer's tensors (rows, …) of all decoders that were chosen, as one (batch, …)."""

@@ -31,7 +31,8 @@ def inferred_masks(tokens: Tensor, config: Any, special: Iterable[int] = ()) -> 
     leading = trailing = torch.zeros_like(tokens, dtype=torch.bool)
     if pad is not None and pad not in ends:
         is_pad = tokens == pad
-        leading, trailing = _first_run(is_pad), _first_run(is_pad.flip(1)).flip(1)
+        leading = _first_run(is_pad)
+        trailing = _first_run(is_pad.flip(1)).flip(1)
     attention = _mask(leading | trailing)
     unclear = torch.tensor(sorted({*special, *ends, *_ids(config, "pad_token_id")}))
     is_unclear = torch.isin(tokens, unclear.to(tokens))

@@ -157,13 +157,13 @@ def _by_running(layer: nn.Module, name: str) -> RoutedFFN:
     if sorted(order) != sorted(linears):
         raise UserError(f"it does not call each of {', '.join(linears)} once")
     read = calls[0][1]
-    readers = [each for each, given in calls if given is read]
+    readers = [each for each, argument in calls if argument is read]
     *others, writer = [each for each in order if each not in readers] or [""]
     if not writer or order[-1] != writer:
         raise UserError(f"{order[-1]}, which it calls last, reads its input")
-    found = RoutedFFN(readers, writer, others)
-    _check_routed(ffn, found, name, width)
-    return found
+    routed = RoutedFFN(readers, writer, others)
+    _check_routed(ffn, routed, name, width)
+    return routed
 
 
 def _recorder(calls: list[tuple[str, Tensor]], name: str) -> Any:

@@ -226,7 +226,8 @@ def check_same_ffns(
             "they must be one class"
         )
     for key in _ACTIVATIONS:
-        here, there = getattr(inner, key, None), getattr(inner_of_other, key, None)
+        here = getattr(inner, key, None)
+        there = getattr(inner_of_other, key, None)
         if here != there:
             raise UserError(
                 f"{model} has another activation than {other}: `{key}` is {here!r}, not {there!r}"

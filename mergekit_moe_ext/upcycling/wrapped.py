@@ -51,8 +51,8 @@ def family_of_all(
 
 def _decoder_class(wrapper: PretrainedConfig) -> Any:
     """The class of the language model in a wrapper, with a head; None where there is no such."""
-    found = AutoModelForCausalLM._model_mapping.get(type(language_config(wrapper)), None)
-    return found[0] if isinstance(found, tuple) else found
+    entry = AutoModelForCausalLM._model_mapping.get(type(language_config(wrapper)), None)
+    return entry[0] if isinstance(entry, tuple) else entry
 
 
 def _decoder_config(wrapper: PretrainedConfig) -> PretrainedConfig:

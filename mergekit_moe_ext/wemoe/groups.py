@@ -36,9 +36,9 @@ def ensembled_groups(
         ffn = layer_parts.ffns[0] if layer_parts.ffns else []
         lacking = not attention if upscale == "attention" else not ffn
         if lacking:
-            what = "attention" if upscale == "attention" else "MLP"
+            part = "attention" if upscale == "attention" else "MLP"
             raise UserError(
-                f"layer {name} of {type(model).__name__} has no {what} that can be told by its "
+                f"layer {name} of {type(model).__name__} has no {part} that can be told by its "
                 "class"
             )
         each_attention = [[part] for part in attention]

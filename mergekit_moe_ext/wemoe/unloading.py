@@ -48,8 +48,8 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
     heads = {} if is_tower else ensembling["heads"]
     task = next(iter(heads)) if len(heads) == 1 and task is None else task
     if heads and task not in heads:
-        what = f"{model_path} has no head {task!r}" if task else f"{model_path} has a head per task"
-        raise UserError(f"{what}: choose one with --task: {', '.join(heads)}")
+        problem = f"has no head {task!r}" if task else "has a head per task"
+        raise UserError(f"{model_path} {problem}: choose one with --task: {', '.join(heads)}")
     if task and not heads:
         raise UserError(f"{model_path} becomes one model for all tasks; leave --task out")
     model = load_ensemble(model_path, architecture, config)
@@ -64,11 +64,11 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
         complete_model(directory, stock.config, source, model_path)
         renew_loading(directory, auto_class_of(type(stock).__name__), remote_code=False)
         head = f" with the head of {in_markdown(task)}" if task else ""
-        what = (
+        note = (
             "Its coefficients were constants and are merged into the weights: a stock "
             f"{type(stock).__name__}{head}."
         )
-        extend_card(directory, ["## Unloaded", "", what, *([_WITHOUT_HEADS] if is_tower else [])])
+        extend_card(directory, ["## Unloaded", "", note, *([_WITHOUT_HEADS] if is_tower else [])])
     if is_tower:
         LOG.info(_WITHOUT_HEADS)
     return type(stock)
@@ -113,7 +113,8 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
     if task:
         number = list(model.ensembling.heads).index(task)
         for part in ("weight", "bias"):
-            if (name := f"{head}.{number}.{part}") in chosen:
+            name = f"{head}.{number}.{part}"
+            if name in chosen:
                 state[f"{head}.{part}"] = chosen[name]
         names = model.ensembling.heads[task]
         config.id2label = dict(enumerate(names))

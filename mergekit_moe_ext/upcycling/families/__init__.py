@@ -156,7 +156,8 @@ def _check_equal(family: Upcycling, configs: Mapping[ModelReference, PretrainedC
     for model in others:
         values = _compared(family, configs[model])
         for key in sorted(expected.keys() | values.keys()):
-            here, there = values.get(key), expected.get(key)
+            here = values.get(key)
+            there = expected.get(key)
             if here != there:
                 raise UserError(
                     f"{model} ({configs[model].model_type}) and {first} "
