@@ -270,11 +270,12 @@ def _size(config: PretrainedConfig, key: str) -> Any:
     if key in ("attention_bias", "mlp_bias"):
         return bool(value)
     heads = getattr(config, "num_attention_heads", None)
-    # Swin has a list of them, one for each stage, and nothing is implied.
-    if value is not None or not isinstance(heads, int):
+    width = getattr(config, "hidden_size", None)
+    # Swin has a list of heads and MobileViT one of widths, one for each stage: nothing is implied.
+    if value is not None or not isinstance(heads, int) or not isinstance(width, int):
         return value
     if key == "head_dim":
-        return config.hidden_size // heads
+        return width // heads
     if key == "num_key_value_heads":
         return heads
     return value

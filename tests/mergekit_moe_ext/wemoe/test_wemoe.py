@@ -22,6 +22,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    MobileViTConfig,
+    MobileViTForImageClassification,
     SwinConfig,
     SwinForImageClassification,
     ViTConfig,
@@ -303,6 +305,17 @@ def test_a_base_must_be_named_and_must_not_be_a_source(here):
     refused(here, wemoe(base=None), "base_model")
     refused(here, wemoe(("base", "math")), "`base_model:`", "must not be among `models:`")
     refused(here, wemoe(("nowhere", "math")), "nowhere", "does not exist")
+
+
+def test_what_a_batch_norm_has_counted_is_refused(tmp_path, monkeypatch):
+    """MobileViT has several widths, and no `hidden_size` that a size could be implied by."""
+    monkeypatch.chdir(tmp_path)
+    model = MobileViTForImageClassification(
+        MobileViTConfig(hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8] * 7)
+    )
+    for name in ("base", "a"):
+        model.save_pretrained(name)
+    refused(tmp_path, wemoe(("a",)), "num_batches_tracked", "of ./a is I64")
 
 
 def test_models_that_do_not_fit_are_refused(here, tmp_path):
