@@ -28,6 +28,14 @@ def test_the_version_stands_in_one_place(metadata):
     assert str(citation["version"]) == mergekit_moe_ext.__version__
 
 
+def test_the_changelog_has_the_version_and_its_day_below_what_is_unreleased():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    released = f"[{citation['version']}] - {citation['date-released']}"
+    assert sections[:2] == ["[Unreleased]", released]
+
+
 def test_an_index_shows_the_readme_without_a_dead_link(metadata):
     """The repository's README has links to files; its copy on an index has none."""
     readme = (ROOT / "README.md").read_text()
