@@ -216,6 +216,7 @@ def _copy_tokenizer_files(
         copy_tokenizer(donor, directory)
         if not has_tokenizer(directory):
             tokenizer_of(job.donor, job.merge_options).save_pretrained(directory)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rstrip(": ")
-        LOG.warning("no tokenizer was copied from %s: %s", job.donor.model, reason)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        # ImportError: some tokenizers need libraries of their own.
+        reason = str(error).strip().splitlines()[0].rstrip(": ")
+        LOG.warning("the output has no tokenizer: %s", reason)

@@ -198,15 +198,16 @@ def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig
 
 
 def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
-    """The tokenizer of a model. Where there is none, or it cannot be read, transformers' error
-    passes through.
+    """The tokenizer of a model. `UserError` where there is none, or it cannot be read: for want of
+    a library that it needs, say.
     """
-    return AutoTokenizer.from_pretrained(
-        model.model.path,
-        revision=model.model.revision,
-        cache_dir=options.transformers_cache,
-        trust_remote_code=options.trust_remote_code,
-    )
+    with explained(f"cannot read the tokenizer of {model}", model.model.path):
+        return AutoTokenizer.from_pretrained(
+            model.model.path,
+            revision=model.model.revision,
+            cache_dir=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
+        )
 
 
 def lacks_tokenizer(model: ModelReference) -> bool:

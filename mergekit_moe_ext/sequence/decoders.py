@@ -167,9 +167,10 @@ def special_token_ids(job: Job, donor: PretrainedConfig) -> list[int]:
             ids.add(value)
     try:
         tokenizer = tokenizer_of(job.donor, job.merge_options)
-    except (OSError, ValueError, KeyError):
+    except UserError:
         LOG.warning(
-            "%s has no tokenizer, so only its configuration says which tokens are special",
+            "%s has no tokenizer that can be read, so only its configuration says which tokens are "
+            "special",
             job.donor,
         )
         return sorted(ids)

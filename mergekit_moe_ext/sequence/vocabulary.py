@@ -148,10 +148,9 @@ def _tokens(job: Job, model: ModelReference) -> Tokens:
         raise UserError(f"{model} has no tokenizer, and tokens are matched by what they stand for")
     try:
         return Tokens(tokenizer_of(model, job.merge_options))
-    except (OSError, ValueError, KeyError) as error:
+    except UserError as error:
         raise UserError(
-            f"the tokenizer of {model} cannot be read, and tokens are matched by what they stand "
-            f"for: {str(error).splitlines()[0]}"
+            f"{error.message} (it is needed, since tokens are matched by what they stand for)"
         ) from error
 
 

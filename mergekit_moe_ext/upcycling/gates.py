@@ -101,11 +101,8 @@ def tokenised_prompts(job: Job, asked: str) -> tuple[tuple[Tokens, Tokens], ...]
         )
     try:
         tokenizer = tokenizer_of(job.donor, job.merge_options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{asked} needs the tokenizer of {job.donor}, which cannot be read: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    except UserError as error:
+        raise UserError(f"{error.message} (it is needed for {asked})") from error
 
     # By hand, as mergekit-moe does: not every tokenizer adds the token that begins a text.
     start = tokenizer.bos_token or ""

@@ -249,7 +249,7 @@ def test_a_source_without_a_tokenizer(here, family, embedding):
 def test_a_tokenizer_that_cannot_be_read(here):
     make_model(here / "broken", 1)
     (here / "broken" / "tokenizer.json").write_text("{")
-    with pytest.raises(click.ClickException, match=r"the tokenizer of \./broken cannot be read"):
+    with pytest.raises(click.ClickException, match=r"cannot read the tokenizer of \./broken"):
         merge(document("hetero_moe", ["llama", "broken"], "./llama"))
     assert nothing_left(here)
 

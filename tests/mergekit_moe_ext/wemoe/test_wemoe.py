@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BioGptConfig,
+    BioGptForCausalLM,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -316,6 +318,17 @@ def test_what_a_batch_norm_has_counted_is_refused(tmp_path, monkeypatch):
     for name in ("base", "a"):
         model.save_pretrained(name)
     refused(tmp_path, wemoe(("a",)), "num_batches_tracked", "of ./a is I64")
+
+
+def test_a_tokenizer_that_needs_another_library_is_left_out(tmp_path, monkeypatch, caplog):
+    """BioGPT's needs sacremoses; neither it nor the tokenizer's files are there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sacremoses", None)
+    model = BioGptForCausalLM(BioGptConfig(**SMALL, vocab_size=32))
+    for name in ("base", "a"):
+        model.save_pretrained(name)
+    load(merge(wemoe(("a",))))
+    assert "the output has no tokenizer: cannot read the tokenizer of ./base" in caplog.text
 
 
 def test_models_that_do_not_fit_are_refused(here, tmp_path):
