@@ -11,11 +11,12 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from jinja2 import TemplateError
 
@@ -34,7 +35,12 @@ _BUILDERS = {
 _PART = r"\w+(?:\[[^\]]*\])?"
 _SPLIT = re.compile(rf"(.+?):({_PART}(?:\+{_PART})*)")
 _NAME = re.compile(r"([\w.-]+)=(.+)")
-Encoder = Callable[[dict[str, Any]], dict[str, list[int]]]
+# Rows in one call of a tokenizer. A call costs more than a short row does, and one for many long
+# rows holds all of their tokens before it cuts them.
+_ROWS_PER_CALL = 128
+_UNREADABLE = (TypeError, ValueError, KeyError, TemplateError)  # what a bad row raises
+Rows = dict[str, list[Any]]
+Encoder = Callable[[Rows], dict[str, list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -184,33 +190,66 @@ def tokenise(
         completions_only=completions_only,
     )
 
-    def encode_or_explain(row: dict[str, Any], number: int) -> dict[str, list[int]]:
-        where = f"row {number} of {source} (data {source.name!r})"
+    def encode_or_explain(rows: Rows, numbers: list[int]) -> dict[str, list[list[int]]]:
         try:
-            encoded = encode(row)
-        except (TypeError, ValueError, KeyError, TemplateError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{where}: {reason}") from error
-        largest = max((max(ids, default=0) for ids in encoded.values()), default=0)
-        if vocabulary is not None and largest >= vocabulary:
-            raise UserError(
-                f"{where}: the tokenizer makes the token {largest} of it, and the model knows "
-                f"{vocabulary} tokens: this is not its tokenizer"
-            )
-        return encoded
+            encoded = encode(rows)
+        except _UNREADABLE:  # one by one, so that the message names the row
+            encoded = _encoded_one_by_one(encode, rows, numbers, source)
+        _check_tokens(encoded, numbers, source, vocabulary)
+        is_full = [all(ids) for ids in zip(*encoded.values(), strict=True)]
+        return {name: list(compress(column, is_full)) for name, column in encoded.items()}
 
+    # Stated, as nothing can be inferred where the first rows are all empty.
+    has_labels = encoder_decoder or completions_only
+    names = ("input_ids", "labels") if has_labels else ("input_ids",)
     encoded = data.map(
         encode_or_explain,
+        batched=True,
+        batch_size=_ROWS_PER_CALL,
         with_indices=True,
         remove_columns=data.column_names,
+        features=Features({name: [Value("int32")] for name in names}),
         desc=f"tokenising {source.name}",
-    )
-    encoded = encoded.filter(
-        lambda row: all(len(ids) > 0 for ids in row.values()), desc="leaving out empty rows"
     )
     if len(encoded) == 0:
         raise UserError(f"{source} (data {source.name!r}) has no tokens")
     return encoded
+
+
+def _encoded_one_by_one(
+    encode: Encoder, rows: Rows, numbers: Sequence[int], source: Source
+) -> dict[str, list[list[int]]]:
+    """What `encode` makes of the rows. `UserError` for the first that cannot be read."""
+    encoded: dict[str, list[list[int]]] = {}
+    for place, number in enumerate(numbers):
+        row = {name: column[place : place + 1] for name, column in rows.items()}
+        try:
+            of_row = encode(row)
+        except _UNREADABLE as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"row {number} of {source} (data {source.name!r}): {reason}") from error
+        for name, column in of_row.items():
+            encoded.setdefault(name, []).extend(column)
+    return encoded
+
+
+def _check_tokens(
+    encoded: Mapping[str, Sequence[Sequence[int]]],
+    numbers: Sequence[int],
+    source: Source,
+    vocabulary: int | None,
+) -> None:
+    """`UserError` for the first row with a token that the model does not know."""
+    if vocabulary is None:
+        return
+    for number, *of_row in zip(numbers, *encoded.values(), strict=True):
+        largest = max(max(ids, default=0) for ids in of_row)
+        if largest >= vocabulary:
+            raise UserError(
+                f"row {number} of {source} (data {source.name!r}): the tokenizer makes the token "
+                f"{largest} of it, and the model knows {vocabulary} tokens: this is not its "
+                "tokenizer"
+            )
 
 
 def _encoder(
@@ -224,7 +263,7 @@ def _encoder(
     encoder_decoder: bool,
     completions_only: bool,
 ) -> Encoder:
-    """The function that makes tokens of a row, by the columns that are present.
+    """The function that makes tokens of some rows, by the columns that are present.
 
     `UserError` for missing columns, and for a length of targets where there are none.
     """
@@ -242,58 +281,83 @@ def _encoder(
         needed = (columns.input, columns.target)
         _require(needed, present, source, "an encoder-decoder needs", columns.advice)
 
-        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+        def encode(rows: Rows) -> dict[str, list[list[int]]]:
+            inputs = _checked(rows[columns.input], columns.input)
+            targets = _checked(rows[columns.target], columns.target)
             return {
-                "input_ids": tokenizer(row[columns.input], **cut)["input_ids"],
-                "labels": tokenizer(text_target=row[columns.target], **cut_target)["input_ids"],
+                "input_ids": tokenizer(inputs, **cut)["input_ids"],
+                "labels": tokenizer(text_target=targets, **cut_target)["input_ids"],
             }
 
     elif completions_only and columns.messages not in present:
         needed = (columns.input, columns.target)
         _require(needed, present, source, "completions need", columns.advice)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        is_cut_apart = max_target_length is not None
 
-        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-            is_cut_apart = max_target_length is not None
-            prompt = tokenizer(row[columns.input], **(cut if is_cut_apart else {}))["input_ids"]
-            answer = tokenizer(row[columns.target], add_special_tokens=False)["input_ids"] + end
-            if is_cut_apart:
-                return _completion(prompt, prompt + answer[:max_target_length], None)
-            return _completion(prompt, prompt + answer, max_length)
+        def encode(rows: Rows) -> dict[str, list[list[int]]]:
+            inputs = _checked(rows[columns.input], columns.input)
+            targets = _checked(rows[columns.target], columns.target)
+            prompts = tokenizer(inputs, **(cut if is_cut_apart else {}))["input_ids"]
+            answers = tokenizer(targets, add_special_tokens=False)["input_ids"]
+            wholes = []
+            for prompt, answer in zip(prompts, answers, strict=True):
+                # All of the answer, unless targets have a length of their own.
+                wholes.append(prompt + (answer + end)[:max_target_length])
+            return _completions(prompts, wholes, None if is_cut_apart else max_length)
 
     elif columns.messages in present:
         if not tokenizer.chat_template:
             raise UserError(f"{source} holds chats, but the model's tokenizer has no chat template")
 
-        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-            chat = row[columns.messages]
+        def encode(rows: Rows) -> dict[str, list[list[int]]]:
+            chats = rows[columns.messages]
             options = {"tokenize": True, "return_dict": False}
-            ids = tokenizer.apply_chat_template(chat, **options)
+            wholes = [tokenizer.apply_chat_template(chat, **options) for chat in chats]
             if not completions_only:
-                return {"input_ids": ids[:max_length]}
-            prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **options)
-            if ids[: len(prompt)] != prompt:
-                raise UserError(
-                    "the chat template does not continue a prompt, so its last answer cannot be "
-                    "found"
+                return {"input_ids": [ids[:max_length] for ids in wholes]}
+            prompts = []
+            for chat, ids in zip(chats, wholes, strict=True):
+                prompt = tokenizer.apply_chat_template(
+                    chat[:-1], add_generation_prompt=True, **options
                 )
-            return _completion(prompt, ids, max_length)
+                if ids[: len(prompt)] != prompt:
+                    raise UserError(
+                        "the chat template does not continue a prompt, so its last answer cannot "
+                        "be found"
+                    )
+                prompts.append(prompt)
+            return _completions(prompts, wholes, max_length)
 
     else:
         _require((columns.text,), present, source, "a decoder needs", columns.advice)
 
-        def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-            return {"input_ids": tokenizer(row[columns.text] or "", **cut)["input_ids"]}
+        def encode(rows: Rows) -> dict[str, list[list[int]]]:
+            # A text that is null is empty, and left out as such.
+            texts = ["" if text is None else text for text in rows[columns.text]]
+            return {"input_ids": tokenizer(_checked(texts, columns.text), **cut)["input_ids"]}
 
     return encode
 
 
-def _completion(
-    prompt: Sequence[int], ids: list[int], max_length: int | None
-) -> dict[str, list[int]]:
-    """A row whose labels are the tokens after the prompt, cut to `max_length` tokens."""
-    labels = [-100] * len(prompt) + ids[len(prompt) :]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+def _checked(texts: list[Any], column: str) -> list[str]:
+    """The texts of a column. `TypeError` for what is none, which a tokenizer may take for a pair of
+    texts.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"the column {column!r} holds {str(text)[:40]!r}, which is no text")
+    return texts
+
+
+def _completions(
+    prompts: Sequence[Sequence[int]], wholes: Sequence[list[int]], max_length: int | None
+) -> dict[str, list[list[int]]]:
+    """Rows whose labels are the tokens after their prompts, cut to `max_length` tokens."""
+    labels = []
+    for prompt, ids in zip(prompts, wholes, strict=True):
+        labels.append(([-100] * len(prompt) + ids[len(prompt) :])[:max_length])
+    return {"input_ids": [ids[:max_length] for ids in wholes], "labels": labels}
 
 
 def _require(
