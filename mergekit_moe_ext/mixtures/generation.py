@@ -55,10 +55,9 @@ class TaskScorer:
     def _answers(self, model: Any, name: str, task: Task) -> list[str]:
         """The answers to all rows of a task, in their order; each process makes a part of them."""
         state = PartialState()
-        prompts = []
-        for text in self.pairs[name]["input"]:
-            encoded = self.tokenizer(text, truncation=True, max_length=self.max_source_length)
-            prompts.append(encoded["input_ids"])
+        texts = list(self.pairs[name]["input"])
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_source_length)
+        prompts = encoded["input_ids"]
         # Each process has as many long ones as the others.
         by_length = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         own = by_length[state.process_index :: state.num_processes]
@@ -81,8 +80,8 @@ class TaskScorer:
 def check_prompts(pairs: Mapping[str, Dataset], tokenizer: Any) -> None:
     """`UserError` for a prompt of no tokens: a decoder has nothing to go on from."""
     for name, rows in pairs.items():
-        for number, text in enumerate(rows["input"]):
-            if not tokenizer(text)["input_ids"]:
+        for number, prompt in enumerate(tokenizer(list(rows["input"]))["input_ids"]):
+            if not prompt:
                 raise UserError(
                     f"the task {name!r} has a prompt without any token, in row {number} of those "
                     "that are measured: put words around the columns, or take the row out"

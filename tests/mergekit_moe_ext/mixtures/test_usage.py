@@ -546,6 +546,54 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch, text, complaint):
         tokenise(load(source), source, AutoTokenizer.from_pretrained("tokenizer"), max_length=24)
 
 
+@pytest.mark.parametrize("has_targets", [False, True])
+def test_rows_have_the_tokens_that_they_have_alone(tmp_path, has_targets):
+    """Of more rows than one call of the tokenizer takes, some of them empty or too long."""
+    save_tokenizer(tmp_path / "tokenizer", 96)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    rows = []
+    alone = []
+    for number in range(300):
+        # The first 200 are empty, so that nothing can be inferred from them.
+        text = " ".join(["w1", "w2", "w3"] * (number % 4)) if number >= 200 else ""
+        row = {"input": text, "target": text + " w9", "text": text or None}
+        rows.append(row)
+        ids = tokenizer(text, truncation=True, max_length=7)["input_ids"]
+        if ids and has_targets:
+            labels = tokenizer(row["target"], truncation=True, max_length=4)["input_ids"]
+            alone.append({"input_ids": ids, "labels": labels})
+        elif ids:
+            alone.append({"input_ids": ids})
+    write(tmp_path / "rows.jsonl", rows)
+    (source,) = parse_sources([str(tmp_path / "rows.jsonl")])
+    tokens = tokenise(
+        load(source),
+        source,
+        tokenizer,
+        max_length=7,
+        max_target_length=4 if has_targets else None,
+        encoder_decoder=has_targets,
+    )
+    assert list(tokens) == alone
+    assert 70 < len(alone) < 100
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer", 96)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    rows = [{"input": f"w{number % 90}", "target": "w1"} for number in range(300)]
+    rows[201]["target"] = None
+    write(tmp_path / "rows.jsonl", rows)
+    (source,) = parse_sources([str(tmp_path / "rows.jsonl")])
+    with pytest.raises(click.ClickException, match=r"^row 201 of .*'target' holds 'None'"):
+        tokenise(load(source), source, tokenizer, max_length=24, encoder_decoder=True)
+    # Two texts in a list would be a pair.
+    write(tmp_path / "pairs.jsonl", [{"text": ["w1", "w2"]}])
+    (source,) = parse_sources([str(tmp_path / "pairs.jsonl")])
+    with pytest.raises(click.ClickException, match=r"^row 0 of .*'text' holds"):
+        tokenise(load(source), source, tokenizer, max_length=24)
+
+
 def test_names_and_splits_of_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.jsonl").touch()
