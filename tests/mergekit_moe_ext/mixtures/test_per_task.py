@@ -2,8 +2,12 @@
 processes.
 """
 
+import json
+import zlib
+
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -12,6 +16,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.mixtures import trainers
 from mergekit_moe_ext.mixtures.per_task import TaskSampler
+from mergekit_moe_ext.mixtures.tasks import read_tasks
 from mergekit_moe_ext.mixtures.training import train
 from mergekit_moe_ext.recipes import Recipe
 from tests.conftest import ON_CPU, TWO_PROCESSES, read_tensors, run
@@ -171,9 +176,26 @@ def test_interrupted_in_the_middle_of_an_epoch_and_resumed_equals_uninterrupted(
     assert expected.keys() == got.keys()
 
 
-def test_two_processes_train_on_the_batches_of_one(moe):
-    arguments = ["train", "moe", "--train", "all", "--data", "news.jsonl", "--data", "law.jsonl"]
-    arguments += ["--mixing", "per-task", "--completions-only", "--held-out", "0", "--quiet"]
+def checksum(answers, references):
+    """A metric of one's own that tells all answers, and their order."""
+    return zlib.crc32("\n".join([*answers, *references]).encode()) / 2**32
+
+
+def test_two_processes_train_on_the_batches_of_one_and_give_its_answers(moe):
+    tasks = {}
+    # A number of rows that two processes do not share evenly, and one that leaves one without any.
+    for name, rows in (("news", 5), ("law", 1)):
+        write(moe / f"{name}-validation.jsonl", words(rows, rows, COLUMNS))
+        tasks[name] = {
+            "data": f"{name}.jsonl",
+            "eval_data": f"{name}-validation.jsonl",
+            "prompt": "{input}",
+            "metric": f"{__name__}:checksum",
+            "max_new_tokens": 4,
+        }
+    (moe / "tasks.yml").write_text(yaml.safe_dump(tasks, sort_keys=False))
+    arguments = ["train", "moe", "--train", "all", "--tasks", "tasks.yml", "--mixing", "per-task"]
+    arguments += ["--held-out", "0", "--per-device-eval-batch-size", "2", "--quiet"]
     arguments += ["--max-length", "24", "--learning-rate", "0.001", "--num-train-epochs", "2"]
     of_two = [*arguments, "--per-device-train-batch-size", "2", "-o", "two"]
     two = run(*TWO_PROCESSES, "-m", "mergekit_moe_ext", *of_two, cwd=moe, env=ON_CPU)
@@ -182,7 +204,7 @@ def test_two_processes_train_on_the_batches_of_one(moe):
         "moe",
         "one",
         "all",
-        TASKS,
+        [],
         READING,
         recipe(
             per_device_train_batch_size=4,
@@ -190,11 +212,21 @@ def test_two_processes_train_on_the_batches_of_one(moe):
             num_train_epochs=2,
             lr_scheduler_type="linear",
         ),
+        tasks=read_tasks(moe / "tasks.yml"),
     )
     first, second, before = (read_tensors(moe / name) for name in ("one", "two", "moe"))
     for name, tensor in first.items():
         assert (tensor - second[name]).abs().max() < 1e-5, name
         assert not torch.equal(tensor, before[name]), name
+    scores = scores_of(moe / "one")
+    assert scores_of(moe / "two") == scores
+    assert len(scores) == 6  # of two tasks, before the training and after each of two epochs
+
+
+def scores_of(model):
+    """What was measured of the answers, in order."""
+    history = json.loads((model / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history for key in entry if key.endswith("_score")]
 
 
 def test_inputs_and_targets_are_cut_one_by_one(moe):
