@@ -8,7 +8,7 @@ pretrained models are the same for all.
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,29 +85,24 @@ class Scale:
     batch: int
     epochs: int
     learning_rate: float
-    source_tokens: int = 48
-    answer_tokens: int = 12
+    source_tokens: int
+    answer_tokens: int
 
     @property
     def reading(self) -> Reading:
         return Reading(max_length=self.source_tokens, quiet=True)
 
 
-SMALL = Scale(
-    sizes=Sizes(9000, 30, training=750, validation=40, test=100),
-    shape=Shape(width=64, heads=4, ffn=128, layers=4, vocabulary=4000),
-    pretraining=Pretraining(held_out=200, steps=400, batch=16, learning_rate=3e-3),
-    batch=16,
-    epochs=2,
-    learning_rate=3e-3,
-)
 SCALES = {
-    "small": SMALL,
-    "hours": replace(
-        SMALL,
-        sizes=Sizes(48_000, 30, training=1500, validation=100, test=300),
-        pretraining=replace(SMALL.pretraining, steps=3000),
-        epochs=4,
+    "small": Scale(
+        sizes=Sizes(24_000, 20, training=1000, validation=100, test=300),
+        shape=Shape(width=64, heads=4, ffn=128, layers=4, vocabulary=2000),
+        pretraining=Pretraining(held_out=200, steps=1200, batch=32, learning_rate=5e-3),
+        batch=32,
+        epochs=6,
+        learning_rate=3e-3,
+        source_tokens=36,
+        answer_tokens=8,
     ),
     "quick": Scale(
         sizes=Sizes(60, 20, training=8, validation=4, test=4),

@@ -46,6 +46,7 @@ class Shape:
             num_sparse_encoder_layers=self.layers // 2,
             num_sparse_decoder_layers=self.layers // 2,
             num_experts=experts,
+            dropout_rate=0.0,  # so few weights do not overfit in pretraining, and it costs a sixth
             pad_token_id=tokenizer.pad_token_id,
             decoder_start_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
