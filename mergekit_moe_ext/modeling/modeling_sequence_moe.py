@@ -35,8 +35,9 @@ from .host_cache import (
     with_cache_renamed,
 )
 from .mixed_ffns import MixedFFNs
+from .packed_rows import PackedRows, packed_rows, without_signs
 from .padding import inferred_masks
-from .prefix_labels import without_prefix_labels
+from .prefix_labels import IGNORED, without_prefix_labels
 from .sequence_cache import SequenceMoECache, select_rows
 from .sequence_shares import Share, added, shares_of
 from .token_lookup import tokens_of
@@ -435,6 +436,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         stand for what the embedding makes of tokens. `output_hidden_states` and
         `output_attentions` give, per layer, those of each sequence's expert; of several experts
         their sum, weighed by the coefficients; `ValueError` where their sizes differ.
+
+        `position_ids` that start again within a row, without a mask, say that it has several
+        documents. Each of them is a sequence, and `coefficients` are then (documents, experts).
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -442,6 +446,28 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             output_attentions = self.config.output_attentions
         kwargs = with_cache_renamed({**kwargs, "cache": cache}, {"cache": cache})
         cache = kwargs.pop("cache")
+        packed = self._packed(
+            input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache, kwargs
+        )
+        kwargs = without_signs(kwargs)
+        if packed is not None:
+            assert position_ids is not None
+            output = self._of_packed(
+                packed,
+                {
+                    "input_ids": input_ids,
+                    "inputs_embeds": inputs_embeds,
+                    "position_ids": position_ids.expand(packed.documents.shape),
+                    "labels": labels,
+                    "shift_labels": kwargs.pop("shift_labels", None),
+                },
+                logits_to_keep,
+                coefficients=coefficients,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                **kwargs,
+            )
+            return output if return_dict is not False else output.to_tuple()
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         is_prompt = kwargs.pop(_IS_PROMPT, False) or cache is not None
@@ -476,6 +502,55 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             **{OUTPUT_NAME: cache},
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _packed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any,
+        use_cache: bool | None,
+        arguments: Mapping[str, Any],
+    ) -> PackedRows | None:
+        """The documents of the input of `forward`; None where each of its rows is one."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None:
+            return None
+        has_cache = cache is not None or bool(use_cache)
+        shape = tokens.shape[:2]
+        return packed_rows(shape, position_ids, attention_mask, arguments, has_cache=has_cache)
+
+    def _of_packed(
+        self,
+        packed: PackedRows,
+        by_token: Mapping[str, Tensor | None],
+        logits_to_keep: int | Tensor,
+        **more: Any,
+    ) -> SequenceMoEOutput:
+        """The output for packed rows, whose documents are run as the rows of a batch.
+
+        `by_token` are arguments of `forward` of shape (rows, tokens, …), and `more` are others. The
+        output is by row and token again, but for the coefficients, (documents, experts).
+        """
+        if more["output_attentions"]:
+            raise ValueError(
+                "output_attentions: each document of a packed row has attentions of its own, which "
+                "do not fit into one tensor: give each document a row"
+            )
+        apart = {}
+        for name, tensor in by_token.items():
+            if tensor is not None:
+                fill = IGNORED if name in ("labels", "shift_labels") else 0
+                apart[name] = packed.apart(tensor, fill)
+        mask = packed.apart(torch.ones_like(packed.documents))
+        output = self.forward(attention_mask=mask, use_cache=False, **apart, **more)
+        output.logits = packed.together(output.logits)[:, _positions_to_keep(logits_to_keep)]
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(
+                state if state is None else packed.together(state) for state in output.hidden_states
+            )
+        return output
 
     def _batch(
         self,
@@ -798,9 +873,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         shares = cache.shares if cache is not None else []
         if not shares:
             shares = shares_of(coefficients, batch.device)
-        positions: Any = logits_to_keep
-        if isinstance(logits_to_keep, int):
-            positions = slice(-logits_to_keep, None)
+        positions = _positions_to_keep(logits_to_keep)
         adds_probabilities = self.config.combine == "probabilities"
         # A cap that is the same for all bounds the sum, as that of a model with one head does.
         # Otherwise each expert's logits are capped as its source caps them.
@@ -1105,6 +1178,13 @@ def _largest(scores: Tensor, k: int) -> Tensor:
         return scores
     values, indices = scores.topk(k, dim=-1)
     return torch.full_like(scores, float("-inf")).scatter(-1, indices, values)
+
+
+def _positions_to_keep(logits_to_keep: int | Tensor) -> Any:
+    """What picks the positions whose logits are asked for: the last ones, all for 0, or these."""
+    if isinstance(logits_to_keep, int):
+        return slice(-logits_to_keep, None)
+    return logits_to_keep
 
 
 def _positions(
