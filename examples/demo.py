@@ -189,10 +189,15 @@ def start_worker(lock: Any) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def make_sources(
-    folders: dict[str, Path], base: Path, texts: dict[str, Domain], quiet: bool
-) -> None:
-    """Makes the sources that are not there yet, WORKERS at a time, which share the cores."""
+def make_sources(base: Path, texts: dict[str, Domain], quiet: bool) -> dict[str, Path]:
+    """The folders of the adapters and of the base's perplexities, by name.
+
+    Those that are not there yet are made, WORKERS at a time, which share the cores.
+    """
+    settings = [SMOLLM2.sha256, SEED, BLOCK, HELD_OUT_BLOCKS, LORA, asdict(FINE_TUNING)]
+    content = [[text.train, text.held_out] for text in texts.values()]
+    key = hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()[:12]
+    folders = {name: cache_dir() / f"demo-{key}" / name for name in [*DOMAINS, "base"]}
     context = get_context("spawn")
     missing = [name for name, folder in folders.items() if not folder.is_dir()]
     with ProcessPoolExecutor(WORKERS, context, start_worker, (context.RLock(),)) as pool:
@@ -202,6 +207,7 @@ def make_sources(
         ]
         for job in jobs:
             job.result()  # raises what the job raised
+    return folders
 
 
 CONFIG = """\
@@ -333,11 +339,7 @@ def main(output: Path, quiet: bool) -> None:
     held_out = held_out_blocks(tokenizer, texts)
 
     click.echo("2. Fine-tunes, one per domain", err=True)
-    settings = [SMOLLM2.sha256, SEED, BLOCK, HELD_OUT_BLOCKS, LORA, asdict(FINE_TUNING)]
-    content = [[text.train, text.held_out] for text in texts.values()]
-    key = hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()[:12]
-    folders = {name: cache_dir() / f"demo-{key}" / name for name in [*DOMAINS, "base"]}
-    make_sources(folders, base, texts, quiet)
+    folders = make_sources(base, texts, quiet)
     of_sources = {
         name: json.loads((path / "perplexity.json").read_text()) for name, path in folders.items()
     }

@@ -2,18 +2,20 @@
 
     python examples/mergeme_sequence.py -o sequence.json --plot sequence.png
     python examples/mergeme_sequence.py --base small -o small.json
+    python examples/mergeme_sequence.py --base adapters --only "merged attention" --time
     python examples/mergeme_sequence.py --hetero -o hetero.json --plot hetero.png
 
 Without `--hetero` these are Tables 2 and 3, with it Table 4. The base and the three experts are
-those of `mergeme_homogeneous.py`, trained once and kept. With `--base small` they are Llamas of one
-million parameters, all trained here in a few minutes.
+those of `mergeme_homogeneous.py`, trained once and kept. With `--base adapters` the experts are
+those of `demo.py`, LoRA adapters that are merged into copies of the base. With `--base small` they
+are Llamas of one million parameters, all trained here in a few minutes.
 
 Both runs print the held-out loss of each model per domain, and which expert each domain is routed
 to. `--output` keeps these numbers and `--plot` draws the routing.
 
 Without `--hetero` nothing is trained. The rows are dense merges, the averaged mixture with random
 gates, and `seq_moe` with each heuristic, its attention separate or merged, and with FFN outputs
-mixed in every layer.
+mixed in every layer. `--time` adds what a token costs each `seq_moe`.
 
 With `--hetero` the music expert is another one: a small GPT-2, trained from scratch on music alone,
 with a tokenizer that knows no other words. `hetero_moe` makes one model of it, the base and the
@@ -32,6 +34,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,10 +45,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import click
 import small_models
 import torch
-from demo import BLOCK, DOMAINS, blocks, table
+from demo import BLOCK, DOMAINS, blocks, make_sources, table
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
 from mergeme_homogeneous import BATCH, make_experts, means, run_mergekit, write_texts
+from peft import PeftModel
 from real_data import Domain, cache_dir, domains, smollm2, written_at_once
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -69,7 +73,9 @@ from mergekit_moe_ext.analysis import (
 )
 
 PREFIX = 32  # tokens; as `routing_tokens` has it
-ROUTED = 16  # sequences per domain whose routing is looked at; it is cheaper than their loss
+ROUTED = 16  # sequences per domain whose routing is drawn; it is cheaper than their loss
+ROUNDS = 3  # in which mixtures are timed
+FURTHER = 10  # tokens, of which the mean time is taken
 PAPER = {"density": 0.8, "weight": 1.0, "lambda": 1 / 3}  # appendix A
 PLAIN: dict[str, dict[str, Any]] = {
     "Dare dense": {"merge_method": "dare", "parameters": PAPER},
@@ -84,9 +90,9 @@ SEQUENCE: dict[str, dict[str, str]] = {
 }
 # by way of merging and routing: how many experts a sequence chooses
 HEURISTICS: dict[str, dict[str, tuple[int, ...]]] = {
-    "merged attention": {"task_vector": (2, 1), "perplexity": (2, 1)},
+    "merged attention": {"task_vector": (2, 1), "perplexity": (3, 2, 1)},
     # with one expert it makes no difference
-    "merged attention, FFNs mixed": {"task_vector": (2,), "perplexity": (2,)},
+    "merged attention, FFNs mixed": {"task_vector": (2,), "perplexity": (3, 2)},
     "separate attention": {"task_vector": (2, 1), "perplexity": (2, 1)},
     "all separate": {"perplexity": (2, 1), "uniform": (4,)},
     "own embeddings": {"perplexity": (2, 1)},
@@ -153,14 +159,29 @@ def make_music_expert(base: Path, documents: list[str]) -> Path:
     return folder
 
 
+def merge_adapters(base: Path, texts: dict[str, Domain], folder: Path) -> dict[str, Path]:
+    """The base, and in a folder a copy of it for each of the demo's adapters, merged into it."""
+    models = {"base": base}
+    adapters = make_sources(base, texts, quiet=False)
+    for name in DOMAINS:
+        models[name] = folder / name
+        model: Any = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), adapters[name]
+        )
+        model.merge_and_unload().save_pretrained(models[name])
+        AutoTokenizer.from_pretrained(base).save_pretrained(models[name])
+    return models
+
+
 @dataclass
 class Results:
     """The results per row and seed: held-out losses by domain, and by domain the mean coefficient
-    of each expert.
+    of each expert. By mixture there may be the milliseconds that a token takes.
     """
 
     losses: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     routing: dict[str, list[dict[str, list[float]]]] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
 
     @torch.inference_mode()
     def measure(
@@ -227,6 +248,10 @@ class Results:
             lines.append(f"{row:{width}}" + "".join(f"{value:9.3f}" for value in over_domains))
         if lines:
             parts.append("\n".join(["Mean over domains, seed by seed:", *lines]))
+        if self.times:
+            width = max(map(len, self.times))
+            lines = [f"{mixture:{width}}{value:9.1f}" for mixture, value in self.times.items()]
+            parts.append("\n".join(["Milliseconds of a token:", *lines]))
         for row, routing in self.mean_routing().items():
             parts.append(f"{row}\n{format_table(experts, routing)}")
         return "\n\n".join(parts)
@@ -273,9 +298,10 @@ def without_training(
     routed: dict[str, Tensor],
     seeds: int,
     only: Sequence[str],
+    timed: bool,
 ) -> Results:
     """The results of Table 3, and of Table 2 with figure 9: of the dense models, and of these
-    merges.
+    merges, whose time per token is measured if they are to be timed.
     """
     results = Results()
     base = models["base"]
@@ -287,6 +313,7 @@ def without_training(
             one_by_one += [(row, seed) for seed in range(of_row)]
     sequence_moes = {kind: options for kind, options in SEQUENCE.items() if kind in only}
     total = len(one_by_one) + len(sequence_moes)
+    to_time = {}
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, desc="merges") as bar:
         merged = Path(scratch) / "merged"
         for row, seed in one_by_one:
@@ -298,7 +325,12 @@ def without_training(
             run_mergekit(method, list(models.values()), base, merged)
             model = load(merged)
             measure_heuristics(results, kind, model, held_out, routed)
+            if timed:
+                to_time[kind] = model
+            del model
             bar.update()
+    if to_time:
+        results.times = times_of_a_token(to_time, held_out[DOMAINS[0]][:1, :PREFIX])
     oracle = {name: results.losses[f"{name} expert"][0][name] for name in DOMAINS}
     results.losses["Oracle: own expert"] = [oracle]
     return results
@@ -316,6 +348,33 @@ def measure_heuristics(
             largest_k = {name: largest(coefficients, k) for name, coefficients in of_all.items()}
             row = f"{kind}, {routing.replace('_', ' ')}, K={k}"
             results.measure(row, model, held_out, largest_k)
+
+
+@torch.inference_mode()
+def times_of_a_token(mixtures: dict[str, Any], prompt: Tensor) -> dict[str, float]:
+    """The milliseconds of a further token, for each mixture with one, two and three experts.
+
+    `prompt` is one sequence, (1, tokens). Mixtures take turns; the least time of the rounds counts.
+    """
+    runs = [(kind, k) for kind in mixtures for k in (1, 2, 3)]
+    least: dict[tuple[str, int, int], float] = {}
+    for _ in range(ROUNDS):
+        for kind, k in runs:
+            coefficients = torch.zeros(1, len(mixtures[kind].experts))
+            coefficients[:, :k] = 1 / k
+            for length in (1, 1 + FURTHER):
+                begin = time.perf_counter()
+                mixtures[kind].generate(
+                    prompt, coefficients=coefficients, min_new_tokens=length, max_new_tokens=length
+                )
+                seconds = time.perf_counter() - begin
+                run = (kind, k, length)
+                least[run] = min(seconds, least.get(run, seconds))
+    times = {}
+    for kind, k in runs:
+        further = least[kind, k, 1 + FURTHER] - least[kind, k, 1]
+        times[f"{kind}, K={k}"] = 1000 * further / FURTHER
+    return times
 
 
 def heterogeneous(
@@ -438,10 +497,10 @@ def draw(
 @click.option(
     "--base",
     "size",
-    type=click.Choice(["smollm2", "small"]),
+    type=click.Choice(["smollm2", "adapters", "small"]),
     default="smollm2",
     show_default=True,
-    help="Base that the experts are made from.",
+    help="Base that the experts are made from; adapters: SmolLM2, and the adapters of the demo.",
 )
 @click.option(
     "--hetero",
@@ -464,6 +523,9 @@ def draw(
     type=click.Choice([*PLAIN, *SEQUENCE]),
     multiple=True,
     help="Merge to measure, without --hetero. May be repeated. [default: all]",
+)
+@click.option(
+    "--time", "timed", is_flag=True, help="Time a token of every sequence MoE, without --hetero."
 )
 @click.option(
     "--seeds",
@@ -493,6 +555,7 @@ def main(
     output: Path | None,
     plot: Path | None,
     only: tuple[str, ...],
+    timed: bool,
     seeds: int,
     steps: int,
     count: int,
@@ -501,24 +564,29 @@ def main(
         check_new_file(output)
     if plot:
         check_new_figure(plot)
-    if hetero and (only or size != "smollm2"):
-        raise click.UsageError("--only and --base small are of the run without --hetero")
+    if hetero and (only or timed or size != "smollm2"):
+        raise click.UsageError("--only, --time and other bases are of the run without --hetero")
     texts = domains()
-    if size == "small":
-        base = small_models.make_small_base(texts)
-        models = make_experts(base, texts, small_models.EXPERT)
-    else:
-        base = smollm2()
-        models = make_experts(base, texts)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    routed = {name: blocks(tokenizer, texts[name].held_out, max(ROUTED, count)) for name in DOMAINS}
-    held_out = {name: sequences[:count] for name, sequences in routed.items()}
-    if hetero:
-        models["music"] = make_music_expert(base, texts["music"].train)
-        results = heterogeneous(models, tokenizer, texts, held_out, routed, seeds, steps)
-    else:
-        chosen = only or [*PLAIN, *SEQUENCE]
-        results = without_training(models, held_out, routed, seeds, chosen)
+    with tempfile.TemporaryDirectory() as scratch:
+        if size == "small":
+            base = small_models.make_small_base(texts)
+            models = make_experts(base, texts, small_models.EXPERT)
+        elif size == "adapters":
+            base = smollm2()
+            models = merge_adapters(base, texts, Path(scratch))
+        else:
+            base = smollm2()
+            models = make_experts(base, texts)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        number = max(ROUTED, count) if plot else count
+        routed = {name: blocks(tokenizer, texts[name].held_out, number) for name in DOMAINS}
+        held_out = {name: sequences[:count] for name, sequences in routed.items()}
+        if hetero:
+            models["music"] = make_music_expert(base, texts["music"].train)
+            results = heterogeneous(models, tokenizer, texts, held_out, routed, seeds, steps)
+        else:
+            chosen = only or [*PLAIN, *SEQUENCE]
+            results = without_training(models, held_out, routed, seeds, chosen, timed)
     click.echo(results.text(list(models)))
     if output:
         output.write_text(json.dumps({"experts": list(models), **asdict(results)}, indent=1) + "\n")

@@ -366,10 +366,14 @@ def sequences_of(domains):
     return {name: torch.randint(2, 96, (1, 40)) for name in domains}
 
 
-def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path):
+def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path, monkeypatch):
+    monkeypatch.setattr(sequence, "ROUNDS", 1)
+    monkeypatch.setattr(sequence, "FURTHER", 2)
     held_out = sequences_of(sequence.DOMAINS)
     every_merge = [*sequence.PLAIN, *sequence.SEQUENCE]
-    results = sequence.without_training(tiny_experts, held_out, held_out, 2, every_merge)
+    results = sequence.without_training(
+        tiny_experts, held_out, held_out, 2, every_merge, timed=True
+    )
     losses = {row: of_seeds[0] for row, of_seeds in results.losses.items()}
     for name, path in tiny_experts.items():
         model = AutoModelForCausalLM.from_pretrained(path)
@@ -393,7 +397,10 @@ def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path):
         )
     for (routing,) in results.routing.values():
         assert all(sum(of_domain) == pytest.approx(1) for of_domain in routing.values())
-    assert "separate attention, task vector, K=2" in results.text(list(tiny_experts))
+    text = results.text(list(tiny_experts))
+    assert "separate attention, task vector, K=2" in text
+    assert [f"{kind}, K={k}" for kind in sequence.SEQUENCE for k in (1, 2, 3)] == [*results.times]
+    assert "Milliseconds of a token" in text
     sequence.draw(results.mean_routing(), list(tiny_experts), tmp_path / "routing.png")
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
 
