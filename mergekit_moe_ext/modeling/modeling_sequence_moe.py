@@ -54,6 +54,8 @@ _TAKEN_FROM_TRUNKS = (
     "_keys_to_ignore_on_load_unexpected",
 )
 _LAYER = re.compile(r"\.(\d+)\.")
+# What PEFT adds to the name of a parameter when it wraps its module.
+_WRAPPED = re.compile(r"\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
 
 
 def _refuse_merge(name: str, *_: Any, **__: Any) -> None:
@@ -298,6 +300,9 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if config.routing == "learned":
             width = self.get_input_embeddings().embedding_dim
             self.router: Any = nn.Linear(width, len(configs), bias=False)
+        # Adapters that are put in later bring parameters that are no part of a task vector.
+        own_parameters = [name for name, _ in self.experts[config.base_expert].named_parameters()]
+        self._own_parameters = frozenset(own_parameters)
         self.mixed_ffns: MixedFFNs | None = None
         if config.mixed_ffns:
             self.mixed_ffns = MixedFFNs(self.experts, config.mixed_ffns)
@@ -572,6 +577,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             cache is not None and cache.coefficients is not None
         )
         tokens, embedded = self._inputs(input_ids, inputs_embeds, attention_mask, has_choice)
+        if attention_mask is not None:
+            rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            expected = (rows, length + (0 if cache is None else cache.length))
+            if tuple(attention_mask.shape) != expected:
+                raise ValueError(
+                    f"attention_mask= is of shape {tuple(attention_mask.shape)}, and has to be of "
+                    f"{expected}: a row per sequence, and a column per token so far"
+                )
         may_choose = None
         if attention_mask is None and position_ids is None:
             attention_mask, may_choose = self._inferred_masks(tokens, cache)
@@ -736,7 +749,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         # it once more.
         is_whole = reuse and length == batch.shape[1]
         rows, columns = scored.nonzero(as_tuple=True)
-        targets = batch.tokens[rows, columns]
+        targets = batch.tokens[rows, columns].long()
         scores = []
         ran: dict[int, Any] = {}
         for index, expert in enumerate(self.experts):
@@ -803,7 +816,10 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.stack(similarities).to(batch.device)
 
     def _is_compared(self, name: str) -> bool:
-        inner = name.removeprefix("trunk.")
+        own_name = _WRAPPED.sub("", name)
+        if own_name not in self._own_parameters:
+            return False
+        inner = own_name.removeprefix("trunk.")
         if any(re.search(pattern, inner) for pattern in self.config.shared_parameters):
             return False
         layers = self.config.task_vector_layers
@@ -831,7 +847,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             logits = functional_call(self.lm_head, of_head, (hidden,))
         logits = self._capped(logits, self.config.logit_softcaps[self.config.base_expert])
         columns = scored.nonzero()[:, 0].to(logits.device)
-        targets = one.tokens[0, columns.to(one.tokens.device)]
+        targets = one.tokens[0, columns.to(one.tokens.device)].long()
         return functional.cross_entropy(logits[0, columns - 1].float(), targets)
 
     def _run(
@@ -1036,6 +1052,11 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation={kind!r}: a sequence MoE keeps its choice in a cache of its "
                 "own, which is 'dynamic' or 'static'"
             )
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit: a sequence MoE has no one stack of layers to leave early; "
+                "give assistant_model= or prompt_lookup_num_tokens="
+            )
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "prefill_chunk_size: a sequence MoE chooses by the whole prompt; leave it out",
@@ -1120,9 +1141,9 @@ class _Comparison:
         gradient = leaf.grad.flatten().float()
         leaf.grad = None
         self.of_gradient.append(gradient.dot(gradient))
-        base = self.base.get_parameter(name).flatten().float()
+        base = _weight(self.base, name).flatten().float()
         for index, expert in self.others.items():
-            difference = base - expert.get_parameter(name).flatten().to(base)
+            difference = base - _weight(expert, name).flatten().to(base)
             self.products[index].append(gradient.dot(difference))
             if (index, name) not in self.norms:
                 self.norms[index, name] = difference.dot(difference)
@@ -1136,6 +1157,24 @@ class _Comparison:
             if length > 0:
                 cosines[index] = _sum(self.products[index]) / length
         return cosines.float()
+
+
+def _weight(expert: nn.Module, name: str) -> Tensor:
+    """The parameter of this name as the expert computes with it: with what PEFT's LoRA adds to it,
+    so that a choice is the same before the adapter is merged and after.
+
+    Its module may be wrapped in one expert and not in another.
+    """
+    path, _, kind = _WRAPPED.sub("", name).rpartition(".")
+    layer: Any = expert.get_submodule(path)
+    weight: Tensor = getattr(layer, kind)
+    is_lora = hasattr(layer, "get_delta_weight") and hasattr(layer, "scaling")
+    if kind != "weight" or not is_lora or layer.merged or layer.disable_adapters:
+        return weight
+    for adapter in layer.active_adapters:
+        if adapter in layer.scaling:
+            weight = weight + layer.get_delta_weight(adapter).to(weight)
+    return weight
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:

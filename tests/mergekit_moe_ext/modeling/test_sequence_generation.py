@@ -280,6 +280,7 @@ def test_each_token_costs_the_chosen_experts_alone(sources):
     [
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit.*no one stack"),
         ({"use_cache": False, "guidance_scale": 2.0}, "guidance_scale.*give coefficients="),
         ({"coefficients": torch.ones(2, 5)}, r"\(2, 3\)"),
     ],

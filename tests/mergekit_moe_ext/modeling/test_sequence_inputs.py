@@ -230,6 +230,21 @@ def test_a_mask_that_does_not_tell_padding_is_refused(sources):
     for wrong in (mask, {"full_attention": mask}):
         with pytest.raises(ValueError, match=r"attention_mask= has to be of shape \(rows"):
             mixture(sources)(words(2), attention_mask=wrong)
+    for shape in ((2, 15), (1, 12), (2, 11)):
+        with pytest.raises(ValueError, match=rf"is of shape \({shape[0]}, {shape[1]}\)"):
+            mixture(sources)(words(2), attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("routing", ["perplexity", "task_vector", "learned"])
+def test_tokens_and_masks_of_other_types(sources, routing):
+    """Tokens of 32 bits, as `numpy` and other libraries make them, and masks of any kind."""
+    model = mixture(sources, routing=routing)
+    ids, mask = padded(words(2), [3, 0], "left")
+    with torch.no_grad():
+        expected = model(ids, mask).logits[mask.bool()]
+        for other in (mask.bool(), mask.float(), mask.int()):
+            logits = model(ids.int(), other).logits[mask.bool()]
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.mergekit_moe_ext.sequences import (
@@ -258,6 +259,24 @@ def test_task_vector_with_frozen_parameters_and_without_gradients(tuned):
         with context:
             torch.testing.assert_close(frozen(ids.clone()).coefficients, expected)
     assert not frozen(ids).coefficients.requires_grad
+
+
+def test_an_adapter_is_part_of_a_task_vector_as_if_it_were_merged(tuned):
+    """A new adapter of PEFT changes no choice, and merging a trained one does not either."""
+    ids = words(3)
+    model = mixture(tuned, routing="task_vector", experts_per_sequence=3)
+    expected = model(ids).coefficients
+    lora = {"target_modules": "all-linear", "r": 2, "modules_to_save": ["embed_tokens"]}
+    adapted = get_peft_model(model, LoraConfig(**lora)).eval()
+    assert torch.equal(adapted(input_ids=ids).coefficients, expected)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    coefficients = adapted(input_ids=ids).coefficients
+    assert not torch.allclose(coefficients, expected, atol=1e-3)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(ids).coefficients, coefficients, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("embedding", ["separate", "shared"])
