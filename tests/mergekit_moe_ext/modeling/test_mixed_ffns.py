@@ -111,6 +111,30 @@ def test_one_stack_runs_whatever_the_number_of_experts(sources):
     assert calls.take() == [[(4, 12)], [], []]
 
 
+def test_states_of_the_one_stack_are_on_the_way_to_the_logits(sources):
+    """Hidden states, attentions and their gradients, whatever experts are chosen."""
+    model, ids = mixed(sources), words(4)
+    model.set_attn_implementation("eager")
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    output = model(ids, coefficients=COEFFICIENTS, **asked)
+    loop = with_loops(sources, COEFFICIENTS[2])
+    loop.set_attn_implementation("eager")
+    expected = loop(ids[2:3], **asked)
+    for name in ("hidden_states", "attentions"):
+        got = getattr(output, name)
+        assert len(got) == len(getattr(expected, name))
+        for ours, theirs in zip(got, getattr(expected, name), strict=True):
+            torch.testing.assert_close(ours[2:3], theirs, **CLOSE)
+        got[0].retain_grad()
+        getattr(expected, name)[0].retain_grad()
+    output.logits[2].sum().backward()
+    expected.logits.sum().backward()
+    for name in ("hidden_states", "attentions"):
+        gradient = getattr(output, name)[0].grad
+        assert gradient[2].any()
+        torch.testing.assert_close(gradient[2:3], getattr(expected, name)[0].grad, **CLOSE)
+
+
 def test_gradients_are_those_of_the_loop(sources):
     ids = words(1)
     weights = COEFFICIENTS[2]
