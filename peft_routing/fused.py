@@ -1,21 +1,19 @@
-"""A module's update in few operations, where no gradient is needed.
+"""A module's update in few operations.
 
 On a small input, and on a GPU, time goes with the number of operations and with what Python does
 between them. So the scaling of the experts and the base layer's output go into the product with B,
 and what does not change between calls is looked up once. Nothing of a parameter is kept.
 
 This is for routers whose scores are products with the hidden state, token by token, and experts of
-one rank. All others, and training, go the general way, to the same result.
+one rank. All others go the general way, to the same result.
 
-On a GPU, and in bfloat16, a Triton kernel does what lies between the two products. PyTorch's
-operations do it where Triton is missing or fails, for a router that is being trained, for more
-experts than the kernel takes, and in other dtypes.
+On a GPU, and in bfloat16, a Triton kernel does what lies between the two products, in training and
+in compiled models as well. PyTorch's operations do it where Triton is missing or fails, for more
+experts than the kernel takes, and in other dtypes. They have no gradients and are not compiled:
+there the general way is taken instead.
 """
 
 import importlib
-import importlib.util
-import warnings
-from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peft_routing import mixing
+from peft_routing.kernel_trial import Use, works
 from peft_routing.routers.base import Router
 from peft_routing.routers.linear import LinearRouter
 from peft_routing.routers.tensors import FEW, Source, largest, smallest, wide_dtype
@@ -82,13 +81,24 @@ class Fused:
         a = of_experts.get("A")
         b = of_experts.get("B")
         weight = router._parameters.get("weight")
-        if a is None or b is None or weight is None or not self._holds(x, a, b, weight):
+        if a is None or b is None or weight is None or not self._holds(x, a, weight):
             return None
+        needs_gradients = torch.is_grad_enabled() and (
+            x.requires_grad or a.requires_grad or b.requires_grad or weight.requires_grad
+        )
+        is_compiling = torch.compiler.is_compiling()
+        if needs_gradients or is_compiling or torch.is_autocast_enabled(x.device.type):
+            is_taken = self._takes_kernel(x, result, weight, as_operation=True)
+            # What trains factors needs these themselves, not their copies in bfloat16. A router
+            # of one expert is warned of on the general way.
+            if needs_gradients and (a.requires_grad or b.requires_grad or not self.router.learns):
+                is_taken = False
+            if not is_taken:
+                return None
+            return self._by_operation(result, x.reshape(-1, x.shape[-1]), weight, needs_gradients)
         tokens = x.reshape(-1, x.shape[-1])
         plan = self._plan(len(tokens), x, result, weight)
-        # The kernel takes a copy of the router's rows, and those that are trained may change
-        # unnoticed: some optimizers write to `.data`.
-        if plan.by_kernel and not weight.requires_grad:
+        if plan.by_kernel:
             return self._by_kernel(result, tokens, weight)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
         tokens = _cast(tokens, plan.dtype)
@@ -108,6 +118,9 @@ class Fused:
         return torch.addmm(output, weighed, b, alpha=scaling).view(result.shape)
 
     def _by_kernel(self, result: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        """The output where nothing has a gradient: the kernel is started without an operation of
+        PyTorch's around it, which takes Python longer.
+        """
         a, b = self.experts.factors_in(torch.bfloat16)
         weighed = _kernels().weigh(
             tokens,
@@ -121,29 +134,44 @@ class Fused:
         )
         return torch.addmm(result.reshape(-1, result.shape[-1]), weighed, b).view(result.shape)
 
+    def _by_operation(
+        self, result: Tensor, tokens: Tensor, weight: Tensor, needs_gradients: bool
+    ) -> Tensor:
+        """The output by the kernel as autograd and compilers know it."""
+        k = self.router.k
+        is_trained = needs_gradients and weight.requires_grad
+        a, b = self.experts.factors_in(torch.bfloat16)
+        weighed = _kernel_op().weigh(
+            tokens,
+            weight,
+            functional.linear(tokens, a),
+            self.experts.scalings(torch.float32, tokens.device),
+            k=k,
+            temperature=self.router.temperature,
+            absolute=self.router.absolute,
+            is_low_rank=self.is_low_rank,
+            is_estimated=k == 1 and self.count > 1 and is_trained,
+        )
+        return torch.addmm(result.reshape(-1, result.shape[-1]), weighed, b).view(result.shape)
+
     def _split_rows(self, weight: Tensor) -> Tensor:
         """The router's rows as the kernel takes them: a copy, made anew when they change."""
-        if weight.is_inference():
+        # Rows that are trained may change unnoticed: some optimizers write to `.data`.
+        if weight.requires_grad or weight.is_inference():
             return _kernels().split(weight)
         if self._split is None or not self._split[0].holds_for(weight):
             with torch.inference_mode(False), torch.no_grad():
                 self._split = Source(weight), _kernels().split(weight)
         return self._split[1]
 
-    def _holds(self, x: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> bool:
+    def _holds(self, x: Tensor, a: Tensor, weight: Tensor) -> bool:
         """Whether a call in these circumstances can go this way."""
         router = self.router
-        if torch.is_grad_enabled():
-            needs = x.requires_grad or a.requires_grad or b.requires_grad or weight.requires_grad
-            if needs:
-                return False
         if (router.is_balanced and router.training) or router.choice is not None:
             return False  # the choice is counted, or made for other modules as well
         if x.is_meta or a.is_meta or weight.is_meta:
             return False
-        if is_watched(router) or is_watched(self.experts):
-            return False
-        return not torch.is_autocast_enabled(x.device.type)
+        return not (is_watched(router) or is_watched(self.experts))
 
     def _scores(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """What the router chooses by (tokens, experts, 1): the last dimension is z's, later."""
@@ -207,14 +235,22 @@ class Fused:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             can_add = torch.promote_types(dtype, result.dtype) == dtype
-            is_half = x.dtype == dtype == result.dtype == torch.bfloat16
-            by_kernel = is_half and weight.dtype == torch.float32 and self._fits_kernel(x.device)
+            by_kernel = self._takes_kernel(x, result, weight, as_operation=False)
             plan = Plan(dtype, wide_dtype(x, weight), way, can_add, by_kernel)
             self._plans[key] = plan
         return plan
 
-    def _fits_kernel(self, device: torch.device) -> bool:
-        return _works(device) and _kernels().fits(self.count, self.rank // self.count)
+    def _takes_kernel(
+        self, x: Tensor, result: Tensor, weight: Tensor, *, as_operation: bool
+    ) -> bool:
+        """Whether a kernel does what lies between the products."""
+        if not (x.dtype == result.dtype == torch.bfloat16 and weight.dtype == torch.float32):
+            return False
+        if self.experts.dtype_of_products(x, result) != torch.bfloat16:
+            return False
+        of_each = self.rank // self.count
+        use = Use(self.count, of_each, self.router.absolute, self.is_low_rank, as_operation)
+        return works(x.device, use)
 
 
 def _kernels() -> ModuleType:
@@ -222,35 +258,9 @@ def _kernels() -> ModuleType:
     return importlib.import_module("peft_routing.kernel")
 
 
-@cache
-def _works(device: torch.device) -> bool:
-    """Whether the kernel computes on a device what it should, which is tried there once.
-
-    A version of Triton with which it does not gives a warning, and the kernel is not used.
-    """
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(19, 40, generator=generator).to(device, torch.bfloat16)
-    weight = torch.randn(5, 40, generator=generator).to(device)
-    z = torch.randn(19, 15, generator=generator).to(device, torch.bfloat16)
-    scalings = torch.ones(5, device=device)
-    options = {"k": 2, "temperature": 1.0, "absolute": True, "is_low_rank": False}
-    try:
-        kernels = _kernels()
-        weighed = kernels.weigh(hidden, kernels.split(weight), z, scalings, **options)
-        scores = (hidden.double() @ weight.double().T).abs()
-        coefficients = largest(scores, 2).softmax(dim=1)
-        exact = (z.double().view(19, 5, 3) * coefficients[..., None]).view(19, 15)
-        agree = torch.allclose(weighed.double(), exact, rtol=0.02, atol=1e-3)
-        problem = "gives other results than PyTorch"
-    except Exception as error:  # whatever a compiler may raise
-        agree = False
-        problem = f"fails ({type(error).__name__}: {error})"
-    if not agree:
-        message = f"Triton {problem} on {device}, so routed layers take longer there"
-        warnings.warn(message, stacklevel=2)
-    return agree
+def _kernel_op() -> ModuleType:
+    """The module `kernel_op`, which needs Triton."""
+    return importlib.import_module("peft_routing.kernel_op")
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -1,15 +1,18 @@
-"""What lies between the two products of a routed layer, as one Triton kernel: for GPUs, where time
+"""What lies between the two products of a routed layer, as Triton kernels: for GPUs, where time
 goes with the number of launches.
 
-It takes bfloat16 hidden states and z, and computes each token's scores, chooses, and weighs z. A
-router's row is split into a high and a low part of bfloat16, whose sum has 16 bits of the 24 of
-float32, and products are summed in float32. (A row rounded to bfloat16 has 8, and chooses other
-experts where scores nearly tie.) `fused` has the same in PyTorch's operations.
+`_weigh` takes hidden states and z, computes each token's scores, chooses, and weighs z. In bfloat16
+a router's row is split into a high and a low part, whose sum has 16 bits of the 24 of float32, and
+products are summed in float32. (A row rounded to bfloat16 has 8, and chooses other experts where
+scores nearly tie.) In float32, which is what tests compare, the rows are taken as they are.
+`_unweigh` is its backward pass. `kernel_op` makes one operation of the two, which autograd and
+`torch.compile` know; `fused` has the same in PyTorch's operations.
 """
 
 # mypy: disallow-untyped-defs=False
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -24,12 +27,19 @@ MOST_NUMBERS = 8192
 def split(rows: Tensor) -> Tensor:
     """Rows (experts, in) as (2, experts, in) in bfloat16: their high parts, and what these lack."""
     high = rows.to(torch.bfloat16)
-    low = (rows - high.to(rows.dtype)).to(torch.bfloat16)
+    low = (rows - high).to(torch.bfloat16)
     return torch.stack([high, low])
 
 
+def parts_for(hidden: Tensor, weight: Tensor) -> Tensor:
+    """A router's rows (experts, in) in the parts (parts, experts, in) whose products with the
+    hidden states are added up.
+    """
+    return split(weight) if hidden.dtype == torch.bfloat16 else weight[None]
+
+
 def fits(experts: int, rank: int) -> bool:
-    """Whether the kernel takes so many experts of one rank."""
+    """Whether the kernels take so many experts of one rank."""
     numbers = _padded(experts) * triton.next_power_of_2(rank)
     return numbers <= MOST_NUMBERS
 
@@ -44,14 +54,18 @@ def weigh(
     temperature: float,
     absolute: bool,
     is_low_rank: bool,
+    scores: Tensor | None = None,
+    kernel: Any = None,
 ) -> Tensor:
     """z (tokens, experts · rank) times each token's coefficients and each expert's scaling.
 
     The coefficients are the softmax over the k largest scores, which are the products of the
-    hidden states (tokens, in) with a router's rows, as `split` gives them, or their absolute
-    values, over the temperature. scalings: (experts,) in float32.
+    hidden states (tokens, in) with a router's rows, as `parts_for` gives them, or their absolute
+    values, over the temperature. scalings: (experts,) in float32. The products are written to
+    `scores` (tokens, experts), in float32, if that is given. `kernel` is `_weigh` as PyTorch
+    traces it.
     """
-    _, experts, width = rows.shape
+    parts, experts, width = rows.shape
     tokens = len(z)
     rank = z.shape[1] // experts
     padded = _padded(experts)
@@ -59,16 +73,15 @@ def weigh(
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     is_wide = padded > 64
-    launch = _weigh[(triton.cdiv(tokens, _TOKENS),)]
-    # Triton starts a kernel on the current GPU.
-    is_on_gpu = hidden.device.type == "cuda"
-    with torch.cuda.device(hidden.device) if is_on_gpu else nullcontext():
+    launch = (kernel or _weigh)[(triton.cdiv(tokens, _TOKENS),)]
+    with _on(hidden.device):
         launch(
             hidden,
             rows,
             z,
             scalings,
             weighed,
+            weighed if scores is None else scores,
             tokens,
             width,
             hidden.stride(0),
@@ -76,6 +89,8 @@ def weigh(
             temperature,
             absolute,
             is_low_rank,
+            scores is not None,
+            parts,
             experts,
             rank,
             padded,
@@ -89,16 +104,93 @@ def weigh(
     return weighed
 
 
+def unweigh(
+    gradient: Tensor,
+    scores: Tensor,
+    z: Tensor,
+    scalings: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    absolute: bool,
+    is_low_rank: bool,
+    is_estimated: bool,
+    kernel: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of z (tokens, experts · rank), and of the scores (tokens, experts) in float32,
+    from the gradient (tokens, experts · rank) of what `weigh` gives.
+
+    `scores` are those that it wrote. `is_estimated`: the one coefficient of k = 1 has the gradient
+    of its expert's probability among all, as `straight_through` says. `kernel` is `_unweigh` as
+    PyTorch traces it.
+    """
+    tokens, experts = scores.shape
+    rank = z.shape[1] // experts
+    padded = _padded(experts)
+    padded_rank = triton.next_power_of_2(rank)
+    of_z = torch.empty_like(z)
+    of_scores = torch.empty_like(scores)
+    launch = (kernel or _unweigh)[(tokens,)]
+    with _on(z.device):
+        launch(
+            gradient,
+            scores,
+            z,
+            scalings,
+            of_z,
+            of_scores,
+            k,
+            temperature,
+            absolute,
+            is_low_rank,
+            is_estimated,
+            experts,
+            rank,
+            padded,
+            padded_rank,
+            num_warps=8 if padded * padded_rank > 2048 else 4,
+        )
+    return of_z, of_scores
+
+
+def _on(device: torch.device) -> Any:
+    """A context in which kernels start on a device; Triton starts them on the current GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _padded(experts: int) -> int:
     return max(16, triton.next_power_of_2(experts))  # 16 is the least that Triton's product takes
+
+
+@triton.jit
+def _chosen(score, expert, k, experts: tl.constexpr):
+    """Which of the experts (tokens, padded) have one of a token's k largest scores."""
+    # The largest is taken k times. Of equal ones the first is taken first. Where k is the number of
+    # experts, all are taken at once, and those that only pad have scores of minus infinity.
+    left = score
+    is_kept = (score != score) | (k == experts)  # NaN is to be seen in the result
+    for _ in range(k % experts):
+        best = tl.argmax(left, 1)
+        is_best = expert[None, :] == best[:, None]
+        is_kept = is_kept | is_best
+        left = tl.where(is_best, -float("inf"), left)
+    return is_kept
+
+
+@triton.jit
+def _softmax(score, is_kept):
+    """The softmax over those that are kept (tokens, padded), the largest among them."""
+    exponential = tl.where(is_kept, tl.exp(score - tl.max(score, 1)[:, None]), 0.0)
+    return exponential / tl.sum(exponential, 1)[:, None]
 
 
 # Numbers that differ from call to call are not compiled in.
 @triton.jit(do_not_specialize=["tokens", "k", "temperature"])
 def _weigh(
-    hidden, rows, z, scalings, weighed, tokens, width, stride, k, temperature,
-    absolute: tl.constexpr, is_low_rank: tl.constexpr, experts: tl.constexpr, rank: tl.constexpr,
-    padded: tl.constexpr, padded_rank: tl.constexpr, block: tl.constexpr, columns: tl.constexpr
+    hidden, rows, z, scalings, weighed, scores, tokens, width, stride, k, temperature,
+    absolute: tl.constexpr, is_low_rank: tl.constexpr, keeps_scores: tl.constexpr,
+    parts: tl.constexpr, experts: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr,
+    padded_rank: tl.constexpr, block: tl.constexpr, columns: tl.constexpr
 ):  # fmt: skip
     """`block` tokens, of which `columns` hidden numbers are read at a time."""
     first = tl.program_id(0).to(tl.int64) * block
@@ -118,23 +210,18 @@ def _weigh(
         of_rows = expert[None, :] * width + column[:, None]
         is_in_rows = is_expert[None, :] & is_column[:, None]
         high = tl.load(rows + of_rows, mask=is_in_rows, other=0.0)
-        low = tl.load(rows + experts * width + of_rows, mask=is_in_rows, other=0.0)
-        score = tl.dot(states, high, score)
-        score = tl.dot(states, low, score)
+        # "ieee" is for float32, which is not to be rounded to TensorFloat-32.
+        score = tl.dot(states, high, score, input_precision="ieee")
+        if parts == 2:
+            low = tl.load(rows + experts * width + of_rows, mask=is_in_rows, other=0.0)
+            score = tl.dot(states, low, score, input_precision="ieee")
+    if keeps_scores:
+        is_score = (token < tokens)[:, None] & is_expert[None, :]
+        tl.store(scores + token[:, None] * experts + expert[None, :], score, mask=is_score)
     if absolute:
         score = tl.abs(score)
     score = tl.where(is_expert[None, :], score / temperature, -float("inf"))
-
-    # The largest is taken k times. Of equal ones the first is taken first.
-    left = score
-    is_kept = score != score  # none, but for NaN, which is to be seen in the result
-    for _ in range(k):
-        best = tl.argmax(left, 1)
-        is_best = expert[None, :] == best[:, None]
-        is_kept = is_kept | is_best
-        left = tl.where(is_best, -float("inf"), left)
-    coefficient = tl.where(is_kept, tl.exp(score - tl.max(score, 1)[:, None]), 0.0)
-    coefficient = coefficient / tl.sum(coefficient, 1)[:, None]
+    coefficient = _softmax(score, _chosen(score, expert, k, experts))
 
     # One token after the other, since the numbers of all would take more registers than there are.
     scaling = tl.load(scalings + expert, mask=is_expert, other=0.0)
@@ -151,3 +238,54 @@ def _weigh(
             value = tl.sum(value * of_experts[:, None], 0)[None, :]
         value = value * (of_experts * scaling)[:, None]
         tl.store(weighed + at, value.to(weighed.dtype.element_ty), mask=is_number)
+
+
+@triton.jit(do_not_specialize=["k", "temperature"])
+def _unweigh(
+    gradient, scores, z, scalings, of_z, of_scores, k, temperature,
+    absolute: tl.constexpr, is_low_rank: tl.constexpr, is_estimated: tl.constexpr,
+    experts: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr, padded_rank: tl.constexpr
+):  # fmt: skip
+    """One token, whose tensors are (1, padded), or (padded, padded_rank)."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, padded)
+    is_expert = expert < experts
+    product = tl.load(scores + token * experts + expert, mask=is_expert, other=0.0)
+    magnitude = tl.abs(product) if absolute else product
+    score = tl.where(is_expert, magnitude / temperature, -float("inf"))[None, :]
+    coefficients = _softmax(score, _chosen(score, expert, k, experts))
+    coefficient = tl.sum(coefficients, 0)
+
+    scaling = tl.load(scalings + expert, mask=is_expert, other=0.0)
+    component = tl.arange(0, padded_rank)
+    at = token * experts * rank + expert[:, None] * rank + component[None, :]
+    is_number = is_expert[:, None] & (component < rank)[None, :]
+    value = tl.load(z + at, mask=is_number, other=0.0).to(tl.float32)
+    arriving = tl.load(gradient + at, mask=is_number, other=0.0).to(tl.float32)
+
+    # y is c s z, or with low-rank mixing c s m, where m is the sum of c z over all experts.
+    if is_low_rank:
+        mixed = tl.sum(value * coefficient[:, None], 0)
+        of_mixed = tl.sum(arriving * (coefficient * scaling)[:, None], 0)
+        of_coefficient = scaling * tl.sum(arriving * mixed[None, :], 1)
+        of_coefficient += tl.sum(value * of_mixed[None, :], 1)
+        of_value = coefficient[:, None] * of_mixed[None, :]
+    else:
+        of_coefficient = scaling * tl.sum(arriving * value, 1)
+        of_value = (coefficient * scaling)[:, None] * arriving
+    tl.store(of_z + at, of_value.to(of_z.dtype.element_ty), mask=is_number)
+
+    # The gradient of a softmax; of the chosen expert's probability among all, where that stands
+    # for the one coefficient.
+    mean = tl.sum(coefficient * of_coefficient, 0)
+    if is_estimated:
+        probability = tl.sum(_softmax(score, is_expert[None, :]), 0)
+        of_chosen = tl.sum(coefficient * probability, 0)
+        of_score = mean * of_chosen * (coefficient - probability)
+    else:
+        of_score = coefficient * (of_coefficient - mean)
+    of_score = of_score / temperature
+    if absolute:
+        sign = tl.where(product > 0, 1.0, tl.where(product < 0, -1.0, 0.0))
+        of_score = of_score * sign
+    tl.store(of_scores + token * experts + expert, of_score, mask=is_expert)

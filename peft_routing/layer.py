@@ -95,7 +95,9 @@ class Experts(nn.Module):
         b = self.B
         if dtype == a.dtype:
             return a, b
-        if torch.compiler.is_compiling() or a.is_inference() or b.is_inference():
+        is_trained = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+        is_lost = torch.compiler.is_compiling() or a.is_inference() or b.is_inference()
+        if is_trained or is_lost:
             return a.to(dtype), b.to(dtype)
         made = self._cast
         if made is None or not (made[0].holds_for(a) and made[1].holds_for(b)):
@@ -494,7 +496,7 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             return result
         dtype = result.dtype
         # As in PEFT's LoRA the sum is in the wider dtype of the two, and rounded at the end.
-        is_plain = not torch.compiler.is_compiling() and given.current() is None
+        is_plain = given.current() is None
         for adapter in self._here():
             added = adapter.fused.added_to(result, x) if is_plain and adapter.fused else None
             result = result + self._update(adapter, x, result) if added is None else added
@@ -503,9 +505,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
     def _here(self) -> list["Adapter"]:
         """The active adapters that lie here, looked up anew where anything has changed."""
         if torch.compiler.is_compiling():
-            return self._look_up(can_fuse=False)
+            return self._look_up()
         if self._active_before != self._active_adapter or not self._are_here(self._known):
-            self._known = self._look_up(can_fuse=True)
+            self._known = self._look_up()
             self._active_before = copy.copy(self._active_adapter)
         return self._known
 
@@ -531,14 +533,13 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         super().delete_adapter(adapter_name)
         self._forget()
 
-    def _look_up(self, *, can_fuse: bool) -> list["Adapter"]:
+    def _look_up(self) -> list["Adapter"]:
         adapters = []
         for name in self.active_adapters:
             if name in self.routed_lora_experts:
                 experts = self.experts_of(name)
                 router = self.router_of(name)
-                is_fused = can_fuse and Fused.fits(experts, router)
-                fused = Fused(experts, router) if is_fused else None
+                fused = Fused(experts, router) if Fused.fits(experts, router) else None
                 here = self.routed_lora_router[name]
                 adapters.append(Adapter(name, experts, router, here, fused))
         return adapters

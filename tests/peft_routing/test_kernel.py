@@ -1,10 +1,11 @@
-"""The Triton kernel of a routed layer against float64, and against PyTorch's operations.
+"""The Triton kernels of a routed layer against float64, and against PyTorch's operations.
 
 On a machine without a GPU, Triton's interpreter runs it: `pip install triton`, and set
 TRITON_INTERPRET=1, which Triton reads when it is imported.
 """
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,8 +16,15 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("there is no GPU, and TRITON_INTERPRET is not set", allow_module_level=True)
 
-from peft_routing import fused, kernel  # noqa: E402
-from tests.peft_routing.test_fused import IN, OUT, make_layer, shortly  # noqa: E402
+from peft_routing import fused, kernel, kernel_op, kernel_trial  # noqa: E402
+from tests.peft_routing.test_fused import (  # noqa: E402
+    IN,
+    OUT,
+    generally,
+    make_layer,
+    shortly,
+    written_by_address,
+)
 
 HALF = torch.bfloat16
 
@@ -54,8 +62,12 @@ def weighed_in_a_loop(
     temperature: float,
     absolute: bool,
     is_low_rank: bool,
+    is_estimated: bool = False,
 ) -> torch.Tensor:
-    """What the kernel is to compute, in float64, token by token and expert by expert."""
+    """What the kernel is to compute, in float64, token by token and expert by expert.
+
+    `is_estimated`: the chosen expert's 1 has the gradient of its probability among all experts.
+    """
     count = len(weight)
     rank = z.shape[1] // count
     rows = []
@@ -64,34 +76,138 @@ def weighed_in_a_loop(
         scores = (scores.abs() if absolute else scores) / temperature
         chosen = sorted(range(count), key=lambda expert: -scores[expert].item())[:k]
         total = sum(scores[expert].exp() for expert in chosen)
+        coefficients = {expert: scores[expert].exp() / total for expert in chosen}
+        if is_estimated:
+            probability = scores[chosen[0]].exp() / scores.exp().sum()
+            coefficients = {chosen[0]: 1 + probability - probability.detach()}
         of_token = z[token].double().view(count, rank)
-        mean = sum(scores[expert].exp() / total * of_token[expert] for expert in chosen)
+        mean = sum(coefficients[expert] * of_token[expert] for expert in chosen)
         row = torch.zeros(count, rank, dtype=torch.float64, device=z.device)
         for expert in chosen:
             value = mean if is_low_rank else of_token[expert]
-            row[expert] = scores[expert].exp() / total * scalings[expert].double() * value
+            row[expert] = coefficients[expert] * scalings[expert].double() * value
         rows.append(row.flatten())
     return torch.stack(rows)
 
 
+def inputs_of(
+    count: int, rank: int, tokens: int, width: int, dtype: torch.dtype = HALF
+) -> list[torch.Tensor]:
+    """Random hidden states, weight of a router, z and scalings."""
+    generator = torch.Generator().manual_seed(count)
+    hidden = torch.randn(tokens, width, generator=generator).to(DEVICE, dtype)
+    weight = torch.randn(count, width, generator=generator).to(DEVICE) / 8
+    z = torch.randn(tokens, count * rank, generator=generator).to(DEVICE, dtype)
+    return [hidden, weight, z, torch.rand(count, generator=generator).to(DEVICE) + 0.5]
+
+
+SIZES = [(1, 4, 1, 3, 64), (3, 5, 2, 16, 70), (20, 8, 4, 35, 200), (70, 4, 70, 17, 130)]
+
+
 @pytest.mark.parametrize("is_low_rank", [False, True])
 @pytest.mark.parametrize("absolute", [False, True])
-@pytest.mark.parametrize(
-    ("count", "rank", "k", "tokens", "width"),
-    [(1, 4, 1, 3, 64), (3, 5, 2, 16, 70), (20, 8, 4, 35, 200), (70, 4, 70, 17, 130)],
-)
+@pytest.mark.parametrize(("count", "rank", "k", "tokens", "width"), SIZES)
 def test_the_kernel_is_the_loop(
     count: int, rank: int, k: int, tokens: int, width: int, absolute: bool, is_low_rank: bool
 ) -> None:
-    generator = torch.Generator().manual_seed(count)
-    hidden = torch.randn(tokens, width, generator=generator).to(DEVICE, HALF)
-    weight = torch.randn(count, width, generator=generator).to(DEVICE) / 8
-    z = torch.randn(tokens, count * rank, generator=generator).to(DEVICE, HALF)
-    scalings = torch.rand(count, generator=generator).to(DEVICE) + 0.5
+    hidden, weight, z, scalings = inputs_of(count, rank, tokens, width)
     options = {"k": k, "temperature": 0.7, "absolute": absolute, "is_low_rank": is_low_rank}
     weighed = kernel.weigh(hidden, kernel.split(weight), z, scalings, **options)
     exact = weighed_in_a_loop(hidden, weight, z, scalings, **options)
     assert (weighed.double() - exact).norm() < 0.006 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("is_low_rank", [False, True])
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize(
+    ("count", "rank", "k", "tokens", "width"), [*SIZES[:-1], (7, 3, 1, 5, 33), (64, 2, 9, 6, 96)]
+)
+def test_the_gradients_are_the_loops(
+    count: int,
+    rank: int,
+    k: int,
+    tokens: int,
+    width: int,
+    absolute: bool,
+    is_low_rank: bool,
+    dtype: torch.dtype,
+) -> None:
+    inputs = inputs_of(count, rank, tokens, width, dtype)
+    options = {
+        "k": k,
+        "temperature": 0.7,
+        "absolute": absolute,
+        "is_low_rank": is_low_rank,
+        "is_estimated": k == 1 and count > 1,
+    }
+    given = [each.clone().requires_grad_() for each in inputs[:3]]
+    given_exactly = [each.double().requires_grad_() for each in inputs[:3]]
+    weighed = kernel_op.weigh(*given, inputs[3], **options)
+    exact = weighed_in_a_loop(*given_exactly, inputs[3], **options)
+    # Expanded, as `sum` gives it: not in the layout that kernels read.
+    arriving = torch.linspace(-1, 2, tokens, device=DEVICE).to(dtype)[:, None].expand_as(exact)
+    weighed.backward(arriving)
+    exact.backward(arriving.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.01
+    assert (weighed.double() - exact).norm() <= tolerance * exact.norm()
+    for tensor, tensor_exactly in zip(given, given_exactly, strict=True):
+        assert tensor.grad is not None and tensor_exactly.grad is not None
+        assert tensor.grad.dtype == tensor.dtype
+        difference = tensor.grad.double() - tensor_exactly.grad
+        assert difference.norm() <= tolerance * tensor_exactly.grad.norm() + 1e-12
+
+
+def test_only_the_gradients_that_are_needed() -> None:
+    hidden, weight, z, scalings = inputs_of(5, 3, 4, 32)
+    options = {"k": 2, "temperature": 1.0, "absolute": True, "is_low_rank": False}
+    weight.requires_grad_()
+    kernel_op.weigh(hidden, weight, z, scalings, **options, is_estimated=False).sum().backward()
+    assert weight.grad is not None and hidden.grad is None and z.grad is None
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden, weight, z, scalings = inputs_of(5, 3, 4, 32, torch.float32)
+    options = {"k": 2, "temperature": 1.0, "absolute": True, "is_low_rank": False}
+    weight.requires_grad_()
+    weighed = kernel_op.weigh(hidden, weight, z, scalings, **options, is_estimated=False)
+    (gradient,) = torch.autograd.grad(weighed.sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_pytorch_finds_the_operations_in_order(dtype: torch.dtype) -> None:
+    hidden, weight, z, scalings = inputs_of(5, 3, 4, 32, dtype)
+    options = 2, 0.7, True, False, False
+    _, scores = kernel_op._weigh_with_scores(hidden, weight, z, scalings, *options)
+    torch.library.opcheck(kernel_op._gradients, (z, scores, z, scalings, *options))
+    for each in (hidden, weight, z):
+        each.requires_grad_()
+    torch.library.opcheck(kernel_op._weigh_with_scores, (hidden, weight, z, scalings, *options))
+
+
+def kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list to which each call of a kernel adds its name; no device is tried."""
+    monkeypatch.setattr(fused, "works", lambda device, use: True)
+    calls = []
+
+    def counted(name: str) -> None:
+        compute = getattr(kernel, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return compute(*arguments, **options)
+
+        monkeypatch.setattr(kernel, name, call)
+
+    counted("weigh")
+    counted("unweigh")
+    return calls
+
+
+def in_half_precision(**options: Any) -> Any:
+    return make_layer(dtype=HALF, expert_dtype="bfloat16", **options).to(DEVICE)
 
 
 @pytest.mark.parametrize("mixing", ["full", "low_rank"])
@@ -99,15 +215,12 @@ def test_the_kernel_is_the_loop(
 def test_a_module_by_the_kernel(
     mixing: str, scalings: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "_works", lambda device: True)
     options = {"mixing": mixing, "scalings": scalings, "top_k": 2, "router_temperature": 3.0}
-    layer = make_layer(dtype=HALF, expert_dtype="bfloat16", **options).to(DEVICE)
+    layer = in_half_precision(**options)
     exact = make_layer(expert_dtype="float64", **options).to(DEVICE)
     exact.load_state_dict({name: each.double() for name, each in layer.state_dict().items()})
-    calls = []
-    weigh = kernel.weigh
-    monkeypatch.setattr(kernel, "weigh", lambda *a, **k: calls.append(1) or weigh(*a, **k))
     x = torch.randn(2, 11, IN).to(DEVICE, HALF)
+    calls = kernels_are_used(monkeypatch)
     for change in (1.0, -0.5):
         with torch.no_grad():  # a changed router is noticed
             layer.routed_lora_router["default"].weight.mul_(change)
@@ -116,9 +229,154 @@ def test_a_module_by_the_kernel(
         by_operations = shortly(exact, x.double(), monkeypatch)
         assert by_kernel.shape == (2, 11, OUT)
         assert (by_kernel - by_operations).norm() < 0.01 * by_operations.norm()
-    assert len(calls) == 2
+    assert calls == ["weigh"] * 2
 
 
-def test_what_the_kernel_does_not_take() -> None:
+def test_a_router_that_is_trained_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = in_half_precision(top_k=2)
+    layer.router_of("default").weight.requires_grad_()
+    x = torch.randn(5, IN).to(DEVICE, HALF)
+    calls = kernels_are_used(monkeypatch)
+    before = shortly(layer, x, monkeypatch)
+    written_by_address(layer)
+    after = shortly(layer, x, monkeypatch)
+    assert calls == ["weigh"] * 2
+    monkeypatch.setattr(fused, "works", lambda device, use: False)
+    assert not torch.allclose(before, after, rtol=0.1)
+    expected = generally(layer, x)
+    assert (after - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("mixing", ["full", "low_rank"])
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [
+        ("arrow", {"top_k": 2}),
+        ("linear", {}),
+        ("linear", {"top_k": 1}),
+        ("linear", {"top_k": 3, "init": "arrow", "router_temperature": 2.0}),
+    ],
+)
+def test_training_by_the_kernel(
+    router: str,
+    options: dict[str, Any],
+    mixing: str,
+    is_compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = in_half_precision(router=router, mixing=mixing, **options)
+    exact = make_layer(expert_dtype="float64", router=router, mixing=mixing, **options).to(DEVICE)
+    exact.load_state_dict({name: each.double() for name, each in layer.state_dict().items()})
+    exact.router_of("default").double()
+    x = torch.randn(2, 11, IN).to(DEVICE, HALF)
+    calls = kernels_are_used(monkeypatch)
+    computed: list[list[torch.Tensor]] = []
+    for each in (exact, layer):
+        torch._dynamo.reset()
+        hidden = x.to(each.base_layer.weight.dtype, copy=True).requires_grad_()
+        each.router_of("default").weight.requires_grad_()
+        call = each
+        if is_compiled:
+            # Not to code for the machine, which takes long.
+            call = torch.compile(each, fullgraph=True, backend="aot_eager")
+        output = call(hidden)
+        output.backward(torch.ones_like(output) / 8)
+        computed.append([output.detach(), hidden.grad, each.router_of("default").weight.grad])
+    assert calls == ["weigh", "unweigh"]
+    for expected, by_kernel in zip(*computed, strict=True):
+        assert (by_kernel.double() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_compiled_module_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = in_half_precision(top_k=2, scalings=(1.0, 2.0, 0.5, 3.0, 1.5, 0.1))
+    x = torch.randn(2, 11, IN).to(DEVICE, HALF)
+    calls = kernels_are_used(monkeypatch)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert calls == ["weigh"] * 2
+
+
+def test_autocast_and_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = in_half_precision(top_k=2)
+    weight = layer.router_of("default").weight.requires_grad_()
+    x = torch.randn(2, 11, IN).to(DEVICE, HALF)
+    calls = kernels_are_used(monkeypatch)
+    layer(x).sum().backward()
+    expected = weight.grad.clone()
+    weight.grad = None
+    with torch.autocast(DEVICE, HALF):
+        output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    output.sum().backward()
+    torch.testing.assert_close(weight.grad, expected)
+    assert calls == ["weigh", "unweigh", "weigh", "weigh", "unweigh"]
+
+
+@pytest.mark.parametrize("case", ["factors", "one expert", "float32", "balanced"])
+def test_what_is_trained_without_the_kernel(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 1 if case == "one expert" else 6
+    options = {"router_aux_loss_coef": 0.1} if case == "balanced" else {}
+    layer = in_half_precision(count=count, router="linear", **options).train()
+    if case == "float32":
+        layer = make_layer(router="linear", dtype=torch.float32).to(DEVICE)
+    if case == "factors":
+        layer.experts_of("default").requires_grad_()
+    layer.router_of("default").requires_grad_()
+    calls = kernels_are_used(monkeypatch)
+    x = torch.randn(5, IN).to(DEVICE, layer.base_layer.weight.dtype)
+    expected_warning = pytest.warns(UserWarning) if case == "one expert" else nullcontext()
+    with expected_warning:
+        layer(x).sum().backward()
+    assert layer.router_of("default").weight.grad is not None
+    if case == "factors":
+        assert layer.experts_of("default").A.grad is not None
+    assert not calls
+
+
+@pytest.mark.parametrize("as_operation", [False, True])
+@pytest.mark.parametrize("is_low_rank", [False, True])
+@pytest.mark.parametrize("count", [1, 8])
+def test_kernels_are_tried(count: int, is_low_rank: bool, as_operation: bool) -> None:
+    use = kernel_trial.Use(count, 3, True, is_low_rank, as_operation)
+    assert kernel_trial.compute_alike(torch.device(DEVICE), use)
+
+
+@pytest.mark.parametrize("name", ["weigh", "unweigh"])
+def test_kernels_that_are_wrong_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = getattr(kernel, name)
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        computed = compute(*arguments, **options)
+        first = computed[1] if isinstance(computed, tuple) else computed
+        first.mul_(1.1)
+        return computed
+
+    monkeypatch.setattr(kernel, name, wrong)
+    use = kernel_trial.Use(8, 3, True, False, as_operation=True)
+    assert not kernel_trial.compute_alike(torch.device(DEVICE), use)
+    kernel_trial._tried.cache_clear()
+    with pytest.warns(UserWarning, match="other results .* with 8 experts of rank 3"):
+        assert not kernel_trial._tried(torch.device(DEVICE), use)
+    kernel_trial._tried.cache_clear()
+
+
+def test_a_gpu_without_the_memory_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(kernel, "weigh", fail)
+    use = kernel_trial.Use(8, 3, True, False, as_operation=False)
+    kernel_trial._tried.cache_clear()
+    with pytest.warns(UserWarning, match="out of resource"):
+        assert not kernel_trial._tried(torch.device(DEVICE), use)
+    kernel_trial._tried.cache_clear()
+
+
+def test_what_the_kernel_does_not_take(recwarn: pytest.WarningsRecorder) -> None:
     assert kernel.fits(256, 16)
     assert not kernel.fits(256, 64)
+    use = kernel_trial.Use(256, 64, True, False, as_operation=False)
+    assert not kernel_trial._tried(torch.device(DEVICE), use)
+    assert not recwarn.list

@@ -1,0 +1,125 @@
+"""Whether the kernels of a routed layer compute on a device what PyTorch computes there."""
+
+import importlib
+import importlib.util
+import warnings
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_routing import mixing
+from peft_routing.routers.tensors import largest
+
+# Not a multiple of the tokens of one program, and columns enough to be read ahead of their use.
+_TOKENS = 19
+_WIDTH = 64
+_CLEAR = 0.01  # scores that differ by less may choose otherwise
+
+
+class Use(NamedTuple):
+    """What kernels are compiled for: so many experts of one rank, scores that are absolute values
+    or not, a way of mixing, and whether gradients or a compiled model need them as an operation.
+    """
+
+    experts: int
+    rank: int
+    absolute: bool
+    is_low_rank: bool
+    as_operation: bool
+
+
+@torch.compiler.assume_constant_result
+def works(device: torch.device, use: Use) -> bool:
+    """Whether the kernels can be used on a device, which is tried there once.
+
+    A version of Triton with which they do not compute what they should, or a GPU with too little
+    memory for them, gives a warning, and they are not used.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    if type(torch.empty(0)) is not Tensor:
+        return False  # an export, in which nothing can be tried
+    return _tried(device, use)
+
+
+@cache
+def _tried(device: torch.device, use: Use) -> bool:
+    try:
+        kernels: Any = importlib.import_module("peft_routing.kernel")
+        if not kernels.fits(use.experts, use.rank):
+            return False
+        # It may be asked within a pass that has no gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            agree = compute_alike(device, use)
+        problem = "gives other results than PyTorch"
+    except Exception as error:  # whatever a compiler may raise
+        agree = False
+        problem = f"fails ({type(error).__name__}: {error})"
+    if not agree:
+        warnings.warn(
+            f"Triton {problem} on {device} with {use.experts} experts of rank {use.rank}, so "
+            "routed layers take longer there",
+            stacklevel=2,
+        )
+    return agree
+
+
+def compute_alike(device: torch.device, use: Use) -> bool:
+    """Whether the kernels' results, and their gradients, are those of float64 but for rounding."""
+    generator = torch.Generator().manual_seed(0)
+    k = min(2, use.experts)
+    hidden = torch.randn(_TOKENS, _WIDTH, generator=generator).to(device, torch.bfloat16)
+    weight = torch.randn(use.experts, _WIDTH, generator=generator).to(device)
+    z = torch.randn(_TOKENS, use.experts * use.rank, generator=generator)
+    z = z.to(device, torch.bfloat16)
+    scalings = torch.ones(use.experts, device=device)
+    exact_inputs = [each.double().requires_grad_(use.as_operation) for each in (hidden, weight, z)]
+    exact, is_clear = _exactly(*exact_inputs, k, use)
+
+    options = {
+        "k": k,
+        "temperature": 1.0,
+        "absolute": use.absolute,
+        "is_low_rank": use.is_low_rank,
+    }
+    if not use.as_operation:
+        kernels: Any = importlib.import_module("peft_routing.kernel")
+        rows = kernels.parts_for(hidden, weight)
+        weighed = kernels.weigh(hidden, rows, z, scalings, **options)
+        return _is_near(weighed[is_clear], exact[is_clear])
+    operation: Any = importlib.import_module("peft_routing.kernel_op")
+    inputs = [each.requires_grad_() for each in (hidden, weight, z)]
+    weighed = operation.weigh(*inputs, scalings, **options, is_estimated=False)
+    arriving = torch.randn(exact.shape, generator=generator).to(device, torch.bfloat16)
+    arriving = arriving * is_clear[:, None]
+    gradients = torch.autograd.grad(weighed, inputs, arriving)
+    exact_gradients = torch.autograd.grad(exact, exact_inputs, arriving.double())
+    are_near = [_is_near(weighed[is_clear], exact[is_clear])]
+    for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
+        are_near.append(_is_near(gradient, exact_gradient))
+    return all(are_near)
+
+
+def _exactly(
+    hidden: Tensor, weight: Tensor, z: Tensor, k: int, use: Use
+) -> tuple[Tensor, Tensor]:
+    """z weighed, by PyTorch's operations, and which of its tokens have a clear choice."""
+    scores = hidden @ weight.T
+    if use.absolute:
+        scores = scores.abs()
+    coefficients = largest(scores, k).softmax(dim=1)
+    weigh = mixing.low_rank if use.is_low_rank else mixing.full
+    of_experts = z.view(_TOKENS, use.experts, use.rank)
+    weighed = weigh(of_experts, coefficients, coefficients).reshape(z.shape)
+    in_order = scores.sort(dim=1, descending=True).values
+    if k == use.experts:
+        return weighed, torch.ones(_TOKENS, dtype=torch.bool, device=z.device)
+    return weighed, in_order[:, k - 1] - in_order[:, k] > _CLEAR
+
+
+def _is_near(values: Tensor, exact: Tensor) -> bool:
+    # Where there is nothing to choose a gradient is 0, and only rounding is left.
+    difference = (values.double() - exact).norm()
+    return bool(difference <= 0.02 * exact.norm() + 1e-3)
