@@ -13,8 +13,6 @@ experts than the kernel takes, and in other dtypes. They have no gradients and a
 there the general way is taken instead.
 """
 
-import importlib
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -86,17 +84,16 @@ class Fused:
         needs_gradients = torch.is_grad_enabled() and (
             x.requires_grad or a.requires_grad or b.requires_grad or weight.requires_grad
         )
+        # What trains factors needs these themselves, not their copies in bfloat16. A router of one
+        # expert is warned of on the general way.
+        if needs_gradients and (a.requires_grad or b.requires_grad or not router.learns):
+            return None
+        tokens = x.reshape(-1, x.shape[-1])
         is_compiling = torch.compiler.is_compiling()
         if needs_gradients or is_compiling or torch.is_autocast_enabled(x.device.type):
-            is_taken = self._takes_kernel(x, result, weight, as_operation=True)
-            # What trains factors needs these themselves, not their copies in bfloat16. A router
-            # of one expert is warned of on the general way.
-            if needs_gradients and (a.requires_grad or b.requires_grad or not self.router.learns):
-                is_taken = False
-            if not is_taken:
+            if not self._takes_kernel(x, result, weight, as_operation=True):
                 return None
-            return self._by_operation(result, x.reshape(-1, x.shape[-1]), weight, needs_gradients)
-        tokens = x.reshape(-1, x.shape[-1])
+            return self._by_operation(result, tokens, weight, needs_gradients)
         plan = self._plan(len(tokens), x, result, weight)
         if plan.by_kernel:
             return self._by_kernel(result, tokens, weight)
@@ -121,8 +118,10 @@ class Fused:
         """The output where nothing has a gradient: the kernel is started without an operation of
         PyTorch's around it, which takes Python longer.
         """
+        from peft_routing import kernel  # needs Triton
+
         a, b = self.experts.factors_in(torch.bfloat16)
-        weighed = _kernels().weigh(
+        weighed = kernel.weigh(
             tokens,
             self._split_rows(weight),
             functional.linear(tokens, a),
@@ -138,10 +137,12 @@ class Fused:
         self, result: Tensor, tokens: Tensor, weight: Tensor, needs_gradients: bool
     ) -> Tensor:
         """The output by the kernel as autograd and compilers know it."""
+        from peft_routing import kernel_op  # needs Triton
+
         k = self.router.k
         is_trained = needs_gradients and weight.requires_grad
         a, b = self.experts.factors_in(torch.bfloat16)
-        weighed = _kernel_op().weigh(
+        weighed = kernel_op.weigh(
             tokens,
             weight,
             functional.linear(tokens, a),
@@ -156,12 +157,14 @@ class Fused:
 
     def _split_rows(self, weight: Tensor) -> Tensor:
         """The router's rows as the kernel takes them: a copy, made anew when they change."""
+        from peft_routing import kernel  # needs Triton
+
         # Rows that are trained may change unnoticed: some optimizers write to `.data`.
         if weight.requires_grad or weight.is_inference():
-            return _kernels().split(weight)
+            return kernel.split(weight)
         if self._split is None or not self._split[0].holds_for(weight):
             with torch.inference_mode(False), torch.no_grad():
-                self._split = Source(weight), _kernels().split(weight)
+                self._split = Source(weight), kernel.split(weight)
         return self._split[1]
 
     def _holds(self, x: Tensor, a: Tensor, weight: Tensor) -> bool:
@@ -251,16 +254,6 @@ class Fused:
         of_each = self.rank // self.count
         use = Use(self.count, of_each, self.router.absolute, self.is_low_rank, as_operation)
         return works(x.device, use)
-
-
-def _kernels() -> ModuleType:
-    """The module `kernel`, which needs Triton."""
-    return importlib.import_module("peft_routing.kernel")
-
-
-def _kernel_op() -> ModuleType:
-    """The module `kernel_op`, which needs Triton."""
-    return importlib.import_module("peft_routing.kernel_op")
 
 
 def is_watched(module: nn.Module) -> bool:

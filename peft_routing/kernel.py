@@ -65,9 +65,12 @@ def weigh(
     `scores` (tokens, experts), in float32, if that is given. `kernel` is `_weigh` as PyTorch
     traces it.
     """
-    parts, experts, width = rows.shape
-    tokens = len(z)
-    rank = z.shape[1] // experts
+    # Compiled in, where a compiler might take them for sizes that vary.
+    parts = int(rows.shape[0])
+    experts = int(rows.shape[1])
+    rank = int(z.shape[1]) // experts
+    width = rows.shape[2]
+    tokens = z.shape[0]
     padded = _padded(experts)
     weighed = torch.empty_like(z)
     if hidden.stride(1) != 1:
@@ -124,8 +127,9 @@ def unweigh(
     of its expert's probability among all, as `straight_through` says. `kernel` is `_unweigh` as
     PyTorch traces it.
     """
-    tokens, experts = scores.shape
-    rank = z.shape[1] // experts
+    tokens = scores.shape[0]
+    experts = int(scores.shape[1])  # compiled in, as the rank
+    rank = int(z.shape[1]) // experts
     padded = _padded(experts)
     padded_rank = triton.next_power_of_2(rank)
     of_z = torch.empty_like(z)

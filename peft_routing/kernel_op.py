@@ -53,7 +53,7 @@ def _weigh_with_scores(
     is_estimated: bool,
 ) -> tuple[Tensor, Tensor]:
     """z weighed, and the scores (tokens, experts), of which the backward pass makes use."""
-    scores = weight.new_empty(len(z), len(weight), dtype=torch.float32)
+    scores = weight.new_empty(z.shape[0], weight.shape[0], dtype=torch.float32)
     weighed = kernel.weigh(
         hidden,
         kernel.parts_for(hidden, weight),
@@ -100,7 +100,7 @@ def _gradients(
 def _(
     hidden: Tensor, weight: Tensor, z: Tensor, scalings: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    scores = weight.new_empty(len(z), len(weight), dtype=torch.float32)
+    scores = weight.new_empty(z.shape[0], weight.shape[0], dtype=torch.float32)
     return torch.empty_like(z), scores
 
 

@@ -102,9 +102,7 @@ def compute_alike(device: torch.device, use: Use) -> bool:
     return all(are_near)
 
 
-def _exactly(
-    hidden: Tensor, weight: Tensor, z: Tensor, k: int, use: Use
-) -> tuple[Tensor, Tensor]:
+def _exactly(hidden: Tensor, weight: Tensor, z: Tensor, k: int, use: Use) -> tuple[Tensor, Tensor]:
     """z weighed, by PyTorch's operations, and which of its tokens have a clear choice."""
     scores = hidden @ weight.T
     if use.absolute:

@@ -1,0 +1,126 @@
+"""What Triton and PyTorch compile the kernels of a routed layer to, for a GPU that is not there.
+
+Triton needs no GPU to compile for one: `pip install triton`. What the kernels compute is tested in
+`test_kernel`, by an interpreter, which knows less of types than the compiler does.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import aot_function, make_boxed_func
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton interprets, and compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from peft_routing import kernel, kernel_op  # noqa: E402
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+def compiled_for_a_gpu(
+    function: Any, arguments: dict[str, Any], generation: int, warps: int
+) -> Any:
+    """A kernel that is compiled for arguments: types of what varies, values of the constants."""
+    signature = {}
+    constants = {}
+    for place, name in enumerate(function.arg_names):
+        argument = arguments[name]
+        is_type = isinstance(argument, str)
+        signature[name] = argument if is_type else "constexpr"
+        if not is_type:
+            constants[(place,)] = argument
+    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", generation, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+@pytest.mark.parametrize(
+    ("dtype", "is_low_rank", "keeps_scores", "count"),
+    [
+        (torch.bfloat16, False, False, 8),
+        (torch.bfloat16, True, True, 64),
+        (torch.float32, False, True, 16),
+    ],
+)
+def test_the_kernels_compile(
+    dtype: torch.dtype, is_low_rank: bool, keeps_scores: bool, count: int, generation: int
+) -> None:
+    sizes = {
+        "absolute": True,
+        "is_low_rank": is_low_rank,
+        "experts": count,
+        "rank": 5,
+        "padded": kernel._padded(count),
+        "padded_rank": 8,
+    }
+    of_dtype = dict.fromkeys(
+        ("hidden", "rows", "z", "weighed", "gradient", "of_z"), POINTERS[dtype]
+    )
+    exact = dict.fromkeys(("scalings", "scores", "of_scores"), "*fp32")
+    numbers = dict.fromkeys(("tokens", "width", "stride", "k"), "i32")
+    varying = {**of_dtype, **exact, **numbers, "temperature": "fp32"}
+    constants = {
+        "keeps_scores": keeps_scores,
+        "parts": 2 if dtype == torch.bfloat16 else 1,
+        "block": 16,
+        "columns": 64,
+        "is_estimated": is_low_rank,
+    }
+    for function in (kernel._weigh, kernel._unweigh):
+        made = compiled_for_a_gpu(function, varying | sizes | constants, generation, warps=4)
+        assert made.asm["cubin"]
+
+
+@pytest.fixture
+def gpu_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that Triton takes for the current one; it can start nothing there."""
+
+    class Driver:
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", 90, 32)
+
+    # Not by `set_active`, which cannot be undone where there is no GPU.
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_a_compiler_sees_the_kernels_and_what_they_write(
+    is_dynamic: bool, gpu_to_compile_for: None
+) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    def weigh(*inputs: torch.Tensor) -> torch.Tensor:
+        options = {"k": 2, "temperature": 0.7, "absolute": True, "is_low_rank": False}
+        return kernel_op.weigh(*inputs, **options, is_estimated=False)
+
+    # On a CPU, since autograd asks a GPU even for tensors that are not there.
+    hidden = torch.empty(19, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.empty(8, 64, requires_grad=True)
+    z = torch.empty(19, 32, dtype=torch.bfloat16, requires_grad=True)
+    # With an environment of shapes their sizes may vary from call to call.
+    with FakeTensorMode(shape_env=ShapeEnv() if is_dynamic else None) as mode:
+        inputs = [mode.from_tensor(each) for each in (hidden, weight, z, torch.empty(8))]
+        traced = aot_function(weigh, fw_compiler=keep, bw_compiler=keep)
+        weighed = traced(*inputs)
+        assert (weighed.shape, weighed.dtype) == (inputs[2].shape, z.dtype)
+        assert isinstance(weighed.shape[0], torch.SymInt) is is_dynamic
+        weighed.sum().backward()
+    kernels = []
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and "triton_kernel" in str(node.target):
+                kernels.append(node.kwargs["tensors_to_clone"])
+    assert kernels == [["weighed", "scores"], ["of_z", "of_scores"]]
