@@ -221,6 +221,16 @@ def test_it_takes_at_most_four_launches_more_than_a_lora(
     assert launches(layer, x) <= launches(lora.base_model.model["linear"], x) + 4
 
 
+def test_a_compiled_module_asks_for_the_kernel_without_a_break() -> None:
+    layer = make_layer(dtype=torch.bfloat16, expert_dtype="bfloat16", top_k=2)
+    x = torch.randn(5, IN).bfloat16()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = layer(x)
+        assert (compiled(x) - expected).norm() < 0.02 * expected.norm()
+
+
 def test_which_routers_go_this_way() -> None:
     class Louder(LinearRouter):
         def scores(self, hidden: torch.Tensor) -> torch.Tensor:
