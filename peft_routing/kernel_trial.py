@@ -76,7 +76,8 @@ def compute_alike(device: torch.device, use: Use) -> bool:
     z = z.to(device, torch.bfloat16)
     scalings = torch.ones(use.experts, device=device)
     exact_inputs = [each.double().requires_grad_(use.as_operation) for each in (hidden, weight, z)]
-    exact, is_clear = _exactly(*exact_inputs, k, use)
+    exact_hidden, exact_weight, exact_z = exact_inputs
+    exact, is_clear = _exactly(exact_hidden, exact_weight, exact_z, k, use)
 
     options = {
         "k": k,
