@@ -9,6 +9,7 @@ be predicted.
 
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ _TAKEN_FROM_TRUNKS = (
     "_keys_to_ignore_on_load_unexpected",
 )
 _LAYER = re.compile(r"\.(\d+)\.")
+# Taking a gradient puts other tensors in the place of the base's parameters for a while: threads of
+# a server do it one after the other.
+_TAKING_GRADIENTS = threading.Lock()
 # What PEFT adds to the name of a parameter when it wraps its module.
 _WRAPPED = re.compile(r"\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
 
@@ -788,11 +792,16 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         It is in float32, over the parameters that experts have of their own; the base has 0.
         """
         base = self.experts[self.config.base_expert]
-        names = [name for name, _ in base.named_parameters() if self._is_compared(name)]
         scored = self._scored(batch, prefix)
         comparison = _Comparison(self.experts, self.config.base_expert)
         similarities = []
-        with torch.inference_mode(False), torch.enable_grad(), _evaluating(base):
+        with (
+            _TAKING_GRADIENTS,
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _evaluating(base),
+        ):
+            names = [name for name, _ in base.named_parameters() if self._is_compared(name)]
             of_base = _outside_inference(base)
             of_head = {}
             if self.config.embedding == "shared":

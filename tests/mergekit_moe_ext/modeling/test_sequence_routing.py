@@ -4,6 +4,7 @@ the paper.
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -277,6 +278,16 @@ def test_an_adapter_is_part_of_a_task_vector_as_if_it_were_merged(tuned):
     assert not torch.allclose(coefficients, expected, atol=1e-3)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(ids).coefficients, coefficients, atol=1e-5, rtol=1e-4)
+
+
+def test_task_vectors_of_threads_that_share_a_model(tuned):
+    model = mixture(tuned, routing="task_vector", experts_per_sequence=3)
+    prompts = [words(1, seed=seed) for seed in range(8)]
+    expected = [model(prompt).coefficients for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(model, prompts))
+    for output, coefficients in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output.coefficients, coefficients)
 
 
 @pytest.mark.parametrize("embedding", ["separate", "shared"])
