@@ -1,8 +1,9 @@
 """Rows of several documents each, as a data collator packs them.
 
 Documents are told apart by position ids that start again, as transformers' attention tells them
-apart. Each chooses experts of its own, so that a packed row is taken apart into a row per document,
-and what comes out is put together again.
+apart. In a sequence MoE each chooses experts of its own, so that a packed row is taken apart into a
+row per document, and what comes out is put together again. Weight-ensembling models have one set of
+coefficients per row, and refuse such rows.
 """
 
 from collections.abc import Mapping
@@ -63,12 +64,12 @@ def packed_rows(
     cannot be told apart.
     """
     if position_ids is None:
-        for name in _SIGNS:
-            if arguments.get(name) is not None:
-                raise ValueError(
-                    f"{name}=: a sequence MoE tells packed documents apart by position_ids that "
-                    "start again: give these too (DataCollatorWithFlattening makes them)"
-                )
+        name = _sign_in(arguments)
+        if name is not None:
+            raise ValueError(
+                f"{name}=: a sequence MoE tells packed documents apart by position_ids that start "
+                "again: give these too (DataCollatorWithFlattening makes them)"
+            )
         return None
     # One token at a time is a step with a cache.
     if position_ids.ndim != 2 or position_ids.shape[1] != shape[1] or shape[1] < 2:
@@ -86,10 +87,32 @@ def packed_rows(
     return None
 
 
+def refuse_packed_rows(arguments: Mapping[str, Any], mask: Tensor | None) -> None:
+    """`ValueError` for the input of a decoder whose rows hold several documents each; `mask` (rows,
+    tokens so far) says which tokens are padding.
+    """
+    positions = arguments.get("position_ids")
+    starts_again = False
+    # One token at a time is a step with a cache; some models have positions of several dimensions.
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] > 1:
+        starts_again = _starts_again(positions, mask)
+    if starts_again or _sign_in(arguments) is not None:
+        raise ValueError(
+            "the rows hold several documents each (position_ids start again, or "
+            "cu_seq_lens_q= or seq_idx= are given), and routers give one set of coefficients per "
+            "row: give each document a row, or give coefficients="
+        )
+
+
+def _sign_in(arguments: Mapping[str, Any]) -> str | None:
+    """The name of an argument that tells where packed documents lie, if one is given."""
+    return next((name for name in _SIGNS if arguments.get(name) is not None), None)
+
+
 def _starts_again(positions: Tensor, mask: Tensor | None) -> bool:
     """Whether a token that is not padding stands at a position that its row had already."""
     is_real = torch.ones_like(positions, dtype=torch.bool)
     if mask is not None and mask.ndim == 2:
         is_real = mask[:, -positions.shape[1] :].to(positions.device).bool()
-    highest = positions.masked_fill(~is_real, -1).cummax(dim=1).values
+    highest = torch.where(is_real, positions, -1).cummax(dim=1).values
     return bool((is_real[:, 1:] & (positions[:, 1:] <= highest[:, :-1])).any())

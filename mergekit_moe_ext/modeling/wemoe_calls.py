@@ -23,6 +23,7 @@ from .host_cache import (
     following,
     refuse_other_caches,
 )
+from .packed_rows import refuse_packed_rows
 from .padding import inferred_masks
 
 # An argument of `forward`, of `generate` alone: this pass goes over a prompt, of which all chooses.
@@ -186,6 +187,8 @@ class EnsembleCall:
             refuse_other_caches(arguments)
             if self.override is None:
                 self._check_masks()
+                if self.generates and not self.is_encoder_decoder:
+                    refuse_packed_rows(arguments, self.masks[_TOKEN_MASK])
         self.cache: Any = cache_in(arguments)
         self.keeps_no_cache = arguments.get("use_cache") is False
         self.uses_cache = self.cache is not None or arguments.get("use_cache") is True

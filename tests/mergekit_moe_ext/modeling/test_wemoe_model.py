@@ -413,6 +413,23 @@ def test_a_mask_that_does_not_tell_padding_is_refused():
 
 
 @torch.no_grad()
+def test_rows_of_several_documents_are_refused():
+    """They would have one set of coefficients for all their documents."""
+    model, ids = build("llama"), inputs_of("llama")["input_ids"]
+    positions = torch.arange(ids.shape[1])[None] % 4
+    packed = ({"position_ids": positions}, {"cu_seq_lens_q": torch.tensor([0, 4])})
+    for arguments in packed:
+        with pytest.raises(ValueError, match="several documents each"):
+            model(ids, **arguments)
+    coefficients = model.coefficients(input_ids=ids)
+    model(ids, coefficients=coefficients, position_ids=positions)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    padded = (mask.cumsum(1) - 1).clamp(min=0)
+    close(model(ids, mask, padded).logits[1:], model(ids, mask).logits[1:])
+
+
+@torch.no_grad()
 def test_while_one_sequence_is_decoded_its_merged_weights_are_kept(monkeypatch):
     model, ids = build("llama"), inputs_of("llama", samples=1)["input_ids"]
     calls = []
