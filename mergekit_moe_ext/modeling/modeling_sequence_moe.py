@@ -582,7 +582,8 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         )
         tokens, embedded = self._inputs(input_ids, inputs_embeds, attention_mask, has_choice)
         if attention_mask is not None:
-            rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            given: Any = input_ids if inputs_embeds is None else inputs_embeds
+            rows, length = given.shape[:2]
             expected = (rows, length + (0 if cache is None else cache.length))
             if tuple(attention_mask.shape) != expected:
                 raise ValueError(
