@@ -12,9 +12,10 @@ The first two need some images of every task, the first with labels.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from mergekit.merge_methods.generalized_task_arithmetic import get_mask
@@ -29,7 +30,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 State = dict[str, Tensor]  # tensors of a model, by name
 
 
-def diagonal_fisher(network: nn.Module, inputs: Tensor, labels: Tensor, at_once: int = 8) -> State:
+class Classifier(nn.Module):
+    """A trunk with a head, which is a matrix (classes, features + 1) with the bias last, and not
+    among the parameters.
+
+    `features_of(trunk, inputs)` are the features that the head reads, (n, features).
+    """
+
+    def __init__(
+        self, trunk: nn.Module, features_of: Callable[[Any, Tensor], Tensor], head: Tensor
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.features_of = features_of
+        self.head = head
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The logits, (n, classes)."""
+        features = self.features_of(self.trunk, inputs)
+        return functional.linear(features, self.head[:, :-1], self.head[:, -1])
+
+
+def diagonal_fisher(network: nn.Module, inputs: Tensor, labels: Tensor, at_once: int = 4) -> State:
     """The diagonal of the empirical Fisher information, for each parameter that requires gradients:
     the mean over samples of the squared gradient of the label's log-likelihood.
 

@@ -7,8 +7,12 @@
    the nearest class mean in the base's features, as a linear map.
 3. Per seed and task, fine-tune the upper six of twelve blocks until their predictions are sure.
    What the lower blocks give is computed once.
-4. Merge with mergekit's methods, `wemoe` and AdaMerging, adapt to the test images without their
-   labels, as `mergekit-moe-ext adapt` does, and measure accuracy and entropy.
+4. Merge with mergekit's methods, those of `merging_baselines.py`, `wemoe` and AdaMerging, adapt to
+   the test images without their labels, as `mergekit-moe-ext adapt` does, and measure accuracy and
+   entropy.
+
+With `--only`, Table 4 (two of the tasks are not merged), Table 5 (corrupted images) and learning
+rates on images that no table is measured on.
 
 Every row is written as soon as it is measured (`*.json` in OUTPUT), so the same command goes on
 after an interruption. What differs from the papers: 50 steps of adaptation by default, not 1000;
@@ -23,9 +27,9 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,16 @@ import click
 import numpy as np
 import torch
 import transformers
+from merging_baselines import (
+    Classifier,
+    State,
+    diagonal_fisher,
+    fisher_merge,
+    gram_matrices,
+    normalized,
+    regmean_merge,
+    write_trimmed,
+)
 from PIL import Image
 from real_data import cache_dir, written_at_once
 from real_images import Images, dinov2, recipe, tasks
@@ -43,7 +57,20 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import BitImageProcessor, Dinov2ForImageClassification, Dinov2Model
-from wemoe_images import STATIC, TASKS, Results, average, claim, merge, percent, routed, write_tests
+from wemoe_images import (
+    COMPARED,
+    CORRUPTIONS,
+    STATIC,
+    TASKS,
+    Results,
+    average,
+    claim,
+    corrupted,
+    merge,
+    percent,
+    routed,
+    write_tests,
+)
 
 from mergekit_moe_ext import Adaptation, Reading, adapt
 from mergekit_moe_ext.analysis import load_ensemble, read_ensemble
@@ -88,19 +115,36 @@ ADAPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "E-WEMoE 0.9": (routed("ewemoe", **UPPER), COSINE),
     "WEMoE (2-layer), constant 1e-4": (routed(**UPPER), {"learning_rate": 1e-4}),
 }
+# The rows of the same names without the two signs, on task vectors that TIES has trimmed.
+TRIMMED = ("AdaMerging++ (layer)", "AdaMerging++ (task)")
+CALIBRATED = 256  # training images per task for Fisher merging and RegMean, as in FusionBench
+SEEN = ["mnist", "letters"]  # what Table 4 merges; the other tasks are unseen
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # tried on validation images, falling by a cosine
 CLAIMS = [
     ("Individual", "Pre-trained"),
     ("Weight averaging", "Pre-trained"),
     ("Task arithmetic", "Weight averaging"),
+    ("Fisher merging", "Weight averaging"),
+    ("RegMean", "Fisher merging"),
+    ("RegMean", "Task arithmetic"),
     ("Ties-Merging", "Task arithmetic"),
     ("AdaMerging (layer)", "AdaMerging (task)"),
     ("AdaMerging (layer)", "Ties-Merging"),
+    ("AdaMerging++ (task)", "AdaMerging (task)"),
+    ("AdaMerging++ (layer)", "AdaMerging (layer)"),
     ("WEMoE (2-layer)", "WEMoE (0-layer)"),
     ("WEMoE (2-layer)", "WEMoE (1-layer)"),
     ("WEMoE (2-layer)", "Task arithmetic"),
     ("WEMoE (2-layer)", "AdaMerging (layer)"),
+    ("WEMoE (2-layer)", "AdaMerging++ (layer)"),
     ("E-WEMoE 0.9", "AdaMerging (layer)"),
     ("Individual", "WEMoE (2-layer)"),
+]
+CLAIMS_UNSEEN = [
+    ("WEMoE (2-layer)", "AdaMerging (layer)"),
+    ("AdaMerging (layer)", "WEMoE (0-layer)"),
+    ("WEMoE (0-layer)", "Task arithmetic"),
+    ("Task arithmetic", "Ties-Merging"),
 ]
 Hidden = dict[str, Tensor]  # by task, what the lower blocks give for the test images
 
@@ -119,6 +163,15 @@ def prepared(images: Images, scale: Scale) -> Images:
         test=enlarged(images.test[: scale.tested]),
         test_labels=images.test_labels[: scale.tested],
     )
+
+
+def held_back(images: Images, scale: Scale) -> Images:
+    """The same with the test images beyond those that are measured, as many or fewer: for choices
+    such as learning rates.
+    """
+    rest = slice(scale.tested, None)
+    beyond = replace(images, test=images.test[rest], test_labels=images.test_labels[rest])
+    return prepared(beyond, scale)
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -176,12 +229,17 @@ def logits_of(features: Tensor, head: Tensor) -> Tensor:
     return functional.linear(features, head[:, :-1], head[:, -1])
 
 
+def fine_tuned(trunk: Dinov2Model, frozen: int) -> list[torch.nn.Parameter]:
+    """The parameters of the upper blocks and of the last norm."""
+    return [*trunk.encoder.layer[frozen:].parameters(), *trunk.layernorm.parameters()]
+
+
 def fine_tune(
     trunk: Dinov2Model, hidden: Tensor, labels: Tensor, head: Tensor, scale: Scale, seed: int
 ) -> None:
     """Trains the upper blocks and the last norm on what the lower ones give."""
     trunk.requires_grad_(False)
-    trainable = [*trunk.encoder.layer[scale.frozen :].parameters(), *trunk.layernorm.parameters()]
+    trainable = fine_tuned(trunk, scale.frozen)
     for parameter in trainable:
         parameter.requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
@@ -202,16 +260,20 @@ def fine_tune(
 class Bench:
     """One seed's models, and what they are measured on.
 
-    models: the fine-tunes with their heads, by task; trunks: the same without, and "base".
+    base: the pretrained trunk; base_model: the same with a head that is not used.
+    models: the fine-tunes that are merged, with their heads, by task; trunks: the same without, and
+    "base"; heads, hidden and tests: of every task.
     """
 
     seed: int
     scale: Scale
     base: Path
+    base_model: Path
     models: dict[str, Path]
     trunks: dict[str, Path]
     heads: dict[str, Tensor]
     data: dict[str, Images]
+    validation: dict[str, Images]
     hidden: Hidden
     tests: list[str]
     scratch: Path
@@ -241,10 +303,60 @@ class Bench:
     def static(self, method: dict[str, Any]) -> dict[str, Any]:
         """A stock merge of the trunks, since heads differ from task to task."""
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            models = [self.trunks[task] for task in TASKS]
+            models = [self.trunks[task] for task in self.models]
             path = merge(method, self.trunks["base"], models, Path(folder) / "merged", self.seed)
             trunk = Dinov2Model.from_pretrained(path)
         return self.measure(lambda task: trunk)
+
+    def classifier(self, task: str) -> Classifier:
+        """A task's fine-tune from what the lower blocks give to logits. Its parameters that require
+        gradients are those that were fine-tuned.
+        """
+        trunk = Dinov2Model.from_pretrained(self.trunks[task])
+        for parameter in trunk.parameters():
+            parameter.requires_grad_(False)
+        for parameter in fine_tuned(trunk, self.scale.frozen):
+            parameter.requires_grad_(True)
+        features = partial(upper_part, frozen=self.scale.frozen)
+        return Classifier(trunk, features, self.heads[task])
+
+    @cached_property
+    def calibration(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By task, what the lower blocks give for some training images, and their labels."""
+        trunk = Dinov2Model.from_pretrained(self.base)
+        parts = {}
+        for task in self.models:
+            images = self.data[task].train[:CALIBRATED]
+            labels = torch.as_tensor(self.data[task].train_labels[:CALIBRATED])
+            parts[task] = lower_part(trunk, images, self.scale.frozen), labels
+        return parts
+
+    @cached_property
+    def fishers(self) -> list[State]:
+        """The Fisher information of each fine-tune on its task's images."""
+        fishers = []
+        for task, (hidden, labels) in self.calibration.items():
+            fishers.append(diagonal_fisher(self.classifier(task), hidden, labels))
+        return fishers
+
+    def fisher(self, is_normalized: bool) -> dict[str, Any]:
+        fishers = [normalized(each) for each in self.fishers] if is_normalized else self.fishers
+        return self.of_parameters(partial(fisher_merge, fishers=fishers))
+
+    def regmean(self) -> dict[str, Any]:
+        grams = []
+        for task, (hidden, _) in self.calibration.items():
+            grams.append(gram_matrices(self.classifier(task), hidden))
+        return self.of_parameters(partial(regmean_merge, grams=grams))
+
+    @torch.no_grad()
+    def of_parameters(self, merged: Callable[[list[State]], State]) -> dict[str, Any]:
+        """What a merge of the parameters of all fine-tunes gives."""
+        classifiers = [self.classifier(task) for task in self.models]
+        states = [dict(classifier.named_parameters()) for classifier in classifiers]
+        first = classifiers[0]
+        first.load_state_dict(merged(states))
+        return self.measure(lambda task: first.trunk)
 
     def oracle(self) -> dict[str, Any]:
         """Each task's own MLPs, on the rest as task arithmetic merges it."""
@@ -273,32 +385,63 @@ class Bench:
             )
             results = adapt(
                 str(merged),
-                self.tests,
+                [test for test in self.tests if test.partition("=")[0] in self.models],
                 output=str(Path(folder) / "adapted"),
                 adaptation=how,
                 reading=Reading(quiet=True),
             )
             assert results is not None  # this is the only process
-            row: dict[str, Any] = {task: results[task]["accuracy"][1] for task in TASKS}
-            row["entropy"] = statistics.mean(results[task]["entropy"][1] for task in TASKS)
-            architecture, config = read_ensemble(str(Path(folder) / "adapted"))
-            if config.ensembling["router_layers"]:
-                model = load_ensemble(str(Path(folder) / "adapted"), architecture, config).eval()
-                row["coefficients"] = self.chosen(model)
-        return row
+            row: dict[str, Any] = {task: results[task]["accuracy"][1] for task in self.models}
+            row["entropy"] = statistics.mean(results[task]["entropy"][1] for task in self.models)
+            output = str(Path(folder) / "adapted")
+            model = load_ensemble(output, *read_ensemble(output)).eval()
+        if model.ensembling.router_layers:
+            row["coefficients"] = self.chosen(model)
+        return row | self.unseen(model)
 
-    @property
-    def base_model(self) -> Path:
-        return self.models[TASKS[0]].parent / "base"
+    def trimmed(self, method: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """As `adapted`, with task vectors that TIES has trimmed."""
+        density = STATIC["Ties-Merging"]["parameters"]["density"]
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            models = write_trimmed(
+                self.base_model, self.models, "classifier.", density, Path(folder)
+            )
+            return replace(self, models=models).adapted(method, settings)
 
     @torch.inference_mode()
     def chosen(self, model: Any) -> dict[str, list[float]]:
         """The mean coefficient of each task's vectors, over blocks and some images, by task."""
         by_task = {}
-        for task in TASKS:
+        for task in self.models:
             x = pixels(self.data[task].test[:50])
             by_task[task] = model.coefficients(pixel_values=x, task=task).mean((0, 1)).tolist()
         return by_task
+
+    @torch.inference_mode()
+    def unseen(self, model: Any) -> dict[str, float]:
+        """The accuracy on tasks that were not merged, whose heads the model does not have."""
+        model.classifier = torch.nn.Identity()
+        any_task = next(iter(self.models))
+        accuracies = {}
+        for task in TASKS:
+            if task not in self.models:
+                batches = []
+                for batch in pixels(self.data[task].test).split(100):
+                    batches.append(model(pixel_values=batch, task=any_task).logits)
+                predictions = logits_of(torch.cat(batches), self.heads[task]).argmax(-1)
+                labels = torch.as_tensor(self.data[task].test_labels)
+                accuracies[task] = (predictions == labels).float().mean().item()
+        return accuracies
+
+    def merging(self, names: list[str]) -> "Bench":
+        """The same with the models of these tasks alone."""
+        return replace(self, models={task: self.models[task] for task in names})
+
+    def on(self, data: dict[str, Images], name: str) -> "Bench":
+        """The same with other test images, which are written under this name."""
+        trunk = Dinov2Model.from_pretrained(self.base)
+        hidden = {task: lower_part(trunk, data[task].test, self.scale.frozen) for task in TASKS}
+        return replace(self, data=data, hidden=hidden, tests=write_tests(data, self.scratch / name))
 
 
 def save(trunk: Dinov2Model, head: Tensor, classes: list[str], folder: Path) -> None:
@@ -321,7 +464,12 @@ def save(trunk: Dinov2Model, head: Tensor, classes: list[str], folder: Path) -> 
 
 
 def make_bench(
-    data: dict[str, Images], scale: Scale, seed: int, scratch: Path, steps: int
+    data: dict[str, Images],
+    validation: dict[str, Images],
+    scale: Scale,
+    seed: int,
+    scratch: Path,
+    steps: int,
 ) -> Bench:
     """The heads and fine-tunes of a seed, which are made once and kept, and the test images."""
     base = dinov2(SIDE)
@@ -367,11 +515,25 @@ def make_bench(
                 whole.save_pretrained(unfinished, save_original_format=False)
     hidden = {task: lower_part(trunk, data[task].test, scale.frozen) for task in TASKS}
     tests = write_tests(data, scratch / "tests")
-    return Bench(seed, scale, base, models, trunks, heads, data, hidden, tests, scratch, steps)
+    return Bench(
+        seed=seed,
+        scale=scale,
+        base=base,
+        base_model=base_model,
+        models=models,
+        trunks=trunks,
+        heads=heads,
+        data=data,
+        validation=validation,
+        hidden=hidden,
+        tests=tests,
+        scratch=scratch,
+        steps=steps,
+    )
 
 
-def measure_all(bench: Bench, results: Results) -> None:
-    """Measures all rows that were not measured with this seed."""
+def table2(bench: Bench, results: Results) -> None:
+    """Measures the rows of Table 2, with one entropy more."""
     results.once("Pre-trained", bench.seed, bench.pretrained)
     results.once("Individual", bench.seed, bench.individual)
     results.once("Own task's MLPs", bench.seed, bench.oracle)
@@ -380,25 +542,117 @@ def measure_all(bench: Bench, results: Results) -> None:
     ties = STATIC["Ties-Merging"]
     whole = {**ties, "parameters": {**ties["parameters"], "lambda": 1.0}}
     results.once("Ties-Merging, scale 1", bench.seed, partial(bench.static, whole))
+    results.once("Fisher merging", bench.seed, partial(bench.fisher, False))
+    results.once("Fisher merging, normalized", bench.seed, partial(bench.fisher, True))
+    results.once("RegMean", bench.seed, bench.regmean)
     for row, (method, settings) in ADAPTED.items():
         results.once(row, bench.seed, partial(bench.adapted, method, settings))
+    for row in TRIMMED:
+        method, settings = ADAPTED[row.replace("++", "")]
+        results.once(row, bench.seed, partial(bench.trimmed, method, settings))
 
 
-def table(results: Results) -> str:
-    """Accuracies in percent and entropies in nats, and which of the paper's orderings hold."""
-    lines = [f"| | {' | '.join(TASKS)} | average | entropy |", "|---|" + "---:|" * (len(TASKS) + 2)]
+def compare(bench: Bench, results: Results, suffix: str = "") -> None:
+    """Measures what Tables 4 and 5 compare, under the names of the rows with a suffix."""
+    for row in COMPARED:
+        if row in STATIC:
+            measure = partial(bench.static, STATIC[row])
+        else:
+            measure = partial(bench.adapted, *ADAPTED[row])
+        results.once(f"{row}{suffix}", bench.seed, measure)
+
+
+def table4(bench: Bench, results: Results) -> None:
+    """Measures the rows of Table 4, where two of the tasks are not merged."""
+    results.once("Pre-trained", bench.seed, bench.pretrained)
+    compare(bench.merging(SEEN), results)
+
+
+def table5(bench: Bench, results: Results) -> None:
+    """Measures the rows of Table 5, on corrupted test images."""
+    for corruption in CORRUPTIONS:
+        there = bench.on(corrupted(bench.data, corruption), corruption)
+        compare(there, results, f", {corruption}")
+
+
+def rates(bench: Bench, results: Results) -> None:
+    """Measures learning rates on validation images: adaptation sees these, without their labels,
+    and no image that the tables are measured on.
+    """
+    elsewhere = bench.on(bench.validation, "validation")
+    results.once(
+        "Task arithmetic", bench.seed, partial(elsewhere.static, STATIC["Task arithmetic"])
+    )
+    for row in ("AdaMerging (layer)", "WEMoE (2-layer)"):
+        method, settings = ADAPTED[row]
+        for rate in RATES:
+            measure = partial(elsewhere.adapted, method, {**settings, "learning_rate": rate})
+            results.once(f"{row}, {rate:g}", bench.seed, measure)
+
+
+def table(results: Results, columns: Mapping[str, Sequence[str]], with_entropy: bool = True) -> str:
+    """A line per row, in percent; a column is the average over its tasks, and the last the entropy
+    in nats.
+    """
+    titles = [*columns, "entropy"] if with_entropy else list(columns)
+    lines = [f"| | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     for row, seeds in results.cells.items():
         cells = list(seeds.values())
-        columns = []
-        for task in TASKS:
-            columns.append(percent([cell[task] for cell in cells]))
-        columns.append(percent([average(cell) for cell in cells]))
-        entropy = statistics.mean(cell["entropy"] for cell in cells)
-        columns.append(f"{entropy:.3f}")
-        lines.append(f"| {row} | {' | '.join(columns)} |")
+        texts = []
+        for names in columns.values():
+            texts.append(percent([average(cell, names) for cell in cells]))
+        if with_entropy:
+            entropy = statistics.mean(cell["entropy"] for cell in cells)
+            texts.append(f"{entropy:.3f}")
+        lines.append(f"| {row} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+EACH_AND_AVERAGE = {**{task: [task] for task in TASKS}, "average": TASKS}
+
+
+def text_of_table2(results: Results) -> str:
+    """The table, and which of the paper's orderings hold."""
+    lines = [table(results, EACH_AND_AVERAGE)]
     for better, worse in CLAIMS:
         lines += ["", *claim(results, better, worse)]
     return "\n".join(lines)
+
+
+def text_of_table4(results: Results) -> str:
+    """The table, and the paper's orderings on unseen tasks."""
+    unseen = [task for task in TASKS if task not in SEEN]
+    columns: dict[str, Sequence[str]] = {task: [task] for task in SEEN}
+    columns["seen"] = SEEN
+    columns |= {task: [task] for task in unseen}
+    columns["unseen"] = unseen
+    lines = [table(results, columns, with_entropy=False)]
+    for better, worse in CLAIMS_UNSEEN:
+        lines += ["", *claim(results, better, worse, unseen, " on unseen tasks")]
+    return "\n".join(lines)
+
+
+def text_of_table5(results: Results) -> str:
+    """The table, and where WEMoE is above the others."""
+    lines = [table(results, EACH_AND_AVERAGE)]
+    for corruption in CORRUPTIONS:
+        for row in COMPARED[:-1]:
+            better = f"{COMPARED[-1]}, {corruption}"
+            lines += ["", *claim(results, better, f"{row}, {corruption}")]
+    return "\n".join(lines)
+
+
+def text_of_rates(results: Results) -> str:
+    """The table."""
+    return table(results, EACH_AND_AVERAGE)
+
+
+PARTS: dict[str, tuple[Callable[[Bench, Results], None], Callable[[Results], str]]] = {
+    "table2": (table2, text_of_table2),
+    "table4": (table4, text_of_table4),
+    "table5": (table5, text_of_table5),
+    "rates": (rates, text_of_rates),
+}
 
 
 @click.command(help=__doc__)
@@ -409,20 +663,36 @@ def table(results: Results) -> str:
     type=click.Path(file_okay=False, path_type=Path),
     help="Directory of the measured rows.",
 )
+@click.option(
+    "--only",
+    type=click.Choice(list(PARTS)),
+    multiple=True,
+    default=["table2"],
+    show_default=True,
+    help="Part of the experiments; several may be given.",
+)
 @click.option("--seed", "seeds", type=int, multiple=True, default=[0], show_default=True)
 @click.option("--steps", type=int, default=50, show_default=True, help="Steps of an adaptation.")
-def main(output: Path, seeds: tuple[int, ...], steps: int) -> None:
+def main(output: Path, only: tuple[str, ...], seeds: tuple[int, ...], steps: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     scale = Scale()
-    results = Results(output, "table2", {"steps": steps, **asdict(scale)})
-    data = {task: prepared(images, scale) for task, images in tasks(TASKS).items()}
+    settings = {"steps": steps, **asdict(scale)}
+    results = {part: Results(output, part, settings) for part in only}
+    all_images = tasks(TASKS)
+    data = {task: prepared(images, scale) for task, images in all_images.items()}
+    beyond = {task: held_back(images, scale) for task, images in all_images.items()}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
             tqdm.write(f"seed {seed}", file=sys.stderr)
-            measure_all(make_bench(data, scale, seed, Path(scratch), steps), results)
-    click.echo(table(results))
+            bench = make_bench(data, beyond, scale, seed, Path(scratch), steps)
+            for part, of_part in results.items():
+                measure, _ = PARTS[part]
+                measure(bench, of_part)
+    for part, of_part in results.items():
+        _, text_of = PARTS[part]
+        click.echo(text_of(of_part) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from mergekit_moe_ext.analysis import load_ensemble, read_ensemble
@@ -34,21 +33,15 @@ def baselines(monkeypatch):
         sys.modules.pop(name, None)
 
 
-class Classifier(nn.Module):
-    """A ViT and a head that is not its parameter."""
-
-    def __init__(self, seed):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.trunk = ViTModel(ViTConfig(**SHAPE), add_pooling_layer=False).eval()
-        self.register_buffer("head", torch.randn(3, SHAPE["hidden_size"]))
-
-    def forward(self, x):
-        return functional.linear(self.trunk(x).last_hidden_state[:, 0], self.head)
+def classifier(baselines, seed):
+    torch.manual_seed(seed)
+    trunk = ViTModel(ViTConfig(**SHAPE), add_pooling_layer=False).eval()
+    head = torch.randn(3, SHAPE["hidden_size"] + 1)
+    return baselines.Classifier(trunk, lambda trunk, x: trunk(x).last_hidden_state[:, 0], head)
 
 
 def test_the_fisher_diagonal_is_that_of_single_gradients(baselines):
-    network = Classifier(0)
+    network = classifier(baselines, 0)
     network.trunk.embeddings.requires_grad_(False)
     inputs = torch.randn(5, 3, 8, 8)
     labels = torch.tensor([0, 2, 1, 1, 0])
@@ -113,7 +106,7 @@ def test_regmean_solves_the_regression(baselines, off_diagonal):
 
 
 def test_models_that_agree_are_what_is_merged(baselines):
-    network = Classifier(0)
+    network = classifier(baselines, 0)
     model = dict(network.named_parameters())
     x = torch.randn(6, 3, 8, 8)
     labels = torch.tensor([0, 1, 2, 2, 1, 0])

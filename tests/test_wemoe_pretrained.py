@@ -13,6 +13,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassifi
 from tests.test_autoload import ROOT
 from tests.test_wemoe_images import made_up
 
+MODULES = ["wemoe_pretrained", "wemoe_images", "merging_baselines", "real_images", "real_data"]
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -36,17 +37,27 @@ def experiment(monkeypatch, tmp_path):
     monkeypatch.setattr(wemoe_pretrained, "tasks", made_up_tasks)
     upper = {"upscale_layers": "1"}
     rows = {}
-    for name in ("AdaMerging (layer)", "WEMoE (2-layer), per batch"):
+    for name in ("AdaMerging (layer)", "WEMoE (2-layer)"):
         method, settings = wemoe_pretrained.ADAPTED[name]
         if "upscale_layers" in method["parameters"]:
             method = {**method, "parameters": {**method["parameters"], **upper}}
         rows[name] = method, settings
     monkeypatch.setattr(wemoe_pretrained, "ADAPTED", rows)
-    few = wemoe_pretrained.Scale(frozen=1, trained=16, tested=8, of_class=4, steps=4, batch=8)
+    monkeypatch.setattr(wemoe_pretrained, "TRIMMED", ("AdaMerging++ (layer)",))
+    monkeypatch.setattr(wemoe_pretrained, "COMPARED", ["Task arithmetic", "WEMoE (2-layer)"])
+    monkeypatch.setattr(wemoe_pretrained, "CORRUPTIONS", ["dark"])
+    monkeypatch.setattr(wemoe_pretrained, "corrupted", darkened)
+    monkeypatch.setattr(wemoe_pretrained, "RATES", (1e-3,))
+    few = wemoe_pretrained.Scale(frozen=1, trained=16, tested=4, of_class=4, steps=4, batch=8)
     monkeypatch.setattr(wemoe_pretrained, "Scale", lambda: few)
     yield wemoe_pretrained
-    for name in ("wemoe_pretrained", "wemoe_images", "real_images", "real_data"):
+    for name in MODULES:
         sys.modules.pop(name, None)
+
+
+def darkened(data, corruption):
+    assert corruption == "dark"
+    return {task: replace(images, test=images.test // 8) for task, images in data.items()}
 
 
 def test_it_runs_and_goes_on(experiment, tmp_path, monkeypatch):
@@ -55,6 +66,7 @@ def test_it_runs_and_goes_on(experiment, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "out" / "table2-0.json").read_text())["rows"]
     assert {"Pre-trained", "Individual", "Own task's MLPs", *experiment.ADAPTED} <= rows.keys()
+    assert {"Fisher merging", "RegMean", "AdaMerging++ (layer)"} <= rows.keys()
     average = statistics.mean(rows["Individual"][task] for task in experiment.TASKS)
     assert f"{100 * average:.1f}" in done.stdout and "AdaMerging (layer)" in done.stdout
 
@@ -62,6 +74,43 @@ def test_it_runs_and_goes_on(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "adapt", None)
     again = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
     assert again.stdout == done.stdout
+
+
+def test_unseen_tasks_corruptions_and_rates(experiment, tmp_path):
+    command = ["-o", str(tmp_path / "out"), "--steps", "1"]
+    for part in ("table4", "table5", "rates"):
+        command += ["--only", part]
+    done = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "WEMoE (2-layer), dark above Task arithmetic, dark" in done.stdout
+    rows = {}
+    for part in ("table4", "table5", "rates"):
+        rows[part] = json.loads((tmp_path / "out" / f"{part}-0.json").read_text())["rows"]
+    # Only two experts were merged, but all tasks are measured.
+    adapted = rows["table4"]["WEMoE (2-layer)"]
+    assert adapted.keys() >= set(experiment.TASKS)
+    assert adapted["coefficients"].keys() == set(experiment.SEEN)
+    assert all(len(means) == 2 for means in adapted["coefficients"].values())
+    assert rows["table5"].keys() == {"Task arithmetic, dark", "WEMoE (2-layer), dark"}
+    assert {"AdaMerging (layer), 0.001", "WEMoE (2-layer), 0.001"} <= rows["rates"].keys()
+
+
+def test_unseen_tasks_are_measured_by_their_own_heads(experiment, tmp_path):
+    """A merge of two fine-tunes with constants of 0 is the base."""
+    data = experiment.tasks(experiment.TASKS)
+    scale = experiment.Scale()
+    prepared = {task: experiment.prepared(images, scale) for task, images in data.items()}
+    beyond = {task: experiment.held_back(images, scale) for task, images in data.items()}
+    for task, images in data.items():
+        both = len(prepared[task].test) + len(beyond[task].test)
+        assert both == len(images.test) and len(beyond[task].test) == 4
+    bench = experiment.make_bench(prepared, beyond, scale, 0, tmp_path, 1)
+    nothing = {"lambda": 0.0, "init_lambda": 0.0, "upscale": "all", "router_layers": 0}
+    method = {"merge_method": "wemoe", "parameters": nothing}
+    row = bench.merging(experiment.SEEN).adapted(method, {"learning_rate": 0.0})
+    assert {task: row[task] for task in experiment.TASKS} == {
+        task: bench.pretrained()[task] for task in experiment.TASKS
+    }
 
 
 @torch.no_grad()

@@ -41,9 +41,21 @@ from mergekit_moe_ext.wemoe.clip_heads import (
     classifier_config,
 )
 from mergekit_moe_ext.wemoe.groups import Grouping, Part, ensembled_groups, weighed_tensors
-from mergekit_moe_ext.wemoe.options import EwemoeOptions, WemoeModelOptions, WemoeOptions, check_all
+from mergekit_moe_ext.wemoe.options import (
+    EwemoeOptions,
+    WemoeModelOptions,
+    WemoeOptions,
+    check_all,
+    check_pruning,
+)
 from mergekit_moe_ext.wemoe.sources import Sources, head_of_tasks, read_sources
-from mergekit_moe_ext.wemoe.task_vectors import PartOfPruned, Pruned, Stacked, TaskVectors
+from mergekit_moe_ext.wemoe.task_vectors import (
+    PartOfPruned,
+    Pruned,
+    Stacked,
+    TaskVectors,
+    WithZeros,
+)
 from mergekit_moe_ext.wemoe.variation import Variation, decide, measure, names_by_layer
 
 _WEMOE = "https://arxiv.org/abs/2402.00433"
@@ -73,7 +85,11 @@ class Wemoe(StructuralMethod):
         for linear in ensembling.linears:
             output.ensemble(f"{linear}.weight", f"{linear}.vectors", ensembling.kept.get(linear))
             if f"{linear}.bias" in sources.stored:
-                output.ensemble(f"{linear}.bias", f"{linear}.bias_vectors")
+                bias = f"{linear}.bias"
+                if job.options.prune_biases:
+                    output.ensemble_with_zeros(bias, f"{linear}.bias_vectors")
+                else:
+                    output.ensemble(bias, f"{linear}.bias_vectors")
         for parameter in ensembling.groups if ensembling.per_tensor else ():
             _check_stored_itself(parameter, sources)
             output.ensemble(parameter, vectors_of(parameter))
@@ -111,6 +127,7 @@ def _ensembling(job: Job, sources: Sources) -> tuple[Ensembling, str]:
     notes = ""
     head = "classifier" if sources.clip_heads else head_of_tasks(sources.network, sources.configs)
     upscale = options.upscale
+    check_pruning(options)
     if upscale == "all":
         _check_all_of(job)
     if upscale == "auto":
@@ -186,27 +203,38 @@ class _Output:
         """Add the base's parameter and the task vectors of all sources, whole or with `kept`
         elements each.
         """
-        sources = self._sources
-        experts = self._job.experts
-        stored = sources.stored_name(parameter)
-        shape = sources.manifest.shapes[stored]
-        aliases = sources.manifest.aliases(stored)
-        self._copy(parameter, sources.base, stored)
-        vectors = TaskVectors(
-            base=self._job.load(sources.base, stored, aliases=aliases),
-            sources=tuple(self._job.load(model, stored, aliases=aliases) for model in experts),
-        )
+        vectors, shape = self._with_vectors(parameter)
+        count = len(vectors.sources)
         if kept is None:
-            self._compute(vectors_name, Stacked, (len(experts), *shape), vectors=vectors)
+            self._compute(vectors_name, Stacked, (count, *shape), vectors=vectors)
             return
         pruned = Pruned(vectors=vectors, kept=kept)
         rows, width = shape
         module = parameter.rpartition(".")[0]
         for part, length in {"values": kept, "columns": kept, "row_ends": rows}.items():
-            size = (len(experts), length)
+            size = (count, length)
             self._compute(
                 f"{module}.{part}", PartOfPruned, size, pruned=pruned, part=part, width=width
             )
+
+    def ensemble_with_zeros(self, parameter: str, vectors_name: str) -> None:
+        """Add the base's parameter and the task vectors of all sources, pruned but not stored
+        sparse.
+        """
+        vectors, shape = self._with_vectors(parameter)
+        kept = self._job.options.kept_elements(math.prod(shape))
+        pruned = Pruned(vectors=vectors, kept=kept)
+        self._compute(vectors_name, WithZeros, (len(vectors.sources), *shape), pruned=pruned)
+
+    def _with_vectors(self, parameter: str) -> tuple[TaskVectors, tuple[int, ...]]:
+        """The task vectors of a parameter of the base, which is added, and the shape of each."""
+        sources = self._sources
+        stored = sources.stored_name(parameter)
+        aliases = sources.manifest.aliases(stored)
+        self._copy(parameter, sources.base, stored)
+        loads = [self._job.load(model, stored, aliases=aliases) for model in self._job.experts]
+        base = self._job.load(sources.base, stored, aliases=aliases)
+        return TaskVectors(base=base, sources=tuple(loads)), sources.manifest.shapes[stored]
 
     def check_joined(self) -> None:
         """`UserError` where only some parts of a tensor that is stored joined are the base's."""

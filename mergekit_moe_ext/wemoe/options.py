@@ -41,6 +41,11 @@ class WemoeOptions(MethodOptions):
     sparsity: float = Field(
         0.0, ge=0, lt=1, description="share of every task vector that is dropped, by magnitude"
     )
+    prune_biases: bool = Field(
+        False,
+        description="drop that share of every bias's task vector, too, as E-WEMoE's public code "
+        "does",
+    )
     shared_router: bool = Field(
         False, description="use one router for all blocks, which reads each block's own input"
     )
@@ -105,6 +110,15 @@ def check_all(options: WemoeOptions) -> None:
         raise UserError(
             f"{prefix} upscale_layers: {options.upscale_layers}: every parameter is weighed, in "
             "blocks or not; leave it out, or take another upscale"
+        )
+
+
+def check_pruning(options: WemoeOptions) -> None:
+    """Raise a `UserError` where biases would be pruned and nothing is dropped."""
+    if options.prune_biases and not options.sparsity:
+        raise UserError(
+            "prune_biases: true drops nothing with sparsity: 0; write a sparsity above 0, or leave "
+            "prune_biases out"
         )
 
 

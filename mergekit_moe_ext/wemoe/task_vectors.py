@@ -69,6 +69,25 @@ class Pruned(Task[tuple[Tensor, Tensor]]):
         return flat.gather(1, places), places
 
 
+class WithZeros(Task[Tensor]):
+    """Pruned task vectors with zeros where elements were dropped, (sources, *shape), in the dtype
+    in which they are written.
+    """
+
+    pruned: Pruned
+    shape: tuple[int, ...]
+    dtype: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {"pruned": self.pruned}
+
+    def execute(self, pruned: tuple[Tensor, Tensor]) -> Tensor:
+        values, places = pruned
+        dense = values.new_zeros(self.shape)
+        dense.flatten(1).scatter_(1, places, values)
+        return dense.to(dtype_from_name(self.dtype))
+
+
 class PartOfPruned(Task[Tensor]):
     """One tensor of a pruned task vector: `values`, the `columns` that they lie in, or `row_ends`,
     where each row ends among them.

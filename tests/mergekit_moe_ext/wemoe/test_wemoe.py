@@ -223,6 +223,28 @@ def test_ewemoe_keeps_the_largest_elements_and_no_others(here, sparsity):
             assert stored == pytest.approx(kept, abs=1e-7) and len(stored) == count
 
 
+def test_biases_are_pruned_where_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", *SOURCES)):
+        make_classifier(name, seed)
+    whole = read_tensors(merge(wemoe(method="ewemoe", sparsity=0.75)))
+    out = merge(wemoe(method="ewemoe", sparsity=0.75, prune_biases=True), "pruned")
+    pruned = read_tensors(out)
+    biases = [name for name in whole if name.endswith(".bias_vectors")]
+    assert len(biases) == 4 and pruned.keys() == whole.keys()
+    for name in whole:
+        expected = whole[name].clone()
+        if name in biases:
+            for vector in expected:
+                by_size = sorted(range(len(vector)), key=lambda place: abs(vector[place].item()))
+                vector[by_size[: len(vector) * 3 // 4]] = 0
+        assert torch.equal(pruned[name], expected), name
+    logits = []
+    for path in ("out", out):
+        logits.append(logits_of(load(path, AutoModelForImageClassification), INPUTS["vit"]))
+    assert not torch.equal(*logits)
+
+
 def test_sparse_vectors_take_a_tenth_of_the_dense_plus_their_indices(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
@@ -294,6 +316,7 @@ def test_blocks_that_are_not_upscaled_are_merged_with_the_rest(here, layers, exp
         ({"upscale": "heads"}, ["`upscale`", "'heads'", "mlp"]),
         ({"router_layers": 3}, ["`router_layers`"]),
         ({"sparsity": 1.0}, ["`sparsity`", "less than 1"]),
+        ({"prune_biases": True}, ["prune_biases: true", "a sparsity above 0"]),
         ({"init_lamda": 0.3}, ["`init_lamda`", "did you mean `init_lambda`"]),
         ({"shared": "moe_ties"}, ["shared", "not a tensor method"]),
         ({"mode": "sliding"}, ["`mode`", "'frozen' or 'running'"]),
