@@ -152,6 +152,22 @@ def regmean_merge(
     return merged
 
 
+@torch.no_grad()
+def merge_parameters(
+    classifiers: Sequence[Classifier], merge: Callable[[list[State]], State]
+) -> nn.Module:
+    """The trunk of the first classifier, changed in place: `merge` makes its parameters from those
+    of all.
+    """
+    states = []
+    for classifier in classifiers:
+        state: State = dict(classifier.named_parameters())
+        states.append(state)
+    first = classifiers[0]
+    first.load_state_dict(merge(states))
+    return first.trunk
+
+
 def trimmed_vectors(base: State, models: Sequence[State], density: float) -> list[State]:
     """The task vectors of the models with the first two steps of TIES: only the share `density` of
     each tensor's elements is kept, the largest, and of these only the ones that have the sign of

@@ -7,8 +7,8 @@
 2. Fit a linear head per task on its features. The heads are not trained any further, like those
    that CLIP makes of the names of classes in the paper. Per seed and task, fine-tune the trunk:
    these four models are kept, too.
-3. Merge them with mergekit's methods and with `wemoe` and `ewemoe`. Adapt the routers to the test
-   inputs without their labels, as `mergekit-moe-ext adapt` does.
+3. Merge them with mergekit's methods, those of `merging_baselines.py`, `wemoe` and `ewemoe`. Adapt
+   the routers to the test inputs without their labels, as `mergekit-moe-ext adapt` does.
 4. Write the accuracies (`*.json` in OUTPUT). Print the papers' tables and which of their orderings
    hold, and draw their figures.
 
@@ -42,6 +42,16 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from merging_baselines import (
+    Classifier,
+    State,
+    diagonal_fisher,
+    fisher_merge,
+    gram_matrices,
+    merge_parameters,
+    regmean_merge,
+    write_trimmed,
+)
 from PIL import Image
 from real_data import cache_dir, written_at_once
 from real_images import Images, pretraining, recipe, tasks
@@ -95,6 +105,7 @@ ADAPTATION = {"steps": 100, "per_device_train_batch_size": 8, "per_device_eval_b
 # papers' steps. For routers it is too fast here: see figure 4, by which, with one seed, this one
 # was chosen.
 LEARNING_RATE = {"routers": 3e-4, "constants": 1e-2}
+CALIBRATED = 256  # training images per task for Fisher merging and RegMean
 
 STATIC: dict[str, dict[str, Any]] = {
     "Weight averaging": {"merge_method": "linear", "parameters": {"weight": 1.0}},
@@ -122,6 +133,8 @@ ROUTED = {
     "E-WEMoE 0.9": routed("ewemoe"),
     "WEMoE (2-layer), attention + MLP": routed(upscale="attention+mlp"),
 }
+# The rows of the same names without the two signs, on task vectors that TIES has trimmed.
+TRIMMED = ["AdaMerging++ (task)", "AdaMerging++ (layer)"]
 STRATEGIES = {
     "Entire block": routed(upscale="block", router_layers=1),
     "Attention + MLP": routed(upscale="attention+mlp", router_layers=1),
@@ -215,9 +228,14 @@ def features_of(trunk: Callable[[Tensor], Tensor], images: np.ndarray) -> Tensor
     return torch.cat([trunk(pixels(batch)) for batch in batches])
 
 
+def features_with(model: torch.nn.Module, x: Tensor) -> Tensor:
+    """The features that a head reads, (n, hidden), of pixels."""
+    return model.eval()(x).last_hidden_state[:, 0]
+
+
 def trunk_of(model: ViTModel) -> Callable[[Tensor], Tensor]:
     """A function from pixels to the features that a head reads."""
-    return lambda x: model.eval()(x).last_hidden_state[:, 0]
+    return partial(features_with, model)
 
 
 def accuracies(
@@ -409,6 +427,45 @@ class Bench:
         """The accuracies of a stock merge."""
         return self.measure(trunk_of(self.dense(method)))
 
+    def classifiers(self) -> dict[str, Classifier]:
+        """The fine-tunes with their heads, which are not among their parameters, by task."""
+        by_task = {}
+        for task in TASKS:
+            model = ViTModel.from_pretrained(self.sources.trunks[task], add_pooling_layer=False)
+            by_task[task] = Classifier(model, features_with, self.sources.heads[task])
+        return by_task
+
+    def fisher(self) -> dict[str, Any]:
+        """The accuracies of Fisher merging."""
+        fishers = []
+        for task, classifier in self.classifiers().items():
+            x = pixels(self.data[task].train[:CALIBRATED])
+            labels = torch.as_tensor(self.data[task].train_labels[:CALIBRATED])
+            fishers.append(diagonal_fisher(classifier, x, labels))
+        return self.of_parameters(partial(fisher_merge, fishers=fishers))
+
+    def regmean(self) -> dict[str, Any]:
+        """The accuracies of RegMean."""
+        grams = []
+        for task, classifier in self.classifiers().items():
+            grams.append(gram_matrices(classifier, pixels(self.data[task].train[:CALIBRATED])))
+        return self.of_parameters(partial(regmean_merge, grams=grams))
+
+    def of_parameters(self, merged: Callable[[list[State]], State]) -> dict[str, Any]:
+        """The accuracies of a merge of the parameters of all fine-tunes."""
+        trunk = merge_parameters(list(self.classifiers().values()), merged)
+        return self.measure(partial(features_with, trunk))
+
+    def trimmed(self, method: dict[str, Any]) -> dict[str, Any]:
+        """As `adapted`, with task vectors that TIES has trimmed."""
+        density = STATIC["Ties-Merging"]["parameters"]["density"]
+        sources = self.sources
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            models = write_trimmed(
+                sources.base, sources.models, "classifier.", density, Path(folder)
+            )
+            return replace(self, sources=replace(sources, models=models)).adapted(method)
+
     def own(self) -> dict[str, Any]:
         """The accuracies of each task's own fine-tune."""
         measured: Accuracies = {}
@@ -554,8 +611,12 @@ def table2(bench: Bench, results: Results) -> None:
     results.once("Individual", seed, bench.own)
     for row, method in STATIC.items():
         results.once(row, seed, partial(bench.static, method))
+    results.once("Fisher merging", seed, bench.fisher)
+    results.once("RegMean", seed, bench.regmean)
     for row, method in ROUTED.items():
         results.once(row, seed, partial(bench.adapted, method))
+    for row in TRIMMED:
+        results.once(row, seed, partial(bench.trimmed, ROUTED[row.replace("++", "")]))
     with_labels = partial(bench.adapted, ROUTED["WEMoE (2-layer)"], objective="supervised")
     results.once("WEMoE (2-layer), with labels", seed, with_labels)
     results.once("Traditional MTL", seed, lambda: bench.trunk(make_together(sources, bench.data)))
@@ -689,7 +750,10 @@ def text_of_table2(results: Results) -> str:
         "Individual",
         "Traditional MTL",
         *STATIC,
+        "Fisher merging",
+        "RegMean",
         *ROUTED,
+        *TRIMMED,
         "WEMoE (2-layer), with labels",
     ]
     claims = [
@@ -697,8 +761,12 @@ def text_of_table2(results: Results) -> str:
         ("Individual", "Traditional MTL"),
         ("Weight averaging", "Pre-trained"),
         ("Task arithmetic", "Weight averaging"),
+        ("Fisher merging", "Weight averaging"),
+        ("RegMean", "Fisher merging"),
         ("Ties-Merging", "Task arithmetic"),
         ("Ties-Merging", "AdaMerging (task)"),
+        ("AdaMerging++ (task)", "AdaMerging (task)"),
+        ("AdaMerging++ (layer)", "AdaMerging (layer)"),
         ("AdaMerging (layer)", "AdaMerging (task)"),
         ("AdaMerging (layer)", "Ties-Merging"),
         ("AdaMerging (layer)", "WEMoE (0-layer)"),

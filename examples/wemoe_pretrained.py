@@ -1,4 +1,4 @@
-"""Repeat the heart of WEMoE's Table 2 on a network that was really pretrained: DINOv2's ViT-S/14.
+"""Repeat WEMoE's Tables 2, 4 and 5 on a network that was really pretrained: DINOv2's ViT-S/14.
 
     python examples/wemoe_pretrained.py -o pretrained/
 
@@ -45,6 +45,7 @@ from merging_baselines import (
     diagonal_fisher,
     fisher_merge,
     gram_matrices,
+    merge_parameters,
     normalized,
     regmean_merge,
     write_trimmed,
@@ -349,14 +350,11 @@ class Bench:
             grams.append(gram_matrices(self.classifier(task), hidden))
         return self.of_parameters(partial(regmean_merge, grams=grams))
 
-    @torch.no_grad()
     def of_parameters(self, merged: Callable[[list[State]], State]) -> dict[str, Any]:
         """What a merge of the parameters of all fine-tunes gives."""
         classifiers = [self.classifier(task) for task in self.models]
-        states = [dict(classifier.named_parameters()) for classifier in classifiers]
-        first = classifiers[0]
-        first.load_state_dict(merged(states))
-        return self.measure(lambda task: first.trunk)
+        trunk: Any = merge_parameters(classifiers, merged)
+        return self.measure(lambda task: trunk)
 
     def oracle(self) -> dict[str, Any]:
         """Each task's own MLPs, on the rest as task arithmetic merges it."""

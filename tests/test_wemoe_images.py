@@ -43,7 +43,7 @@ def experiment(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(wemoe_images, "pretraining", lambda: made_up(wemoe_images, 9))
     yield wemoe_images
-    for name in ("wemoe_images", "real_images", "real_data"):
+    for name in ("wemoe_images", "merging_baselines", "real_images", "real_data"):
         sys.modules.pop(name, None)
 
 
@@ -65,6 +65,7 @@ def test_the_whole_experiment_runs_and_goes_on(experiment, tmp_path, monkeypatch
     monkeypatch.setattr(experiment, "CORRUPTIONS", ["contrast"])
     monkeypatch.setattr(experiment, "corrupted", lambda data, corruption: data)
     monkeypatch.setattr(experiment, "COMPARED", ["Task arithmetic"])
+    monkeypatch.setattr(experiment, "TRIMMED", ["AdaMerging++ (layer)"])
     kept = {row: experiment.ROUTED[row] for row in ("AdaMerging (layer)", "WEMoE (2-layer)")}
     for name, rows in (("ROUTED", kept), ("STRATEGIES", {}), ("SPARSE", {})):
         monkeypatch.setattr(experiment, name, rows)
@@ -89,6 +90,9 @@ def test_the_whole_experiment_runs_and_goes_on(experiment, tmp_path, monkeypatch
         "Individual",
         "Traditional MTL",
         *experiment.STATIC,
+        "Fisher merging",
+        "RegMean",
+        "AdaMerging++ (layer)",
         *kept,
     }
     lambdas = json.loads((tmp_path / "out" / "figure5-0.json").read_text())["rows"]
