@@ -314,8 +314,7 @@ class Bench:
         gradients are those that were fine-tuned.
         """
         trunk = Dinov2Model.from_pretrained(self.trunks[task])
-        for parameter in trunk.parameters():
-            parameter.requires_grad_(False)
+        trunk.requires_grad_(False)
         for parameter in fine_tuned(trunk, self.scale.frozen):
             parameter.requires_grad_(True)
         features = partial(upper_part, frozen=self.scale.frozen)
@@ -341,10 +340,12 @@ class Bench:
         return fishers
 
     def fisher(self, is_normalized: bool) -> dict[str, Any]:
+        """Fisher merging, with each fine-tune's information divided by its norm or not."""
         fishers = [normalized(each) for each in self.fishers] if is_normalized else self.fishers
         return self.of_parameters(partial(fisher_merge, fishers=fishers))
 
     def regmean(self) -> dict[str, Any]:
+        """RegMean, in closed form for each linear layer that was fine-tuned."""
         grams = []
         for task, (hidden, _) in self.calibration.items():
             grams.append(gram_matrices(self.classifier(task), hidden))
