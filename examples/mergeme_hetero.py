@@ -49,6 +49,7 @@ from small_models import ends_of, folder_of, make_small_base, train_from_scratch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from verdicts import judge, single
 
 from mergekit_moe_ext import Reading, Recipe, UserError, train
 from mergekit_moe_ext.analysis import check_new_figure, format_table
@@ -254,34 +255,41 @@ class Results:
         return "\n".join(lines)
 
     def orderings(self) -> list[str]:
-        """What the paper says of its Table 4, and whether it holds, for each kind of mixture."""
+        """What the paper says of its Table 4, for each kind of mixture, with verdicts by the rule
+        of `verdicts.py`.
+        """
         of_dense = [losses for row in DENSE for losses in self.losses(row)]
         best = {}
         for name in DOMAINS:
             best[name] = min(losses[name] for losses in of_dense if name in losses)
         whole = [losses for losses in of_dense if len(losses) == len(DOMAINS)]
-        best_mean = min(map(mean_of, whole))
+        best_in_mean = min(whole, key=mean_of)
         lines = []
         for row in HETERO:
             mixtures = self.losses(f"{row}, after")
             if not mixtures:
                 continue
             for name in DOMAINS:
-                differences = [losses[name] - best[name] for losses in mixtures]
-                lines.append(f"{row} beats every dense model on {name}: {verdict(differences)}")
-            differences = [mean_of(losses) - best_mean for losses in mixtures]
-            lines.append(f"{row} beats every dense model in the mean: {verdict(differences)}")
+                verdict = single([best[name] - losses[name] for losses in mixtures])
+                lines.append(f"{row} beats every dense model on {name}: {verdict.text()}")
+            verdict = judge([lower_by(losses, best_in_mean) for losses in mixtures])
+            lines.append(f"{row} beats every dense model in the mean: {verdict.text()}")
             for control in CONTROLS:
                 # In a run that goes on, one may have more seeds than the other.
                 of_control = self.losses(f"{control}, after")
                 pairs = list(zip(mixtures, of_control, strict=False))
                 if not pairs:
                     continue
-                on_music = [ours["music"] - theirs["music"] for ours, theirs in pairs]
-                in_mean = [mean_of(ours) - mean_of(theirs) for ours, theirs in pairs]
-                lines.append(f"{row} beats {control} on music: {verdict(on_music)}")
-                lines.append(f"{row} beats {control} in the mean: {verdict(in_mean)}")
+                on_music = single([theirs["music"] - ours["music"] for ours, theirs in pairs])
+                in_mean = judge([lower_by(ours, theirs) for ours, theirs in pairs])
+                lines.append(f"{row} beats {control} on music: {on_music.text()}")
+                lines.append(f"{row} beats {control} in the mean: {in_mean.text()}")
         return lines
+
+
+def lower_by(losses: Losses, others: Losses) -> list[float]:
+    """By how much losses are lower than others, domain by domain."""
+    return [others[name] - losses[name] for name in DOMAINS]
 
 
 def mean_of(losses: Losses) -> float:
@@ -296,26 +304,6 @@ def _cell(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
-def verdict(differences: Sequence[float]) -> str:
-    """Whether a loss is the lower one of two, from what it is above the other, seed by seed.
-
-    It is said to be, or not to be, where all seeds agree and the mean is more than two standard
-    errors from 0; anything else is unclear.
-    """
-    mean = statistics.mean(differences)
-    if len(differences) == 1:
-        return f"unclear, with one seed ({mean:+.3f})"
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    are_alike = all(each < 0 for each in differences) or all(each > 0 for each in differences)
-    if not are_alike or abs(mean) <= 2 * error:
-        word = "unclear"
-    elif mean < 0:
-        word = "holds"
-    else:
-        word = "does not hold"
-    return f"{word} ({mean:+.3f}, standard error {error:.3f})"
 
 
 def measure_dense(

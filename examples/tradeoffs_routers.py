@@ -56,6 +56,7 @@ from real_data import (
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from verdicts import judge
 
 from mergekit_moe_ext import UserError
 from mergekit_moe_ext.analysis import pyplot
@@ -331,23 +332,24 @@ def mean(losses: Losses) -> float:
 
 
 def orderings(rows: dict[str, list[Losses]], seeds: int) -> list[str]:
-    """The paper's claims, and in how many seeds each holds here."""
+    """The paper's claims, each with a verdict by the rule of `verdicts.py`."""
     lines = []
     for better, worse, claim in CLAIMS:
         if not {better, worse} <= rows.keys():
             continue
-        lower = means_of_seeds(rows[better], seeds)
-        higher = means_of_seeds(rows[worse], seeds)
-        held = sum(a < b for a, b in zip(lower, higher, strict=True))
-        state = "holds" if held == seeds else "FAILS" if held == 0 else "mixed"
-        lines.append(f"{state}  {better} < {worse} in {held} of {seeds} seeds ({claim})")
+        pairs = zip(
+            of_all_seeds(rows[better], seeds), of_all_seeds(rows[worse], seeds), strict=True
+        )
+        differences = []
+        for lower, higher in pairs:
+            differences.append([higher[domain] - lower[domain] for domain in lower])
+        lines.append(f"{better} < {worse} ({claim}): {judge(differences).text()}")
     return lines
 
 
-def means_of_seeds(losses: list[Losses], seeds: int) -> list[float]:
-    """The mean over domains, seed by seed; what was measured once counts for every seed."""
-    means = [mean(of_seed) for of_seed in losses]
-    return means * seeds if len(means) == 1 else means
+def of_all_seeds(losses: list[Losses], seeds: int) -> list[Losses]:
+    """The losses seed by seed; what was measured once counts for every seed."""
+    return losses * seeds if len(losses) == 1 else losses
 
 
 def table(rows: dict[str, list[Losses]]) -> str:

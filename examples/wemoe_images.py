@@ -60,6 +60,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
+from verdicts import judge
 
 from mergekit_moe_ext import (
     Adaptation,
@@ -729,17 +730,18 @@ def markdown(results: Results, rows: Iterable[str], columns: Mapping[str, Sequen
 def claim(
     results: Results, better: str, worse: str, names: Sequence[str] = TASKS, where: str = ""
 ) -> list[str]:
-    """A line that says whether one row is above another on average, and in how many seeds; no line
-    if one of them was not measured.
+    """A line that says whether one row is above another on average, by the rule of `verdicts.py`;
+    no line if one of them was not measured.
     """
     higher = results.cells.get(better, {})
     lower = results.cells.get(worse, {})
-    both = [seed for seed in higher if seed in lower]
-    if not both:
+    differences = []
+    for seed in higher:
+        if seed in lower:
+            differences.append([higher[seed][name] - lower[seed][name] for name in names])
+    if not differences:
         return []
-    held = sum(average(higher[seed], names) > average(lower[seed], names) for seed in both)
-    state = "holds" if held == len(both) else "FAILS" if held == 0 else "mixed"
-    return [f"{state}  {better} above {worse}{where} ({held} of {len(both)} seeds)"]
+    return [f"{better} above {worse}{where}: {judge(differences).text()}"]
 
 
 def text_of_table2(results: Results) -> str:

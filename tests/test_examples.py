@@ -299,13 +299,11 @@ def test_the_orderings_of_the_paper_are_judged_by_the_means(mergeme):
     rows = {name: [dict.fromkeys(mergeme.DOMAINS, level)] * 3 for name, level in levels.items()}
     rows["Dare merging"] = [*rows["Dare merging"][:2], dict.fromkeys(mergeme.DOMAINS, 2.55)]
     lines = mergeme.orderings(dense, rows)
-    assert sum(line.startswith("holds") for line in lines[:6]) == 6
-    verdicts = {line[7:]: line[:5] for line in lines[6:]}
-    assert verdicts["Ties merging is better than BTX merging on average (0 of 3 seeds)"] == "FAILS"
-    assert (
-        verdicts["BTX merging is better than Random routing on average (3 of 3 seeds)"] == "holds"
-    )
-    assert verdicts["Dare merging is better than BTX merging on average (2 of 3 seeds)"] == "mixed"
+    assert sum(" expert is " in line for line in lines[:6]) == 6
+    verdicts = dict(line.split(" on average: ") for line in lines[6:])
+    assert verdicts["Ties merging is better than BTX merging"].startswith("does not hold (-0.100")
+    assert verdicts["BTX merging is better than Random routing"].startswith("holds (+0.500")
+    assert verdicts["Dare merging is better than BTX merging"].startswith("unclear (+0.050")
 
 
 def test_the_figures_of_the_experiment_are_drawn(mergeme, tmp_path):
@@ -512,19 +510,6 @@ def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_exp
     assert others == first.splitlines()[:-1] and json.loads(last)["losses"]["music"] == 1.0
     result = CliRunner().invoke(hetero.main, ["-o", "hetero.jsonl", "--steps", "3"])
     assert result.exit_code == 1 and "name another file" in result.output
-
-
-@pytest.mark.parametrize(
-    ("differences", "word"),
-    [
-        ([-0.2, -0.21, -0.19], "holds"),
-        ([0.2, 0.21, 0.19], "does not hold"),
-        ([-0.2, -0.21, 0.01], "unclear"),  # not all seeds agree
-        ([-0.01, -0.5, -0.01], "unclear"),  # a mean of -0.17 with a standard error of 0.16
-    ],
-)
-def test_what_seeds_say_of_an_ordering(hetero, differences, word):
-    assert hetero.verdict(differences).startswith(f"{word} (")
 
 
 @pytest.fixture

@@ -4,16 +4,19 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from verdicts import judge
 
 from caem_switch.experiment import COMPARISONS, CONFIGURATIONS, SOUPS
 from caem_switch.texts import METRICS, TASKS
 from mergekit_moe_ext import Usage
 from mergekit_moe_ext.analysis import layer_entropies, mean_entropies, plot_usage, pyplot
 
-ENOUGH_SEEDS = 3  # for a verdict
 KEPT = 0.8  # share of the Overall Performance that a soup of Table 4 keeps, as in the paper
+LEAST_SCORE = 0.001  # of a single-task model, as in `experiment.py`
 COLLAPSED = 0.1  # Overall Performance, which in Table 5 is near 0
 
 
@@ -33,6 +36,22 @@ class Results:
     def overall(self, name: str) -> float:
         return self.score(name, "overall_performance")
 
+    def relative(self, name: str) -> list[float]:
+        """The scores of the tasks by those of the single-task models, whose mean is the Overall
+        Performance.
+        """
+        experts = CONFIGURATIONS[name].experts
+        ratios = []
+        for task in TASKS:
+            single = self.score(f"single-{experts}-{task}", f"{task}_score")
+            ratios.append(self.score(name, f"{task}_score") / max(single, LEAST_SCORE))
+        return ratios
+
+    def ahead(self, better: str, worse: str) -> list[float]:
+        """By how much one configuration is above another, task by task."""
+        pairs = zip(self.relative(better), self.relative(worse), strict=True)
+        return [first - second for first, second in pairs]
+
     def soup(self, first: str, second: str) -> float:
         """The Overall Performance of the mean of two models."""
         return self.overall(f"soup of {first} and {second}")
@@ -48,69 +67,83 @@ class Results:
         usage = Usage.model_validate_json(path.read_text())
         return mean_entropies(layer_entropies(usage.tasks[task].layers))[stack]
 
-    def likeness(self, first: str, second: str, stack: str, when: str = "after") -> float:
-        """The CKA of two models, the mean over tasks and the layers of a stack."""
+    def likeness(self, first: str, second: str, stack: str, when: str = "after") -> list[float]:
+        """The CKA of two models on each task, the mean over the layers of a stack."""
         record = self.record(f"cka of {first} and {second}, {when}")
-        return statistics.mean(statistics.mean(record[task][stack]) for task in TASKS)
+        return [statistics.mean(record[task][stack]) for task in TASKS]
 
 
-def orderings(seed: Results) -> dict[str, bool]:
-    """What the paper says of its tables and figures, and whether it is so in this seed."""
+def orderings(seed: Results) -> dict[str, list[float]]:
+    """What the paper says of its tables and figures, and by how much it is so in this seed.
+
+    A margin is positive where the paper is right. What is a mean over tasks has a margin per task,
+    all else has one. Of several things that have to be so at once it is the least margin.
+    """
     overall = seed.overall
     of_others = [overall(name) for name in CONFIGURATIONS if name != "CAEM-8"]
     gains = {}
     for task in TASKS:
-        baseline = max(seed.score("Baseline-8", f"{task}_score"), 0.001)
+        baseline = max(seed.score("Baseline-8", f"{task}_score"), LEAST_SCORE)
         gains[task] = seed.score("CAEM-8", f"{task}_score") / baseline
-    holds = {
-        "Table 2: CAEM-8 is above Baseline-8": overall("CAEM-8") > overall("Baseline-8"),
-        "Table 2: CAEM-16 is above Baseline-16": overall("CAEM-16") > overall("Baseline-16"),
-        "Table 2: CAEM-8-to-16 is above Baseline-16": overall("CAEM-8-to-16")
-        > overall("Baseline-16"),
-        "Table 2: CAEM-8 is the best of all": overall("CAEM-8") > max(of_others),
-        "Table 2: CAEM-8 is above CAEM-8-to-16": overall("CAEM-8") > overall("CAEM-8-to-16"),
-        "Table 2: CAEM-8-to-16 is above CAEM-16": overall("CAEM-8-to-16") > overall("CAEM-16"),
-        "Table 2: CAEM-8 is above CAEM-8-Avg": overall("CAEM-8") > overall("CAEM-8-Avg"),
-        "Table 2: CAEM-16 is above CAEM-16-Avg": overall("CAEM-16") > overall("CAEM-16-Avg"),
-        "Table 2: CAEM-8-Avg is above Baseline-8": overall("CAEM-8-Avg") > overall("Baseline-8"),
-        "Table 2: CAEM-8 gains most on generation": max(gains, key=gains.__getitem__) == "code",
-        "Table 2: CAEM-8 is above CAEM-8-Avg on generation": seed.score("CAEM-8", "code_score")
-        > seed.score("CAEM-8-Avg", "code_score"),
+    other_gains = [gain for task, gain in gains.items() if task != "code"]
+    on_generation = seed.score("CAEM-8", "code_score") - seed.score("CAEM-8-Avg", "code_score")
+    margins: dict[str, list[float]] = {}
+    for better, worse in (
+        ("CAEM-8", "Baseline-8"),
+        ("CAEM-16", "Baseline-16"),
+        ("CAEM-8-to-16", "Baseline-16"),
+        ("CAEM-8", "CAEM-8-to-16"),
+        ("CAEM-8-to-16", "CAEM-16"),
+        ("CAEM-8", "CAEM-8-Avg"),
+        ("CAEM-16", "CAEM-16-Avg"),
+        ("CAEM-8-Avg", "Baseline-8"),
+    ):
+        margins[f"Table 2: {better} is above {worse}"] = seed.ahead(better, worse)
+    margins |= {
+        "Table 2: CAEM-8 is the best of all": [overall("CAEM-8") - max(of_others)],
+        "Table 2: CAEM-8 gains most on generation": [gains["code"] - max(other_gains)],
+        "Table 2: CAEM-8 is above CAEM-8-Avg on generation": [on_generation],
     }
-    holds |= _orderings_of_entropies(seed)
-    holds |= _orderings_of_soups(seed)
-    holds |= _orderings_of_layers(seed)
-    return holds
+    margins |= _orderings_of_entropies(seed)
+    margins |= _orderings_of_soups(seed)
+    margins |= _orderings_of_layers(seed)
+    return margins
 
 
-def _orderings_of_entropies(seed: Results) -> dict[str, bool]:
+def _orderings_of_entropies(seed: Results) -> dict[str, list[float]]:
     encoder = {name: seed.entropy(name, "encoder") for name in CONFIGURATIONS}
     decoder = {name: seed.entropy(name, "decoder") for name in CONFIGURATIONS}
     sources = {task: seed.source_entropy(8, task, "all") for task in TASKS}
     return {
-        "3.2: generation has a higher entropy than classification": sources["code"]
-        > sources["news"],
-        "Table 3: in the encoder CAEM-8 is highest, CAEM-8-to-16 lowest": encoder["CAEM-8"]
-        > encoder["CAEM-16"]
-        > encoder["CAEM-8-to-16"],
-        "Table 3: in the decoder CAEM-8 is highest, CAEM-16 lowest": decoder["CAEM-8"]
-        > decoder["CAEM-8-to-16"]
-        > decoder["CAEM-16"],
+        "3.2: generation has a higher entropy than classification": [
+            sources["code"] - sources["news"]
+        ],
+        "Table 3: in the encoder CAEM-8 is highest, CAEM-8-to-16 lowest": [
+            _least_step(encoder, ["CAEM-8", "CAEM-16", "CAEM-8-to-16"])
+        ],
+        "Table 3: in the decoder CAEM-8 is highest, CAEM-16 lowest": [
+            _least_step(decoder, ["CAEM-8", "CAEM-8-to-16", "CAEM-16"])
+        ],
     }
 
 
-def _orderings_of_soups(seed: Results) -> dict[str, bool]:
-    all_kept = True
-    all_collapsed = True
+def _least_step(values: dict[str, float], falling: Sequence[str]) -> float:
+    """The least difference of neighbours, which is positive where the values fall in this order."""
+    return min(values[first] - values[second] for first, second in pairwise(falling))
+
+
+def _orderings_of_soups(seed: Results) -> dict[str, list[float]]:
+    kept = []
+    collapsed = []
     for first, second in SOUPS:
+        soup = seed.soup(first, second)
         if first == "CAEM-8-to-16":
-            all_collapsed &= seed.soup(first, second) < COLLAPSED
+            collapsed.append(COLLAPSED - soup)
         else:
-            worse = min(seed.overall(first), seed.overall(second))
-            all_kept &= seed.soup(first, second) > KEPT * worse
-    holds = {
-        f"Table 4: every soup keeps {KEPT:.0%} of the worse model": all_kept,
-        f"Table 5: every soup falls below {COLLAPSED}": all_collapsed,
+            kept.append(soup - KEPT * min(seed.overall(first), seed.overall(second)))
+    margins = {
+        f"Table 4: every soup keeps {KEPT:.0%} of the worse model": [min(kept)],
+        f"Table 5: every soup falls below {COLLAPSED}": [min(collapsed)],
     }
     for experts in (8, 16):
         caem = f"CAEM-{experts}"
@@ -118,28 +151,35 @@ def _orderings_of_soups(seed: Results) -> dict[str, bool]:
             seed.soup(caem, f"Baseline-{experts}"),
             seed.soup(f"{caem}-Avg", f"Baseline-{experts}"),
         ]
-        holds[f"Table 4: {caem} with {caem}-Avg is the best soup"] = seed.soup(
-            caem, f"{caem}-Avg"
-        ) > max(others)
-    return holds
+        best = seed.soup(caem, f"{caem}-Avg")
+        margins[f"Table 4: {caem} with {caem}-Avg is the best soup"] = [best - max(others)]
+    return margins
 
 
-def _orderings_of_layers(seed: Results) -> dict[str, bool]:
+def _orderings_of_layers(seed: Results) -> dict[str, list[float]]:
+    """CKA is a mean over tasks, so that these have a margin per task."""
     change = {}
     for experts in (8, 16):
         for stack in ("encoder", "decoder"):
             pair = (f"CAEM-{experts}", f"Baseline-{experts}", stack)
-            change[experts, stack] = seed.likeness(*pair) - seed.likeness(*pair, "before")
+            after = seed.likeness(*pair)
+            before = seed.likeness(*pair, "before")
+            change[experts, stack] = [b - a for a, b in zip(before, after, strict=True)]
     with_8 = seed.likeness("CAEM-8-to-16", "CAEM-8", "encoder")
     with_16 = seed.likeness("CAEM-8-to-16", "CAEM-16", "encoder")
     with_baseline = seed.likeness("CAEM-8-to-16", "Baseline-16", "encoder")
+    apart = [-each for each in change[16, "decoder"]]
     return {
-        "Figure 2: training brings encoders together (8 experts)": change[8, "encoder"] > 0,
-        "Figure 2: training brings encoders together (16 experts)": change[16, "encoder"] > 0,
-        "Figure 2: training brings decoders together (8 experts)": change[8, "decoder"] > 0,
-        "Figure 2: training drives decoders apart (16 experts)": change[16, "decoder"] < 0,
-        "Figure 4: CAEM-8-to-16 is nearer to CAEM-8 than to CAEM-16": with_8 > with_16,
-        "Figure 4: CAEM-8-to-16 is nearer to Baseline-16 than to CAEM-16": with_baseline > with_16,
+        "Figure 2: training brings encoders together (8 experts)": change[8, "encoder"],
+        "Figure 2: training brings encoders together (16 experts)": change[16, "encoder"],
+        "Figure 2: training brings decoders together (8 experts)": change[8, "decoder"],
+        "Figure 2: training drives decoders apart (16 experts)": apart,
+        "Figure 4: CAEM-8-to-16 is nearer to CAEM-8 than to CAEM-16": [
+            a - b for a, b in zip(with_8, with_16, strict=True)
+        ],
+        "Figure 4: CAEM-8-to-16 is nearer to Baseline-16 than to CAEM-16": [
+            a - b for a, b in zip(with_baseline, with_16, strict=True)
+        ],
     }
 
 
@@ -217,17 +257,12 @@ def _table_of_soups(results: Sequence[Results]) -> str:
 
 
 def _table_of_orderings(results: Sequence[Results]) -> str:
-    """Each ordering with a verdict: holds or does not hold where all of three seeds or more agree,
-    else unclear.
-    """
+    """Each ordering with a verdict, by the rule of `verdicts.py`."""
     per_seed = [orderings(seed) for seed in results]
     rows = {}
     for name in per_seed[0]:
-        count = sum(holds[name] for holds in per_seed)
-        verdict = "unclear"
-        if len(per_seed) >= ENOUGH_SEEDS and count in (0, len(per_seed)):
-            verdict = "holds" if count else "does not hold"
-        rows[name] = [f"{count} of {len(per_seed)}", verdict]
+        verdict = judge([margins[name] for margins in per_seed])
+        rows[name] = [verdict.seeds, verdict.word]
     return _table("What the paper says", ["seeds", "verdict"], rows)
 
 
