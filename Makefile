@@ -11,7 +11,7 @@ OLDEST_TORCH ?= torch==2.7.0
 # Named after its torch, so that another torch is installed anew.
 OLDEST_INSTALLED := .venv-oldest/.installed-$(subst ==,-,$(OLDEST_TORCH))
 
-.PHONY: demo test slow hosts newest newest-installed oldest exchange transformers4 architectures lint docs package bench gpu robustness
+.PHONY: claims demo test slow hosts newest newest-installed oldest exchange transformers4 architectures lint docs package bench gpu robustness
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -65,6 +65,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The papers' claims, tested: small in hours, full in a night; both write docs/claims.md. ONLY names
+# one experiment.
+SCALE ?= small
+ONLY ?=
+claims: $(VENV)/.installed
+	cd examples && ../$(BIN)/python -m claims --output ../build/claims/$(SCALE) --scale $(SCALE) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(filter quick,$(SCALE)),,--docs ../docs)
 
 # The site, into site/: strictly, so that a warning or a dead link stops it.
 docs: $(VENV)/.installed-docs

@@ -1,11 +1,14 @@
 """The rule of `examples/verdicts.py`, and the page of the papers' claims."""
 
+import json
 import math
+import sys
 
 import pytest
 import torch
 
 from tests.test_autoload import ROOT
+from tests.test_caem_switch import write_records
 
 
 @pytest.fixture
@@ -57,3 +60,115 @@ def test_the_quantiles_are_student_s(verdicts, count):
     )
     below = 0.5 + constant * torch.trapezoid(density, x).item()
     assert below == pytest.approx(0.95, abs=1e-3)
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import claims.__main__
+    import claims.page
+    import claims.papers
+    import claims.records
+
+    return claims
+
+
+def test_the_page_is_made_of_its_records(claims):
+    records = claims.records.read_records(ROOT / "docs" / "claims")
+    assert records
+    page = (ROOT / "docs" / "claims.md").read_text()
+    assert claims.page.render(records) == page, "make the page anew: python -m claims --no-run"
+    for name, record in records.items():
+        parts = [part for paper in claims.papers.PAPERS for part in paper.parts]
+        names = {claim.name for part in parts if part.experiment == name for claim in part.claims}
+        assert record.reasons.keys() <= names
+
+
+def test_a_verdict_on_the_page_by_a_plain_loop(claims):
+    """MergeME's table 4 with own embeddings, against three experts, from the file alone."""
+    rows = json.loads((ROOT / "docs" / "claims" / "mergeme_hetero.json").read_text())["rows"]
+    differences = []
+    for seed, losses in rows["own embeddings, after"].items():
+        of_control = rows["3 experts, after"][seed]
+        differences.append(sum(of_control[name] - losses[name] for name in losses) / len(losses))
+    mean = sum(differences) / len(differences)
+    squares = sum((each - mean) ** 2 for each in differences) / (len(differences) - 1)
+    error = math.sqrt(squares / len(differences))
+    (line,) = [
+        line
+        for line in (ROOT / "docs" / "claims.md").read_text().splitlines()
+        if "three experts trained on the same texts in the mean (own embeddings)" in line
+    ]
+    assert f"| {mean:+.3f} ± {error:.3f} |" in line
+    assert ("**holds**" in line) == (mean > 2.92 * error)
+
+
+def test_claims_of_caem_are_those_of_its_report(claims, tmp_path):
+    pytest.importorskip("matplotlib")
+    from caem_switch import report
+
+    for number in (1, 2, 3):
+        write_records(tmp_path / f"seed-{number}", number, report)
+    (tmp_path / "seed-4").mkdir()  # begun, and not a seed yet
+    experiment = claims.records.EXPERIMENTS["caem_switch"]
+    record = claims.records.record_of("caem_switch", experiment, "small", tmp_path)
+    (part,) = claims.papers.CAEM.parts
+    assert {claim.margin for claim in part.claims} == record.margins.keys()
+    for claim in part.claims:
+        assert list(record.margins[claim.margin]) == ["1", "2", "3"]
+        if claim.better:
+            for seed, margin in record.margins[claim.margin].items():
+                better = record.rows[claim.better][seed].values()
+                worse = record.rows[claim.worse][seed].values()
+                expected = [a - b for a, b in zip(better, worse, strict=True)]
+                assert margin == pytest.approx(expected)
+
+
+def test_rows_of_claims_are_rows_of_the_examples(claims):
+    """A row that no experiment has would be "not run" for ever."""
+    import mergeme_homogeneous
+    import wemoe_images
+    import wemoe_texts
+
+    rows = {
+        "mergeme_homogeneous": {
+            "Random routing",
+            "Router fine-tuning",
+            *mergeme_homogeneous.SHARED,
+        },
+        "wemoe_images": {
+            *("Pre-trained", "Individual", "Traditional MTL"),
+            *wemoe_images.STATIC,
+            *wemoe_images.ROUTED,
+        },
+        "wemoe_texts": set(wemoe_texts.ROWS),
+    }
+    parts = [part for paper in claims.papers.PAPERS for part in paper.parts]
+    for name, known in rows.items():
+        of_claims = set()
+        for part in parts:
+            if part.experiment == name:
+                of_claims |= {row for claim in part.claims for row in (claim.better, claim.worse)}
+        assert of_claims <= known
+
+
+def test_a_row_that_was_measured_once_is_paired_with_every_seed(claims):
+    claim = claims.papers.Claim("", "", "", "a", "b")
+    once = {"0": {"bible": 2.0, "music": 3.0, "code": 4.0}}
+    seeds = {}
+    for seed, lower in (("0", 0.1), ("1", 0.2), ("2", 0.15)):
+        seeds[seed] = {name: loss - lower for name, loss in once["0"].items()}
+    experiment = claims.records.EXPERIMENTS["mergeme_hetero"]
+    record = claims.records.Record("", "", "", rows={"a": seeds, "b": once})
+    verdict = claims.page.verdict_of(claim, record, experiment)
+    assert verdict.word == "holds" and verdict.of_seeds == pytest.approx((0.1, 0.2, 0.15))
+    record.rows = {"a": seeds}
+    assert claims.page.verdict_of(claim, record, experiment) is None
+
+
+def test_a_command_that_fails_is_told(claims, tmp_path, monkeypatch):
+    assert claims.records.start([sys.executable, "-c", "raise SystemExit(3)"], tmp_path) == 3
+    experiment = claims.records.EXPERIMENTS["mergeme_hetero"]
+    monkeypatch.setattr(claims.records, "start", lambda command, place: 3)
+    with pytest.raises(claims.records.UserError, match="mergeme_hetero: its command ended with 3"):
+        claims.records.run("mergeme_hetero", experiment, "quick", tmp_path)

@@ -751,3 +751,49 @@ def test_the_docs_command_for_the_variation_of_parameters_runs(task_vector_varia
     ):
         result = CliRunner().invoke(task_vector_variation.main, ["--base", "base", *arguments])
         assert result.exit_code == 1 and message in result.output, result.output
+
+
+@pytest.fixture
+def claims(sequence):
+    import claims.__main__
+    import claims.records
+
+    return claims
+
+
+def run_claims(claims, monkeypatch, examples, output, *options):
+    """`python -m claims --scale quick`, with examples that a fixture has made tiny."""
+
+    def start(command, place):
+        assert place == ROOT and command[0] == sys.executable
+        example = examples[Path(command[1]).stem]
+        return CliRunner().invoke(example.main, command[2:], catch_exceptions=False).exit_code
+
+    monkeypatch.setattr(claims.records, "start", start)
+    only = [f"--only={name}" for name in examples]
+    command = ["-o", str(output), "--scale", "quick", *only, *options]
+    result = CliRunner().invoke(claims.__main__.main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return (output / "claims.md").read_text(), claims.records.read_records(output / "claims")
+
+
+def test_the_quick_scale_runs_and_goes_on(claims, hetero, on_texts, tmp_path, monkeypatch):
+    examples = {"mergeme_hetero": hetero, "wemoe_texts": on_texts}
+    output = tmp_path / "claims"
+    page, records = run_claims(claims, monkeypatch, examples, output)
+    assert records.keys() == examples.keys()
+    assert "Scale `quick`. It took" in page and "**unclear**" in page
+    assert "**holds**" not in page  # one seed is not enough
+    losses = json.loads((output / "wemoe_texts" / "texts.json").read_text())["losses"]
+    kept = records["wemoe_texts"].rows["WEMoE, 2 layers"]["0"]
+    assert kept == pytest.approx(losses["WEMoE, 2 layers"]["0"], rel=1e-5)
+    # What is written by hand stays with a run that goes on, and not with another one.
+    path = output / "claims" / "wemoe_texts.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "note": "A busy machine."}))
+    page, records = run_claims(claims, monkeypatch, examples, output, "--no-run")
+    assert "A busy machine." in page
+    changed = json.loads((output / "wemoe_texts" / "texts.json").read_text())
+    changed["losses"]["base"]["0"]["bible"] += 1
+    (output / "wemoe_texts" / "texts.json").write_text(json.dumps(changed))
+    page, records = run_claims(claims, monkeypatch, examples, output, "--no-run")
+    assert "A busy machine." not in page and records["wemoe_texts"].seconds is None
