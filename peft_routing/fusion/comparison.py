@@ -47,7 +47,7 @@ from peft_routing.fusion.selection import (
     own_experts,
     random_curves,
 )
-from peft_routing.fusion.strategies import BY_TASK, STRATEGIES, TRAINED, Tables
+from peft_routing.fusion.strategies import BY_TASK, STRATEGIES, TRAINED, Tables, needs_clusters
 from peft_routing.fusion.subjects import base_alone, one_expert
 from peft_routing.fusion.tasks import SPLITS, read_tasks
 from peft_routing.fusion.trained import Planned, Setting, Training, add_trained, planned_of
@@ -296,17 +296,19 @@ def _check_strategies(
     for name in strategies:
         if name not in STRATEGIES:
             raise UserError(f"there is no strategy {name!r}; there are {', '.join(STRATEGIES)}")
-    if "hierarchical" in strategies and training.clusters is None:
-        raise UserError(
-            "the strategy hierarchical needs the cluster of each expert: give --clusters-from"
-        )
+    of_clusters = [name for name, (_, options) in TRAINED.items() if needs_clusters(options)]
+    for name in of_clusters:
+        if name in strategies and training.clusters is None:
+            raise UserError(
+                f"the strategy {name} needs the cluster of each expert: give --clusters-from"
+            )
     usual = strategies or [name for name in STRATEGIES if name not in TRAINED]
     chosen = {"base", *usual, *(TRAINED if trained else ())}
     wanted = [name for name in STRATEGIES if name in chosen]
-    if training.clusters is not None and "hierarchical" not in wanted:
+    if training.clusters is not None and not set(of_clusters) & set(wanted):
         raise UserError(
-            "--clusters-from is for the strategy hierarchical: give --trained, or "
-            "--strategy hierarchical"
+            f"--clusters-from is for the strategies {' and '.join(of_clusters)}: give --trained, "
+            "or --strategy with one of them"
         )
     if not training.is_usual and not any(name in wanted for name in TRAINED):
         raise UserError(

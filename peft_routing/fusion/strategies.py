@@ -279,6 +279,13 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": (ROUTED, {"router": "linear"}),
     "linear_arrow": (ROUTED, {"router": "linear", "init": "arrow"}),
     "hierarchical": (ROUTED, {"router": "hierarchical"}),
+    "hierarchical_arrow": (ROUTED, {"router": "hierarchical", "init": "arrow"}),
 }
+
+
+def needs_clusters(options: Mapping[str, Any]) -> bool:
+    """Whether a routed adapter of these options needs the cluster of each expert."""
+    return options["router"] == "hierarchical"
+
 
 STRATEGIES = (*CACHED, *composed_of(_PAPERS_TOP_K + 1), *MERGES, *TRAINED)

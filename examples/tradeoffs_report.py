@@ -1,0 +1,416 @@
+"""Compare all that can be done with eight LoRA adapters of real texts: `peft-route compare`.
+
+    python examples/tradeoffs_report.py --output tradeoffs-report/
+
+1. Train a LoRA of SmolLM2-135M-Instruct for each of eight domains of text, and the paper's shared
+   expert, one on all of them (`tradeoffs_routers.py` does it, and they are kept).
+2. `private/`: the report of `compare` on these adapters, with all that needs no training.
+3. `merging-seed0/`, `routing-seed0/`: reports with the trained routers.
+4. `mbc/`: cluster the adapters, train one per cluster on the texts of all its adapters, and write
+   the report of these (Trade-offs, 5.2 and figure 4).
+5. The trained routers with the other seeds.
+
+After each step `summary.md`, `summary.json` and `figure2.png` hold what is known so far: the losses,
+and which of the paper's orderings hold. A second run goes on where the first ended.
+
+An ordering "holds" where the mean difference over tasks has the paper's sign and is beyond its
+standard error twice; "fails" where it is so with the other sign; else it is "not clear". Of what is
+trained with several seeds each task's mean over seeds is taken.
+
+What differs from the paper: the model (135 M parameters, dequantised from 4 bits; the paper's is
+Phi-2), the tasks (8 domains of running text, not 256 tasks of Flan), and minutes of training.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import click
+import torch
+from demo import BLOCK, blocks
+from real_data import Domain, Unavailable, debian_version, domains, smollm2
+from tradeoffs_routers import BATCH, SHARED, Lora, loras, make_lora
+from transformers import AutoTokenizer
+
+from mergekit_moe_ext import UserError
+from mergekit_moe_ext.analysis import pyplot
+from peft_routing import Reading, compare
+from peft_routing.library import add, cluster_library
+
+DOMAINS = ("bible", "math", "news", "french", "dictionary", "code", "music", "german")
+# Blocks of each task. Routers and coefficients learn on train, choices are made on validation.
+ROWS = {"train": 4, "validation": 2, "test": 4}
+READING = Reading(max_length=BLOCK, quiet=True)
+UNTRAINED = (
+    "base",
+    "best_expert",
+    "own_expert",
+    "best_per_task",
+    "uniform_ensemble",
+    "learned_ensemble",
+    "sparse_ensemble",
+    "posterior_ensemble",
+    "program_ensemble",
+    "worst_case_ensemble",
+    "uniform_low_rank",
+    "uniform_full",
+    "arrow_top1",
+    "arrow_top4",
+    "arrow_all",
+    "ties",
+    "dare",
+    "logit_ensemble",
+)
+# What the paper's figure 4 has of both libraries.
+OF_CLUSTERS = ("own_expert", "uniform_ensemble", "uniform_low_rank", "arrow_top4")
+MERGING = ("global", "layer")
+ROUTING = ("linear", "linear_arrow", "hierarchical", "hierarchical_arrow")
+# The rates that `tradeoffs_routers.py` found for each kind.
+LEARNING_RATES = {MERGING: 1e-1, ROUTING: 1e-2}
+MBC = "MBC "
+# The first is better than the second, as the paper says.
+CLAIMS = [
+    ("own_expert", "linear", "figure 2: nothing beats the oracle"),
+    ("linear", "learned_ensemble", "figure 2: learned routing beats learned ensembling"),
+    ("learned_ensemble", "uniform_ensemble", "figure 2: learning improves the ensemble"),
+    ("learned_ensemble", "global", "figure 2: ensembling beats merging"),
+    ("uniform_ensemble", "uniform_low_rank", "figure 2: uniform ensembling beats uniform merging"),
+    ("uniform_ensemble", SHARED, "figure 2: uniform ensembling beats the shared expert"),
+    ("uniform_low_rank", SHARED, "figure 2: uniform merging beats the shared expert alone"),
+    ("arrow_top4", "uniform_low_rank", "figure 2: Arrow beats uniform merging"),
+    ("global", "uniform_low_rank", "figure 2: learning improves the merge"),
+    ("global", "layer", "figure 2: global merging beats merging per layer"),
+    ("linear", "global", "figure 2: learned routing beats learned merging"),
+    ("linear", "arrow_top4", "figure 2: learned routing beats Arrow"),
+    ("hierarchical_arrow", "hierarchical", "figure 2: Arrow is the better start of clusters"),
+    ("hierarchical_arrow", "global", "figure 2: Arrow HC beats all merging"),
+    (f"{MBC}own_expert", "own_expert", "figure 4: the oracle is better with MBC experts"),
+    (f"{MBC}uniform_ensemble", "uniform_ensemble", "figure 4: so is uniform ensembling"),
+    (f"{MBC}uniform_low_rank", "uniform_low_rank", "figure 4: so is uniform merging"),
+    ("arrow_top4", f"{MBC}arrow_top4", "figure 4: Arrow is better with private experts"),
+    ("uniform_ensemble", "logit_ensemble", "figure 5: probabilities are better than logits"),
+    ("uniform_full", "uniform_low_rank", "figure 5: full rank is a little better than low rank"),
+    ("uniform_ensemble", "program_ensemble", "B.5: the program's worst case costs the mean"),
+    ("arrow_top4", "arrow_top1", "B.4: Arrow needs more than one expert"),
+    ("linear", "linear, top 1", "B.4: so does a learned router"),
+]
+COLOURS = {
+    "plain LoRA": "tab:blue",
+    "routed": "tab:green",
+    "other adapter": "tab:purple",
+    "ensemble": "tab:orange",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of all reports together.
+
+    of_seeds: by seed the test loss of each task, in nats per token.
+    """
+
+    kind: str
+    of_seeds: dict[int, list[float]]
+
+    @property
+    def of_tasks(self) -> list[float]:
+        """The loss of each task, the mean over seeds."""
+        return [statistics.mean(losses) for losses in zip(*self.of_seeds.values(), strict=True)]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.of_tasks)
+
+
+def write_rows(folder: Path, tokenizer: Any, texts: Mapping[str, Domain]) -> dict[str, str]:
+    """Writes a file for each task and split, and returns the `tasks` of `compare`.
+
+    Train and validation are of documents that no expert has read, test is held out.
+    """
+    folder.mkdir(exist_ok=True)
+    tasks = {}
+    for name, text in texts.items():
+        unread = blocks(tokenizer, text.train[::-1], ROWS["train"] + ROWS["validation"])
+        splits = {
+            "train": unread[: ROWS["train"]],
+            "validation": unread[ROWS["train"] :],
+            "test": blocks(tokenizer, text.held_out, ROWS["test"]),
+        }
+        paths = []
+        for split, rows in splits.items():
+            path = folder / f"{name}-{split}.jsonl"
+            lines = [json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows]
+            path.write_text("".join(lines))
+            paths.append(str(path))
+        tasks[name] = ",".join(paths)
+    return tasks
+
+
+def cluster_loras(own: Sequence[Lora], clusters: Mapping[int, Sequence[str]]) -> list[Lora]:
+    """An adapter per cluster, to be trained on the data of all its members, a block of each in
+    turn, with as many steps as they had together.
+    """
+    data = {lora.name: lora.data for lora in own}
+    adapters = []
+    for number, members in clusters.items():
+        together = torch.stack([data[name] for name in members], dim=1).flatten(0, 1)
+        steps = own[0].steps * len(members)
+        adapters.append(Lora(f"cluster{number}", steps, together))
+    return adapters
+
+
+class Reports:
+    """The reports of `compare` in a directory, one per name, which share what was measured."""
+
+    def __init__(self, output: Path, base: Path, tasks: Mapping[str, str]) -> None:
+        self.output = output
+        self.base = base
+        self.tasks = tasks
+
+    def write(self, name: str, experts: Mapping[str, Path], **options: Any) -> None:
+        """Writes a report, unless it is there, and then the summary of all."""
+        if not (self.output / name).is_dir():
+            click.echo(f"compare: {name}", err=True)
+            directories = {expert: str(path) for expert, path in experts.items()}
+            compare(
+                str(self.base),
+                directories,
+                self.tasks,
+                str(self.output / name),
+                cache=str(self.output / "cache"),
+                reading=READING,
+                batch_size=BATCH,
+                **options,
+            )
+        self.summarise()
+
+    def rows(self) -> dict[str, Measured]:
+        """The rows of all reports by their name; those of the clusters' adapters by `MBC` and it.
+
+        Of one that several reports have, which is the same in all, the first is taken.
+        """
+        rows: dict[str, Measured] = {}
+        for path in sorted(
+            self.output.glob("*/report.json"), key=lambda path: path.stat().st_mtime
+        ):
+            folder = path.parent.name
+            seed = int(folder.partition("seed")[2] or 0)
+            for row in json.loads(path.read_text())["rows"]:
+                name = row["name"]
+                if folder == "mbc" and name != "base":
+                    name = f"{MBC}{name}"
+                measured = rows.setdefault(name, Measured(row["kind"], {}))
+                measured.of_seeds.setdefault(seed, row["test"])
+        # Of what is not trained one measurement counts, whatever the seeds of the others.
+        single = {name: Measured(each.kind, {0: each.of_seeds[0]}) for name, each in rows.items()}
+        learned = {*MERGING, *ROUTING}
+        for name, each in rows.items():
+            if name.partition(", ")[0] in learned:
+                single[name] = each
+        return single
+
+    def summarise(self) -> None:
+        """Writes the table, the orderings and the figure of all reports so far."""
+        rows = self.rows()
+        content = {
+            name: {"kind": row.kind, "mean": row.mean, "of_seeds": row.of_seeds}
+            for name, row in rows.items()
+        }
+        verdicts = orderings(rows)
+        summary = {"tasks": list(self.tasks), "rows": content, "orderings": verdicts}
+        (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        lines = [*table(rows, list(self.tasks)), "", *[f"- {verdict}" for verdict in verdicts], ""]
+        (self.output / "summary.md").write_text("\n".join(lines))
+        draw(rows, self.output / "figure2.png")
+
+
+def orderings(rows: Mapping[str, Measured]) -> list[str]:
+    """For each claim of the paper whether it holds here, by the rule at the head of this file."""
+    verdicts = []
+    for better, worse, claim in CLAIMS:
+        if better not in rows or worse not in rows:
+            continue
+        first = torch.tensor(rows[better].of_tasks, dtype=torch.float64)
+        second = torch.tensor(rows[worse].of_tasks, dtype=torch.float64)
+        differences = first - second
+        mean = differences.mean().item()
+        error = (differences.std() / len(differences) ** 0.5).item()
+        if abs(mean) <= 2 * error:
+            verdict = "not clear"
+        else:
+            verdict = "holds" if mean < 0 else "FAILS"
+        verdicts.append(f"{verdict}: {better} < {worse} ({claim}): {mean:+.4f} ± {error:.4f}")
+    return verdicts
+
+
+def table(rows: Mapping[str, Measured], tasks: Sequence[str]) -> list[str]:
+    """The lines of a table of test losses, the best mean first."""
+    lines = [
+        f"| | mean | range over seeds | {' | '.join(tasks)} |",
+        "|---|---:|---|" + "---:|" * len(tasks),
+    ]
+    for name, row in sorted(rows.items(), key=lambda item: item[1].mean):
+        seeds = ""
+        if len(row.of_seeds) > 1:
+            means = [statistics.mean(losses) for losses in row.of_seeds.values()]
+            seeds = f"{min(means):.4f} to {max(means):.4f} ({len(means)} seeds)"
+        cells = [f"{row.mean:.4f}", seeds, *[f"{loss:.3f}" for loss in row.of_tasks]]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def draw(rows: Mapping[str, Measured], path: Path) -> None:
+    """Draws the mean test loss of every row, with a small dot per seed."""
+    plt = pyplot()
+    ordered = sorted(rows.items(), key=lambda item: item[1].mean, reverse=True)
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.24 * len(ordered)))
+    for place, (_, row) in enumerate(ordered):
+        colour = COLOURS.get(row.kind, "tab:grey")
+        axes.plot(row.mean, place, "o", color=colour)
+        if len(row.of_seeds) > 1:
+            means = [statistics.mean(losses) for losses in row.of_seeds.values()]
+            axes.plot(means, [place] * len(means), ".", color="black", markersize=3)
+    axes.set_yticks(range(len(ordered)), [name for name, _ in ordered], fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    for kind, colour in {**COLOURS, "the task is known": "tab:grey"}.items():
+        axes.plot([], [], "o", color=colour, label=kind)
+    axes.legend(fontsize=7, loc="lower left")
+    axes.set_xlabel("test loss, mean over tasks (nats per token); small dots are seeds")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+@click.command(help=__doc__.splitlines()[0] if __doc__ else None)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Directory for the reports; a run goes on where an earlier one ended.",
+)
+@click.option(
+    "--domains",
+    "number",
+    type=click.IntRange(2, len(DOMAINS)),
+    default=len(DOMAINS),
+    show_default=True,
+    help=f"Number of domains, the first of {', '.join(DOMAINS)}.",
+)
+@click.option(
+    "--expert-steps",
+    type=click.IntRange(min=1),
+    default=30,
+    show_default=True,
+    help=f"Number of training steps of each adapter, of {BATCH * BLOCK} tokens.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Number of training steps of each router.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Number of seeds of the routers.",
+)
+@click.option(
+    "--clusters",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Number of clusters of adapters.",
+)
+def main(
+    output: Path, number: int, expert_steps: int, steps: int, seeds: int, clusters: int
+) -> None:
+    names = DOMAINS[:number]
+    try:
+        base = smollm2()
+        texts = domains(names=names)
+    except Unavailable as error:
+        raise UserError(str(error)) from None
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tasks = write_rows(output / "texts", tokenizer, texts)
+    own, shared = loras(tokenizer, texts, expert_steps, long=False)
+    settings = {
+        "experts": [lora.folder.name for lora in (*own, *shared)],
+        "steps": steps,
+        "clusters": clusters,
+        "rows": ROWS,
+        "debian": {name: debian_version(name) for name in names if debian_version(name)},
+    }
+    check_settings(output / "settings.json", settings)
+    for lora in (*own, *shared):
+        click.echo(f"adapter: {lora.name}", err=True)
+        make_lora(base, lora)
+    experts = {lora.name: lora.folder for lora in own}
+    reports = Reports(output, base, tasks)
+    fusions = {SHARED: str(shared[0].folder)}
+    reports.write("private", experts, strategies=UNTRAINED, fusions=fusions)
+
+    library = output / "library"
+    clusters_file = output / "clusters.json"
+    if not clusters_file.exists():
+        directories = {name: str(path) for name, path in experts.items()}
+        add(str(library), directories, READING, base=str(base))
+        cluster_library(
+            str(library),
+            READING,
+            k=clusters,
+            output=str(clusters_file),
+            plot=str(output / "clusters.png"),
+        )
+
+    def train_routers(seed: int) -> None:
+        for strategies, learning_rate in LEARNING_RATES.items():
+            reports.write(
+                f"{'merging' if strategies is MERGING else 'routing'}-seed{seed}",
+                experts,
+                strategies=strategies,
+                clusters_from=str(clusters_file) if strategies is ROUTING else None,
+                max_steps=steps,
+                learning_rates=[learning_rate],
+                seed=seed,
+            )
+
+    train_routers(0)
+    members: dict[int, list[str]] = {}
+    for name, cluster in json.loads(clusters_file.read_text())["clusters"].items():
+        members.setdefault(cluster, []).append(name)
+    of_clusters = cluster_loras(own, members)
+    for lora in of_clusters:
+        click.echo(f"adapter: {lora.name}", err=True)
+        make_lora(base, lora)
+    reports.write(
+        "mbc",
+        {lora.name: lora.folder for lora in of_clusters},
+        strategies=OF_CLUSTERS,
+        own={task: f"cluster{cluster}" for cluster, own in members.items() for task in own},
+    )
+    for seed in range(1, seeds):
+        train_routers(seed)
+    click.echo((output / "summary.md").read_text())
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings of a run. `UserError` where an earlier one in this directory had others."""
+    written = json.dumps(settings, indent=1, sort_keys=True)
+    if path.exists() and path.read_text() != written:
+        raise UserError(f"{path} is of other settings. Remove the directory, or name another.")
+    path.write_text(written)
+
+
+if __name__ == "__main__":
+    main()
