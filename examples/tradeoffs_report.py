@@ -4,14 +4,15 @@
 
 1. Train a LoRA of SmolLM2-135M-Instruct for each of eight domains of text, and the paper's shared
    expert, one on all of them (`tradeoffs_routers.py` does it, and they are kept).
-2. `private/`: the report of `compare` on these adapters, with all that needs no training.
+2. `cached/`: the report of `compare` on these adapters, with all that follows from one pass of
+   each, and `private/`, with the merges, Arrow and the shared expert, too.
 3. `merging-seed0/`, `routing-seed0/`: reports with the trained routers.
 4. `mbc/`: cluster the adapters, train one per cluster on the texts of all its adapters, and write
    the report of these (Trade-offs, 5.2 and figure 4).
 5. The trained routers with the other seeds.
 
-After each step `summary.md`, `summary.json` and `figure2.png` hold what is known so far: the losses,
-and which of the paper's orderings hold. A second run goes on where the first ended.
+After each step `summary.md`, `summary.json` and `figure2.png` hold what is known so far: the
+losses, and which of the paper's orderings hold. A second run goes on where the first ended.
 
 An ordering "holds" where the mean difference over tasks has the paper's sign and is beyond its
 standard error twice; "fails" where it is so with the other sign; else it is "not clear". Of what is
@@ -44,11 +45,8 @@ from peft_routing import Reading, compare
 from peft_routing.library import add, cluster_library
 
 DOMAINS = ("bible", "math", "news", "french", "dictionary", "code", "music", "german")
-# Blocks of each task. Routers and coefficients learn on train, choices are made on validation.
-ROWS = {"train": 4, "validation": 2, "test": 4}
 READING = Reading(max_length=BLOCK, quiet=True)
-UNTRAINED = (
-    "base",
+CACHED = (
     "best_expert",
     "own_expert",
     "best_per_task",
@@ -58,6 +56,9 @@ UNTRAINED = (
     "posterior_ensemble",
     "program_ensemble",
     "worst_case_ensemble",
+)
+UNTRAINED = (
+    *CACHED,
     "uniform_low_rank",
     "uniform_full",
     "arrow_top1",
@@ -128,19 +129,22 @@ class Measured:
         return statistics.mean(self.of_tasks)
 
 
-def write_rows(folder: Path, tokenizer: Any, texts: Mapping[str, Domain]) -> dict[str, str]:
+def write_texts(
+    folder: Path, tokenizer: Any, texts: Mapping[str, Domain], count: int
+) -> dict[str, str]:
     """Writes a file for each task and split, and returns the `tasks` of `compare`.
 
-    Train and validation are of documents that no expert has read, test is held out.
+    Train and test have `count` blocks of each task, validation has half as many. Train and
+    validation are of documents that no expert has read, test is held out.
     """
     folder.mkdir(exist_ok=True)
     tasks = {}
     for name, text in texts.items():
-        unread = blocks(tokenizer, text.train[::-1], ROWS["train"] + ROWS["validation"])
+        unread = blocks(tokenizer, text.train[::-1], count + max(1, count // 2))
         splits = {
-            "train": unread[: ROWS["train"]],
-            "validation": unread[ROWS["train"] :],
-            "test": blocks(tokenizer, text.held_out, ROWS["test"]),
+            "train": unread[:count],
+            "validation": unread[count:],
+            "test": blocks(tokenizer, text.held_out, count),
         }
         paths = []
         for split, rows in splits.items():
@@ -174,7 +178,7 @@ class Reports:
         self.tasks = tasks
 
     def write(self, name: str, experts: Mapping[str, Path], **options: Any) -> None:
-        """Writes a report, unless it is there, and then the summary of all."""
+        """Writes a report, unless it is there, and then the summary of all so far."""
         if not (self.output / name).is_dir():
             click.echo(f"compare: {name}", err=True)
             directories = {expert: str(path) for expert, path in experts.items()}
@@ -196,9 +200,7 @@ class Reports:
         Of one that several reports have, which is the same in all, the first is taken.
         """
         rows: dict[str, Measured] = {}
-        for path in sorted(
-            self.output.glob("*/report.json"), key=lambda path: path.stat().st_mtime
-        ):
+        for path in sorted(self.output.glob("*/report.json")):
             folder = path.parent.name
             seed = int(folder.partition("seed")[2] or 0)
             for row in json.loads(path.read_text())["rows"]:
@@ -241,10 +243,9 @@ def orderings(rows: Mapping[str, Measured]) -> list[str]:
         differences = first - second
         mean = differences.mean().item()
         error = (differences.std() / len(differences) ** 0.5).item()
+        verdict = "holds" if mean < 0 else "FAILS"
         if abs(mean) <= 2 * error:
             verdict = "not clear"
-        else:
-            verdict = "holds" if mean < 0 else "FAILS"
         verdicts.append(f"{verdict}: {better} < {worse} ({claim}): {mean:+.4f} ± {error:.4f}")
     return verdicts
 
@@ -304,6 +305,14 @@ def draw(rows: Mapping[str, Measured], path: Path) -> None:
     help=f"Number of domains, the first of {', '.join(DOMAINS)}.",
 )
 @click.option(
+    "--blocks",
+    "count",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help=f"Number of blocks of {BLOCK} tokens of each task's train and test texts.",
+)
+@click.option(
     "--expert-steps",
     type=click.IntRange(min=1),
     default=30,
@@ -332,7 +341,13 @@ def draw(rows: Mapping[str, Measured], path: Path) -> None:
     help="Number of clusters of adapters.",
 )
 def main(
-    output: Path, number: int, expert_steps: int, steps: int, seeds: int, clusters: int
+    output: Path,
+    number: int,
+    count: int,
+    expert_steps: int,
+    steps: int,
+    seeds: int,
+    clusters: int,
 ) -> None:
     names = DOMAINS[:number]
     try:
@@ -342,21 +357,21 @@ def main(
         raise UserError(str(error)) from None
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tasks = write_rows(output / "texts", tokenizer, texts)
+    tasks = write_texts(output / "texts", tokenizer, texts, count)
     own, shared = loras(tokenizer, texts, expert_steps, long=False)
     settings = {
         "experts": [lora.folder.name for lora in (*own, *shared)],
         "steps": steps,
         "clusters": clusters,
-        "rows": ROWS,
+        "blocks": count,
         "debian": {name: debian_version(name) for name in names if debian_version(name)},
     }
     check_settings(output / "settings.json", settings)
-    for lora in (*own, *shared):
-        click.echo(f"adapter: {lora.name}", err=True)
-        make_lora(base, lora)
     experts = {lora.name: lora.folder for lora in own}
     reports = Reports(output, base, tasks)
+    make_loras(base, own)
+    reports.write("cached", experts, strategies=CACHED)
+    make_loras(base, shared)
     fusions = {SHARED: str(shared[0].folder)}
     reports.write("private", experts, strategies=UNTRAINED, fusions=fusions)
 
@@ -390,9 +405,7 @@ def main(
     for name, cluster in json.loads(clusters_file.read_text())["clusters"].items():
         members.setdefault(cluster, []).append(name)
     of_clusters = cluster_loras(own, members)
-    for lora in of_clusters:
-        click.echo(f"adapter: {lora.name}", err=True)
-        make_lora(base, lora)
+    make_loras(base, of_clusters)
     reports.write(
         "mbc",
         {lora.name: lora.folder for lora in of_clusters},
@@ -404,8 +417,15 @@ def main(
     click.echo((output / "summary.md").read_text())
 
 
+def make_loras(base: Path, adapters: Sequence[Lora]) -> None:
+    """Trains the adapters that are not there yet, one after the other."""
+    for lora in adapters:
+        click.echo(f"adapter: {lora.name}", err=True)
+        make_lora(base, lora)
+
+
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Notes the settings of a run. `UserError` where an earlier one in this directory had others."""
+    """Notes the settings of a run. `UserError` for a directory of a run with others."""
     written = json.dumps(settings, indent=1, sort_keys=True)
     if path.exists() and path.read_text() != written:
         raise UserError(f"{path} is of other settings. Remove the directory, or name another.")

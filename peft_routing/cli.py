@@ -413,6 +413,14 @@ def export(
 @ONLY
 @TASKS
 @click.option(
+    "--own",
+    "own",
+    multiple=True,
+    metavar="TASK=NAME",
+    help="Adapter that was trained on a task, where neither its name nor the library says so. May "
+    "be repeated, for an adapter of several tasks, too.",
+)
+@click.option(
     "--fusion",
     "fusions",
     multiple=True,
@@ -431,8 +439,8 @@ def export(
     "--trained",
     is_flag=True,
     help="Compare routers, too, that are trained first, on the train texts of all tasks: global, "
-    "layer, linear, linear_arrow and, with --clusters-from, hierarchical. Each takes a training "
-    "per learning rate. --strategy names single ones.",
+    "layer, linear, linear_arrow and, with --clusters-from, hierarchical and hierarchical_arrow. "
+    "Each takes a training per learning rate. --strategy names single ones.",
 )
 @_CLUSTERS_FROM
 @fields_as_options(Recipe, ("num_train_epochs", "max_steps"))
@@ -443,6 +451,14 @@ def export(
     type=click.Path(),
     help="Directory that keeps what was measured, so that it is not measured again. [default: that "
     "of the library, or OUTPUT.cache]",
+)
+@click.option(
+    "--beside",
+    "besides",
+    multiple=True,
+    metavar="NAME=REPORT",
+    help="Report of other adapters on the same tasks, to set beside this one: a directory that "
+    "this command wrote. May be repeated.",
 )
 @click.option(
     "--metric",
@@ -482,6 +498,7 @@ def compare(
     library: str | None,
     only: tuple[str, ...],
     tasks: tuple[str, ...],
+    own: tuple[str, ...],
     fusions: tuple[str, ...],
     strategies: tuple[str, ...],
     trained: bool,
@@ -491,6 +508,7 @@ def compare(
     learning_rates: tuple[float, ...],
     output: str,
     cache: str | None,
+    besides: tuple[str, ...],
     metric: str | None,
     completions_only: bool,
     max_samples: int | None,
@@ -516,6 +534,7 @@ def compare(
         experts_from=experts_from,
         library=library,
         only=only,
+        own=values_by_name("--own", own, "TASK=NAME"),
         fusions=values_by_name("--fusion", fusions, "NAME=DIR"),
         strategies=strategies,
         trained=trained,
@@ -524,6 +543,7 @@ def compare(
         max_steps=max_steps,
         learning_rates=learning_rates,
         cache=cache,
+        beside=values_by_name("--beside", besides, "NAME=REPORT"),
         metric=metric,
         reading=reading,
         completions_only=completions_only,

@@ -4,7 +4,7 @@ prints.
 Hosts are imported inside the functions, so that importing this file costs nothing.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -442,6 +442,7 @@ def compare(
     max_steps: int = -1,
     learning_rates: Sequence[float] = LEARNING_RATES,
     cache: str | None = None,
+    beside: Mapping[str, str] | None = None,
     metric: str | None = None,
     reading: Reading | None = None,
     completions_only: bool = False,
@@ -474,11 +475,13 @@ def compare(
         `hierarchical_arrow`.
         trained: compare those, too.
         clusters_from: a file that `peft_routing.library.cluster_library` wrote: the cluster of each
-        expert, for `hierarchical` and `hierarchical_arrow`.
+        expert, for `own_cluster`, `hierarchical` and `hierarchical_arrow`.
         num_train_epochs, max_steps: how long each is trained on the tasks' train texts.
         learning_rates: AdamW's; of several, the one with the lowest loss on validation is kept.
         cache: the directory that keeps what was measured; the library's or, without one,
         `<output>.cache` if None. What is there already is not measured again.
+        beside: directories of earlier reports, by a name for each: of other adapters, on the same
+        tasks. What both have is set beside each other.
         metric: what answers to the prompts of the test are measured by, beside the loss:
         `accuracy`, `exact_match`, `rouge_l`, or a function of one's own, `package.module:function`.
         Each fusion generates them, the likeliest token at each step. Needs `completions_only`.
@@ -509,6 +512,8 @@ def compare(
     from peft_routing.fusion.trained import Training
 
     named = named_experts(experts, experts_from=experts_from, library=library, only=only)
+    own = own or {}
+    _check_own(own, tasks, named)
     of_tasks = {}
     if library is not None:
         of_tasks = _own_experts(library, named)
@@ -530,18 +535,36 @@ def compare(
         tasks,
         output,
         reading or Reading(),
-        own={**of_tasks, **(own or {})},
+        own={**of_tasks, **own},
         fusions=fusions or {},
         strategies=strategies,
         trained=trained,
         training=Training(recipe, tuple(dict.fromkeys(learning_rates)), clusters),
         cache=cache,
+        besides=beside or {},
         metric=metric,
         completions_only=completions_only,
         max_samples=max_samples,
         batch_size=batch_size,
         seed=seed,
     )
+
+
+def _check_own(
+    own: Mapping[str, str], tasks: Mapping[str, str], experts: Mapping[str, str]
+) -> None:
+    """`UserError` where a task or an expert that `own` names is not there."""
+    for task, name in own.items():
+        if task not in tasks:
+            raise UserError(f"own {task}={name}: there is no task {task!r}; {_there_are(tasks)}")
+        if name not in experts:
+            raise UserError(
+                f"own {task}={name}: there is no adapter {name!r}; {_there_are(experts)}"
+            )
+
+
+def _there_are(names: Iterable[str]) -> str:
+    return f"there are {', '.join(names)}"
 
 
 def _own_experts(library: str, experts: Mapping[str, str]) -> dict[str, str]:

@@ -28,6 +28,13 @@ from peft_routing.adapter_files import read_config
 from peft_routing.expert import check_experts, read_expert
 from peft_routing.fusion import report
 from peft_routing.fusion.answers import Questions, scored
+from peft_routing.fusion.beside import (
+    Other,
+    beside,
+    check_others,
+    read_others,
+    texts_by_task,
+)
 from peft_routing.fusion.cache import Cache, Subject, Texts, fill, processes
 from peft_routing.fusion.candidates import (
     TOP,
@@ -47,7 +54,14 @@ from peft_routing.fusion.selection import (
     own_experts,
     random_curves,
 )
-from peft_routing.fusion.strategies import BY_TASK, STRATEGIES, TRAINED, Tables, needs_clusters
+from peft_routing.fusion.strategies import (
+    BY_TASK,
+    NEEDS_CLUSTERS,
+    OF_CLUSTERS,
+    STRATEGIES,
+    TRAINED,
+    Tables,
+)
 from peft_routing.fusion.subjects import base_alone, one_expert
 from peft_routing.fusion.tasks import SPLITS, read_tasks
 from peft_routing.fusion.trained import Planned, Setting, Training, add_trained, planned_of
@@ -68,6 +82,8 @@ class _Asked:
     empty: the base model's architecture.
     planned: the routers that are to be trained.
     directory: that of the cache.
+    clusters: the cluster of each expert; None without any.
+    others: earlier reports to set beside this one.
     """
 
     base: str
@@ -83,6 +99,8 @@ class _Asked:
     planned: dict[str, Planned]
     out: Path
     directory: Path
+    clusters: Mapping[str, int] | None
+    others: Sequence[Other]
 
 
 def compare(
@@ -98,6 +116,7 @@ def compare(
     trained: bool,
     training: Training,
     cache: str | None,
+    besides: Mapping[str, str],
     metric: str | None,
     completions_only: bool,
     max_samples: int | None,
@@ -113,7 +132,7 @@ def compare(
     silence(reading)
     wanted, left_out = _check_strategies(strategies, trained, training)
     asked = _checked(
-        base, experts, own, output, reading, fusions, wanted, left_out, training, cache
+        base, experts, own, output, reading, fusions, wanted, left_out, training, cache, besides
     )
     if metric is not None:
         _check_metric(metric, asked.base_config, completions_only)
@@ -133,7 +152,9 @@ def compare(
     questions = []
     if metric is not None:
         questions = _questions(texts["test"], tokenizer, asked)
-    store = Cache(asked.directory, model_fingerprint(base))
+    model = model_fingerprint(base)
+    check_others(asked.others, model, texts_by_task(texts["test"]))
+    store = Cache(asked.directory, model)
     with state.main_process_first():
         add_merges(
             asked.candidates,
@@ -167,7 +188,7 @@ def compare(
         batch_size=batch_size,
         quiet=reading.quiet,
     )
-    comparison = _compared(asked, store, columns, texts)
+    comparison = _compared(asked, store, columns, texts, model)
     if metric is not None:
         rows = scored(
             comparison.rows,
@@ -201,9 +222,11 @@ def _checked(
     left_out: dict[str, str],
     training: Training,
     cache: str | None,
+    besides: Mapping[str, str],
 ) -> _Asked:
     """What is to be compared. `UserError` where something is wrong with it."""
     out = check_output(output)
+    others = read_others(besides)
     directory = Path(cache).expanduser().resolve() if cache else out.with_name(f"{out.name}.cache")
     if directory.is_relative_to(out):
         raise UserError(f"the cache {cache} lies in the output {output}; name another directory")
@@ -226,6 +249,8 @@ def _checked(
         planned=planned,
         out=out,
         directory=directory,
+        clusters=training.clusters,
+        others=others,
     )
 
 
@@ -255,7 +280,11 @@ def _questions(texts: Sequence[Texts], tokenizer: Any, asked: _Asked) -> list[Qu
 
 
 def _compared(
-    asked: _Asked, store: Cache, columns: Sequence[Subject], texts: Mapping[str, Sequence[Texts]]
+    asked: _Asked,
+    store: Cache,
+    columns: Sequence[Subject],
+    texts: Mapping[str, Sequence[Texts]],
+    model: str,
 ) -> Comparison:
     """The comparison, by what lies in the cache."""
     names = list(asked.experts)
@@ -264,14 +293,18 @@ def _compared(
         validation=table_of(store, names, columns, texts["validation"]),
         test=table_of(store, names, columns, texts["test"]),
         own=asked.own,
+        clusters=asked.clusters,
     )
     sizes = [size_of(path, name) for name, path in asked.experts.items()]
     costs = costs_of(store, columns, texts["test"])
     rows = rows_of_tables(tables, asked.wanted, costs, sizes, asked.left_out)
     rows += rows_of_candidates(asked.candidates, store, texts, tables)
     contenders = [row for row in rows if row.kind != BY_TASK]
+    losses = {row.name: row.test for row in rows}
     return Comparison(
         base=asked.base,
+        model=model,
+        texts=texts_by_task(texts["test"]),
         experts=dict(asked.experts),
         rows=rows,
         best=min(contenders, key=lambda row: row.validation_loss).name,
@@ -281,6 +314,7 @@ def _compared(
         not_first=not_first(tables.validation, tables.test, own_experts(tables.test, asked.own)),
         calibration=_calibration(rows, [*asked.planned, *asked.fusions]),
         tables=tables,
+        beside=beside(losses, tables.test.tasks, asked.others),
     )
 
 
@@ -296,19 +330,18 @@ def _check_strategies(
     for name in strategies:
         if name not in STRATEGIES:
             raise UserError(f"there is no strategy {name!r}; there are {', '.join(STRATEGIES)}")
-    of_clusters = [name for name, (_, options) in TRAINED.items() if needs_clusters(options)]
-    for name in of_clusters:
+    for name in OF_CLUSTERS:
         if name in strategies and training.clusters is None:
-            raise UserError(
-                f"the strategy {name} needs the cluster of each expert: give --clusters-from"
-            )
+            raise UserError(f"the strategy {name}: {NEEDS_CLUSTERS}")
     usual = strategies or [name for name in STRATEGIES if name not in TRAINED]
+    if not strategies and training.clusters is None:
+        usual = [name for name in usual if name not in OF_CLUSTERS]
     chosen = {"base", *usual, *(TRAINED if trained else ())}
     wanted = [name for name in STRATEGIES if name in chosen]
-    if training.clusters is not None and not set(of_clusters) & set(wanted):
+    if training.clusters is not None and not set(OF_CLUSTERS) & set(wanted):
         raise UserError(
-            f"--clusters-from is for the strategies {' and '.join(of_clusters)}: give --trained, "
-            "or --strategy with one of them"
+            f"--clusters-from is for --strategy with one of {', '.join(OF_CLUSTERS)}, and for "
+            "--trained"
         )
     if not training.is_usual and not any(name in wanted for name in TRAINED):
         raise UserError(

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from _mergekit_moe_ext_common.cards import in_markdown
 from _mergekit_moe_ext_common.figures import pyplot
+from peft_routing.fusion.beside import REPORT, Beside
 from peft_routing.fusion.selection import NotFirst, own_experts, standard_error
 from peft_routing.fusion.strategies import BY_TASK, ENSEMBLE, OTHER, PLAIN, ROUTED, Tables
 
@@ -114,16 +115,21 @@ class Calibration:
 class Comparison:
     """Which fusions are best for a set of adapters.
 
+    model: the sha256 of the base model.
+    texts: by task the sha256 of the test.
     best: the name of the row with the least validation loss among those that need no task id.
     sentences: the best of each budget, in words.
     left_out: why a strategy has no row, by its name.
     not_first: experts that another beats on their own task.
     calibration: what each router loses with one expert.
     tables: what all this was computed from.
+    beside: the fusions that earlier reports of other adapters have, too.
     metric: the name of what answers are measured by, where they are.
     """
 
     base: str
+    model: str
+    texts: dict[str, str]
     experts: dict[str, str]
     rows: list[Row]
     best: str
@@ -133,6 +139,7 @@ class Comparison:
     not_first: list[NotFirst]
     calibration: list[Calibration]
     tables: Tables
+    beside: list[Beside] = field(default_factory=list)
     metric: str | None = None
 
     @property
@@ -176,7 +183,7 @@ class Comparison:
     def write(self, directory: Path) -> None:
         """Writes `report.json` and `report.md` into a directory that exists."""
         text = json.dumps(self._as_json(), indent=1, allow_nan=False)
-        (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+        (directory / REPORT).write_text(text + "\n", encoding="utf-8")
         (directory / "report.md").write_text(self._as_markdown(), encoding="utf-8")
 
     def _as_json(self) -> dict[str, Any]:
@@ -197,8 +204,13 @@ class Comparison:
         calibration = []
         for gap in self.calibration:
             calibration.append({**asdict(gap), "standard_error": _finite(gap.standard_error)})
+        beside = []
+        for pair in self.beside:
+            beside.append({**asdict(pair), "standard_error": _finite(pair.standard_error)})
         return {
             "base": self.base,
+            "model": self.model,
+            "texts": self.texts,
             "experts": self.experts,
             "tasks": list(self.tasks),
             "best": self.best,
@@ -209,6 +221,7 @@ class Comparison:
             "selected": asdict(self.selected),
             "not_first": not_first,
             "calibration": calibration,
+            "beside": beside,
             "losses": {
                 "columns": [*self.experts, "base model"],
                 "validation": self.tables.validation.losses.tolist(),
@@ -231,7 +244,28 @@ class Comparison:
         for name, *numbers in self.cells():
             lines.append(f"| {' | '.join([in_markdown(name), *numbers])} |")
         lines += ["", *[f"- {in_markdown(line)}" for line in notes(self)], ""]
+        for other in dict.fromkeys(pair.other for pair in self.beside):
+            lines += self._beside_as_markdown(other)
         return "\n".join(lines)
+
+    def _beside_as_markdown(self, other: str) -> list[str]:
+        """The fusions that another report has, too, as the lines of a table."""
+        lines = [
+            f"## Beside {in_markdown(other)}",
+            "",
+            f"| strategy | test loss | of {in_markdown(other)} | difference | ± s.e. |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for pair in self.beside:
+            if pair.other == other:
+                numbers = [
+                    f"{self.row(pair.name).test_loss:.4f}",
+                    f"{_mean(pair.test):.4f}",
+                    f"{pair.difference:+.4f}",
+                    _number(pair.standard_error),
+                ]
+                lines.append(f"| {' | '.join([in_markdown(pair.name), *numbers])} |")
+        return [*lines, ""]
 
 
 def table(comparison: Comparison) -> str:
@@ -255,6 +289,11 @@ def notes(comparison: Comparison) -> list[str]:
     if selected.reaches_own is not None:
         line += f", and {selected.reaches_own} are as good as each task's own"
     lines.append(line)
+    for pair in comparison.beside:
+        lines.append(
+            f"{pair.name} is {pair.difference:+.4f} (± {_number(pair.standard_error)}) to that of "
+            f"{pair.other}: {'clear' if _is_clear_pair(pair) else 'not distinguishable'}"
+        )
     for gap in comparison.calibration:
         lines.append(
             f"calibration (B.4): {gap.one} is {gap.gap:+.4f} (± {_number(gap.standard_error)}) to "
@@ -281,7 +320,10 @@ def budget_sentences(rows: Sequence[Row]) -> list[str]:
         ("one pass, one plain LoRA", lambda row: row.kind == PLAIN),
         ("one pass", lambda row: row.kind in (PLAIN, ROUTED, OTHER)),
         ("any number of passes", lambda row: row.kind != BY_TASK),
-        ("one plain LoRA per request, the task known", lambda row: row.kind in (PLAIN, BY_TASK)),
+        (
+            "one plain LoRA per request, the task known",
+            lambda row: row.kind in (PLAIN, BY_TASK) and row.passes == 1,
+        ),
     ]
     sentences: list[str] = []
     told: list[Row] = []
@@ -323,15 +365,22 @@ def _is_clear(difference: float, error: float, degrees: int) -> bool:
     return abs(difference) > factor * error
 
 
+def _is_clear_pair(pair: Beside) -> bool:
+    return _is_clear(pair.difference, pair.standard_error, len(pair.test) - 1)
+
+
 def draw(comparison: Comparison, directory: Path) -> None:
     """Draws the losses of all fusions (figure 2), loss against cost, the loss matrix, learned
-    coefficients (figure 6) and the selection (figure 7).
+    coefficients (figure 6), the selection (figure 7) and, where there are other reports, the losses
+    of theirs beside these (figure 4).
     """
     _draw_losses(comparison, directory)
     _draw_pareto(comparison, directory)
     _draw_matrix(comparison, directory)
     _draw_coefficients(comparison, directory)
     _draw_selection(comparison, directory)
+    if comparison.beside:
+        _draw_beside(comparison, directory)
 
 
 def _draw_losses(comparison: Comparison, directory: Path) -> None:
@@ -443,6 +492,29 @@ def _draw_selection(comparison: Comparison, directory: Path) -> None:
     axes.set_ylabel("mean loss with the best per task")
     axes.legend(fontsize=7)
     _save(figure, directory / "selection.png")
+
+
+def _draw_beside(comparison: Comparison, directory: Path) -> None:
+    """The mean loss of each fusion that another report has, too: a mark for each report."""
+    plt = pyplot()
+    names = list(dict.fromkeys(pair.name for pair in comparison.beside))
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.35 * len(names)))
+    own = [comparison.row(name).test_loss for name in names]
+    axes.plot(own, range(len(names)), "o", label="these adapters")
+    for number, other in enumerate(dict.fromkeys(pair.other for pair in comparison.beside)):
+        pairs = [pair for pair in comparison.beside if pair.other == other]
+        axes.plot(
+            [_mean(pair.test) for pair in pairs],
+            [names.index(pair.name) for pair in pairs],
+            "sD^v"[number % 4],
+            label=other,
+        )
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7)
+    axes.set_xlabel("test loss, mean over tasks (nats per token)")
+    _save(figure, directory / "beside.png")
 
 
 def _save(figure: Any, path: Path) -> None:

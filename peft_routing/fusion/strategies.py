@@ -60,12 +60,14 @@ class Tables:
     """The table of each split; all have the same experts and tasks.
 
     own: by task the expert that was trained on it, where it does not have the task's name.
+    clusters: the cluster of each expert; None without any.
     """
 
     train: Table
     validation: Table
     test: Table
     own: Mapping[str, str] = field(default_factory=dict)
+    clusters: Mapping[str, int] | None = None
 
     @cached_property
     def learned(self) -> Learned:
@@ -99,11 +101,50 @@ def own_of_each_task(tables: Tables) -> Outcome | str:
 
     A sentence in its place where a task has none.
     """
-    own = own_experts(tables.test, tables.own)
-    lacking = [task for task, of in zip(tables.test.tasks, own, strict=True) if of is None]
-    if lacking:
-        return f"no expert is called {lacking[0]!r}, as the task is, or is said to be of that task"
-    return _by_task(tables, [column for column in own if column is not None])
+    own = _own_columns(tables)
+    return own if isinstance(own, str) else _by_task(tables, own)
+
+
+def own_cluster_of_each_task(tables: Tables) -> Outcome | str:
+    """The oracle of clusters: the uniform ensemble of all experts in the cluster of the one that
+    was trained on the task.
+
+    A sentence in its place where a task has none, or there are no clusters.
+    """
+    if tables.clusters is None:
+        return NEEDS_CLUSTERS
+    own = _own_columns(tables)
+    if isinstance(own, str):
+        return own
+    of_columns = [tables.clusters[name] for name in tables.test.experts]
+    members = []
+    for column in own:
+        members.append([other for other, of in enumerate(of_columns) if of == of_columns[column]])
+
+    def of(table: Table) -> Tensor:
+        values = torch.empty(len(table.tasks_of), dtype=torch.float64)
+        for task, columns in enumerate(members):
+            is_of_task = table.tasks_of == task
+            of_cluster = table.of_experts[is_of_task][:, columns]
+            values[is_of_task] = mixture(of_cluster, uniform(len(columns)))
+        return values
+
+    by_task = {}
+    for task, columns in zip(tables.test.tasks, members, strict=True):
+        by_task[task] = [tables.test.experts[column] for column in columns]
+    return Outcome(
+        BY_TASK, of(tables.validation), of(tables.test), members, values={"by_task": by_task}
+    )
+
+
+def _own_columns(tables: Tables) -> list[int] | str:
+    """The column of the expert that was trained on each task; a sentence where one has none."""
+    columns = []
+    for task, column in zip(tables.test.tasks, own_experts(tables.test, tables.own), strict=True):
+        if column is None:
+            return f"no expert is called {task!r}, as the task is, or is said to be of that task"
+        columns.append(column)
+    return columns
 
 
 def best_of_each_task(tables: Tables) -> Outcome:
@@ -241,6 +282,7 @@ CACHED: dict[str, Callable[[Tables], Outcome | str]] = {
     "base": base,
     "best_expert": best_of_all,
     "own_expert": own_of_each_task,
+    "own_cluster": own_cluster_of_each_task,
     "best_per_task": best_of_each_task,
     "uniform_ensemble": uniform_ensemble,
     "learned_ensemble": learned_ensemble,
@@ -282,10 +324,8 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "hierarchical_arrow": (ROUTED, {"router": "hierarchical", "init": "arrow"}),
 }
 
-
-def needs_clusters(options: Mapping[str, Any]) -> bool:
-    """Whether a routed adapter of these options needs the cluster of each expert."""
-    return options["router"] == "hierarchical"
-
+# Those that need the cluster of each expert, and what is said where that is not known.
+OF_CLUSTERS = ("own_cluster", "hierarchical", "hierarchical_arrow")
+NEEDS_CLUSTERS = "it needs the cluster of each expert: give --clusters-from"
 
 STRATEGIES = (*CACHED, *composed_of(_PAPERS_TOP_K + 1), *MERGES, *TRAINED)

@@ -25,7 +25,7 @@ from _mergekit_moe_ext_common.staging import check_output, staged
 from peft_routing.adapter_files import fingerprint
 from peft_routing.fusion.cache import Texts
 from peft_routing.fusion.candidates import Candidate, add_adapter, size_of
-from peft_routing.fusion.strategies import PLAIN, TRAINED, needs_clusters
+from peft_routing.fusion.strategies import NEEDS_CLUSTERS, OF_CLUSTERS, PLAIN, TRAINED
 from peft_routing.fusion.subjects import any_adapter, composed, one_expert
 from peft_routing.loading import base_of, load_adapter_config, load_on_empty
 from peft_routing.recipes import LEARNING_RATES, Recipe
@@ -43,7 +43,7 @@ class Training:
     """How routers are trained.
 
     learning_rates: AdamW's; the one with the lowest loss on validation is kept.
-    clusters: the cluster of each expert, for hierarchical routers; None without any.
+    clusters: the cluster of each expert; None without any.
     """
 
     recipe: Recipe
@@ -111,9 +111,9 @@ def planned_of(
     for name, (kind, options) in TRAINED.items():
         if name not in wanted:
             continue
-        if needs_clusters(options):
+        if name in OF_CLUSTERS:
             if training.clusters is None:
-                left_out[name] = "it needs the cluster of each expert: give --clusters-from"
+                left_out[name] = NEEDS_CLUSTERS
                 continue
             options = {**options, "clusters": dict(training.clusters)}
         try:

@@ -577,6 +577,9 @@ def test_two_processes_measure_what_one_does(compared, here):
         (["--task", "math=law-test.jsonl", "--fusion", "x=prompt"], "a prompt (PROMPT_TUNING)"),
         (["--task", "math=law-test.jsonl", "--expert", "broken=broken"], "holds NaN or infinity"),
         (["--task", "math=law-test.jsonl", "-o", "experts"], "is not empty"),
+        (["--task", "math=law-test.jsonl", "--own", "maths=law"], "there is no task 'maths'"),
+        (["--task", "math=law-test.jsonl", "--own", "math=laws"], "there is no adapter 'laws'"),
+        (["--task", "math=law-test.jsonl", "--beside", "x=experts"], "there is no report.json"),
         (["--task", "math=law-test.jsonl", "--cache", "report/kept"], "lies in the output"),
     ],
 )
@@ -599,6 +602,77 @@ def test_mistakes_are_told_before_anything_is_measured(here, options, message):
     )
     assert result.exit_code == 1 and message in result.output, result.output
     assert not Path("report").exists() and not Path("report.cache").exists()
+
+
+def test_an_adapter_may_be_of_several_tasks(compared, alone, here, prepared):
+    row = compare_here(
+        own={"math": "law"}, strategies=["own_expert"], cache=str(prepared / "report.cache")
+    ).row("own_expert")
+    code, law, _ = sorted(NAMES)
+    expected = []
+    for task, name in enumerate((law, code, law)):
+        expected.append(losses_of(alone[sorted(NAMES).index(name)])[task])
+    assert row.test == pytest.approx(expected, abs=2e-5)
+
+
+def test_the_oracle_of_clusters_mixes_the_own_expert_s_neighbours(compared, alone, here, prepared):
+    (here / "own-clusters.json").write_text('{"clusters": {"code": 0, "law": 0, "math": 1}}')
+    found = compare_here(
+        strategies=["own_expert", "own_cluster"], clusters_from="own-clusters.json",
+        cache=str(prepared / "report.cache"),
+    )  # fmt: skip
+    row = found.row("own_cluster")
+    of_code, of_law, of_math, _ = alone
+    expected = [losses_of(of_math)[0]]
+    for task in (1, 2):
+        pair = [torch.cat(of_expert[task]).exp() for of_expert in (of_code, of_law)]
+        expected.append(-((pair[0] + pair[1]) / 2).log().mean().item())
+    assert row.test == pytest.approx(expected, abs=2e-5)
+    assert row.passes == pytest.approx(5 / 3)
+    # An ensemble is no answer to who serves one LoRA per request.
+    (sentence,) = [each for each in found.sentences if each.startswith("one plain LoRA per req")]
+    assert "own_cluster" not in sentence
+
+
+def test_reports_of_other_adapters_are_set_beside(compared, here, prepared):
+    cache = str(prepared / "report.cache")
+    other = compare("base", ["experts/math", "experts/law"], dict(reversed(TASKS.items())), "few",
+                    strategies=["best_expert", "uniform_ensemble", "arrow_all"], cache=cache,
+                    reading=Reading(quiet=True))  # fmt: skip
+    words = [word for task in NAMES for word in ("--task", f"{task}={three(task)}")]
+    chosen = ["--strategy", "uniform_ensemble", "--strategy", "arrow_all", "--strategy", "ties"]
+    result = CliRunner().invoke(
+        main,
+        ["compare", "base", "--experts-from", "experts", *words, *chosen, "-o", "report",
+         "--beside", "few=few", "--cache", cache, "--quiet"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    pairs = json.loads(Path("report/report.json").read_text())["beside"]
+    assert [pair["name"] for pair in pairs] == ["uniform_ensemble", "arrow_all"]
+    for pair in pairs:
+        own = compared.row(pair["name"]).test
+        losses = other.row(pair["name"]).test[::-1]
+        differences = [mine - his for mine, his in zip(own, losses, strict=True)]
+        assert pair["test"] == pytest.approx(losses)
+        assert pair["difference"] == pytest.approx(sum(differences) / 3, abs=1e-6)
+        spread = torch.tensor(differences).std().item() / math.sqrt(3)
+        assert pair["standard_error"] == pytest.approx(spread, abs=1e-6)
+    assert "## Beside few" in Path("report/report.md").read_text()
+    assert Path("report/beside.png").read_bytes().startswith(b"\x89PNG")
+    assert "uniform_ensemble is " in result.output and "to that of few" in result.output
+
+
+def test_a_report_of_other_texts_or_another_model_is_refused(compared, here, prepared):
+    report_json = json.loads((prepared / "report" / "report.json").read_text())
+    (here / "earlier").mkdir()
+    wrong = {"of other texts": {"texts": {**report_json["texts"], "law": "0"}},
+             "of another base model": {"model": "0"},
+             "is damaged|give its compare again": {"rows": [{}]}}  # fmt: skip
+    for message, change in wrong.items():
+        (here / "earlier" / "report.json").write_text(json.dumps({**report_json, **change}))
+        with pytest.raises(UserError, match=message.replace("of other texts", "the same texts")):
+            compare_here(beside={"earlier": "earlier"})
+    assert not Path("report.cache").exists()
 
 
 def test_one_adapter_alone_is_not_compared(here):
@@ -637,7 +711,9 @@ def test_a_trained_row_is_what_peft_loads(with_trained, prepared, name):
     assert row.kind == ("plain LoRA" if name in ("global", "layer") else "routed")
     # Three modules in each of three layers, two of them 32 wide and one 48.
     width = 3 * (32 + 32 + 48)
-    parameters = {"global": 3, "layer": 9 * 3, "hierarchical": 2 * width + 9 * 3}
+    parameters = {"global": 3, "layer": 9 * 3}
+    if name.startswith("hierarchical"):
+        parameters[name] = 2 * width + 9 * 3
     assert row.parameters == parameters.get(name, 3 * width)
 
 
@@ -721,10 +797,10 @@ def test_a_router_that_would_be_too_large_is_left_out(with_trained, here, monkey
 
 def test_clusters_are_asked_for_where_they_matter(here):
     with pytest.raises(UserError, match="needs the cluster of each expert"):
-        compare_here(strategies=["hierarchical"])
+        compare_here(strategies=["hierarchical_arrow"])
     (here / "own-clusters.json").write_text('{"clusters": {"code": 0, "law": 0, "math": 1}}')
-    with pytest.raises(UserError, match="--clusters-from is for the strategy hierarchical"):
-        compare_here(clusters_from="own-clusters.json")
+    with pytest.raises(UserError, match="--clusters-from is for --strategy with one of own_clus"):
+        compare_here(clusters_from="own-clusters.json", strategies=["linear"])
     for options in ({"max_steps": 3}, {"num_train_epochs": 1.0}, {"learning_rates": [0.1]}):
         with pytest.raises(UserError, match="are for routers that are trained"):
             compare_here(strategies=["uniform_full"], **options)
