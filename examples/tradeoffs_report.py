@@ -375,46 +375,59 @@ def main(
     fusions = {SHARED: str(shared[0].folder)}
     reports.write("private", experts, strategies=UNTRAINED, fusions=fusions)
 
-    library = output / "library"
     clusters_file = output / "clusters.json"
-    if not clusters_file.exists():
-        directories = {name: str(path) for name, path in experts.items()}
-        add(str(library), directories, READING, base=str(base))
-        cluster_library(
-            str(library),
-            READING,
-            k=clusters,
-            output=str(clusters_file),
-            plot=str(output / "clusters.png"),
+    write_clusters(clusters_file, base, experts, clusters)
+    train_routers(reports, experts, clusters_file, steps, seed=0)
+    compare_clusters(reports, own, clusters_file)
+    for seed in range(1, seeds):
+        train_routers(reports, experts, clusters_file, steps, seed)
+    click.echo((output / "summary.md").read_text())
+
+
+def write_clusters(path: Path, base: Path, experts: Mapping[str, Path], count: int) -> None:
+    """Clusters the adapters by the cosines of their updates, unless that was done."""
+    if path.exists():
+        return
+    library = str(path.with_name("library"))
+    directories = {name: str(folder) for name, folder in experts.items()}
+    add(library, directories, READING, base=str(base))
+    cluster_library(library, READING, k=count, output=str(path), plot=str(path.with_suffix(".png")))
+
+
+def train_routers(
+    reports: Reports, experts: Mapping[str, Path], clusters: Path, steps: int, seed: int
+) -> None:
+    """Writes the reports of all routers that are trained, with one seed."""
+    for strategies, learning_rate in LEARNING_RATES.items():
+        kind = "merging" if strategies is MERGING else "routing"
+        reports.write(
+            f"{kind}-seed{seed}",
+            experts,
+            strategies=strategies,
+            clusters_from=str(clusters) if strategies is ROUTING else None,
+            max_steps=steps,
+            learning_rates=[learning_rate],
+            seed=seed,
         )
 
-    def train_routers(seed: int) -> None:
-        for strategies, learning_rate in LEARNING_RATES.items():
-            reports.write(
-                f"{'merging' if strategies is MERGING else 'routing'}-seed{seed}",
-                experts,
-                strategies=strategies,
-                clusters_from=str(clusters_file) if strategies is ROUTING else None,
-                max_steps=steps,
-                learning_rates=[learning_rate],
-                seed=seed,
-            )
 
-    train_routers(0)
+def compare_clusters(reports: Reports, own: Sequence[Lora], clusters: Path) -> None:
+    """Trains an adapter per cluster, and writes their report beside that of the private ones."""
     members: dict[int, list[str]] = {}
-    for name, cluster in json.loads(clusters_file.read_text())["clusters"].items():
+    for name, cluster in json.loads(clusters.read_text())["clusters"].items():
         members.setdefault(cluster, []).append(name)
-    of_clusters = cluster_loras(own, members)
-    make_loras(base, of_clusters)
+    adapters = cluster_loras(own, members)
+    make_loras(reports.base, adapters)
+    own_clusters = {}
+    for cluster, tasks in members.items():
+        own_clusters |= dict.fromkeys(tasks, f"cluster{cluster}")
     reports.write(
         "mbc",
-        {lora.name: lora.folder for lora in of_clusters},
+        {lora.name: lora.folder for lora in adapters},
         strategies=OF_CLUSTERS,
-        own={task: f"cluster{cluster}" for cluster, own in members.items() for task in own},
+        own=own_clusters,
+        beside={"private": str(reports.output / "private")},
     )
-    for seed in range(1, seeds):
-        train_routers(seed)
-    click.echo((output / "summary.md").read_text())
 
 
 def make_loras(base: Path, adapters: Sequence[Lora]) -> None:

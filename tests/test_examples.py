@@ -37,6 +37,7 @@ SCRIPTS = (
     "upcycled_gates",
     "caem_tasks",
     "tradeoffs_routers",
+    "tradeoffs_report",
     "task_vector_similarity",
     "task_vector_variation",
     "wemoe_texts",
