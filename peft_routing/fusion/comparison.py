@@ -324,8 +324,8 @@ def _check_strategies(
     """The strategies in the order of the table, and why one of them cannot be compared.
 
     They are those that are named and the base, or all that need no training; with `trained`
-    those that do as well. What needs scipy is left out where that is lacking. `UserError` where
-    it is named, for a name that is no strategy, and where clusters are lacking or of no use.
+    those that do as well. What needs scipy or clusters is left out where these are lacking.
+    `UserError` where it is named, for a name that is no strategy, and for clusters of no use.
     """
     for name in strategies:
         if name not in STRATEGIES:
