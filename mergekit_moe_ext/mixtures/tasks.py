@@ -61,6 +61,11 @@ def read_tasks(path: Path) -> dict[str, Task]:
     _check_keys(path, text)
     tasks = {}
     for name, values in document.items():
+        # YAML reads `null`, `on` and `yes` as other things than names.
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise UserError(f"{path}: {name!r} is no name of a task: write it in quotes")
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {name}: write `data:`, `prompt:` … below it")
         try:
             task = Task.model_validate(values)
         except ValidationError as error:
@@ -99,16 +104,25 @@ def _check_keys(path: Path, text: str) -> None:
 def _check_prompt(where: str, prompt: str) -> None:
     """`UserError` for a prompt that is no template, or without a column in it."""
     try:
-        columns = _columns_of(prompt)
+        fields = list(string.Formatter().parse(prompt))
     except ValueError as error:
         raise UserError(f"{where}.prompt: {error}; write a brace of the text twice") from error
-    if not columns:
+    columns = _columns_of(prompt)
+    if not any(columns):
         raise UserError(f"{where}.prompt: it names no column, as in 'Classify: {{text}}'")
+    if not all(columns):
+        raise UserError(f"{where}.prompt: {{}} names no column; write a brace of the text twice")
     for column in columns:
         if "." in column or "[" in column:
             raise UserError(
                 f"{where}.prompt: {{{column}}} means a part of a column, which is not looked up; "
                 "give the column a name without dots and brackets"
+            )
+    for _text, column, form, conversion in fields:
+        if form or conversion:
+            raise UserError(
+                f"{where}.prompt: {{{column}}} has a format after `:` or `!`, and texts stand as "
+                f"they are: write {{{column}}}"
             )
 
 

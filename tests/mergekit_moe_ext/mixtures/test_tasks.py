@@ -153,6 +153,10 @@ def test_the_example_is_that_of_the_docs(monkeypatch):
         ({"news": {"prompt": "Classify:"}}, "names no column"),
         ({"news": {"prompt": "Classify: {text.title}"}}, "{text.title} means a part of a column"),
         ({"news": {"prompt": "Classify: {text[0]}"}}, "without dots and brackets"),
+        ({"news": {"prompt": "Classify: {}"}}, "names no column"),
+        ({"news": {"prompt": "Classify {}: {text}"}}, "{} names no column"),
+        ({"news": {"prompt": "Classify: {text!r}"}}, "{text} has a format after"),
+        ({"news": {"prompt": "{a}: {text:>9}"}}, "{text} has a format after"),
         ({"news": {"max_tokens": 3}}, r"news\.max_tokens"),
         ({"news": {"single_task_score": None}}, "news has no single_task_score"),
     ],
@@ -160,6 +164,23 @@ def test_the_example_is_that_of_the_docs(monkeypatch):
 def test_mistakes_in_a_task_file_are_named(tmp_path, changes, complaint):
     with pytest.raises(UserError, match=complaint):
         read_tasks(write_tasks(tmp_path / "tasks.yml", **changes))
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("on: {data: a.jsonl, prompt: '{a}', metric: accuracy}", "True is no name of a task"),
+        ("null: {data: a.jsonl, prompt: '{a}', metric: accuracy}", "None is no name of a task"),
+        ("news: a.jsonl", "news: write `data:`"),
+        ("news:", "news: write `data:`"),
+        ("- news", "no file of tasks"),
+    ],
+)
+def test_what_is_no_task_is_named(tmp_path, text, complaint):
+    path = tmp_path / "tasks.yml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        read_tasks(path)
 
 
 @pytest.mark.parametrize("repeated", ["news: {}", "law:\n  prompt: a\n  prompt: b"])
