@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import SwitchTransformersConfig
 
 from tests.conftest import read_tensors
 from tests.test_autoload import ROOT
@@ -38,7 +39,7 @@ def made_up(task):
         if task == "news":
             contents[f"bbcnews/data/{generator.choice(['sport', 'tech'])}/{number}.txt"] = text
         elif task == "dictionary":
-            contents[f"{number} term"] = f"term{number}\n\n   <field> A {{thing}} of {text}"
+            contents[f"{number} term"] = f"term{number}\n\n   <language> A {{thing}} of {text}"
         else:
             body = f"return {text.split()[0]}"
             source = f'def f{number}(x):\n    "Add {number} to x."\n    {body}\n'
@@ -118,6 +119,21 @@ def test_the_whole_experiment_runs_and_goes_on(example, tmp_path, monkeypatch):
     assert (output / "results.txt").read_text() == text
     other = CliRunner().invoke(main, ["-o", str(output)])
     assert other.exit_code != 0 and "has other settings" in other.output
+
+
+def test_models_of_other_numbers_of_experts_are_refused(example, tmp_path):
+    """In the other order all tables would be wrong."""
+    from caem_switch.__main__ import main
+
+    folders = []
+    for experts in (16, 8):
+        folder = tmp_path / f"switch-{experts}"
+        SwitchTransformersConfig(num_experts=experts).save_pretrained(folder)
+        folders.append(str(folder))
+    command = ["-o", str(tmp_path / "caem"), "--scale", "quick", "--model", *folders]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code != 0 and "no Switch Transformer with 8 experts" in result.output
+    assert not (tmp_path / "caem").exists()
 
 
 def assert_is_mean(experiment, output, models):
@@ -224,9 +240,10 @@ def test_rows_of_the_tasks(example):
     assert list(example.dictionary_rows("1", entry)) == [
         {"input": f"Question: field? {context}", "target": "programming"}
     ]
-    assert list(example.dictionary_rows("2", "hash\n\n   A {table}.")) == []
-    source = 'def f(x):\n    """Add one to x.\n\n    Slowly.\n    """\n    return x + 1\n'
+    for other in ("hash\n\n   A {table}.", "hash\n\n   <rare> A {table}."):
+        assert list(example.dictionary_rows("2", other)) == []
+    source = 'def add_one(x):\n    """Add one to x.\n\n    Slowly.\n    """\n    return x + 1\n'
     assert list(example.code_rows("a.py", source + "def g():\n    pass\n")) == [
-        {"input": "Summarize: def f(x): return x + 1", "target": "Add one to x."}
+        {"input": "Summarize: def add one(x): return x + 1", "target": "Add one to x."}
     ]
     assert list(example.code_rows("b.py", "print 'Python 2'")) == []

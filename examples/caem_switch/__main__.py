@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
+from transformers import AutoConfig
 
 from caem_switch.experiment import COMPARISONS, CONFIGURATIONS, SCALES, SOUPS, Scale, Seed
 from caem_switch.report import draw, report
@@ -34,6 +35,14 @@ def check_settings(folder: Path, scale: Scale, models: tuple[str, str] | None) -
         raise UserError(f"{path} has other settings: name another --output")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(settings)
+
+
+def check_experts(models: tuple[str, str]) -> None:
+    """`UserError` where the models are no Switch Transformers with 8 and with 16 experts."""
+    for name, experts in zip(models, (8, 16), strict=True):
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != "switch_transformers" or config.num_experts != experts:
+            raise UserError(f"--model: {name} is no Switch Transformer with {experts} experts")
 
 
 def run_seed(seed: Seed) -> None:
@@ -82,6 +91,7 @@ def run_seed(seed: Seed) -> None:
 def main(output: Path, size: str, models: tuple[str, str] | None, seeds: int) -> None:
     scale = SCALES[size]
     if models:
+        check_experts(models)
         scale = replace(scale, learning_rate=PAPER_RATE)
     check_settings(output, scale, models)
     texts = output / "texts"

@@ -95,7 +95,7 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        sizes=Sizes(24_000, 20, training=1000, validation=100, test=300),
+        sizes=Sizes(24_000, 20, training=1200, validation=100, test=300),
         shape=Shape(width=64, heads=4, ffn=128, layers=4, vocabulary=2000),
         pretraining=Pretraining(held_out=200, steps=1200, batch=32, learning_rate=5e-3),
         batch=32,

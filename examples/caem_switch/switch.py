@@ -46,7 +46,9 @@ class Shape:
             num_sparse_encoder_layers=self.layers // 2,
             num_sparse_decoder_layers=self.layers // 2,
             num_experts=experts,
-            dropout_rate=0.0,  # so few weights do not overfit in pretraining, and it costs a sixth
+            # Adam makes steps of one size of the small gradients, too, that every output gets: tied
+            # to them, the embeddings of rare words would drift with every step.
+            tie_word_embeddings=False,
             pad_token_id=tokenizer.pad_token_id,
             decoder_start_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -102,6 +104,10 @@ def pretrained(
         tokenizer = tokenizer_of(rows, shape.vocabulary)
         torch.manual_seed(0)
         model = SwitchTransformersForConditionalGeneration(shape.config(experts, tokenizer))
+        # transformers starts both with a deviation of 1, which so few steps hardly move.
+        with torch.no_grad():
+            model.get_input_embeddings().weight *= 0.3
+            model.get_output_embeddings().weight *= 0.1
         tokenizer.save_pretrained(untrained)
         model.save_pretrained(untrained)
     recipe = Recipe(
