@@ -46,8 +46,7 @@ class Shape:
             num_sparse_encoder_layers=self.layers // 2,
             num_sparse_decoder_layers=self.layers // 2,
             num_experts=experts,
-            # Adam makes steps of one size of the small gradients, too, that every output gets: tied
-            # to them, the embeddings of rare words would drift with every step.
+            # With shared ones the topics of articles were not learnt (docs/caem.md).
             tie_word_embeddings=False,
             pad_token_id=tokenizer.pad_token_id,
             decoder_start_token_id=tokenizer.pad_token_id,
