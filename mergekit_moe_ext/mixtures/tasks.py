@@ -118,11 +118,11 @@ def _check_prompt(where: str, prompt: str) -> None:
                 f"{where}.prompt: {{{column}}} means a part of a column, which is not looked up; "
                 "give the column a name without dots and brackets"
             )
-    for _text, column, form, conversion in fields:
+    for _text, name, form, conversion in fields:
         if form or conversion:
             raise UserError(
-                f"{where}.prompt: {{{column}}} has a format after `:` or `!`, and texts stand as "
-                f"they are: write {{{column}}}"
+                f"{where}.prompt: {{{name}}} has a format after `:` or `!`, and texts stand as "
+                f"they are: write {{{name}}}"
             )
 
 
