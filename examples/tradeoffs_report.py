@@ -418,7 +418,7 @@ def compare_clusters(reports: Reports, own: Sequence[Lora], clusters: Path) -> N
         members.setdefault(cluster, []).append(name)
     adapters = cluster_loras(own, members)
     make_loras(reports.base, adapters)
-    own_clusters = {}
+    own_clusters: dict[str, str] = {}
     for cluster, tasks in members.items():
         own_clusters |= dict.fromkeys(tasks, f"cluster{cluster}")
     reports.write(

@@ -547,7 +547,7 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 "output_attentions: each document of a packed row has attentions of its own, which "
                 "do not fit into one tensor: give each document a row"
             )
-        apart = {}
+        apart: dict[str, Any] = {}
         for name, tensor in by_token.items():
             if tensor is not None:
                 fill = IGNORED if name in ("labels", "shift_labels") else 0
