@@ -2,7 +2,8 @@
 
 The reference of merge methods is made from the fields of their options, that of the commands from
 their help, and that of Python from what the packages export. A page per file in `examples/` shows
-its text, one per folder there its README, and links to these lead there.
+its text, one per folder there its README, and links to these lead there. A page per notebook shows
+it with its outputs.
 """
 
 import importlib
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import notebook_pages
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
@@ -28,6 +30,7 @@ from mergekit_moe_ext.methods import METHODS
 from peft_routing.cli import main as peft_route_command
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOKS = Path(__file__).parent / "notebooks"
 LANGUAGES = {".py": "python", ".yml": "yaml"}
 # What a program may import, and what it is for.
 PUBLIC = {
@@ -49,6 +52,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for uri, text in pages.items():
         files.append(File.generated(config, uri, content=text))
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        uri = f"notebooks/{path.stem}.md"
+        files.append(File.generated(config, uri, content=notebook_pages.page(path)))
     for path in _example_files():
         # A search for a word shall find the guides.
         text = "---\nsearch: {exclude: true}\n---\n\n"
@@ -65,7 +71,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads links to what lies in `examples/` to the pages that show it."""
+    """Leads links to what lies in `examples/`, and to notebooks, to the pages that show it."""
+    markdown = re.sub(r"\]\(((?:\.\./|notebooks/)*\w+)\.ipynb\)(?!\{)", r"](\1.md)", markdown)
     folder = "" if page.file.src_uri.startswith("examples/") else r"\.\./examples/"
     to_folder = "" if not folder else "examples/"
     names = "|".join(re.escape(path.name) for path in _example_files())

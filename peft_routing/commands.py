@@ -61,11 +61,11 @@ def compose(
         router: where the coefficients come from.
         general_experts: adapters whose mean update is subtracted from each expert's (GenKnowSub).
         experts_from: a directory, of which every subdirectory that holds an adapter is one more
-        expert, by its name and in the order of the names.
+            expert, by its name and in the order of the names.
         library: a directory that `peft_routing.library.add` wrote, whose adapters are experts, too.
         only: the names of those that are taken of it; all if there is none.
         clusters_from: a file that `peft_routing.library.cluster_library` wrote: the cluster of each
-        expert, for the router hierarchical.
+            expert, for the router hierarchical.
         seed: for a router that starts at random.
         trust_remote_code: run code that comes with the base model (danger).
         routing: any other field of `RoutedLoraConfig`: `top_k`, `granularity`, `mixing`, `head` …
@@ -227,11 +227,12 @@ def train(
         adapter: the directory of the routed adapter. It is left as it is.
         data: `[NAME=]SOURCE[:SPLIT]`, each a file, a directory or a dataset on the Hub.
         output: the directory of the trained adapter; `<adapter>-trained` if None.
-        recipe, reading: how it is trained and how texts are read; the defaults if None.
+        recipe: how it is trained; its defaults if None.
+        reading: how texts are read; `Reading()` if None.
         learning_rates: AdamW's; of several, the one with the lowest held-out loss is kept.
         base: the base model, where it is not the one that the adapter names.
-        weights: a source's relative likelihood to be drawn, 1 for those not named; without any,
-        all rows are read.
+        weights: a source's relative likelihood to be drawn, 1 for those not named; without any, all
+            rows are read.
         eval_data: what is measured in place of the held-out rows of the source of that name.
         resume: go on after the last checkpoint of an interrupted training.
         device_map: `"auto"` has one process spread the base model over all GPUs and main memory;
@@ -299,9 +300,12 @@ def distil(
         beta: above 0 the coefficients follow each text, as of `ensemble`.
         rank: of the LoRA, on the modules that the experts are on.
         learning_rate: AdamW's.
-        recipe, reading: how it is trained and how texts are read; the defaults if None.
+        recipe: how it is trained; its defaults if None.
+        reading: how texts are read; `Reading()` if None.
         base: the base model, where it is not the one that the adapter names.
-        weights, eval_data, resume: as of `train`.
+        weights: as of `train`.
+        eval_data: as of `train`.
+        resume: as of `train`.
 
     Returns each source's held-out divergence from the ensemble before and after, in nats per token;
     nothing in all but the main process.
@@ -459,38 +463,40 @@ def compare(
         base: the model, a directory or a name on the Hub.
         experts: LoRA adapters by name, or a list of them, which is named by its directories.
         tasks: by name `SOURCE[:SPLIT]`, whose rows are split, or three of these with commas between
-        them: train, validation and test. An expert that has a task's name was trained on it.
+            them: train, validation and test. An expert that has a task's name was trained on it.
         output: the directory of the report.
         experts_from: a directory, of which every subdirectory that holds an adapter is one more
-        expert, by its name and in the order of the names.
+            expert, by its name and in the order of the names.
         library: a directory that `peft_routing.library.add` wrote, whose adapters are compared,
-        too. It says which task an adapter was trained on.
+            too. It says which task an adapter was trained on.
         only: the names of those that are taken of it; all if there is none.
         own: by task the expert that was trained on it, where neither its name nor the library says
-        so. One that was trained on several tasks may be named for each.
+            so. One that was trained on several tasks may be named for each.
         fusions: other adapters to measure beside them, by name: a trained routed adapter, say, or
-        one LoRA for all tasks.
+            one LoRA for all tasks.
         strategies: the fusions to compare, beside the base model; all if none is named, but for
-        those that are trained: `global`, `layer`, `linear`, `linear_arrow`, `hierarchical`,
-        `hierarchical_arrow`.
+            those that are trained: `global`, `layer`, `linear`, `linear_arrow`, `hierarchical`,
+            `hierarchical_arrow`.
         trained: compare those, too.
         clusters_from: a file that `peft_routing.library.cluster_library` wrote: the cluster of each
-        expert, for `own_cluster`, `hierarchical` and `hierarchical_arrow`.
-        num_train_epochs, max_steps: how long each is trained on the tasks' train texts.
+            expert, for `own_cluster`, `hierarchical` and `hierarchical_arrow`.
+        num_train_epochs: how often each reads the train texts of the tasks.
+        max_steps: the number of steps of each, in place of epochs.
         learning_rates: AdamW's; of several, the one with the lowest loss on validation is kept.
         cache: the directory that keeps what was measured; the library's or, without one,
-        `<output>.cache` if None. What is there already is not measured again.
+            `<output>.cache` if None. What is there already is not measured again.
         beside: directories of earlier reports, by a name for each: of other adapters, on the same
-        tasks. What both have is set beside each other.
+            tasks. What both have is set beside each other.
         metric: what answers to the prompts of the test are measured by, beside the loss:
-        `accuracy`, `exact_match`, `rouge_l`, or a function of one's own, `package.module:function`.
-        Each fusion generates them, the likeliest token at each step. Needs `completions_only`.
+            `accuracy`, `exact_match`, `rouge_l`, or a function of one's own,
+            `package.module:function`. Each fusion generates them, the likeliest token at each step.
+            Needs `completions_only`.
         reading: how texts are read; `Reading()` if None.
         completions_only: score answers alone: the last turn of a chat, or a target after its input.
         max_samples: the first so many rows of each source; all if None.
         batch_size: rows at a time, in training, too.
         seed: of the split of a task that has one source, of what a DARE merge drops, and of the
-        order of the rows in training.
+            order of the rows in training.
 
     Returns the table as `rows`, a sentence per budget, the selection of few experts, and the tables
     of log-probabilities, for `peft_routing.fusion`.

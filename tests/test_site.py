@@ -59,14 +59,8 @@ def test_the_reference_has_every_option():
     assert "## library add" in routed and "`--top-k" in routed
 
 
-def test_docstrings_reach_the_reference_whole():
+def test_examples_of_docstrings_reach_the_reference_as_code():
     pytest.importorskip("griffe")
     docstrings = importlib.import_module("docstrings")
-    text = (
-        "Do it.\n\nArgs:\n    model: a directory,\n    them: or a name.\n"
-        "    recipe, reading: how; the\n        defaults if None.\n\n>>> do()\n1\n\nEnd."
-    )
-    whole = docstrings.with_whole_arguments(text, ["model", "recipe", "reading"])
-    assert "    model: a directory, them: or a name.\n" in whole
-    assert "    reading: how; the defaults if None.\n" in whole
-    assert "```pycon\n>>> do()\n1\n```\n\nEnd." in docstrings.with_fenced_examples(whole)
+    text = docstrings.with_fenced_examples("Do it.\n\n>>> do()\n1\n\nEnd.")
+    assert text == "Do it.\n\n```pycon\n>>> do()\n1\n```\n\nEnd."

@@ -301,11 +301,11 @@ def ensemble(
     Args:
         model: a decoder with one active routed adapter.
         coefficients: of each expert, by name or in the order of the experts, which are scaled to
-        sum 1; uniform if None. Those that `compare` has learned are in its report.
+            sum 1; uniform if None. Those that `compare` has learned are in its report.
         of: mix `probabilities`, or `logits`, which the paper finds worse (B.3).
         beta: above 0 the coefficients follow each text: before a token they are `coefficients`
-        times the probability, to the power of beta, that each expert gave to the text so far. With
-        1 that is Bayes' rule. It keeps each expert's last distribution.
+            times the probability, to the power of beta, that each expert gave to the text so far.
+            With 1 that is Bayes' rule. It keeps each expert's last distribution.
 
     Raises `UserError` for a model that is no decoder or has no routed adapter, and for
     coefficients that are negative, are all 0 or do not fit.

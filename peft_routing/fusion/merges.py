@@ -43,7 +43,7 @@ def write_merge(
 
     Args:
         strategy: `ties`, the mean of what agrees with the elected sign, or `dare`, the mean of what
-        was dropped at random and rescaled.
+            was dropped at random and rescaled.
         empty: the base model's architecture, by which modules are named.
         directory: one that does not exist.
         seed: of what is dropped at random.

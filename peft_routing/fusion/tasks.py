@@ -34,7 +34,7 @@ def read_tasks(
 
     Args:
         tasks: SOURCE, whose rows are split here, or TRAIN,VALIDATION,TEST by the task's name, each
-        `SOURCE[:SPLIT]`.
+            `SOURCE[:SPLIT]`.
         config: that of the base model.
         completions_only: score the answers alone.
         max_samples: the first so many rows of each source.

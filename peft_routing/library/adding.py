@@ -33,10 +33,10 @@ def add(
         directory: the library's.
         experts: the adapters by name, each a directory or `owner/name[/subfolder]` on the Hub.
         base: the model that the library is for, where it is new; what its first adapter names if
-        None.
+            None.
         tasks: the task of an adapter by its name, where it is not the adapter's own name.
         data: the source of the texts that an adapter was trained on, by its name. The base model
-        reads them for the adapter's centroid.
+            reads them for the adapter's centroid.
         max_samples: the first so many rows of each source; all if None.
         batch_size: rows at a time.
 

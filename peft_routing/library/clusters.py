@@ -64,7 +64,7 @@ def cluster(
     Args:
         names: the adapters, in the order of `cosines` (adapters, adapters).
         method: `average` linkage of 1 - cosine; `kmeans` on unit vectors that have these cosines;
-        `mttl`, k-means on `rows`.
+            `mttl`, k-means on `rows`.
         k: the number of clusters; that of the largest silhouette if None.
         rows: (adapters, n), what `mttl` clusters, as `mttl_rows` gives it.
         seed: of k-means.

@@ -1,6 +1,6 @@
 """Quantised base models: routed adapters as on any other, next to PEFT's own LoRA on the same base.
 
-Each kind is tested where its package is installed (docs/routed_lora.md says which); none needs a
+Each kind is tested where its package is installed (docs/routed_quantised.md says which); none needs a
 GPU.
 """
 
@@ -176,7 +176,7 @@ def test_the_router_is_trained_and_nothing_else(make_quantised, experts):
     before, of_base = logits(get_peft_model(make_quantised(), config)), logits(make_quantised())
     model = get_peft_model(
         make_quantised(), config
-    ).train()  # one that has not run: see docs/routed_lora.md
+    ).train()  # one that has not run: see docs/routed_quantised.md
     optimizer = torch.optim.SGD(model.parameters(), lr=10)
     model(input_ids=IDS, labels=IDS).loss.backward()
     for name, parameter in model.named_parameters():
