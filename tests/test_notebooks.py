@@ -1,5 +1,8 @@
-"""The notebooks of the site: each runs, cell by cell, on tiny models in place of the real ones."""
+"""The notebooks of the site: each runs, cell by cell, on tiny models in place of the real ones.
+Some keep outputs of the real models, which a page can show.
+"""
 
+import importlib
 import json
 import re
 import shutil
@@ -21,6 +24,7 @@ from tests.test_wemoe_pretrained import TINY
 from tests.tokenizers import save_tokenizer
 
 NOTEBOOKS = ROOT / "docs" / "notebooks"
+EXECUTED = ("adapters",)  # those that keep the outputs of the real models
 
 
 def code_of(name: str) -> list[str]:
@@ -170,3 +174,22 @@ def test_the_images_are_classified_before_and_after(
     assert after.split()[-1] == f"{mean:.1%}"
     # Routers that were adapted weigh differently from those that all start alike.
     assert variables["chosen"][wemoe_pretrained.TASKS[0]] != pytest.approx([0.3] * 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+def test_the_outputs_that_are_kept_are_of_a_whole_run(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert len(text) < 600_000
+    for place in ("/root", "/home", "/tmp", "/work"):
+        assert place not in text, "a path of the machine that ran it"
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    # A page shows every output, and refuses an error.
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    pages = importlib.import_module("notebook_pages")
+    page = pages.page(NOTEBOOKS / f"{name}.ipynb")
+    assert page.startswith("# ") and page.count("```python") == len(cells)
+    outputs = sum(len(cell["outputs"]) for cell in cells)
+    assert page.count('class="output"') == outputs > 0
