@@ -32,7 +32,8 @@ from tests.test_autoload import ROOT
 from tests.tokenizers import save_tokenizer
 
 DOCS = ROOT / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+# `examples/claims` writes that page.
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "claims.md")
 LANGUAGES = {"sh", "python", "yaml", "yml", "text"}
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PROGRAMS = {"mergekit-moe-ext": mergekit_moe_ext.cli.main, "peft-route": peft_routing.cli.main}
@@ -75,7 +76,6 @@ WALKED = (
     "routed_options.md",
     "routed_saving.md",
     "wemoe_analysis.md",
-    "wemoe_images.md",
     "wemoe_texts.md",
 )
 # Pages on which `model` is a routed adapter that another page has made.
