@@ -14,9 +14,8 @@
 After each step `summary.md`, `summary.json` and `figure2.png` hold what is known so far: the
 losses, and which of the paper's orderings hold. A second run goes on where the first ended.
 
-An ordering "holds" where the mean difference over tasks has the paper's sign and is beyond its
-standard error twice; "fails" where it is so with the other sign; else it is "not clear". Of what is
-trained with several seeds each task's mean over seeds is taken.
+Orderings are judged by the rule of `verdicts.py`. Routers are trained with seeds; where an ordering
+has none of them, nothing in it is drawn at random.
 
 What differs from the paper: the model (135 M parameters, dequantised from 4 bits; the paper's is
 Phi-2), the tasks (8 domains of running text, not 256 tasks of Flan), and minutes of training.
@@ -38,6 +37,7 @@ from demo import BLOCK, blocks
 from real_data import Domain, Unavailable, debian_version, domains, smollm2
 from tradeoffs_routers import BATCH, SHARED, Lora, loras, make_lora
 from transformers import AutoTokenizer
+from verdicts import judge
 
 from mergekit_moe_ext import UserError
 from mergekit_moe_ext.analysis import pyplot
@@ -113,10 +113,12 @@ COLOURS = {
 class Measured:
     """One row of all reports together.
 
-    of_seeds: by seed the test loss of each task, in nats per token.
+    is_trained: whether it is a router that is trained, with a seed.
+    of_seeds: by seed the test loss of each task, in nats per token; by 0 where nothing is trained.
     """
 
     kind: str
+    is_trained: bool
     of_seeds: dict[int, list[float]]
 
     @property
@@ -207,15 +209,12 @@ class Reports:
                 name = row["name"]
                 if folder == "mbc" and name != "base":
                     name = f"{MBC}{name}"
-                measured = rows.setdefault(name, Measured(row["kind"], {}))
-                measured.of_seeds.setdefault(seed, row["test"])
-        # Of what is not trained one measurement counts, whatever the seeds of the others.
-        single = {name: Measured(each.kind, {0: each.of_seeds[0]}) for name, each in rows.items()}
-        learned = {*MERGING, *ROUTING}
-        for name, each in rows.items():
-            if name.partition(", ")[0] in learned:
-                single[name] = each
-        return single
+                is_trained = name.partition(", ")[0] in {*MERGING, *ROUTING}
+                # Of what is not trained one measurement counts, whatever the seeds of the others.
+                if is_trained or seed == 0:
+                    measured = rows.setdefault(name, Measured(row["kind"], is_trained, {}))
+                    measured.of_seeds.setdefault(seed, row["test"])
+        return rows
 
     def summarise(self) -> None:
         """Writes the table, the orderings and the figure of all reports so far."""
@@ -233,21 +232,30 @@ class Reports:
 
 
 def orderings(rows: Mapping[str, Measured]) -> list[str]:
-    """For each claim of the paper whether it holds here, by the rule at the head of this file."""
+    """For each claim of the paper whether it holds here, by the rule of `verdicts.py`."""
     verdicts = []
     for better, worse, claim in CLAIMS:
-        if better not in rows or worse not in rows:
-            continue
-        first = torch.tensor(rows[better].of_tasks, dtype=torch.float64)
-        second = torch.tensor(rows[worse].of_tasks, dtype=torch.float64)
-        differences = first - second
-        mean = differences.mean().item()
-        error = (differences.std() / len(differences) ** 0.5).item()
-        verdict = "holds" if mean < 0 else "FAILS"
-        if abs(mean) <= 2 * error:
-            verdict = "not clear"
-        verdicts.append(f"{verdict}: {better} < {worse} ({claim}): {mean:+.4f} ± {error:.4f}")
+        if better in rows and worse in rows:
+            is_drawn = rows[better].is_trained or rows[worse].is_trained
+            verdict = judge(gains(rows[better], rows[worse]), is_drawn)
+            verdicts.append(f"{claim} ({better}, {worse}): {verdict.text(4)}")
     return verdicts
+
+
+def gains(better: Measured, worse: Measured) -> list[list[float]]:
+    """By how much the first has the lower loss, (seeds, tasks). What is not trained stands beside
+    every seed of the other.
+    """
+    seeds = better.of_seeds.keys() & worse.of_seeds.keys()
+    if better.is_trained != worse.is_trained:
+        trained = better if better.is_trained else worse
+        seeds = trained.of_seeds.keys()
+    differences = []
+    for seed in sorted(seeds):
+        low = better.of_seeds[seed if better.is_trained else 0]
+        high = worse.of_seeds[seed if worse.is_trained else 0]
+        differences.append([second - first for first, second in zip(low, high, strict=True)])
+    return differences
 
 
 def table(rows: Mapping[str, Measured], tasks: Sequence[str]) -> list[str]:

@@ -172,3 +172,22 @@ def test_a_command_that_fails_is_told(claims, tmp_path, monkeypatch):
     monkeypatch.setattr(claims.records, "start", lambda command, place: 3)
     with pytest.raises(claims.records.UserError, match="mergeme_hetero: its command ended with 3"):
         claims.records.run("mergeme_hetero", experiment, "quick", tmp_path)
+
+
+def test_trained_and_untrained_rows_are_paired(monkeypatch):
+    """What is not trained stands beside every seed of what is."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import tradeoffs_report as experiment
+
+    untrained = experiment.Measured("ensemble", False, {0: [2.0, 3.0]})
+    trained = experiment.Measured("routed", True, {0: [1.0, 3.0], 1: [1.5, 2.0], 2: [1.0, 1.0]})
+    once = experiment.Measured("routed", True, {0: [2.0, 2.0]})
+    assert experiment.gains(trained, untrained) == [[1.0, 0.0], [0.5, 1.0], [1.0, 2.0]]
+    assert experiment.gains(untrained, trained) == [[-1.0, 0.0], [-0.5, -1.0], [-1.0, -2.0]]
+    assert experiment.gains(trained, once) == [[1.0, -1.0]]
+    rows = {"linear": trained, "global": untrained}
+    (line,) = experiment.orderings(rows)
+    assert "(linear, global): holds (+0.9167 ± 0.3005, 3 of 3 seeds, 2 of 2 tasks)" in line
+    # One seed of what is trained decides nothing.
+    (line,) = experiment.orderings({"linear": once, "global": untrained})
+    assert "unclear" in line
