@@ -273,6 +273,12 @@ def train(
     show_default=True,
     help="Learning rate of AdamW.",
 )
+@click.option(
+    "--on-the-fly",
+    is_flag=True,
+    help="Ensemble reads the texts of each step in that step, and nothing of it is kept: for many "
+    "texts of few epochs. Then the base model is in memory twice.",
+)
 @_BASE
 @options_of(Distilling, "recipe")
 @options_of(Reading, "reading")
@@ -287,6 +293,7 @@ def distil(
     beta: float,
     rank: int,
     learning_rate: float,
+    on_the_fly: bool,
     base: str | None,
     recipe: Distilling,
     reading: Reading,
@@ -310,6 +317,7 @@ def distil(
         weights=numbers_by_name("--weight", weights),
         eval_data=eval_data,
         resume=resume,
+        on_the_fly=on_the_fly,
     )
     if losses:
         click.echo("divergence from the ensemble, in nats per held-out token:")

@@ -287,6 +287,7 @@ def distil(
     weights: Mapping[str, float] | None = None,
     eval_data: Sequence[str] = (),
     resume: bool = False,
+    on_the_fly: bool = False,
 ) -> "Losses":
     """Train one plain LoRA to predict what the ensemble of a routed adapter's experts does.
 
@@ -306,6 +307,8 @@ def distil(
         weights: as of `train`.
         eval_data: as of `train`.
         resume: as of `train`.
+        on_the_fly: have the ensemble read the texts of each step in that step, and keep nothing:
+            for many texts of few epochs. Then the base model is in memory twice.
 
     Returns each source's held-out divergence from the ensemble before and after, in nats per token;
     nothing in all but the main process.
@@ -333,6 +336,7 @@ def distil(
         weights=weights,
         eval_data=eval_data,
         resume=resume,
+        on_the_fly=on_the_fly,
     )
 
 

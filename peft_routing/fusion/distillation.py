@@ -1,8 +1,8 @@
 """An ensemble distilled into one plain LoRA (Trade-offs 3.2.2).
 
-The ensemble reads every text once. Of each token to come the probabilities of its 64 likeliest are
-kept, and the rest's as one number. Then an ordinary LoRA on the base model is trained to have the
-same: the Kullback-Leibler divergence of the two is its loss.
+The ensemble reads every text once, or again in each step. Of each token to come the probabilities
+of its 64 likeliest are kept, and the rest's as one number. An ordinary LoRA on the base model is
+trained to have the same: the Kullback-Leibler divergence of the two is its loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,6 +60,7 @@ def distil(
     weights: Mapping[str, float] | None,
     eval_data: Sequence[str],
     resume: bool,
+    on_the_fly: bool,
 ) -> Losses:
     """Trains a LoRA to match the ensemble of a routed adapter's experts, and writes it to `output`.
 
@@ -107,14 +108,17 @@ def distil(
     pad_token_id = padding_token(tokenizer, vocabulary_of(base_config))
     routed = load_routed(adapter, config, base, base_config, reading, headers=headers)
     mixture = ensemble(routed.to(arguments.device).eval(), coefficients, beta=beta)
-    batch_size = recipe.per_device_eval_batch_size
-    training = with_targets(mixture, training, pad_token_id, batch_size)
-    held_out = {
-        name: with_targets(mixture, rows, pad_token_id, batch_size)
-        for name, rows in held_out.items()
-    }
+    teacher: Ensemble | None = mixture
+    if not on_the_fly:
+        batch_size = recipe.per_device_eval_batch_size
+        training = with_targets(mixture, training, pad_token_id, batch_size)
+        held_out = {
+            name: with_targets(mixture, rows, pad_token_id, batch_size)
+            for name, rows in held_out.items()
+        }
+        teacher = None
+        del routed, mixture  # so that no two models are in memory
     targets = sorted({module.rpartition(".")[2] for module in config.sites})
-    del routed, mixture  # so that no two models are in memory
 
     model = load_model(base, base_config, reading, headers=headers, dtype="auto")
     torch.manual_seed(recipe.seed)
@@ -125,6 +129,7 @@ def distil(
     trainer = Distillation(
         student,
         arguments,
+        teacher=teacher,
         data_collator=lambda rows: _collated(rows, pad_token_id),
         train_dataset=training,
         eval_dataset=held_out or None,
@@ -178,10 +183,17 @@ def _targets_of_batch(
     logits = mixture(**{key: each.to(device) for key, each in batch.items()}).logits
     targets = []
     for row, of_row in zip(rows, logits, strict=True):
-        own = of_row[: len(row["input_ids"])].log_softmax(dim=-1)
-        likeliest = own.topk(min(top, own.shape[-1]), dim=-1)
-        targets.append((likeliest.indices.int().cpu().numpy(), likeliest.values.cpu().numpy()))
+        ids, values = _likeliest(of_row[: len(row["input_ids"])], top)
+        targets.append((ids.int().cpu().numpy(), values.cpu().numpy()))
     return targets
+
+
+def _likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The ids of the likeliest tokens (…, top), and the logarithms of their probabilities, of
+    logits (…, vocabulary).
+    """
+    values, ids = logits.log_softmax(dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
+    return ids, values
 
 
 def kl_of_likeliest(logits: Tensor, ids: Tensor, log_probabilities: Tensor) -> Tensor:
@@ -210,12 +222,15 @@ def _log_of_rest(log_probabilities: Tensor) -> Tensor:
 class Distillation(TokenTrainer):
     """The Trainer, whose loss is the mean of `kl_of_likeliest` over the tokens of a step, whatever
     its batches and processes.
+
+    teacher: the ensemble, which reads each batch again; None where the rows have its targets.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: Ensemble | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._teacher = teacher
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the tokens of a step
 
     def compute_loss(
@@ -249,15 +264,29 @@ class Distillation(TokenTrainer):
         logits = model(
             input_ids=ids, attention_mask=inputs["attention_mask"], use_cache=False
         ).logits
-        divergences = kl_of_likeliest(logits, inputs[_IDS], inputs[_VALUES])
+        divergences = kl_of_likeliest(logits, *self._targets(inputs))
         # Where a token is to be predicted after this one.
         counted = torch.zeros_like(ids, dtype=torch.bool)
         counted[:, :-1] = inputs["labels"][:, 1:] != -100
         return divergences.masked_fill(~counted, 0).sum(dim=1), counted.sum(dim=1)
 
+    def _targets(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What the ensemble expects after each token: ids and log-probabilities (rows, tokens,
+        top).
+        """
+        if self._teacher is None:
+            return inputs[_IDS], inputs[_VALUES]
+        ids = inputs["input_ids"]
+        # As when it reads them beforehand: in its own dtype, whatever the student trains in.
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            output = self._teacher(input_ids=ids, attention_mask=inputs["attention_mask"])
+        return _likeliest(output.logits, TOP)
+
 
 def _collated(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """A batch with the ensemble's targets, padded on the right as the tokens are."""
+    """A batch with the ensemble's targets, if rows have them, padded on the right as the tokens
+    are.
+    """
     names = [name for name in ("input_ids", "labels") if name in rows[0]]
     tokens = []
     for row in rows:
@@ -265,7 +294,7 @@ def _collated(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str,
     batch = collate(tokens, pad_token_id)
     if "labels" not in batch:
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for name in (_IDS, _VALUES):
+    for name in (_IDS, _VALUES) if _IDS in rows[0] else ():
         tensors = [torch.as_tensor(row[name]) for row in rows]
         batch[name] = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
     return batch

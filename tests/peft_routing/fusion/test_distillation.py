@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peft_routing
 from peft_routing import Distilling, Reading, UserError, distil, ensemble
 from peft_routing.cli import main
+from peft_routing.fusion import distillation
 from peft_routing.fusion.distillation import Distillation, kl_of_likeliest
 from tests.conftest import ON_CPU, TWO_PROCESSES, read_tensors, run
 from tests.peft_routing.adapters import make_base, save_experts
@@ -93,6 +94,28 @@ def distil_here(output, resume=False, **changes):
         learning_rate=1e-2, recipe=Distilling(**settings), reading=Reading(quiet=True),
         resume=resume,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_an_ensemble_that_reads_in_each_step_teaches_the_same(here, monkeypatch, beta):
+    expected = distil(
+        "routed", ["texts=texts.jsonl"], output="kept", beta=beta, rank=4, learning_rate=1e-2,
+        recipe=Distilling(max_steps=4, held_out=6), reading=Reading(quiet=True),
+    )  # fmt: skip
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(distillation, "with_targets", never)
+    options = ["--rank", "4", "--learning-rate", "1e-2", "--beta", str(beta), "--max-steps", "4"]
+    options += ["--held-out", "6", "--on-the-fly", "--quiet", "-o", "student"]
+    result = CliRunner().invoke(main, ["distil", "routed", "--data", "texts=texts.jsonl", *options])
+    assert result.exit_code == 0, result.output
+    before, after = expected["texts"]
+    assert f"{before:.4f}" in result.output and f"{after:.4f}" in result.output
+    tensors = read_tensors(here / "student")
+    for name, tensor in read_tensors(here / "kept").items():
+        torch.testing.assert_close(tensor, tensors[name], atol=1e-4, rtol=0)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(here, monkeypatch):
