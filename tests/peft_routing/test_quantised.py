@@ -1,7 +1,7 @@
 """Quantised base models: routed adapters as on any other, next to PEFT's own LoRA on the same base.
 
-Each kind is tested where its package is installed (docs/routed_quantised.md says which); none needs a
-GPU.
+Each kind is tested where its package is installed (docs/routed_quantised.md says which); none needs
+a GPU.
 """
 
 import json
