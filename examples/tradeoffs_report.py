@@ -246,10 +246,10 @@ def gains(better: Measured, worse: Measured) -> list[list[float]]:
     """By how much the first has the lower loss, (seeds, tasks). What is not trained stands beside
     every seed of the other.
     """
-    seeds = better.of_seeds.keys() & worse.of_seeds.keys()
+    seeds = set(better.of_seeds) & set(worse.of_seeds)
     if better.is_trained != worse.is_trained:
         trained = better if better.is_trained else worse
-        seeds = trained.of_seeds.keys()
+        seeds = set(trained.of_seeds)
     differences = []
     for seed in sorted(seeds):
         low = better.of_seeds[seed if better.is_trained else 0]
