@@ -32,6 +32,7 @@ from .host_cache import (
     begin_sequences,
     cache_in,
     generating,
+    is_generating,
     name_of_cache,
     with_cache_renamed,
 )
@@ -581,9 +582,11 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
             cache is not None and cache.coefficients is not None
         )
         tokens, embedded = self._inputs(input_ids, inputs_embeds, attention_mask, has_choice)
-        if attention_mask is not None:
-            given: Any = input_ids if inputs_embeds is None else inputs_embeds
-            rows, length = given.shape[:2]
+        # Where `generate` has lost the cache, the mask is too long, and the choice tells of it.
+        chooses = not has_choice and self.config.routing != "uniform"
+        if attention_mask is not None and not (chooses and is_generating(self)):
+            source: Any = input_ids if inputs_embeds is None else inputs_embeds
+            rows, length = source.shape[:2]
             expected = (rows, length + (0 if cache is None else cache.length))
             if tuple(attention_mask.shape) != expected:
                 raise ValueError(
