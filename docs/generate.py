@@ -64,7 +64,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(page)
     for readme in EXAMPLES.glob("*/README.md"):
         uri = f"examples/{readme.parent.name}/README.md"
-        text = readme.read_text()
+        # What lies in docs/ is the root of the site.
+        text = readme.read_text().replace("](../../docs/", "](../../")
         page = File.generated(config, uri, content=text, inclusion=InclusionLevel.NOT_IN_NAV)
         files.append(page)
     return files
