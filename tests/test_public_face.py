@@ -230,6 +230,7 @@ def test_the_scripts_use_public_names_alone():
                         "mergekit_moe_ext",
                         "mergekit_moe_ext.analysis",
                         "peft_routing",
+                        "peft_routing.library",
                     ), path.name
                     public = importlib.import_module(module).__all__
                     names = (
