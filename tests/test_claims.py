@@ -3,12 +3,24 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.test_autoload import ROOT
 from tests.test_caem_switch import write_records
+
+
+@pytest.fixture(autouse=True)
+def _examples_are_imported_anew():
+    """Leaves no module of an example behind, which other tests make tiny."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        path = getattr(sys.modules[name], "__file__", None)
+        if path and (ROOT / "examples") in Path(path).parents:
+            del sys.modules[name]
 
 
 @pytest.fixture
