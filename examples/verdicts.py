@@ -55,12 +55,12 @@ class Verdict:
 
     @property
     def seeds(self) -> str:
-        """In how many seeds the mean over tasks is as the paper says."""
+        """The number of seeds whose mean over tasks is as the paper says: 2 of 3."""
         return _count(self.of_seeds)
 
     @property
     def tasks(self) -> str:
-        """In how many tasks the mean over seeds is as the paper says."""
+        """The number of tasks whose mean over seeds is as the paper says: 5 of 8."""
         return _count(self.of_tasks)
 
     def text(self, digits: int = 3) -> str:

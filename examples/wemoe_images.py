@@ -458,7 +458,7 @@ class Bench:
         return self.measure(partial(features_with, trunk))
 
     def trimmed(self, method: dict[str, Any]) -> dict[str, Any]:
-        """As `adapted`, with task vectors that TIES has trimmed."""
+        """The row of `adapted`, of task vectors that TIES has trimmed."""
         density = STATIC["Ties-Merging"]["parameters"]["density"]
         sources = self.sources
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:

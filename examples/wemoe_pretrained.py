@@ -399,7 +399,7 @@ class Bench:
         return row | self.unseen(model)
 
     def trimmed(self, method: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """As `adapted`, with task vectors that TIES has trimmed."""
+        """The row of `adapted`, of task vectors that TIES has trimmed."""
         density = STATIC["Ties-Merging"]["parameters"]["density"]
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             models = write_trimmed(
