@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,27 @@ def here(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         (tmp_path / name).symlink_to(sources / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory `examples/`, whose modules can be imported.
+
+    They are imported anew for each test: one makes their sizes tiny, and another may hold a module
+    that has imported them before. Those that register something stay, as they can do it only once.
+    """
+    folder = Path(__file__).parents[1] / "examples"
+    names = {path.stem for path in folder.iterdir() if not path.stem.startswith("extending_")}
+
+    def forget() -> None:
+        for name in list(sys.modules):
+            if name.partition(".")[0] in names:
+                del sys.modules[name]
+
+    monkeypatch.syspath_prepend(str(folder))
+    forget()
+    yield folder
+    forget()
 
 
 def document(

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import sys
 
 import pytest
 import torch
@@ -11,23 +10,18 @@ from click.testing import CliRunner
 from transformers import SwitchTransformersConfig
 
 from tests.conftest import read_tensors
-from tests.test_autoload import ROOT
 
 WORDS = [f"word{number}" for number in range(40)]
 
 
 @pytest.fixture
-def example(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def example(examples, monkeypatch, tmp_path):
     from caem_switch import texts
 
     monkeypatch.setattr(texts, "documents", made_up)
     # ROUGE-L needs a package that is not always there.
     monkeypatch.setitem(texts.METRICS, "code", "exact_match")
-    yield texts
-    for name in list(sys.modules):
-        if name.partition(".")[0] in ("caem_switch", "mergeme_tokenizers", "real_data"):
-            sys.modules.pop(name)
+    return texts
 
 
 def made_up(task):

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,20 +11,8 @@ from tests.test_autoload import ROOT
 from tests.test_caem_switch import write_records
 
 
-@pytest.fixture(autouse=True)
-def _examples_are_imported_anew():
-    """Leaves no module of an example behind, which other tests make tiny."""
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        path = getattr(sys.modules[name], "__file__", None)
-        if path and (ROOT / "examples") in Path(path).parents:
-            del sys.modules[name]
-
-
 @pytest.fixture
-def verdicts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def verdicts(examples):
     import verdicts
 
     return verdicts
@@ -75,8 +62,7 @@ def test_the_quantiles_are_student_s(verdicts, count):
 
 
 @pytest.fixture
-def claims(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def claims(examples):
     import claims.__main__
     import claims.page
     import claims.papers
@@ -186,9 +172,8 @@ def test_a_command_that_fails_is_told(claims, tmp_path, monkeypatch):
         claims.records.run("mergeme_hetero", experiment, "quick", tmp_path)
 
 
-def test_trained_and_untrained_rows_are_paired(monkeypatch):
+def test_trained_and_untrained_rows_are_paired(examples):
     """What is not trained stands beside every seed of what is."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import tradeoffs_report as experiment
 
     untrained = experiment.Measured("ensemble", False, {0: [2.0, 3.0]})

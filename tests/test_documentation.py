@@ -11,8 +11,6 @@ import itertools
 import re
 import shlex
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +139,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def walk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def walk(
+    made: Path, tmp_path: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
     """The variables of a page's programs. The working directory is a copy of what is made."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    modules = set(sys.modules)
     tokenizer = AutoTokenizer.from_pretrained("base")
-    yield {"torch": torch, "tokenizer": tokenizer}
-    for name in set(sys.modules) - modules:
-        if (ROOT / "examples" / f"{name}.py").exists():
-            del sys.modules[name]
+    return {"torch": torch, "tokenizer": tokenizer}
 
 
 def remove(*outputs: str) -> None:

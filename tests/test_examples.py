@@ -236,8 +236,7 @@ def test_scripts_start():
     assert all("--output" in text for text in helps[:-1])
 
 
-def test_the_docs_command_for_a_head_of_clip_runs(everything, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def test_the_docs_command_for_a_head_of_clip_runs(everything, examples):
     import clip_heads
 
     (everything / "cars.txt").write_text("\n".join(CLASSES["cars"]))
@@ -273,13 +272,10 @@ def test_the_docs_command_trains_a_sequence_moe(everything):
 
 
 @pytest.fixture
-def mergeme(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def mergeme(examples):
     import mergeme_homogeneous
 
-    yield mergeme_homogeneous
-    for name in ("mergeme_homogeneous", "demo", "real_data"):
-        sys.modules.pop(name, None)
+    return mergeme_homogeneous
 
 
 def test_the_orderings_of_the_paper_are_judged_by_the_means(mergeme):
@@ -346,8 +342,7 @@ def sequence(mergeme, monkeypatch):
     monkeypatch.setattr(demo, "BLOCK", 40)
     monkeypatch.setattr(mergeme_sequence, "READING", Reading(max_length=40, quiet=True))
     monkeypatch.setattr(mergeme_sequence, "run_mergekit", merge_here)
-    yield mergeme_sequence
-    sys.modules.pop("mergeme_sequence", None)
+    return mergeme_sequence
 
 
 @pytest.fixture
@@ -477,8 +472,7 @@ def hetero(sequence, tiny_experts, here, monkeypatch):
     monkeypatch.setattr(mergeme_hetero, "make_small_base", lambda texts: tiny_experts["base"])
     monkeypatch.setattr(mergeme_hetero, "make_experts", lambda *_: dict(base_and_experts))
     monkeypatch.setattr(mergeme_hetero, "make_music_expert", lambda texts: here / "gpt")
-    yield mergeme_hetero
-    sys.modules.pop("mergeme_hetero", None)
+    return mergeme_hetero
 
 
 def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_experts, monkeypatch):
@@ -528,8 +522,7 @@ def on_texts(sequence, tiny_experts, monkeypatch):
     monkeypatch.setattr(wemoe_texts, "domains", lambda: texts)
     monkeypatch.setattr(wemoe_texts, "make_experts", lambda base, texts: tiny_experts)
     monkeypatch.setattr(wemoe_texts, "run_mergekit", sequence.run_mergekit)
-    yield wemoe_texts
-    sys.modules.pop("wemoe_texts", None)
+    return wemoe_texts
 
 
 def test_wemoe_s_experiment_on_texts_runs_and_goes_on(on_texts, tiny_experts, monkeypatch):
@@ -586,8 +579,7 @@ def grown(sequence, tiny_experts, here, monkeypatch):
     monkeypatch.setattr(grown_mixture, "smollm2", lambda: tiny_experts["base"])
     monkeypatch.setattr(grown_mixture, "domains", lambda names: texts)
     monkeypatch.setattr(grown_mixture, "run_mergekit", sequence.run_mergekit)
-    yield grown_mixture
-    sys.modules.pop("grown_mixture", None)
+    return grown_mixture
 
 
 def test_the_experiment_with_a_fourth_domain_runs_and_goes_on(grown, tiny_experts, monkeypatch):
@@ -633,9 +625,7 @@ def gates(mergeme, monkeypatch):
         texts[name] = Domain(documents, documents[60:])
     monkeypatch.setattr(upcycled_gates, "TOKENS", 300)
     monkeypatch.setattr(upcycled_gates, "domains", lambda names: texts)
-    yield upcycled_gates
-    for name in ("upcycled_gates", "mergeme_tokenizers"):
-        sys.modules.pop(name, None)
+    return upcycled_gates
 
 
 def test_the_experiment_with_generic_mixtures_runs(gates, here):
@@ -654,12 +644,10 @@ def test_the_experiment_with_generic_mixtures_runs(gates, here):
 
 
 @pytest.fixture
-def similarity(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def similarity(examples):
     import task_vector_similarity
 
-    yield task_vector_similarity
-    sys.modules.pop("task_vector_similarity", None)
+    return task_vector_similarity
 
 
 def test_the_docs_command_for_task_vectors_runs(similarity, here):
@@ -711,13 +699,10 @@ def test_untrained_layers_and_mistakes_in_the_script_for_task_vectors(similarity
 
 
 @pytest.fixture
-def task_vector_variation(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def task_vector_variation(examples):
     import task_vector_variation
 
-    yield task_vector_variation
-    for name in ("task_vector_variation", "task_vector_similarity"):
-        sys.modules.pop(name, None)
+    return task_vector_variation
 
 
 def test_the_docs_command_for_the_variation_of_parameters_runs(task_vector_variation, here):

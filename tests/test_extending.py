@@ -22,10 +22,7 @@ TOKENS = torch.arange(1, 41).reshape(2, 20) * 7 % 96
 EXAMPLES = ("extending_router", "extending_family", "extending_method")
 
 
-@pytest.fixture(autouse=True)
-def from_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file is imported once in a process, as it would be by a user."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+pytestmark = pytest.mark.usefixtures("examples")
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """The baselines of `examples/merging_baselines.py`, against plain computations of their own."""
 
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +7,6 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from mergekit_moe_ext.analysis import load_ensemble, read_ensemble
-from tests.test_autoload import ROOT
 
 SHAPE = {
     "image_size": 8,
@@ -24,13 +21,10 @@ TASKS = ("cats", "dogs", "owls")
 
 
 @pytest.fixture
-def baselines(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def baselines(examples):
     import merging_baselines
 
-    yield merging_baselines
-    for name in ("merging_baselines", "wemoe_images", "real_images", "real_data"):
-        sys.modules.pop(name, None)
+    return merging_baselines
 
 
 def classifier(baselines, seed):

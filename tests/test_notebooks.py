@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,18 +44,12 @@ def run_cells(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def from_examples(monkeypatch: pytest.MonkeyPatch, here: Path) -> Iterator[None]:
+def from_examples(examples: Path, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     """The modules of `examples/` can be imported, and a new directory for temporary files is here,
     since each notebook works in one of its own.
     """
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.setenv("TMPDIR", str(here))
     monkeypatch.setattr("tempfile.tempdir", str(here))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if (ROOT / "examples" / f"{name}.py").exists():
-            del sys.modules[name]
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ shows.
 import json
 import re
 import statistics
-import sys
 
 import pytest
 import torch
@@ -31,9 +30,8 @@ def with_texts(here):
 
 
 @pytest.fixture
-def wemoe_scripts(monkeypatch):
+def wemoe_scripts(examples):
     """The scripts of WEMoE's analyses, and the commands by which the docs run them."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import loss_landscape
     import wemoe_parameters
     import wemoe_routing
@@ -45,9 +43,7 @@ def wemoe_scripts(monkeypatch):
         (command,) = re.findall(rf"^ *python examples/{name}.py (.*)$", docs, flags=re.MULTILINE)
         return CliRunner().invoke(scripts[name].main, [*command.split(), *more])
 
-    yield invoke, scripts
-    for name in (*scripts, "task_vector_similarity"):
-        sys.modules.pop(name, None)
+    return invoke, scripts
 
 
 def test_the_docs_command_for_parameters_runs(wemoe_scripts, with_texts):

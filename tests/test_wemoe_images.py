@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import statistics
-import sys
 
 import numpy as np
 import pytest
@@ -13,15 +12,12 @@ from click.testing import CliRunner
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from tests.test_autoload import ROOT
-
 CLASSES = ["left", "right"]
 
 
 @pytest.fixture
-def experiment(monkeypatch, tmp_path):
+def experiment(examples, monkeypatch, tmp_path):
     monkeypatch.setenv("MERGEKIT_MOE_EXT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import wemoe_images
 
     few = {
@@ -42,9 +38,7 @@ def experiment(monkeypatch, tmp_path):
         lambda names: {n: made_up(wemoe_images, i) for i, n in enumerate(names)},
     )
     monkeypatch.setattr(wemoe_images, "pretraining", lambda: made_up(wemoe_images, 9))
-    yield wemoe_images
-    for name in ("wemoe_images", "merging_baselines", "real_images", "real_data"):
-        sys.modules.pop(name, None)
+    return wemoe_images
 
 
 def made_up(experiment, seed):

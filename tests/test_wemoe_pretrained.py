@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 from dataclasses import replace
 
 import pytest
@@ -10,17 +9,14 @@ import torch
 from click.testing import CliRunner
 from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
-from tests.test_autoload import ROOT
 from tests.test_wemoe_images import made_up
 
-MODULES = ["wemoe_pretrained", "wemoe_images", "merging_baselines", "real_images", "real_data"]
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.fixture
-def experiment(monkeypatch, tmp_path):
+def experiment(examples, monkeypatch, tmp_path):
     monkeypatch.setenv("MERGEKIT_MOE_EXT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import real_images
     import wemoe_pretrained
 
@@ -50,9 +46,7 @@ def experiment(monkeypatch, tmp_path):
     monkeypatch.setattr(wemoe_pretrained, "RATES", (1e-3,))
     few = wemoe_pretrained.Scale(frozen=1, trained=16, tested=4, of_class=4, steps=4, batch=8)
     monkeypatch.setattr(wemoe_pretrained, "Scale", lambda: few)
-    yield wemoe_pretrained
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    return wemoe_pretrained
 
 
 def darkened(data, corruption):

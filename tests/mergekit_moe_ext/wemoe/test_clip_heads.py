@@ -32,7 +32,6 @@ from tests.conftest import document, merge, read_tensors, run
 from tests.mergekit_moe_ext.merging.test_bad_input import refused
 from tests.mergekit_moe_ext.wemoe.test_adaptation import draw, naive_entropy, pixels_of
 from tests.mergekit_moe_ext.wemoe.test_wemoe import OUTSIDE, load
-from tests.test_autoload import ROOT
 from tests.tokenizers import save_words
 
 CLASSES = {"sun": ["beach", "open sea", "sky"], "cars": ["bmw", "old red audi", "fiat", "opel"]}
@@ -371,8 +370,7 @@ def test_heads_that_do_not_fit_the_models_are_refused(here, tmp_path):
     refused(here, {**with_heads(("sun",)), "base_model": "./whole"}, "they must be one class")
 
 
-def test_the_script_writes_a_head(here, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def test_the_script_writes_a_head(here, examples):
     import clip_heads
 
     Path("cars.txt").write_text("\n".join(CLASSES["cars"]) + "\n\n")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,10 @@ TEXTS = {"math": ["w1 w2 w3 w4", "w5 w6 w7"], "code": ["w30 w31 w9", "w40 w8 w12
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def script(examples):
     import mode_connectivity
 
-    yield mode_connectivity
-    sys.modules.pop("mode_connectivity", None)
+    return mode_connectivity
 
 
 def interpolated(way, alpha, experts):
