@@ -97,12 +97,12 @@ SCALES = {
     "small": Scale(
         sizes=Sizes(24_000, 20, training=1200, validation=100, test=300),
         shape=Shape(width=64, heads=4, ffn=128, layers=4, vocabulary=2000),
-        pretraining=Pretraining(held_out=200, steps=1200, batch=32, learning_rate=5e-3),
+        pretraining=Pretraining(held_out=200, steps=1200, batch=32, learning_rate=1e-3),
         batch=32,
-        epochs=6,
-        learning_rate=3e-3,
+        epochs=8,
+        learning_rate=1e-3,
         source_tokens=36,
-        answer_tokens=8,
+        answer_tokens=12,
     ),
     "quick": Scale(
         sizes=Sizes(60, 20, training=8, validation=4, test=4),

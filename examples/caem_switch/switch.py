@@ -48,6 +48,7 @@ class Shape:
             num_experts=experts,
             # With shared ones the topics of articles were not learnt (docs/caem.md).
             tie_word_embeddings=False,
+            dropout_rate=0.0,  # so small a model has little to spare (docs/caem.md)
             pad_token_id=tokenizer.pad_token_id,
             decoder_start_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
