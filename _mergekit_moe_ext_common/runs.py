@@ -184,7 +184,13 @@ class Run:
         """
         if self.is_main:
             self._keep_settings()
-        trainer.train(resume_from_checkpoint=self.starts[part])
+        try:
+            trainer.train(resume_from_checkpoint=self.starts[part])
+        except BaseException:
+            # Without a checkpoint there is nothing to go on from, and so nothing to keep.
+            if self.is_main and not self._has_checkpoint():
+                self._remove_checkpoints()
+            raise
         # Let go of the model that is spread over the processes. Were it the last to hold their
         # group, the group would be taken down while Python's lock is held, and with Gloo that can
         # wait forever for a thread that wants the lock.
@@ -214,7 +220,7 @@ class Run:
         symptom = divergence(trainer, losses)
         if symptom is None:
             return
-        if not any(_complete_checkpoints(self.checkpoints / part) for part in self.starts):
+        if not self._has_checkpoint():
             self._remove_checkpoints()
             raise UserError(f"the training diverged: {symptom}; {advice}")
         raise UserError(
@@ -228,6 +234,9 @@ class Run:
         with staged(self.out) as directory:
             yield directory
         self._remove_checkpoints()
+
+    def _has_checkpoint(self) -> bool:
+        return any(_complete_checkpoints(self.checkpoints / part) for part in self.starts)
 
     def _remove_checkpoints(self) -> None:
         # What somebody else has put beside the checkpoints of several parts stays.

@@ -249,6 +249,18 @@ def test_a_batch_is_answered_as_each_prompt_alone(moe):
 
 
 @pytest.mark.parametrize("moe", ["mixtral"], indirect=True)
+def test_a_metric_that_fails_leaves_nothing(moe, monkeypatch):
+    def failing(answers, references):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(metrics, "metric_of", lambda name: failing)
+    before = sorted(moe.iterdir())
+    with pytest.raises(ZeroDivisionError):
+        train("moe", "out", "all", [], READING, recipe(), tasks=read_tasks(moe / "tasks.yml"))
+    assert sorted(moe.iterdir()) == before
+
+
+@pytest.mark.parametrize("moe", ["mixtral"], indirect=True)
 def test_the_epoch_of_the_best_answers_is_written(moe, monkeypatch):
     """Scores rise and fall: 2 of 3 held-out answers are right after the second of three epochs."""
     measured = iter([0, 0, 1, 0, 2, 1, 1, 0])  # before, and after each epoch: news, then law
