@@ -474,6 +474,14 @@ def export(
     "function of your own, package.module:function, which is run. Needs --completions-only.",
 )
 @click.option(
+    "--lm-eval",
+    "lm_eval",
+    multiple=True,
+    metavar="TASK",
+    help="Task of lm_eval to measure each fusion on, too: its name, or a YAML file of your own, "
+    "whose code is run. May be repeated.",
+)
+@click.option(
     "--completions-only",
     is_flag=True,
     help="Score answers alone: the last turn of a chat, or a target after its input.",
@@ -481,7 +489,8 @@ def export(
 @click.option(
     "--max-samples",
     type=click.IntRange(min=1),
-    help="Number of rows of each source that are read, from the first. [default: all]",
+    help="Number of rows of each source that are read, from the first, and of documents of each "
+    "task of lm_eval. [default: all]",
 )
 @click.option(
     "--batch-size",
@@ -518,6 +527,7 @@ def compare(
     cache: str | None,
     besides: tuple[str, ...],
     metric: str | None,
+    lm_eval: tuple[str, ...],
     completions_only: bool,
     max_samples: int | None,
     batch_size: int,
@@ -553,6 +563,7 @@ def compare(
         cache=cache,
         beside=values_by_name("--beside", besides, "NAME=REPORT"),
         metric=metric,
+        lm_eval=lm_eval,
         reading=reading,
         completions_only=completions_only,
         max_samples=max_samples,

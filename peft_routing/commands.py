@@ -452,6 +452,7 @@ def compare(
     cache: str | None = None,
     beside: Mapping[str, str] | None = None,
     metric: str | None = None,
+    lm_eval: Sequence[str] = (),
     reading: Reading | None = None,
     completions_only: bool = False,
     max_samples: int | None = None,
@@ -495,9 +496,11 @@ def compare(
             `accuracy`, `exact_match`, `rouge_l`, or a function of one's own,
             `package.module:function`. Each fusion generates them, the likeliest token at each step.
             Needs `completions_only`.
+        lm_eval: tasks of lm_eval that each fusion is measured on, too, beside the loss: names, or
+            YAML files of your own, whose code is run. Not the fusions that go by the task.
         reading: how texts are read; `Reading()` if None.
         completions_only: score answers alone: the last turn of a chat, or a target after its input.
-        max_samples: the first so many rows of each source; all if None.
+        max_samples: the first so many rows of each source and each task of lm_eval; all if None.
         batch_size: rows at a time, in training, too.
         seed: of the split of a task that has one source, of what a DARE merge drops, and of the
             order of the rows in training.
@@ -553,6 +556,7 @@ def compare(
         cache=cache,
         besides=beside or {},
         metric=metric,
+        lm_eval=tuple(dict.fromkeys(lm_eval)),
         completions_only=completions_only,
         max_samples=max_samples,
         batch_size=batch_size,

@@ -19,8 +19,7 @@ from _mergekit_moe_ext_common.staging import new_file
 from peft_routing.fusion.cache import Cache, Subject, Texts, for_each
 from peft_routing.fusion.candidates import Candidate
 from peft_routing.fusion.report import Row
-from peft_routing.fusion.strategies import BY_TASK, ENSEMBLE
-from peft_routing.fusion.subjects import base_alone, mixture_of, one_expert
+from peft_routing.fusion.rows import subject_of
 
 LOG = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ def scored(
     asked_of: dict[str, Subject] = {}
     lacking: dict[str, dict[Path, Texts]] = {}
     for row in rows:
-        subjects = [_subject_of(row, each.texts.task, experts, candidates) for each in questions]
+        subjects = [subject_of(row, experts, candidates, each.texts.task) for each in questions]
         of_rows.append(subjects)
         # Several rows may ask for the same.
         for subject, each in zip(subjects, questions, strict=True):
@@ -142,20 +141,6 @@ def scored(
             scores.append(score_of(metric, answers, each.references))
         with_scores.append(replace(row, scores=scores))
     return with_scores
-
-
-def _subject_of(
-    row: Row, task: str, experts: Mapping[str, str], candidates: Mapping[str, Candidate]
-) -> Subject:
-    """What answers for a row and a task."""
-    if row.name in candidates:
-        return candidates[row.name].subject
-    if row.kind == ENSEMBLE:
-        # A posterior ensemble starts from equal coefficients, and names none.
-        coefficients = row.values.get("coefficients", dict.fromkeys(experts, 1 / len(experts)))
-        return mixture_of(row.name, experts, coefficients, beta=row.values.get("beta", 0.0))
-    expert = row.values["by_task"][task] if row.kind == BY_TASK else row.note
-    return one_expert(expert, experts[expert]) if expert in experts else base_alone()
 
 
 def _file(cache: Cache, subject: Subject, questions: Questions) -> Path:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -108,9 +108,13 @@ class Cache:
 
     def path(self, subject: Subject, texts: Texts) -> Path:
         """The file of a subject and a task's texts."""
-        parts = [_VERSION, self._base, subject.fingerprint, texts.fingerprint, texts.counts]
-        name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return self.directory / f"{name}.safetensors"
+        return self.named(subject, [texts.fingerprint, texts.counts], "safetensors")
+
+    def named(self, subject: Subject, parts: Sequence[Any], suffix: str) -> Path:
+        """The file of what follows from a subject and from `parts`, which JSON can write."""
+        everything = [_VERSION, self._base, subject.fingerprint, *parts]
+        name = hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+        return self.directory / f"{name}.{suffix}"
 
     def has(self, subject: Subject, texts: Texts) -> bool:
         return self.path(subject, texts).exists()
@@ -190,14 +194,24 @@ def fill(
     for_each(lacking, measure_and_keep, load_base, quiet=quiet)
 
 
+class WithRows(Protocol):
+    """What a subject is to read."""
+
+    @property
+    def rows(self) -> Any: ...
+
+
+Read = TypeVar("Read", bound=WithRows)
+
+
 def for_each(
-    lacking: Sequence[tuple[Subject, Sequence[Texts]]],
-    work: Callable[[Any, Subject, Texts, Any], None],
+    lacking: Sequence[tuple[Subject, Sequence[Read]]],
+    work: Callable[[Any, Subject, Read, Any], None],
     load_base: Callable[[], Any],
     *,
     quiet: bool,
 ) -> None:
-    """Calls `work` with what runs, the subject, its texts and a bar of rows, for all that is
+    """Calls `work` with what runs, the subject, what it reads and a bar of rows, for all that is
     lacking.
 
     Each process takes its share of the subjects, and none returns before all are done. `load_base`

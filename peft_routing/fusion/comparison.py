@@ -1,12 +1,13 @@
 """`compare`: every fusion of a set of adapters on the same texts (Trade-offs, figure 2)."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from _mergekit_moe_ext_common.checkpoints import model_fingerprint
@@ -43,6 +44,7 @@ from peft_routing.fusion.candidates import (
     candidates_of,
     size_of,
 )
+from peft_routing.fusion.harness import harness_tasks, with_harness
 from peft_routing.fusion.recommended import write_recommended
 from peft_routing.fusion.report import Calibration, Comparison, Row, Selected
 from peft_routing.fusion.rows import costs_of, rows_of_candidates, rows_of_tables, table_of
@@ -118,6 +120,7 @@ def compare(
     cache: str | None,
     besides: Mapping[str, str],
     metric: str | None,
+    lm_eval: Sequence[str],
     completions_only: bool,
     max_samples: int | None,
     batch_size: int,
@@ -149,49 +152,24 @@ def compare(
             max_samples=max_samples,
             seed=seed,
         )
+        harness = harness_tasks(lm_eval, tokenizer, limit=max_samples, quiet=reading.quiet)
     questions = []
     if metric is not None:
         questions = _questions(texts["test"], tokenizer, asked)
     model = model_fingerprint(base)
     check_others(asked.others, model, texts_by_task(texts["test"]))
     store = Cache(asked.directory, model)
-    with state.main_process_first():
-        add_merges(
-            asked.candidates,
-            asked.wanted,
-            experts,
-            asked.empty,
-            base,
-            asked.directory,
-            state.device,
-            seed,
-            asked.left_out,
-        )
     setting = Setting(base, experts, asked.empty, tasks, texts, asked.directory, reading, training)
-    add_trained(asked.candidates, asked.planned, setting, state)
-    columns = [one_expert(name, path) for name, path in experts.items()] + [base_alone()]
-    everything = [each for split in SPLITS for each in texts[split]]
-    not_train = texts["validation"] + texts["test"]
+    _make_adapters(asked, setting, state, seed)
     pad_token_id = padding_token(tokenizer, vocabulary_of(asked.base_config))
 
     def load_base() -> Any:
         return load_model(base, asked.base_config, reading, headers=headers, dtype="auto")
 
-    fill(
-        store,
-        [
-            *[(subject, everything) for subject in columns],
-            *[(candidate.subject, not_train) for candidate in asked.candidates.values()],
-        ],
-        load_base,
-        pad_token_id,
-        batch_size=batch_size,
-        quiet=reading.quiet,
-    )
-    comparison = _compared(asked, store, columns, texts, model)
+    tables, rows = _by_loss(asked, store, texts, load_base, pad_token_id, batch_size)
     if metric is not None:
         rows = scored(
-            comparison.rows,
+            rows,
             metric,
             questions,
             store,
@@ -203,7 +181,18 @@ def compare(
             batch_size=batch_size,
             quiet=reading.quiet,
         )
-        comparison = replace(comparison, rows=rows, metric=metric)
+    rows = with_harness(
+        rows,
+        harness,
+        store,
+        experts,
+        asked.candidates,
+        load_base,
+        tokenizer,
+        batch_size=batch_size,
+        quiet=reading.quiet,
+    )
+    comparison = _compared(asked, tables, rows, metric, texts_by_task(texts["test"]), model)
     is_main = state.is_main_process
     state.destroy_process_group()  # what is left to do, only the main process does
     if is_main:
@@ -279,14 +268,42 @@ def _questions(texts: Sequence[Texts], tokenizer: Any, asked: _Asked) -> list[Qu
     return questions
 
 
-def _compared(
+def _make_adapters(asked: _Asked, setting: Setting, state: PartialState, seed: int) -> None:
+    """Adds the merges and the trained routers to the candidates, made where they are not in the
+    cache's directory yet.
+    """
+    with state.main_process_first():
+        add_merges(
+            asked.candidates,
+            asked.wanted,
+            asked.experts,
+            asked.empty,
+            asked.base,
+            asked.directory,
+            state.device,
+            seed,
+            asked.left_out,
+        )
+    add_trained(asked.candidates, asked.planned, setting, state)
+
+
+def _by_loss(
     asked: _Asked,
     store: Cache,
-    columns: Sequence[Subject],
     texts: Mapping[str, Sequence[Texts]],
-    model: str,
-) -> Comparison:
-    """The comparison, by what lies in the cache."""
+    load_base: Callable[[], Any],
+    pad_token_id: int,
+    batch_size: int,
+) -> tuple[Tables, list[Row]]:
+    """The tables of log-probabilities and the rows of all fusions, by what lies in the cache after
+    the rest was measured.
+    """
+    columns = [one_expert(name, path) for name, path in asked.experts.items()] + [base_alone()]
+    everything = [each for split in SPLITS for each in texts[split]]
+    not_train = [*texts["validation"], *texts["test"]]
+    work: list[tuple[Subject, Sequence[Texts]]] = [(subject, everything) for subject in columns]
+    work += [(candidate.subject, not_train) for candidate in asked.candidates.values()]
+    fill(store, work, load_base, pad_token_id, batch_size=batch_size, quiet=asked.reading.quiet)
     names = list(asked.experts)
     tables = Tables(
         train=table_of(store, names, columns, texts["train"]),
@@ -299,22 +316,35 @@ def _compared(
     costs = costs_of(store, columns, texts["test"])
     rows = rows_of_tables(tables, asked.wanted, costs, sizes, asked.left_out)
     rows += rows_of_candidates(asked.candidates, store, texts, tables)
+    return tables, rows
+
+
+def _compared(
+    asked: _Asked,
+    tables: Tables,
+    rows: list[Row],
+    metric: str | None,
+    texts: dict[str, str],
+    model: str,
+) -> Comparison:
+    """The comparison of the rows. `texts` has the sha256 of each task's test."""
     contenders = [row for row in rows if row.kind != BY_TASK]
     losses = {row.name: row.test for row in rows}
     return Comparison(
         base=asked.base,
         model=model,
-        texts=texts_by_task(texts["test"]),
+        texts=texts,
         experts=dict(asked.experts),
         rows=rows,
         best=min(contenders, key=lambda row: row.validation_loss).name,
-        sentences=report.budget_sentences(rows),
+        sentences=report.budget_sentences(rows, metric),
         left_out=asked.left_out,
         selected=_selected(tables),
         not_first=not_first(tables.validation, tables.test, own_experts(tables.test, asked.own)),
         calibration=_calibration(rows, [*asked.planned, *asked.fusions]),
         tables=tables,
         beside=beside(losses, tables.test.tasks, asked.others),
+        metric=metric,
     )
 
 

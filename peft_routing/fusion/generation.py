@@ -103,7 +103,7 @@ class Ensemble:
         vocabulary) in float32; with `labels`, their mean loss, too.
         """
         labels = batch.pop("labels", None)
-        with self._installed():
+        with self.installed():
             output = self.model(**batch)
         if labels is not None:
             shifted = labels[:, 1:].flatten()
@@ -116,12 +116,12 @@ class Ensemble:
         Every expert has a key-value cache of the kind that `cache_implementation` names:
         `"offloaded"` keeps them in main memory. With `use_cache=False` there are none.
         """
-        with torch.no_grad(), self._installed():
+        with torch.no_grad(), self.installed():
             return self.model.generate(*args, **kwargs)
 
     @contextmanager
-    def _installed(self) -> Iterator[None]:
-        """Has the base model's `forward` be the ensemble's."""
+    def installed(self) -> Iterator[None]:
+        """Has the base model's `forward` be the ensemble's, so that `model` is the ensemble."""
         base = getattr(self.model, "get_base_model", lambda: self.model)()
         forward = base.forward
         before = vars(base).get("forward")  # as of a model that is spread over devices

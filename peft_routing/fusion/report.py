@@ -25,6 +25,8 @@ _COLOURS = {
     ENSEMBLE: "tab:orange",
     BY_TASK: "tab:grey",
 }
+# As lm_eval marks whether a metric is the better the higher, or the lower it is.
+_ARROWS = {True: " ↑", False: " ↓", None: ""}
 _HEADINGS = (
     "strategy",
     "test loss",
@@ -39,6 +41,23 @@ _HEADINGS = (
 
 
 @dataclass(frozen=True)
+class HarnessScore:
+    """What lm_eval measured on one of its tasks.
+
+    metric: the first that lm_eval lists, with its filter's name where it has one.
+    value, standard_error: of that metric; None where lm_eval gives no error.
+    higher_is_better: None where lm_eval does not say.
+    metrics: all that it measured, by its own names.
+    """
+
+    metric: str
+    value: float
+    standard_error: float | None
+    higher_is_better: bool | None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Row:
     """One fusion: how good it is, and what it costs.
 
@@ -49,6 +68,7 @@ class Row:
     megabytes: what is kept beside the base model.
     parameters: how many numbers were learned.
     scores: of each task by the metric, on the test; None without one.
+    lm_eval: by its tasks what lm_eval measured; empty for a row that goes by our task.
     """
 
     name: str
@@ -62,6 +82,7 @@ class Row:
     note: str
     values: dict[str, Any]
     scores: list[float] | None = None
+    lm_eval: dict[str, HarnessScore] = field(default_factory=dict)
 
     @property
     def validation_loss(self) -> float:
@@ -145,7 +166,19 @@ class Comparison:
     @property
     def headings(self) -> list[str]:
         """The heading of the table."""
-        return [*_HEADINGS, *([self.metric, "± s.e."] if self.metric else [])]
+        headings = [*_HEADINGS]
+        if self.metric:
+            headings += [self.metric, "± s.e."]
+        for task, score in self.harness.items():
+            headings += [f"{task}: {score.metric}{_ARROWS[score.higher_is_better]}", "± s.e."]
+        return headings
+
+    @property
+    def harness(self) -> dict[str, HarnessScore]:
+        """By lm_eval's tasks what it measured of the base model, and with it of what has a
+        column.
+        """
+        return self.row("base").lm_eval
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -178,6 +211,8 @@ class Comparison:
             if row.scores is not None:
                 error_of_score = standard_error(torch.tensor(row.scores))
                 lines[-1] += [f"{_mean(row.scores):.3f}", _number(error_of_score)]
+            for task in self.harness:
+                lines[-1] += _harness_cells(row.lm_eval.get(task))
         return lines
 
     def write(self, directory: Path) -> None:
@@ -268,6 +303,14 @@ class Comparison:
         return [*lines, ""]
 
 
+def _harness_cells(score: HarnessScore | None) -> list[str]:
+    """A score of lm_eval and its standard error, empty where there is none."""
+    if score is None:
+        return ["", ""]
+    error = "" if score.standard_error is None else _number(score.standard_error)
+    return [f"{score.value:.3f}", error]
+
+
 def table(comparison: Comparison) -> str:
     """The table for a terminal."""
     lines = [comparison.headings, *comparison.cells()]
@@ -284,6 +327,8 @@ def notes(comparison: Comparison) -> list[str]:
     lines += [f"{name} is left out: {why}" for name, why in comparison.left_out.items()]
     if any(row.milliseconds is None for row in comparison.rows):
         lines.append("ms/token is left out where passes were measured on another machine")
+    if comparison.harness and any(not row.lm_eval for row in comparison.rows):
+        lines.append("lm_eval's tasks have no figure where the adapter goes by our task")
     selected = comparison.selected
     line = f"greedy selection bends most at {selected.elbow} of {len(selected.order)} experts"
     if selected.reaches_own is not None:
@@ -314,8 +359,11 @@ def notes(comparison: Comparison) -> list[str]:
     return lines
 
 
-def budget_sentences(rows: Sequence[Row]) -> list[str]:
-    """The best fusion of each budget by validation, from the smallest budget on."""
+def budget_sentences(rows: Sequence[Row], metric: str | None = None) -> list[str]:
+    """The best fusion of each budget by validation loss, from the smallest budget on.
+
+    `metric` is the name of what the rows' scores are by.
+    """
     budgets: list[tuple[str, Callable[[Row], bool]]] = [
         ("one pass, one plain LoRA", lambda row: row.kind == PLAIN),
         ("one pass", lambda row: row.kind in (PLAIN, ROUTED, OTHER)),
@@ -332,24 +380,34 @@ def budget_sentences(rows: Sequence[Row]) -> list[str]:
         if not within:
             continue
         best = min(within, key=lambda row: row.validation_loss)
-        sentences.append(f"{budget}: {_told(best, told)}")
+        sentences.append(f"{budget}: {_told(best, told, metric)}")
         told.append(best)
     return sentences
 
 
-def _told(best: Row, told: Sequence[Row]) -> str:
+def _told(best: Row, told: Sequence[Row], metric: str | None) -> str:
     """The best of a budget in words, after those of smaller budgets."""
     if best in told:
         return f"{best.name} again"
     name = f"{best.name} ({best.note})" if best.kind == PLAIN and best.note else best.name
     passes = "1 pass" if best.passes == 1 else f"{best.passes:.3g} passes"
-    text = f"{name}, test loss {best.test_loss:.4f}, {passes}"
+    text = f"{name}, test loss {best.test_loss:.4f}{_scores_told(best, metric)}, {passes}"
     if not told:
         return text
     difference, error = best.difference(told[0])
     text += f", {difference:+.4f} to {told[0].name}"
     if not _is_clear(difference, error, len(best.test) - 1):
         text += ": not distinguishable"
+    return text
+
+
+def _scores_told(row: Row, metric: str | None) -> str:
+    """What a row's answers are worth, and what lm_eval says of it, with a comma before each."""
+    text = ""
+    if metric is not None and row.scores is not None:
+        text += f", {metric} {_mean(row.scores):.3f}"
+    for task, score in row.lm_eval.items():
+        text += f", {task} {score.metric} {score.value:.3f}"
     return text
 
 

@@ -1,4 +1,4 @@
-"""The rows of the report: how good each fusion is, and what it costs."""
+"""The rows of the report: how good each fusion is, what it costs, and what runs for it."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -9,7 +9,8 @@ import torch
 from peft_routing.fusion.cache import Cache, Measured, Subject, Texts, milliseconds_per_token
 from peft_routing.fusion.candidates import Candidate
 from peft_routing.fusion.report import Row
-from peft_routing.fusion.strategies import CACHED, Outcome, Tables
+from peft_routing.fusion.strategies import BY_TASK, CACHED, ENSEMBLE, Outcome, Tables
+from peft_routing.fusion.subjects import base_alone, mixture_of, one_expert
 from peft_routing.fusion.tables import Table, joined
 
 
@@ -119,3 +120,22 @@ def _row(
         outcome.note,
         outcome.values,
     )
+
+
+def subject_of(
+    row: Row,
+    experts: Mapping[str, str],
+    candidates: Mapping[str, Candidate],
+    task: str | None = None,
+) -> Subject:
+    """What runs for a row; for one that goes by the task, on that task."""
+    if row.name in candidates:
+        return candidates[row.name].subject
+    if row.kind == ENSEMBLE:
+        # A posterior ensemble starts from equal coefficients, and names none.
+        coefficients = row.values.get("coefficients", dict.fromkeys(experts, 1 / len(experts)))
+        return mixture_of(row.name, experts, coefficients, beta=row.values.get("beta", 0.0))
+    expert = row.values["by_task"][task] if row.kind == BY_TASK else row.note
+    if isinstance(expert, list):  # a cluster
+        return mixture_of(row.name, experts, dict.fromkeys(expert, 1 / len(expert)))
+    return one_expert(expert, experts[expert]) if expert in experts else base_alone()

@@ -212,8 +212,11 @@ def test_a_metric_measures_what_every_row_answers(here, monkeypatch):
             rows.append(json.dumps({"input": prompt, "target": target}) + "\n")
         (here / f"pairs-{task}.jsonl").write_text("".join(rows))
         tasks[task] = ",".join([f"pairs-{task}.jsonl"] * 3)
-    names = ["best_expert", "own_expert", "learned_ensemble", "uniform_ensemble", "arrow_all"]
-    options = {"strategies": names, "metric": "own_metric:overlap", "completions_only": True}
+    names = ["best_expert", "own_expert", "own_cluster", "learned_ensemble", "uniform_ensemble",
+             "arrow_all"]  # fmt: skip
+    (here / "own-clusters.json").write_text('{"clusters": {"code": 0, "law": 0, "math": 1}}')
+    options = {"strategies": names, "metric": "own_metric:overlap", "completions_only": True,
+               "clusters_from": "own-clusters.json"}  # fmt: skip
     found = compare_here("one", tasks, cache="kept", **options)
     import own_metric
 
@@ -237,6 +240,8 @@ def test_a_metric_measures_what_every_row_answers(here, monkeypatch):
     )
     own = [expected([experts[task]], [1])[place] for place, task in enumerate(tasks)]
     assert found.row("own_expert").scores == own
+    of_cluster = expected([experts["code"], experts["law"]], [0.5, 0.5])
+    assert found.row("own_cluster").scores == [own[0], of_cluster[1]]
     for row in (found.row("learned_ensemble"), found.row("uniform_ensemble")):
         weights = row.values["coefficients"]
         assert row.scores == expected(list(experts.values()), [weights[name] for name in experts])
@@ -246,6 +251,9 @@ def test_a_metric_measures_what_every_row_answers(here, monkeypatch):
     assert "| own\\_metric:overlap |" in Path("one/report.md").read_text()
     content = json.loads(Path("one/report.json").read_text())
     assert content["metric"] == "own_metric:overlap"
+    best = found.row(found.best)
+    score = sum(best.scores) / len(best.scores)
+    assert any(f"own_metric:overlap {score:.3f}" in each for each in found.sentences)
     assert content["rows"][0]["scores"] == found.row("base").scores
 
     # Nothing is generated twice.
