@@ -1,8 +1,9 @@
 """`ensemble`: the experts of a routed adapter as an ensemble that generates (Trade-offs 3, B.3).
 
 Every forward pass is one pass per expert, one after the other. Their distributions are mixed in log
-space as they come, so that no tensor of (experts, rows, tokens, vocabulary) is made. What comes out
-is logits, on which temperature, top-p and beam search act as on any model's.
+space as they come, so that no tensor of (experts, rows, tokens, vocabulary) is made, and one
+expert's logits are gone before the next one's. What comes out is logits, on which temperature,
+top-p and beam search act as on any model's.
 """
 
 import copy
@@ -34,8 +35,8 @@ class EnsembleCache(FollowingCache):
     others: the caches of the other experts, in their order.
     log_weights: (rows, experts), the logarithms of the posterior coefficients, up to a constant;
     None where coefficients are constant.
-    last: by expert the log-probabilities (rows, vocabulary) of the token to come, where the
-    coefficients will follow it.
+    last: by expert the logits (rows, vocabulary) of the token to come, in the model's dtype, where
+    the coefficients will follow it.
     """
 
     others: list[Cache]
@@ -159,7 +160,7 @@ class Ensemble:
             if arguments.get("input_ids") is None:
                 raise UserError("a posterior ensemble follows input_ids, and there are none")
             arguments["logits_to_keep"] = 0  # those of all new tokens, which the posterior reads
-        mixture = _Mixture(self._of)
+        mixture = _Mixture()
         last = []
         weights = []
         result: Any = None
@@ -169,17 +170,25 @@ class Ensemble:
                 own[name_of_cache] = cache.others[number - 1]
             with held(Given(self._alone(number))):
                 output = forward(**own)
-            logits = wide(output.logits)
+            logits = output.logits
             log_weight = self._coefficients[number].log().to(logits.device)
-            if self._beta:
-                log_probabilities = logits.log_softmax(dim=-1)
-                log_weight = self._followed(log_probabilities, arguments, cache, number, log_weight)
-                last.append(log_probabilities[:, -1].clone())
-                weights.append(log_weight[:, -1])
-                logits, log_weight = _kept(logits, log_weight, asked)
-            mixture.add(logits, log_weight)
+            if self._of == "logits":
+                mixture.add_logits(logits, log_weight)
+            else:
+                normalisers = normalisers_of(logits)
+                if self._beta:
+                    log_weight = self._followed(
+                        logits, normalisers, arguments, cache, number, log_weight
+                    )
+                    last.append(logits[:, -1].clone())
+                    weights.append(log_weight[:, -1])
+                    logits, normalisers, log_weight = _kept(asked, logits, normalisers, log_weight)
+                mixture.add(logits, normalisers, log_weight)
             if result is None:
                 result = output
+                result.logits = logits[:0].clone()
+            # So that no two experts' are in memory.
+            del output, logits
         result.logits = mixture.logits
         if cache is not None and self._beta:
             cache.last = last
@@ -205,7 +214,8 @@ class Ensemble:
 
     def _followed(
         self,
-        log_probabilities: Tensor,
+        logits: Tensor,
+        normalisers: Tensor,
         arguments: Mapping[str, Any],
         cache: Any,
         number: int,
@@ -218,26 +228,42 @@ class Ensemble:
         of a text has none, and neither has padding.
         """
         ids = arguments["input_ids"]
-        of_tokens = torch.zeros(ids.shape, dtype=log_probabilities.dtype, device=ids.device)
-        chosen = log_probabilities[:, :-1].gather(2, ids[:, 1:, None].to(log_probabilities.device))
-        of_tokens[:, 1:] = chosen[..., 0]
+        of_tokens = torch.zeros(ids.shape, dtype=normalisers.dtype, device=ids.device)
+        chosen = logits[:, :-1].gather(2, ids[:, 1:, None].to(logits.device))
+        of_tokens[:, 1:] = wide(chosen[..., 0]) - normalisers[:, :-1]
         before = prior
         if cache is not None and cache.log_weights is not None:
-            of_tokens[:, 0] = cache.last[number].gather(1, ids[:, :1])[:, 0]
+            last = wide(cache.last[number])
+            of_tokens[:, 0] = last.gather(1, ids[:, :1])[:, 0] - last.logsumexp(dim=1)
             before = cache.log_weights[:, number, None]
         real = _real(arguments.get("attention_mask"), ids)
         of_tokens = of_tokens.masked_fill(~real, 0)
         return before + self._beta * of_tokens.cumsum(dim=1)
 
 
-def _kept(logits: Tensor, log_weight: Tensor, asked: Any) -> tuple[Tensor, Tensor]:
-    """The logits and weights of the tokens that `logits_to_keep` asks for: the last so many, all
-    for 0, or those of these places.
+# So many numbers at a time are made float32 and exponentiated: 64 MiB.
+_AT_A_TIME = 2**24
+
+
+def normalisers_of(logits: Tensor) -> Tensor:
+    """(rows, tokens): the logarithms of the sums of the exponentials of logits (rows, tokens,
+    vocabulary).
+
+    A few tokens at a time, since what is in between is as large as the logits.
+    """
+    rows, tokens, vocabulary = logits.shape
+    parts = logits.reshape(-1, vocabulary).split(max(1, _AT_A_TIME // vocabulary))
+    return torch.cat([wide(part).logsumexp(dim=1) for part in parts]).reshape(rows, tokens)
+
+
+def _kept(asked: Any, *values: Tensor) -> tuple[Tensor, ...]:
+    """Of values (rows, tokens, …) those of the tokens that `logits_to_keep` asks for: the last so
+    many, all for 0, or those of these places.
     """
     places = slice(-asked, None) if isinstance(asked, int) and asked else asked
     if isinstance(places, int):
-        return logits, log_weight
-    return logits[:, places], log_weight[:, places]
+        return values
+    return tuple(each[:, places] for each in values)
 
 
 def _real(mask: Tensor | None, ids: Tensor) -> Tensor:
@@ -258,21 +284,24 @@ def _real(mask: Tensor | None, ids: Tensor) -> Tensor:
 class _Mixture:
     """A mixture of experts that come one after the other."""
 
-    def __init__(self, of: Of) -> None:
-        self._of = of
+    def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._total: Tensor | None = None  # of the coefficients, as a logarithm
 
-    def add(self, logits: Tensor, log_weight: Tensor) -> None:
-        """Adds an expert's logits (rows, tokens, vocabulary) by the logarithm of its coefficient,
-        one for all or (rows, tokens).
+    def add_logits(self, logits: Tensor, log_weight: Tensor) -> None:
+        """Adds an expert's logits (rows, tokens, vocabulary) by the logarithm of its
+        coefficient.
+        """
+        added = log_weight.exp() * wide(logits)
+        self._sum = added if self._sum is None else self._sum + added
+
+    def add(self, logits: Tensor, normalisers: Tensor, log_weight: Tensor) -> None:
+        """Adds an expert's probabilities, by its logits (rows, tokens, vocabulary) and what
+        `normalisers_of` gives for them, with the logarithm of its coefficient, one for all or
+        (rows, tokens).
         """
         weight = log_weight[..., None]
-        if self._of == "logits":
-            added = weight.exp() * logits
-            self._sum = added if self._sum is None else self._sum + added
-            return
-        added = weight + logits.log_softmax(dim=-1)
+        added = wide(logits) + (weight - normalisers[..., None])
         if self._sum is None or self._total is None:
             self._sum, self._total = added, weight
         else:
@@ -305,7 +334,8 @@ def ensemble(
         of: mix `probabilities`, or `logits`, which the paper finds worse (B.3).
         beta: above 0 the coefficients follow each text: before a token they are `coefficients`
             times the probability, to the power of beta, that each expert gave to the text so far.
-            With 1 that is Bayes' rule. It keeps each expert's last distribution.
+            With 1 that is Bayes' rule. It keeps each expert's last logits, and a prompt's logits
+            are made of all its tokens: `prefill_chunk_size` in `generate` bounds them.
 
     Raises `UserError` for a model that is no decoder or has no routed adapter, and for
     coefficients that are negative, are all 0 or do not fit.

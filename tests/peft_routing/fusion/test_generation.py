@@ -1,10 +1,15 @@
 """`ensemble` against separate PEFT models whose distributions are mixed step by step."""
 
+import weakref
+
 import pytest
 import torch
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peft_routing import UserError, ensemble
+from peft_routing.fusion import generation as generation_module
 from tests.peft_routing.adapters import NAMES, make_base, make_routed, save_experts
 
 PROMPTS = torch.tensor([[0, 0, 5, 9, 13], [7, 8, 21, 3, 30]])
@@ -157,6 +162,77 @@ def test_every_expert_has_a_cache_and_the_model_is_left_as_it_was(routed):
     with torch.no_grad():
         alike = routed(input_ids=PROMPTS).logits, routed(input_ids=PROMPTS).logits
     assert torch.equal(*alike)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts the tensors of at least so many numbers that are in memory at once.
+
+    most: the largest count.
+    makers: the operation that each came from.
+    """
+
+    def __init__(self, least):
+        super().__init__()
+        self.least = least
+        self.most = 0
+        self.makers = []
+        self._alive = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        before = {each.untyped_storage().data_ptr() for each in self._tensors()}
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor) and each.numel() >= self.least:
+                self._alive.append(weakref.ref(each))
+                if each.untyped_storage().data_ptr() not in before:
+                    self.makers.append(function.name())
+        alive = {each.untyped_storage().data_ptr() for each in self._tensors()}
+        self.most = max(self.most, len(alive))
+        return result
+
+    def _tensors(self):
+        tensors = [reference() for reference in self._alive]
+        return [each for each in tensors if each is not None]
+
+
+@pytest.fixture
+def long_prompt(monkeypatch):
+    """(2, 48) tokens, of which four at a time are normalised."""
+    monkeypatch.setattr(generation_module, "_AT_A_TIME", 4 * 96)
+    return torch.randint(2, 96, (2, 48), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_posterior_reads_a_prompt_with_one_expert_s_logits_in_memory(routed, long_prompt):
+    mixture = ensemble(routed, beta=1.0)
+    settings = {
+        "attention_mask": torch.ones_like(long_prompt),
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "do_sample": False,
+    }
+    with LargeTensors(long_prompt.numel() * 96) as large:
+        made = mixture.generate(input_ids=long_prompt, **settings)
+    # Of each expert what the head makes.
+    assert len(large.makers) == 3 and len(set(large.makers)) == 1, large.makers
+    assert "mm" in large.makers[0] and large.most == 1
+
+    # And in parts where that is asked for.
+    with LargeTensors(2 * 25 * 96) as large:
+        in_parts = mixture.generate(input_ids=long_prompt, prefill_chunk_size=24, **settings)
+    assert torch.equal(in_parts, made)
+    assert large.makers == []
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_more_experts_take_no_more_memory_to_read_a_text(routed, long_prompt, beta):
+    most = []
+    for coefficients in ([1, 1, 0], [1, 1, 1]):
+        mixture = ensemble(routed, coefficients, beta=beta)
+        with torch.no_grad(), LargeTensors(long_prompt.numel() * 96) as large:
+            mixture(input_ids=long_prompt)
+        most.append(large.most)
+    # An expert's logits, what is added of it, the mixture before and the mixture after.
+    assert most == [4, 4]
 
 
 def test_an_adapter_that_chooses_per_sequence_is_an_ensemble_like_any_other(experts, alone):
