@@ -5,7 +5,7 @@ of its 64 likeliest are kept, and the rest's as one number. An ordinary LoRA on 
 trained to have the same: the Kullback-Leibler divergence of the two is its loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from tqdm import tqdm
 
 from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
 from _mergekit_moe_ext_common.data import collate, fingerprint
@@ -111,19 +112,17 @@ def distil(
     teacher: Ensemble | None = mixture
     if not on_the_fly:
         batch_size = recipe.per_device_eval_batch_size
-        training = with_targets(mixture, training, pad_token_id, batch_size)
-        held_out = {
-            name: with_targets(mixture, rows, pad_token_id, batch_size)
-            for name, rows in held_out.items()
-        }
+        total = len(training) + sum(map(len, held_out.values()))
+        disable = reading.quiet or arguments.process_index > 0
+        with tqdm(total=total, desc="the ensemble reads", unit="rows", disable=disable) as bar:
+            training = with_targets(mixture, training, pad_token_id, batch_size, bar=bar)
+            for name, rows in held_out.items():
+                held_out[name] = with_targets(mixture, rows, pad_token_id, batch_size, bar=bar)
         teacher = None
         del routed, mixture  # so that no two models are in memory
-    targets = sorted({module.rpartition(".")[2] for module in config.sites})
 
     model = load_model(base, base_config, reading, headers=headers, dtype="auto")
-    torch.manual_seed(recipe.seed)
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    student = get_peft_model(model, lora)
+    student = _student(model, config.sites, rank, recipe.seed)
     size = checkpoint_bytes(student)
     run.check_room(size, size, arguments, len(training))
     trainer = Distillation(
@@ -146,14 +145,29 @@ def distil(
     return losses
 
 
+def _student(model: Any, sites: Iterable[str], rank: int, seed: int) -> Any:
+    """The base model with a new LoRA on the modules that the experts lie on."""
+    targets = sorted({module.rpartition(".")[2] for module in sites})
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
 @torch.no_grad()
 def with_targets(
-    mixture: Ensemble, rows: Dataset, pad_token_id: int, batch_size: int, top: int = TOP
+    mixture: Ensemble,
+    rows: Dataset,
+    pad_token_id: int,
+    batch_size: int,
+    top: int = TOP,
+    *,
+    bar: Any = None,
 ) -> Dataset:
     """The rows with what the ensemble expects after each token: the ids of the likeliest (tokens,
     top), and the logarithms of their probabilities.
 
-    Each process reads its share of the rows, and gets what the others have read.
+    Each process reads its share of the rows, and gets what the others have read. `bar` shows how
+    many rows are done.
     """
     state = PartialState()
     ids: list[Any] = []
@@ -166,6 +180,8 @@ def with_targets(
         for of_ids, of_values in targets:
             ids.append(of_ids)
             values.append(of_values)
+        if bar is not None:
+            bar.update(len(targets))
     columns = rows.to_dict()
     return Dataset.from_dict({**columns, _IDS: ids, _VALUES: values})
 
