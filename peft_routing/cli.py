@@ -577,6 +577,9 @@ def compare(
     click.echo(report.table(compared))
     for line in (*report.notes(compared), *compared.sentences):
         click.echo(line)
+    recommended = Path(output).expanduser() / "recommended"
+    if recommended.exists():
+        click.echo(f"{recommended}: {compared.best}, the best on validation")
 
 
 @main.command("import-mttl")

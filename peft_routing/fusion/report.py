@@ -331,18 +331,20 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append("lm_eval's tasks have no figure where the adapter goes by our task")
     selected = comparison.selected
     line = f"greedy selection bends most at {selected.elbow} of {len(selected.order)} experts"
-    if selected.reaches_own is not None:
-        line += f", and {selected.reaches_own} are as good as each task's own"
+    if selected.reaches_own == 0:
+        line += ", and the base model alone is as good as each task's own"
+    elif selected.reaches_own is not None:
+        line += f", and the first {selected.reaches_own} of it do as well as each task's own"
     lines.append(line)
     for pair in comparison.beside:
         lines.append(
-            f"{pair.name} is {pair.difference:+.4f} (± {_number(pair.standard_error)}) to that of "
-            f"{pair.other}: {'clear' if _is_clear_pair(pair) else 'not distinguishable'}"
+            f"{pair.name} is {pair.difference:+.4f}{_give_or_take(pair.standard_error)} to that "
+            f"of {pair.other}: {'clear' if _is_clear_pair(pair) else 'not distinguishable'}"
         )
     for gap in comparison.calibration:
         lines.append(
-            f"calibration (B.4): {gap.one} is {gap.gap:+.4f} (± {_number(gap.standard_error)}) to "
-            f"{gap.many}"
+            f"calibration (B.4): {gap.one} is {gap.gap:+.4f}{_give_or_take(gap.standard_error)} "
+            f"to {gap.many}"
         )
     tables = comparison.tables
     own = sum(place is not None for place in own_experts(tables.test, tables.own))
@@ -590,3 +592,8 @@ def _finite(value: float) -> float | None:
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4f}"
+
+
+def _give_or_take(error: float) -> str:
+    """A standard error in brackets, with a space before it; nothing where one task gives none."""
+    return "" if math.isnan(error) else f" (± {error:.4f})"

@@ -557,6 +557,15 @@ def test_experts_that_are_first_on_the_test_are_not_clearly_beaten(compared):
     assert line.startswith("2 of 3 experts are not first") and "1 of them clearly so" in line
 
 
+def test_notes_are_sentences_with_few_tasks_and_few_experts(compared):
+    gap = report.Calibration("linear, top 1", "linear", 0.1, math.nan)
+    for reached, words in ((0, "the base model alone is as good"), (2, "the first 2 of it do as")):
+        selected = replace(compared.selected, reaches_own=reached)
+        lines = report.notes(replace(compared, selected=selected, calibration=[gap]))
+        assert sum(words in line for line in lines) == 1
+        assert "calibration (B.4): linear, top 1 is +0.1000 to linear" in lines
+
+
 def test_two_processes_measure_what_one_does(compared, here):
     tasks = [word for task in NAMES for word in ("--task", f"{task}={three(task)}")]
     wanted = ["--strategy", "learned_ensemble", "--strategy", "arrow_all"]
@@ -668,6 +677,9 @@ def test_reports_of_other_adapters_are_set_beside(compared, here, prepared):
     assert "## Beside few" in Path("report/report.md").read_text()
     assert Path("report/beside.png").read_bytes().startswith(b"\x89PNG")
     assert "uniform_ensemble is " in result.output and "to that of few" in result.output
+    best = json.loads(Path("report/report.json").read_text())["best"]
+    line = f"report/recommended: {best}, the best on validation\n"
+    assert result.output.endswith(line) == Path("report/recommended").exists() == (best != "base")
 
 
 def test_a_report_of_other_texts_or_another_model_is_refused(compared, here, prepared):
