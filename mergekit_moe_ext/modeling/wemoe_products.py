@@ -296,10 +296,12 @@ def _times(x: Tensor, weight: Tensor, over_rows: bool) -> Tensor:
 def _merged_tiles(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Parts:
     """The weights (samples, rows, columns) of coefficients (samples, experts), some at a time."""
     # With one set of coefficients and sparse vectors, their weighed elements are added up where
-    # they lie, and no vector is made dense by itself.
+    # they lie, and no vector is made dense by itself. They are summed in float32 or wider, so that
+    # rounding does not grow with their number.
     if len(c) == 1 and len(stored) > 1:
         values, *places = stored
-        weighed = (c.T * values, *places)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        weighed = (c.T * values.to(wide), *places)
         rows = _rows_of_tile(weight, 1)
         for tile, base_rows, total in _tiles(weight, weighed, rows, is_sum=True):
             yield tile, slice(None), base_rows + total
@@ -390,22 +392,29 @@ def _tiles(
             yield tile, weight[tile], stored[0][:, tile]
         return
     values, columns, row_ends = stored
+    is_one_tile = len(slices) == 1
     # Where each kept element lies in its flattened tile: its row's start there, and its column.
     # Computed once for all tiles, since each step of it goes over all elements.
     counts = torch.diff(row_ends, prepend=row_ends.new_zeros(len(row_ends), 1), dim=1)
-    starts = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
-    starts = starts % rows * weight.shape[1]
-    places = starts.repeat(len(values))
-    places = places.repeat_interleave(counts.flatten(), output_size=columns.numel())
+    numbers = torch.arange(row_ends.numel(), dtype=torch.int32, device=weight.device)
+    if is_sum or not is_one_tile:
+        numbers = numbers % len(weight) % rows
+    starts = numbers * weight.shape[1]
+    places = starts.repeat_interleave(counts.flatten(), output_size=columns.numel())
     places = places.view(columns.shape)
     places += columns.int()
+    # A GPU and compiled code mostly have one tile, in which the vectors lie one after the other, or
+    # all in one place to be summed up: one operation puts the elements of all of them there.
+    if is_one_tile:
+        vectors = values.new_zeros(1 if is_sum else len(values), *weight.shape)
+        vectors.view(-1).index_add_(0, places.view(-1), values.reshape(-1))
+        yield slices[0], weight, vectors
+        return
     # Elements are sorted by row, so that those of a tile are one stretch, which ends where its last
-    # row does. Compiled code and a GPU mostly have one tile, and then need not read the ends, which
-    # would wait for the device.
-    inner_ends: list[list[int]] = [[] for _ in values]
-    if len(slices) > 1:
-        inner_ends = row_ends[:, rows - 1 : -1 : rows].tolist()
-    edges = [[0, *ends, values.shape[1]] for ends in inner_ends]
+    # row does.
+    edges = []
+    for ends in row_ends[:, rows - 1 : -1 : rows].tolist():
+        edges.append([0, *ends, values.shape[1]])
     for number, tile in enumerate(slices):
         base_rows = weight[tile]
         vectors = values.new_zeros(1 if is_sum else len(values), base_rows.numel())

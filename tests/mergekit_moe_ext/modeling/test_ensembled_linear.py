@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -214,6 +215,30 @@ def test_merged_is_the_weight(layout, sparse, tile):
     _, c = inputs("one for all")
     expected = model.linear.weight + torch.einsum("e,eij->ij", c, vectors)
     torch.testing.assert_close(model.linear.merged(c), expected)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_a_device_that_was_not_measured_adds_sparse_vectors_at_once(
+    layout, shared, samples, monkeypatch
+):
+    monkeypatch.delitem(wemoe_products.RULES, "cpu")
+    model, vectors = make(layout, sparse=True)
+    x, c = inputs(shared, samples, tokens=9)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        actual = model(x, c)
+    torch.testing.assert_close(actual, naive(model, vectors, x, c))
+    names = [event.key for event in record.events()]
+    assert names.count("aten::index_add_") == 1
+
+
+def test_overlapping_sparse_vectors_are_rounded_once(tile):
+    model, vectors = make(sparse=True, width=(3, 4), experts=200, dtype=torch.bfloat16)
+    _, c = inputs("one for all", experts=200, dtype=torch.bfloat16)
+    exact = model.linear.weight.double() + torch.einsum("e,eij->ij", c.double(), vectors.double())
+    merged = model.linear.merged(c).double()
+    assert ((merged - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
 
 
 @pytest.mark.parametrize(("layout", "sparse"), KINDS)
