@@ -94,7 +94,8 @@ class Fused:
             if not self._takes_kernel(x, result, weight, as_operation=True):
                 return None
             return self._by_operation(result, tokens, weight, needs_gradients)
-        plan = self._plan(len(tokens), x, result, weight)
+        number = tokens.shape[0]
+        plan = self._plan(number, x, result, weight)
         if plan.by_kernel:
             return self._by_kernel(result, tokens, weight)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
@@ -103,16 +104,17 @@ class Fused:
             a, b = self.experts.factors_in(plan.dtype)
         if plan.way != "dense":
             update = self._of_chosen(tokens, a, b, scores.squeeze(-1), plan.way)
-            return result + update.view(result.shape)
-        z = functional.linear(tokens, a).view(len(tokens), self.count, self.rank // self.count)
+            return result + update.view_as(result)
+        z = functional.linear(tokens, a).view(number, self.count, self.rank // self.count)
         weighed = _cast(self._weighed(z, self._coefficients(scores)), plan.dtype)
-        weighed = weighed.view(len(tokens), self.rank)
+        weighed = weighed.view(number, self.rank)
         scaling = 1.0 if self.scaling is None else self.scaling
         if not plan.can_add:
             update = weighed.mm(b) if scaling == 1 else weighed.mm(b) * scaling
-            return result + update.view(result.shape)
+            return result + update.view_as(result)
         output = _cast(result.reshape(-1, result.shape[-1]), plan.dtype)
-        return torch.addmm(output, weighed, b, alpha=scaling).view(result.shape)
+        # Not `view(result.shape)`: to take a shape apart costs Python as much as the product.
+        return torch.addmm(output, weighed, b, alpha=scaling).view_as(result)
 
     def _by_kernel(self, result: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
         """The output where nothing has a gradient: the kernel is started without an operation of
@@ -131,7 +133,7 @@ class Fused:
             absolute=self.router.absolute,
             is_low_rank=self.is_low_rank,
         )
-        return torch.addmm(result.reshape(-1, result.shape[-1]), weighed, b).view(result.shape)
+        return torch.addmm(result.reshape(-1, result.shape[-1]), weighed, b).view_as(result)
 
     def _by_operation(
         self, result: Tensor, tokens: Tensor, weight: Tensor, needs_gradients: bool
@@ -153,7 +155,7 @@ class Fused:
             is_low_rank=self.is_low_rank,
             is_estimated=k == 1 and self.count > 1 and is_trained,
         )
-        return torch.addmm(result.reshape(-1, result.shape[-1]), weighed, b).view(result.shape)
+        return torch.addmm(result.reshape(-1, result.shape[-1]), weighed, b).view_as(result)
 
     def _split_rows(self, weight: Tensor) -> Tensor:
         """The router's rows as the kernel takes them: a copy, made anew when they change."""

@@ -40,7 +40,7 @@ def parts_for(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def fits(experts: int, rank: int) -> bool:
     """Whether the kernels take so many experts of one rank."""
-    numbers = _padded(experts) * triton.next_power_of_2(rank)
+    numbers = _padded(experts) * _power_of_2(rank)
     return numbers <= MOST_NUMBERS
 
 
@@ -76,7 +76,7 @@ def weigh(
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     is_wide = padded > 64
-    launch = (kernel or _weigh)[(triton.cdiv(tokens, _TOKENS),)]
+    launch = (kernel or _weigh)[(-(-tokens // _TOKENS),)]
     with _on(hidden.device):
         launch(
             hidden,
@@ -97,7 +97,7 @@ def weigh(
             experts,
             rank,
             padded,
-            triton.next_power_of_2(rank),
+            _power_of_2(rank),
             _TOKENS,
             # The fastest that were tried on an H200: so many columns are read ahead of their use.
             columns=64 if padded > 16 else 128,
@@ -131,7 +131,7 @@ def unweigh(
     experts = int(scores.shape[1])  # compiled in, as the rank
     rank = int(z.shape[1]) // experts
     padded = _padded(experts)
-    padded_rank = triton.next_power_of_2(rank)
+    padded_rank = _power_of_2(rank)
     of_z = torch.empty_like(z)
     of_scores = torch.empty_like(scores)
     launch = (kernel or _unweigh)[(tokens,)]
@@ -163,7 +163,14 @@ def _on(device: torch.device) -> Any:
 
 
 def _padded(experts: int) -> int:
-    return max(16, triton.next_power_of_2(experts))  # 16 is the least that Triton's product takes
+    return max(16, _power_of_2(experts))  # 16 is the least that Triton's product takes
+
+
+# Triton has this and a division, which kernels can call as well: from Python each takes 2 µs, a
+# hundredth of a whole call.
+def _power_of_2(number: int) -> int:
+    """The least power of 2 that is no less than a positive number."""
+    return 1 << (number - 1).bit_length()
 
 
 @triton.jit
@@ -224,7 +231,9 @@ def _weigh(
         tl.store(scores + token[:, None] * experts + expert[None, :], score, mask=is_score)
     if absolute:
         score = tl.abs(score)
-    score = tl.where(is_expert[None, :], score / temperature, -float("inf"))
+    # PyTorch's compiler hands a number over in float64, in which all that follows would be.
+    score = score / tl.cast(temperature, tl.float32)
+    score = tl.where(is_expert[None, :], score, -float("inf"))
     coefficient = _softmax(score, _chosen(score, expert, k, experts))
 
     # One token after the other, since the numbers of all would take more registers than there are.
@@ -254,6 +263,7 @@ def _unweigh(
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, padded)
     is_expert = expert < experts
+    temperature = tl.cast(temperature, tl.float32)  # as in `_weigh`
     product = tl.load(scores + token * experts + expert, mask=is_expert, other=0.0)
     magnitude = tl.abs(product) if absolute else product
     score = tl.where(is_expert, magnitude / temperature, -float("inf"))[None, :]

@@ -491,7 +491,8 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
             self.unmerge()
         if self.merged:
             given.refuse_merged(self.merged_adapters)
-        result = self.base_layer(x, *args, **kwargs)
+        base_layer: Any = self._modules["base_layer"]  # as in `_are_here`
+        result = base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
         dtype = result.dtype
