@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peft_routing import mixing
-from peft_routing.kernel_trial import Use, works
+from peft_routing.kernel_trial import works
 from peft_routing.routers.base import Router
 from peft_routing.routers.linear import LinearRouter
 from peft_routing.routers.tensors import FEW, Source, largest, smallest, wide_dtype
@@ -254,8 +254,8 @@ class Fused:
         if self.experts.dtype_of_products(x, result) != torch.bfloat16:
             return False
         of_each = self.rank // self.count
-        use = Use(self.count, of_each, self.router.absolute, self.is_low_rank, as_operation)
-        return works(x.device, use)
+        absolute = self.router.absolute
+        return works(x.device, self.count, of_each, absolute, self.is_low_rank, as_operation)
 
 
 def is_watched(module: nn.Module) -> bool:

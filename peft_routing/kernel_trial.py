@@ -31,8 +31,16 @@ class Use(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-def works(device: torch.device, use: Use) -> bool:
-    """Whether the kernels can be used on a device, which is tried there once.
+def works(
+    device: torch.device,
+    experts: int,
+    rank: int,
+    absolute: bool,
+    is_low_rank: bool,
+    as_operation: bool,
+) -> bool:
+    """Whether the kernels can be used on a device, which is tried there once; the rest is `Use`,
+    field by field, since a compiler hands over an empty tuple in place of a named one.
 
     A version of Triton with which they do not compute what they should, or a GPU with too little
     memory for them, gives a warning, and they are not used.
@@ -41,7 +49,7 @@ def works(device: torch.device, use: Use) -> bool:
         return False
     if type(torch.empty(0)) is not Tensor:
         return False  # an export, in which nothing can be tried
-    return _tried(device, use)
+    return _tried(device, Use(experts, rank, absolute, is_low_rank, as_operation))
 
 
 @cache

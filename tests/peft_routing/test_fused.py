@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from peft_routing import given_coefficients
+from peft_routing import fused, given_coefficients
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.layer import RoutedLoraLinear
 from peft_routing.routers.linear import ArrowRouter, LinearRouter
@@ -294,3 +294,19 @@ def test_meta_tensors() -> None:
     layer = make_layer(dtype=torch.float32).to("meta")
     with torch.no_grad():
         assert layer(torch.randn(5, IN, device="meta")).shape == (5, OUT)
+
+
+def test_a_compiler_asks_for_the_kernels_of_the_module(monkeypatch: Any) -> None:
+    asked = []
+
+    @torch.compiler.assume_constant_result
+    def works(device: torch.device, *use: Any) -> bool:
+        asked.append((device.type, *use))
+        return False
+
+    monkeypatch.setattr(fused, "works", works)
+    layer = make_layer(dtype=torch.bfloat16, expert_dtype="bfloat16", top_k=2)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(layer, fullgraph=True, backend="eager")(torch.ones(5, IN).bfloat16())
+    assert asked == [("cpu", 6, 3, True, False, True)]

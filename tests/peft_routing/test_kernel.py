@@ -189,7 +189,7 @@ def test_pytorch_finds_the_operations_in_order(dtype: torch.dtype) -> None:
 
 def kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list to which each call of a kernel adds its name; no device is tried."""
-    monkeypatch.setattr(fused, "works", lambda device, use: True)
+    monkeypatch.setattr(fused, "works", lambda device, *use: True)
     calls = []
 
     def counted(name: str) -> None:
@@ -241,7 +241,7 @@ def test_a_router_that_is_trained_is_read_anew(monkeypatch: pytest.MonkeyPatch) 
     written_by_address(layer)
     after = shortly(layer, x, monkeypatch)
     assert calls == ["weigh"] * 2
-    monkeypatch.setattr(fused, "works", lambda device, use: False)
+    monkeypatch.setattr(fused, "works", lambda device, *use: False)
     assert not torch.allclose(before, after, rtol=0.1)
     expected = generally(layer, x)
     assert (after - expected).norm() < 0.02 * expected.norm()
