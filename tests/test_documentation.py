@@ -1,9 +1,9 @@
-"""The blocks of the guides: every one says what it is. Those of some pages are run here or by a
-test that is named here, need what no test has, or are marked as output.
+"""The blocks of the guides: every one says what it is, and runs.
 
-Such a page is a walk: its blocks run from the first to the last, in one directory with tiny models.
-Blocks of `sh` are our commands, those of `python` a program that goes on from block to block. A
-block of `text` is output or a formula.
+A page is a walk: its blocks go from the first to the last, in one directory with tiny models. A
+block of `yaml` is a file, whose name is in its first line. One of `sh` has our commands, and those
+of `python` are a program that goes on from block to block. A block of `text` is output or a
+formula. What another test runs is named here with that test, and what no test runs with the reason.
 """
 
 import importlib
@@ -11,15 +11,15 @@ import itertools
 import re
 import shlex
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import mergekit.scripts.run_yaml
 import pytest
-import torch
 from click.testing import CliRunner
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import mergekit_moe_ext.cli
 import peft_routing.cli
@@ -32,60 +32,51 @@ from tests.tokenizers import save_tokenizer
 DOCS = ROOT / "docs"
 # `examples/claims` writes that page.
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "claims.md")
-LANGUAGES = {"sh", "python", "yaml", "yml", "text"}
+LANGUAGES = {"sh", "python", "yaml", "text"}
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PROGRAMS = {"mergekit-moe-ext": mergekit_moe_ext.cli.main, "peft-route": peft_routing.cli.main}
+PROGRAMS = {
+    "mergekit-yaml": mergekit.scripts.run_yaml.main,
+    "mergekit-moe-ext": mergekit_moe_ext.cli.main,
+    "peft-route": peft_routing.cli.main,
+}
 # What makes each command short.
 SHORTER = {
     "train": ["--max-steps", "1", "--held-out", "2", "--quiet"],
     "inspect": ["--quiet"],
+    "first_models": ["--steps", "1"],
 }
-# Blocks that another test runs, by page and first words, with its file and name.
+# Scripts of `examples/` that are quick enough to be run.
+QUICK = ("first_models",)
+# What another test runs, by its first words, with that test's file and name.
 ELSEWHERE = {
-    ("adapters.md", "base = AutoModelForSequenceClassification"): (
+    "base = AutoModelForSequenceClassification": (
         "tests/peft_routing/test_heads.py",
         "test_heads_of_different_sizes",
     ),
-    ("caem.md", "cd examples"): (
+    "cd examples": (
         "tests/test_caem_switch.py",
         "test_the_whole_experiment_runs_and_goes_on",
     ),
-    ("extending.md", "@dataclass"): (
+    "@dataclass": (
         "tests/test_extending.py",
         "test_the_router_s_option_is_saved_and_read_back",
     ),
-    ("extending.md", "RoutedLoraConfig"): (
+    "RoutedLoraConfig(": (
         "tests/test_extending.py",
         "test_the_router_s_option_is_saved_and_read_back",
     ),
-    ("routed_options.md", "RoutedLoraConfig"): (
-        "tests/test_extending.py",
-        "test_the_router_s_option_is_saved_and_read_back",
+    "mergekit-moe-ext doctor": (
+        "tests/test_versions.py",
+        "test_the_doctor_says_what_is_installed_and_tries_it",
     ),
 }
-# Pages that are walked. Of the others many blocks are run by the tests of what they show; that all
-# of them run, one after the other, is not tested yet.
-WALKED = (
-    "extending.md",
-    "how_it_works.md",
-    "mergeme.md",
-    "routed_choosing.md",
-    "routed_lora.md",
-    "routed_options.md",
-    "routed_saving.md",
-    "wemoe_analysis.md",
-    "wemoe_texts.md",
-)
-# Pages on which `model` is a routed adapter that another page has made.
-OF_A_ROUTED_MODEL = ("routed_choosing.md", "routed_saving.md")
-# Blocks that no test can run, and why.
+# What no test runs, by its first words, and why.
 NOT_RUN = {
-    ("adapters.md", "hf download"): "it needs the Hub",
-    ("get_started.md", "pip install"): "it installs the package",
-    ("index.md", "pip install"): "it installs the package",
-    ("how_it_works.md", "lm_eval"): "lm_eval is no dependency",
-    ("upcycling.md", "accelerate launch --use_fsdp"): "it needs eight processes",
-    ("wemoe.md", "from transformers import AutoImageProcessor"): "it needs the Hub",
+    "pip install": "it installs packages",
+    "hf download": "it needs the Hub",
+    "lm_eval": "lm_eval is no dependency",
+    "accelerate launch --use_fsdp": "it needs eight processes",
+    "from transformers import AutoImageProcessor": "it needs the Hub",
 }
 
 
@@ -94,10 +85,20 @@ def blocks_of(page: str) -> list[tuple[str, str]]:
     return FENCE.findall((DOCS / page).read_text(encoding="utf-8"))
 
 
-def entry_of(table: dict[tuple[str, str], Any], page: str, text: str) -> Any:
-    """The entry of a table whose page this is, and whose first words the block begins with."""
-    for (name, beginning), entry in table.items():
-        if name == page and text.startswith(beginning):
+def steps_of(page: str) -> Iterator[tuple[str, str]]:
+    """What a reader of the page does, one after the other: a block, or each command of one."""
+    for language, text in blocks_of(page):
+        if language == "sh":
+            for command in text.replace("\\\n", " ").splitlines():
+                yield language, command
+        elif language != "text":
+            yield language, text
+
+
+def entry_of(table: dict[str, Any], text: str) -> Any:
+    """The entry of a table whose words the text begins with."""
+    for beginning, entry in table.items():
+        if text.startswith(beginning):
             return entry
     return None
 
@@ -116,15 +117,16 @@ def test_every_block_says_what_it_is(page: str) -> None:
 
 
 def test_what_is_run_elsewhere_is_there() -> None:
-    for page, beginning in [*ELSEWHERE, *NOT_RUN]:
-        assert any(text.startswith(beginning) for _, text in blocks_of(page)), (page, beginning)
+    steps = [step for page in PAGES for _, step in steps_of(page)]
+    for beginning in [*ELSEWHERE, *NOT_RUN]:
+        assert any(step.startswith(beginning) for step in steps), beginning
     for file, test in ELSEWHERE.values():
         assert f"def {test}" in (ROOT / file).read_text(), (file, test)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that the pages name, tiny."""
+    """All that several pages name, tiny."""
     root = tmp_path_factory.mktemp("made")
     for seed, name in enumerate(("base", "math", "code", "law")):
         make_model(root / name, seed)
@@ -139,14 +141,29 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def walk(
-    made: Path, tmp_path: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Any]:
-    """The variables of a page's programs. The working directory is a copy of what is made."""
+def here(made: Path, tmp_path: Path, examples: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a walk, with a copy of what is made; scripts can be imported."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained("base")
-    return {"torch": torch, "tokenizer": tokenizer}
+    return tmp_path
+
+
+def compose_routed() -> None:
+    """The routed adapter that docs/routed_lora.md composes."""
+    peft_routing.compose("base", {"math": "math-lora/", "code": "code-lora/"}, "routed")
+
+
+def start_with_nothing() -> None:
+    """That page makes what it names."""
+    remove(*(path.name for path in Path.cwd().iterdir()))
+
+
+# What a page names besides.
+MAKERS: dict[str, Callable[[], object]] = {
+    "get_started.md": start_with_nothing,
+    "routed_choosing.md": compose_routed,
+    "routed_saving.md": compose_routed,
+}
 
 
 def remove(*outputs: str) -> None:
@@ -161,47 +178,64 @@ def remove(*outputs: str) -> None:
 def run_command(line: str) -> None:
     program, *arguments = shlex.split(line, comments=True)
     if program == "python":
-        check_script(*arguments)
+        run_script(*arguments)
         return
-    name = arguments[0]
-    if name == "doctor":  # which starts processes, and has tests of its own
-        return
+    if program == "accelerate":  # which starts one process where there is no GPU: this one
+        package, *arguments = arguments[arguments.index("-m") + 1 :]
+        program = package.replace("_", "-")
+    command = arguments[0]
     for flag, value in itertools.pairwise(arguments):
         if flag in ("-o", "--output", "--output-dir", "--plot", "--html"):
             remove(value.rstrip("/"))
-    if name == "train":
-        remove(f"{arguments[1].rstrip('/')}-trained")
-    result = CliRunner().invoke(PROGRAMS[program], [*arguments, *SHORTER.get(name, [])])
-    assert result.exit_code == 0, (line, result.output)
+    if program == "mergekit-yaml":
+        remove(arguments[1].rstrip("/"))
+    if command in ("train", "adapt"):
+        remove(f"{arguments[1].rstrip('/')}-{command}ed")
+    invoke(PROGRAMS[program], command, arguments)
 
 
-def check_script(path: str, *arguments: str) -> None:
-    """A script of `examples/` takes these arguments, and some test imports it."""
+def invoke(program: click.Command, name: str, arguments: Sequence[str]) -> None:
+    result = CliRunner().invoke(program, [*arguments, *SHORTER.get(name, [])])
+    assert result.exit_code == 0, (name, arguments, result.output)
+
+
+def run_script(path: str, *arguments: str) -> None:
+    """A script of `examples/` is run where it is quick. Another takes these arguments, and some test
+    imports it.
+    """
     script = Path(path).stem
+    command: click.Command = importlib.import_module(script).main
+    if script in QUICK:
+        invoke(command, script, arguments)
+        return
     tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     assert re.search(rf"\b{script}\b", tests), script
-    command: click.Command = importlib.import_module(script).main
     command.make_context(script, list(arguments))
 
 
-@pytest.mark.parametrize("page", WALKED)
-def test_the_blocks_of_a_page_run(page: str, request: pytest.FixtureRequest) -> None:
-    blocks = []
-    for language, text in blocks_of(page):
-        is_left_out = entry_of(ELSEWHERE, page, text) or entry_of(NOT_RUN, page, text)
-        if language != "text" and not is_left_out:
-            blocks.append((language, text))
-    if not blocks:
-        return
-    variables = request.getfixturevalue("walk")
-    if page in OF_A_ROUTED_MODEL:
-        experts = {"math": "math-lora/", "code": "code-lora/"}
-        peft_routing.compose("base", experts, "routed")
-        base = AutoModelForCausalLM.from_pretrained("base")
-        variables["model"] = PeftModel.from_pretrained(base, "routed")
-    for language, text in blocks:
-        if language == "python":
-            exec(compile(text, page, "exec"), variables)
+def write_file(text: str) -> str:
+    """Writes a block to the file that its first line names."""
+    first_line = text.partition("\n")[0]
+    assert re.fullmatch(r"# \S+\.yml", first_line), first_line
+    name = first_line.removeprefix("# ")
+    Path(name).write_text(text, encoding="utf-8")
+    return name
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(steps_of(page))])
+def test_the_blocks_of_a_page_run(page: str, here: Path) -> None:
+    if page in MAKERS:
+        MAKERS[page]()
+    not_used = set()
+    variables: dict[str, Any] = {}
+    for language, step in steps_of(page):
+        not_used -= {name for name in not_used if name in step}
+        if entry_of(ELSEWHERE, step) or entry_of(NOT_RUN, step):
+            continue
+        if language == "yaml":
+            not_used.add(write_file(step))
+        elif language == "sh":
+            run_command(step)
         else:
-            for line in text.replace("\\\n", " ").splitlines():
-                run_command(line)
+            exec(compile(step, page, "exec"), variables)
+    assert not not_used, "files that no later block names"
