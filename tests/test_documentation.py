@@ -6,6 +6,7 @@ of `python` are a program that goes on from block to block. A block of `text` is
 formula. What another test runs is named here with that test, and what no test runs with the reason.
 """
 
+import gc
 import importlib
 import itertools
 import re
@@ -18,13 +19,17 @@ from typing import Any
 import click
 import mergekit.scripts.run_yaml
 import pytest
+import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import mergekit_moe_ext.cli
 import peft_routing.cli
-from tests.conftest import make_model
-from tests.mergekit_moe_ext.mixtures.test_usage import words, write
+from peft_routing.fusion import report
+from tests.conftest import document, make_model, merge
+from tests.mergekit_moe_ext.mixtures.test_usage import SWITCH, make_moe, words, write
+from tests.mergekit_moe_ext.wemoe import test_adaptation, test_clip_heads
+from tests.peft_routing import test_mttl
 from tests.peft_routing.adapters import save_lora
 from tests.test_autoload import ROOT
 from tests.tokenizers import save_tokenizer
@@ -39,20 +44,24 @@ PROGRAMS = {
     "mergekit-moe-ext": mergekit_moe_ext.cli.main,
     "peft-route": peft_routing.cli.main,
 }
-# What makes each command short.
+# What makes a command with one of these words short.
 SHORTER = {
+    "adapt": ["--steps", "1", "--quiet"],
     "train": ["--max-steps", "1", "--held-out", "2", "--quiet"],
+    "distil": ["--max-steps", "1", "--held-out", "2", "--quiet"],
     "inspect": ["--quiet"],
+    "compare": ["--strategy", "learned_ensemble", "--quiet"],
+    "--trained": ["--strategy", "linear", "--learning-rate", "1e-3"],
     "first_models": ["--steps", "1"],
 }
+# What these options are given in place of what the page says.
+FEWER = {"--max-steps": "1", "--steps": "1", "--num-train-epochs": "1"}
+# What is written in place of what the page says: rouge-score is an extra.
+INSTEAD = {"rouge_l": "exact_match"}
 # Scripts of `examples/` that are quick enough to be run.
-QUICK = ("first_models",)
+QUICK = ("clip_heads", "first_models")
 # What another test runs, by its first words, with that test's file and name.
 ELSEWHERE = {
-    "base = AutoModelForSequenceClassification": (
-        "tests/peft_routing/test_heads.py",
-        "test_heads_of_different_sizes",
-    ),
     "cd examples": (
         "tests/test_caem_switch.py",
         "test_the_whole_experiment_runs_and_goes_on",
@@ -76,7 +85,7 @@ NOT_RUN = {
     "hf download": "it needs the Hub",
     "lm_eval": "lm_eval is no dependency",
     "accelerate launch --use_fsdp": "it needs eight processes",
-    "from transformers import AutoImageProcessor": "it needs the Hub",
+    "from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel": "it needs the Hub",
 }
 
 
@@ -141,16 +150,74 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(made: Path, tmp_path: Path, examples: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(made: Path, tmp_path: Path, examples: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory of a walk, with a copy of what is made; scripts can be imported."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    # The figures of a report take half the time of all commands, and have a test of their own.
+    monkeypatch.setattr(report, "draw", lambda comparison, directory: None)
+    gc.freeze()  # a training collects garbage often, which takes time for all that is imported
+    yield tmp_path
+    gc.unfreeze()
 
 
 def compose_routed() -> None:
-    """The routed adapter that docs/routed_lora.md composes."""
+    """The routed adapter of docs/routed_lora.md."""
     peft_routing.compose("base", {"math": "math-lora/", "code": "code-lora/"}, "routed")
+
+
+def make_classifier_loras_and_a_library() -> None:
+    """LoRAs of classifiers of different labels, and four experts as mttl publishes them."""
+    torch.manual_seed(0)
+    for name, labels in (("topic", 2), ("tone", 4)):
+        base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=labels)
+        save_lora(Path(f"{name}-lora"), labels, base, task_type="SEQ_CLS")
+    for seed, name in enumerate(("anli", *test_mttl.NAMES)):
+        test_mttl.write(Path("library"), name, test_mttl.weights(seed), test_mttl.info(name))
+
+
+def make_switches() -> None:
+    """Fine-tunes of a Switch Transformer on three tasks, rows of these, and what is compared."""
+    models = ("moe-news", "moe-squad", "moe-xsum", "baseline", "baseline-trained")
+    for seed, name in enumerate(models):
+        make_moe(Path(name), "switch_transformers", seed, **{**SWITCH, "num_experts": 8})
+    columns = ("input", "target", "text", "label", "question", "context", "answer", "document")
+    for seed, task in enumerate(("news", "news-validation", "squad", "xsum")):
+        texts = [row["text"] for row in words(seed, 8)]
+        rows = [{**dict.fromkeys(columns, text), "summary": "w1 w2"} for text in texts]
+        write(Path(f"{task}.jsonl"), rows)
+
+
+def make_gpt2s() -> None:
+    for seed, name in enumerate(("gpt2", "gpt2-math", "gpt2-code")):
+        make_model(Path(name), seed, family="gpt2")
+    Path("code.txt").write_text("w20 w21 w22\nw23 w24\n")
+
+
+def make_another_architecture() -> None:
+    """A GPT-2 with a place for as many tokens as a text has, and texts longer than a prefix."""
+    make_model(Path("stories-gpt2"), 9, family="gpt2", max_position_embeddings=2048)
+    save_tokenizer(Path("stories-gpt2"), 96)
+    for seed, task in enumerate(("math", "code")):
+        texts = [row["text"] for row in words(seed, 24)]
+        write(Path(f"{task}.jsonl"), [{"text": " ".join(texts)}] * 4)
+
+
+def make_image_models() -> None:
+    """Classifiers of images with classes of their own, images of these, and parts of CLIP."""
+    for seed, (name, classes) in enumerate(test_adaptation.CLASSES.items()):
+        test_adaptation.make_classifier(Path("vit", name), seed, classes, "vit")
+        for number in range(classes):
+            test_adaptation.draw(Path("images", name, f"c{number}"), [seed, number], 4)
+    shutil.copy("images/cars/c0/0.png", "car.png")
+    test_clip_heads.make_clips(Path("clip"))
+    for task, names in test_clip_heads.CLASSES.items():
+        Path(f"{task}.txt").write_text("\n".join(names))
+
+
+def merge_ensemble() -> None:
+    """A model of an architecture of ours, which was written earlier."""
+    merge(document("wemoe", models=("math", "code")))
 
 
 def start_with_nothing() -> None:
@@ -158,11 +225,27 @@ def start_with_nothing() -> None:
     remove(*(path.name for path in Path.cwd().iterdir()))
 
 
+def write_tasks_and_requests() -> None:
+    """Texts that are split, pairs of a prompt and an answer, and requests without an answer."""
+    for seed, split in enumerate(("train", "val", "test")):
+        write(Path(f"code-{split}.jsonl"), words(seed, 8))
+    texts = [row["text"] for row in words(0, 12)]
+    write(Path("pairs.jsonl"), [{"input": text, "target": "w1 w2"} for text in texts])
+    write(Path("requests.jsonl"), [{"text": text} for text in texts])
+
+
 # What a page names besides.
 MAKERS: dict[str, Callable[[], object]] = {
+    "adapters.md": make_classifier_loras_and_a_library,
+    "caem.md": make_switches,
+    "fusion.md": write_tasks_and_requests,
     "get_started.md": start_with_nothing,
     "routed_choosing.md": compose_routed,
     "routed_saving.md": compose_routed,
+    "sequence_moe.md": make_another_architecture,
+    "upcycling.md": make_gpt2s,
+    "versions.md": merge_ensemble,
+    "wemoe.md": make_image_models,
 }
 
 
@@ -189,14 +272,20 @@ def run_command(line: str) -> None:
             remove(value.rstrip("/"))
     if program == "mergekit-yaml":
         remove(arguments[1].rstrip("/"))
-    if command in ("train", "adapt"):
+    if command in ("train", "adapt") and "-o" not in arguments:
         remove(f"{arguments[1].rstrip('/')}-{command}ed")
-    invoke(PROGRAMS[program], command, arguments)
+    invoke(PROGRAMS[program], [program, *arguments])
 
 
-def invoke(program: click.Command, name: str, arguments: Sequence[str]) -> None:
-    result = CliRunner().invoke(program, [*arguments, *SHORTER.get(name, [])])
-    assert result.exit_code == 0, (name, arguments, result.output)
+def invoke(program: click.Command, line: Sequence[str]) -> None:
+    """Runs a command in this process, shortened."""
+    _, *arguments = line
+    for index, flag in enumerate(arguments[:-1]):
+        arguments[index + 1] = FEWER.get(flag, arguments[index + 1])
+    for word in line:
+        arguments += SHORTER.get(word, [])
+    result = CliRunner().invoke(program, arguments)
+    assert result.exit_code == 0, (line, result.output)
 
 
 def run_script(path: str, *arguments: str) -> None:
@@ -206,7 +295,7 @@ def run_script(path: str, *arguments: str) -> None:
     script = Path(path).stem
     command: click.Command = importlib.import_module(script).main
     if script in QUICK:
-        invoke(command, script, arguments)
+        invoke(command, [script, *arguments])
         return
     tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     assert re.search(rf"\b{script}\b", tests), script
@@ -218,6 +307,8 @@ def write_file(text: str) -> str:
     first_line = text.partition("\n")[0]
     assert re.fullmatch(r"# \S+\.yml", first_line), first_line
     name = first_line.removeprefix("# ")
+    for said, written in INSTEAD.items():
+        text = text.replace(said, written)
     Path(name).write_text(text, encoding="utf-8")
     return name
 
