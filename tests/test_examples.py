@@ -46,61 +46,38 @@ SCRIPTS = (
 
 
 def configurations():
-    """The merges in YAML that the examples, the README and the docs show, by file and place."""
-    texts = {
-        f"examples/{path.name}": path.read_text() for path in (ROOT / "examples").glob("*.yml")
-    }
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        blocks = re.findall(r"```yaml\n(.*?)```", path.read_text(), flags=re.DOTALL)
-        texts |= {f"{path.name}-{index}": text for index, text in enumerate(blocks)}
-    return {name: text for name, text in texts.items() if "merge_method:" in text}
+    """The merges in YAML that the examples and the README show. `test_documentation.py` runs those
+    of the docs.
+    """
+    texts = [path.read_text() for path in (ROOT / "examples").glob("*.yml")]
+    texts += re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [text for text in texts if "merge_method:" in text]  # and not a file of tasks
 
 
 @pytest.fixture
 def everything(here, sources, monkeypatch):
-    """All that a configuration names: dense models with tokenizers, mixtures of experts, and
-    texts."""
+    """All that a configuration names: dense models with tokenizers, mixtures of experts, texts, and
+    parts of CLIP."""
     for name in ("base", "math", "code"):
         (here / name).unlink()
         shutil.copytree(sources / name, here / name)
         save_tokenizer(here / name, 96)
-    make_model(here / "stories-gpt2", 9, family="gpt2", hidden_size=24)
-    save_tokenizer(here / "stories-gpt2", 96)
-    (here / "code.txt").write_text("w20 w21 w22\nw23 w24\n")
     for seed, task in enumerate(("news", "squad", "xsum")):
         make_moe(here / f"moe-{task}", "mixtral", seed=seed, num_local_experts=8)
-        rows = [{**row, "question": row["text"]} for row in words(seed, 20)]
-        write(here / f"{task}.jsonl", rows)
+        write(here / f"{task}.jsonl", words(seed, 20))
     for seed, task in enumerate(("math", "code", "law")):
         write(here / f"{task}.jsonl", words(seed, 40))
     make_clips(here / "clip")
     (here / "clip" / "heads").rename(here / "heads")
-    usage = ["usage", "moe-xsum", "--data", "xsum.jsonl", "-o", "xsum.usage.json", "--quiet"]
-    counted = CliRunner().invoke(main, usage)
-    assert counted.exit_code == 0, counted.output
     return here
 
 
-@pytest.fixture
-def everything_upcycled(everything):
-    """What the configurations in docs/upcycling.md name besides."""
-    for seed, name in enumerate(("gpt2", "gpt2-math", "gpt2-code")):
-        make_model(everything / name, seed, family="gpt2")
-    for seed, name in enumerate(("math-lora", "code-lora")):
-        base = AutoModelForCausalLM.from_pretrained(everything / "base")
-        save_lora(everything / name, seed, base, target_modules=["up_proj"])
-    make_moe(everything / "moe", "mixtral")
-    return everything
-
-
-def test_every_configuration_runs(everything_upcycled):
-    everything = everything_upcycled
-    # What has no method is a file of tasks, or in the form of mergekit-moe.
-    assert len(configurations()) >= 4
-    for name, text in configurations().items():
+def test_every_configuration_runs(everything):
+    assert len(configurations()) >= 2
+    for number, text in enumerate(configurations()):
         (everything / "config.yml").write_text(text)
-        result = CliRunner().invoke(main, ["yaml", "config.yml", name.replace("/", "-")])
-        assert result.exit_code == 0, (name, result.output)
+        result = CliRunner().invoke(main, ["yaml", "config.yml", f"out-{number}"])
+        assert result.exit_code == 0, (text, result.output)
 
 
 def test_the_readme_s_commands_run(everything):
@@ -121,33 +98,13 @@ def test_the_readme_s_commands_run(everything):
 
 
 def test_the_first_mixture_is_made_trained_and_generates(everything, capsys):
-    """The short example, and the walk on the site, which does the same in the shell."""
+    """The short example; the walk on the site does the same in the shell."""
     exec((ROOT / "examples" / "first_mixture.py").read_text(), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()
     assert (everything / "mixture-trained" / "model.safetensors").exists()
-    page = (ROOT / "docs" / "get_started.md").read_text()
-    (configuration,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
-    (everything / "config.yml").write_text(configuration)
-    commands = re.findall(r"^(mergekit-\S+) (.*)$", page, flags=re.MULTILINE)
-    assert [command.split()[0] for _, command in commands] == [
-        "doctor",
-        "plan",
-        "config.yml",
-        "train",
-        "usage",
-    ]
-    for program, command in commands:
-        words_of_command = command.split()
-        if "doctor" in words_of_command:  # tested by itself
-            continue
-        if program == "mergekit-yaml":
-            words_of_command = ["yaml", *words_of_command]
-        result = CliRunner().invoke(main, words_of_command)
-        assert result.exit_code == 0, (command, result.output)
-    assert (everything / "out-trained" / "model.safetensors").exists()
 
 
-def test_the_first_routed_adapter_is_made_and_generates(here):
+def test_the_first_routed_adapter_is_made_and_generates(here, capsys):
     """Likewise, for adapters."""
     make_base().save_pretrained(here / "a-base")
     save_tokenizer(here / "a-base", 96)
@@ -157,20 +114,8 @@ def test_the_first_routed_adapter_is_made_and_generates(here):
         save_lora(here / f"{task}-lora", seed)
         write(here / f"{task}.jsonl", words(seed, 40))
     exec((ROOT / "examples" / "first_routed_adapter.py").read_text(), {"__name__": "__main__"})
-    shutil.rmtree(here / "routed")
-    page = (ROOT / "docs" / "get_started.md").read_text()
-    commands = re.findall(r"^peft-route (.*)$", page, flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == [
-        "compose",
-        "inspect",
-        "compose",
-        "train",
-    ]
-    for command in commands:
-        more = ["--held-out", "4", "--num-train-epochs", "1"] if command.startswith("train") else []
-        result = CliRunner().invoke(route, [*command.split(), *more])
-        assert result.exit_code == 0, (command, result.output)
-    assert (here / "learned-trained" / "adapter_model.safetensors").exists()
+    assert capsys.readouterr().out.strip()
+    assert (here / "routed" / "adapter_model.safetensors").exists()
 
 
 def test_the_readme_s_routed_adapters_run(here):
@@ -236,39 +181,16 @@ def test_scripts_start():
     assert all("--output" in text for text in helps[:-1])
 
 
-def test_the_docs_command_for_a_head_of_clip_runs(everything, examples):
+def test_a_head_of_clip_is_that_of_the_function(everything, examples):
     import clip_heads
 
     (everything / "cars.txt").write_text("\n".join(CLASSES["cars"]))
-    (command,) = re.findall(
-        r"python examples/clip_heads.py (.*)", (ROOT / "docs" / "wemoe.md").read_text()
-    )
-    result = CliRunner().invoke(clip_heads.main, [*command.split(), "--quiet"])
+    arguments = ["--model", "clip/whole", "--classes", "cars.txt", "-o", "cars.safetensors"]
+    result = CliRunner().invoke(clip_heads.main, [*arguments, "--quiet"])
     assert result.exit_code == 0, result.output
     assert (everything / "cars.safetensors").read_bytes() == (
         everything / "heads" / "cars.safetensors"
     ).read_bytes()
-
-
-def test_the_docs_command_trains_a_sequence_moe(everything):
-    docs = (ROOT / "docs" / "sequence_moe.md").read_text()
-    texts = re.findall(r"```yaml\n(.*?)```", docs, flags=re.DOTALL)
-    (text,) = [each for each in texts if "hetero_moe" in each]
-    # The texts here are shorter than the prefix that chooses in the docs.
-    text = text.replace("parameters:", "parameters:\n  routing_tokens: 8")
-    (everything / "config.yml").write_text(text)
-    assert CliRunner().invoke(main, ["yaml", "config.yml", "out"]).exit_code == 0
-    (command,) = re.findall(
-        r"^mergekit-moe-ext (train .*--train projectors.*)$", docs, re.MULTILINE
-    )
-    few = "--max-steps 1 --held-out 2 --max-length 64 --quiet"
-    result = CliRunner().invoke(main, [*command.split(), *few.split()])
-    assert result.exit_code == 0, result.output
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in ("out", "out-trained")
-    )
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if ".proj_" in name or name == "router.weight"}
 
 
 @pytest.fixture
