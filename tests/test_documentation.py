@@ -1,14 +1,14 @@
 """The blocks of the guides: every one says what it is, and runs.
 
-A page is a walk: its blocks go from the first to the last, in one directory with tiny models. A
-block of `yaml` is a file, whose name is in its first line. One of `sh` has our commands, and those
-of `python` are a program that goes on from block to block. A block of `text` is output or a
-formula. What another test runs is named here with that test, and what no test runs with the reason.
+A page is a walk: its blocks go from the first to the last, in one directory with tiny models, and
+nothing is removed between them. A block of `yaml` is a file, whose name is in its first line. One
+of `sh` has our commands, and those of `python` are a program that goes on from block to block. A
+block of `text` is output or a formula. What another test runs is named here with that test, and
+what no test runs with the reason.
 """
 
 import gc
 import importlib
-import itertools
 import re
 import shlex
 import shutil
@@ -224,7 +224,11 @@ def merge_ensemble() -> None:
 
 def start_with_nothing() -> None:
     """That page makes what it names."""
-    remove(*(path.name for path in Path.cwd().iterdir()))
+    for path in Path.cwd().iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_tasks_and_requests() -> None:
@@ -251,15 +255,6 @@ MAKERS: dict[str, Callable[[], object]] = {
 }
 
 
-def remove(*outputs: str) -> None:
-    """Removes what a page writes a second time."""
-    for output in outputs:
-        if Path(output).is_dir():
-            shutil.rmtree(output)
-        else:
-            Path(output).unlink(missing_ok=True)
-
-
 def run_command(line: str) -> None:
     program, *arguments = shlex.split(line, comments=True)
     if program == "python":
@@ -268,14 +263,6 @@ def run_command(line: str) -> None:
     if program == "accelerate":  # which starts one process where there is no GPU: this one
         package, *arguments = arguments[arguments.index("-m") + 1 :]
         program = package.replace("_", "-")
-    command = arguments[0]
-    for flag, value in itertools.pairwise(arguments):
-        if flag in ("-o", "--output", "--output-dir", "--plot", "--html"):
-            remove(value.rstrip("/"))
-    if program == "mergekit-yaml":
-        remove(arguments[1].rstrip("/"))
-    if command in ("train", "adapt") and "-o" not in arguments:
-        remove(f"{arguments[1].rstrip('/')}-{command}ed")
     invoke(PROGRAMS[program], [program, *arguments])
 
 
