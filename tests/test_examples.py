@@ -118,6 +118,16 @@ def test_the_first_routed_adapter_is_made_and_generates(here, capsys):
     assert (here / "routed" / "adapter_model.safetensors").exists()
 
 
+def test_the_first_models_overwrite_nothing(tmp_path, monkeypatch, examples):
+    import first_models
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "math").mkdir()
+    refused = CliRunner().invoke(first_models.main)
+    assert refused.exit_code == 1 and "math exists and is not overwritten" in refused.output
+    assert [path.name for path in tmp_path.iterdir()] == ["math"]
+
+
 def test_the_readme_s_routed_adapters_run(here):
     make_base().save_pretrained(here / "a-base")
     save_tokenizer(here / "a-base", 96)
