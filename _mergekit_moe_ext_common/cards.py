@@ -75,13 +75,40 @@ def sources_in_markdown(sources: Sequence[str]) -> str:
 
 
 def extend_card(directory: Path, lines: Sequence[str]) -> None:
-    """A further section at the end of the card, whose front matter then names no local model."""
+    """A further section at the end of the card, whose front matter then names no local model.
+
+    In an adapter's card it stands before PEFT's template, which is long and empty.
+    """
     card = directory / "README.md"
     if card.exists():
         text = without_local_models(card.read_text(encoding="utf-8"))
     else:
         text = f"# {in_markdown(directory.name)}\n"
-    card.write_text(text.rstrip() + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    if is_of_peft(text):
+        text = section_before_title(text, lines[0], lines[2:])
+    else:
+        text = text.rstrip() + "\n\n" + "\n".join(lines) + "\n"
+    card.write_text(text, encoding="utf-8")
+
+
+def is_of_peft(card: str) -> bool:
+    """Whether PEFT has written a card."""
+    return "library_name: peft" in card
+
+
+def section_before_title(card: str, heading: str, lines: Sequence[str]) -> str:
+    """A card whose section of this heading has these lines and is the last one before the title,
+    the first heading of the first level. No line of a section begins with `# `.
+    """
+    without = re.sub(rf"\n*{re.escape(heading)}\n.*?(?=\n+##? |\Z)", "", card, flags=re.DOTALL)
+    matter = _FRONT_MATTER.match(without)
+    start = matter.end() if matter else 0
+    title = re.compile(r"^# ", re.MULTILINE).search(without, start)
+    place = title.start() if title else len(without)
+    before = without[:place].rstrip() + "\n\n" if without[:place].strip() else ""
+    section = "\n".join([heading, "", *lines]).rstrip() + "\n"
+    after = "\n" + without[place:] if title else ""
+    return before + section + after
 
 
 def renew_section(card: str, heading: str, lines: Sequence[str]) -> str:

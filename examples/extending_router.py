@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peft_routing import Router
+from peft_routing import Router, RouterOptions, RouterSettings
 from peft_routing.cli import main
-from peft_routing.routers import RouterOptions, RouterSettings
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from peft_routing.inspection import Inspection
     from peft_routing.model import RoutedLoraModel
     from peft_routing.recipes import Distilling, Recipe
-    from peft_routing.routers import Router
+    from peft_routing.routers import Router, RouterOptions, RouterSettings
     from peft_routing.types import PeftType
 
 __all__ = [
@@ -51,6 +51,8 @@ __all__ = [
     "RoutedLoraConfig",
     "RoutedLoraModel",
     "Router",
+    "RouterOptions",
+    "RouterSettings",
     "UserError",
     "compare",
     "compose",
@@ -76,6 +78,8 @@ _MODULES = {
     "RoutedLoraConfig": "peft_routing.config",
     "RoutedLoraModel": "peft_routing.model",
     "Router": "peft_routing.routers",
+    "RouterOptions": "peft_routing.routers",
+    "RouterSettings": "peft_routing.routers",
     "UserError": "_mergekit_moe_ext_common.errors",
     "compare": "peft_routing.commands",
     "compose": "peft_routing.commands",

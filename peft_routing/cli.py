@@ -142,7 +142,7 @@ def _compose_command() -> click.Command:
         ),
         click.option(
             "--router",
-            type=click.Choice(list(all_routers())),
+            metavar=f"[{'|'.join(all_routers())}]",
             default="arrow",
             show_default=True,
             help="Router that the coefficients come from.",

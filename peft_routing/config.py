@@ -442,7 +442,7 @@ class RoutedLoraConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration as PEFT does, and what experts and router are in the card."""
         super().save_pretrained(save_directory, **kwargs)
-        card.extend(save_directory, self.names, list(self.general_experts), self.router)
+        card.extend(save_directory, self.names, list(self.general_experts), self.router_class)
 
 
 def experts_by_name(option: str, experts: Any) -> dict[str, Any]:

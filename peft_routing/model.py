@@ -315,6 +315,7 @@ class RoutedLoraModel(BaseTuner):
             router = layer.routed_lora_router[adapter_name]
             if isinstance(router, Router):  # and not what stands for that of another module
                 router.start(*updates(factors, site), config.mixing or "full")
+                router.check_started()
             layer._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _make_room(

@@ -12,6 +12,7 @@ from _mergekit_moe_ext_common.cards import (
     is_on_hub,
     last_part,
     renew_section,
+    section_before_title,
     without_folders,
     without_local_models,
 )
@@ -155,3 +156,23 @@ def test_a_section_is_renewed():
     assert renew_section(card, "## One", ["new"]) == "# Card\n\n## Two\n\nkept\n\n## One\n\nnew\n"
     assert renew_section(card, "## One", []) == "# Card\n\n## Two\n\nkept\n"
     assert renew_section("# Card", "## One", []) == "# Card\n"
+
+
+def test_a_section_stands_before_the_title():
+    matter = "---\nlibrary_name: peft\n---\n"
+    card = f"{matter}\n# Card\n\n## Two\n\nkept\n\n## One\n\nold\n"
+    first = f"{matter}\n## One\n\nnew\n\n# Card\n\n## Two\n\nkept"
+    assert section_before_title(card, "## One", ["new"]) == first
+    assert section_before_title(first, "## One", ["new"]) == first
+    both = first.replace("# Card", "## Three\n\nlast\n\n# Card")
+    assert section_before_title(first, "## Three", ["last"]) == both
+    assert section_before_title("text", "## One", ["new"]) == "text\n\n## One\n\nnew\n"
+
+
+def test_a_section_of_an_adapter_is_added_before_the_template_of_peft(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlibrary_name: peft\n---\n## Routed LoRA\n\nTwo.\n\n# Card\n\nempty\n")
+    extend_card(tmp_path, ["## Training", "", "Done."])
+    own, _, template = card.read_text().partition("# Card")
+    assert own.endswith("## Routed LoRA\n\nTwo.\n\n## Training\n\nDone.\n\n")
+    assert template == "\n\nempty\n"

@@ -66,9 +66,11 @@ ELSEWHERE = {
         "tests/test_caem_switch.py",
         "test_the_whole_experiment_runs_and_goes_on",
     ),
-    "@dataclass": (
+    # Other pages have programs that begin alike.
+    "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+    "import extending_router": (
         "tests/test_extending.py",
-        "test_the_router_s_option_is_saved_and_read_back",
+        "test_a_new_process_loads_what_the_page_shows",
     ),
     "RoutedLoraConfig(": (
         "tests/test_extending.py",

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import click
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from peft_routing import RoutedLoraConfig
+from peft_routing import RoutedLoraConfig, Router, UserError
+from peft_routing.routers.base import _ROUTERS
 from tests.conftest import document, make_model, merge, read_tensors, run
 from tests.mergekit_moe_ext.mixtures.test_usage import make_moe
 from tests.peft_routing.adapters import make_base, save_lora
@@ -110,6 +113,131 @@ def test_the_file_of_the_router_is_a_command(experts: dict[str, str], tmp_path: 
     done = run(*command, "--router-option", "router_temperature=warm", cwd=tmp_path)
     assert done.returncode == 1 and not (tmp_path / "other").exists()
     assert "router_temperature='warm' is not of the type float | None" in done.stderr
+
+
+class Dots(Router):
+    """A router by products with rows; what is wrong with one below, it changes. It has no name."""
+
+    def __init__(self, config: Any, experts: Any, in_features: int) -> None:
+        super().__init__(config, experts, in_features)
+        self.weight = nn.Parameter(torch.zeros(len(experts), in_features))
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden, self.weight)
+
+
+class OneTooMany(Dots):
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().scores(hidden)[..., None]
+
+
+class OneForAll(Dots):
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().scores(hidden)[..., :1]
+
+
+class Normalised(Dots):
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        norms = self.weight.norm(dim=-1, keepdim=True)
+        return functional.linear(hidden, self.weight / norms)
+
+
+class Transposed(Dots):
+    def __init__(self, config: Any, experts: Any, in_features: int) -> None:
+        super().__init__(config, experts, in_features)
+        self.weight = nn.Parameter(torch.zeros(in_features, len(experts)))
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self.weight
+
+
+class WithSubmodule(Dots):
+    def __init__(self, config: Any, experts: Any, in_features: int) -> None:
+        super().__init__(config, experts, in_features)
+        self.net = nn.Linear(in_features, len(experts))
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.net(hidden)
+
+
+WRONG_ROUTERS = {
+    OneTooMany: r"scores have the shape \(2, 3, 2, 1\) .* \(2, 3, 2\) would be right",
+    OneForAll: r"scores have the shape \(2, 3, 1\) .* \(2, 3, 2\) would be right",
+    Normalised: "scores are NaN",
+    Transposed: r"weight has a row per expert, which are 2, and its shape is \(32, 2\)",
+    WithSubmodule: "net.weight lies in a submodule",
+}
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[..., str]]:
+    """Registers a router under a name, as a user's file would, until the test is over."""
+    names = []
+
+    def register(router: type[Router], **attributes: Any) -> str:
+        names.append("wrong")
+        type("Wrong", (router,), {"name": "wrong", "__module__": __name__, **attributes})
+        return "wrong"
+
+    yield register
+    for name in set(names):
+        _ROUTERS.pop(name, None)
+
+
+@pytest.mark.parametrize("router", WRONG_ROUTERS, ids=lambda router: router.__name__)
+def test_a_router_is_tried_when_it_is_composed(
+    experts: dict[str, str], registered: Callable[..., str], router: type[Router]
+) -> None:
+    name = registered(router)
+    with pytest.raises(UserError, match=f"router 'wrong': .*{WRONG_ROUTERS[router]}"):
+        get_peft_model(make_base(), RoutedLoraConfig(experts=experts, router=name))
+
+
+@pytest.mark.parametrize(
+    ("rows", "right"),
+    [
+        (("centres", "scale"), r"{'centres': 'expert', 'scale': 'expert'}"),
+        ("weight", r"{'weight': 'expert'}"),
+        ({"centres": "experts"}, r"{'centres': 'expert'}"),
+        (None, r"{'weight': 'expert'}"),
+    ],
+)
+def test_rows_of_another_form_are_refused_where_the_class_is_defined(
+    registered: Callable[..., str], rows: Any, right: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(f"write rows = {right}")):
+        registered(Dots, rows=rows)
+    assert "wrong" not in _ROUTERS
+
+
+def test_a_router_without_scores_is_refused_where_it_is_defined(
+    registered: Callable[..., str],
+) -> None:
+    with pytest.raises(UserError, match=r"has no method `scores\(self, hidden\)`"):
+        registered(Router)
+
+
+def test_the_card_says_which_file_must_be_imported(experts: dict[str, str], tmp_path: Path) -> None:
+    route(experts).save_pretrained(tmp_path / "own")
+    route(experts, router="arrow").save_pretrained(tmp_path / "ours")
+    own, ours = ((tmp_path / name / "README.md").read_text() for name in ("own", "ours"))
+    assert "\nimport extending_router  # the router 'cosine'\n" in own
+    assert "import extending_router" not in ours
+    for card in (own, ours):  # before PEFT's template
+        assert 0 < card.index("## Routed LoRA") < card.index("# Model Card")
+
+
+def test_a_new_process_loads_what_the_page_shows(experts: dict[str, str], tmp_path: Path) -> None:
+    make_base().save_pretrained(tmp_path / "base")
+    route(experts).save_pretrained(tmp_path / "routed")
+    page = (ROOT / "docs" / "extending.md").read_text()
+    (script,) = re.findall(r"```python\n(from peft import PeftModel.*?)```", page, re.DOTALL)
+    (tmp_path / "load.py").write_text(script)
+    (tmp_path / "extending_router.py").write_text(
+        (ROOT / "examples" / "extending_router.py").read_text()
+    )
+    done = run("python", "load.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 # A family

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -24,8 +24,18 @@ _ROUTERS: dict[str, type["Router"]] = {}
 
 
 class RouterSettings(Protocol):
-    """The fields of an adapter's configuration that a router reads; `RoutedLoraConfig` explains
-    them.
+    """The fields of an adapter's configuration that a router reads: what a router's `config` is.
+
+    Attributes:
+        experts: the experts by their names, in the order of the coefficients.
+        granularity: a choice per "token", or one per "sequence".
+        router_granularity: a router per "module", per "block" or for the "model"; None for the
+            router's own default.
+        routing_tokens: the number of tokens of a sequence by which its choice is made.
+        router_aux_loss_coef: the weight of the load-balancing loss; 0 without one.
+        names: the experts' names, in the same order.
+        stated_options: the router's options that a user has stated, by name; `Router.options_of`
+            gives all of them, in their types.
     """
 
     experts: Any
@@ -44,21 +54,43 @@ class RouterSettings(Protocol):
 class Router(nn.Module):
     """A map from hidden states to coefficients.
 
-    A subclass says how experts are scored; the rest is the same for all. Its options are the fields
-    of the dataclass `options`, which `options_of` reads. Its parameters are direct attributes (no
+    A subclass says how experts are scored; the rest is the same for all. One that has a `name` is
+    registered under it when its class is defined; `UserError` where it lacks `scores`, has `rows`
+    of another form, or takes another router's name. Its parameters are direct attributes (no
     submodules), so that PEFT can strip the adapter's name from their keys.
+
+    Attributes of the class, which a subclass may set:
+
+    Attributes:
+        name: what `RoutedLoraConfig(router=...)` takes.
+        options: a dataclass whose fields are the router's options, `RouterOptions` by default; or
+            a tuple of names, whose options take any value and are None by default.
+        rows: the parameters with a row per expert, so that experts can be added and removed: a
+            dictionary from a parameter's name to "expert", or to "cluster" where `labels` returns
+            the names of clusters; `{"weight": "expert"}` by default.
+        top_k: the default of the option `top_k`; all experts if None.
+        is_simplex: whether coefficients are not negative and have the sum 1, so that the load can
+            be balanced.
+        mixing: the default of the adapter's `mixing`, where the experts' ranks and targets agree.
+        router_granularity: the default of the adapter's: a router per "module", per "block" or for
+            the "model".
+
+    Attributes of an instance, which `Router.__init__` sets:
+
+    Attributes:
+        experts: the experts' names, in the order of the coefficients.
+        in_features: the width of the hidden states.
+        k: how many coefficients are not 0.
+        temperature: what scores are divided by.
+        granularity: "token" or "sequence", as in the adapter's configuration.
     """
 
     name: ClassVar[str]
-    # A dataclass, or the options' names alone: then any value is taken, and None is the default.
     options: ClassVar[Any] = RouterOptions
-    # The default of `router_granularity`: one per adapted module, per block, or for the model.
     router_granularity: ClassVar[RouterGranularity] = "module"
-    is_simplex: ClassVar[bool] = True  # coefficients are a softmax; the load can be balanced
-    # The default of `mixing`, where the experts' ranks and targets agree.
+    is_simplex: ClassVar[bool] = True
     mixing: ClassVar[Literal["full", "low_rank"]] = "low_rank"
-    top_k: ClassVar[int | None] = None  # the default of the option; all experts if None
-    # The parameters with a row per "expert" or per "cluster".
+    top_k: ClassVar[int | None] = None
     rows: ClassVar[dict[str, str]] = {"weight": "expert"}
     # The modules that an adapter's router is for, and their choice, where it is for several and
     # depends on the input (`sharing`).
@@ -194,6 +226,64 @@ class Router(nn.Module):
         `factors` are A (rank, in) and B (out, rank) of each expert; `scalings` multiply B A.
         """
 
+    @torch.no_grad()
+    def check_started(self) -> None:
+        """`UserError` for a router that could not be loaded again, or whose scores are no scores.
+
+        It is tried on a few hidden states once, when the experts are composed. No later call checks
+        anything: a look at a number makes a GPU wait.
+        """
+        where = f"router {self.name!r}"
+        inner = next((name for name in self.state_dict() if "." in name), None)
+        if inner is not None:
+            raise UserError(
+                f"{where}: {inner} lies in a submodule, where PEFT does not find it under another "
+                "name of the adapter: make it a parameter of the router itself, "
+                "self.weight = nn.Parameter(...)"
+            )
+        parameters = dict(self.named_parameters())
+        for name, of in self.rows.items():
+            rows = len(self.labels(of))
+            if name in parameters and parameters[name].shape[:1] != (rows,):
+                raise UserError(
+                    f"{where}: by its `rows`, {name} has a row per {of}, which are {rows}, and its "
+                    f"shape is {tuple(parameters[name].shape)}: store it with such rows, or write "
+                    "rows = {} if nothing has them"
+                )
+        tensors = [*self.parameters(), *self.buffers()]
+        if any(tensor.is_meta for tensor in tensors):
+            return
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(2, 3, self.in_features, generator=generator, device="cpu")
+        if tensors:
+            hidden = hidden.to(tensors[0].device)
+        scores = self.scores(hidden)
+        number = scores.shape[-1:]
+        if type(self).coefficients is Router.coefficients:  # which makes of each score one
+            number = torch.Size([len(self.experts)])
+        self._check_shape("scores", scores, hidden, number)
+        coefficients = self.coefficients(scores)
+        self._check_shape("coefficients", coefficients, hidden, torch.Size([len(self.experts)]))
+        if scores.isnan().any() or coefficients.isnan().any():
+            raise UserError(
+                f"{where}: its scores are NaN for hidden states that are not; is something divided "
+                "by 0, as the norm of a row of zeros?"
+            )
+
+    def _check_shape(self, what: str, result: Tensor, hidden: Tensor, number: torch.Size) -> None:
+        """`UserError` for scores or coefficients that are not a row of so many per token, nor one
+        for all tokens where the input does not matter.
+        """
+        expected = [hidden.shape[:-1] + number]
+        if not self.depends_on_input:
+            expected.append(number)
+        if result.shape not in expected:
+            raise UserError(
+                f"router {self.name!r}: its {what} have the shape {tuple(result.shape)} for hidden "
+                f"states of the shape {tuple(hidden.shape)} and {len(self.experts)} experts; "
+                f"{' or '.join(str(tuple(shape)) for shape in expected)} would be right"
+            )
+
     def labels(self, of: str) -> list[str]:
         """The names of the rows of a parameter with a row per `of`, "expert" or "cluster"."""
         return self.experts
@@ -245,9 +335,23 @@ def all_routers() -> dict[str, type[Router]]:
     return dict(sorted(_ROUTERS.items()))
 
 
+def is_of_package(router: type[Router]) -> bool:
+    """Whether a router comes with this package, so that nobody has to import it."""
+    return router.__module__.startswith(f"{__package__}.")
+
+
 def _register(router: type[Router]) -> None:
-    """Keep a router under its name. `UserError` if another class has that name."""
-    if not router.__module__.startswith(f"{__package__}."):
+    """Keep a router under its name. `UserError` if it lacks `scores`, if its `rows` are not of
+    their form, or if another class has that name.
+    """
+    where = f"router {router.name!r} ({router.__qualname__})"
+    if router.scores is Router.scores:
+        raise UserError(
+            f"{where} has no method `scores(self, hidden)`, which maps hidden states (…, "
+            "in_features) to scores (…, experts)"
+        )
+    _check_rows(router.rows, where)
+    if not is_of_package(router):
         # Ours are all imported first: one that came later would take the place of a namesake.
         other = all_routers().get(router.name)
         # The same class may be defined again, as when a cell of a notebook is run twice.
@@ -259,13 +363,34 @@ def _register(router: type[Router]) -> None:
     _ROUTERS[router.name] = router
 
 
+def _check_rows(rows: Any, where: str) -> None:
+    """`UserError` for `rows` of another form than from a parameter's name to what its rows are of,
+    which says how the same parameters are written right.
+    """
+    kinds = ("expert", "cluster")
+    is_right = isinstance(rows, dict) and all(
+        isinstance(name, str) and of in kinds for name, of in rows.items()
+    )
+    if is_right:
+        return
+    names = [rows] if isinstance(rows, str) else rows
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        names = ["weight"]
+    right = dict.fromkeys(names, "expert")
+    raise UserError(
+        f"{where}: rows={rows!r} is no dictionary from a parameter's name to 'expert' or "
+        f"'cluster', which its rows are of: write rows = {right!r}"
+    )
+
+
 def find_router(name: str) -> type[Router]:
     """The router of a name. `UserError` if there is none."""
     if name not in _ROUTERS and name not in all_routers():
         known = ", ".join(sorted(_ROUTERS))
         raise UserError(
             f"there is no router {name!r}; there are {known}. One of your own must be imported "
-            "first"
+            "first: in a shell, run its file, which ends with a call of peft_routing.cli.main(), "
+            "in place of peft-route"
         )
     return _ROUTERS[name]
 

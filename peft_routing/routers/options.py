@@ -27,10 +27,14 @@ class RouterOptions:
 
     A field is an option: its name, its type and its default. `__post_init__` may raise a
     `ValueError`.
+
+    Attributes:
+        top_k: the number of coefficients that are not 0; all if None.
+        router_temperature: what divides the scores; 1 if None.
     """
 
-    top_k: int | None = None  # the number of coefficients that are not 0; all if None
-    router_temperature: float | None = None  # divides the scores; 1 if None
+    top_k: int | None = None
+    router_temperature: float | None = None
 
 
 def option_names(options: type) -> list[str]:
