@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +32,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from _mergekit_moe_ext_common.cards import is_on_hub
 from _mergekit_moe_ext_common.checkpoints import (
     Stored,
     check_regular,
@@ -62,7 +64,7 @@ _EITHER_IS_WRONG = "fetch the checkpoint again, or mend the config, whichever is
 def load_config(model: str, reading: Reading) -> Any:
     """The configuration of a model, a directory or a name on the Hub."""
     check_directory(model)
-    with explained(f"cannot read the config of {model}", model):
+    with explained(f"cannot read the config of {model}", model), existing(model):
         read_values(_expanded(model))
         return AutoConfig.from_pretrained(
             _expanded(model), trust_remote_code=reading.trust_remote_code
@@ -440,6 +442,25 @@ def explained(what: str, model: str) -> Iterator[None]:
         directory = Path(model).expanduser()
         reason = damaged_file(directory) or first_line(error)
         raise UserError(f"{what}: {reason}") from error
+
+
+@contextmanager
+def existing(model: str) -> Iterator[None]:
+    """A `UserError` where transformers, asked for a configuration, finds neither a directory nor a
+    model on the Hub.
+    """
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        directory = Path(model).expanduser()
+        if directory.exists() or "does not appear to have a file" in str(error):
+            raise
+        # Most names without an owner are of directories: why the Hub has none says little then.
+        reason = f" ({first_line(error)})" if is_on_hub(model) else ""
+        raise UserError(
+            f"there is no directory {model}, and no model of that name on the Hub that can be "
+            f"reached{reason}"
+        ) from error
 
 
 @contextmanager

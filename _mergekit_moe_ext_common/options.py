@@ -122,7 +122,9 @@ def values_by_name(option: str, texts: Sequence[str], form: str = "NAME=VALUE") 
         if not separator:
             raise UserError(f"{option} {text}: write {form}")
         if name in values:
-            raise UserError(f"{option} {text}: {name} has the value {values[name]} already")
+            raise UserError(
+                f"{option}: {name!r} is named twice, with {values[name]} and {value}; name it once"
+            )
         values[name] = value
     return values
 

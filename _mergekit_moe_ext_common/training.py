@@ -407,7 +407,8 @@ def split_sources(
             if len(rows) <= recipe.held_out:
                 raise UserError(
                     f"{source} (data {source.name!r}) has {len(rows)} rows, and {recipe.held_out} "
-                    "are to be held out; see --held-out and --eval-data"
+                    f"are to be held out: give more rows, or --held-out {len(rows) // 4}, or name "
+                    "texts to measure on with --eval-data"
                 )
             split = rows.train_test_split(test_size=recipe.held_out, seed=recipe.seed)
             rows = split["train"]

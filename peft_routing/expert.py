@@ -51,6 +51,7 @@ class Expert:
     biases: what is added to B A x before the scaling (out), where the adapter has such.
     head: the tensors of the modules that PEFT saved whole beside it, by their names in the model.
     labels: the names of the classes, where they are known.
+    path: the directory or repository that it was read from; empty for one of a routed adapter.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Expert:
     biases: dict[str, Tensor] = field(default_factory=dict)
     head: dict[str, Tensor] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    path: str = ""
 
     def rank(self, module: str) -> int:
         """The rank of the update at a module, 0 where there is none."""
@@ -102,7 +104,7 @@ def read_expert(name: str, path: str, model: nn.Module) -> Expert:
         }
     stated = {key: value for key, value in config.items() if value not in (None, {}, [])}
     labels = read_labels(path) if head else ()
-    return Expert(name, stated, factors, scalings, biases, head, labels)
+    return Expert(name, stated, factors, scalings, biases, head, labels, path)
 
 
 def _head(others: Mapping[str, Tensor], modules_to_save: Sequence[str]) -> dict[str, Tensor]:
@@ -309,14 +311,16 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
     # Where other adapters are on the model, PEFT has wrapped its modules; experts name the modules
     # as they were before.
     modules = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
+    base_name = model.__dict__.get("name_or_path")
     for expert in experts:
+        of_other_base = _of_other_base(expert, base_name)
         for name, (a, b) in expert.factors.items():
-            where = f"expert {expert.name!r}: {name}"
+            where = f"{_named(expert)}: {name}"
             if name not in modules:
                 last = name.rpartition(".")[2]
                 alike = next((other for other in modules if other.endswith(last)), None)
                 hint = f", which has {alike}" if alike else ""
-                raise UserError(f"{where} is not in the base model{hint}")
+                raise UserError(f"{of_other_base}: {name} is not in the base model{hint}")
             base = modules[name]
             if isinstance(base, BaseTunerLayer):
                 base = base.get_base_layer()
@@ -333,10 +337,22 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
                 )
             if (a.shape[1], b.shape[0]) != (in_features, out_features):
                 raise UserError(
-                    f"{where} maps {a.shape[1]} to {b.shape[0]}, and {in_features} to "
-                    f"{out_features} in the base model"
+                    f"{of_other_base}: {name} maps {a.shape[1]} to {b.shape[0]}, and {in_features} "
+                    f"to {out_features} in the base model"
                 )
-    _warn_of_other_bases(experts, model.__dict__.get("name_or_path"))
+    _warn_of_other_bases(experts, base_name)
+
+
+def _named(expert: Expert) -> str:
+    """An expert by its name and, where it has one, its directory."""
+    return f"expert {expert.name!r} ({expert.path})" if expert.path else f"expert {expert.name!r}"
+
+
+def _of_other_base(expert: Expert, base_name: str | None) -> str:
+    """The beginning of what is said of an expert that does not fit the base model."""
+    trained_on = expert.config.get("base_model_name_or_path")
+    other = f", {trained_on}" if trained_on and trained_on != base_name else ""
+    return f"{_named(expert)} was trained on another base model{other}"
 
 
 def _warn_of_other_bases(experts: Sequence[Expert], base_name: str | None) -> None:

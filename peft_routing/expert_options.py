@@ -6,7 +6,6 @@ from pathlib import Path
 import click
 
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.options import values_by_name
 
 EXPERTS = click.option(
     "--expert",
@@ -50,4 +49,13 @@ def experts_written(option: str, texts: Sequence[str]) -> dict[str, str] | list[
         return list(texts)
     if len(named) < len(texts):
         raise UserError(f"{option}: name all experts, or none")
-    return values_by_name(option, texts, "NAME=DIR")
+    by_name: dict[str, str] = {}
+    for text in texts:
+        name, _, directory = text.partition("=")
+        if name in by_name:
+            raise UserError(
+                f"{option}: two experts are named {name!r}, {by_name[name]} and {directory}: give "
+                "each a name of its own"
+            )
+        by_name[name] = directory
+    return by_name

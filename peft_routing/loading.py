@@ -30,6 +30,8 @@ CLASSES: dict[Any, Any] = {
 def load_adapter_config(adapter: str) -> RoutedLoraConfig:
     """The configuration of a routed adapter. `UserError` if the directory holds none."""
     directory = Path(adapter)
+    if not directory.exists():
+        raise UserError(f"{adapter} does not exist: name a directory that `compose` wrote")
     if directory.is_dir():
         check_regular(directory)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):

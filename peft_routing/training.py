@@ -7,6 +7,7 @@ from the same start; the one with the lowest held-out loss is kept.
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ from peft_routing.config import RoutedLoraConfig
 from peft_routing.loading import CLASSES, base_of, check_routed, load_adapter_config, load_routed
 from peft_routing.recipes import LEARNING_RATES, Recipe
 
+LOG = logging.getLogger(__name__)
 _TRAINED = "trained"
 _RESULT = "result.json"
 
@@ -102,6 +104,11 @@ def train(
     arguments = _arguments(run, recipe, parts, measure=measure)
     first = next(iter(arguments.values()))
     config = _read_config(adapter, recipe)
+    if run.is_main and config.router == "arrow":
+        LOG.warning(
+            "router='arrow' needs no training: this moves its rows away from the experts' main "
+            "directions"
+        )
     base, base_config = base_of(base, config, reading)
     headers = check_routed(adapter, config, base, base_config, reading)
     if device_map:

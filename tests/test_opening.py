@@ -565,3 +565,21 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
     (checkpoint.parent / "settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings\.json is damaged"):
         run.begin({}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("nowhere", ""), ("out-trained/", ""), ("two/parts/more", ""), ("owner/name", " (")],
+)
+def test_what_is_neither_here_nor_on_the_hub_is_said_to_be_absent(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as raised:
+        load_config(name, READING)
+    start = (
+        f"there is no directory {name}, and no model of that name on the Hub that can be reached"
+    )
+    assert raised.value.message.startswith(f"{start} that can be reached{reason}")
+    assert reason or raised.value.message.endswith("reached")

@@ -35,7 +35,7 @@ from _mergekit_moe_ext_common.checkpoints import (
     wrapper_of,
 )
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.loading import explained, read_values
+from _mergekit_moe_ext_common.loading import existing, explained, read_values
 from mergekit_moe_ext.merging.layouts import hub_layer
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.method import Job
@@ -184,7 +184,8 @@ def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig
         and not Path(model.model.path, "config.json").exists()
     ):
         raise UserError(f"{model} is a LoRA; write its base model before it: BASE+{model}")
-    with explained(f"cannot read the config of {model}", model.model.path):
+    path_of_model = model.model.path
+    with explained(f"cannot read the config of {model}", path_of_model), existing(path_of_model):
         read_values(model.model.path, model.model.revision)
         config = model.config(trust_remote_code=options.trust_remote_code)
     names = config.architectures or []

@@ -8,7 +8,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.loading import check_directory, explained, load_model, read_values
+from _mergekit_moe_ext_common.loading import (
+    check_directory,
+    existing,
+    explained,
+    load_model,
+    read_values,
+)
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.modeling import find_architecture
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling
@@ -22,7 +28,8 @@ def read_ensemble(path: str) -> tuple[type[PreTrainedModel], Any]:
     check_directory(path)
     local = str(Path(path).expanduser())
     with explained(f"cannot read the config of {path}", path):
-        values = read_values(local)
+        with existing(path):
+            values = read_values(local)
         name = (values.get("architectures") or ["a model of no class"])[0]
         architecture: Any = find_architecture(name)
         is_ensemble = architecture is not None and issubclass(architecture, Ensemble)

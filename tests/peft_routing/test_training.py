@@ -563,6 +563,10 @@ def test_completions_only(here):
     ("arguments", "complaint"),
     [
         (["base", "--data", "news.jsonl"], "has no adapter_config.json"),
+        (
+            ["nowhere", "--data", "news.jsonl"],
+            "nowhere does not exist: name a directory that",
+        ),
         (["routed", "--data", "missing.jsonl"], "does not exist"),
         (["routed", "--data", "news.jsonl", "--held-out", "0"], "give one --learning-rate"),
         (["routed", "--data", "news.jsonl", "--held-out", "2", "--resume"], "no checkpoint"),

@@ -623,7 +623,7 @@ def test_one_expert_whose_weight_is_its_probability_has_a_gradient(tmp_path, mon
         (["--data", "news.jsonl", "--weight", "law=2"], "no such source"),
         (["--data", "news.jsonl", "--weight", "news=0"], "is not above 0"),
         (["--data", "news.jsonl", "--weight", "news"], "write NAME=NUMBER"),
-        (["--data", "news.jsonl"], "32 are to be held out"),
+        (["--data", "news.jsonl"], "32 are to be held out: give more rows, or --held-out"),
         (["--data", "one.jsonl", "--held-out", "0"], "no row with a token to predict"),
         (["--data", "news.jsonl", "-o", "full"], "not empty"),
         (["--data", "news.jsonl", "--held-out", "0", "--resume"], "no checkpoint"),
