@@ -38,6 +38,7 @@ class PlannedMerge:
         where they are other than that method's own.
     copied: the number of tensors that are copied from single sources.
     computed: the number of tensors that are made anew.
+    untrained: what of the result must be trained before it is used, with the command, in words.
     donor: the model that config and tokenizer come from.
     notes: what the method decided from data, in Markdown.
     converted: the configuration that is run, where it was given in the form of mergekit-moe.
@@ -60,6 +61,7 @@ class PlannedMerge:
     seed: int
     donor: str
     notes: str
+    untrained: str = ""
     converted: str = ""
     figure: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
 
@@ -89,6 +91,8 @@ class PlannedMerge:
                 lines.append(f"          by default: {self.shared_defaults}")
         lines.append(f"copied    {self.copied} tensors")
         lines.append(f"computed  {self.computed} tensors, seed {self.seed}")
+        if self.untrained:
+            lines.append(f"untrained {self.untrained}")
         lines.append(f"config and tokenizer from {self.donor}")
         if self.notes:
             lines.append(f"\n{self.notes}")
@@ -121,7 +125,11 @@ def plan(
     """
     from mergekit.options import MergeOptions
 
-    from mergekit_moe_ext.merging.card import defaults_in_words, experts_in_words
+    from mergekit_moe_ext.merging.card import (
+        defaults_in_words,
+        experts_in_words,
+        untrained_in_words,
+    )
     from mergekit_moe_ext.merging.method import StructuralMethod
     from mergekit_moe_ext.merging.planner import (
         layers_of,
@@ -129,19 +137,22 @@ def plan(
         prepare,
         structural_method,
     )
-    from mergekit_moe_ext.merging.preflight import read_job
+    from mergekit_moe_ext.merging.preflight import read_job, tensor_method
     from mergekit_moe_ext.methods import METHODS
 
     merge_config, source, is_converted = read_configuration(config)
     method = structural_method(merge_config.merge_method)
     if method is None:
+        tensor_method(merge_config.merge_method)  # complains where there is none of this name
         names = ", ".join(each.spec.name for each in METHODS if isinstance(each, StructuralMethod))
         raise UserError(
-            f"{merge_config.merge_method} is not one of this package's structural methods: {names}"
+            f"{merge_config.merge_method} leaves the architecture as it is, and there is nothing "
+            f"to plan: run it with mergekit-yaml. plan describes merges by {names}"
         )
     job = read_job(merge_config, options or MergeOptions(), method)
     planned = prepare(job).plan
     models, base = merged_models(job)
+    untrained = ": ".join(filter(None, untrained_in_words(planned, "out")))
     return PlannedMerge(
         method=merge_config.merge_method,
         architecture=planned.config.architectures[0],
@@ -160,6 +171,7 @@ def plan(
         seed=job.seed,
         donor=str(job.donor),
         notes=planned.notes,
+        untrained=untrained,
         converted=source if is_converted else "",
         figure=planned.draw,
     )

@@ -205,8 +205,10 @@ def test_a_plan_says_what_the_command_prints(everything):
     assert CliRunner().invoke(main, ["plan", "config.yml"]).output == f"{planned}\n"
     with pytest.raises(mergekit_moe_ext.UserError, match="nothing to draw"):
         planned.draw("figure.png")
-    with pytest.raises(ValueError, match="not one of this package's structural methods"):
+    with pytest.raises(ValueError, match="linear leaves the architecture as it is"):
         mergekit_moe_ext.plan(document("linear", parameters={"weight": 1.0}))
+    with pytest.raises(ValueError, match="did you mean `moe_ties`"):
+        mergekit_moe_ext.plan(document("moe_tie"))
     with pytest.raises(ValueError, match="nowhere"):
         mergekit_moe_ext.plan("nowhere.yml")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from _mergekit_moe_ext_common.cards import (
     in_markdown,
     is_on_hub,
     last_part,
+    renew_section,
     without_folders,
 )
 from mergekit_moe_ext.merging.method import Job, Plan
@@ -27,7 +29,7 @@ _TEMPLATE = """---
 A {architecture} with {experts}, merged with
 [mergekit](https://github.com/arcee-ai/mergekit) and mergekit-moe-ext.
 
-## Load it
+{untrained}## Load it
 
 ```python
 {loading}
@@ -78,6 +80,7 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
             tasks=list(getattr(plan.config, "ensembling", {}).get("heads", ())),
         ),
         experts=experts_in_words(plan),
+        untrained=_training_section(plan, directory.name),
         method=_with_reference(spec.pretty_name, spec.reference_url),
         shared=_merging(job, plan) if plan.shared else "",
         sources="Experts" if len(job.experts) == plan.num_experts else "Sources",
@@ -91,12 +94,45 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
     (directory / "mergekit_config.yml").write_text(config_yaml, encoding="utf-8")
 
 
+_TRAIN_FIRST = "## Train it first"
 _LOADING = re.compile(r"(## Load it\n\n```python\n).*?(\n```\n)", re.DOTALL)
 _BESIDE = {
     "preprocessor_config.json": ("processor", "AutoImageProcessor"),
     "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
 }
 _VERSIONS = ("mergekit-moe-ext", "mergekit", "transformers", "torch")
+
+
+def untrained_in_words(plan: Plan, directory: str) -> tuple[str, str]:
+    """What of the output cannot be used before it is trained, and the command that trains it; both
+    empty if there is nothing.
+    """
+    if not plan.untrained:
+        return "", ""
+    parts = list(plan.untrained)
+    verb = "is" if parts == ["router"] else "are"
+    start = plan.untrained[parts[0]]
+    named = " and ".join(f"the {part}" for part in parts)
+    trained = " ".join(f"--train {part}" for part in parts)
+    command = f"mergekit-moe-ext train {shlex.quote(directory)} {trained}"
+    return f"{named} {verb} {start} until trained", f"{command} --data NAME=TEXTS.jsonl"
+
+
+def _training_section(plan: Plan, directory: str) -> str:
+    """The section of the card that says what is to be trained; empty if nothing is."""
+    state, command = untrained_in_words(plan, directory)
+    if not state:
+        return ""
+    return f"{_TRAIN_FIRST}\n\n{state.capitalize()}:\n\n{fenced(command, 'sh')}\n\n"
+
+
+def drop_training_section(directory: Path) -> None:
+    """Take out of a copied card that its model is to be trained, once it is."""
+    card = directory / "README.md"
+    if card.exists():
+        text = card.read_text(encoding="utf-8")
+        if f"\n{_TRAIN_FIRST}\n" in text:
+            card.write_text(renew_section(text, _TRAIN_FIRST, []), encoding="utf-8")
 
 
 def experts_in_words(plan: Plan) -> str:

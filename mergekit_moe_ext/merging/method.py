@@ -133,6 +133,8 @@ class Plan:
         that method's own defaults.
     integers: the computed tensors that keep their own dtype.
     views: how sources are read whose files hold tensors in another form than the merge takes.
+    untrained: what of the output cannot be used before it is trained, as `mergekit-moe-ext train`
+        calls it, and how it starts: {"gates": "random"}.
     notes: Markdown for the card and for `mergekit-moe-ext plan`.
     draw: writes a figure, for `mergekit-moe-ext plan --plot`.
     """
@@ -149,6 +151,7 @@ class Plan:
     integers: frozenset[str] = frozenset()
     views: Mapping[ModelReference, View] = field(default_factory=dict)
     routed_per: Literal["token", "sequence", "sample"] = "token"
+    untrained: Mapping[str, str] = field(default_factory=dict)
     notes: str = ""
     draw: Callable[[Path], None] | None = None
 

@@ -47,6 +47,7 @@ from _mergekit_moe_ext_common.training import (
     read_sources,
     restore_dtypes,
 )
+from mergekit_moe_ext.merging.card import drop_training_section
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
 from mergekit_moe_ext.merging.outputs import complete_model
 from mergekit_moe_ext.mixtures.generation import TaskScorer
@@ -210,6 +211,7 @@ def train(
     run.check_converged(trainer, losses, "take a lower --learning-rate")
     with run.finish() as directory:
         _write(directory, trainer, model_path, tokenizer, reading)
+        drop_training_section(directory)
         extend_card(directory, _card(aim.chosen, data, run.settings, losses, only_experts))
     return losses
 

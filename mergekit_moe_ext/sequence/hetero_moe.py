@@ -30,7 +30,12 @@ from mergekit_moe_ext.merging.sources import (
 from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
 from mergekit_moe_ext.modeling import SequenceMoEConfig
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
-from mergekit_moe_ext.sequence.options import SequenceOptions, learned_router, sequence_config
+from mergekit_moe_ext.sequence.options import (
+    SequenceOptions,
+    learned_router,
+    sequence_config,
+    untrained_router,
+)
 from mergekit_moe_ext.sequence.vocabulary import (
     AlignedBias,
     AlignedRows,
@@ -126,6 +131,9 @@ class HeteroMoe(StructuralMethod):
                 computed |= _projector(job, f"{name}.proj_in", projector, width, into, dtype)
                 computed |= _projector(job, f"{name}.proj_out", projector, out_of, width, dtype)
         computed |= learned_router(job, config, dtype)
+        untrained = untrained_router(config)
+        if not is_separate and options.projector_init != "identity":
+            untrained["projectors"] = "random"
         copies = {}
         for index, model in enumerate(job.experts):
             for name in decoders[model].trunk:
@@ -141,6 +149,7 @@ class HeteroMoe(StructuralMethod):
             computed=computed,
             dtype=dtype,
             views=views_of(headers),
+            untrained=untrained,
             notes=_notes(job, rows, config.vocab_size),
         )
 

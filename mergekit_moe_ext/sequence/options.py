@@ -108,6 +108,12 @@ def sequence_config(
     )
 
 
+def untrained_router(config: SequenceMoEConfig) -> dict[str, str]:
+    """The `untrained` of a plan: a learned router, where there is a choice."""
+    is_untrained = config.routing == "learned" and len(config.experts) > 1
+    return {"router": "random"} if is_untrained else {}
+
+
 def learned_router(job: Job, config: SequenceMoEConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The router's tensor, random, by its name; empty unless routing is learned (MergeME 3.2)."""
     if config.routing != "learned":

@@ -25,7 +25,12 @@ from mergekit_moe_ext.merging.sources import (
     views_of,
 )
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
-from mergekit_moe_ext.sequence.options import SequenceOptions, learned_router, sequence_config
+from mergekit_moe_ext.sequence.options import (
+    SequenceOptions,
+    learned_router,
+    sequence_config,
+    untrained_router,
+)
 
 _MERGEME = "https://arxiv.org/abs/2502.00997"
 
@@ -134,6 +139,7 @@ class SeqMoe(StructuralMethod):
             shared=shared,
             copies=copies,
             computed=learned_router(job, config, dtype),
+            untrained=untrained_router(config),
             dtype=dtype,
             views=views_of(headers),
         )

@@ -78,6 +78,13 @@ def initial_gates(
     return gates
 
 
+def untrained_gates(job: Job) -> dict[str, str]:
+    """The `untrained` of a plan: gates that are made of no prompts, where there is a choice."""
+    starts = {"random": "random", "uniform_random": "random", "zeros": "all 0"}
+    start = starts.get(job.options.gate_mode)
+    return {"gates": start} if start and len(job.experts) > 1 else {}
+
+
 def tokenised_prompts(job: Job, asked: str) -> tuple[tuple[Tokens, Tokens], ...]:
     """The positive and negative prompts of every expert, as token ids of the donor's tokenizer.
 

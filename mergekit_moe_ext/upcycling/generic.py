@@ -30,7 +30,7 @@ from mergekit_moe_ext.modeling.any_base import auto_class_of
 from mergekit_moe_ext.modeling.configuration_upcycled_moe import RoutedFFN, config_class
 from mergekit_moe_ext.upcycling.families.declaration import Stack
 from mergekit_moe_ext.upcycling.ffns import find_ffns, layers_with_experts
-from mergekit_moe_ext.upcycling.gates import initial_gates
+from mergekit_moe_ext.upcycling.gates import initial_gates, untrained_gates
 
 LOG = logging.getLogger(__name__)
 # Config keys by which architectures name the activation of their FFNs, besides `hidden_act`.
@@ -185,6 +185,7 @@ def plan_upcycled(
         dtype=dtype,
         shared_defaults=shared_defaults,
         views=views_of(headers),
+        untrained=untrained_gates(job),
         notes=_notes(job, config, dense, reason),
     )
 

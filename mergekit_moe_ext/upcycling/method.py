@@ -42,7 +42,7 @@ from mergekit_moe_ext.upcycling.alternatives import what_would_work
 from mergekit_moe_ext.upcycling.dense import check_dropped, rewritten, rewritten_manifest
 from mergekit_moe_ext.upcycling.families import supported
 from mergekit_moe_ext.upcycling.families.declaration import Stack, Upcycling
-from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates
+from mergekit_moe_ext.upcycling.gates import GateMode, initial_gates, untrained_gates
 from mergekit_moe_ext.upcycling.generic import dense_of_all, plan_upcycled
 from mergekit_moe_ext.upcycling.wrapped import family_of_all
 
@@ -171,6 +171,7 @@ class MoeMethod(StructuralMethod):
             dtype=dtype,
             shared_defaults=_mergeme_defaults(job, self._shared),
             views=views_of(headers),
+            untrained=untrained_gates(job),
             notes=_notes(family, configs),
         )
 
