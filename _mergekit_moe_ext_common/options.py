@@ -300,3 +300,10 @@ class TrainingOptions:
         False, "Compute activations twice: less memory for more time."
     )
     seed: int = option(42, "Seed of the order of the data and of the choice of held-out rows.")
+
+    @property
+    def length(self) -> str:
+        """How long the training is, in words for a card."""
+        if self.max_steps > 0:
+            return f"{self.max_steps} steps"
+        return f"{self.num_train_epochs:g} epochs"

@@ -330,7 +330,7 @@ def _card(
     lines = [
         "## Router training",
         "",
-        f"On {sources_in_markdown(data)}: {recipe.num_train_epochs:g} epochs, learning rate "
+        f"On {sources_in_markdown(data)}: {recipe.length}, learning rate "
         f"{best.learning_rate:g} (of {rates}), seed {recipe.seed}, {processes} "
         f"process{'es' if processes > 1 else ''}.",
     ]

@@ -94,6 +94,7 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
     (directory / "mergekit_config.yml").write_text(config_yaml, encoding="utf-8")
 
 
+_OF_TEXTS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 _TRAIN_FIRST = "## Train it first"
 _LOADING = re.compile(r"(## Load it\n\n```python\n).*?(\n```\n)", re.DOTALL)
 _BESIDE = {
@@ -104,8 +105,10 @@ _VERSIONS = ("mergekit-moe-ext", "mergekit", "transformers", "torch")
 
 
 def untrained_in_words(plan: Plan, directory: str) -> tuple[str, str]:
-    """What of the output cannot be used before it is trained, and the command that trains it; both
-    empty if there is nothing.
+    """What of the output cannot be used before it is trained, and the command that trains it.
+
+    Both are empty if there is nothing; the command is, too, for what is no model of texts, which
+    `train` does not take.
     """
     if not plan.untrained:
         return "", ""
@@ -113,9 +116,12 @@ def untrained_in_words(plan: Plan, directory: str) -> tuple[str, str]:
     verb = "is" if parts == ["router"] else "are"
     start = plan.untrained[parts[0]]
     named = " and ".join(f"the {part}" for part in parts)
+    state = f"{named} {verb} {start} until trained"
+    if not (plan.config.architectures or [""])[0].endswith(_OF_TEXTS):
+        return state, ""
     trained = " ".join(f"--train {part}" for part in parts)
     command = f"mergekit-moe-ext train {shlex.quote(directory)} {trained}"
-    return f"{named} {verb} {start} until trained", f"{command} --data NAME=TEXTS.jsonl"
+    return state, f"{command} --data NAME=TEXTS.jsonl"
 
 
 def _training_section(plan: Plan, directory: str) -> str:
@@ -123,7 +129,8 @@ def _training_section(plan: Plan, directory: str) -> str:
     state, command = untrained_in_words(plan, directory)
     if not state:
         return ""
-    return f"{_TRAIN_FIRST}\n\n{state.capitalize()}:\n\n{fenced(command, 'sh')}\n\n"
+    how = f":\n\n{fenced(command, 'sh')}" if command else "."
+    return f"{_TRAIN_FIRST}\n\n{state.capitalize()}{how}\n\n"
 
 
 def drop_training_section(directory: Path) -> None:

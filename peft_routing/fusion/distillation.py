@@ -322,7 +322,7 @@ def _card(
     lines = [
         "## Distillation",
         "",
-        f"From an ensemble, on {sources_in_markdown(data)}: {recipe.num_train_epochs:g} epochs, "
+        f"From an ensemble, on {sources_in_markdown(data)}: {recipe.length}, "
         f"learning rate {learning_rate:g}, seed {recipe.seed}. The loss is the divergence from the "
         "ensemble, in nats per token.",
     ]

@@ -124,7 +124,10 @@ def test_the_gate_prefers_the_expert_of_the_prompt(prompted):
 
 def test_cheap_embed_is_the_direction_of_the_embeddings_sum(prompted):
     where = prompted()
-    got = read_tensors(merge(document("moe", entries(), parameters={"gate_mode": "cheap_embed"})))
+    config = document("moe", entries(), parameters={"gate_mode": "cheap_embed"})
+    got = read_tensors(merge(config))
+    card = (where / "out" / "README.md").read_text()
+    assert "## Load it" in card and "## Train it first" not in card
     embedding = read_tensors(where / "base")["model.embed_tokens.weight"]
     vocabulary = AutoTokenizer.from_pretrained("base").get_vocab()
 

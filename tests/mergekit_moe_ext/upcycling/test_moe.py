@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import mergekit_moe_ext
+from mergekit_moe_ext.merging.card import drop_training_section
 from tests.conftest import NAMES, document, make_model, merge, read_tensors, run, same_files
 
 TOKENS = torch.arange(1, 41).reshape(2, 20) * 7 % 96
@@ -122,6 +124,35 @@ def test_defaults_are_in_the_plan_and_on_the_card(here, method, parameters, line
     card = (merge(config) / "README.md").read_text()
     for text in (printed, card):
         assert line in text if line else "by default" not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "state"),
+    [
+        ("moe", {}, "the gates are random until trained"),
+        ("moe_linear", {"gate_mode": "uniform_random"}, "the gates are random until trained"),
+        ("moe_ties", {"gate_mode": "zeros"}, "the gates are all 0 until trained"),
+        ("moe_dare", {"architecture": "upcycled"}, "the gates are random until trained"),
+        ("seq_moe", {"routing": "learned"}, "the router is random until trained"),
+        ("seq_moe", {"routing": "perplexity"}, None),
+    ],
+)
+def test_plan_and_card_say_what_must_be_trained(here, method, parameters, state):
+    config = document(method, parameters=parameters)
+    printed = str(mergekit_moe_ext.plan(config))
+    out = merge(config)
+    card = (out / "README.md").read_text()
+    assert card.count("\n## ") == (3 if state else 2)
+    if state is None:
+        assert "until trained" not in printed + card
+        return
+    command = f"mergekit-moe-ext train out --train {state.split()[1]} --data "
+    assert f"\nuntrained {state}: {command}" in printed
+    assert f"## Train it first\n\n{state.capitalize()}:\n\n```sh\n{command}" in card
+    drop_training_section(out)
+    assert (out / "README.md").read_text() == re.sub(
+        "## Train it first.*?(?=## Load it)", "", card, flags=re.DOTALL
+    )
 
 
 def test_moe_with_a_shared_method_keeps_that_methods_defaults(here):
