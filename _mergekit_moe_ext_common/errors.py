@@ -1,4 +1,4 @@
-"""The one error for what a user can mend."""
+"""The one error for what a user can fix."""
 
 import click
 

@@ -306,4 +306,4 @@ class TrainingOptions:
         """How long the training is, in words for a card."""
         if self.max_steps > 0:
             return f"{self.max_steps} steps"
-        return f"{self.num_train_epochs:g} epochs"
+        return f"{self.num_train_epochs:g} epoch{'' if self.num_train_epochs == 1 else 's'}"

@@ -50,7 +50,7 @@ _OWN_TYPES = {
 
 @dataclass(frozen=True)
 class Site:
-    """The experts at one adapted module; rank 0 is an expert that has nothing there.
+    """The experts at one adapted module; rank 0 is an expert with no update there.
 
     The last `general` are general experts: their mean update is subtracted from that of each other
     expert. Where any expert has a bias (LoRA's `lora_bias`), all have one, those without it 0.

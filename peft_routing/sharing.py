@@ -222,7 +222,7 @@ def check_prototypes(model: nn.Module, config: RoutedLoraConfig, experts: Sequen
                 raise UserError(
                     f"router_granularity={config.modules_per_router!r}: the router reads "
                     f"{modules[0]}, where it starts from the experts' prototypes, and expert "
-                    f"{expert.name!r} has nothing there. Use router_granularity='module'"
+                    f"{expert.name!r} has no update there. Use router_granularity='module'"
                 )
 
 

@@ -159,7 +159,7 @@ def sparse(
     """Learned coefficients of the fewest experts, by `whole`, that lose at most `tolerance` nats.
 
     Experts with the smallest coefficients of `whole` are dropped, and the others' are learned
-    again. With one expert more the loss is never higher, so that the number is found by halving.
+    again. With one more expert the loss is never higher, so that the number is found by halving.
     """
     order = whole.coefficients.argsort(descending=True)
 

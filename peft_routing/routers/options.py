@@ -56,7 +56,7 @@ def read_options(
 ) -> Any:
     """An instance of the dataclass `options`, each value in the type that its field declares.
 
-    A value that says what is meant is converted: "2" and 2.0 to the integer 2. `UserError` names
+    A value is converted when it is unambiguous: "2" and 2.0 become the integer 2. `UserError` names
     an option that is unknown or of the wrong type. `hint` returns, for an unknown one, where else
     it belongs, or an empty text.
     """

@@ -346,5 +346,5 @@ def test_what_is_refused(experts: dict[str, str], tmp_path: Path) -> None:
     get_peft_model(make_base(), RoutedLoraConfig(experts=head, **block))
     late = {**experts, "late": str(save_lora(tmp_path / "late", 3, target_modules=["down_proj"]))}
     options = {"router": "arrow", "router_granularity": "block"}
-    refused(late, make_base(), "expert 'late' has nothing there", **options)
+    refused(late, make_base(), "expert 'late' has no update there", **options)
     get_peft_model(make_base(), RoutedLoraConfig(experts=late, **block))

@@ -359,6 +359,20 @@ def test_the_best_learning_rate_is_kept(here):
     assert "learning rate 0.03 (of 0.03, 1e-07)" in (here / "out" / "README.md").read_text()
 
 
+def test_the_length_of_a_training_is_said_by_what_ends_it():
+    lengths = [recipe().length, recipe(num_train_epochs=2.5).length, recipe(max_steps=20).length]
+    assert lengths == ["1 epoch", "2.5 epochs", "20 steps"]
+
+
+def test_training_arrow_says_that_it_needs_none(here, caplog):
+    routed(save_experts(here / "loras"), "arrow").save_pretrained(here / "arrow")
+    for adapter, needs_none in (("arrow", True), ("routed", False)):
+        caplog.clear()
+        with pytest.raises(click.ClickException, match="does not exist"):
+            train(adapter, "out", ["nowhere.jsonl"], READING, recipe(), base="./nowhere")
+        assert ("needs no training" in caplog.text) == needs_none
+
+
 def test_held_out_losses_are_means_over_tokens(here):
     (result,) = train(
         "routed", "out", ["law.jsonl"], READING, recipe(held_out=5), learning_rates=(3e-2,)

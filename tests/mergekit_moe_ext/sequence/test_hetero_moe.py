@@ -1,6 +1,7 @@
 """`hetero_moe`: against its sources themselves, and against MergeME's 3.2 written out in a loop."""
 
 import os
+import re
 import sys
 
 import click
@@ -10,6 +11,7 @@ import yaml
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+import mergekit_moe_ext
 from tests.conftest import (
     SPECIAL_TOKENS,
     TINY,
@@ -716,6 +718,26 @@ def test_the_command_merges(here):
         == AutoTokenizer.from_pretrained("llama").get_vocab()
     )
     assert load("out").generate(ids_of(), max_new_tokens=2, min_new_tokens=2).shape == (3, 22)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "untrained"),
+    [
+        ({}, "the router and the projectors are random until trained: "),
+        ({"projector_init": "identity"}, "the router is random until trained: "),
+        ({"routing": "perplexity"}, "the projectors are random until trained: "),
+        ({"routing": "perplexity", "embedding": "separate"}, None),
+    ],
+)
+def test_the_plan_says_what_is_random(here, parameters, untrained):
+    config = {**yaml.safe_load(CONFIG), "parameters": {"experts_per_sequence": 2, **parameters}}
+    planned = mergekit_moe_ext.plan(config)
+    if untrained is None:
+        assert planned.untrained == "" and "untrained" not in str(planned)
+        return
+    assert planned.untrained.startswith(f"{untrained}mergekit-moe-ext train out --train ")
+    trained = re.findall(r"--train (\w+)", planned.untrained)
+    assert trained == [part for part in ("router", "projectors") if part in untrained]
 
 
 def test_the_plan_command(here):
