@@ -43,7 +43,8 @@ def experiment(examples, monkeypatch, tmp_path):
     monkeypatch.setattr(wemoe_pretrained, "COMPARED", ["Task arithmetic", "WEMoE (2-layer)"])
     monkeypatch.setattr(wemoe_pretrained, "CORRUPTIONS", ["dark"])
     monkeypatch.setattr(wemoe_pretrained, "corrupted", darkened)
-    monkeypatch.setattr(wemoe_pretrained, "RATES", (1e-3,))
+    once = dict.fromkeys(wemoe_pretrained.RATES, (1e-3,))
+    monkeypatch.setattr(wemoe_pretrained, "RATES", once)
     few = wemoe_pretrained.Scale(frozen=1, trained=16, tested=4, of_class=4, steps=4, batch=8)
     monkeypatch.setattr(wemoe_pretrained, "Scale", lambda: few)
     return wemoe_pretrained

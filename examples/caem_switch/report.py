@@ -305,7 +305,12 @@ def _draw_similarities(
     """
     stacks = ("encoder", "decoder")
     figure, panels = pyplot().subplots(
-        len(pairs), 2, squeeze=False, sharey=True, figsize=(8, 2.6 * len(pairs))
+        len(pairs),
+        2,
+        squeeze=False,
+        sharey=True,
+        figsize=(8, 2.6 * len(pairs)),
+        layout="constrained",
     )
     for (first, second), row in zip(pairs, panels, strict=True):
         for stack, axes in zip(stacks, row, strict=True):
@@ -320,7 +325,8 @@ def _draw_similarities(
                     axes.plot(line, style, color=f"C{place}", marker="o", label=f"{task}, {when}")
             axes.set_xticks(range(len(line)))
         row[0].set_ylabel("linear CKA")
-    panels[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    # Below the panels: within one it would hide points.
+    lines, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot().close(figure)
