@@ -58,6 +58,12 @@ _EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
 _ROTARY = re.compile(r"^(rope_(local_base_freq|theta)|rotary_emb_base|factor)$")
 _CHOSEN_EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k")
 _ALL_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# What transformers says of a name that is neither a directory nor found on the Hub. A model
+# that may not be read, or a full disk, is something else.
+_ABSENT = re.compile(
+    "couldn't connect|cannot find the requested files|is not a valid model identifier|"
+    "Repo id must|Incorrect path_or_model_id"
+)
 _EITHER_IS_WRONG = "fetch the checkpoint again, or mend the config, whichever is wrong"
 
 
@@ -452,8 +458,8 @@ def existing(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HFValidationError) as error:
-        directory = Path(model).expanduser()
-        if directory.exists() or "does not appear to have a file" in str(error):
+        is_absent = isinstance(error, HFValidationError) or _ABSENT.search(str(error))
+        if Path(model).expanduser().exists() or not is_absent:
             raise
         # Most names without an owner are of directories: why the Hub has none says little then.
         reason = f" ({first_line(error)})" if is_on_hub(model) else ""

@@ -305,5 +305,5 @@ class TrainingOptions:
     def length(self) -> str:
         """How long the training is, in words for a card."""
         if self.max_steps > 0:
-            return f"{self.max_steps} steps"
+            return f"{self.max_steps} step{'' if self.max_steps == 1 else 's'}"
         return f"{self.num_train_epochs:g} epoch{'' if self.num_train_epochs == 1 else 's'}"

@@ -76,6 +76,7 @@ class Run:
         self._device_map = device_map
         self._tied: Sequence[Sequence[str]] = ()
         self.settings: dict[str, Any] = {}
+        self._is_new = False  # whether this run has made the directory of the checkpoints
 
     def arguments(
         self,
@@ -136,6 +137,11 @@ class Run:
         self.starts = dict.fromkeys(parts)
 
     def _check_settings(self) -> None:
+        if not (self.checkpoints / _SETTINGS).is_file():
+            raise UserError(
+                f"{self.checkpoints} has no {_SETTINGS}, by which a resumed training is compared; "
+                "remove it, and train without --resume"
+            )
         damaged = damaged_file(self.checkpoints, _SETTINGS)
         if damaged:
             raise UserError(f"{damaged}; remove {self.checkpoints}, and train without --resume")
@@ -187,9 +193,8 @@ class Run:
         try:
             trainer.train(resume_from_checkpoint=self.starts[part])
         except BaseException:
-            # Without a checkpoint there is nothing to go on from, and so nothing to keep.
-            if self.is_main and not self._has_checkpoint():
-                self._remove_checkpoints()
+            if self.is_main and self._is_new:
+                self._remove_what_is_empty(part)
             raise
         # Let go of the model that is spread over the processes. Were it the last to hold their
         # group, the group would be taken down while Python's lock is held, and with Gloo that can
@@ -203,6 +208,8 @@ class Run:
             make_whole(trainer.model, keeps=self.is_main)
 
     def _keep_settings(self) -> None:
+        if not self.checkpoints.exists():
+            self._is_new = True
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoints / f".{_SETTINGS}.partial"
         partial.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
@@ -220,7 +227,7 @@ class Run:
         symptom = divergence(trainer, losses)
         if symptom is None:
             return
-        if not self._has_checkpoint():
+        if not any(_complete_checkpoints(self.checkpoints / part) for part in self.starts):
             self._remove_checkpoints()
             raise UserError(f"the training diverged: {symptom}; {advice}")
         raise UserError(
@@ -235,8 +242,17 @@ class Run:
             yield directory
         self._remove_checkpoints()
 
-    def _has_checkpoint(self) -> bool:
-        return any(_complete_checkpoints(self.checkpoints / part) for part in self.starts)
+    def _remove_what_is_empty(self, part: str) -> None:
+        """Removes what a part that failed has left, if no training can go on from it, and the
+        directory of the checkpoints with the last part. What other parts have finished stays.
+        """
+        if _complete_checkpoints(self.checkpoints / part):
+            return
+        if part:
+            shutil.rmtree(self.checkpoints / part, ignore_errors=True)
+        others = [path for path in self.checkpoints.iterdir() if path.name != _SETTINGS]
+        if not part or not others:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _remove_checkpoints(self) -> None:
         # What somebody else has put beside the checkpoints of several parts stays.

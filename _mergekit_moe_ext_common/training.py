@@ -405,10 +405,11 @@ def split_sources(
         rows = load(source)
         if recipe.held_out and source.name not in held_out:
             if len(rows) <= recipe.held_out:
+                fewer = f"--held-out {max(1, len(rows) // 4)}, or " if len(rows) > 1 else ""
                 raise UserError(
                     f"{source} (data {source.name!r}) has {len(rows)} rows, and {recipe.held_out} "
-                    f"are to be held out: give more rows, or --held-out {len(rows) // 4}, or name "
-                    "texts to measure on with --eval-data"
+                    f"are to be held out: give more rows, or {fewer}name texts to measure on with "
+                    "--eval-data"
                 )
             split = rows.train_test_split(test_size=recipe.held_out, seed=recipe.seed)
             rows = split["train"]

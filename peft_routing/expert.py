@@ -351,8 +351,9 @@ def _named(expert: Expert) -> str:
 def _of_other_base(expert: Expert, base_name: str | None) -> str:
     """The beginning of what is said of an expert that does not fit the base model."""
     trained_on = expert.config.get("base_model_name_or_path")
-    other = f", {trained_on}" if trained_on and trained_on != base_name else ""
-    return f"{_named(expert)} was trained on another base model{other}"
+    if trained_on and trained_on != base_name:
+        return f"{_named(expert)} was trained on another base model, {trained_on}"
+    return f"{_named(expert)} does not fit the base model"
 
 
 def _warn_of_other_bases(experts: Sequence[Expert], base_name: str | None) -> None:

@@ -195,6 +195,60 @@ def test_finishing_a_run_of_one_part_leaves_nothing(run):
     assert not run.checkpoints.exists()
 
 
+class Failing:
+    """A Trainer whose training of each part is the next of these functions."""
+
+    def __init__(self, *trainings):
+        self.trainings = iter(trainings)
+
+    def train(self, resume_from_checkpoint):
+        next(self.trainings)()
+        raise KeyboardInterrupt
+
+
+def interrupted(run, trainer, part=""):
+    with pytest.raises(KeyboardInterrupt):
+        run.train(trainer, part)
+
+
+def test_an_interrupted_run_leaves_what_can_go_on_and_nothing_else(run):
+    run.begin({}, resume=False)
+    interrupted(run, Failing(lambda: None))
+    assert not run.checkpoints.exists()
+
+    run.begin({}, resume=False)
+    interrupted(run, Failing(lambda: checkpoint(run, "", 1)))
+    assert (run.checkpoints / "checkpoint-1").exists()
+
+
+def test_a_part_that_is_interrupted_leaves_the_finished_ones(run):
+    run.begin({}, resume=False, parts=["one", "two"])
+    trainer = Failing(lambda: None, lambda: None)
+    interrupted(run, trainer, "one")
+    assert not run.checkpoints.exists()
+
+    (run.checkpoints / "one").mkdir(parents=True)
+    (run.checkpoints / "one" / "result.json").touch()
+    run.begin({}, resume=False, parts=["one", "two"])
+    interrupted(run, trainer, "two")
+    assert (run.checkpoints / "one" / "result.json").exists()
+
+
+def test_a_run_that_begins_beside_another_one_removes_nothing_of_it(run):
+    run.begin({}, resume=False)
+    run.checkpoints.mkdir()
+    keep(run)
+    interrupted(run, Failing(lambda: None))
+    assert (run.checkpoints / "settings.json").exists()
+
+
+def test_a_directory_without_settings_is_not_resumed(run):
+    run.begin({}, resume=False)
+    checkpoint(run, "", 1)
+    with pytest.raises(UserError, match=r"has no settings\.json"):
+        run.begin({}, resume=True)
+
+
 class Count(TrainerCallback):
     """Counts the checkpoints that a Trainer writes."""
 

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -113,10 +113,10 @@ def untrained_in_words(plan: Plan, directory: str) -> tuple[str, str]:
     if not plan.untrained:
         return "", ""
     parts = list(plan.untrained)
-    verb = "is" if parts == ["router"] else "are"
-    start = plan.untrained[parts[0]]
-    named = " and ".join(f"the {part}" for part in parts)
-    state = f"{named} {verb} {start} until trained"
+    states = []
+    for part, start in plan.untrained.items():
+        states.append(f"the {part} {'is' if part == 'router' else 'are'} {start}")
+    state = f"{' and '.join(states)} until trained"
     if not (plan.config.architectures or [""])[0].endswith(_OF_TEXTS):
         return state, ""
     trained = " ".join(f"--train {part}" for part in parts)
@@ -133,13 +133,20 @@ def _training_section(plan: Plan, directory: str) -> str:
     return f"{_TRAIN_FIRST}\n\n{state.capitalize()}{how}\n\n"
 
 
-def drop_training_section(directory: Path) -> None:
-    """Take out of a copied card that its model is to be trained, once it is."""
+def drop_training_section(directory: Path, trained: Collection[str]) -> None:
+    """Takes out of a copied card that its model is to be trained, once all parts that its command
+    names are; `trained` are the parts that were, as `--train` has them.
+    """
     card = directory / "README.md"
-    if card.exists():
-        text = card.read_text(encoding="utf-8")
-        if f"\n{_TRAIN_FIRST}\n" in text:
-            card.write_text(renew_section(text, _TRAIN_FIRST, []), encoding="utf-8")
+    if not card.exists():
+        return
+    text = card.read_text(encoding="utf-8")
+    _, heading, section = text.partition(f"\n{_TRAIN_FIRST}\n")
+    if not heading:
+        return
+    wanted = set(re.findall(r"--train (\S+)", section.partition("\n## ")[0]))
+    if "all" in trained or wanted <= set(trained):
+        card.write_text(renew_section(text, _TRAIN_FIRST, []), encoding="utf-8")
 
 
 def experts_in_words(plan: Plan) -> str:

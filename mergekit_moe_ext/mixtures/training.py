@@ -211,7 +211,8 @@ def train(
     run.check_converged(trainer, losses, "take a lower --learning-rate")
     with run.finish() as directory:
         _write(directory, trainer, model_path, tokenizer, reading)
-        drop_training_section(directory)
+        if not only_experts:  # of others the rows of the gates are as they were
+            drop_training_section(directory, aim.chosen)
         extend_card(directory, _card(aim.chosen, data, run.settings, losses, only_experts))
     return losses
 

@@ -9,6 +9,7 @@ import copy
 import difflib
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import logging
@@ -147,7 +148,20 @@ def _fingerprint(loaded: Mapping[str, Any], tokenizer: Any) -> str:
             parts.append([request.request_type, request.doc, request.args, ids])
     for group in loaded["groups"].values():
         parts.append([group.name, group.aggregate_metric_list])
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    text = json.dumps(parts, sort_keys=True, default=_in_words)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _in_words(value: Any) -> str:
+    """What stands for a value that is no JSON: of a function its source, since its address is
+    another one in each process.
+    """
+    if not callable(value):
+        return str(value)
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}"
 
 
 def with_harness(
@@ -207,6 +221,9 @@ def _asked(running: Any, task: HarnessTask, tokenizer: Any, batch_size: int) -> 
     wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
     is_ensemble = isinstance(running, Ensemble)
     model = running.model if is_ensemble else running
+    # Each evaluation draws the examples of a prompt anew: the same ones for all that is compared.
+    for asked_task in task.loaded["tasks"].values():
+        asked_task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     with running.installed() if is_ensemble else contextlib.nullcontext():
         with _without_advice():
             # It gives the tokenizer a padding token.

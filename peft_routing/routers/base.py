@@ -1,5 +1,6 @@
 """The base class of all routers, and how a router is found by its name."""
 
+import copy
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
@@ -257,12 +258,13 @@ class Router(nn.Module):
         hidden = torch.randn(2, 3, self.in_features, generator=generator, device="cpu")
         if tensors:
             hidden = hidden.to(tensors[0].device)
-        scores = self.scores(hidden)
+        trial = copy.deepcopy(self)  # a router may count its calls
+        scores = trial.scores(hidden)
         number = scores.shape[-1:]
         if type(self).coefficients is Router.coefficients:  # which makes of each score one
             number = torch.Size([len(self.experts)])
         self._check_shape("scores", scores, hidden, number)
-        coefficients = self.coefficients(scores)
+        coefficients = trial.coefficients(scores)
         self._check_shape("coefficients", coefficients, hidden, torch.Size([len(self.experts)]))
         if scores.isnan().any() or coefficients.isnan().any():
             raise UserError(

@@ -264,12 +264,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "another size": (
         lambda path: save_lora(path, 5, base=make_base(hidden_size=64)),
         ValueError,
-        r"odd\) was trained on another base model: .* maps 48 to 64, and 48 to 32 in the base",
+        r"odd\) does not fit the base model: .* maps 48 to 64, and 48 to 32 in the base",
     ),
     "another depth": (
         lambda path: save_lora(path, 5, base=make_base(num_hidden_layers=4)),
         ValueError,
-        r"was trained on another base model: .*layers\.3\..* is not in the base model",
+        r"does not fit the base model: .*layers\.3\..* is not in the base model",
     ),
     "another family": (
         lambda path: save_lora(path, 5, base=make_base("gpt2"), target_modules=["c_attn"]),
