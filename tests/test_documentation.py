@@ -86,6 +86,8 @@ NOT_RUN = {
     "pip install": "it installs packages",
     "hf download": "it needs the Hub",
     "lm_eval": "lm_eval is no dependency",
+    "peft-route compare base --experts-from adapters/ --task math=math.jsonl --task "
+    "code=code.jsonl --lm-eval": "it needs lm_eval, an extra",
     "accelerate launch --use_fsdp": "it needs eight processes",
     "from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel": "it needs the Hub",
 }
