@@ -76,7 +76,7 @@ class Run:
         self._device_map = device_map
         self._tied: Sequence[Sequence[str]] = ()
         self.settings: dict[str, Any] = {}
-        self._is_new = False  # whether this run has made the directory of the checkpoints
+        self._is_new = False  # whether this run makes the directory of the checkpoints
 
     def arguments(
         self,
@@ -135,6 +135,7 @@ class Run:
             remedy = "--resume goes on with it, or remove it"
             raise UserError(f"{self.checkpoints} holds an unfinished training; {remedy}")
         self.starts = dict.fromkeys(parts)
+        self._is_new = not self.checkpoints.exists()
 
     def _check_settings(self) -> None:
         if not (self.checkpoints / _SETTINGS).is_file():
@@ -208,8 +209,6 @@ class Run:
             make_whole(trainer.model, keeps=self.is_main)
 
     def _keep_settings(self) -> None:
-        if not self.checkpoints.exists():
-            self._is_new = True
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoints / f".{_SETTINGS}.partial"
         partial.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")

@@ -115,6 +115,7 @@ ADAPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "AdaMerging (task)": (routed(upscale="all", router_layers=0, shared_router=True), CONSTANTS),
     "E-WEMoE 0.9": (routed("ewemoe", **UPPER), COSINE),
     "WEMoE (2-layer), constant 1e-4": (routed(**UPPER), {"learning_rate": 1e-4}),
+    "WEMoE (2-layer), 3e-4": (routed(**UPPER), {**COSINE, "learning_rate": 3e-4}),
 }
 # The rows of the same names without the two signs, on task vectors that TIES has trimmed.
 TRIMMED = ("AdaMerging++ (layer)", "AdaMerging++ (task)")

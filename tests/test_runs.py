@@ -227,17 +227,17 @@ def test_a_part_that_is_interrupted_leaves_the_finished_ones(run):
     interrupted(run, trainer, "one")
     assert not run.checkpoints.exists()
 
+    run.begin({}, resume=False, parts=["one", "two"])
     (run.checkpoints / "one").mkdir(parents=True)
     (run.checkpoints / "one" / "result.json").touch()
-    run.begin({}, resume=False, parts=["one", "two"])
     interrupted(run, trainer, "two")
     assert (run.checkpoints / "one" / "result.json").exists()
 
 
 def test_a_run_that_begins_beside_another_one_removes_nothing_of_it(run):
-    run.begin({}, resume=False)
     run.checkpoints.mkdir()
     keep(run)
+    run.begin({}, resume=False)
     interrupted(run, Failing(lambda: None))
     assert (run.checkpoints / "settings.json").exists()
 

@@ -294,6 +294,36 @@ ADAPTED = (
     _above("WEMoE (2-layer)", "AdaMerging (layer)", "89.4, 80.9"),
     _above("Individual", "WEMoE (2-layer)", "90.5, 89.4"),
 )
+
+
+def _at_another_rate(row: str) -> tuple[Claim, ...]:
+    """The claims about WEMoE, of routers that were adapted at another rate."""
+    return (
+        _above(row, "Task arithmetic", "89.4, 69.0"),
+        _above(row, "Ties-Merging", "89.4, 72.8"),
+        _above(row, "AdaMerging (layer)", "89.4, 80.9"),
+        _above(row, "WEMoE (0-layer)", "93.2, 84.6 (four tasks)", "Table 5, clean"),
+        _above("Individual", row, "90.5, 89.4"),
+    )
+
+
+SEEN = ("mnist", "letters")  # of which Table 4's models are merged
+UNSEEN = ("animals", "digits8")
+
+
+def _of_table4(better: str, worse: str, paper: str, tasks: tuple[str, ...] = UNSEEN) -> Claim:
+    kind = "unseen" if tasks == UNSEEN else "seen"
+    says = f"{better} is above {worse} on {kind} tasks"
+    return Claim("Table 4", says, paper, f"table4: {better}", f"table4: {worse}", tasks=tasks)
+
+
+TABLE_4 = (
+    _of_table4("WEMoE (2-layer)", "AdaMerging (layer)", "86.5, 77.4", SEEN),
+    _of_table4("WEMoE (2-layer)", "AdaMerging (layer)", "71.1, 70.0"),
+    _of_table4("AdaMerging (layer)", "WEMoE (0-layer)", "70.0, 64.2"),
+    _of_table4("WEMoE (0-layer)", "Task arithmetic", "64.2, 61.4"),
+    _of_table4("Task arithmetic", "Ties-Merging", "61.4, 59.5"),
+)
 DEPTH = (
     _above("WEMoE (2-layer)", "WEMoE (1-layer)", "89.4, 88.3", "Table 10"),
     _above("WEMoE (1-layer)", "AdaMerging (layer)", "88.3, 80.9", "Table 10"),
@@ -325,6 +355,21 @@ WEMOE = Paper(
                 *DEPTH,
                 *NO_ROUTING,
             ),
+        ),
+        Part(
+            "wemoe_pretrained",
+            "the same with routers at a constant rate of 1e-4, as in FusionBench",
+            _at_another_rate("WEMoE (2-layer), constant 1e-4"),
+        ),
+        Part(
+            "wemoe_pretrained",
+            "the same with routers at 3e-4, the better of two rates on validation images",
+            _at_another_rate("WEMoE (2-layer), 3e-4"),
+        ),
+        Part(
+            "wemoe_pretrained",
+            "the same, with two of the tasks merged and two unseen",
+            TABLE_4,
         ),
         Part(
             "wemoe_images",

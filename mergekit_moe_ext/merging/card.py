@@ -114,9 +114,11 @@ def untrained_in_words(plan: Plan, directory: str) -> tuple[str, str]:
         return "", ""
     parts = list(plan.untrained)
     states = []
-    for part, start in plan.untrained.items():
-        states.append(f"the {part} {'is' if part == 'router' else 'are'} {start}")
-    state = f"{' and '.join(states)} until trained"
+    for start in dict.fromkeys(plan.untrained.values()):
+        alike = [part for part in parts if plan.untrained[part] == start]
+        named = " and ".join(f"the {part}" for part in alike)
+        states.append(f"{named} {'is' if alike == ['router'] else 'are'} {start}")
+    state = f"{', '.join(states)} until trained"
     if not (plan.config.architectures or [""])[0].endswith(_OF_TEXTS):
         return state, ""
     trained = " ".join(f"--train {part}" for part in parts)
