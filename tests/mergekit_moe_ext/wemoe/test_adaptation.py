@@ -324,9 +324,14 @@ def test_images_without_classes_and_other_inputs_to_measure(here, caplog):
 
 
 @pytest.mark.parametrize(
-    ("path", "data", "rate"), [("llama-2", "x=long.jsonl", 1e-4), ("llama-0", "x=long.jsonl", 1e-3)]
+    ("path", "data", "rate"),
+    [
+        ("llama-2", "x=long.jsonl", 1e-4),
+        ("llama-0", "x=long.jsonl", 1e-3),
+        ("vit-2", "sun=images/sun", 1e-4),
+    ],
 )
-def test_routers_of_next_tokens_take_smaller_steps(here, path, data, rate):
+def test_routers_take_smaller_steps_than_constants(here, path, data, rate):
     """The first step of Adam is as long as the learning rate, wherever there is a gradient."""
     adapt(path, "out", [data], READING, Adaptation(steps=1))
     before, after = read_tensors(here / path), read_tensors(here / "out")
