@@ -94,8 +94,8 @@ class Adaptation:
     steps: int = option(1000, "Number of steps, each with one batch of every task.", at_least=1)
     learning_rate: float | None = option(
         None,
-        "Learning rate of Adam. [default: 1e-3 (WEMoE's own code); 1e-4 for language models with 1 "
-        "or 2 router layers]",
+        "Learning rate of Adam. [default: 1e-4 for routers (as FusionBench); 1e-3 for constants "
+        "(WEMoE's own code)]",
         at_least=0,
     )
     lr_scheduler_type: Schedule = option(  # noqa: RUF009

@@ -23,7 +23,7 @@ from tests.test_wemoe_pretrained import TINY
 from tests.tokenizers import save_tokenizer
 
 NOTEBOOKS = ROOT / "docs" / "notebooks"
-EXECUTED = ("adapters", "images")  # those that keep the outputs of the real models
+EXECUTED = ("adapters", "images", "mixture")  # those that keep the outputs of the real models
 
 
 def code_of(name: str) -> list[str]:
