@@ -149,6 +149,28 @@ def found(row):
 
 
 @needs_lm_eval
+def test_every_fusion_is_shown_the_same_examples(here, monkeypatch):
+    """Examples are drawn at random, and anew in each evaluation."""
+    import lm_eval
+
+    asked = []
+    stock = lm_eval.evaluate
+
+    def recorded(model, tasks, **options):
+        found = stock(model, tasks, **options)
+        asked.append([request.args[0] for request in tasks["tasks"]["shots"].instances])
+        return found
+
+    monkeypatch.setattr(lm_eval, "evaluate", recorded)
+    task = {**CHOICE, "task": "shots", "num_fewshot": 2, "fewshot_split": "test"}
+    Path("shots.yaml").write_text(yaml.safe_dump(task))
+    compare_here("one", strategies=["best_expert", "arrow_all"], lm_eval=["shots.yaml"])
+    assert len(asked) == 3  # with the base
+    assert asked[0] == asked[1] == asked[2]
+    assert asked[0][0].count("w") > asked[0][0].splitlines()[-1].count("w")  # there are examples
+
+
+@needs_lm_eval
 def test_lm_eval_measures_every_row_that_needs_no_task(here, monkeypatch):
     names = ["best_expert", "own_expert", "learned_ensemble", "posterior_ensemble", "arrow_all"]
     options = {
