@@ -8,7 +8,8 @@ This is for routers whose scores are products with the hidden state, token by to
 one rank. All others go the general way, to the same result.
 
 On a GPU, and in bfloat16, a Triton kernel does what lies between the two products, in training and
-in compiled models as well. PyTorch's operations do it where Triton is missing or fails, for more
+in compiled models as well; and two kernels do the whole update of a few tokens, in any dtype, where
+nothing is trained. PyTorch's operations do it where Triton is missing or fails, for more
 experts than the kernel takes, and in other dtypes. They have no gradients and are not compiled:
 there the general way is taken instead.
 """
@@ -20,25 +21,33 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peft_routing import mixing
+from peft_routing.kernel_start import Started, StartedFew
 from peft_routing.kernel_trial import works
 from peft_routing.routers.base import Router
 from peft_routing.routers.linear import LinearRouter
 from peft_routing.routers.tensors import FEW, Source, largest, smallest, wide_dtype
 
 _PLANS = 1000  # for so many numbers of tokens they are kept
+# What the kernels for a few tokens take: each token reads A anew, though mostly from a cache, and
+# adds the experts that it has chosen one after the other.
+_FEW_TOKENS = 16
+_FEW_CHOSEN = 16
+_OF_FEW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Plan(NamedTuple):
     """How a call is computed: the dtypes of the products with the experts and of the scores, the
-    way, whether the base layer's output can be added within the last product without loss, and
-    whether a kernel does what lies between the products.
+    way, and whether the base layer's output can be added within the last product without loss.
+
+    few, started: the kernels for a few tokens, or the one between the products, where it is theirs.
     """
 
     dtype: torch.dtype
     of_scores: torch.dtype
     way: mixing.Way
     can_add: bool
-    by_kernel: bool
+    few: StartedFew | None
+    started: Started | None
 
 
 class Fused:
@@ -91,13 +100,18 @@ class Fused:
         tokens = x.reshape(-1, x.shape[-1])
         is_compiling = torch.compiler.is_compiling()
         if needs_gradients or is_compiling or torch.is_autocast_enabled(x.device.type):
+            if not needs_gradients and self._takes_few(tokens, result, as_operation=True):
+                return self._by_few(result, tokens, weight, a, b, None)
             if not self._takes_kernel(x, result, weight, as_operation=True):
                 return None
             return self._by_operation(result, tokens, weight, needs_gradients)
         number = tokens.shape[0]
         plan = self._plan(number, x, result, weight)
-        if plan.by_kernel:
-            return self._by_kernel(result, tokens, weight)
+        if plan.few is not None:
+            a, b = self.experts.factors_in(plan.dtype)
+            return self._by_few(result, tokens, weight, a, b, plan.few)
+        if plan.started is not None:
+            return self._by_kernel(result, tokens, weight, plan.started)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
         tokens = _cast(tokens, plan.dtype)
         if plan.dtype != a.dtype:
@@ -116,7 +130,47 @@ class Fused:
         # Not `view(result.shape)`: to take a shape apart costs Python as much as the product.
         return torch.addmm(output, weighed, b, alpha=scaling).view_as(result)
 
-    def _by_kernel(self, result: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+    def _by_few(
+        self,
+        result: Tensor,
+        tokens: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        few: StartedFew | None,
+    ) -> Tensor:
+        """The output for a few tokens, by two kernels; as an operation where `few` is None."""
+        arguments = (
+            result.reshape(-1, result.shape[-1]),
+            tokens,
+            weight,
+            a,
+            b,
+            self.experts.scalings(torch.float32, tokens.device),
+        )
+        k = self.router.k
+        temperature = self.router.temperature
+        absolute = self.router.absolute
+        if few is None:
+            from peft_routing import kernel_op  # needs Triton
+
+            output = kernel_op.add_to_few(*arguments, k, temperature, absolute, self.is_low_rank)
+        else:
+            from peft_routing import kernel_few  # needs Triton
+
+            output = kernel_few.added(
+                *arguments,
+                k=k,
+                temperature=temperature,
+                absolute=absolute,
+                is_low_rank=self.is_low_rank,
+                few=few,
+            )
+        return output.view_as(result)
+
+    def _by_kernel(
+        self, result: Tensor, tokens: Tensor, weight: Tensor, started: Started
+    ) -> Tensor:
         """The output where nothing has a gradient: the kernel is started without an operation of
         PyTorch's around it, which takes Python longer.
         """
@@ -132,6 +186,7 @@ class Fused:
             temperature=self.router.temperature,
             absolute=self.router.absolute,
             is_low_rank=self.is_low_rank,
+            started=started,
         )
         return torch.addmm(result.reshape(-1, result.shape[-1]), weighed, b).view_as(result)
 
@@ -240,8 +295,13 @@ class Fused:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             can_add = torch.promote_types(dtype, result.dtype) == dtype
-            by_kernel = self._takes_kernel(x, result, weight, as_operation=False)
-            plan = Plan(dtype, wide_dtype(x, weight), way, can_add, by_kernel)
+            few = None
+            started = None
+            if self._takes_few(x.reshape(-1, x.shape[-1]), result, as_operation=False):
+                few = StartedFew()
+            elif self._takes_kernel(x, result, weight, as_operation=False):
+                started = Started()
+            plan = Plan(dtype, wide_dtype(x, weight), way, can_add, few, started)
             self._plans[key] = plan
         return plan
 
@@ -253,9 +313,28 @@ class Fused:
             return False
         if self.experts.dtype_of_products(x, result) != torch.bfloat16:
             return False
-        of_each = self.rank // self.count
-        absolute = self.router.absolute
-        return works(x.device, self.count, of_each, absolute, self.is_low_rank, as_operation)
+        return self._works(x, as_operation, is_few=False)
+
+    def _takes_few(self, tokens: Tensor, result: Tensor, *, as_operation: bool) -> bool:
+        """Whether kernels do the whole update, of a few tokens (tokens, in)."""
+        if tokens.dtype != result.dtype or tokens.dtype not in _OF_FEW:
+            return False
+        if tokens.shape[0] > _FEW_TOKENS or self.router.k > _FEW_CHOSEN:
+            return False
+        return self._works(tokens, as_operation, is_few=True)
+
+    def _works(self, x: Tensor, as_operation: bool, is_few: bool) -> bool:
+        """Whether kernels do what they should on the device of x."""
+        return works(
+            x.device,
+            x.dtype,
+            self.count,
+            self.rank // self.count,
+            self.router.absolute,
+            self.is_low_rank,
+            as_operation,
+            is_few,
+        )
 
 
 def is_watched(module: nn.Module) -> bool:

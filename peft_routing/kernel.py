@@ -11,13 +11,14 @@ scores nearly tie.) In float32, which is what tests compare, the rows are taken 
 
 # mypy: disallow-untyped-defs=False
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from peft_routing.kernel_start import Started, start
 
 _TOKENS = 16  # of one program; the least that Triton's product takes
 # At most so many numbers of one token's z, padded, which lie in a program's registers at once.
@@ -40,7 +41,7 @@ def parts_for(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def fits(experts: int, rank: int) -> bool:
     """Whether the kernels take so many experts of one rank."""
-    numbers = _padded(experts) * _power_of_2(rank)
+    numbers = padded_experts(experts) * power_of_2(rank)
     return numbers <= MOST_NUMBERS
 
 
@@ -56,6 +57,7 @@ def weigh(
     is_low_rank: bool,
     scores: Tensor | None = None,
     kernel: Any = None,
+    started: Started | None = None,
 ) -> Tensor:
     """z (tokens, experts · rank) times each token's coefficients and each expert's scaling.
 
@@ -63,7 +65,7 @@ def weigh(
     hidden states (tokens, in) with a router's rows, as `parts_for` gives them, or their absolute
     values, over the temperature. scalings: (experts,) in float32. The products are written to
     `scores` (tokens, experts), in float32, if that is given. `kernel` is `_weigh` as PyTorch
-    traces it.
+    traces it; `started` is the kernel as it was compiled for calls like this one.
     """
     # Compiled in, where a compiler might take them for sizes that vary.
     parts = int(rows.shape[0])
@@ -71,25 +73,17 @@ def weigh(
     rank = int(z.shape[1]) // experts
     width = rows.shape[2]
     tokens = z.shape[0]
-    padded = _padded(experts)
+    padded = padded_experts(experts)
     weighed = torch.empty_like(z)
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     is_wide = padded > 64
-    launch = (kernel or _weigh)[(-(-tokens // _TOKENS),)]
-    with _on(hidden.device):
-        launch(
-            hidden,
-            rows,
-            z,
-            scalings,
-            weighed,
-            weighed if scores is None else scores,
-            tokens,
-            width,
-            hidden.stride(0),
-            k,
-            temperature,
+    (started.start if started else start)(
+        kernel or _weigh,
+        (-(-tokens // _TOKENS), 1, 1),
+        (hidden, rows, z, scalings, weighed, weighed if scores is None else scores),
+        (tokens, width, hidden.stride(0), k, temperature),
+        (
             absolute,
             is_low_rank,
             scores is not None,
@@ -97,13 +91,14 @@ def weigh(
             experts,
             rank,
             padded,
-            _power_of_2(rank),
+            power_of_2(rank),
             _TOKENS,
             # The fastest that were tried on an H200: so many columns are read ahead of their use.
-            columns=64 if padded > 16 else 128,
-            num_warps=8 if is_wide else 4,
-            num_stages=3 if is_wide else 5,
-        )
+            64 if padded > 16 else 128,
+        ),
+        num_warps=8 if is_wide else 4,
+        num_stages=3 if is_wide else 5,
+    )
     return weighed
 
 
@@ -130,51 +125,35 @@ def unweigh(
     tokens = scores.shape[0]
     experts = int(scores.shape[1])  # compiled in, as the rank
     rank = int(z.shape[1]) // experts
-    padded = _padded(experts)
-    padded_rank = _power_of_2(rank)
+    padded = padded_experts(experts)
+    padded_rank = power_of_2(rank)
     of_z = torch.empty_like(z)
     of_scores = torch.empty_like(scores)
-    launch = (kernel or _unweigh)[(tokens,)]
-    with _on(z.device):
-        launch(
-            gradient,
-            scores,
-            z,
-            scalings,
-            of_z,
-            of_scores,
-            k,
-            temperature,
-            absolute,
-            is_low_rank,
-            is_estimated,
-            experts,
-            rank,
-            padded,
-            padded_rank,
-            num_warps=8 if padded * padded_rank > 2048 else 4,
-        )
+    start(
+        kernel or _unweigh,
+        (tokens, 1, 1),
+        (gradient, scores, z, scalings, of_z, of_scores),
+        (k, temperature),
+        (absolute, is_low_rank, is_estimated, experts, rank, padded, padded_rank),
+        num_warps=8 if padded * padded_rank > 2048 else 4,
+    )
     return of_z, of_scores
 
 
-def _on(device: torch.device) -> Any:
-    """A context in which kernels start on a device; Triton starts them on the current GPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _padded(experts: int) -> int:
-    return max(16, _power_of_2(experts))  # 16 is the least that Triton's product takes
+def padded_experts(experts: int) -> int:
+    """The number of experts that a kernel's tensors have room for."""
+    return max(16, power_of_2(experts))  # 16 is the least that Triton's product takes
 
 
 # Triton has this and a division, which kernels can call as well: from Python each takes 2 µs, a
 # hundredth of a whole call.
-def _power_of_2(number: int) -> int:
+def power_of_2(number: int) -> int:
     """The least power of 2 that is no less than a positive number."""
     return 1 << (number - 1).bit_length()
 
 
 @triton.jit
-def _chosen(score, expert, k, experts: tl.constexpr):
+def chosen_experts(score, expert, k, experts: tl.constexpr):
     """Which of the experts (tokens, padded) have one of a token's k largest scores."""
     # The largest is taken k times. Of equal ones the first is taken first. Where k is the number of
     # experts, all are taken at once, and those that only pad have scores of minus infinity.
@@ -189,7 +168,7 @@ def _chosen(score, expert, k, experts: tl.constexpr):
 
 
 @triton.jit
-def _softmax(score, is_kept):
+def softmax_of_kept(score, is_kept):
     """The softmax over those that are kept (tokens, padded), the largest among them."""
     exponential = tl.where(is_kept, tl.exp(score - tl.max(score, 1)[:, None]), 0.0)
     return exponential / tl.sum(exponential, 1)[:, None]
@@ -210,8 +189,8 @@ def _weigh(
     is_expert = expert < experts
 
     score = tl.zeros((block, padded), tl.float32)
-    for start in range(0, width, columns):
-        column = start + tl.arange(0, columns)
+    for first_column in range(0, width, columns):
+        column = first_column + tl.arange(0, columns)
         is_column = column < width
         states = tl.load(
             hidden + token[:, None] * stride + column[None, :],
@@ -234,7 +213,7 @@ def _weigh(
     # PyTorch's compiler hands a number over in float64, in which all that follows would be.
     score = score / tl.cast(temperature, tl.float32)
     score = tl.where(is_expert[None, :], score, -float("inf"))
-    coefficient = _softmax(score, _chosen(score, expert, k, experts))
+    coefficient = softmax_of_kept(score, chosen_experts(score, expert, k, experts))
 
     # One token after the other, since the numbers of all would take more registers than there are.
     scaling = tl.load(scalings + expert, mask=is_expert, other=0.0)
@@ -267,7 +246,7 @@ def _unweigh(
     product = tl.load(scores + token * experts + expert, mask=is_expert, other=0.0)
     magnitude = tl.abs(product) if absolute else product
     score = tl.where(is_expert, magnitude / temperature, -float("inf"))[None, :]
-    coefficients = _softmax(score, _chosen(score, expert, k, experts))
+    coefficients = softmax_of_kept(score, chosen_experts(score, expert, k, experts))
     coefficient = tl.sum(coefficients, 0)
 
     scaling = tl.load(scalings + expert, mask=is_expert, other=0.0)
@@ -293,7 +272,7 @@ def _unweigh(
     # for the one coefficient.
     mean = tl.sum(coefficient * of_coefficient, 0)
     if is_estimated:
-        probability = tl.sum(_softmax(score, is_expert[None, :]), 0)
+        probability = tl.sum(softmax_of_kept(score, is_expert[None, :]), 0)
         of_chosen = tl.sum(coefficient * probability, 0)
         of_score = mean * of_chosen * (coefficient - probability)
     else:

@@ -9,8 +9,9 @@ import triton
 from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
-from peft_routing import kernel
+from peft_routing import kernel, kernel_few
 from peft_routing.kernel import _unweigh, _weigh
+from peft_routing.kernel_few import _add, _project
 from peft_routing.routers.tensors import without_autocast
 
 # The compiler takes a kernel apart. What Triton's interpreter runs, in tests, it leaves whole.
@@ -69,6 +70,36 @@ def _weigh_with_scores(
     return weighed, scores
 
 
+@_operation("peft_routing::add_to_few", mutates_args=())
+def add_to_few(
+    result: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scalings: Tensor,
+    k: int,
+    temperature: float,
+    absolute: bool,
+    is_low_rank: bool,
+) -> Tensor:
+    """What `kernel_few.added` gives. It has no gradients."""
+    return kernel_few.added(
+        result,
+        hidden,
+        weight,
+        a,
+        b,
+        scalings,
+        k=k,
+        temperature=temperature,
+        absolute=absolute,
+        is_low_rank=is_low_rank,
+        project=wrap_triton(_project) if _is_compiled else _project,
+        add=wrap_triton(_add) if _is_compiled else _add,
+    )
+
+
 @_operation("peft_routing::unweigh", mutates_args=())
 def _gradients(
     gradient: Tensor,
@@ -102,6 +133,11 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     scores = weight.new_empty(z.shape[0], weight.shape[0], dtype=torch.float32)
     return torch.empty_like(z), scores
+
+
+@add_to_few.register_fake
+def _(result: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(result.contiguous())
 
 
 @_gradients.register_fake

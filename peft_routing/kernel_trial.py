@@ -10,34 +10,41 @@ import torch
 from torch import Tensor
 
 from peft_routing import mixing
+from peft_routing.kernel_start import Started, StartedFew
 from peft_routing.routers.tensors import largest
 
 # Not a multiple of the tokens of one program, and columns enough to be read ahead of their use.
 _TOKENS = 19
 _WIDTH = 64
+_FEW = 3  # tokens for the kernels that take a few
 _CLEAR = 0.01  # scores that differ by less may choose otherwise
 
 
 class Use(NamedTuple):
-    """What kernels are compiled for: so many experts of one rank, scores that are absolute values
-    or not, a way of mixing, and whether gradients or a compiled model need them as an operation.
+    """What kernels are compiled for: hidden states of a dtype, so many experts of one rank, scores
+    that are absolute values or not, a way of mixing, whether gradients or a compiled model need
+    them as an operation, and whether they are those for a few tokens.
     """
 
+    dtype: torch.dtype
     experts: int
     rank: int
     absolute: bool
     is_low_rank: bool
     as_operation: bool
+    is_few: bool
 
 
 @torch.compiler.assume_constant_result
 def works(
     device: torch.device,
+    dtype: torch.dtype,
     experts: int,
     rank: int,
     absolute: bool,
     is_low_rank: bool,
     as_operation: bool,
+    is_few: bool,
 ) -> bool:
     """Whether the kernels can be used on a device, which is tried there once; the rest is `Use`,
     field by field, since a compiler hands over an empty tuple in place of a named one.
@@ -49,7 +56,8 @@ def works(
         return False
     if type(torch.empty(0)) is not Tensor:
         return False  # an export, in which nothing can be tried
-    return _tried(device, Use(experts, rank, absolute, is_low_rank, as_operation))
+    use = Use(dtype, experts, rank, absolute, is_low_rank, as_operation, is_few)
+    return _tried(device, use)
 
 
 @cache
@@ -76,6 +84,8 @@ def _tried(device: torch.device, use: Use) -> bool:
 
 def compute_alike(device: torch.device, use: Use) -> bool:
     """Whether the kernels' results, and their gradients, are those of float64 but for rounding."""
+    if use.is_few:
+        return _add_alike(device, use)
     generator = torch.Generator().manual_seed(0)
     k = min(2, use.experts)
     hidden = torch.randn(_TOKENS, _WIDTH, generator=generator).to(device, torch.bfloat16)
@@ -96,8 +106,12 @@ def compute_alike(device: torch.device, use: Use) -> bool:
     if not use.as_operation:
         kernels: Any = importlib.import_module("peft_routing.kernel")
         rows = kernels.parts_for(hidden, weight)
-        weighed = kernels.weigh(hidden, rows, z, scalings, **options)
-        return _is_near(weighed[is_clear], exact[is_clear])
+        started = Started()
+        for _ in range(2):  # the second time without Triton's own search for it
+            weighed = kernels.weigh(hidden, rows, z, scalings, **options, started=started)
+            if not _is_near(weighed[is_clear], exact[is_clear]):
+                return False
+        return True
     operation: Any = importlib.import_module("peft_routing.kernel_op")
     inputs = [each.requires_grad_() for each in (hidden, weight, z)]
     weighed = operation.weigh(*inputs, scalings, **options, is_estimated=False)
@@ -111,6 +125,41 @@ def compute_alike(device: torch.device, use: Use) -> bool:
     return all(are_near)
 
 
+def _add_alike(device: torch.device, use: Use) -> bool:
+    """Whether the kernels for a few tokens give what float64 gives but for rounding."""
+    generator = torch.Generator().manual_seed(0)
+    k = min(2, use.experts)
+    ranks = use.experts * use.rank
+    made = []
+    for shape, dtype in (
+        ((_FEW, _WIDTH), use.dtype),  # the base layer's output
+        ((_FEW, _WIDTH), use.dtype),
+        ((use.experts, _WIDTH), torch.float32),
+        ((ranks, _WIDTH), torch.float32),
+        ((ranks, _WIDTH), torch.float32),
+    ):
+        made.append(torch.randn(shape, generator=generator).to(device, dtype))
+    result, hidden, weight, a, b = made
+    scalings = torch.ones(use.experts, device=device)
+    z = hidden.double() @ a.double().T
+    weighed, is_clear = _exactly(hidden.double(), weight.double(), z, k, use)
+    exact = result.double() + weighed @ b.double()
+
+    outputs = []
+    choice = k, 1.0, use.absolute, use.is_low_rank
+    if use.as_operation:
+        operation: Any = importlib.import_module("peft_routing.kernel_op")
+        outputs.append(operation.add_to_few(*made, scalings, *choice))
+    else:
+        kernels: Any = importlib.import_module("peft_routing.kernel_few")
+        names = "k", "temperature", "absolute", "is_low_rank"
+        options = dict(zip(names, choice, strict=True))
+        few = StartedFew()
+        for _ in range(2):  # the second time without Triton's own search for them
+            outputs.append(kernels.added(*made, scalings, **options, few=few))
+    return all(_is_near(output[is_clear], exact[is_clear]) for output in outputs)
+
+
 def _exactly(hidden: Tensor, weight: Tensor, z: Tensor, k: int, use: Use) -> tuple[Tensor, Tensor]:
     """z weighed, by PyTorch's operations, and which of its tokens have a clear choice."""
     scores = hidden @ weight.T
@@ -118,11 +167,11 @@ def _exactly(hidden: Tensor, weight: Tensor, z: Tensor, k: int, use: Use) -> tup
         scores = scores.abs()
     coefficients = largest(scores, k).softmax(dim=1)
     weigh = mixing.low_rank if use.is_low_rank else mixing.full
-    of_experts = z.view(_TOKENS, use.experts, use.rank)
+    of_experts = z.view(-1, use.experts, use.rank)
     weighed = weigh(of_experts, coefficients, coefficients).reshape(z.shape)
     in_order = scores.sort(dim=1, descending=True).values
     if k == use.experts:
-        return weighed, torch.ones(_TOKENS, dtype=torch.bool, device=z.device)
+        return weighed, torch.ones(len(z), dtype=torch.bool, device=z.device)
     return weighed, in_order[:, k - 1] - in_order[:, k] > _CLEAR
 
 

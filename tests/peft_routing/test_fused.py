@@ -309,4 +309,5 @@ def test_a_compiler_asks_for_the_kernels_of_the_module(monkeypatch: Any) -> None
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(layer, fullgraph=True, backend="eager")(torch.ones(5, IN).bfloat16())
-    assert asked == [("cpu", 6, 3, True, False, True)]
+    of_module = ("cpu", torch.bfloat16, 6, 3, True, False)
+    assert asked == [(*of_module, True, True), (*of_module, True, False)]

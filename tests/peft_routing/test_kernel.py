@@ -16,7 +16,7 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("there is no GPU, and TRITON_INTERPRET is not set", allow_module_level=True)
 
-from peft_routing import fused, kernel, kernel_op, kernel_trial  # noqa: E402
+from peft_routing import fused, kernel, kernel_few, kernel_op, kernel_trial  # noqa: E402
 from tests.peft_routing.test_fused import (  # noqa: E402
     IN,
     OUT,
@@ -101,6 +101,25 @@ def inputs_of(
     return [hidden, weight, z, torch.rand(count, generator=generator).to(DEVICE) + 0.5]
 
 
+def of_a_few_tokens(
+    count: int, rank: int, tokens: int, width: int, out: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """What `kernel_few.added` takes: a base layer's output, hidden states, a router's rows, A, B
+    and scalings.
+    """
+    generator = torch.Generator().manual_seed(count + tokens)
+    made = []
+    for shape, of_what in (
+        ((tokens, out), dtype),
+        ((tokens, width), dtype),
+        ((count, width), torch.float32),
+        ((count * rank, width), torch.float32),
+        ((count * rank, out), torch.float32),
+    ):
+        made.append(torch.randn(shape, generator=generator).to(DEVICE, of_what))
+    return [*made, torch.rand(count, generator=generator).to(DEVICE) + 0.5]
+
+
 SIZES = [(1, 4, 1, 3, 64), (3, 5, 2, 16, 70), (20, 8, 4, 35, 200), (70, 4, 70, 17, 130)]
 
 
@@ -158,6 +177,53 @@ def test_the_gradients_are_the_loops(
         assert difference.norm() <= tolerance * tensor_exactly.grad.norm() + 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("is_low_rank", [False, True])
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize(
+    ("count", "rank", "k", "tokens", "width", "out"),
+    [(1, 4, 1, 3, 64, 48), (3, 5, 2, 16, 70, 300), (20, 8, 4, 1, 1100, 33), (70, 4, 16, 2, 96, 64)],
+)
+def test_the_update_of_a_few_tokens_is_the_loop(
+    count: int,
+    rank: int,
+    k: int,
+    tokens: int,
+    width: int,
+    out: int,
+    absolute: bool,
+    is_low_rank: bool,
+    dtype: torch.dtype,
+) -> None:
+    inputs = of_a_few_tokens(count, rank, tokens, width, out, dtype)
+    result, hidden, weight, a, b, scalings = inputs
+    # A temperature at which not all but one coefficient are nearly 0.
+    options = {"k": k, "temperature": 9.0, "absolute": absolute, "is_low_rank": is_low_rank}
+    output = kernel_few.added(*inputs, **options)
+    z = hidden.double() @ a.double().T
+    exact = weighed_in_a_loop(hidden, weight, z, scalings, **options) @ b.double()
+    exact += result.double()
+    assert output.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, HALF: 0.006}[dtype]
+    assert (output.double() - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_nan_is_to_be_seen_in_the_update_of_its_token(place: int) -> None:
+    inputs = of_a_few_tokens(6, 3, 4, 32, 40, torch.float32)
+    damaged = inputs[place]
+    damaged[1 if place == 1 else slice(None), 5] = float("nan")  # of one token, or of all rows
+    options = {"k": 2, "temperature": 1.0, "absolute": True, "is_low_rank": False}
+    is_nan = kernel_few.added(*inputs, **options).isnan()
+    assert is_nan[1].all()
+    assert is_nan[0].all() == (place > 1)
+
+
+def test_pytorch_finds_the_operation_for_a_few_tokens_in_order() -> None:
+    inputs = of_a_few_tokens(5, 3, 4, 32, 24, torch.float32)
+    torch.library.opcheck(kernel_op.add_to_few, (*inputs, 2, 0.7, True, False))
+
+
 def test_only_the_gradients_that_are_needed() -> None:
     hidden, weight, z, scalings = inputs_of(5, 3, 4, 32)
     options = {"k": 2, "temperature": 1.0, "absolute": True, "is_low_rank": False}
@@ -187,22 +253,25 @@ def test_pytorch_finds_the_operations_in_order(dtype: torch.dtype) -> None:
     torch.library.opcheck(kernel_op._weigh_with_scores, (hidden, weight, z, scalings, *options))
 
 
-def kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list to which each call of a kernel adds its name; no device is tried."""
-    monkeypatch.setattr(fused, "works", lambda device, *use: True)
+def kernels_are_used(monkeypatch: pytest.MonkeyPatch, for_few: bool = False) -> list[str]:
+    """A list to which each call of a kernel adds its name; no device is tried. Those for a few
+    tokens are used if `for_few`.
+    """
+    monkeypatch.setattr(fused, "works", lambda device, *use: for_few or not use[-1])
     calls = []
 
-    def counted(name: str) -> None:
-        compute = getattr(kernel, name)
+    def counted(module: Any, name: str) -> None:
+        compute = getattr(module, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
             calls.append(name)
             return compute(*arguments, **options)
 
-        monkeypatch.setattr(kernel, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    counted("weigh")
-    counted("unweigh")
+    counted(kernel, "weigh")
+    counted(kernel, "unweigh")
+    counted(kernel_few, "added")
     return calls
 
 
@@ -230,6 +299,42 @@ def test_a_module_by_the_kernel(
         assert by_kernel.shape == (2, 11, OUT)
         assert (by_kernel - by_operations).norm() < 0.01 * by_operations.norm()
     assert calls == ["weigh"] * 2
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("mixing", ["full", "low_rank"])
+@pytest.mark.parametrize("scalings", [(2.0,) * 6, (1.0, 2.0, 0.5, 3.0, 1.5, 0.1)])
+def test_a_few_tokens_in_a_module(
+    scalings: tuple[float, ...],
+    mixing: str,
+    dtype: torch.dtype,
+    is_compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"mixing": mixing, "scalings": scalings, "top_k": 2, "router_temperature": 3.0}
+    layer = make_layer(dtype=dtype, **options).to(DEVICE)
+    exact = make_layer(expert_dtype="float64", **options).to(DEVICE)
+    exact.load_state_dict({name: each.double() for name, each in layer.state_dict().items()})
+    calls = kernels_are_used(monkeypatch, for_few=True)
+    torch._dynamo.reset()
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if is_compiled else layer
+    with torch.no_grad():
+        for change in (1.0, -0.5):  # what is changed in place is noticed
+            for each in (layer, exact):
+                each.routed_lora_router["default"].weight.mul_(change)
+                each.experts_of("default").A.mul_(change)
+            for tokens in (1, 1, 16):
+                x = torch.randn(1, tokens, IN).to(DEVICE, dtype)
+                found = call(x).double()
+                expected = shortly(exact, x.double(), monkeypatch)
+                assert found.shape == (1, tokens, OUT)
+                tolerance = 1e-5 if dtype == torch.float32 else 0.006
+                assert (found - expected).norm() < tolerance * expected.norm()
+        assert set(calls) == {"added"}
+        before = len(calls)
+        call(torch.randn(1, 17, IN).to(DEVICE, dtype))
+    assert len(calls) == before or calls[before:] == ["weigh"]
 
 
 def test_a_router_that_is_trained_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,11 +443,12 @@ def test_what_is_trained_without_the_kernel(case: str, monkeypatch: pytest.Monke
     assert not calls
 
 
+@pytest.mark.parametrize("is_few", [False, True])
 @pytest.mark.parametrize("as_operation", [False, True])
 @pytest.mark.parametrize("is_low_rank", [False, True])
 @pytest.mark.parametrize("count", [1, 8])
-def test_kernels_are_tried(count: int, is_low_rank: bool, as_operation: bool) -> None:
-    use = kernel_trial.Use(count, 3, True, is_low_rank, as_operation)
+def test_kernels_are_tried(count: int, is_low_rank: bool, as_operation: bool, is_few: bool) -> None:
+    use = kernel_trial.Use(HALF, count, 3, True, is_low_rank, as_operation, is_few)
     assert kernel_trial.compute_alike(torch.device(DEVICE), use)
 
 
@@ -357,7 +463,7 @@ def test_kernels_that_are_wrong_are_found(name: str, monkeypatch: pytest.MonkeyP
         return computed
 
     monkeypatch.setattr(kernel, name, wrong)
-    use = kernel_trial.Use(8, 3, True, False, as_operation=True)
+    use = kernel_trial.Use(HALF, 8, 3, True, False, as_operation=True, is_few=False)
     assert not kernel_trial.compute_alike(torch.device(DEVICE), use)
     kernel_trial._tried.cache_clear()
     with pytest.warns(UserWarning, match="other results .* with 8 experts of rank 3"):
@@ -370,7 +476,7 @@ def test_a_gpu_without_the_memory_for_a_kernel(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setattr(kernel, "weigh", fail)
-    use = kernel_trial.Use(8, 3, True, False, as_operation=False)
+    use = kernel_trial.Use(HALF, 8, 3, True, False, as_operation=False, is_few=False)
     kernel_trial._tried.cache_clear()
     with pytest.warns(UserWarning, match="out of resource"):
         assert not kernel_trial._tried(torch.device(DEVICE), use)
@@ -380,6 +486,6 @@ def test_a_gpu_without_the_memory_for_a_kernel(monkeypatch: pytest.MonkeyPatch) 
 def test_what_the_kernel_does_not_take(recwarn: pytest.WarningsRecorder) -> None:
     assert kernel.fits(256, 16)
     assert not kernel.fits(256, 64)
-    use = kernel_trial.Use(256, 64, True, False, as_operation=False)
+    use = kernel_trial.Use(HALF, 256, 64, True, False, as_operation=False, is_few=False)
     assert not kernel_trial._tried(torch.device(DEVICE), use)
     assert not recwarn.list

@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from peft_routing import kernel, kernel_op  # noqa: E402
+from peft_routing import kernel, kernel_few, kernel_op  # noqa: E402
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
@@ -60,7 +60,7 @@ def test_the_kernels_compile(
         "is_low_rank": is_low_rank,
         "experts": count,
         "rank": 5,
-        "padded": kernel._padded(count),
+        "padded": kernel.padded_experts(count),
         "padded_rank": 8,
     }
     of_dtype = dict.fromkeys(
@@ -80,6 +80,26 @@ def test_the_kernels_compile(
     }
     for function in (kernel._weigh, kernel._unweigh):
         made = compiled_for_a_gpu(function, varying | sizes | constants, generation, warps=4)
+        assert made.asm["cubin"]
+        in_float64 = re.findall(r"\b(?:add|sub|mul|div|fma|setp|max)\.\S*f64", made.asm["ptx"])
+        assert not in_float64
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+@pytest.mark.parametrize("of_base", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("is_low_rank", [False, True])
+def test_the_kernels_for_a_few_tokens_compile(
+    is_low_rank: bool, of_base: torch.dtype, generation: int
+) -> None:
+    of_tokens = dict.fromkeys(("hidden", "results", "outputs"), POINTERS[of_base])
+    exact = dict.fromkeys(("weight", "a", "b", "products", "scalings"), "*fp32")
+    numbers = {"k": "i32", "temperature": "fp64" if is_low_rank else "fp32"}
+    sizes = {"experts": 8, "rank": 5, "padded": 16, "padded_rank": 8, "width": 300}
+    choices = {"absolute": True, "is_low_rank": is_low_rank, "ranks": 40, "of_router": 2}
+    for function, columns in ((kernel_few._project, 512), (kernel_few._add, 128)):
+        arguments = of_tokens | exact | numbers | sizes | choices
+        arguments |= {"block": 4, "columns": columns}
+        made = compiled_for_a_gpu(function, arguments, generation, warps=4)
         assert made.asm["cubin"]
         in_float64 = re.findall(r"\b(?:add|sub|mul|div|fma|setp|max)\.\S*f64", made.asm["ptx"])
         assert not in_float64

@@ -1,0 +1,186 @@
+"""The whole update of a module for a few tokens, as two Triton kernels: for decoding, where a GPU
+waits for one small kernel after the other.
+
+`_project` multiplies a token with the router's rows and with A, some rows in each program, so that
+even one token occupies a GPU. `_add` chooses and weighs, and adds the products with B of the chosen
+experts alone, some columns of the output in each program. Products are summed in float32, and
+router and experts are read in the dtype in which they are held: nothing has to be copied or split.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_routing.kernel import chosen_experts, padded_experts, power_of_2, softmax_of_kept
+from peft_routing.kernel_start import StartedFew, start
+
+_ROWS = 4  # of one program of `_project`
+_READ = 512  # of their columns are read at a time
+_COLUMNS = 128  # of one program of `_add`
+_WARPS = 4
+
+
+def added(
+    result: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scalings: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    absolute: bool,
+    is_low_rank: bool,
+    few: StartedFew | None = None,
+    project: Any = None,
+    add: Any = None,
+) -> Tensor:
+    """The result (tokens, out) of a base layer and the update for hidden states (tokens, in).
+
+    weight: the router's rows (experts, in); A: (experts · rank, in); B: (experts · rank, out);
+    scalings: (experts,) in float32. The coefficients are the softmax over a token's k largest
+    scores, or their absolute values, over the temperature. `few` are the kernels as they were
+    compiled for calls like this one; `project` and `add` are the kernels as PyTorch traces them.
+    """
+    hidden = hidden.contiguous()
+    result = result.contiguous()
+    tokens = hidden.shape[0]
+    # Compiled in, where a compiler might take them for sizes that vary.
+    width = int(hidden.shape[1])
+    columns = int(result.shape[1])
+    experts = int(weight.shape[0])
+    rank = int(a.shape[0]) // experts
+    products = hidden.new_empty(tokens, experts * (1 + rank), dtype=torch.float32)
+    # The first programs have the router's rows, all others those of A.
+    of_router = -(-experts // _ROWS)
+    of_experts = -(-experts * rank // _ROWS)
+    (few.project.start if few else start)(
+        project or _project,
+        (of_router + of_experts, tokens, 1),
+        (hidden, weight, a, products),
+        (),
+        (width, experts, experts * rank, of_router, _ROWS, _READ),
+        num_warps=_WARPS,
+    )
+    output = torch.empty_like(result)
+    (few.add.start if few else start)(
+        add or _add,
+        (-(-columns // _COLUMNS), tokens, 1),
+        (result, products, b, scalings, output),
+        (k, temperature),
+        (
+            columns,
+            absolute,
+            is_low_rank,
+            experts,
+            rank,
+            padded_experts(experts),
+            power_of_2(rank),
+            _COLUMNS,
+        ),
+        num_warps=_WARPS,
+    )
+    return output
+
+
+@triton.jit
+def _products(token, rows, number, is_row, width: tl.constexpr, block: tl.constexpr,
+              columns: tl.constexpr):  # fmt: skip
+    """The products (block,) of one token with some rows, summed in float32."""
+    total = tl.zeros((block, columns), tl.float32)
+    for first_column in range(0, width, columns):
+        column = first_column + tl.arange(0, columns)
+        is_column = column < width
+        state = tl.load(token + column, mask=is_column, other=0.0).to(tl.float32)
+        row = tl.load(
+            rows + number[:, None] * width + column[None, :],
+            mask=is_row[:, None] & is_column[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        total += row * state[None, :]
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _project(
+    hidden, weight, a, products, width: tl.constexpr, experts: tl.constexpr, ranks: tl.constexpr,
+    of_router: tl.constexpr, block: tl.constexpr, columns: tl.constexpr
+):  # fmt: skip
+    """The products of one token with `block` rows: the router's in the first programs, then A's."""
+    program = tl.program_id(0)
+    number_of_token = tl.program_id(1).to(tl.int64)
+    token = hidden + number_of_token * width
+    written = products + number_of_token * (experts + ranks)
+    if program < of_router:
+        number = (program * block + tl.arange(0, block)).to(tl.int64)
+        is_row = number < experts
+        score = _products(token, weight, number, is_row, width, block, columns)
+        tl.store(written + number, score, mask=is_row)
+    else:
+        number = ((program - of_router) * block + tl.arange(0, block)).to(tl.int64)
+        is_row = number < ranks
+        value = _products(token, a, number, is_row, width, block, columns)
+        tl.store(written + experts + number, value, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["k", "temperature"])
+def _add(
+    results, products, b, scalings, outputs, k, temperature, width: tl.constexpr,
+    absolute: tl.constexpr, is_low_rank: tl.constexpr, experts: tl.constexpr, rank: tl.constexpr,
+    padded: tl.constexpr, padded_rank: tl.constexpr, columns: tl.constexpr
+):  # fmt: skip
+    """`columns` numbers of one token's output."""
+    token = tl.program_id(1).to(tl.int64)
+    expert = tl.arange(0, padded)
+    is_expert = expert < experts
+    component = tl.arange(0, padded_rank)
+    is_component = component < rank
+    column = tl.program_id(0) * columns + tl.arange(0, columns)
+    is_column = column < width
+
+    of_token = products + token * (experts * (1 + rank))
+    score = tl.load(of_token + expert, mask=is_expert, other=0.0)
+    if absolute:
+        score = tl.abs(score)
+    # PyTorch's compiler hands a number over in float64, in which all that follows would be.
+    score = score / tl.cast(temperature, tl.float32)
+    score = tl.where(is_expert, score, -float("inf"))[None, :]
+    coefficients = softmax_of_kept(score, chosen_experts(score, expert, k, experts))
+    coefficient = tl.sum(coefficients, 0)
+
+    z = of_token + experts
+    mixed = tl.zeros((padded_rank,), tl.float32)
+    if is_low_rank:
+        values = tl.load(
+            z + expert[:, None] * rank + component[None, :],
+            mask=is_expert[:, None] & is_component[None, :],
+            other=0.0,
+        )
+        mixed = tl.sum(values * coefficient[:, None], 0)
+    # The chosen ones have the largest coefficients; those of all others are 0. They are at most k.
+    # NaN, which no comparison finds, is to be seen in the output.
+    total = tl.zeros((columns,), tl.float32) + 0.0 * tl.sum(coefficient, 0)
+    left = tl.where(coefficient == coefficient, coefficient, 0.0)
+    for _ in range(tl.minimum(k, experts)):
+        best = tl.argmax(left, 0)
+        of_best = tl.max(left, 0) * tl.load(scalings + best)
+        left = tl.where(expert == best, -1.0, left)
+        value = mixed
+        if not is_low_rank:
+            value = tl.load(z + best * rank + component, mask=is_component, other=0.0)
+        row = best.to(tl.int64) * rank + component
+        factors = tl.load(
+            b + row[:, None] * width + column[None, :],
+            mask=is_component[:, None] & is_column[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        total += tl.sum((value * of_best)[:, None] * factors, 0)
+    at = token * width + column
+    result = tl.load(results + at, mask=is_column, other=0.0).to(tl.float32)
+    tl.store(outputs + at, (result + total).to(outputs.dtype.element_ty), mask=is_column)
