@@ -2,13 +2,15 @@
 
     python benchmarks/merge.py            # four bfloat16 Llamas of 0.54 GB
     python benchmarks/merge.py --layers 2 # a quick look
+    python benchmarks/merge.py --width 4096 --layers 11 --cold --repeats 1  # 20 GB, from the disk
 
 A copy is what any merge has to do: read every input file once and write as many bytes as the
 output has. A merge is stated in copies, of its own output's size, beyond the import of mergekit,
 which takes the same time whatever the models. mergekit-moe does less than ours: it copies
 everything that is not an expert from the base instead of merging it. mergekit's `linear` writes one
-dense model. All write to the same disk, with the inputs in the page cache; ours and the copies end
-with an fsync, mergekit's commands do not. Runs are interleaved, and medians are shown.
+dense model. All write to the same disk; ours and the copies end with an fsync, mergekit's commands
+do not. The inputs are in the page cache, as far as they fit there, or with `--cold` in none of it.
+Runs are interleaved, and medians are shown.
 """
 
 import os
@@ -30,21 +32,29 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 NAMES = ("base", "math", "code", "law")
 BIN = Path(sys.executable).parent
 IMPORT = "import mergekit only"
+COMMANDS = {
+    "moe_linear": ("mergekit-yaml", "moe_linear.yml", "out", "--quiet", "--random-seed", "0"),
+    "moe_ties": ("mergekit-yaml", "moe_ties.yml", "out", "--quiet", "--random-seed", "0"),
+    "linear": ("mergekit-yaml", "linear.yml", "out", "--quiet", "--random-seed", "0"),
+    "mergekit-moe": ("mergekit-moe", "mergekit-moe.yml", "out", "--quiet"),
+}
 
 
-def make_sources(root: Path, layers: int) -> None:
-    """Four random Llamas: 66 M parameters of embeddings and 13 M per layer."""
+def make_sources(root: Path, layers: int, width: int) -> None:
+    """Four random Llamas: of width 1024, 66 M parameters of embeddings and 13 M per layer."""
     config = LlamaConfig(
         vocab_size=32_000,
-        hidden_size=1024,
-        intermediate_size=2816,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
         num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=16,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
     )
+    torch.set_default_dtype(torch.bfloat16)
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(root / name)
+        LlamaForCausalLM(config).save_pretrained(root / name)
+    torch.set_default_dtype(torch.float32)
     # mergekit-moe wants a tokenizer even for random gates
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="</s>", eos_token="</s>")
@@ -106,23 +116,44 @@ def copy_measured(inputs: Sequence[Path], target: Path, size: int) -> float:
     return time.perf_counter() - started
 
 
+def forget(paths: Sequence[Path]) -> None:
+    """Takes files out of the page cache, so that the next reader has them from the disk."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not yet on the disk cannot be forgotten
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option(
     "--layers", default=16, show_default=True, help="Number of layers of each source model."
 )
+@click.option("--width", default=1024, show_default=True, help="Hidden size of the source models.")
 @click.option("--repeats", default=5, show_default=True, help="Number of runs of each tool.")
-def main(layers: int, repeats: int) -> None:
-    yaml_options = ["out", "--quiet", "--random-seed", "0"]
-    tools: dict[str, list[str | Path]] = {
-        "moe_linear": [BIN / "mergekit-yaml", "moe_linear.yml", *yaml_options],
-        "moe_ties": [BIN / "mergekit-yaml", "moe_ties.yml", *yaml_options],
-        "linear": [BIN / "mergekit-yaml", "linear.yml", *yaml_options],
-        "mergekit-moe": [BIN / "mergekit-moe", "mergekit-moe.yml", "out", "--quiet"],
-        IMPORT: [sys.executable, "-c", "import mergekit.scripts.run_yaml"],
-    }
-    with tempfile.TemporaryDirectory(prefix="merge-benchmark-") as directory:
+@click.option("--cold", is_flag=True, help="Read the inputs from the disk in every run.")
+@click.option(
+    "--in",
+    "place",
+    type=click.Path(exists=True, file_okay=False),
+    help="Directory on the disk to measure.  [default: the system's for temporary files]",
+)
+@click.option(
+    "--only",
+    type=click.Choice(list(COMMANDS)),
+    multiple=True,
+    help="Tool to measure; several may be given.  [default: all]",
+)
+def main(
+    layers: int, width: int, repeats: int, cold: bool, place: str | None, only: tuple[str, ...]
+) -> None:
+    tools: dict[str, list[str | Path]] = {}
+    for name in only or COMMANDS:
+        program, *arguments = COMMANDS[name]
+        tools[name] = [BIN / program, *arguments]
+    tools[IMPORT] = [sys.executable, "-c", "import mergekit.scripts.run_yaml"]
+    with tempfile.TemporaryDirectory(prefix="merge-benchmark-", dir=place) as directory:
         root = Path(directory)
-        make_sources(root, layers)
+        make_sources(root, layers, width)
         write_configs(root)
         inputs = [root / name / "model.safetensors" for name in NAMES]
         bytes_read = sum(path.stat().st_size for path in inputs)
@@ -130,14 +161,19 @@ def main(layers: int, repeats: int) -> None:
         copies: dict[str, list[float]] = {name: [] for name in tools if name != IMPORT}
         for _ in range(repeats):
             for name, command in tools.items():
+                if cold:
+                    forget(inputs)
                 runs[name].append(run_measured(command, root))
                 size = sum(path.stat().st_size for path in root.glob("out/*.safetensors"))
                 shutil.rmtree(root / "out", ignore_errors=True)
                 if name in copies:
+                    if cold:
+                        forget(inputs)
                     copies[name].append(copy_measured(inputs, root / "copy.bin", size))
+    source = " from the disk" if cold else ""
     click.echo(
-        f"read {bytes_read / 1e9:.2f} GB; {repeats} runs each: medians, and the range of seconds; "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
+        f"read {bytes_read / 1e9:.2f} GB{source}; {repeats} runs each: medians, and the range of "
+        f"seconds; torch {torch.__version__}, {torch.get_num_threads()} threads\n"
     )
     click.echo(report(runs, copies))
 
