@@ -27,6 +27,7 @@ from tests.peft_routing.test_fused import (  # noqa: E402
 )
 
 HALF = torch.bfloat16
+MORE = fused._FEW_TOKENS + 1  # tokens than are a few
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +175,8 @@ def test_the_gradients_are_the_loops(
         assert tensor.grad is not None and tensor_exactly.grad is not None
         assert tensor.grad.dtype == tensor.dtype
         difference = tensor.grad.double() - tensor_exactly.grad
-        assert difference.norm() <= tolerance * tensor_exactly.grad.norm() + 1e-12
+        # With one expert the gradients are 0, but for how a GPU divides.
+        assert difference.norm() <= tolerance * tensor_exactly.grad.norm() + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16], ids=str)
@@ -324,7 +326,7 @@ def test_a_few_tokens_in_a_module(
             for each in (layer, exact):
                 each.routed_lora_router["default"].weight.mul_(change)
                 each.experts_of("default").A.mul_(change)
-            for tokens in (1, 1, 16):
+            for tokens in (1, 1, MORE - 1):
                 x = torch.randn(1, tokens, IN).to(DEVICE, dtype)
                 found = call(x).double()
                 expected = shortly(exact, x.double(), monkeypatch)
@@ -333,8 +335,8 @@ def test_a_few_tokens_in_a_module(
                 assert (found - expected).norm() < tolerance * expected.norm()
         assert set(calls) == {"added"}
         before = len(calls)
-        call(torch.randn(1, 17, IN).to(DEVICE, dtype))
-    assert len(calls) == before or calls[before:] == ["weigh"]
+        call(torch.randn(1, MORE, IN).to(DEVICE, dtype))
+    assert set(calls[before:]) <= {"weigh"}
 
 
 def test_a_router_that_is_trained_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:

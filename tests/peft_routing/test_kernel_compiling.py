@@ -149,3 +149,25 @@ def test_a_compiler_sees_the_kernels_and_what_they_write(
             if node.op == "call_function" and "triton_kernel" in str(node.target):
                 kernels.append(node.kwargs["tensors_to_clone"])
     assert kernels == [["weighed", "scores"], ["of_z", "of_scores"]]
+
+
+def test_a_compiler_sees_the_kernels_for_a_few_tokens(gpu_to_compile_for: None) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    def add(*inputs: torch.Tensor) -> torch.Tensor:
+        return kernel_op.add_to_few(*inputs, 2, 0.7, True, False)
+
+    shapes = [(1, 48), (1, 64), (8, 64), (32, 64), (32, 48), (8,)]
+    with FakeTensorMode() as mode:
+        inputs = [mode.from_tensor(torch.empty(shape)) for shape in shapes]
+        assert aot_function(add, fw_compiler=keep)(*inputs).shape == (1, 48)
+    (graph,) = graphs
+    kernels = []
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and "triton_kernel" in str(node.target):
+            kernels.append(node.kwargs["tensors_to_clone"])
+    assert kernels == [["products"], ["outputs"]]
