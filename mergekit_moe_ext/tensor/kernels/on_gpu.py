@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from mergekit_moe_ext.tensor.kernels import drop, ties
-from mergekit_moe_ext.tensor.kernels.trim import magnitude_threshold
+from mergekit_moe_ext.tensor.kernels.trim import kept_count
 
 _FUSED = (torch.float32, torch.bfloat16, torch.float16)  # Triton hands numbers over in float32
-_TRIED = 70_001  # elements of the tensors with which the kernels are tried: several programs
+_TRIED = 70_001  # elements of the tensors of a trial: several programs, of several blocks
 
 
 def merge_ties(
@@ -65,14 +65,10 @@ def _fused_ties(
     normalize: bool,
     scale: float,
 ) -> Tensor:
-    fused = _kernels()
     flat_base, *flat_tensors = _flat(base, *tensors)
-    rules = []
-    for tensor, density in zip(flat_tensors, densities, strict=True):
-        threshold = magnitude_threshold(tensor, density, flat_base, fused.count)
-        rules.append(threshold.rule(base.dtype))
-    merged = fused.merge_ties(
-        flat_base, flat_tensors, rules, weights, normalize=normalize, scale=scale
+    counts = [kept_count(base.numel(), density) for density in densities]
+    merged = _kernels().merge_ties(
+        flat_base, flat_tensors, counts, weights, normalize=normalize, scale=scale
     )
     return merged.view(base.shape)
 
@@ -118,7 +114,10 @@ def _work(device: torch.device, dtype: torch.dtype) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(_TRIED, generator=generator).to(device, dtype) for _ in range(4)]
+    made = []
+    for is_rounded in (True, False, True, True):  # so that of two sources many values are equal
+        values = torch.randn(_TRIED, generator=generator)
+        made.append((values.mul(64).round() / 64 if is_rounded else values).to(device, dtype))
     base = made[0]
     arguments = base, made[1:], [1.0, 0.7, -0.3], [0.8, 0.1, 0.5]
     keys = [1, 2**40 + 3, 2**63 + 5]

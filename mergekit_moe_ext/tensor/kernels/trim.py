@@ -26,10 +26,6 @@ _INTEGERS = {
     torch.float64: torch.int64,
 }
 Magnitudes = Callable[[slice], torch.Tensor]
-CountBracket = Callable[[int, int], tuple[int, int, torch.Tensor | None]]
-Counted = Callable[
-    [torch.Tensor, torch.Tensor | None, int, int, int], tuple[int, int, torch.Tensor]
-]
 _SAMPLE = 1 << 16  # about this many elements of a tensor are sampled
 _MOST_COLLECTED = 16  # at most 1/16 of a tensor is collected at once
 
@@ -67,19 +63,6 @@ class Threshold:
             trimmed[part] = functional.hardshrink(values[part], bound)
         return trimmed
 
-    def rule(self, dtype: torch.dtype) -> tuple[int, int]:
-        """The magnitude and the end by which integers alone decide as `trim` does.
-
-        Among values of this dtype, NaN is always kept, unless nothing is.
-        """
-        largest = torch.iinfo(_INTEGERS[dtype]).max
-        if self.magnitude > largest:
-            return largest, 0
-        infinity = int(torch.tensor(math.inf, dtype=dtype).view(_INTEGERS[dtype]))
-        if self.magnitude > infinity:
-            return infinity, 0
-        return self.magnitude, self.end
-
 
 KEEP_ALL = Threshold(-1)
 KEEP_NONE = Threshold(2**63)
@@ -103,21 +86,24 @@ def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
     return result.view(tensor.shape)
 
 
+def kept_count(numel: int, density: float) -> int:
+    """How many elements `trim` keeps of so many, if there are no NaN beyond them."""
+    if density >= 1:
+        return numel
+    return max(1, int(density * numel)) if density > 0 and numel else 0
+
+
 def magnitude_threshold(
-    tensor: torch.Tensor,
-    density: float,
-    base: torch.Tensor | None = None,
-    counted: Counted | None = None,
+    tensor: torch.Tensor, density: float, base: torch.Tensor | None = None
 ) -> Threshold:
     """The threshold by which `trim` keeps elements of `tensor`, or of `tensor - base`.
 
-    The difference is made chunk by chunk and never held whole. `counted` is a kernel that counts
-    and collects in place of PyTorch's operations.
+    The difference is made chunk by chunk and never held whole.
     """
-    numel = tensor.numel()
+    count = kept_count(tensor.numel(), density)
     if density >= 1:
         return KEEP_ALL
-    if density <= 0 or numel == 0:
+    if count == 0:
         return KEEP_NONE
     flat = tensor.detach().reshape(-1)
     flat_base = None if base is None else base.detach().reshape(-1)
@@ -125,15 +111,8 @@ def magnitude_threshold(
     def magnitudes(piece: slice) -> torch.Tensor:
         return _magnitudes(flat[piece] if flat_base is None else flat[piece] - flat_base[piece])
 
-    def count_bracket(low: int, high: int) -> tuple[int, int, torch.Tensor | None]:
-        room = max(1 << 16, numel // _MOST_COLLECTED)
-        if counted is None:
-            return _count(magnitudes, flat, low, high, room)
-        above, inside, collected = counted(flat, flat_base, low, high, room)
-        return above, inside, collected if low < high and inside <= room else None
-
     with torch.no_grad():
-        return _select(magnitudes, count_bracket, flat, max(1, int(density * numel)))
+        return _select(magnitudes, flat, count)
 
 
 def _magnitudes(values: torch.Tensor) -> torch.Tensor:
@@ -141,10 +120,9 @@ def _magnitudes(values: torch.Tensor) -> torch.Tensor:
     return values.detach().abs().view(_INTEGERS[values.dtype])
 
 
-def _select(
-    magnitudes: Magnitudes, count_bracket: CountBracket, flat: torch.Tensor, count: int
-) -> Threshold:
+def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold:
     """The threshold that keeps `count` elements; 1 <= count < numel."""
+    room = max(1 << 16, flat.numel() // _MOST_COLLECTED)
     # The threshold lies between `least` and `most`, ends included. Each turn tries a narrower
     # bracket [low, high], of which the counts tell whether the threshold lies above, below or
     # inside it.
@@ -152,7 +130,7 @@ def _select(
     most = torch.iinfo(magnitudes(slice(0, 1)).dtype).max
     low, high = _bracket(magnitudes, flat.numel(), count, most)
     while True:
-        above, inside, collected = count_bracket(low, high)
+        above, inside, collected = _count(magnitudes, flat, low, high, room)
         if above >= count:
             least = high + 1
         elif above + inside < count:
