@@ -103,7 +103,7 @@ bench: $(VENV)/.installed
 GPU_PYTHON ?= $(BIN)/python
 GPU ?= cuda
 gpu:
-	$(GPU_PYTHON) -m pytest tests/gpu tests/mergekit_moe_ext/tensor $(wildcard tests/peft_routing/test_kernel*.py) --device $(GPU) -n 4 -q
+	$(GPU_PYTHON) -m pytest tests/gpu $(wildcard tests/mergekit_moe_ext/tensor/test_fused*.py) $(wildcard tests/peft_routing/test_kernel*.py) --device $(GPU) -n 8 -q
 	$(GPU_PYTHON) benchmarks/gpu.py --device $(GPU) $(if $(filter cpu,$(GPU)),--small)
 
 # Damaged inputs and killed commands, for an hour or two.
