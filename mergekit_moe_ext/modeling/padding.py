@@ -26,7 +26,7 @@ def inferred_masks(tokens: Tensor, config: Any, special: Iterable[int] = ()) -> 
     `special` are more tokens of which none chooses at the right end. Rows of nothing but padding
     are left as they are.
     """
-    pad = getattr(config, "pad_token_id", None)
+    pad: Any = getattr(config, "pad_token_id", None)
     ends = {*_ids(config, "eos_token_id"), *_ids(config, "bos_token_id")}
     unclear = sorted({*special, *ends, *_ids(config, "pad_token_id")})
     if not unclear:
@@ -39,7 +39,7 @@ def inferred_masks(tokens: Tensor, config: Any, special: Iterable[int] = ()) -> 
     not_choosing = _first_run(torch.isin(tokens, unclear_tokens).flip(1)).flip(1)
     if is_at_right_alone:
         return InferredMasks(None, _mask(not_choosing))
-    is_pad = torch.eq(tokens, pad)
+    is_pad = tokens.eq(pad)
     leading = _first_run(is_pad)
     trailing = _first_run(is_pad.flip(1)).flip(1)
     return InferredMasks(_mask(leading | trailing), _mask(leading | not_choosing))
