@@ -228,7 +228,7 @@ class Ensemble:
         labels = arguments.get("labels")
         if not self.ensembling.heads:
             if isinstance(labels, Tensor) and self._chooses_by_prefix(call) and labels.ndim == 2:
-                prefix = self._prefix(call, labels[..., None])
+                prefix = self._prefix(call, labels)
                 arguments = without_prefix_labels(arguments, prefix, training=call.model.training)
             return self._called(call, forward, arguments)
         arguments.pop("labels", None)
@@ -279,12 +279,25 @@ class Ensemble:
     # Where a cache is filled, as `generate` does, the whole input is a prompt, and what is
     # predicted comes later. A plain pass goes over prompt and answer at once: only a part that is
     # fixed in advance may choose there, or the choice would know the answer.
-    def _prefix(self, call: EnsembleCall, h: Tensor) -> Tensor:
-        """Which tokens of h (samples, tokens, width) choose: (samples, tokens)."""
-        real = call.real(h, in_decoder=False)
+    def _prefix(self, call: EnsembleCall, tokens: Tensor) -> Tensor:
+        """Which of the tokens (samples, tokens, …) choose: (samples, tokens)."""
+        real = call.real(tokens, in_decoder=False)
+        if real is None:
+            real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if call.fills_cache or call.is_prompt:
             return real
         return real & (real.cumsum(dim=1) <= self.ensembling.routing_tokens)
+
+    def _chosen_by_prefix(self, call: EnsembleCall, router: CoefficientRouter, h: Tensor) -> Tensor:
+        """The mean of a router's coefficients over the tokens of h (samples, tokens, width) that
+        choose.
+        """
+        counted = call.real(h, in_decoder=False)
+        if counted is not None:
+            counted = call.once(("prefix", h.device), partial(self._prefix, call, h))
+        elif not (call.fills_cache or call.is_prompt):
+            h = h[:, : self.ensembling.routing_tokens]
+        return mean(router(h).to(h.device), counted)
 
     def _route(self, call: EnsembleCall, name: str, key: str, h: Tensor) -> Tensor:
         """The coefficients of a group whose module gets the input h."""
@@ -303,20 +316,22 @@ class Ensemble:
             shape = tuple(h.shape)
             raise ValueError(f"cannot tell samples apart in an input of shape {shape} of {name}")
         in_decoder = call.is_encoder_decoder and "decoder" in name.split(".")
-        real = call.real(h, in_decoder=in_decoder, mask_name=self._masks[name])
-        # An encoder, a classifier or a vision model predicts no next token: all tokens choose.
-        if not call.generates or (call.is_encoder_decoder and not in_decoder):
-            coefficients = mean(router(h).to(h.device), real)
+        is_whole = not call.generates or (call.is_encoder_decoder and not in_decoder)
+        if is_whole or call.runs:
+            real = call.real(h, in_decoder=in_decoder, mask_name=self._masks[name])
+            coefficients = router(h).to(h.device)
+            # An encoder, a classifier or a vision model predicts no next token: all tokens choose.
+            if not is_whole:
+                return call.running_mean(name, coefficients, real)
+            coefficients = mean(coefficients, real)
             return coefficients.mean(dim=0) if call.is_of_batch else coefficients
-        if call.runs:
-            return call.running_mean(name, router(h).to(h.device), real)
         earlier = call.earlier(name)
         # Frozen: chosen once, and kept with the cache. So merged weights serve further steps.
         if earlier:
             if keeps and not call.carried.rows_changed:
                 call.keeping.add(name)
             return earlier[0]
-        coefficients = mean(router(h).to(h.device), self._prefix(call, h))
+        coefficients = self._chosen_by_prefix(call, router, h)
         call.left[name] = (coefficients,)
         return coefficients.mean(dim=0) if call.is_of_batch else coefficients
 

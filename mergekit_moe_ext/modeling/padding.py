@@ -26,18 +26,23 @@ def inferred_masks(tokens: Tensor, config: Any, special: Iterable[int] = ()) -> 
     `special` are more tokens of which none chooses at the right end. Rows of nothing but padding
     are left as they are.
     """
-    pad = getattr(config, "pad_token_id", None)
+    pad: Any = getattr(config, "pad_token_id", None)
     ends = {*_ids(config, "eos_token_id"), *_ids(config, "bos_token_id")}
-    leading = trailing = torch.zeros_like(tokens, dtype=torch.bool)
-    if pad is not None and pad not in ends:
-        is_pad = tokens == pad
-        leading = _first_run(is_pad)
-        trailing = _first_run(is_pad.flip(1)).flip(1)
-    attention = _mask(leading | trailing)
-    unclear = torch.tensor(sorted({*special, *ends, *_ids(config, "pad_token_id")}))
-    is_unclear = torch.isin(tokens, unclear.to(tokens))
-    choice = _mask(leading | _first_run(is_unclear.flip(1)).flip(1))
-    return InferredMasks(attention, choice)
+    unclear = sorted({*special, *ends, *_ids(config, "pad_token_id")})
+    if not unclear:
+        return InferredMasks(None, None)
+    unclear_tokens = torch.tensor(unclear).to(tokens)
+    is_at_right_alone = pad is None or pad in ends
+    # A text mostly ends in a token of its own, and then there is no more to find out.
+    if is_at_right_alone and not torch.isin(tokens[:, -1:], unclear_tokens).any():
+        return InferredMasks(None, None)
+    not_choosing = _first_run(torch.isin(tokens, unclear_tokens).flip(1)).flip(1)
+    if is_at_right_alone:
+        return InferredMasks(None, _mask(not_choosing))
+    is_pad = tokens.eq(pad)
+    leading = _first_run(is_pad)
+    trailing = _first_run(is_pad.flip(1)).flip(1)
+    return InferredMasks(_mask(leading | trailing), _mask(leading | not_choosing))
 
 
 def _ids(config: Any, key: str) -> list[int]:

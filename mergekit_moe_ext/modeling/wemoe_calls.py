@@ -210,6 +210,7 @@ class EnsembleCall:
         self.left: dict[str, tuple[Tensor, ...]] = {}
         # By group: (experts,), (samples, experts) or (samples, tokens, experts).
         self.values: dict[str, Tensor] = {}
+        self.computed: dict[tuple[Any, ...], Tensor] = {}  # what several groups need
         self.keeping: set[str] = set()  # groups whose merged weights serve further passes
         if model.ensembling.per_tensor:
             self._weigh_tensors(model)
@@ -290,11 +291,13 @@ class EnsembleCall:
             self.has_begun = True
         return self.carried.values.get(name)
 
-    def running_mean(self, name: str, values: Tensor, real: Tensor) -> Tensor:
+    def running_mean(self, name: str, values: Tensor, real: Tensor | None) -> Tensor:
         """Means (samples, tokens, n) of a group's values over the tokens up to each one.
 
         They go on from what the cache carries, and leave with it what the next pass needs.
         """
+        if real is None:
+            real = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
         earlier = self.earlier(name)
         last = [sums[:, -1:] for sums in earlier] if earlier else []
         means, sums = running_mean(values, real, *last)
@@ -317,9 +320,9 @@ class EnsembleCall:
         self.carried.is_ahead = False
         carry(filled_cache, self.carried)
 
-    def real(self, h: Tensor, *, in_decoder: bool, mask_name: str = _TOKEN_MASK) -> Tensor:
+    def real(self, h: Tensor, *, in_decoder: bool, mask_name: str = _TOKEN_MASK) -> Tensor | None:
         """Booleans (samples, tokens): whether each token of h (samples, tokens, width) is not
-        padding.
+        padding; None where none is.
 
         `mask_name` is the argument that says so (`mask_of_group`), outside a decoder beside an
         encoder.
@@ -330,8 +333,17 @@ class EnsembleCall:
             mask = self.decoder_mask
         past = 0 if self.is_encoder_decoder and not in_decoder else self.past
         if not isinstance(mask, Tensor) or mask.shape != (len(h), past + h.shape[1]):
-            return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-        return mask[:, past:].bool().to(h.device)
+            return None
+        return self.once(
+            ("real", mask_name, in_decoder, h.device),
+            lambda: mask[:, past:].bool().to(h.device),
+        )
+
+    def once(self, key: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+        """What is computed under this key, once for all groups that read the same tokens."""
+        if key not in self.computed:
+            self.computed[key] = compute()
+        return self.computed[key]
 
 
 def mask_of_group(model: nn.Module, group: str) -> str:
@@ -362,8 +374,13 @@ def samples_in(arguments: dict[str, Any]) -> int | None:
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def mean(values: Tensor, is_counted: Tensor) -> Tensor:
-    """The means (samples, n) of values (samples, tokens, n) over the counted tokens."""
+def mean(values: Tensor, is_counted: Tensor | None) -> Tensor:
+    """The means (samples, n) of values (samples, tokens, n) over the counted tokens; None for all.
+
+    Those over no tokens are 0.
+    """
+    if is_counted is None:
+        return values.mean(dim=1) if values.shape[1] else values.sum(dim=1)
     # Not values * is_counted: what is left out may be infinite or NaN.
     total = torch.where(is_counted[..., None], values, 0).sum(dim=1)
     return total / is_counted.sum(dim=1, keepdim=True).clamp(min=1)

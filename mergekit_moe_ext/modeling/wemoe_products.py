@@ -7,7 +7,6 @@ weight nor a whole sparse task vector is ever made dense: both are processed in 
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,19 +106,22 @@ class EnsembledLinear(nn.Module):
         call = self.current.call
         if call is None:
             raise RuntimeError(OUTSIDE)
-        c = call.values[self.group].to(x.device, self.weight.dtype)
         # These coefficients hold for further passes with the same cache, which often have one
         # token each: merged once, the weights cost such a pass one plain product.
         if self.group in call.keeping:
             kept = call.carried.merged
-            if id(self) not in kept and self._is_worth_keeping(c):
-                shared = c[0] if c.ndim > 1 and len(c) == 1 else c
-                kept[id(self)] = self.merged(shared), self._merged_bias(shared)
+            if id(self) not in kept:
+                c = call.values[self.group].to(x.device, self.weight.dtype)
+                if self._is_worth_keeping(c):
+                    kept[id(self)] = self._ready(c)
             if id(self) in kept:
-                return self._linear(x, *kept[id(self)])
+                return _linear(x, *kept[id(self)])
+        c = call.values[self.group].to(x.device, self.weight.dtype)
+        by_sample = c if c.ndim > 1 else c[None]
         # Some decoders flatten samples and tokens (OPT), so x is given its samples back, of which
         # constants see only one.
-        by_sample = c if c.ndim > 1 else c[None]
+        if x.ndim == 3 and x.shape[0] == by_sample.shape[0]:
+            return self._by_sample(x, by_sample)
         y = self._by_sample(x.reshape(len(by_sample), -1, x.shape[-1]), by_sample)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -128,12 +130,23 @@ class EnsembledLinear(nn.Module):
 
         The coefficients are (samples, experts) or (samples, tokens, experts).
         """
-        with _without_autocast(x) as dtype:
-            y = _Product.apply(x.to(dtype), c, self.weight, self.is_transposed, *self._stored())
-            bias = self._merged_bias(c)
-            if bias is not None:
-                y += bias if c.ndim == 3 else bias[:, None]
-        return y
+        dtype = _autocast_dtype(x)
+        if dtype is None:
+            return self._without_autocast(x, c)
+        # Autocast would cast the sums of a product's tiles, too, which have to stay wide.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._without_autocast(x.to(dtype), c)
+
+    def _without_autocast(self, x: Tensor, c: Tensor) -> Tensor:
+        weight = self.weight
+        bias = self._merged_bias(c)
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        # An autograd function takes longer to be called than a GPU takes for the product.
+        is_differentiated = x.requires_grad or c.requires_grad or weight.requires_grad
+        if is_differentiated and torch.is_grad_enabled():
+            return _Product.apply(x, c, bias, weight, self.is_transposed, *self._stored())
+        return _product(x, c, bias, weight, self._stored(), over_rows=self.is_transposed)
 
     def _stored(self) -> tuple[Tensor, ...]:
         if self.kept is None:
@@ -156,31 +169,53 @@ class EnsembledLinear(nn.Module):
     def merged(self, c: Tensor) -> Tensor:
         """The weight for coefficients (experts,); one per sample for (samples, experts)."""
         by_sample = c if c.ndim > 1 else c[None]
-        weights = self.weight.new_empty(len(by_sample), *self.weight.shape)
-        for tile, samples, merged in _merged_tiles(by_sample, self.weight, self._stored()):
-            weights[samples, tile] = merged
+        weight = self.weight
+        stored = self._stored()
+        tile = rule_of(weight.device).tile
+        if _fits_one_tile(by_sample, weight, stored, tile):
+            weights = _merged_at_once(by_sample, weight, stored).to(weight.dtype)
+        else:
+            weights = weight.new_empty(len(by_sample), *weight.shape)
+            for rows, samples, merged in _merged_tiles(by_sample, weight, stored):
+                weights[samples, rows] = merged
         return weights if c.ndim > 1 else weights[0]
 
     def _merged_bias(self, c: Tensor) -> Tensor | None:
-        return None if self.bias is None else self.bias + c @ self.bias_vectors
+        """The bias for coefficients (…, experts): (…, out)."""
+        if self.bias is None:
+            return None
+        if c.ndim == 2:
+            return torch.addmm(self.bias, c, self.bias_vectors)
+        return self.bias + c @ self.bias_vectors
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x by one weight for all samples, or by (samples, …) weights."""
-        if self.is_transposed:
-            weight = weight.mT
-        if weight.ndim == 2:
-            return functional.linear(x, weight, bias)
-        # Some decoders flatten samples and tokens (OPT).
-        by_sample = x.reshape(len(weight), -1, x.shape[-1])
-        if bias is None:
-            y = by_sample @ weight.mT
-        else:
-            y = torch.baddbmm(bias[:, None], by_sample, weight.mT)
-        return y.view(*x.shape[:-1], y.shape[-1])
+    def _ready(self, c: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The merged weight and bias for coefficients (samples, experts), as `_linear` takes them:
+        those of one sample for all if there is one.
+        """
+        if c.ndim > 1 and len(c) == 1:
+            c = c[0]
+        weight = self.merged(c)
+        bias = self._merged_bias(c)
+        if c.ndim == 1:
+            return weight.mT if self.is_transposed else weight, bias
+        by_columns = weight if self.is_transposed else weight.mT
+        return by_columns, None if bias is None else bias[:, None]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x by one weight (out, in) and bias for all samples, or by weights (samples, in, out) and
+    biases (samples, 1, out).
+    """
+    if weight.ndim == 2:
+        return functional.linear(x, weight, bias)
+    # Some decoders flatten samples and tokens (OPT).
+    by_sample = x.reshape(len(weight), -1, x.shape[-1])
+    y = torch.bmm(by_sample, weight) if bias is None else torch.baddbmm(bias, by_sample, weight)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _Product(torch.autograd.Function):
-    """x (samples, tokens, in) times the weight of each sample or token.
+    """x (samples, tokens, in) times the weight of each sample or token, plus its bias.
 
     Autograd would keep every merged weight for the backward pass. Here one tile of the weights at a
     time is merged, used and dropped, and merged again in the backward pass.
@@ -190,51 +225,91 @@ class _Product(torch.autograd.Function):
     def forward(
         x: Tensor,
         c: Tensor,
+        bias: Tensor | None,
         weight: Tensor,
         is_transposed: bool,
         *stored: Tensor,
     ) -> Tensor:
-        return _product(x, c, weight, stored, over_rows=is_transposed)
+        return _product(x, c, bias, weight, stored, over_rows=is_transposed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, c, weight, ctx.is_transposed, *stored = inputs
+        x, c, _, weight, ctx.is_transposed, *stored = inputs
         ctx.save_for_backward(x, c, weight, *stored)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, c, weight, *stored = ctx.saved_tensors
+        x, *others = ctx.saved_tensors
+        if _autocast_dtype(x) is None:
+            return _Product._gradients(ctx, gradient, x, *others)
+        with torch.autocast(x.device.type, enabled=False):
+            return _Product._gradients(ctx, gradient, x, *others)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, gradient: Tensor, x: Tensor, c: Tensor, weight: Tensor, *stored: Tensor
+    ) -> tuple[Tensor | None, ...]:
         # GPT-2's Conv1D stores (in, out), others (out, in): of the input and the gradient of the
         # output, `by_rows` is the one as wide as the stored weight has rows.
         by_rows = x if ctx.is_transposed else gradient
         by_columns = gradient if ctx.is_transposed else x
         x_gradient = None
         c_gradient = None
+        bias_gradient = None
         weight_gradient = None
-        with _without_autocast(x):
-            if ctx.needs_input_grad[0]:
-                x_gradient = _product(gradient, c, weight, stored, over_rows=not ctx.is_transposed)
-            if ctx.needs_input_grad[1]:
-                c_gradient = _gradient_of_coefficients(by_rows, by_columns, c, weight, stored)
-            # The base's weight takes part in every product with a factor of one, so that its
-            # gradient is that of a plain linear map.
-            if ctx.needs_input_grad[2]:
-                weight_gradient = by_rows.flatten(0, 1).mT @ by_columns.flatten(0, 1)
-                weight_gradient = weight_gradient.to(weight.dtype)
-        return x_gradient, c_gradient, weight_gradient, None, *[None for _ in stored]
+        if ctx.needs_input_grad[0]:
+            over_rows = not ctx.is_transposed
+            x_gradient = _product(gradient, c, None, weight, stored, over_rows=over_rows)
+        if ctx.needs_input_grad[1]:
+            c_gradient = _gradient_of_coefficients(by_rows, by_columns, c, weight, stored)
+        if ctx.needs_input_grad[2]:
+            bias_gradient = gradient if c.ndim == 3 else gradient.sum(1)
+        # The base's weight takes part in every product with a factor of one, so that its gradient
+        # is that of a plain linear map.
+        if ctx.needs_input_grad[3]:
+            weight_gradient = by_rows.flatten(0, 1).mT @ by_columns.flatten(0, 1)
+            weight_gradient = weight_gradient.to(weight.dtype)
+        gradients = (x_gradient, c_gradient, bias_gradient, weight_gradient)
+        return *gradients, None, *[None for _ in stored]
 
 
 def _product(
     x: Tensor,
     c: Tensor,
+    bias: Tensor | None,
     weight: Tensor,
     stored: Sequence[Tensor],
     *,
     over_rows: bool,
 ) -> Tensor:
-    """x W with the W (rows, columns) of each sample or token; where not `over_rows`, x Wᵀ."""
-    if len(stored) > 1 and not over_rows and _is_sparse_faster(x, c):
-        return _sparse_product(x, c, weight, *stored)
+    """x W with the W (rows, columns) of each sample or token; where not `over_rows`, x Wᵀ.
+
+    The bias, (samples, out) or (samples, tokens, out), is added.
+    """
+    rule = rule_of(x.device)
+    # Merging a weight costs as much as products with all task vectors for a few tokens.
+    is_merged = c.ndim == 2 and x.shape[1] >= rule.merging
+    if len(stored) > 1 and not over_rows and _is_sparse_faster(x, c, rule):
+        y = _sparse_product(x, c, weight, *stored)
+    elif is_merged and _fits_one_tile(c, weight, stored, rule.tile):
+        return _times(x, _merged_at_once(c, weight, stored), over_rows, bias)
+    elif not is_merged and _fit_at_once(x, c, weight, rule.tile):
+        y = _products_at_once(x, c, weight, stored, over_rows)
+    else:
+        y = _product_by_tiles(x, c, weight, stored, over_rows, is_merged)
+    if bias is not None:
+        y += bias if c.ndim == 3 else bias[:, None]
+    return y
+
+
+def _product_by_tiles(
+    x: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    stored: Sequence[Tensor],
+    over_rows: bool,
+    is_merged: bool,
+) -> Tensor:
     # A tile is some rows of W. With x W each tile adds to the whole output, in float32 or wider, so
     # that rounding does not grow with the number of tiles; with x Wᵀ it is a part of the output.
     if over_rows:
@@ -242,8 +317,6 @@ def _product(
         y = x.new_zeros(*x.shape[:2], weight.shape[1], dtype=wide)
     else:
         y = x.new_empty(*x.shape[:2], weight.shape[0])
-    # Merging a weight costs as much as products with all task vectors for a few tokens.
-    is_merged = c.ndim == 2 and x.shape[1] >= rule_of(x.device).merging
     products = _merged_products if is_merged else _products
     for tile, samples, product in products(x, c, weight, stored, over_rows):
         if over_rows:
@@ -251,6 +324,63 @@ def _product(
         else:
             y[samples, :, tile] = product
     return y.to(x.dtype)
+
+
+def _fits_one_tile(c: Tensor, weight: Tensor, stored: Sequence[Tensor], tile: int) -> bool:
+    """Whether the weights of all coefficients (samples, experts) are merged in one tile."""
+    samples, experts = c.shape
+    is_sum_of_sparse = samples == 1 and len(stored) > 1
+    held = 1 if is_sum_of_sparse else max(samples, experts)
+    return held * weight.numel() <= tile
+
+
+def _merged_at_once(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Tensor:
+    """The weights (samples, rows, columns) of coefficients (samples, experts), in as few operations
+    as there can be: where a model is small, each takes longer to be started than to be done.
+    """
+    # As in `_merged_tiles`, the elements of sparse vectors are added up where they lie if there is
+    # one sum, and that in float32 or wider.
+    if c.shape[0] == 1 and len(stored) > 1:
+        values, columns, row_ends = stored
+        wide = torch.promote_types(values.dtype, torch.float32)
+        weighed = c.T.to(wide) * values
+        places = _places(columns, row_ends, weight.shape[1], len(weight))
+        total = weight.flatten().to(wide, copy=True)
+        total.index_add_(0, places.flatten(), weighed.flatten())
+        return total.view(1, *weight.shape)
+    vectors = stored[0] if len(stored) == 1 else _made_dense(weight, *stored)
+    merged = torch.addmm(weight.flatten(), c, vectors.flatten(1))
+    return merged.view(-1, *weight.shape)
+
+
+def _fit_at_once(x: Tensor, c: Tensor, weight: Tensor, tile: int) -> bool:
+    """Whether all task vectors fit in one tile, and products with x are not more than they are."""
+    tokens = x.shape[0] * x.shape[1]
+    return c.shape[-1] * weight.numel() <= tile and tokens <= min(weight.shape)
+
+
+def _products_at_once(
+    x: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    stored: Sequence[Tensor],
+    over_rows: bool,
+) -> Tensor:
+    """What `_products` gives, by one product with all task vectors, whose parts are then summed."""
+    vectors = stored[0] if len(stored) == 1 else _made_dense(weight, *stored)
+    tokens = len(x) * x.shape[1]
+    flat_x = x.reshape(tokens, x.shape[2])
+    if over_rows:
+        products = torch.matmul(flat_x, vectors.to(x.dtype)).transpose(0, 1)
+    else:
+        products = _times(flat_x, vectors.flatten(0, 1), False)
+        products = products.view(tokens, len(vectors), len(weight))
+    # One coefficient per token, or one per sample that is repeated for its tokens.
+    by_token = c if c.ndim == 3 else c[:, None].expand(*x.shape[:2], -1)
+    by_token = by_token.reshape(tokens, 1, len(vectors)).to(x.dtype)
+    of_base = _times(flat_x, weight, over_rows)
+    y = torch.baddbmm(of_base[:, None], by_token, products)
+    return y.view(*x.shape[:2], y.shape[2])
 
 
 Parts = Iterator[tuple[slice, slice, Tensor]]  # rows, samples, and the result for these
@@ -288,9 +418,18 @@ def _products(
         yield tile, slice(None), product
 
 
-def _times(x: Tensor, weight: Tensor, over_rows: bool) -> Tensor:
+def _times(x: Tensor, weight: Tensor, over_rows: bool, bias: Tensor | None = None) -> Tensor:
+    """x W where `over_rows`, else x Wᵀ, with one W (rows, columns) or one for each sample (samples,
+    rows, columns); in that case their biases (samples, out) are added.
+    """
     weight = weight.to(x.dtype)
-    return x @ (weight if over_rows else weight.mT)
+    if weight.ndim == 3 and weight.shape[0] == 1:
+        weight = weight.squeeze(0)
+        bias = None if bias is None else bias.squeeze(0)
+    if weight.ndim == 2:
+        return functional.linear(x, weight.mT if over_rows else weight, bias)
+    right = weight if over_rows else weight.mT
+    return torch.bmm(x, right) if bias is None else torch.baddbmm(bias[:, None], x, right)
 
 
 def _merged_tiles(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Parts:
@@ -391,25 +530,12 @@ def _tiles(
         for tile in slices:
             yield tile, weight[tile], stored[0][:, tile]
         return
-    values, columns, row_ends = stored
-    is_one_tile = len(slices) == 1
-    # Where each kept element lies in its flattened tile: its row's start there, and its column.
-    # Computed once for all tiles, since each step of it goes over all elements.
-    counts = torch.diff(row_ends, prepend=row_ends.new_zeros(len(row_ends), 1), dim=1)
-    numbers = torch.arange(row_ends.numel(), dtype=torch.int32, device=weight.device)
-    if is_sum or not is_one_tile:
-        numbers = numbers % len(weight) % rows
-    starts = numbers * weight.shape[1]
-    places = starts.repeat_interleave(counts.flatten(), output_size=columns.numel())
-    places = places.view(columns.shape)
-    places += columns.int()
-    # A GPU and compiled code mostly have one tile, in which the vectors lie one after the other, or
-    # all in one place to be summed up: one operation puts the elements of all of them there.
-    if is_one_tile:
-        vectors = values.new_zeros(1 if is_sum else len(values), *weight.shape)
-        vectors.view(-1).index_add_(0, places.view(-1), values.reshape(-1))
-        yield slices[0], weight, vectors
+    if len(slices) == 1 and not is_sum:
+        yield slices[0], weight, _made_dense(weight, *stored)
         return
+    values, columns, row_ends = stored
+    # Computed once for all tiles, since each step of it goes over all elements.
+    places = _places(columns, row_ends, weight.shape[1], rows)
     # Elements are sorted by row, so that those of a tile are one stretch, which ends where its last
     # row does.
     edges = []
@@ -423,6 +549,64 @@ def _tiles(
             dense = vectors[0 if is_sum else index]
             dense.index_add_(0, places[index, stretch], values[index, stretch])
         yield tile, base_rows, vectors.unflatten(1, base_rows.shape)
+
+
+def _made_dense(weight: Tensor, values: Tensor, columns: Tensor, row_ends: Tensor) -> Tensor:
+    """Sparse vectors as dense ones, (experts, rows, columns)."""
+    vectors = values.new_zeros(len(values), *weight.shape)
+    width = weight.shape[1]
+    if _searches(values.device):
+        places = _places_by_search(columns, row_ends, width, len(weight))
+        vectors.view(len(values), -1).scatter_(1, places.long(), values)
+    else:
+        places = _places_by_counts(columns, row_ends, width)
+        vectors.view(-1).index_add_(0, places.flatten(), values.flatten())
+    return vectors
+
+
+def _places(columns: Tensor, row_ends: Tensor, width: int, rows: int) -> Tensor:
+    """Where each kept element (experts, kept) lies in its flattened tile, which is so many rows of
+    a weight of this width: its row's start there, and its column.
+    """
+    # They are not kept for further passes: they would take more memory than columns do, which are
+    # stored because they are small.
+    if _searches(columns.device):
+        return _places_by_search(columns, row_ends, width, rows)
+    return _places_by_counts(columns, row_ends, width, rows)
+
+
+def _searches(device: torch.device) -> bool:
+    """Whether a device takes the way with the fewest operations, though each of them does more."""
+    return device.type != "cpu"
+
+
+def _places_by_counts(
+    columns: Tensor, row_ends: Tensor, width: int, rows: int | None = None
+) -> Tensor:
+    """Places as `_places` gives; without `rows`, places in all vectors, one after the other."""
+    counts = torch.diff(row_ends, prepend=row_ends.new_zeros(len(row_ends), 1), dim=1)
+    numbers = torch.arange(row_ends.numel(), dtype=torch.int32, device=row_ends.device)
+    if rows is not None:
+        numbers = numbers % row_ends.shape[1] % rows
+    starts = numbers * width
+    places = starts.repeat_interleave(counts.flatten(), output_size=columns.numel())
+    places = places.view(columns.shape)
+    places += columns.int()
+    return places
+
+
+def _places_by_search(columns: Tensor, row_ends: Tensor, width: int, rows: int) -> Tensor:
+    numbers = torch.arange(columns.shape[1], dtype=torch.int32, device=columns.device)
+    numbers = numbers.repeat(len(columns), 1)
+    # The row of the k-th element is the number of rows that end before it.
+    found = torch.searchsorted(row_ends, numbers, right=True, out_int32=True)
+    if rows < row_ends.shape[1]:
+        found = found % rows
+    # Numbers without a sign cannot be added to others. With a sign the same bits are the same
+    # numbers, up to half of what the type holds.
+    is_narrow = columns.dtype == torch.uint16 and width <= 2**15
+    signed = columns.view(torch.int16) if is_narrow else columns.int()
+    return torch.add(signed, found, alpha=width)
 
 
 def _has_room(size: int, device: torch.device) -> bool:
@@ -445,10 +629,9 @@ def _has_room(size: int, device: torch.device) -> bool:
     return free - size >= total / 4
 
 
-def _is_sparse_faster(x: Tensor, c: Tensor) -> bool:
+def _is_sparse_faster(x: Tensor, c: Tensor, rule: Rule) -> bool:
     # Sparse products need MKL, and cannot be compiled. With many tokens that share coefficients,
     # merging the weight is faster still.
-    rule = rule_of(x.device)
     if rule.sparse == 0 or not torch.backends.mkl.is_available():
         return False
     return c.ndim == 3 or x.shape[1] < rule.merging or len(x) * x.shape[1] <= rule.sparse
@@ -502,13 +685,9 @@ def _sparse_product(
     return y
 
 
-@contextmanager
-def _without_autocast(x: Tensor) -> Iterator[torch.dtype]:
-    """A context without autocast; gives the dtype in which autocast would have computed with x."""
-    # Autocast would cast the sums of a product's tiles, too, which have to stay wide.
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast would compute with x; None where it is off."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        yield x.dtype
-        return
-    with torch.autocast(device, enabled=False):
-        yield x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        return None
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)

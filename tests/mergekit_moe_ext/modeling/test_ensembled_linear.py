@@ -217,20 +217,75 @@ def test_merged_is_the_weight(layout, sparse, tile):
     torch.testing.assert_close(model.linear.merged(c), expected)
 
 
+# What gives another view of a tensor, or no tensor: no device has anything to do for it.
+VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "mT", "numpy_T"}
+NOTHING = {*VIEWS, "expand", "promote_types"}
+PLACES = ["arange", "repeat", "searchsorted", "add"]
+# By layout of the vectors, number of samples, and tokens of each.
+STARTED = {
+    (False, 1, 9): ["addmm", "addmm", "linear"],
+    (False, 4, 9): ["addmm", "addmm", "baddbmm"],
+    (False, 4, 1): ["addmm", "linear", "linear", "baddbmm", "add_"],
+    (True, 1, 9): ["addmm", "mul", *PLACES, "to", "index_add_", "linear"],
+    (True, 4, 9): ["addmm", "new_zeros", *PLACES, "to", "scatter_", "addmm", "baddbmm"],
+}
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """The CPU takes the way of a device for which there is no rule."""
+    monkeypatch.delitem(wemoe_products.RULES, "cpu")
+    monkeypatch.setattr(wemoe_products, "_searches", lambda device: True)
+
+
+def started(work):
+    """The operations that Python starts, but for those that do nothing."""
+    work()
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        work()
+    found = []
+    for event in record.events():
+        parent = event.cpu_parent
+        is_within_another = parent is not None and parent.key.startswith("aten::")
+        name = event.key.removeprefix("aten::")
+        is_nothing = name in NOTHING or (name == "to" and not event.cpu_children)
+        if event.key.startswith("aten::") and not is_within_another and not is_nothing:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("case", STARTED)
+@torch.no_grad()
+def test_it_starts_no_more_operations_than_it_has_to(case, like_a_gpu):
+    sparse, samples, tokens = case
+    model, _ = make(sparse=sparse)
+    x, c = inputs(samples=samples, tokens=tokens)
+    assert started(lambda: model(x, c)) == STARTED[case]
+
+
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("shared", SHARED)
-@pytest.mark.parametrize("layout", ["linear", "conv1d"])
-def test_a_device_that_was_not_measured_adds_sparse_vectors_at_once(
-    layout, shared, samples, monkeypatch
-):
-    monkeypatch.delitem(wemoe_products.RULES, "cpu")
-    model, vectors = make(layout, sparse=True)
-    x, c = inputs(shared, samples, tokens=9)
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        actual = model(x, c)
-    torch.testing.assert_close(actual, naive(model, vectors, x, c))
-    names = [event.key for event in record.events()]
-    assert names.count("aten::index_add_") == 1
+@pytest.mark.parametrize(("layout", "sparse"), KINDS)
+def test_a_device_without_a_rule_gives_the_loop(layout, sparse, shared, samples, like_a_gpu):
+    model, vectors = make(layout, sparse)
+    for tokens in (1, 2, 9):
+        x, c = inputs(shared, samples, tokens)
+        expected = naive(model, vectors, x, c)
+        torch.testing.assert_close(model(x, c), expected)
+        x.requires_grad_(), c.requires_grad_()
+        expected = torch.autograd.grad(naive(model, vectors, x, c).square().sum(), [x, c])
+        actual = torch.autograd.grad(model(x, c).square().sum(), [x, c])
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("width", [3, 2**15 + 1])
+@pytest.mark.parametrize("rows", [2, 5])
+def test_elements_are_found_where_counting_finds_them(rows, width):
+    row_ends = torch.tensor([[0, 2, 2, 4, 4], [1, 1, 3, 3, 4], [4, 4, 4, 4, 4]], dtype=torch.int32)
+    columns = torch.tensor([[0, width - 1, 1, 2], [2, 0, width - 1, 0], [0, 1, 2, width - 1]])
+    places = (columns.to(torch.uint16), row_ends, width, rows)
+    found = wemoe_products._places_by_search(*places)
+    assert torch.equal(found, wemoe_products._places_by_counts(*places))
 
 
 def test_overlapping_sparse_vectors_are_rounded_once(tile):
