@@ -12,18 +12,11 @@ from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
 
+from _mergekit_moe_ext_common.checkpoints import is_finite
 from _mergekit_moe_ext_common.errors import UserError
 
 _LET_THROUGH = "`allow_nonfinite: true` under `parameters:` lets it through"
 Distribution = Callable[[tuple[int, ...], float, torch.Generator], torch.Tensor]
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or Inf."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    # The extremes show both, and take no copy of the tensor.
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def cast_finite(tensor: torch.Tensor, dtype: torch.dtype | None, what: str) -> torch.Tensor:
