@@ -14,6 +14,8 @@ experts than the kernel takes, and in other dtypes. They have no gradients and a
 there the general way is taken instead.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,15 +42,16 @@ class Plan(NamedTuple):
     """How a call is computed: the dtypes of the products with the experts and of the scores, the
     way, and whether the base layer's output can be added within the last product without loss.
 
-    few, started: the kernels for a few tokens, or the one between the products, where it is theirs.
+    add: `kernel_few.added`, for a few tokens; weigh: `kernel.weigh`, between the products; None
+        where it is not for them. Each holds what Triton has compiled for these calls.
     """
 
     dtype: torch.dtype
     of_scores: torch.dtype
     way: mixing.Way
     can_add: bool
-    few: StartedFew | None
-    started: Started | None
+    add: Callable[..., Tensor] | None
+    weigh: Callable[..., Tensor] | None
 
 
 class Fused:
@@ -102,17 +105,19 @@ class Fused:
         is_compiling = torch.compiler.is_compiling()
         if needs_gradients or is_compiling or torch.is_autocast_enabled(x.device.type):
             if not needs_gradients and self._takes_few(tokens, result, as_operation=True):
-                return self._by_few(result, tokens, weight, a, b, None)
+                from peft_routing import kernel_op  # needs Triton
+
+                return self._by_few(result, tokens, weight, a, b, kernel_op.add_to_few)
             if not self._takes_kernel(x, result, weight, as_operation=True):
                 return None
             return self._by_operation(result, tokens, weight, needs_gradients)
         number = tokens.shape[0]
         plan = self._plan(number, x, result, weight)
-        if plan.few is not None:
+        if plan.add is not None:
             a, b = self.experts.factors_in(plan.dtype)
-            return self._by_few(result, tokens, weight, a, b, plan.few)
-        if plan.started is not None:
-            return self._by_kernel(result, tokens, weight, plan.started)
+            return self._by_few(result, tokens, weight, a, b, plan.add)
+        if plan.weigh is not None:
+            return self._by_kernel(result, tokens, weight, plan.weigh)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
         tokens = _cast(tokens, plan.dtype)
         if plan.dtype != a.dtype:
@@ -138,47 +143,31 @@ class Fused:
         weight: Tensor,
         a: Tensor,
         b: Tensor,
-        few: StartedFew | None,
+        add: Callable[..., Tensor],
     ) -> Tensor:
-        """The output for a few tokens, by two kernels; as an operation where `few` is None."""
-        arguments = (
+        """The output for a few tokens, by two kernels."""
+        output = add(
             result.reshape(-1, result.shape[-1]),
             tokens,
             weight,
             a,
             b,
             self.experts.scalings(torch.float32, tokens.device),
+            self.router.k,
+            self.router.temperature,
+            self.router.absolute,
+            self.is_low_rank,
         )
-        k = self.router.k
-        temperature = self.router.temperature
-        absolute = self.router.absolute
-        if few is None:
-            from peft_routing import kernel_op  # needs Triton
-
-            output = kernel_op.add_to_few(*arguments, k, temperature, absolute, self.is_low_rank)
-        else:
-            from peft_routing import kernel_few  # needs Triton
-
-            output = kernel_few.added(
-                *arguments,
-                k=k,
-                temperature=temperature,
-                absolute=absolute,
-                is_low_rank=self.is_low_rank,
-                few=few,
-            )
         return output.view_as(result)
 
     def _by_kernel(
-        self, result: Tensor, tokens: Tensor, weight: Tensor, started: Started
+        self, result: Tensor, tokens: Tensor, weight: Tensor, weigh: Callable[..., Tensor]
     ) -> Tensor:
         """The output where nothing has a gradient: the kernel is started without an operation of
         PyTorch's around it, which takes Python longer.
         """
-        from peft_routing import kernel  # needs Triton
-
         a, b = self.experts.factors_in(torch.bfloat16)
-        weighed = kernel.weigh(
+        weighed = weigh(
             tokens,
             self._split_rows(weight),
             functional.linear(tokens, a),
@@ -187,7 +176,6 @@ class Fused:
             temperature=self.router.temperature,
             absolute=self.router.absolute,
             is_low_rank=self.is_low_rank,
-            started=started,
         )
         return torch.addmm(result.reshape(-1, result.shape[-1]), weighed, b).view_as(result)
 
@@ -296,13 +284,17 @@ class Fused:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             can_add = torch.promote_types(dtype, result.dtype) == dtype
-            few = None
-            started = None
+            add = None
+            weigh = None
             if self._takes_few(x.reshape(-1, x.shape[-1]), result, as_operation=False):
-                few = StartedFew()
+                from peft_routing import kernel_few  # needs Triton
+
+                add = partial(kernel_few.added, few=StartedFew())
             elif self._takes_kernel(x, result, weight, as_operation=False):
-                started = Started()
-            plan = Plan(dtype, wide_dtype(x, weight), way, can_add, few, started)
+                from peft_routing import kernel  # needs Triton
+
+                weigh = partial(kernel.weigh, started=Started())
+            plan = Plan(dtype, wide_dtype(x, weight), way, can_add, add, weigh)
             self._plans[key] = plan
         return plan
 

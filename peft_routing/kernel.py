@@ -75,14 +75,14 @@ def weigh(
     tokens = z.shape[0]
     padded = padded_experts(experts)
     weighed = torch.empty_like(z)
-    if hidden.stride(1) != 1:
-        hidden = hidden.contiguous()
+    # Rows that lie one after the other: what Triton compiles depends on how far they lie apart.
+    hidden = hidden.contiguous()
     is_wide = padded > 64
     (started.start if started else start)(
         kernel or _weigh,
         (-(-tokens // _TOKENS), 1, 1),
         (hidden, rows, z, scalings, weighed, weighed if scores is None else scores),
-        (tokens, width, hidden.stride(0), k, temperature),
+        (tokens, width, k, temperature),
         (
             absolute,
             is_low_rank,
@@ -177,7 +177,7 @@ def softmax_of_kept(score, is_kept):
 # Numbers that differ from call to call are not compiled in.
 @triton.jit(do_not_specialize=["tokens", "k", "temperature"])
 def _weigh(
-    hidden, rows, z, scalings, weighed, scores, tokens, width, stride, k, temperature,
+    hidden, rows, z, scalings, weighed, scores, tokens, width, k, temperature,
     absolute: tl.constexpr, is_low_rank: tl.constexpr, keeps_scores: tl.constexpr,
     parts: tl.constexpr, experts: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr,
     padded_rank: tl.constexpr, block: tl.constexpr, columns: tl.constexpr
@@ -193,7 +193,7 @@ def _weigh(
         column = first_column + tl.arange(0, columns)
         is_column = column < width
         states = tl.load(
-            hidden + token[:, None] * stride + column[None, :],
+            hidden + token[:, None] * width + column[None, :],
             mask=(token < tokens)[:, None] & is_column[None, :],
             other=0.0,
         )

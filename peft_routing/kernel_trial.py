@@ -152,11 +152,9 @@ def _add_alike(device: torch.device, use: Use) -> bool:
         outputs.append(operation.add_to_few(*made, scalings, *choice))
     else:
         kernels: Any = importlib.import_module("peft_routing.kernel_few")
-        names = "k", "temperature", "absolute", "is_low_rank"
-        options = dict(zip(names, choice, strict=True))
         few = StartedFew()
         for _ in range(2):  # the second time without Triton's own search for them
-            outputs.append(kernels.added(*made, scalings, **options, few=few))
+            outputs.append(kernels.added(*made, scalings, *choice, few=few))
     return all(_is_near(output[is_clear], exact[is_clear]) for output in outputs)
 
 

@@ -67,7 +67,7 @@ def test_the_kernels_compile(
         ("hidden", "rows", "z", "weighed", "gradient", "of_z"), POINTERS[dtype]
     )
     exact = dict.fromkeys(("scalings", "scores", "of_scores"), "*fp32")
-    numbers = dict.fromkeys(("tokens", "width", "stride", "k"), "i32")
+    numbers = dict.fromkeys(("tokens", "width", "k"), "i32")
     # Triton hands a number over in float32, and what PyTorch's compiler writes in float64.
     temperature = "fp64" if keeps_scores else "fp32"
     varying = {**of_dtype, **exact, **numbers, "temperature": temperature}
