@@ -374,7 +374,7 @@ WEMOE = Paper(
         Part(
             "wemoe_images",
             "a vision transformer of 0.8 million parameters, pretrained here, four tasks",
-            (INDIVIDUAL, TRADITIONAL, *STATIC, *ADAPTED, *NO_ROUTING),
+            (INDIVIDUAL, TRADITIONAL, *STATIC, *BASELINES, *ADAPTED, *NO_ROUTING),
         ),
         Part(
             "wemoe_texts",
