@@ -136,8 +136,10 @@ def test_rows_of_claims_are_rows_of_the_examples(claims):
         },
         "wemoe_images": {
             *("Pre-trained", "Individual", "Traditional MTL"),
+            *("Fisher merging", "RegMean"),
             *wemoe_images.STATIC,
             *wemoe_images.ROUTED,
+            *wemoe_images.TRIMMED,
         },
         "wemoe_texts": set(wemoe_texts.ROWS),
     }
