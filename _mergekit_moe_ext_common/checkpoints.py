@@ -281,7 +281,7 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return True
     plain = tensor.detach()
-    is_in_memory = type(plain) is Tensor and plain.device.type == "cpu"
+    is_in_memory = type(plain) is Tensor and plain.device.type == "cpu" and not plain.is_neg()
     if plain.dtype not in _EXPONENTS or not is_in_memory:
         # One pass without a mask as large as the tensor: NaN is both the least and the largest.
         wide = plain.float() if plain.element_size() == 1 else plain

@@ -101,10 +101,14 @@ class Fused:
         # expert is warned of on the general way.
         if needs_gradients and (a.requires_grad or b.requires_grad or not router.learns):
             return None
+        if torch.jit.is_tracing():
+            return None  # kernels leave no trace
         tokens = x.reshape(-1, x.shape[-1])
         is_compiling = torch.compiler.is_compiling()
+        # The kernels for a few tokens have no gradients, that of the base layer's output neither.
+        is_final = not (needs_gradients or (torch.is_grad_enabled() and result.requires_grad))
         if needs_gradients or is_compiling or torch.is_autocast_enabled(x.device.type):
-            if not needs_gradients and self._takes_few(tokens, result, as_operation=True):
+            if is_final and self._takes_few(tokens, result, a, b, weight, as_operation=True):
                 from peft_routing import kernel_op  # needs Triton
 
                 return self._by_few(result, tokens, weight, a, b, kernel_op.add_to_few)
@@ -113,7 +117,7 @@ class Fused:
             return self._by_operation(result, tokens, weight, needs_gradients)
         number = tokens.shape[0]
         plan = self._plan(number, x, result, weight)
-        if plan.add is not None:
+        if plan.add is not None and is_final:
             a, b = self.experts.factors_in(plan.dtype)
             return self._by_few(result, tokens, weight, a, b, plan.add)
         if plan.weigh is not None:
@@ -274,7 +278,8 @@ class Fused:
         k = self.router.k
         a = experts._parameters["A"]
         b = experts._parameters["B"]
-        key = tokens, k, x.dtype, result.dtype, weight.dtype, a.dtype, x.device
+        dtypes = x.dtype, result.dtype, weight.dtype, a.dtype
+        key = tokens, k, dtypes, x.device, result.device, weight.device, a.device, b.device
         plan = self._plans.get(key)
         if plan is None:
             dtype = experts.dtype_of_products(x, result)
@@ -286,7 +291,8 @@ class Fused:
             can_add = torch.promote_types(dtype, result.dtype) == dtype
             add = None
             weigh = None
-            if self._takes_few(x.reshape(-1, x.shape[-1]), result, as_operation=False):
+            rows = x.reshape(-1, x.shape[-1])
+            if self._takes_few(rows, result, a, b, weight, as_operation=False):
                 from peft_routing import kernel_few  # needs Triton
 
                 add = partial(kernel_few.added, few=StartedFew())
@@ -308,13 +314,28 @@ class Fused:
             return False
         return self._works(x, as_operation, is_few=False)
 
-    def _takes_few(self, tokens: Tensor, result: Tensor, *, as_operation: bool) -> bool:
+    def _takes_few(
+        self,
+        tokens: Tensor,
+        result: Tensor,
+        a: Tensor,
+        b: Tensor,
+        weight: Tensor,
+        *,
+        as_operation: bool,
+    ) -> bool:
         """Whether kernels do the whole update, of a few tokens (tokens, in)."""
         if tokens.dtype != result.dtype or tokens.dtype not in _OF_FEW:
             return False
-        if tokens.shape[0] > _FEW_TOKENS or self.router.k > _FEW_CHOSEN:
+        # They compute in float32.
+        of_products = self.experts.dtype_of_products(tokens, result)
+        if torch.float64 in (of_products, weight.dtype) or self.router.k > _FEW_CHOSEN:
             return False
-        return self._works(tokens, as_operation, is_few=True)
+        if any(each.device != tokens.device for each in (result, a, b, weight)):
+            return False
+        # The number of tokens comes last: where it may vary, a compiler asks for it only if there
+        # are kernels.
+        return self._works(tokens, as_operation, is_few=True) and tokens.shape[0] <= _FEW_TOKENS
 
     def _works(self, x: Tensor, as_operation: bool, is_few: bool) -> bool:
         """Whether kernels do what they should on the device of x."""

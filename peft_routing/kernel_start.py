@@ -41,8 +41,10 @@ class Started:
                 self._compiled[grid](*tensors, *numbers, *constants)
                 return
             compiled = kernel[grid](*tensors, *numbers, *constants, **options)
-        if _are_aligned(tensors):
-            self._compiled = compiled  # None in Triton's interpreter, which compiles nothing
+        # On AMD's GPUs what is compiled depends on the sizes of tensors as well. In Triton's
+        # interpreter it is None.
+        if _are_aligned(tensors) and torch.version.hip is None:
+            self._compiled = compiled
 
 
 class StartedFew:

@@ -17,6 +17,7 @@ from peft_routing.routers.tensors import largest
 _TOKENS = 19
 _WIDTH = 64
 _FEW = 3  # tokens for the kernels that take a few
+_WIDTH_OF_FEW = 2100  # which they read in two turns
 _CLEAR = 0.01  # scores that differ by less may choose otherwise
 
 
@@ -85,7 +86,8 @@ def _tried(device: torch.device, use: Use) -> bool:
 def compute_alike(device: torch.device, use: Use) -> bool:
     """Whether the kernels' results, and their gradients, are those of float64 but for rounding."""
     if use.is_few:
-        return _add_alike(device, use)
+        # Experts are read as they are held, or as copies in the dtype of the hidden states.
+        return all(_add_alike(device, use, each) for each in {torch.float32, use.dtype})
     generator = torch.Generator().manual_seed(0)
     k = min(2, use.experts)
     hidden = torch.randn(_TOKENS, _WIDTH, generator=generator).to(device, torch.bfloat16)
@@ -125,7 +127,7 @@ def compute_alike(device: torch.device, use: Use) -> bool:
     return all(are_near)
 
 
-def _add_alike(device: torch.device, use: Use) -> bool:
+def _add_alike(device: torch.device, use: Use, of_experts: torch.dtype) -> bool:
     """Whether the kernels for a few tokens give what float64 gives but for rounding."""
     generator = torch.Generator().manual_seed(0)
     k = min(2, use.experts)
@@ -133,10 +135,10 @@ def _add_alike(device: torch.device, use: Use) -> bool:
     made = []
     for shape, dtype in (
         ((_FEW, _WIDTH), use.dtype),  # the base layer's output
-        ((_FEW, _WIDTH), use.dtype),
-        ((use.experts, _WIDTH), torch.float32),
-        ((ranks, _WIDTH), torch.float32),
-        ((ranks, _WIDTH), torch.float32),
+        ((_FEW, _WIDTH_OF_FEW), use.dtype),
+        ((use.experts, _WIDTH_OF_FEW), torch.float32),
+        ((ranks, _WIDTH_OF_FEW), of_experts),
+        ((ranks, _WIDTH), of_experts),
     ):
         made.append(torch.randn(shape, generator=generator).to(device, dtype))
     result, hidden, weight, a, b = made

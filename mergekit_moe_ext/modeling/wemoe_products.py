@@ -184,7 +184,7 @@ class EnsembledLinear(nn.Module):
         """The bias for coefficients (…, experts): (…, out)."""
         if self.bias is None:
             return None
-        if c.ndim == 2:
+        if c.ndim == 2 and self.bias.dtype == c.dtype:
             return torch.addmm(self.bias, c, self.bias_vectors)
         return self.bias + c @ self.bias_vectors
 
@@ -192,6 +192,9 @@ class EnsembledLinear(nn.Module):
         """The merged weight and bias for coefficients (samples, experts), as `_linear` takes them:
         those of one sample for all if there is one.
         """
+        if _autocast_dtype(c) is not None:  # which would round the sums to half precision
+            with torch.autocast(c.device.type, enabled=False):
+                return self._ready(c)
         if c.ndim > 1 and len(c) == 1:
             c = c[0]
         weight = self.merged(c)

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+import peft_routing
 from peft_routing import fused, given_coefficients
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.layer import RoutedLoraLinear
@@ -311,3 +314,57 @@ def test_a_compiler_asks_for_the_kernels_of_the_module(monkeypatch: Any) -> None
         torch.compile(layer, fullgraph=True, backend="eager")(torch.ones(5, IN).bfloat16())
     of_module = ("cpu", torch.bfloat16, 6, 3, True, False)
     assert asked == [(*of_module, True, True), (*of_module, True, False)]
+
+
+def kernels_seem_to_work(monkeypatch: Any) -> None:
+    """Kernels for a few tokens are said to work, and nothing may use them."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a kernel is used")
+
+    @torch.compiler.assume_constant_result
+    def works(*use: Any) -> bool:
+        return bool(use[-1])
+
+    stand_in = SimpleNamespace(added=refuse, add_to_few=refuse)
+    monkeypatch.setattr(fused, "works", works)
+    for name in ("kernel_few", "kernel_op"):
+        monkeypatch.setitem(sys.modules, f"peft_routing.{name}", stand_in)
+        monkeypatch.setattr(peft_routing, name, stand_in, raising=False)
+
+
+def test_what_depends_on_a_trained_base_layer_has_its_gradient(monkeypatch: Any) -> None:
+    kernels_seem_to_work(monkeypatch)
+    layer = make_layer(dtype=torch.float32, router="linear", top_k=2)
+    layer.base_layer.weight.requires_grad_()
+    layer(torch.randn(3, IN)).sum().backward()
+    assert layer.base_layer.weight.grad is not None
+
+
+def test_a_trace_has_no_kernels(monkeypatch: Any) -> None:
+    kernels_seem_to_work(monkeypatch)
+    layer = make_layer(dtype=torch.float32, top_k=2)
+    x = torch.randn(3, IN)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, torch.randn(3, IN), check_trace=False)
+        torch.testing.assert_close(traced(x), generally(layer, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_products_in_float64_stay_so(dtype: torch.dtype, monkeypatch: Any) -> None:
+    kernels_seem_to_work(monkeypatch)
+    layer = make_layer(dtype=dtype, expert_dtype="float64", top_k=2)
+    with torch.no_grad():
+        layer(torch.randn(3, IN, dtype=dtype))
+
+
+def test_an_export_has_any_number_of_tokens() -> None:
+    layer = make_layer(dtype=torch.float32, top_k=2)
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    with torch.no_grad():
+        exported = torch.export.export(
+            layer, (torch.randn(12, IN),), dynamic_shapes=({0: tokens},), strict=True
+        )
+        for number in (3, 20):
+            x = torch.randn(number, IN)
+            torch.testing.assert_close(exported.module()(x), layer(x))

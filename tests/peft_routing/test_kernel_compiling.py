@@ -96,10 +96,13 @@ def test_the_kernels_for_a_few_tokens_compile(
     numbers = {"k": "i32", "temperature": "fp64" if is_low_rank else "fp32"}
     sizes = {"experts": 8, "rank": 5, "padded": 16, "padded_rank": 8, "width": 300}
     choices = {"absolute": True, "is_low_rank": is_low_rank, "ranks": 40, "of_router": 2}
-    for function, columns in ((kernel_few._project, 512), (kernel_few._add, 128)):
+    for function, columns, warps in (
+        (kernel_few._project, kernel_few._READ, kernel_few._WARPS),
+        (kernel_few._add, kernel_few._COLUMNS, 4 if is_low_rank else 1),
+    ):
         arguments = of_tokens | exact | numbers | sizes | choices
-        arguments |= {"block": 4, "columns": columns}
-        made = compiled_for_a_gpu(function, arguments, generation, warps=4)
+        arguments |= {"block": kernel_few._ROWS, "columns": columns}
+        made = compiled_for_a_gpu(function, arguments, generation, warps)
         assert made.asm["cubin"]
         in_float64 = re.findall(r"\b(?:add|sub|mul|div|fma|setp|max)\.\S*f64", made.asm["ptx"])
         assert not in_float64

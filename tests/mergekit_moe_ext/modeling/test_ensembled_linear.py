@@ -159,6 +159,14 @@ def test_every_dtype_is_near_double(layout, sparse, dtype, way, tile):
             assert (one - other).norm() < 20 * torch.finfo(dtype).eps * other.norm()
 
 
+def test_a_bias_in_a_wider_dtype(way):
+    model, _ = make(dtype=torch.bfloat16)
+    x, c = inputs(dtype=torch.bfloat16)
+    expected = model(x, c)
+    model.linear.bias.data = model.linear.bias.data.float()
+    torch.testing.assert_close(model(x, c).to(torch.bfloat16), expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize(("layout", "sparse"), KINDS)
 def test_under_autocast_it_is_as_a_linear_map_is(layout, sparse, way):
     model, vectors = make(layout, sparse, dtype=torch.float32)
