@@ -132,26 +132,18 @@ def forget(paths: Sequence[Path]) -> None:
 @click.option("--repeats", default=5, show_default=True, help="Number of runs of each tool.")
 @click.option("--cold", is_flag=True, help="Read the inputs from the disk in every run.")
 @click.option(
-    "--in",
-    "place",
-    type=click.Path(exists=True, file_okay=False),
-    help="Directory on the disk to measure.  [default: the system's for temporary files]",
-)
-@click.option(
     "--only",
     type=click.Choice(list(COMMANDS)),
     multiple=True,
     help="Tool to measure; several may be given.  [default: all]",
 )
-def main(
-    layers: int, width: int, repeats: int, cold: bool, place: str | None, only: tuple[str, ...]
-) -> None:
+def main(layers: int, width: int, repeats: int, cold: bool, only: tuple[str, ...]) -> None:
     tools: dict[str, list[str | Path]] = {}
     for name in only or COMMANDS:
         program, *arguments = COMMANDS[name]
         tools[name] = [BIN / program, *arguments]
     tools[IMPORT] = [sys.executable, "-c", "import mergekit.scripts.run_yaml"]
-    with tempfile.TemporaryDirectory(prefix="merge-benchmark-", dir=place) as directory:
+    with tempfile.TemporaryDirectory(prefix="merge-benchmark-") as directory:
         root = Path(directory)
         make_sources(root, layers, width)
         write_configs(root)

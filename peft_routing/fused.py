@@ -8,10 +8,10 @@ This is for routers whose scores are products with the hidden state, token by to
 one rank. All others go the general way, to the same result.
 
 On a GPU, and in bfloat16, a Triton kernel does what lies between the two products, in training and
-in compiled models as well; and two kernels do the whole update of a few tokens, in any dtype, where
-nothing is trained. PyTorch's operations do it where Triton is missing or fails, for more
-experts than the kernel takes, and in other dtypes. They have no gradients and are not compiled:
-there the general way is taken instead.
+in compiled models as well; and two kernels do the whole update of a few tokens where nothing is
+trained, in 16 bits or float32. PyTorch's operations do it where Triton is missing or fails, for
+more experts than the kernels take, and in other dtypes. They have no gradients and are not
+compiled: there the general way is taken instead.
 """
 
 from collections.abc import Callable

@@ -78,7 +78,8 @@ def weigh(
     # Rows that lie one after the other: what Triton compiles depends on how far they lie apart.
     hidden = hidden.contiguous()
     is_wide = padded > 64
-    (started.start if started else start)(
+    launch = started.start if started else start
+    launch(
         kernel or _weigh,
         (-(-tokens // _TOKENS), 1, 1),
         (hidden, rows, z, scalings, weighed, weighed if scores is None else scores),

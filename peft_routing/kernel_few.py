@@ -3,8 +3,9 @@ waits for one small kernel after the other.
 
 `_project` multiplies a token with the router's rows and with A, some rows in each program, so that
 even one token occupies a GPU. `_add` chooses and weighs, and adds the products with B of the chosen
-experts alone, some columns of the output in each program. Products are summed in float32, and
-router and experts are read in the dtype in which they are held: nothing has to be copied or split.
+experts alone, some columns of the output in each program. Products are summed in float32. Router
+and experts are read in any dtype, so that compiled code has no casts, and a router's rows are not
+split.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -64,7 +65,8 @@ def added(
     # The first programs have the router's rows, all others those of A.
     of_router = -(-experts // _ROWS)
     of_experts = -(-experts * rank // _ROWS)
-    (few.project.start if few else start)(
+    launch = few.project.start if few else start
+    launch(
         project or _project,
         (of_router + of_experts, tokens, 1),
         (hidden, weight, a, products),
@@ -73,7 +75,8 @@ def added(
         num_warps=_WARPS,
     )
     output = torch.empty_like(result)
-    (few.add.start if few else start)(
+    launch = few.add.start if few else start
+    launch(
         add or _add,
         (-(-columns // _COLUMNS), tokens, 1),
         (result, products, b, scalings, output),

@@ -11,10 +11,11 @@ from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
 from transformers import LlamaConfig
 
+from _mergekit_moe_ext_common.checkpoints import is_finite
 from mergekit_moe_ext.merging.layers import LayerParts, chosen_layers, parts_of
 from mergekit_moe_ext.merging.manifest import SharedTensor, check_against, manifest_of
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, MethodOptions, Plan
-from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor, is_finite
+from mergekit_moe_ext.merging.tasks import Filled, LoadFiniteTensor
 from tests.conftest import make_model
 
 
