@@ -35,11 +35,12 @@ from transformers import (
     ViTModel,
 )
 
-from mergekit_moe_ext.modeling import wemoe_products
+from mergekit_moe_ext.modeling import wemoe_tiles
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, config_class
 from mergekit_moe_ext.modeling.modeling_wemoe import model_class
 from mergekit_moe_ext.modeling.wemoe_calls import Current
-from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear, rule_of
+from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
+from mergekit_moe_ext.modeling.wemoe_tiles import rule_of
 from mergekit_moe_ext.wemoe.groups import ensembled_groups
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -210,7 +211,7 @@ def way(linear: EnsembledLinear, x: Tensor, c: Tensor, most: int) -> Tensor:
     """The module's output by one of its two ways."""
     # nothing is merged, and sparse vectors stay so, for up to `most` tokens
     kind = x.device.type
-    wemoe_products.RULES[kind] = rule_of(x.device)._replace(merging=most, sparse=most)
+    wemoe_tiles.RULES[kind] = rule_of(x.device)._replace(merging=most, sparse=most)
     return linear._by_sample(x, c)
 
 

@@ -39,6 +39,7 @@ from demo import BLOCK, DOMAINS, blocks, table
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
 from real_data import SMOLLM2, Domain, cache_dir, domains, smollm2, written_at_once
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verdicts import judge
@@ -119,13 +120,16 @@ def write_texts(
             ("train", texts[name].train[::-1], per_domain),
             ("held_out", texts[name].held_out, HELD_OUT_BLOCKS),
         ):
-            ids = blocks(tokenizer, documents, count)
             path = folder / f"{name}-{part}.jsonl"
-            path.write_text(
-                "".join(json.dumps({"text": tokenizer.decode(block)}) + "\n" for block in ids)
-            )
+            write_blocks(path, tokenizer, blocks(tokenizer, documents, count))
             named[part].append(f"{name}={path}")
     return named
+
+
+def write_blocks(path: Path, tokenizer: Any, ids: Tensor) -> None:
+    """Writes blocks (count, BLOCK) as rows of text."""
+    rows = [json.dumps({"text": tokenizer.decode(block)}) for block in ids]
+    path.write_text("\n".join(rows) + "\n")
 
 
 def merge(row: str, models: dict[str, Path], output: Path, seed: int) -> None:
@@ -151,9 +155,9 @@ def run_mergekit(
     subprocess.run(command, check=True, capture_output=True)
 
 
-def run(merged: Path, part: Any, named: dict[str, list[str]], seed: int, steps: int) -> Run:
-    """Trains a merged mixture and measures it."""
-    recipe = Recipe(
+def recipe_of(part: str, seed: int, steps: int) -> Recipe:
+    """How a mixture of SmolLM2 is trained."""
+    return Recipe(
         learning_rate=LEARNING_RATES[part],
         lr_scheduler_type="cosine",
         warmup_steps=min(2, steps - 1),
@@ -164,15 +168,19 @@ def run(merged: Path, part: Any, named: dict[str, list[str]], seed: int, steps: 
         eval_steps=max(1, steps // 3),
         seed=seed,
     )
+
+
+def run(merged: Path, part: Any, data: list[str], measured_on: list[str], recipe: Recipe) -> Run:
+    """Trains a merged mixture on some data, and measures it on other data."""
     trained = merged.with_name(f"{merged.name}-{part}")
     train(
         str(merged),
-        named["train"],
+        data,
         part,
         output=str(trained),
         recipe=recipe,
         reading=READING,
-        eval_data=named["held_out"],
+        eval_data=measured_on,
     )
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
     losses: dict[str, list[float]] = {name: [] for name in DOMAINS}
@@ -183,7 +191,7 @@ def run(merged: Path, part: Any, named: dict[str, list[str]], seed: int, steps: 
                 losses[name].append(entry[f"eval_{name}_loss"])
         if f"eval_{DOMAINS[0]}_loss" in entry:
             measured_steps.append(entry["step"])
-    usage = count_usage(str(trained), named["held_out"], reading=READING, batch_size=2)
+    usage = count_usage(str(trained), measured_on, reading=READING, batch_size=2)
     assert usage is not None  # this is the only process
     shutil.rmtree(trained)
     routing = {name: routing_probability(usage.tasks[name]) for name in DOMAINS}
@@ -191,12 +199,14 @@ def run(merged: Path, part: Any, named: dict[str, list[str]], seed: int, steps: 
 
 
 @torch.inference_mode()
-def dense_losses(model: Path, tokenizer: Any, texts: dict[str, Domain]) -> dict[str, float]:
-    """The mean held-out loss of a dense model, by domain."""
+def dense_losses(
+    model: Path, tokenizer: Any, texts: dict[str, Domain], count: int = HELD_OUT_BLOCKS
+) -> dict[str, float]:
+    """The mean loss of a dense model on `count` held-out blocks, by domain."""
     network: Any = AutoModelForCausalLM.from_pretrained(model).eval()
     result = {}
     for name in DOMAINS:
-        ids = blocks(tokenizer, texts[name].held_out, HELD_OUT_BLOCKS)
+        ids = blocks(tokenizer, texts[name].held_out, count)
         losses = [network(row[None], labels=row[None]).loss.item() for row in ids]
         result[name] = statistics.mean(losses)
     return result
@@ -239,15 +249,15 @@ def means(rows: Iterable[Sequence[float]]) -> list[float]:
     return [statistics.mean(column) for column in zip(*rows, strict=True)]
 
 
-def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
+def draw_curves(runs: dict[str, list[Run]], path: Path, batch: int = BATCH) -> None:
     """Draws figure 10: the held-out loss against the tokens of the fine-tuning, the mean and the
-    range over seeds.
+    range over seeds. A step has `batch` blocks.
     """
     plt = pyplot()
     figure, panels = plt.subplots(1, len(DOMAINS) + 1, figsize=(3 * (len(DOMAINS) + 1), 3.2))
     for axes, name in zip(panels, [*DOMAINS, "mean"], strict=True):
         for row, of_row in runs.items():
-            tokens = [step * BATCH * BLOCK for step in of_row[0].steps]
+            tokens = [step * batch * BLOCK for step in of_row[0].steps]
             curves = []
             for run in of_row:
                 curves.append(means(run.losses.values()) if name == "mean" else run.losses[name])
@@ -367,25 +377,32 @@ def main(output: Path, steps: int, seeds: int) -> None:
             for row in SHARED:
                 merged = Path(scratch) / f"{SHARED[row]['merge_method']}-{seed}"
                 merge(row, models, merged, seed)
-                runs.setdefault(row, []).append(run(merged, "all", named, seed, steps))
-                bar.update()
+                trained_alike = {row: "all"}
                 if row == "BTX merging":
-                    runs.setdefault("Router fine-tuning", []).append(
-                        run(merged, "gates", named, seed, steps)
-                    )
+                    trained_alike["Router fine-tuning"] = "gates"
+                for name, part in trained_alike.items():
+                    recipe = recipe_of(part, seed, steps)
+                    measured = run(merged, part, named["train"], named["held_out"], recipe)
+                    runs.setdefault(name, []).append(measured)
                     bar.update()
                 shutil.rmtree(merged)
-
-    text = report(dense, runs)
-    (output / "table.md").write_text(f"```\n{text}\n```\n")
     listed_runs: dict[str, list[dict[str, Any]]] = {}
     for row, of_row in runs.items():
         listed_runs[row] = [asdict(run) for run in of_row]
     results = {"dense": dense, "runs": listed_runs}
     (output / "results.json").write_text(json.dumps(results, indent=1))
-    draw_curves(runs, output / "figure10.png")
+    click.echo(write_report(dense, runs, output, BATCH))
+
+
+def write_report(
+    dense: dict[str, dict[str, float]], runs: dict[str, list[Run]], output: Path, batch: int
+) -> str:
+    """Writes the table and the figures, and returns the former; the batch is in blocks."""
+    text = report(dense, runs)
+    (output / "table.md").write_text(f"```\n{text}\n```\n")
+    draw_curves(runs, output / "figure10.png", batch)
     draw_routing(runs, output / "figure5.png")
-    click.echo(text)
+    return text
 
 
 if __name__ == "__main__":

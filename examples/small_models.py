@@ -22,18 +22,19 @@ LLAMA |= {"num_attention_heads": 4, "max_position_embeddings": 512, "tie_word_em
 LLAMA_TOKENS = 4000
 
 
-def make_small_base(texts: Mapping[str, Domain]) -> Path:
+def make_small_base(texts: Mapping[str, Domain], recipe: Recipe = BASE) -> Path:
     """A Llama of one million parameters that has seen all three kinds of text, through a byte-level
     tokenizer that was trained on them.
     """
-    folder = folder_of("base", [asdict(BASE), LLAMA, LLAMA_TOKENS])
+    content = [texts[name].train for name in DOMAINS]
+    folder = folder_of("base", [asdict(recipe), LLAMA, LLAMA_TOKENS, content])
     if not folder.is_dir():
         documents = [document for name in DOMAINS for document in texts[name].train[:300]]
         tokenizer = train_tokenizer("byte-level", documents, LLAMA_TOKENS)
         config = LlamaConfig(vocab_size=len(tokenizer), **ends_of(tokenizer), **LLAMA)
-        count = -(-BASE.steps * BASE.batch // len(DOMAINS))
+        count = -(-recipe.steps * recipe.batch // len(DOMAINS))
         data = torch.cat([blocks(tokenizer, texts[name].train, count) for name in DOMAINS])
-        train_from_scratch(folder, LlamaForCausalLM, config, tokenizer, data, BASE)
+        train_from_scratch(folder, LlamaForCausalLM, config, tokenizer, data, recipe)
     return folder
 
 

@@ -125,6 +125,7 @@ def test_claims_of_caem_are_those_of_its_report(claims, tmp_path):
 def test_rows_of_claims_are_rows_of_the_examples(claims):
     """A row that no experiment has would be "not run" for ever."""
     import mergeme_homogeneous
+    import mergeme_small
     import wemoe_images
     import wemoe_texts
 
@@ -134,6 +135,7 @@ def test_rows_of_claims_are_rows_of_the_examples(claims):
             "Router fine-tuning",
             *mergeme_homogeneous.SHARED,
         },
+        "mergeme_small": {"Random routing", *mergeme_small.ROWS},
         "wemoe_images": {
             *("Pre-trained", "Individual", "Traditional MTL"),
             *("Fisher merging", "RegMean"),

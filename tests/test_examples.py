@@ -31,6 +31,7 @@ SCRIPTS = (
     "wemoe_routing",
     "loss_landscape",
     "mergeme_homogeneous",
+    "mergeme_small",
     "mergeme_hetero",
     "mergeme_tokenizers",
     "grown_mixture",
@@ -439,6 +440,92 @@ def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_exp
     assert others == first.splitlines()[:-1] and json.loads(last)["losses"]["music"] == 1.0
     result = CliRunner().invoke(hetero.main, ["-o", "hetero.jsonl", "--steps", "3"])
     assert result.exit_code == 1 and "name another file" in result.output
+
+
+@pytest.fixture
+def small(sequence, tiny_experts, monkeypatch):
+    """The experiment with hundreds of steps, with tiny models on made-up texts, its merges in this
+    process.
+    """
+    import mergeme_homogeneous
+    import mergeme_small
+    from real_data import Domain
+
+    documents = [row["text"] for row in words(1, 400)]
+    held_out = [row["text"] for row in words(2, 20)]
+    texts = {name: Domain(documents, held_out) for name in mergeme_small.DOMAINS}
+    monkeypatch.setattr(mergeme_homogeneous, "run_mergekit", sequence.run_mergekit)
+    monkeypatch.setattr(mergeme_homogeneous, "READING", Reading(max_length=40, quiet=True))
+    monkeypatch.setattr(mergeme_small, "BLOCK", 40)
+    monkeypatch.setattr(mergeme_small, "RATES", {"all": (1e-3, 1e-2), "gates": (1e-3, 1e-1)})
+    monkeypatch.setattr(mergeme_small, "domains", lambda: texts)
+    monkeypatch.setattr(mergeme_small, "make_small_base", lambda *_: tiny_experts["base"])
+    monkeypatch.setattr(mergeme_small, "make_experts", lambda *_: dict(tiny_experts))
+    return mergeme_small
+
+
+def test_the_experiment_with_hundreds_of_steps_runs_and_goes_on(small, tiny_experts, monkeypatch):
+    command = ["--output", "out", "--scale", "quick"]
+    result = CliRunner().invoke(small.main, [*command, "--seeds", "1"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    content = json.loads(Path("out/results.json").read_text())
+    assert content["runs"].keys() == set(small.ROWS)
+    for row, (_, trained) in small.ROWS.items():
+        (of_seed,) = content["runs"][row]
+        steps = 8 if row == "MoE upcycling" else 2  # 3 domains, 2 steps of an expert, and 2 more
+        assert of_seed["steps"] == [0, steps]
+        of_rates = content["validation"][row]
+        assert [float(rate) for rate in of_rates] == list(small.RATES[trained])
+        if trained == "all":
+            assert of_rates["0.01"] != of_rates["0.001"]
+            assert all(after != before for before, after in of_seed["losses"].values())
+            assert f"{row:18}  0.001: {of_rates['0.001']:.3f}" in result.output
+
+    # What has been measured is kept, and the rest is measured.
+    del content["runs"]["Dare merging"][0]
+    Path("out/results.json").write_text(json.dumps(content))
+    measured = []
+
+    def run(merged, part, data, measured_on, recipe):
+        measured.append((part, recipe))
+        routing = {name: [1.0, 0.0, 0.0, 0.0] for name in small.DOMAINS}
+        return small.Run([0], {name: [1.0] for name in small.DOMAINS}, routing)
+
+    monkeypatch.setattr(small, "run", run)
+    result = CliRunner().invoke(small.main, [*command, "--seeds", "1"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    ((part, recipe),) = measured
+    of_rates = content["validation"]["Dare merging"]
+    assert recipe.learning_rate == float(min(of_rates, key=of_rates.get))
+    assert part == "all" and recipe.max_steps == 2
+    again = json.loads(Path("out/results.json").read_text())
+    assert again["runs"].pop("Dare merging")[0]["losses"]["code"] == [1.0]
+    del content["runs"]["Dare merging"]
+    assert again["runs"] == content["runs"] and again["dense"] == content["dense"]
+    result = CliRunner().invoke(small.main, ["--output", "out"])
+    assert result.exit_code == 1 and "name another directory" in result.output
+
+
+def test_no_text_is_in_two_shares(small, tiny_experts, tmp_path):
+    documents = small.domains()["music"].train
+    parts = small.divided(small.domains())
+    assert list(parts) == list(small.SHARES)
+    of_music = [parts[share]["music"].train for share in parts]
+    assert [document for part in of_music for document in part] == documents
+    characters = sum(map(len, documents))
+    for share, part in zip(small.SHARES.values(), of_music, strict=True):
+        assert sum(map(len, part)) / characters == pytest.approx(share, abs=0.01)
+
+    # Sparse upcycling reads what the experts and a mixture have read.
+    scale = small.SCALES["quick"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_experts["base"])
+    data = small.write_data(tmp_path, tokenizer, small.domains(), scale)
+    rows = {part: Path(files[0].partition("=")[2]).read_text() for part, files in data.items()}
+    assert rows["upcycling"].endswith(rows["mixture"])
+    of_experts = small.blocks(tokenizer, parts["experts"]["bible"].train, 4)
+    first = [json.loads(row)["text"] for row in rows["upcycling"].splitlines()[:4]]
+    assert first == tokenizer.batch_decode(of_experts)
+    assert len(rows["upcycling"].splitlines()) * 3 >= scale.upcycling_steps * scale.batch
 
 
 @pytest.fixture

@@ -188,6 +188,15 @@ def _hetero(kind: str) -> tuple[Claim, ...]:
     )
 
 
+TABLE_1 = (
+    _mixture("Table 1", "BTX merging", "Random routing", "11.72, 6.92"),
+    _mixture("Table 1", "BTX merging", "Router fine-tuning", "11.72, 7.92"),
+    _mixture("Table 1", "Ties merging", "BTX merging", "12.52, 11.72"),
+    _mixture("Table 1", "Dare merging", "BTX merging", "12.86, 11.72"),
+    _mixture("Table 1", "Dare merging", "Ties merging", "12.86, 12.52"),
+    _mixture("Table 1", "MoE upcycling", "Dare merging", "16.05, 12.86"),
+)
+
 MERGEME = Paper(
     "MergeME",
     "https://arxiv.org/abs/2502.00997",
@@ -195,15 +204,13 @@ MERGEME = Paper(
     (
         Part(
             "mergeme_homogeneous",
-            "mixtures of one architecture, trained",
-            (
-                _mixture("Table 1", "BTX merging", "Random routing", "11.72, 6.92"),
-                _mixture("Table 1", "BTX merging", "Router fine-tuning", "11.72, 7.92"),
-                _mixture("Table 1", "Ties merging", "BTX merging", "12.52, 11.72"),
-                _mixture("Table 1", "Dare merging", "BTX merging", "12.86, 11.72"),
-                _mixture("Table 1", "Dare merging", "Ties merging", "12.86, 12.52"),
-                _mixture("Table 1", "MoE upcycling", "Dare merging", "16.05, 12.86"),
-            ),
+            "mixtures of SmolLM2-135M-Instruct, trained for nine steps",
+            TABLE_1,
+        ),
+        Part(
+            "mergeme_small",
+            "mixtures of a small Llama that is pretrained here, trained for hundreds of steps",
+            TABLE_1,
         ),
         Part(
             "mergeme_sequence",

@@ -311,6 +311,23 @@ EXPERIMENTS = {
         splits="Figures are of held-out texts. Learning rates were not searched for.",
         resumes=False,
     ),
+    "mergeme_small": Experiment(
+        "mergeme_small",
+        {
+            "quick": ("--output", "OUTPUT", "--scale", "quick", "--seeds", "1"),
+            "small": ("--output", "OUTPUT"),
+            "full": ("--output", "OUTPUT", "--seeds", "5"),
+        },
+        "results.json",
+        False,
+        DOMAINS,
+        mergeme_homogeneous,
+        lower_is_better=True,
+        percent=False,
+        page="mergeme.md#with-hundreds-of-steps",
+        splits="Each row's learning rate is the best of three on validation texts, figures are of "
+        "held-out texts.",
+    ),
     "mergeme_sequence": Experiment(
         "mergeme_sequence",
         {

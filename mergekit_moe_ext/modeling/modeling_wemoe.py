@@ -9,8 +9,9 @@ that does takes the mean over a prefix (`frozen`: the prompt in `generate`, else
 `routing_tokens` tokens; labels among them are left out of the loss) or, at every position, over
 what is there up to it (`running`).
 
-The files beside this one hold the products (`wemoe_products`), the parameters that are weighed when
-they are read (`wemoe_tensors`), and what a forward pass knows (`wemoe_calls`).
+The files beside this one hold the products (`wemoe_products`), the tiles that these go through
+(`wemoe_tiles`), the parameters that are weighed when they are read (`wemoe_tensors`), and what a
+forward pass knows (`wemoe_calls`).
 """
 
 import inspect

@@ -8,7 +8,7 @@ weight nor a whole sparse task vector is ever made dense: both are processed in 
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,30 +17,20 @@ from transformers import initialization
 from transformers.pytorch_utils import Conv1D
 
 from .wemoe_calls import OUTSIDE, Current
+from .wemoe_tiles import (
+    PLAIN,
+    RULES,
+    Rule,
+    made_dense,
+    places_in_tile,
+    rows_of_tile,
+    rule_of,
+    samples_of_tile,
+    slices_of,
+    tiles_of,
+)
 
 _MEMORY = Path("/proc/meminfo")  # on Linux, lines of a name and kilobytes
-
-
-class Rule(NamedTuple):
-    """Which of the ways to compute a product a kind of device takes.
-
-    merging: from this many tokens with one set of coefficients on, weights are merged.
-    sparse: up to this many tokens in all, sparse task vectors are multiplied as they are; beyond
-        it, and always with 0, they are made dense.
-    tile: elements of weights or vectors that are held at once.
-    """
-
-    merging: int
-    sparse: int
-    tile: int
-
-
-# As `benchmarks/wemoe.py --rule` measured them, by torch's names of kinds of devices. On a CPU a
-# tile stays in a cache.
-RULES = {"cpu": Rule(merging=8, sparse=128, tile=2**20)}
-# For what was not measured, and in compiled code, where loops are unrolled: dense vectors, whole.
-PLAIN = Rule(merging=8, sparse=0, tile=2**27)
-_ROWS = 32  # the rows of a tile are a multiple of this; products with fewer are slow
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
@@ -347,11 +337,11 @@ def _merged_at_once(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Tens
         values, columns, row_ends = stored
         wide = torch.promote_types(values.dtype, torch.float32)
         weighed = c.T.to(wide) * values
-        places = _places(columns, row_ends, weight.shape[1], len(weight))
+        places = places_in_tile(columns, row_ends, weight.shape[1], len(weight))
         total = weight.flatten().to(wide, copy=True)
         total.index_add_(0, places.flatten(), weighed.flatten())
         return total.view(1, *weight.shape)
-    vectors = stored[0] if len(stored) == 1 else _made_dense(weight, *stored)
+    vectors = stored[0] if len(stored) == 1 else made_dense(weight, *stored)
     merged = torch.addmm(weight.flatten(), c, vectors.flatten(1))
     return merged.view(-1, *weight.shape)
 
@@ -370,7 +360,7 @@ def _products_at_once(
     over_rows: bool,
 ) -> Tensor:
     """What `_products` gives, by one product with all task vectors, whose parts are then summed."""
-    vectors = stored[0] if len(stored) == 1 else _made_dense(weight, *stored)
+    vectors = stored[0] if len(stored) == 1 else made_dense(weight, *stored)
     tokens = len(x) * x.shape[1]
     flat_x = x.reshape(tokens, x.shape[2])
     if over_rows:
@@ -413,7 +403,7 @@ def _products(
     # One coefficient per token, or one per sample that is broadcast over its tokens. It scales the
     # product and not the vector, so that one product serves tokens with different coefficients.
     by_token = c if c.ndim == 3 else c[:, None]
-    for tile, base_rows, vectors in _tiles(weight, stored, _rows_of_tile(weight, c.shape[-1])):
+    for tile, base_rows, vectors in tiles_of(weight, stored, rows_of_tile(weight, c.shape[-1])):
         left = x[..., tile] if over_rows else x
         product = _times(left, base_rows, over_rows)
         for index, vector in enumerate(vectors):
@@ -444,16 +434,16 @@ def _merged_tiles(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Parts:
         values, *places = stored
         wide = torch.promote_types(values.dtype, torch.float32)
         weighed = (c.T * values.to(wide), *places)
-        rows = _rows_of_tile(weight, 1)
-        for tile, base_rows, total in _tiles(weight, weighed, rows, is_sum=True):
+        rows = rows_of_tile(weight, 1)
+        for tile, base_rows, total in tiles_of(weight, weighed, rows, is_sum=True):
             yield tile, slice(None), base_rows + total
         return
     # Else the vectors of a tile are made dense once and serve all samples. The weights of as many
     # samples are merged at a time as fit beside them.
-    samples_per_tile = _samples_of_tile(weight, len(c))
-    rows = _rows_of_tile(weight, max(samples_per_tile, c.shape[1]))
-    for tile, base_rows, vectors in _tiles(weight, stored, rows):
-        for samples in _slices(len(c), samples_per_tile):
+    samples_per_tile = samples_of_tile(weight, len(c))
+    rows = rows_of_tile(weight, max(samples_per_tile, c.shape[1]))
+    for tile, base_rows, vectors in tiles_of(weight, stored, rows):
+        for samples in slices_of(len(c), samples_per_tile):
             merged = torch.addmm(base_rows.flatten(), c[samples], vectors.flatten(1))
             yield tile, samples, merged.unflatten(-1, base_rows.shape)
 
@@ -475,141 +465,19 @@ def _gradient_of_coefficients(
     # the sample's weight is one product. With coefficients per token it would be as large as one
     # weight per token, so T_i is multiplied with the token's two sides instead.
     total = torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32))
-    samples_per_tile = _samples_of_tile(weight, len(c))
-    rows = _rows_of_tile(weight, max(samples_per_tile, c.shape[-1]))
-    for tile, _, vectors in _tiles(weight, stored, rows):
+    samples_per_tile = samples_of_tile(weight, len(c))
+    rows = rows_of_tile(weight, max(samples_per_tile, c.shape[-1]))
+    for tile, _, vectors in tiles_of(weight, stored, rows):
         if c.ndim == 3:
             for index, vector in enumerate(vectors):
                 products = _times(by_columns, vector, False) * by_rows[..., tile]
                 total[..., index] += products.sum(-1)
             continue
-        for samples in _slices(len(c), samples_per_tile):
+        for samples in slices_of(len(c), samples_per_tile):
             weight_gradients = by_rows[samples, :, tile].mT @ by_columns[samples]
             flat_gradients = weight_gradients.flatten(1).to(vectors.dtype)
             total[samples] += flat_gradients @ vectors.flatten(1).mT
     return total.to(c.dtype)
-
-
-def rule_of(device: torch.device) -> Rule:
-    """The rule of a device, which code that is compiled for it has not."""
-    return PLAIN if torch.compiler.is_compiling() else RULES.get(device.type, PLAIN)
-
-
-def _samples_of_tile(weight: Tensor, samples: int) -> int:
-    """The number of samples whose weights are merged at once, about the same in every turn."""
-    if not samples:
-        return 1
-    # As many as fit with the smallest tile, spread evenly: 9 samples of at most 8 are 5 and 4, not
-    # 8 and 1. Both divisions round up.
-    most = max(1, rule_of(weight.device).tile // (_ROWS * weight.shape[1]))
-    turns = -(-samples // most)
-    return max(1, -(-samples // turns))
-
-
-def _rows_of_tile(weight: Tensor, held: int) -> int:
-    """The number of rows of a tile, `held` copies of which are in memory at once."""
-    blocks = rule_of(weight.device).tile // (held * weight.shape[1] * _ROWS)
-    return min(max(1, blocks) * _ROWS, weight.shape[0])
-
-
-def _slices(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def _tiles(
-    weight: Tensor,
-    stored: Sequence[Tensor],
-    rows: int,
-    *,
-    is_sum: bool = False,
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Tiles of the weight: the slice of rows, these rows, and those of the dense vectors.
-
-    The vectors are (experts, rows, columns); with `is_sum`, which is for sparse ones alone, their
-    sum (1, rows, columns).
-    """
-    slices = _slices(weight.shape[0], rows)
-    if len(stored) == 1:
-        for tile in slices:
-            yield tile, weight[tile], stored[0][:, tile]
-        return
-    if len(slices) == 1 and not is_sum:
-        yield slices[0], weight, _made_dense(weight, *stored)
-        return
-    values, columns, row_ends = stored
-    # Computed once for all tiles, since each step of it goes over all elements.
-    places = _places(columns, row_ends, weight.shape[1], rows)
-    # Elements are sorted by row, so that those of a tile are one stretch, which ends where its last
-    # row does.
-    edges = []
-    for ends in row_ends[:, rows - 1 : -1 : rows].tolist():
-        edges.append([0, *ends, values.shape[1]])
-    for number, tile in enumerate(slices):
-        base_rows = weight[tile]
-        vectors = values.new_zeros(1 if is_sum else len(values), base_rows.numel())
-        for index, expert_edges in enumerate(edges):
-            stretch = slice(expert_edges[number], expert_edges[number + 1])
-            dense = vectors[0 if is_sum else index]
-            dense.index_add_(0, places[index, stretch], values[index, stretch])
-        yield tile, base_rows, vectors.unflatten(1, base_rows.shape)
-
-
-def _made_dense(weight: Tensor, values: Tensor, columns: Tensor, row_ends: Tensor) -> Tensor:
-    """Sparse vectors as dense ones, (experts, rows, columns)."""
-    vectors = values.new_zeros(len(values), *weight.shape)
-    width = weight.shape[1]
-    if _searches(values.device):
-        places = _places_by_search(columns, row_ends, width, len(weight))
-        vectors.view(len(values), -1).scatter_(1, places.long(), values)
-    else:
-        places = _places_by_counts(columns, row_ends, width)
-        vectors.view(-1).index_add_(0, places.flatten(), values.flatten())
-    return vectors
-
-
-def _places(columns: Tensor, row_ends: Tensor, width: int, rows: int) -> Tensor:
-    """Where each kept element (experts, kept) lies in its flattened tile, which is so many rows of
-    a weight of this width: its row's start there, and its column.
-    """
-    # They are not kept for further passes: they would take more memory than columns do, which are
-    # stored because they are small.
-    if _searches(columns.device):
-        return _places_by_search(columns, row_ends, width, rows)
-    return _places_by_counts(columns, row_ends, width, rows)
-
-
-def _searches(device: torch.device) -> bool:
-    """Whether a device takes the way with the fewest operations, though each of them does more."""
-    return device.type != "cpu"
-
-
-def _places_by_counts(
-    columns: Tensor, row_ends: Tensor, width: int, rows: int | None = None
-) -> Tensor:
-    """Places as `_places` gives; without `rows`, places in all vectors, one after the other."""
-    counts = torch.diff(row_ends, prepend=row_ends.new_zeros(len(row_ends), 1), dim=1)
-    numbers = torch.arange(row_ends.numel(), dtype=torch.int32, device=row_ends.device)
-    if rows is not None:
-        numbers = numbers % row_ends.shape[1] % rows
-    starts = numbers * width
-    places = starts.repeat_interleave(counts.flatten(), output_size=columns.numel())
-    places = places.view(columns.shape)
-    places += columns.int()
-    return places
-
-
-def _places_by_search(columns: Tensor, row_ends: Tensor, width: int, rows: int) -> Tensor:
-    numbers = torch.arange(columns.shape[1], dtype=torch.int32, device=columns.device)
-    numbers = numbers.repeat(len(columns), 1)
-    # The row of the k-th element is the number of rows that end before it.
-    found = torch.searchsorted(row_ends, numbers, right=True, out_int32=True)
-    if rows < row_ends.shape[1]:
-        found = found % rows
-    # Numbers without a sign cannot be added to others. With a sign the same bits are the same
-    # numbers, up to half of what the type holds.
-    is_narrow = columns.dtype == torch.uint16 and width <= 2**15
-    signed = columns.view(torch.int16) if is_narrow else columns.int()
-    return torch.add(signed, found, alpha=width)
 
 
 def _has_room(size: int, device: torch.device) -> bool:
@@ -681,7 +549,7 @@ def _sparse_product(
     by_token = by_token.flatten(0, 1).to(dtype)
     flat_x = x.flatten(0, 1).to(dtype)
     flat_y = y.flatten(0, 1)
-    for tokens in _slices(len(flat_x), max(1, rule_of(x.device).tile // len(ends))):
+    for tokens in slices_of(len(flat_x), max(1, rule_of(x.device).tile // len(ends))):
         products = (matrix @ flat_x[tokens].T).view(experts, rows, -1)
         products *= by_token[tokens].T[:, None]
         flat_y[tokens] += products.sum(0).T

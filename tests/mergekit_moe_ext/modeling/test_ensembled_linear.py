@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_moe_ext.modeling import wemoe_products
+from mergekit_moe_ext.modeling import wemoe_tiles
 from mergekit_moe_ext.modeling.wemoe_calls import Current, EnsembleCall
 from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 
@@ -36,8 +36,8 @@ class Set(nn.Module):
 
 
 def change_rule(monkeypatch, **numbers):
-    rule = wemoe_products.RULES["cpu"]._replace(**numbers)
-    monkeypatch.setitem(wemoe_products.RULES, "cpu", rule)
+    rule = wemoe_tiles.RULES["cpu"]._replace(**numbers)
+    monkeypatch.setitem(wemoe_tiles.RULES, "cpu", rule)
 
 
 @pytest.fixture(params=["merged", "one by one"])
@@ -53,7 +53,7 @@ def way(request, monkeypatch):
 )
 def tile(request, monkeypatch):
     change_rule(monkeypatch, tile=request.param[0])
-    monkeypatch.setattr(wemoe_products, "_ROWS", request.param[1])
+    monkeypatch.setattr(wemoe_tiles, "_ROWS", request.param[1])
 
 
 def make(
@@ -242,8 +242,8 @@ STARTED = {
 @pytest.fixture
 def like_a_gpu(monkeypatch):
     """The CPU takes the way of a device for which there is no rule."""
-    monkeypatch.delitem(wemoe_products.RULES, "cpu")
-    monkeypatch.setattr(wemoe_products, "_searches", lambda device: True)
+    monkeypatch.delitem(wemoe_tiles.RULES, "cpu")
+    monkeypatch.setattr(wemoe_tiles, "_searches", lambda device: True)
 
 
 def started(work):
@@ -292,8 +292,8 @@ def test_elements_are_found_where_counting_finds_them(rows, width):
     row_ends = torch.tensor([[0, 2, 2, 4, 4], [1, 1, 3, 3, 4], [4, 4, 4, 4, 4]], dtype=torch.int32)
     columns = torch.tensor([[0, width - 1, 1, 2], [2, 0, width - 1, 0], [0, 1, 2, width - 1]])
     places = (columns.to(torch.uint16), row_ends, width, rows)
-    found = wemoe_products._places_by_search(*places)
-    assert torch.equal(found, wemoe_products._places_by_counts(*places))
+    found = wemoe_tiles._places_by_search(*places)
+    assert torch.equal(found, wemoe_tiles._places_by_counts(*places))
 
 
 def test_overlapping_sparse_vectors_are_rounded_once(tile):

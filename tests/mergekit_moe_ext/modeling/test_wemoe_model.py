@@ -13,7 +13,7 @@ from measuring import operations
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
-from mergekit_moe_ext.modeling import modeling_wemoe, wemoe_products
+from mergekit_moe_ext.modeling import modeling_wemoe, wemoe_products, wemoe_tiles
 from mergekit_moe_ext.modeling.wemoe_calls import running_mean
 from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 from tests.mergekit_moe_ext.ensembles import (
@@ -37,8 +37,8 @@ def close(actual, expected, **tolerances):
 
 
 def change_rule(monkeypatch, **numbers):
-    rule = wemoe_products.RULES["cpu"]._replace(**numbers)
-    monkeypatch.setitem(wemoe_products.RULES, "cpu", rule)
+    rule = wemoe_tiles.RULES["cpu"]._replace(**numbers)
+    monkeypatch.setitem(wemoe_tiles.RULES, "cpu", rule)
 
 
 @pytest.fixture(params=["merged", "one by one"])
@@ -513,7 +513,7 @@ def test_a_step_is_one_of_the_base(samples, much_memory):
 
 @torch.no_grad()
 def test_a_pass_starts_few_operations_beyond_the_base_s(monkeypatch):
-    monkeypatch.delitem(wemoe_products.RULES, "cpu")
+    monkeypatch.delitem(wemoe_tiles.RULES, "cpu")
     model, inputs = build("llama"), inputs_of("llama")
     model.config.pad_token_id = None
     groups = model.ensembling.groups
