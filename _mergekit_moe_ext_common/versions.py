@@ -61,7 +61,8 @@ def remark_on_native_adapters(versions: dict[str, str | None]) -> str:
     """A sentence on adapters that transformers loads itself, with these versions; "" if that
     works.
     """
-    transformers, peft = versions["transformers"], versions["peft"]
+    transformers = versions["transformers"]
+    peft = versions["peft"]
     if transformers is None or peft is None:
         return ""
     is_refused = Version(transformers) >= Version(_NATIVE_ADAPTERS_SINCE)

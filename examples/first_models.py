@@ -33,8 +33,11 @@ def sentences() -> dict[str, list[str]]:
     draw = random.Random(0)
     texts: dict[str, list[str]] = {"math": [], "code": []}
     for _ in range(SENTENCES):
-        first, second = draw.randrange(1, 6), draw.randrange(1, 6)
-        left, right, total = (NUMBERS[n - 1] for n in (first, second, first + second))
+        first = draw.randrange(1, 6)
+        second = draw.randrange(1, 6)
+        left = NUMBERS[first - 1]
+        right = NUMBERS[second - 1]
+        total = NUMBERS[first + second - 1]
         texts["math"].append(f"The sum of {left} and {right} is {total} .")
         texts["code"].append(f"def add_{left} ( x ) : return x + {left} # add_{left} ( {right} )")
     return texts

@@ -335,7 +335,8 @@ def measure_untrained(
     results.add("music expert, base's tokenizer", losses_of(model, held_out, alone))
     config = model.config
     usual = config.routing, config.experts_per_sequence, config.combine
-    config.routing, config.experts_per_sequence = "perplexity", len(experts)
+    config.routing = "perplexity"
+    config.experts_per_sequence = len(experts)
     of_all = choices(model, dict(routed))
     for combine in ("logits", "probabilities"):
         config.combine = combine

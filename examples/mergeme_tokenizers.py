@@ -169,10 +169,12 @@ def through_own(expert: Path, donor: Path, texts: list[str]) -> dict[str, Measur
     """What an expert makes of the texts through its own tokenizer, and the least loss through the
     donor's, with which it writes nothing.
     """
-    of_donor, own = (AutoTokenizer.from_pretrained(path) for path in (donor, expert))
+    of_donor = AutoTokenizer.from_pretrained(donor)
+    own = AutoTokenizer.from_pretrained(expert)
     model = AutoModelForCausalLM.from_pretrained(expert)
     tokens = [Tokens(of_donor), Tokens(own)]
-    own_loss, least = 0.0, 0.0
+    own_loss = 0.0
+    least = 0.0
     for text in texts:
         own_ids = own(text, add_special_tokens=False).input_ids
         own_loss += nats(model, own_ids, own.bos_token_id)

@@ -509,7 +509,10 @@ class Bench:
         entropies = [results[task]["entropy"] for task in TASKS]
         row["entropy"] = [statistics.mean(column) for column in zip(*entropies, strict=True)]
         if model.ensembling.router_layers:
-            row["coefficients"] = coefficients_of(model, self.data)
+            looked_at = {}
+            for task in TASKS:
+                looked_at[task] = pixels(self.data[task].test[:ROUTED_LOOKED_AT])
+            row["coefficients"] = coefficients_of(model, looked_at)
         if eval_steps:
             row["curve"] = curve_of(history)
 
@@ -544,11 +547,12 @@ class Bench:
 
 
 @torch.inference_mode()
-def coefficients_of(model: Any, data: dict[str, Images]) -> dict[str, Any]:
-    """The mean of each coefficient, and how often each is the largest, by task: (blocks, tasks)."""
+def coefficients_of(model: Any, images: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The mean of each coefficient, and how often each is the largest, by task: (blocks, tasks).
+    Images are as the model sees them.
+    """
     by_task = {}
-    for task in TASKS:
-        x = pixels(data[task].test[:ROUTED_LOOKED_AT])
+    for task, x in images.items():
         coefficients = model.coefficients(pixel_values=x, task=task)
         largest = functional.one_hot(coefficients.argmax(-1), coefficients.shape[-1]).float()
         by_task[task] = {"mean": coefficients.mean(0).tolist(), "first": largest.mean(0).tolist()}
@@ -918,9 +922,9 @@ def draw_routing(results: Results, path: Path) -> None:
     """
     plt = pyplot()
     seeds = [cell["coefficients"] for cell in results.cells["WEMoE (2-layer)"].values()]
-    figure, panels = plt.subplots(
-        2, len(TASKS), figsize=(2.5 * len(TASKS), 4.4), sharex=True, layout="constrained"
-    )
+    blocks = len(seeds[0][TASKS[0]]["mean"])
+    size = (2.5 * len(TASKS), 2 + 0.6 * blocks)
+    figure, panels = plt.subplots(2, len(TASKS), figsize=size, sharex=True, layout="constrained")
     titles = {"mean": "coefficients", "first": "largest"}
     for line, (kind, title) in zip(panels, titles.items(), strict=True):
         for axes, task in zip(line, TASKS, strict=True):

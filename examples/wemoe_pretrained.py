@@ -11,8 +11,10 @@
    the test images without their labels, as `mergekit-moe-ext adapt` does, and measure accuracy and
    entropy.
 
-With `--only`, Table 4 (two of the tasks are not merged), Table 5 (corrupted images) and learning
-rates on images that no table is measured on.
+With `--only`, Table 4 (two of the tasks are not merged), Table 5 (corrupted images), figures 4 and
+5 (learning rates, steps and lambda), figures 11 and 12 (what the routers choose), and learning
+rates on images that no table is measured on. Table 5 and figures 5, 11 and 12 have routers at a
+constant rate of 1e-4, at which they go wrong in no seed of Table 2.
 
 Every row is written as soon as it is measured (`*.json` in OUTPUT), so the same command goes on
 after an interruption. What differs from the papers: 50 steps of adaptation by default, not 1000;
@@ -61,20 +63,30 @@ from transformers import BitImageProcessor, Dinov2ForImageClassification, Dinov2
 from wemoe_images import (
     COMPARED,
     CORRUPTIONS,
+    LAMBDAS,
+    LAMBDAS_ROUTED,
     STATIC,
     TASKS,
     Results,
     average,
     claim,
+    coefficients_of,
     corrupted,
+    curve_of,
+    draw_curves,
+    draw_lambdas,
+    draw_routing,
     merge,
     percent,
     routed,
+    scaled,
+    text_of_figure4,
+    text_of_figure5,
     write_tests,
 )
 
 from mergekit_moe_ext import Adaptation, Reading, adapt
-from mergekit_moe_ext.analysis import load_ensemble, read_ensemble
+from mergekit_moe_ext.analysis import load_ensemble, pyplot, read_ensemble
 
 SIDE = 56  # pixels; 16 patches
 MEAN = [0.485, 0.456, 0.406]
@@ -117,6 +129,10 @@ ADAPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "WEMoE (2-layer), constant 1e-4": (routed(**UPPER), {"learning_rate": 1e-4}),
     "WEMoE (2-layer), 3e-4": (routed(**UPPER), {**COSINE, "learning_rate": 3e-4}),
 }
+AT_CONSTANT_RATE = "WEMoE (2-layer), constant 1e-4"
+ON_CORRUPTED = ["Task arithmetic", "Ties-Merging", "AdaMerging (layer)", AT_CONSTANT_RATE]
+SWEPT = (1e-2, 1e-3, 1e-4)  # the constant learning rates of figure 4
+LOOKED_AT = 100  # images per task, for coefficients
 # The rows of the same names without the two signs, on task vectors that TIES has trimmed.
 TRIMMED = ("AdaMerging++ (layer)", "AdaMerging++ (task)")
 CALIBRATED = 256  # training images per task for Fisher merging and RegMean, as in FusionBench
@@ -142,6 +158,13 @@ CLAIMS = [
     ("WEMoE (2-layer)", "AdaMerging++ (layer)"),
     ("E-WEMoE 0.9", "AdaMerging (layer)"),
     ("Individual", "WEMoE (2-layer)"),
+]
+CLAIMS_CORRUPTED = [
+    (AT_CONSTANT_RATE, "AdaMerging (layer)"),
+    (AT_CONSTANT_RATE, "Task arithmetic"),
+    (AT_CONSTANT_RATE, "Ties-Merging"),
+    ("AdaMerging (layer)", "Task arithmetic"),
+    ("Task arithmetic", "Ties-Merging"),
 ]
 CLAIMS_UNSEEN = [
     ("WEMoE (2-layer)", "AdaMerging (layer)"),
@@ -266,6 +289,7 @@ class Bench:
     base: the pretrained trunk; base_model: the same with a head that is not used.
     models: the fine-tunes that are merged, with their heads, by task; trunks: the same without, and
     "base"; heads, hidden and tests: of every task.
+    corruptions: those of Table 5.
     """
 
     seed: int
@@ -281,6 +305,7 @@ class Bench:
     tests: list[str]
     scratch: Path
     steps: int
+    corruptions: Sequence[str]
 
     def measure(self, trunk_of: Callable[[str], Dinov2Model]) -> dict[str, Any]:
         """Accuracy by task, and as `entropy` the mean over tasks of that of the predictions."""
@@ -376,7 +401,10 @@ class Bench:
         return self.measure(with_own)
 
     def adapted(self, method: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """A merge that was adapted to the test images, as `adapt` measures it."""
+        """A merge that was adapted to the test images, as `adapt` measures it. What the routers
+        choose is there as `coefficients`, and with `eval_steps` the accuracies in between as
+        `curve`.
+        """
         how = Adaptation(
             **settings, steps=self.steps, per_device_eval_batch_size=50, seed=self.seed
         )
@@ -394,10 +422,16 @@ class Bench:
             assert results is not None  # this is the only process
             row: dict[str, Any] = {task: results[task]["accuracy"][1] for task in self.models}
             row["entropy"] = statistics.mean(results[task]["entropy"][1] for task in self.models)
-            output = str(Path(folder) / "adapted")
-            model = load_ensemble(output, *read_ensemble(output)).eval()
+            output = Path(folder) / "adapted"
+            model = load_ensemble(str(output), *read_ensemble(str(output))).eval()
+            if how.eval_steps:
+                state = json.loads((output / "trainer_state.json").read_text())
+                row["curve"] = curve_of(state["log_history"])
         if model.ensembling.router_layers:
-            row["coefficients"] = self.chosen(model)
+            looked_at = {}
+            for task in self.models:
+                looked_at[task] = pixels(self.data[task].test[:LOOKED_AT])
+            row["coefficients"] = coefficients_of(model, looked_at)
         return row | self.unseen(model)
 
     def trimmed(self, method: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -408,15 +442,6 @@ class Bench:
                 self.base_model, self.models, "classifier.", density, Path(folder)
             )
             return replace(self, models=models).adapted(method, settings)
-
-    @torch.inference_mode()
-    def chosen(self, model: Any) -> dict[str, list[float]]:
-        """The mean coefficient of each task's vectors, over blocks and some images, by task."""
-        by_task = {}
-        for task in self.models:
-            x = pixels(self.data[task].test[:50])
-            by_task[task] = model.coefficients(pixel_values=x, task=task).mean((0, 1)).tolist()
-        return by_task
 
     @torch.inference_mode()
     def unseen(self, model: Any) -> dict[str, float]:
@@ -471,6 +496,7 @@ def make_bench(
     seed: int,
     scratch: Path,
     steps: int,
+    corruptions: Sequence[str] = CORRUPTIONS,
 ) -> Bench:
     """The heads and fine-tunes of a seed, which are made once and kept, and the test images.
 
@@ -533,6 +559,7 @@ def make_bench(
         tests=tests,
         scratch=scratch,
         steps=steps,
+        corruptions=corruptions,
     )
 
 
@@ -556,9 +583,9 @@ def table2(bench: Bench, results: Results) -> None:
         results.once(row, bench.seed, partial(bench.trimmed, method, settings))
 
 
-def compare(bench: Bench, results: Results, suffix: str = "") -> None:
-    """Measures what Tables 4 and 5 compare, under the names of the rows with a suffix."""
-    for row in COMPARED:
+def compare(bench: Bench, results: Results, rows: Sequence[str], suffix: str = "") -> None:
+    """Measures some rows of Table 2, under their names with a suffix."""
+    for row in rows:
         if row in STATIC:
             measure = partial(bench.static, STATIC[row])
         else:
@@ -569,14 +596,44 @@ def compare(bench: Bench, results: Results, suffix: str = "") -> None:
 def table4(bench: Bench, results: Results) -> None:
     """Measures the rows of Table 4, where two of the tasks are not merged."""
     results.once("Pre-trained", bench.seed, bench.pretrained)
-    compare(bench.merging(SEEN), results)
+    compare(bench.merging(SEEN), results, COMPARED)
 
 
 def table5(bench: Bench, results: Results) -> None:
     """Measures the rows of Table 5, on corrupted test images."""
-    for corruption in CORRUPTIONS:
+    for corruption in bench.corruptions:
         there = bench.on(corrupted(bench.data, corruption), corruption)
-        compare(there, results, f", {corruption}")
+        compare(there, results, ON_CORRUPTED, f", {corruption}")
+
+
+def figure4(bench: Bench, results: Results) -> None:
+    """Measures the curves of figure 4: accuracy by constant learning rate and step."""
+    method, _ = ADAPTED[AT_CONSTANT_RATE]
+    for rate in SWEPT:
+        settings = {"learning_rate": rate, "eval_steps": max(1, bench.steps // 5)}
+        results.once(f"{rate:g}", bench.seed, partial(bench.adapted, method, settings))
+
+
+def figure5(bench: Bench, results: Results) -> None:
+    """Measures the curves of figure 5: accuracy by lambda. Routers have a constant rate."""
+    for row in ("Task arithmetic", "Ties-Merging"):
+        for scale in LAMBDAS:
+            measure = partial(bench.static, scaled(STATIC[row], scale))
+            results.once(f"{row}, {scale}", bench.seed, measure)
+    for row, of_table2 in (
+        ("WEMoE (2-layer)", AT_CONSTANT_RATE),
+        ("WEMoE (0-layer)", "WEMoE (0-layer)"),
+    ):
+        method, settings = ADAPTED[of_table2]
+        for scale in LAMBDAS_ROUTED:
+            measure = partial(bench.adapted, scaled(method, scale), settings)
+            results.once(f"{row}, {scale}", bench.seed, measure)
+
+
+def routing(bench: Bench, results: Results) -> None:
+    """Measures what routers with a constant rate choose, for figures 11 and 12."""
+    measure = partial(bench.adapted, *ADAPTED[AT_CONSTANT_RATE])
+    results.once("WEMoE (2-layer)", bench.seed, measure)
 
 
 def rates(bench: Bench, results: Results) -> None:
@@ -637,17 +694,18 @@ def text_of_table4(results: Results) -> str:
 
 
 def text_of_table5(results: Results) -> str:
-    """The table, and where WEMoE is above the others."""
+    """The table, and the paper's orderings on every corruption that was measured."""
     lines = [table(results, EACH_AND_AVERAGE)]
     for corruption in CORRUPTIONS:
-        for row in COMPARED[:-1]:
-            better = f"{COMPARED[-1]}, {corruption}"
-            lines += ["", *claim(results, better, f"{row}, {corruption}")]
+        if f"{ON_CORRUPTED[-1]}, {corruption}" not in results.cells:
+            continue
+        for better, worse in CLAIMS_CORRUPTED:
+            lines += ["", *claim(results, f"{better}, {corruption}", f"{worse}, {corruption}")]
     return "\n".join(lines)
 
 
-def text_of_rates(results: Results) -> str:
-    """The table."""
+def text_of_rows(results: Results) -> str:
+    """The table alone."""
     return table(results, EACH_AND_AVERAGE)
 
 
@@ -655,7 +713,15 @@ PARTS: dict[str, tuple[Callable[[Bench, Results], None], Callable[[Results], str
     "table2": (table2, text_of_table2),
     "table4": (table4, text_of_table4),
     "table5": (table5, text_of_table5),
-    "rates": (rates, text_of_rates),
+    "figure4": (figure4, text_of_figure4),
+    "figure5": (figure5, text_of_figure5),
+    "routing": (routing, text_of_rows),
+    "rates": (rates, text_of_rows),
+}
+DRAWN = {
+    "figure4": (draw_curves, "wemoe_pretrained_figure4.png"),
+    "figure5": (draw_lambdas, "wemoe_pretrained_figure5.png"),
+    "routing": (draw_routing, "wemoe_pretrained_routing.png"),
 }
 
 
@@ -677,7 +743,29 @@ PARTS: dict[str, tuple[Callable[[Bench, Results], None], Callable[[Results], str
 )
 @click.option("--seed", "seeds", type=int, multiple=True, default=[0], show_default=True)
 @click.option("--steps", type=int, default=50, show_default=True, help="Steps of an adaptation.")
-def main(output: Path, only: tuple[str, ...], seeds: tuple[int, ...], steps: int) -> None:
+@click.option(
+    "--corruption",
+    "corruptions",
+    type=click.Choice(CORRUPTIONS),
+    multiple=True,
+    help="Corruption of Table 5; several may be given. [default: all]",
+)
+@click.option(
+    "--plot",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory for the figures.",
+)
+def main(
+    output: Path,
+    only: tuple[str, ...],
+    seeds: tuple[int, ...],
+    steps: int,
+    corruptions: tuple[str, ...],
+    plot: Path | None,
+) -> None:
+    if plot:
+        pyplot()  # an error before any work where it is not installed
+        plot.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -690,13 +778,18 @@ def main(output: Path, only: tuple[str, ...], seeds: tuple[int, ...], steps: int
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
             tqdm.write(f"seed {seed}", file=sys.stderr)
-            bench = make_bench(data, beyond, scale, seed, Path(scratch), steps)
+            bench = make_bench(
+                data, beyond, scale, seed, Path(scratch), steps, corruptions or CORRUPTIONS
+            )
             for part, of_part in results.items():
                 measure, _ = PARTS[part]
                 measure(bench, of_part)
     for part, of_part in results.items():
         _, text_of = PARTS[part]
         click.echo(text_of(of_part) + "\n")
+        if plot and part in DRAWN:
+            draw, name = DRAWN[part]
+            draw(of_part, plot / name)
 
 
 if __name__ == "__main__":

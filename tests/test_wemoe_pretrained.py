@@ -33,7 +33,12 @@ def experiment(examples, monkeypatch, tmp_path):
     monkeypatch.setattr(wemoe_pretrained, "tasks", made_up_tasks)
     upper = {"upscale_layers": "1"}
     rows = {}
-    for name in ("AdaMerging (layer)", "WEMoE (2-layer)"):
+    for name in (
+        "AdaMerging (layer)",
+        "WEMoE (2-layer)",
+        "WEMoE (0-layer)",
+        wemoe_pretrained.AT_CONSTANT_RATE,
+    ):
         method, settings = wemoe_pretrained.ADAPTED[name]
         if "upscale_layers" in method["parameters"]:
             method = {**method, "parameters": {**method["parameters"], **upper}}
@@ -41,7 +46,13 @@ def experiment(examples, monkeypatch, tmp_path):
     monkeypatch.setattr(wemoe_pretrained, "ADAPTED", rows)
     monkeypatch.setattr(wemoe_pretrained, "TRIMMED", ("AdaMerging++ (layer)",))
     monkeypatch.setattr(wemoe_pretrained, "COMPARED", ["Task arithmetic", "WEMoE (2-layer)"])
+    monkeypatch.setattr(
+        wemoe_pretrained, "ON_CORRUPTED", ["Task arithmetic", wemoe_pretrained.AT_CONSTANT_RATE]
+    )
     monkeypatch.setattr(wemoe_pretrained, "CORRUPTIONS", ["dark"])
+    for name in ("LAMBDAS", "LAMBDAS_ROUTED", "SWEPT"):
+        values = getattr(wemoe_pretrained, name)
+        monkeypatch.setattr(wemoe_pretrained, name, values[:1])
     monkeypatch.setattr(wemoe_pretrained, "corrupted", darkened)
     once = dict.fromkeys(wemoe_pretrained.RATES, (1e-3,))
     monkeypatch.setattr(wemoe_pretrained, "RATES", once)
@@ -77,7 +88,8 @@ def test_unseen_tasks_corruptions_and_rates(experiment, tmp_path):
         command += ["--only", part]
     done = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "WEMoE (2-layer), dark above Task arithmetic, dark" in done.stdout
+    better = experiment.AT_CONSTANT_RATE
+    assert f"{better}, dark above Task arithmetic, dark" in done.stdout
     rows = {}
     for part in ("table4", "table5", "rates"):
         rows[part] = json.loads((tmp_path / "out" / f"{part}-0.json").read_text())["rows"]
@@ -85,9 +97,30 @@ def test_unseen_tasks_corruptions_and_rates(experiment, tmp_path):
     adapted = rows["table4"]["WEMoE (2-layer)"]
     assert adapted.keys() >= set(experiment.TASKS)
     assert adapted["coefficients"].keys() == set(experiment.SEEN)
-    assert all(len(means) == 2 for means in adapted["coefficients"].values())
-    assert rows["table5"].keys() == {"Task arithmetic, dark", "WEMoE (2-layer), dark"}
+    for of_task in adapted["coefficients"].values():
+        assert len(of_task["mean"]) == 1 and len(of_task["mean"][0]) == 2  # blocks, experts
+        assert sum(of_task["first"][0]) == pytest.approx(1)
+    assert rows["table5"].keys() == {"Task arithmetic, dark", f"{better}, dark"}
     assert {"AdaMerging (layer), 0.001", "WEMoE (2-layer), 0.001"} <= rows["rates"].keys()
+
+
+def test_the_figures_are_measured_and_drawn(experiment, tmp_path):
+    pytest.importorskip("matplotlib")
+    command = ["-o", str(tmp_path / "out"), "--steps", "2", "--plot", str(tmp_path / "figures")]
+    for part in experiment.DRAWN:
+        command += ["--only", part]
+    done = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = {}
+    for part, (_, figure) in experiment.DRAWN.items():
+        rows[part] = json.loads((tmp_path / "out" / f"{part}-0.json").read_text())["rows"]
+        assert (tmp_path / "figures" / figure).read_bytes().startswith(b"\x89PNG")
+    curve = rows["figure4"]["0.01"]["curve"]
+    assert list(curve) == ["0", "1", "2"]
+    last = [rows["figure4"]["0.01"][task] for task in experiment.TASKS]
+    assert curve["2"] == pytest.approx(statistics.mean(last))
+    assert "WEMoE (2-layer), 0.1" in rows["figure5"] and "Ties-Merging, 0.1" in rows["figure5"]
+    assert rows["routing"]["WEMoE (2-layer)"]["coefficients"].keys() == set(experiment.TASKS)
 
 
 def test_unseen_tasks_are_measured_by_their_own_heads(experiment, tmp_path):

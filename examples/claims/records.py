@@ -277,6 +277,8 @@ def tradeoffs_report(path: Path) -> tuple[Rows, Margins]:
     return rows, {}
 
 
+THREE_SEEDS = ("--seed", "0", "--seed", "1", "--seed", "2")
+TABLES = ("--only", "table2", "--only", "table4", "--only", "table5")
 EXPERIMENTS = {
     "caem_switch": Experiment(
         "caem_switch",
@@ -366,8 +368,8 @@ EXPERIMENTS = {
         "wemoe_pretrained",
         {
             "quick": ("-o", "OUTPUT", "--seed", "0", "--steps", "2"),
-            "small": ("-o", "OUTPUT", "--seed", "0", "--seed", "1", "--seed", "2"),
-            "full": ("-o", "OUTPUT", "--seed", "0", "--seed", "1", "--seed", "2", "--steps", "500"),
+            "small": ("-o", "OUTPUT", *THREE_SEEDS, *TABLES),
+            "full": ("-o", "OUTPUT", *THREE_SEEDS, *TABLES, "--steps", "500"),
         },
         "",
         False,

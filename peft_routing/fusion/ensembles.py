@@ -232,11 +232,15 @@ def _least(loss: Callable[[float], float], low: float, high: float, width: float
     at_right = loss(right)
     while high - low > width:
         if at_left <= at_right:
-            high, right, at_right = right, left, at_left
+            high = right
+            right = left
+            at_right = at_left
             left = high - ratio * (high - low)
             at_left = loss(left)
         else:
-            low, left, at_left = left, right, at_right
+            low = left
+            left = right
+            at_left = at_right
             right = low + ratio * (high - low)
             at_right = loss(right)
     return (low + high) / 2

@@ -303,7 +303,8 @@ class _Mixture:
         weight = log_weight[..., None]
         added = wide(logits) + (weight - normalisers[..., None])
         if self._sum is None or self._total is None:
-            self._sum, self._total = added, weight
+            self._sum = added
+            self._total = weight
         else:
             self._sum = torch.logaddexp(self._sum, added)
             self._total = torch.logaddexp(self._total, weight)

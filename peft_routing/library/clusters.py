@@ -104,7 +104,8 @@ def cluster(
         labels = of_number(number)
         value = silhouette(distances, labels)
         if value > best_silhouette:
-            best, best_silhouette = labels, value
+            best = labels
+            best_silhouette = value
     numbers: dict[int, int] = {}
     of = {}
     for name, label in zip(names, best.tolist(), strict=True):
@@ -137,7 +138,8 @@ def _kmeans(points: Tensor, seed: int) -> Callable[[int], Tensor]:
             )
             spread = float(((values - centres[labels]) ** 2).sum())
             if best is None or spread < least:
-                best, least = labels, spread
+                best = labels
+                least = spread
         return torch.as_tensor(best)
 
     return of_number
