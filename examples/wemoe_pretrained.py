@@ -1,4 +1,4 @@
-"""Repeat WEMoE's Tables 2, 4 and 5 on a network that was really pretrained: DINOv2's ViT-S/14.
+"""Repeat WEMoE's tables and figures on a network that was really pretrained: DINOv2's ViT-S/14.
 
     python examples/wemoe_pretrained.py -o pretrained/
 
@@ -11,10 +11,10 @@
    the test images without their labels, as `mergekit-moe-ext adapt` does, and measure accuracy and
    entropy.
 
-With `--only`, Table 4 (two of the tasks are not merged), Table 5 (corrupted images), figures 4 and
-5 (learning rates, steps and lambda), figures 11 and 12 (what the routers choose), and learning
-rates on images that no table is measured on. Table 5 and figures 5, 11 and 12 have routers at a
-constant rate of 1e-4, at which they go wrong in no seed of Table 2.
+`--only` picks other parts: Table 4 (two of the tasks are not merged), figure 4 (learning rates and
+steps), and learning rates on images that no table is measured on. Table 5 (corrupted images),
+Table 6 (what is routed), figure 5 (lambda) and figures 11 and 12 (what the routers choose) have
+routers at a constant rate of 1e-4, at which they go wrong in no seed of Table 2.
 
 Every row is written as soon as it is measured (`*.json` in OUTPUT), so the same command goes on
 after an interruption. What differs from the papers: 50 steps of adaptation by default, not 1000;
@@ -24,6 +24,7 @@ trial on such test images, while routers have the rate and the schedule of the a
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -66,6 +67,7 @@ from wemoe_images import (
     LAMBDAS,
     LAMBDAS_ROUTED,
     STATIC,
+    STRATEGIES,
     TASKS,
     Results,
     average,
@@ -606,6 +608,15 @@ def table5(bench: Bench, results: Results) -> None:
         compare(there, results, ON_CORRUPTED, f", {corruption}")
 
 
+def table6(bench: Bench, results: Results) -> None:
+    """Measures the rows of Table 6: what is upscaled. Routers have a constant rate."""
+    _, settings = ADAPTED[AT_CONSTANT_RATE]
+    for row, method in STRATEGIES.items():
+        parameters = {**method["parameters"], **UPPER}
+        measure = partial(bench.adapted, {**method, "parameters": parameters}, settings)
+        results.once(row, bench.seed, measure)
+
+
 def figure4(bench: Bench, results: Results) -> None:
     """Measures the curves of figure 4: accuracy by constant learning rate and step."""
     method, _ = ADAPTED[AT_CONSTANT_RATE]
@@ -704,6 +715,14 @@ def text_of_table5(results: Results) -> str:
     return "\n".join(lines)
 
 
+def text_of_table6(results: Results) -> str:
+    """The table, and the paper's orderings."""
+    lines = [table(results, EACH_AND_AVERAGE)]
+    for better, worse in itertools.pairwise(("Attention + MLP", "MLP only", "Entire block")):
+        lines += ["", *claim(results, better, worse)]
+    return "\n".join(lines)
+
+
 def text_of_rows(results: Results) -> str:
     """The table alone."""
     return table(results, EACH_AND_AVERAGE)
@@ -713,6 +732,7 @@ PARTS: dict[str, tuple[Callable[[Bench, Results], None], Callable[[Results], str
     "table2": (table2, text_of_table2),
     "table4": (table4, text_of_table4),
     "table5": (table5, text_of_table5),
+    "table6": (table6, text_of_table6),
     "figure4": (figure4, text_of_figure4),
     "figure5": (figure5, text_of_figure5),
     "routing": (routing, text_of_rows),

@@ -44,6 +44,7 @@ def experiment(examples, monkeypatch, tmp_path):
             method = {**method, "parameters": {**method["parameters"], **upper}}
         rows[name] = method, settings
     monkeypatch.setattr(wemoe_pretrained, "ADAPTED", rows)
+    monkeypatch.setattr(wemoe_pretrained, "UPPER", upper)
     monkeypatch.setattr(wemoe_pretrained, "TRIMMED", ("AdaMerging++ (layer)",))
     monkeypatch.setattr(wemoe_pretrained, "COMPARED", ["Task arithmetic", "WEMoE (2-layer)"])
     monkeypatch.setattr(
@@ -107,7 +108,7 @@ def test_unseen_tasks_corruptions_and_rates(experiment, tmp_path):
 def test_the_figures_are_measured_and_drawn(experiment, tmp_path):
     pytest.importorskip("matplotlib")
     command = ["-o", str(tmp_path / "out"), "--steps", "2", "--plot", str(tmp_path / "figures")]
-    for part in experiment.DRAWN:
+    for part in ("table6", *experiment.DRAWN):
         command += ["--only", part]
     done = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -119,6 +120,7 @@ def test_the_figures_are_measured_and_drawn(experiment, tmp_path):
     assert list(curve) == ["0", "1", "2"]
     last = [rows["figure4"]["0.01"][task] for task in experiment.TASKS]
     assert curve["2"] == pytest.approx(statistics.mean(last))
+    assert "Attention + MLP above MLP only" in done.stdout
     assert "WEMoE (2-layer), 0.1" in rows["figure5"] and "Ties-Merging, 0.1" in rows["figure5"]
     assert rows["routing"]["WEMoE (2-layer)"]["coefficients"].keys() == set(experiment.TASKS)
 

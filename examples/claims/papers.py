@@ -424,6 +424,26 @@ WEMOE = Paper(
             _of_table5(),
         ),
         Part(
+            "wemoe_pretrained",
+            "the same, by what is routed, with routers of one layer at the constant rate",
+            (
+                Claim(
+                    "Table 6",
+                    "attention and MLPs are better routed than MLPs alone",
+                    "89.2, 88.3",
+                    "table6: Attention + MLP",
+                    "table6: MLP only",
+                ),
+                Claim(
+                    "Table 6",
+                    "MLPs alone are better routed than entire blocks",
+                    "88.3, 86.4",
+                    "table6: MLP only",
+                    "table6: Entire block",
+                ),
+            ),
+        ),
+        Part(
             "wemoe_images",
             "a vision transformer of 0.8 million parameters, pretrained here, four tasks",
             (INDIVIDUAL, TRADITIONAL, *STATIC, *BASELINES, *ADAPTED, *NO_ROUTING),

@@ -278,7 +278,7 @@ def tradeoffs_report(path: Path) -> tuple[Rows, Margins]:
 
 
 THREE_SEEDS = ("--seed", "0", "--seed", "1", "--seed", "2")
-TABLES = ("--only", "table2", "--only", "table4", "--only", "table5")
+TABLES = ("--only", "table2", "--only", "table4", "--only", "table5", "--only", "table6")
 EXPERIMENTS = {
     "caem_switch": Experiment(
         "caem_switch",
