@@ -54,7 +54,11 @@ from mergekit_moe_ext import Recipe, UserError
 SHARES = {"base": 0.35, "experts": 0.45, "mixtures": 0.15, "validation": 0.05}
 # The rows, each with the mixture that it trains, and what of it.
 ROWS = {"Router fine-tuning": ("BTX merging", "gates"), **{row: (row, "all") for row in SHARED}}
-RATES = {"all": (3e-4, 1e-3, 3e-3), "gates": (1e-3, 1e-2, 1e-1)}
+RATES = {
+    "Router fine-tuning": (1e-3, 1e-2, 1e-1),
+    **dict.fromkeys(SHARED, (1e-4, 3e-4, 1e-3)),
+    "MoE upcycling": (3e-4, 1e-3, 3e-3),  # which is trained for longer
+}
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,9 @@ class Results:
         for row, of_rates in self.validation.items():
             best = min(of_rates.values())
             cells = []
-            for rate, loss in of_rates.items():
-                cells.append(f"{rate}: {loss:.3f}{'*' if loss == best else ' '}")
+            for rate in sorted(of_rates, key=float):
+                star = "*" if of_rates[rate] == best else " "
+                cells.append(f"{rate}: {of_rates[rate]:.3f}{star}")
             lines.append(f"{row:18}  " + "  ".join(cells))
         return "\n".join(lines)
 
@@ -242,9 +247,9 @@ class Bench:
 
 def search(bench: Bench, results: Results) -> None:
     """Measures all learning rates on validation texts, with one seed."""
-    for row, (_, trained) in ROWS.items():
+    for row in ROWS:
         of_rates = results.validation.setdefault(row, {})
-        missing = [rate for rate in RATES[trained] if f"{rate:g}" not in of_rates]
+        missing = [rate for rate in RATES[row] if f"{rate:g}" not in of_rates]
         if not missing:
             continue
         with bench.merged(row, seed=0) as merged:

@@ -27,7 +27,15 @@ from peft_routing.kernel_start import Started, StartedFew
 from peft_routing.kernel_trial import works
 from peft_routing.routers.base import Router
 from peft_routing.routers.linear import LinearRouter
-from peft_routing.routers.tensors import FEW, Source, largest, smallest, wide_dtype
+from peft_routing.routers.tensors import (
+    FEW,
+    Source,
+    is_captured,
+    largest,
+    smallest,
+    wait_for,
+    wide_dtype,
+)
 
 _PLANS = 1000  # for so many numbers of tokens they are kept
 # What the kernels for a few tokens take: each token reads A anew, though mostly from a cache, and
@@ -213,8 +221,11 @@ class Fused:
         if weight.requires_grad or weight.is_inference():
             return kernel.split(weight)
         if self._split is None or not self._split[0].holds_for(weight):
+            if is_captured(weight.device):
+                return kernel.split(weight)
             with torch.inference_mode(False), torch.no_grad():
                 self._split = Source(weight), kernel.split(weight)
+            wait_for(weight.device)
         return self._split[1]
 
     def _holds(self, x: Tensor, a: Tensor, weight: Tensor) -> bool:
@@ -301,6 +312,8 @@ class Fused:
 
                 weigh = partial(kernel.weigh, started=Started())
             plan = Plan(dtype, wide_dtype(x, weight), way, can_add, add, weigh)
+            if is_captured(x.device):
+                return plan  # what has not been tried before is tried in a later call
             self._plans[key] = plan
         return plan
 

@@ -11,6 +11,7 @@ scores nearly tie.) In float32, which is what tests compare, the rows are taken 
 
 # mypy: disallow-untyped-defs=False
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def weigh(
     weighed = torch.empty_like(z)
     # Rows that lie one after the other: what Triton compiles depends on how far they lie apart.
     hidden = hidden.contiguous()
-    is_wide = padded > 64
+    columns, stages = columns_and_stages(padded, parts, hidden.element_size(), hidden.device)
     launch = started.start if started else start
     launch(
         kernel or _weigh,
@@ -94,13 +95,44 @@ def weigh(
             padded,
             power_of_2(rank),
             _TOKENS,
-            # The fastest that were tried on an H200: so many columns are read ahead of their use.
-            64 if padded > 16 else 128,
+            columns,
         ),
-        num_warps=8 if is_wide else 4,
-        num_stages=3 if is_wide else 5,
+        num_warps=8 if padded > 64 else 4,
+        num_stages=stages,
     )
     return weighed
+
+
+def columns_and_stages(
+    padded: int, parts: int, element: int, device: torch.device
+) -> tuple[int, int]:
+    """How many columns of the router's rows and of the hidden states, whose numbers have `element`
+    bytes, a program reads at a time, and in how many stages: it reads so many less one ahead of
+    their use.
+
+    They are the fastest that were tried on an H200 for 8, 64 and 256 experts, and fewer stages
+    where a GPU has less shared memory for what is read ahead.
+    """
+    if padded <= 16:
+        columns = 128
+    elif padded <= 256:
+        columns = 64
+    else:
+        columns = 32
+    stages = 5 if padded <= 64 else 3
+    read_at_once = element * columns * (parts * padded + _TOKENS)
+    while stages > 2 and (stages - 1) * read_at_once > _shared_memory(device):
+        stages -= 1
+    return columns, stages
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """The bytes of shared memory that a program can have; a H200's where nothing is known."""
+    if device.type != "cuda":
+        return 227 * 1024
+    # A kibibyte of each program is the system's.
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
 
 
 def unweigh(

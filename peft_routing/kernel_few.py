@@ -91,8 +91,9 @@ def added(
             power_of_2(rank),
             _COLUMNS,
         ),
-        # Low-rank mixing reads z of all experts at once, for which one warp has no room.
-        num_warps=4 if is_low_rank else 1,
+        # Low-rank mixing reads z of all experts at once, and every way reads a whole expert's rows:
+        # for many numbers one warp has no room.
+        num_warps=4 if is_low_rank or rank > 128 else 1,
     )
     return output
 

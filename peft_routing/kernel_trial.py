@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import warnings
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_routing import mixing
 from peft_routing.kernel_start import Started, StartedFew
-from peft_routing.routers.tensors import largest
+from peft_routing.routers.tensors import is_captured, largest
 
 # Not a multiple of the tokens of one program, and columns enough to be read ahead of their use.
 _TOKENS = 19
@@ -58,10 +58,21 @@ def works(
     if type(torch.empty(0)) is not Tensor:
         return False  # an export, in which nothing can be tried
     use = Use(dtype, experts, rank, absolute, is_low_rank, as_operation, is_few)
-    return _tried(device, use)
+    known = _known.get((device, use))
+    if known is None:
+        if is_captured(device):
+            return False  # a CUDA graph, in which nothing can be tried
+        try:
+            known = _tried(device, use)
+        except torch.cuda.OutOfMemoryError:
+            return False  # for now
+        _known[device, use] = known
+    return known
 
 
-@cache
+_known: dict[tuple[torch.device, Use], bool] = {}
+
+
 def _tried(device: torch.device, use: Use) -> bool:
     try:
         kernels: Any = importlib.import_module("peft_routing.kernel")
@@ -71,6 +82,8 @@ def _tried(device: torch.device, use: Use) -> bool:
         with torch.inference_mode(False), torch.enable_grad():
             agree = compute_alike(device, use)
         problem = "gives other results than PyTorch"
+    except torch.cuda.OutOfMemoryError:
+        raise  # it says nothing of Triton
     except Exception as error:  # whatever a compiler may raise
         agree = False
         problem = f"fails ({type(error).__name__}: {error})"
@@ -90,11 +103,10 @@ def compute_alike(device: torch.device, use: Use) -> bool:
         return all(_add_alike(device, use, each) for each in {torch.float32, use.dtype})
     generator = torch.Generator().manual_seed(0)
     k = min(2, use.experts)
-    hidden = torch.randn(_TOKENS, _WIDTH, generator=generator).to(device, torch.bfloat16)
-    weight = torch.randn(use.experts, _WIDTH, generator=generator).to(device)
-    z = torch.randn(_TOKENS, use.experts * use.rank, generator=generator)
-    z = z.to(device, torch.bfloat16)
-    scalings = torch.ones(use.experts, device=device)
+    hidden = _random((_TOKENS, _WIDTH), generator).to(device, torch.bfloat16)
+    weight = _random((use.experts, _WIDTH), generator).to(device)
+    z = _random((_TOKENS, use.experts * use.rank), generator).to(device, torch.bfloat16)
+    scalings = torch.ones(use.experts, device=device, dtype=torch.float32)
     exact_inputs = [each.double().requires_grad_(use.as_operation) for each in (hidden, weight, z)]
     exact_hidden, exact_weight, exact_z = exact_inputs
     exact, is_clear = _exactly(exact_hidden, exact_weight, exact_z, k, use)
@@ -117,7 +129,7 @@ def compute_alike(device: torch.device, use: Use) -> bool:
     operation: Any = importlib.import_module("peft_routing.kernel_op")
     inputs = [each.requires_grad_() for each in (hidden, weight, z)]
     weighed = operation.weigh(*inputs, scalings, **options, is_estimated=False)
-    arriving = torch.randn(exact.shape, generator=generator).to(device, torch.bfloat16)
+    arriving = _random(exact.shape, generator).to(device, torch.bfloat16)
     arriving = arriving * is_clear[:, None]
     gradients = torch.autograd.grad(weighed, inputs, arriving)
     exact_gradients = torch.autograd.grad(exact, exact_inputs, arriving.double())
@@ -140,9 +152,9 @@ def _add_alike(device: torch.device, use: Use, of_experts: torch.dtype) -> bool:
         ((ranks, _WIDTH_OF_FEW), of_experts),
         ((ranks, _WIDTH), of_experts),
     ):
-        made.append(torch.randn(shape, generator=generator).to(device, dtype))
+        made.append(_random(shape, generator).to(device, dtype))
     result, hidden, weight, a, b = made
-    scalings = torch.ones(use.experts, device=device)
+    scalings = torch.ones(use.experts, device=device, dtype=torch.float32)
     z = hidden.double() @ a.double().T
     weighed, is_clear = _exactly(hidden.double(), weight.double(), z, k, use)
     exact = result.double() + weighed @ b.double()
@@ -158,6 +170,11 @@ def _add_alike(device: torch.device, use: Use, of_experts: torch.dtype) -> bool:
         for _ in range(2):  # the second time without Triton's own search for them
             outputs.append(kernels.added(*made, scalings, *choice, few=few))
     return all(_is_near(output[is_clear], exact[is_clear]) for output in outputs)
+
+
+def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Normal numbers in float32 on the CPU, whatever a program has made the default of either."""
+    return torch.randn(tuple(shape), generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _exactly(hidden: Tensor, weight: Tensor, z: Tensor, k: int, use: Use) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from peft_routing.calls import coefficients_at
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.fused import Fused, is_watched
 from peft_routing.routers import Constant, SharedRouter
-from peft_routing.routers.tensors import Source
+from peft_routing.routers.tensors import Source, is_captured, wait_for
 
 _CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -101,8 +101,11 @@ class Experts(nn.Module):
             return a.to(dtype), b.to(dtype)
         made = self._cast
         if made is None or not (made[0].holds_for(a) and made[1].holds_for(b)):
+            if is_captured(a.device):
+                return a.to(dtype), b.to(dtype)
             with torch.inference_mode(False), torch.no_grad():
                 made = Source(a), Source(b), a.to(dtype), b.to(dtype)
+            wait_for(a.device)
             self._cast = made
         return made[2], made[3]
 

@@ -457,7 +457,7 @@ def small(sequence, tiny_experts, monkeypatch):
     monkeypatch.setattr(mergeme_homogeneous, "run_mergekit", sequence.run_mergekit)
     monkeypatch.setattr(mergeme_homogeneous, "READING", Reading(max_length=40, quiet=True))
     monkeypatch.setattr(mergeme_small, "BLOCK", 40)
-    monkeypatch.setattr(mergeme_small, "RATES", {"all": (1e-3, 1e-2), "gates": (1e-3, 1e-1)})
+    monkeypatch.setattr(mergeme_small, "RATES", dict.fromkeys(mergeme_small.ROWS, (1e-3, 1e-2)))
     monkeypatch.setattr(mergeme_small, "domains", lambda: texts)
     monkeypatch.setattr(mergeme_small, "make_small_base", lambda *_: tiny_experts["base"])
     monkeypatch.setattr(mergeme_small, "make_experts", lambda *_: dict(tiny_experts))
@@ -475,7 +475,7 @@ def test_the_experiment_with_hundreds_of_steps_runs_and_goes_on(small, tiny_expe
         steps = 8 if row == "MoE upcycling" else 2  # 3 domains, 2 steps of an expert, and 2 more
         assert of_seed["steps"] == [0, steps]
         of_rates = content["validation"][row]
-        assert [float(rate) for rate in of_rates] == list(small.RATES[trained])
+        assert [float(rate) for rate in of_rates] == [1e-3, 1e-2]
         if trained == "all":
             assert of_rates["0.01"] != of_rates["0.001"]
             assert all(after != before for before, after in of_seed["losses"].values())

@@ -68,7 +68,7 @@ class MixtureStates(Task[States]):
 def random_tokens(vocab_size: int, length: int, seed: int) -> Tokens:
     """Texts of tokens drawn evenly from the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(vocab_size, (_TEXTS, length), generator=generator)
+    drawn = torch.randint(vocab_size, (_TEXTS, length), generator=generator, device="cpu")
     return tuple(tuple(row) for row in drawn.tolist())
 
 
@@ -77,7 +77,7 @@ def offset_of_row(states: Sequence[tuple[float, torch.Tensor]], margin: float) -
     the margin times the state's sign.
     """
     matrix = torch.stack([state.double() for _, state in states])
-    targets = torch.tensor([sign * margin for sign, _ in states], dtype=torch.float64)
+    targets = matrix.new_tensor([sign * margin for sign, _ in states])
     return torch.linalg.pinv(matrix) @ targets
 
 

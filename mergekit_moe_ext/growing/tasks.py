@@ -31,7 +31,7 @@ class ArrangedExperts(Task[torch.Tensor]):
         # Experts first, whatever the axis, so that rows are taken one by one from either part.
         entries = old.movedim(self.axis, 0)
         number = len(entries)
-        result = torch.empty((len(self.order), *entries.shape[1:]), dtype=old.dtype)
+        result = entries.new_empty((len(self.order), *entries.shape[1:]))
         for target, index in enumerate(self.order):
             if index < number:
                 result[target] = entries[index]

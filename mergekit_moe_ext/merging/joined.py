@@ -58,7 +58,8 @@ def _axis(
     first = 0
     for shape in shapes:
         size = torch.Size(shape).numel()
-        numbered.append(torch.arange(first, first + size, dtype=torch.int32).reshape(shape))
+        numbers = torch.arange(first, first + size, dtype=torch.int32, device="cpu")
+        numbered.append(numbers.reshape(shape))
         first += size
     (made,) = revert_weight_conversion(model, dict(zip(names, numbered, strict=True))).values()
     for axis in range(made.ndim):

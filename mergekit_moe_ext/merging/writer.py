@@ -179,6 +179,6 @@ class _Shard:
 @functools.cache
 def _dtype_code(dtype: torch.dtype) -> str:
     """The name that safetensors has for a dtype."""
-    content = safetensors.torch.save({"x": torch.empty(0, dtype=dtype)})
+    content = safetensors.torch.save({"x": torch.empty(0, dtype=dtype, device="cpu")})
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length])["x"]["dtype"]

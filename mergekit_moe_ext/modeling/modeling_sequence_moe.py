@@ -1163,7 +1163,7 @@ class _Comparison:
 
     def cosines(self) -> Tensor:
         """(experts,) in float32; 0 where there is no difference to compare with."""
-        cosines = torch.zeros(self.number, dtype=torch.float64)
+        cosines = torch.zeros(self.number, dtype=torch.float64, device="cpu")
         for index in self.others:
             norms = [value for (expert, _), value in self.norms.items() if expert == index]
             length = (_sum(norms) * _sum(self.of_gradient)).sqrt()
@@ -1193,7 +1193,7 @@ def _weight(expert: nn.Module, name: str) -> Tensor:
 def _sum(values: Sequence[Tensor]) -> Tensor:
     """The sum of scalars that lie anywhere, in float64 on the CPU."""
     if not values:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([value.double().cpu() for value in values]).sum()
 
 

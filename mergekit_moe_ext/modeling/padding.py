@@ -31,7 +31,7 @@ def inferred_masks(tokens: Tensor, config: Any, special: Iterable[int] = ()) -> 
     unclear = sorted({*special, *ends, *_ids(config, "pad_token_id")})
     if not unclear:
         return InferredMasks(None, None)
-    unclear_tokens = torch.tensor(unclear).to(tokens)
+    unclear_tokens = tokens.new_tensor(unclear)
     is_at_right_alone = pad is None or pad in ends
     # A text mostly ends in a token of its own, and then there is no more to find out.
     if is_at_right_alone and not torch.isin(tokens[:, -1:], unclear_tokens).any():

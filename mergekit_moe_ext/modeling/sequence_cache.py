@@ -109,7 +109,7 @@ class SequenceMoECache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.coefficients is not None:
-            rows = torch.arange(len(self.coefficients))
+            rows = torch.arange(len(self.coefficients), device=self.coefficients.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
 

@@ -532,13 +532,15 @@ def _sparse_product(
         )
     # One product for all experts: the vectors stand below each other in one matrix, so that each
     # one's row ends come after all elements of those before.
-    ends = row_ends + kept * torch.arange(experts, dtype=torch.int32)[:, None]
+    numbers = torch.arange(experts, dtype=torch.int32, device=row_ends.device)
+    ends = row_ends + kept * numbers[:, None]
     ends = torch.cat([ends.new_zeros(1), ends.flatten()])
     matrix = torch.sparse_csr_tensor(
         ends,
         columns,
         values.flatten().to(dtype),
         (experts * rows, width),
+        device=values.device,
         check_invariants=False,
     )
     y = _times(x, weight, False)

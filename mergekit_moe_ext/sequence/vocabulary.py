@@ -288,8 +288,8 @@ class AveragedRows(Task[Tensor]):
         return {}
 
     def execute(self, **_kwargs: object) -> Tensor:
-        total = torch.zeros(self.shape)
-        counts = torch.zeros(self.shape[0], 1)
+        total = torch.zeros(self.shape, device="cpu")
+        counts = torch.zeros(self.shape[0], 1, device="cpu")
         for load, rows in self.sources:
             tensor = load.execute()
             assert tensor is not None

@@ -37,6 +37,8 @@ def hidden_states(
 
     With `average` the mean over a prompt's tokens counts, else its last token.
     """
+    # With --multi-gpu mergekit makes a GPU the default device.
+    on_cpu = torch.device("cpu")
     received: dict[str, torch.Tensor] = {}
 
     def recorder(name: str) -> Any:
@@ -48,13 +50,16 @@ def hidden_states(
     hooks = []
     for name in ffns:
         hooks.append(model.get_submodule(name).register_forward_pre_hook(recorder(name)))
-    total = torch.zeros(len(ffns), language_config(model.config).hidden_size)
+    total = torch.zeros(len(ffns), language_config(model.config).hidden_size, device=on_cpu)
     try:
         for start in range(0, len(prompts), _BATCH):
-            batch = [torch.tensor(prompt) for prompt in prompts[start : start + _BATCH]]
-            lengths = torch.tensor([len(prompt) for prompt in batch])
+            batch = []
+            for prompt in prompts[start : start + _BATCH]:
+                batch.append(torch.tensor(prompt, device=on_cpu))
+            lengths = torch.tensor([len(prompt) for prompt in batch], device=on_cpu)
             ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
-            real = torch.arange(ids.shape[1]) < lengths[:, None]
+            places = torch.arange(ids.shape[1], device=on_cpu)
+            real = places < lengths[:, None]
             inputs = {"input_ids": ids, "attention_mask": real.long()}
             if model.config.is_encoder_decoder:  # both read the prompt
                 inputs["decoder_input_ids"] = ids
@@ -66,7 +71,7 @@ def hidden_states(
             if average:
                 weights = real / lengths[:, None]
             else:
-                weights = (torch.arange(ids.shape[1]) == lengths[:, None] - 1).float()
+                weights = (places == lengths[:, None] - 1).float()
             for layer, name in enumerate(ffns):
                 # Some modules receive (prompts * tokens, hidden).
                 states = received.pop(name).float().cpu().reshape(*ids.shape, -1)

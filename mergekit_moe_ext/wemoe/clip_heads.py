@@ -170,7 +170,8 @@ class FromHeadFile(Task[Tensor]):
         if self.part == "projection":
             return tensors[PROJECTION].to(dtype_from_name(self.dtype))
         # With rows of norm exp(s) the classifier is a plain linear map of normalised images.
-        scale = tensors.get("logit_scale", torch.tensor(math.log(100))).float().exp()
+        usual = torch.tensor(math.log(100), device="cpu")
+        scale = tensors.get("logit_scale", usual).float().exp()
         classes = scale * functional.normalize(tensors["text_embeds"].float(), dim=-1)
         return classes.to(dtype_from_name(self.dtype))
 

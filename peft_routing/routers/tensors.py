@@ -45,6 +45,21 @@ def over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
     return coefficients.reshape(len(coefficients), *[1] * (x.ndim - 2), -1)
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether what a device is told now goes into a CUDA graph, so that it is done when that is
+    replayed, and what it makes lies in the graph's own memory.
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was told: what is kept may be read on another of its
+    streams next, which would not wait.
+    """
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 class Constant:
     """Numbers that no cast of the model rounds, as a tensor that is made once per dtype and device.
 

@@ -228,6 +228,27 @@ def test_a_compiled_routed_adapter(
         assert (found - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_a_routed_module_in_a_cuda_graph(experts: dict[str, str], tokens: int, device: str) -> None:
+    if device == "cpu":
+        pytest.skip("a CPU has no graphs")
+    model = make_routed(experts, "arrow", torch.bfloat16, top_k=2).to(device).eval()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, tokens, layer.in_features, generator=generator).to(
+        device, torch.bfloat16
+    )
+    with torch.no_grad():
+        expected = layer(second)  # and the kernels are tried and compiled
+        held = first.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = layer(held)
+        held.copy_(second)
+        graph.replay()
+    close(found.float(), expected.float(), 1e-6)
+
+
 # Merges
 
 
@@ -245,10 +266,13 @@ def test_a_merge_and_what_it_writes(dense: Path, method: str, device: str) -> No
     sources = NAMES if method == "hetero_moe" else NAMES[1:]
     config = document(method, models=sources, **MERGES[method])
     of_cpu = merge(config, "of-cpu")
-    of_device = merge(config, "of-device", cuda=device != "cpu")
-    tensors = read_tensors(of_device)
-    for name, tensor in read_tensors(of_cpu).items():
-        close(tensors[name], tensor, 1e-6)
+    where = [{"cuda": device != "cpu"}]
+    if device != "cpu":
+        where.append({"multi_gpu": True})  # which one is enough for
+    for number, options in enumerate(where):
+        tensors = read_tensors(merge(config, f"of-device-{number}", **options))
+        for name, tensor in read_tensors(of_cpu).items():
+            close(tensors[name], tensor, 1e-6)
     model = AutoModelForCausalLM.from_pretrained(of_cpu).eval()
     on_cpu = logits(model, "cpu", use_cache=False)
     words_on_cpu = generated(model, "cpu")

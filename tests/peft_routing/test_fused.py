@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import peft_routing
 from peft_routing import fused, given_coefficients
+from peft_routing import layer as layers
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.layer import RoutedLoraLinear
 from peft_routing.routers.linear import ArrowRouter, LinearRouter
@@ -368,3 +369,20 @@ def test_an_export_has_any_number_of_tokens() -> None:
         for number in (3, 20):
             x = torch.randn(number, IN)
             torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+def test_what_is_made_in_a_cuda_graph_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies in the graph's memory, and is not there before the graph is replayed."""
+    layer = make_layer(dtype=torch.float32)
+    experts = layer.experts_of("default")
+    (adapter,) = layer._here()
+    x = torch.randn(5, IN)
+    with torch.no_grad():
+        expected = layer(x)
+        adapter.fused._plans.clear()
+        for module in (fused, layers):
+            monkeypatch.setattr(module, "is_captured", lambda device: True)
+        assert torch.equal(layer(x), expected)
+        a, _ = experts.factors_in(torch.bfloat16)
+    assert torch.equal(a, experts.A.to(torch.bfloat16))
+    assert experts._cast is None and not adapter.fused._plans

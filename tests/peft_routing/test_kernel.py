@@ -454,6 +454,48 @@ def test_kernels_are_tried(count: int, is_low_rank: bool, as_operation: bool, is
     assert kernel_trial.compute_alike(torch.device(DEVICE), use)
 
 
+@pytest.mark.parametrize("count", [64, 256, 512])
+def test_kernels_for_many_experts_are_tried(count: int) -> None:
+    use = kernel_trial.Use(HALF, count, 16, True, False, as_operation=False, is_few=False)
+    assert kernel_trial.compute_alike(torch.device(DEVICE), use)
+
+
+@pytest.mark.parametrize("is_few", [False, True])
+@pytest.mark.parametrize("as_operation", [False, True])
+def test_a_trial_depends_on_no_defaults(as_operation: bool, is_few: bool) -> None:
+    use = kernel_trial.Use(HALF, 8, 3, True, False, as_operation, is_few)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                assert kernel_trial.compute_alike(torch.device(DEVICE), use)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_nothing_is_tried_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    uses = []
+
+    def tried(device: torch.device, use: Any) -> bool:
+        uses.append(use)
+        if len(uses) == 1:
+            raise torch.cuda.OutOfMemoryError
+        return True
+
+    monkeypatch.setattr(kernel_trial, "_tried", tried)
+    monkeypatch.setattr(kernel_trial, "_known", {})
+    arguments = torch.device("cuda", 0), HALF, 8, 3, True, False, False, False
+    for is_captured, expected, trials in (
+        (True, False, 0),
+        (False, False, 1),  # there was no memory for it
+        (False, True, 2),
+        (True, True, 2),
+    ):
+        monkeypatch.setattr(kernel_trial, "is_captured", lambda device, now=is_captured: now)
+        assert kernel_trial.works(*arguments) is expected
+        assert len(uses) == trials
+
+
 @pytest.mark.parametrize("name", ["weigh", "unweigh"])
 def test_kernels_that_are_wrong_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = getattr(kernel, name)
@@ -467,10 +509,8 @@ def test_kernels_that_are_wrong_are_found(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(kernel, name, wrong)
     use = kernel_trial.Use(HALF, 8, 3, True, False, as_operation=True, is_few=False)
     assert not kernel_trial.compute_alike(torch.device(DEVICE), use)
-    kernel_trial._tried.cache_clear()
     with pytest.warns(UserWarning, match="other results .* with 8 experts of rank 3"):
         assert not kernel_trial._tried(torch.device(DEVICE), use)
-    kernel_trial._tried.cache_clear()
 
 
 def test_a_gpu_without_the_memory_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,10 +519,8 @@ def test_a_gpu_without_the_memory_for_a_kernel(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(kernel, "weigh", fail)
     use = kernel_trial.Use(HALF, 8, 3, True, False, as_operation=False, is_few=False)
-    kernel_trial._tried.cache_clear()
     with pytest.warns(UserWarning, match="out of resource"):
         assert not kernel_trial._tried(torch.device(DEVICE), use)
-    kernel_trial._tried.cache_clear()
 
 
 def test_what_the_kernel_does_not_take(recwarn: pytest.WarningsRecorder) -> None:

@@ -27,7 +27,7 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
 def compiled_for_a_gpu(
-    function: Any, arguments: dict[str, Any], generation: int, warps: int
+    function: Any, arguments: dict[str, Any], generation: int, warps: int, stages: int = 3
 ) -> Any:
     """A kernel that is compiled for arguments: types of what varies, values of the constants."""
     signature = {}
@@ -40,7 +40,8 @@ def compiled_for_a_gpu(
             constants[(place,)] = argument
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", generation, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=target, options=options)
 
 
 @pytest.mark.parametrize("generation", [80, 90])
@@ -108,6 +109,28 @@ def test_the_kernels_for_a_few_tokens_compile(
         assert not in_float64
 
 
+@pytest.mark.parametrize("shared_memory", [227 * 1024, 99 * 1024])
+@pytest.mark.parametrize("count", [8, 64, 256, 512])
+def test_what_is_read_ahead_fits_into_shared_memory(
+    count: int, shared_memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much as a program has on GPUs of data centres, and on others."""
+    monkeypatch.setattr(kernel, "_shared_memory", lambda device: shared_memory)
+    padded = kernel.padded_experts(count)
+    columns, stages = kernel.columns_and_stages(padded, 2, 2, torch.device("cuda"))
+    arguments = {
+        **dict.fromkeys(("hidden", "rows", "z", "weighed"), "*bf16"),
+        **dict.fromkeys(("scalings", "scores"), "*fp32"),
+        **dict.fromkeys(("tokens", "width", "k"), "i32"),
+        "temperature": "fp32",
+        **{"absolute": True, "is_low_rank": False, "keeps_scores": False, "parts": 2},
+        **{"experts": count, "rank": 16, "padded": padded, "padded_rank": 16},
+        **{"block": 16, "columns": columns},
+    }
+    made = compiled_for_a_gpu(kernel._weigh, arguments, 90, 8 if padded > 64 else 4, stages)
+    assert 0 < made.metadata.shared <= shared_memory
+
+
 @pytest.fixture
 def gpu_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that Triton takes for the current one; it can start nothing there."""
@@ -117,7 +140,9 @@ def gpu_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
             return GPUTarget("cuda", 90, 32)
 
     # Not by `set_active`, which cannot be undone where there is no GPU.
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    driver = triton.runtime.driver
+    name = "_active" if hasattr(driver, "_active") else "active"  # the latter in Triton 3.4
+    monkeypatch.setattr(driver, name, Driver())
 
 
 @pytest.mark.parametrize("is_dynamic", [False, True])

@@ -28,7 +28,8 @@ _COUNTED_BLOCK = 4096
 _COUNTING_WARPS = 8
 # A program that counts walks over many blocks, since it adds a whole histogram of each source to
 # the totals at its end. There are 8 programs for each of the 132 multiprocessors of an H100 or
-# H200, so that all end at about the same time, and fewer where some would have a single block.
+# H200, of which three run at a time with one source in float32 and one with three in bfloat16 (by
+# the registers of what Triton 3.6 compiles), and fewer where some would have a single block.
 _COUNTING_PROGRAMS = 1056
 _LEAST_BLOCKS = 2
 # Up to so many elements of a block are added to the totals one by one: for the lower digits, which
@@ -303,7 +304,8 @@ def _launch(
 
 def _on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a tensor on a device, which is not waited for."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    # First on the CPU, whatever is the default device: otherwise it would be waited for.
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def _rules(base: Tensor, tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
@@ -344,7 +346,7 @@ def _selected_rules(base: Tensor, tensors: Sequence[Tensor], counts: Sequence[in
     last = torch.searchsorted(equal, states[:, 1:2].contiguous())
     rules = torch.empty(sources, 2, dtype=torch.int64, device=device)
     integer = torch.int32 if base.dtype == torch.float32 else torch.int16
-    infinity = int(torch.tensor(torch.inf, dtype=base.dtype).view(integer))
+    infinity = int(torch.tensor(torch.inf, dtype=base.dtype, device="cpu").view(integer))
     _launch(
         _make_rules, sources, device, *inputs, equal, last, rules, numel, blocks, infinity,
         **options

@@ -113,15 +113,10 @@ def _work(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if importlib.util.find_spec("triton") is None:
         return False
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for is_rounded in (True, False, True, True):  # so that of two sources many values are equal
-        values = torch.randn(_TRIED, generator=generator)
-        made.append((values.mul(64).round() / 64 if is_rounded else values).to(device, dtype))
-    base = made[0]
-    arguments = base, made[1:], [1.0, 0.7, -0.3], [0.8, 0.1, 0.5]
-    keys = [1, 2**40 + 3, 2**63 + 5]
     try:
+        base, *tensors = _trial_tensors(device, dtype)
+        arguments = base, tensors, [1.0, 0.7, -0.3], [0.8, 0.1, 0.5]
+        keys = [1, 2**40 + 3, 2**63 + 5]
         agree = True
         for flag in (True, False):
             by_kernel = _fused_ties(*arguments, normalize=flag, scale=0.3)
@@ -131,6 +126,8 @@ def _work(device: torch.device, dtype: torch.dtype) -> bool:
             by_torch = drop.merge_dare(*arguments, keys, scale=0.3, elect_sign=flag)
             agree &= torch.equal(by_kernel, by_torch)
         problem = "gives other results than PyTorch"
+    except torch.cuda.OutOfMemoryError:
+        raise  # it says nothing of Triton
     except Exception as error:  # whatever a compiler may raise
         agree = False
         problem = f"fails ({type(error).__name__}: {error})"
@@ -140,3 +137,14 @@ def _work(device: torch.device, dtype: torch.dtype) -> bool:
             stacklevel=2,
         )
     return agree
+
+
+def _trial_tensors(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """A base and three fine-tunes, many of whose values are equal in two of them."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for is_rounded in (True, False, True, True):
+        # With --multi-gpu mergekit makes a GPU the default device, which no such generator has.
+        values = torch.randn(_TRIED, generator=generator, device="cpu", dtype=torch.float32)
+        made.append((values.mul(64).round() / 64 if is_rounded else values).to(device, dtype))
+    return made

@@ -69,7 +69,7 @@ def elected_sum(
     # Where no value agrees, total and divisor are zero; the divisor then becomes 1.
     agreeing_weights = []
     for value, weight in zip(agreeing, weights, strict=True):
-        rounded = torch.tensor(weight, dtype=dtype).item()
+        rounded = torch.tensor(weight, dtype=dtype, device="cpu").item()
         agreeing_weights.append(torch.sign(value) * rounded)
     divisor = _sum(agreeing_weights).to(dtype)
     return total / (divisor + (1 - torch.sign(divisor).abs()))

@@ -57,7 +57,8 @@ class Threshold:
             (slice(0, split), self.magnitude - 1),
             (slice(split, len(values)), self.magnitude),
         ):
-            largest_dropped = torch.tensor(magnitude, dtype=integer).view(values.dtype).item()
+            bits = torch.tensor(magnitude, dtype=integer, device="cpu")
+            largest_dropped = bits.view(values.dtype).item()
             # NaN as a bound would keep everything.
             bound = math.inf if math.isnan(largest_dropped) else largest_dropped
             trimmed[part] = functional.hardshrink(values[part], bound)
@@ -202,7 +203,9 @@ def _count(
         # Once there are too many to collect, the rest is only counted.
         if low < high and inside <= room:
             indices = np.flatnonzero(is_inside) if on_cpu else is_inside
-            collected.append(torch.as_tensor(values[indices]))
+            # Not by `as_tensor`, which would move it to the default device.
+            found = values[indices]
+            collected.append(torch.from_numpy(found) if on_cpu else found)
             inside += len(collected[-1])
         else:
             inside += int(count_true(is_inside))

@@ -51,5 +51,5 @@ def scaled_embedding_and_head(
     """The embedding times the root of the hidden size, rounded to the embedding's dtype as the
     model rounds it, and a head that is the embedding itself.
     """
-    scale = torch.tensor(config.hidden_size**0.5, dtype=tensor.dtype).item()
+    scale = torch.tensor(config.hidden_size**0.5, dtype=tensor.dtype, device="cpu").item()
     return tensor * scale, tensor

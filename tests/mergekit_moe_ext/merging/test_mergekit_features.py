@@ -168,25 +168,6 @@ def test_the_methods_command_shows_every_option():
     assert CliRunner().invoke(main, ["methods", "no"]).exit_code == 1
 
 
-def test_multi_gpu_writes_the_same_tensors(here, monkeypatch):
-    """Two CPU devices in place of two GPUs: mergekit's threads and islands are the real ones."""
-    from contextlib import nullcontext
-
-    from mergekit import multigpu_executor
-
-    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cpu")
-    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_count", lambda: 2)
-    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_module", lambda _type: torch.cpu)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
-    config = document("moe_dare", parameters={"density": 0.8})
-    expected = read_tensors(merge(config, "one", random_seed=1))
-    got = read_tensors(merge(config, "two", random_seed=1, multi_gpu=True))
-    assert expected.keys() == got.keys() and all(
-        torch.equal(expected[name], got[name]) for name in expected
-    )
-
-
 def test_differing_rope_settings_are_warned_about(here, caplog):
     make_model(here / "far", 1, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     out = merge(document(models=["base", "far"]))

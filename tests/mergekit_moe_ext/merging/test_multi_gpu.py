@@ -1,0 +1,94 @@
+"""Merges with `--multi-gpu`, with CPU devices in place of GPUs: mergekit's threads and islands are
+the real ones.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from mergekit import multigpu_executor
+from transformers import AutoModelForCausalLM
+
+from mergekit_moe_ext.growing.gate_rows import offset_of_row, random_tokens
+from mergekit_moe_ext.tensor.kernels import on_gpu
+from mergekit_moe_ext.upcycling.prompts import hidden_states
+from tests.conftest import NAMES, document, make_model, merge, read_tensors
+from tests.gpu.test_gpu import MERGES
+from tests.mergekit_moe_ext.mixtures.test_usage import make_moe, words, write
+from tests.tokenizers import save_tokenizer
+
+
+class Worker(multigpu_executor.Executor):
+    """mergekit's workers make their GPU the default device. Here that is one on which nothing can
+    be computed, so that a task which takes the default in place of a device is found.
+    """
+
+    def _run(self, *arguments: Any, **options: Any) -> Iterator[Any]:
+        with torch.device("meta"):
+            yield from super()._run(*arguments, **options)
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cpu")
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_count", lambda: 2)
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_module", lambda _type: torch.cpu)
+    monkeypatch.setattr(multigpu_executor, "Executor", Worker)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
+
+
+def check_alike(config: dict[str, Any]) -> None:
+    expected = read_tensors(merge(config, "one", random_seed=1))
+    got = read_tensors(merge(config, "two", random_seed=1, multi_gpu=True))
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+@pytest.mark.parametrize("method", MERGES)
+def test_several_gpus_write_the_same_tensors(here, two_devices, method):
+    sources = NAMES if method == "hetero_moe" else NAMES[1:]
+    for name in NAMES if method == "hetero_moe" else ():
+        (here / name).unlink()
+        make_model(here / name, NAMES.index(name))
+        save_tokenizer(here / name, 96)
+    check_alike(document(method, models=sources, **MERGES[method]))
+
+
+def test_caem_on_several_gpus(here, two_devices):
+    models = []
+    for seed, name in enumerate(("first", "second")):
+        make_moe(here / name, "mixtral", seed)
+        write(here / f"{name}.jsonl", words(seed, 12))
+        models.append({"model": f"./{name}", "parameters": {"calibration": f"{name}.jsonl"}})
+    check_alike(document("caem", models=models, base=None, parameters={"num_experts": 4}))
+
+
+def test_states_of_prompts_do_not_depend_on_the_default_device(sources):
+    model = AutoModelForCausalLM.from_pretrained(sources / "base").eval()
+    ffns = ("model.layers.0.mlp", "model.layers.1.mlp")
+    for average in (True, False):
+        expected = hidden_states(model, ffns, ((5, 6, 7), (8, 9)), average=average)
+        with torch.device("meta"):
+            got = hidden_states(model, ffns, ((5, 6, 7), (8, 9)), average=average)
+        assert torch.equal(got, expected)
+
+
+def test_new_rows_do_not_depend_on_the_default_device():
+    states = [(1.0, torch.randn(6)), (-1.0, torch.randn(6))]
+    expected = random_tokens(90, 5, 3), offset_of_row(states, 0.5)
+    with torch.device("meta"):
+        tokens = random_tokens(90, 5, 3)
+        offset = offset_of_row(states, 0.5)
+    assert tokens == expected[0] and torch.equal(offset, expected[1])
+
+
+def test_kernels_are_tried_on_tensors_of_the_cpu():
+    expected = on_gpu._trial_tensors(torch.device("cpu"), torch.bfloat16)
+    with torch.device("meta"):
+        tried = on_gpu._trial_tensors(torch.device("cpu"), torch.bfloat16)
+    for got, wanted in zip(tried, expected, strict=True):
+        assert torch.equal(got, wanted)
