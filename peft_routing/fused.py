@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 
 from peft_routing import mixing
@@ -109,10 +110,11 @@ class Fused:
         # expert is warned of on the general way.
         if needs_gradients and (a.requires_grad or b.requires_grad or not router.learns):
             return None
-        if torch.jit.is_tracing():
-            return None  # kernels leave no trace
-        tokens = x.reshape(-1, x.shape[-1])
         is_compiling = torch.compiler.is_compiling()
+        # Kernels leave no trace, and know nothing of vmap and its like.
+        if torch.jit.is_tracing() or (not is_compiling and is_functorch_wrapped_tensor(x)):
+            return None
+        tokens = x.reshape(-1, x.shape[-1])
         # The kernels for a few tokens have no gradients, that of the base layer's output neither.
         is_final = not (needs_gradients or (torch.is_grad_enabled() and result.requires_grad))
         if needs_gradients or is_compiling or torch.is_autocast_enabled(x.device.type):

@@ -386,3 +386,21 @@ def test_what_is_made_in_a_cuda_graph_is_not_kept(monkeypatch: pytest.MonkeyPatc
         a, _ = experts.factors_in(torch.bfloat16)
     assert torch.equal(a, experts.A.to(torch.bfloat16))
     assert experts._cast is None and not adapter.fused._plans
+
+
+def test_transforms_of_a_module_go_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer()
+    x = torch.randn(3, 5, IN, dtype=torch.float64)
+    expected = torch.stack([generally(layer, each) for each in x])
+    monkeypatch.setattr(fused.Fused, "_plan", None)
+    with torch.no_grad():
+        assert torch.allclose(torch.func.vmap(layer)(x), expected)
+
+    def total(each: torch.Tensor) -> torch.Tensor:
+        return layer(each).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(total))(x)
+    for each, gradient in zip(x, gradients, strict=True):
+        leaf = each.clone().requires_grad_()
+        total(leaf).backward()
+        assert torch.allclose(gradient, leaf.grad)
