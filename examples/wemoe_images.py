@@ -916,9 +916,9 @@ def _finish(axes: Any, figure: Any, path: Path, title: str | None) -> None:
     pyplot().close(figure)
 
 
-def draw_routing(results: Results, path: Path) -> None:
+def draw_routing(results: Results, path: Path, first_block: int = 0) -> None:
     """Draws figures 11 and 12: mean coefficients, and how often each is the largest; by task, a
-    line per block.
+    line per block, of which the first has this number in the network.
     """
     plt = pyplot()
     seeds = [cell["coefficients"] for cell in results.cells["WEMoE (2-layer)"].values()]
@@ -934,6 +934,7 @@ def draw_routing(results: Results, path: Path) -> None:
                 colour = "white" if value > 0.6 else "black"
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
             axes.set_xticks(range(len(TASKS)), TASKS, rotation=30)
+            axes.set_yticks(range(blocks), range(first_block, first_block + blocks))
             axes.set_title(f"{title}, images: {task}", fontsize=8)
         line[0].set_ylabel("block")
     figure.supxlabel("expert", fontsize=9)

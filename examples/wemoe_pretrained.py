@@ -738,10 +738,10 @@ PARTS: dict[str, tuple[Callable[[Bench, Results], None], Callable[[Results], str
     "routing": (routing, text_of_rows),
     "rates": (rates, text_of_rows),
 }
-DRAWN = {
+DRAWN: dict[str, tuple[Callable[[Results, Path], None], str]] = {
     "figure4": (draw_curves, "wemoe_pretrained_figure4.png"),
     "figure5": (draw_lambdas, "wemoe_pretrained_figure5.png"),
-    "routing": (draw_routing, "wemoe_pretrained_routing.png"),
+    "routing": (partial(draw_routing, first_block=Scale.frozen), "wemoe_pretrained_routing.png"),
 }
 
 
