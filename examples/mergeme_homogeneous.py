@@ -252,7 +252,11 @@ def means(rows: Iterable[Sequence[float]]) -> list[float]:
 def draw_curves(runs: dict[str, list[Run]], path: Path, batch: int = BATCH) -> None:
     """Draws figure 10: the held-out loss against the tokens of the fine-tuning, the mean and the
     range over seeds. A step has `batch` blocks.
+
+    Where some are trained for longer than others, tokens are on a logarithmic scale.
     """
+    first_steps = [of_row[0].steps[1] for of_row in runs.values()]
+    last_steps = {of_row[0].steps[-1] for of_row in runs.values()}
     plt = pyplot()
     figure, panels = plt.subplots(1, len(DOMAINS) + 1, figsize=(3 * (len(DOMAINS) + 1), 3.2))
     for axes, name in zip(panels, [*DOMAINS, "mean"], strict=True):
@@ -267,6 +271,9 @@ def draw_curves(runs: dict[str, list[Run]], path: Path, batch: int = BATCH) -> N
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("tokens")
+        if len(last_steps) > 1:
+            # From the first measurement on: before it the scale is linear, down to 0.
+            axes.set_xscale("symlog", linthresh=min(first_steps) * batch * BLOCK)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("held-out loss")
     figure.legend(

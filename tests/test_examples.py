@@ -489,7 +489,7 @@ def test_the_experiment_with_hundreds_of_steps_runs_and_goes_on(small, tiny_expe
     def run(merged, part, data, measured_on, recipe):
         measured.append((part, recipe))
         routing = {name: [1.0, 0.0, 0.0, 0.0] for name in small.DOMAINS}
-        return small.Run([0], {name: [1.0] for name in small.DOMAINS}, routing)
+        return small.Run([0, 2], {name: [2.0, 1.0] for name in small.DOMAINS}, routing)
 
     monkeypatch.setattr(small, "run", run)
     result = CliRunner().invoke(small.main, [*command, "--seeds", "1"], catch_exceptions=False)
@@ -499,7 +499,7 @@ def test_the_experiment_with_hundreds_of_steps_runs_and_goes_on(small, tiny_expe
     assert recipe.learning_rate == float(min(of_rates, key=of_rates.get))
     assert part == "all" and recipe.max_steps == 2
     again = json.loads(Path("out/results.json").read_text())
-    assert again["runs"].pop("Dare merging")[0]["losses"]["code"] == [1.0]
+    assert again["runs"].pop("Dare merging")[0]["losses"]["code"] == [2.0, 1.0]
     del content["runs"]["Dare merging"]
     assert again["runs"] == content["runs"] and again["dense"] == content["dense"]
     result = CliRunner().invoke(small.main, ["--output", "out"])
