@@ -97,15 +97,15 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/sequence_moe.py
 	$(BIN)/python benchmarks/wemoe.py
 
-# Everything that computes on a GPU against a CPU, and a table of what it costs there. That Triton's
-# kernels do not compute as they should is an error here, elsewhere it is a warning. On a machine
+# Everything that computes on a GPU against a CPU, and a table of what it costs there. Here it is an
+# error if Triton's kernels do not compute what they should; elsewhere it is a warning. On a machine
 # with a GPU, give an environment that has its torch, pytest, pytest-xdist and this package:
 # python3 -m pip install --editable '.[test]'; make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 GPU ?= cuda
 gpu:
 	$(GPU_PYTHON) -m pytest -W 'error:Triton:UserWarning' tests/gpu $(wildcard tests/mergekit_moe_ext/tensor/test_fused*.py) $(wildcard tests/peft_routing/test_kernel*.py) --device $(GPU) -n 8 -q
-	$(GPU_PYTHON) benchmarks/gpu.py --device $(GPU) $(if $(filter cpu,$(GPU)),--small)
+	$(GPU_PYTHON) -W error:Triton:UserWarning benchmarks/gpu.py --device $(GPU) $(if $(filter cpu,$(GPU)),--small)
 
 # Damaged inputs and killed commands, for an hour or two.
 robustness: $(VENV)/.installed

@@ -87,7 +87,8 @@ def make_experts(
     """The base, and one model per domain with all parameters trained further on it."""
     # SmolLM2 lies in the cache itself; a base of our own in a folder named by its training.
     identity = SMOLLM2.sha256 if base.parent == cache_dir() else base.parent.name
-    settings = json.dumps([identity, asdict(recipe), BLOCK])
+    content = [texts[name].train for name in names]
+    settings = json.dumps([identity, asdict(recipe), BLOCK, content])
     key = hashlib.sha256(settings.encode()).hexdigest()[:12]
     folders = {name: cache_dir() / f"mergeme-{key}" / name for name in names}
     tokenizer = AutoTokenizer.from_pretrained(base)

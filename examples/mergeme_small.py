@@ -1,4 +1,4 @@
-"""Repeat MergeME's Table 1 with enough training: a small base, hundreds of steps, three seeds.
+"""Repeat MergeME's Table 1 with more training: a small base, 144 steps, three seeds.
 
     python examples/mergeme_small.py --output small/
 
@@ -110,7 +110,7 @@ SCALES = {
 
 class Results:
     """The losses of dense models, the validation losses of all learning rates, and the measured
-    mixtures, in a file that is written anew with each.
+    mixtures, in a file that is rewritten after each measurement.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -182,8 +182,8 @@ def divided(texts: dict[str, Domain]) -> dict[str, dict[str, Domain]]:
 def write_data(
     folder: Path, tokenizer: Any, texts: dict[str, Domain], scale: Scale
 ) -> dict[str, list[str]]:
-    """Writes what is read by mixtures, by sparse upcycling, and by nobody. Returns the `--data` of
-    each.
+    """Writes what mixtures and sparse upcycling are trained on, and what they are measured on.
+    Returns the `--data` of each.
     """
     shares = divided(texts)
     of_mixture = -(-scale.steps * scale.batch // len(DOMAINS))  # blocks per domain
@@ -273,7 +273,7 @@ def search(bench: Bench, results: Results) -> None:
     type=click.Choice(list(SCALES)),
     default="small",
     show_default=True,
-    help="Size of the experiment: an hour, or a minute that shows that it runs.",
+    help="Size of the experiment: an hour and a half, or minutes that show that it runs.",
 )
 @click.option(
     "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of seeds."

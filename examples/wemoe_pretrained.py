@@ -705,7 +705,9 @@ def text_of_table4(results: Results) -> str:
 
 
 def text_of_table5(results: Results) -> str:
-    """The table, and the paper's orderings on every corruption that was measured."""
+    """The table, and whether the usual orderings hold on each corruption that was measured. (On
+    pixelate the paper has WEMoE last.)
+    """
     lines = [table(results, EACH_AND_AVERAGE)]
     for corruption in CORRUPTIONS:
         if f"{ON_CORRUPTED[-1]}, {corruption}" not in results.cells:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 
 from peft_routing import mixing
@@ -32,6 +31,7 @@ from peft_routing.routers.tensors import (
     FEW,
     Source,
     is_captured,
+    is_transformed,
     largest,
     smallest,
     wait_for,
@@ -112,7 +112,7 @@ class Fused:
             return None
         is_compiling = torch.compiler.is_compiling()
         # Kernels leave no trace, and know nothing of vmap and its like.
-        if torch.jit.is_tracing() or (not is_compiling and is_functorch_wrapped_tensor(x)):
+        if torch.jit.is_tracing() or (not is_compiling and is_transformed()):
             return None
         tokens = x.reshape(-1, x.shape[-1])
         # The kernels for a few tokens have no gradients, that of the base layer's output neither.

@@ -22,6 +22,7 @@ from torch import Tensor
 from peft_routing.kernel_start import Started, start
 
 _TOKENS = 16  # of one program; the least that Triton's product takes
+_LEAST_COLUMNS = 16  # as well
 # At most so many numbers of one token's z, padded, which lie in a program's registers at once.
 MOST_NUMBERS = 8192
 
@@ -107,11 +108,11 @@ def columns_and_stages(
     padded: int, parts: int, element: int, device: torch.device
 ) -> tuple[int, int]:
     """How many columns of the router's rows and of the hidden states, whose numbers have `element`
-    bytes, a program reads at a time, and in how many stages: it reads so many less one ahead of
-    their use.
+    bytes, a program reads at a time, and the number of pipeline stages, all but one of which are
+    read ahead.
 
-    They are the fastest that were tried on an H200 for 8, 64 and 256 experts, and fewer stages
-    where a GPU has less shared memory for what is read ahead.
+    They are the fastest that were tried on an H200 for 8, 64 and 256 experts, and fewer where a GPU
+    has less shared memory for what is read ahead.
     """
     if padded <= 16:
         columns = 128
@@ -120,15 +121,18 @@ def columns_and_stages(
     else:
         columns = 32
     stages = 5 if padded <= 64 else 3
-    read_at_once = element * columns * (parts * padded + _TOKENS)
-    while stages > 2 and (stages - 1) * read_at_once > _shared_memory(device):
+    of_column = element * (parts * padded + _TOKENS)
+    shared_memory = _shared_memory(device)
+    while stages > 2 and (stages - 1) * columns * of_column > shared_memory:
         stages -= 1
+    while columns > _LEAST_COLUMNS and columns * of_column > shared_memory:
+        columns //= 2
     return columns, stages
 
 
 @cache
 def _shared_memory(device: torch.device) -> int:
-    """The bytes of shared memory that a program can have; a H200's where nothing is known."""
+    """The bytes of shared memory that a program can have; an H200's where nothing is known."""
     if device.type != "cuda":
         return 227 * 1024
     # A kibibyte of each program is the system's.

@@ -444,7 +444,7 @@ def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_exp
 
 @pytest.fixture
 def small(sequence, tiny_experts, monkeypatch):
-    """The experiment with hundreds of steps, with tiny models on made-up texts, its merges in this
+    """The experiment with more steps, with tiny models on made-up texts, its merges in this
     process.
     """
     import mergeme_homogeneous
@@ -464,7 +464,7 @@ def small(sequence, tiny_experts, monkeypatch):
     return mergeme_small
 
 
-def test_the_experiment_with_hundreds_of_steps_runs_and_goes_on(small, tiny_experts, monkeypatch):
+def test_the_experiment_with_more_steps_runs_and_goes_on(small, tiny_experts, monkeypatch):
     command = ["--output", "out", "--scale", "quick"]
     result = CliRunner().invoke(small.main, [*command, "--seeds", "1"], catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -210,7 +210,7 @@ MERGEME = Paper(
         ),
         Part(
             "mergeme_small",
-            "mixtures of a small Llama that is pretrained here, trained for hundreds of steps",
+            "mixtures of a small Llama that is pretrained here, trained for 144 steps",
             TABLE_1,
         ),
         Part(
@@ -332,8 +332,8 @@ TABLE_4 = (
     _of_table4("WEMoE (0-layer)", "Task arithmetic", "64.2, 61.4"),
     _of_table4("Task arithmetic", "Ties-Merging", "61.4, 59.5"),
 )
-# Table 5's averages over four tasks, of the rows of AVERAGES in their order.
-AVERAGES = (
+# The rows that Table 5 compares, and its averages over four tasks in that order.
+COMPARED = (
     "WEMoE (2-layer), constant 1e-4",
     "AdaMerging (layer)",
     "Task arithmetic",
@@ -354,8 +354,8 @@ def _of_table5() -> tuple[Claim, ...]:
     """The order of each two neighbouring rows, on each corruption."""
     claims = []
     for corruption, averages in OF_CORRUPTION.items():
-        of_paper = dict(zip(AVERAGES, averages, strict=True))
-        for first, second in itertools.pairwise(AVERAGES):
+        of_paper = dict(zip(COMPARED, averages, strict=True))
+        for first, second in itertools.pairwise(COMPARED):
             better, worse = sorted((first, second), key=lambda row: -of_paper[row])
             short_names = [row.partition(",")[0] for row in (better, worse)]
             suffix = f", {corruption.replace(' ', '_')}"

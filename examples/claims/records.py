@@ -326,7 +326,7 @@ EXPERIMENTS = {
         mergeme_homogeneous,
         lower_is_better=True,
         percent=False,
-        page="mergeme.md#with-hundreds-of-steps",
+        page="mergeme.md#with-144-steps",
         splits="Each row's learning rate is the best of three on validation texts, figures are of "
         "held-out texts.",
     ),

@@ -35,7 +35,7 @@ _ROWS = 32  # the rows of a tile are a multiple of this; products with fewer are
 
 
 def rule_of(device: torch.device) -> Rule:
-    """The rule of a device, which code that is compiled for it has not."""
+    """The rule of a device; compiled code takes the plain one."""
     return PLAIN if torch.compiler.is_compiling() else RULES.get(device.type, PLAIN)
 
 

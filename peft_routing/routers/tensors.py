@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 
@@ -46,10 +48,15 @@ def over_tokens(coefficients: Tensor, x: Tensor) -> Tensor:
 
 
 def is_captured(device: torch.device) -> bool:
-    """Whether what a device is told now goes into a CUDA graph, so that it is done when that is
-    replayed, and what it makes lies in the graph's own memory.
+    """Whether work that is given to a device now is recorded into a CUDA graph: it runs only when
+    the graph is replayed, and its results lie in the graph's own memory.
     """
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is at work."""
+    return maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def wait_for(device: torch.device) -> None:

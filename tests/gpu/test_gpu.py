@@ -238,12 +238,21 @@ def test_a_routed_module_in_a_cuda_graph(experts: dict[str, str], tokens: int, d
     first, second = torch.randn(2, tokens, layer.in_features, generator=generator).to(
         device, torch.bfloat16
     )
+    (adapter,) = layer._here()
+    experts_here = layer.experts_of("default")
     with torch.no_grad():
         expected = layer(second)  # and the kernels are tried and compiled
+        adapter.fused._plans.clear()
+        adapter.fused._split = None
+        experts_here._cast = None
         held = first.clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = layer(held)
+        # What was made in the graph is not there before it is replayed.
+        assert not adapter.fused._plans
+        assert adapter.fused._split is None and experts_here._cast is None
+        close(layer(second).float(), expected.float(), 1e-6)
         held.copy_(second)
         graph.replay()
     close(found.float(), expected.float(), 1e-6)

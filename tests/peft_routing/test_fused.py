@@ -12,6 +12,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
 import peft_routing
@@ -404,3 +405,23 @@ def test_transforms_of_a_module_go_the_general_way(monkeypatch: pytest.MonkeyPat
         leaf = each.clone().requires_grad_()
         total(leaf).backward()
         assert torch.allclose(gradient, leaf.grad)
+
+
+def test_forward_mode_goes_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer()
+    x, direction = torch.randn(2, 5, IN, dtype=torch.float64)
+    _, expected = torch.autograd.functional.jvp(lambda each: layer(each), x, direction)
+    monkeypatch.setattr(fused.Fused, "_plan", None)
+    with torch.no_grad(), forward_ad.dual_level():
+        output = layer(forward_ad.make_dual(x, direction))
+        _, tangent = forward_ad.unpack_dual(output)
+    assert torch.allclose(tangent, expected)
+    # The same where the parameters alone are transformed.
+    weights = torch.randn(3, *layer.base_layer.weight.shape, dtype=torch.float64)
+
+    def with_weight(weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"base_layer.weight": weight}, (x,))
+
+    with torch.no_grad():
+        outputs = torch.func.vmap(with_weight)(weights)
+    assert outputs.shape == (3, 5, OUT) and not torch.allclose(outputs[0], outputs[1])

@@ -110,7 +110,7 @@ def test_the_kernels_for_a_few_tokens_compile(
 
 
 @pytest.mark.parametrize("shared_memory", [227 * 1024, 99 * 1024])
-@pytest.mark.parametrize("count", [8, 64, 256, 512])
+@pytest.mark.parametrize("count", [8, 64, 256, 512, 1024])
 def test_what_is_read_ahead_fits_into_shared_memory(
     count: int, shared_memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +124,7 @@ def test_what_is_read_ahead_fits_into_shared_memory(
         **dict.fromkeys(("tokens", "width", "k"), "i32"),
         "temperature": "fp32",
         **{"absolute": True, "is_low_rank": False, "keeps_scores": False, "parts": 2},
-        **{"experts": count, "rank": 16, "padded": padded, "padded_rank": 16},
+        **{"experts": count, "rank": 8, "padded": padded, "padded_rank": 8},
         **{"block": 16, "columns": columns},
     }
     made = compiled_for_a_gpu(kernel._weigh, arguments, 90, 8 if padded > 64 else 4, stages)

@@ -28,8 +28,8 @@ _COUNTED_BLOCK = 4096
 _COUNTING_WARPS = 8
 # A program that counts walks over many blocks, since it adds a whole histogram of each source to
 # the totals at its end. There are 8 programs for each of the 132 multiprocessors of an H100 or
-# H200, of which three run at a time with one source in float32 and one with three in bfloat16 (by
-# the registers of what Triton 3.6 compiles), and fewer where some would have a single block.
+# H200, and fewer where some would have a single block. By the registers of what Triton 3.6 compiles
+# a multiprocessor runs three at a time with one source in float32, and one with three in bfloat16.
 _COUNTING_PROGRAMS = 1056
 _LEAST_BLOCKS = 2
 # Up to so many elements of a block are added to the totals one by one: for the lower digits, which
