@@ -4,16 +4,22 @@ the real ones.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from mergekit import multigpu_executor
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_moe_ext.growing.gate_rows import offset_of_row, random_tokens
+from mergekit_moe_ext.growing.tasks import ArrangedExperts
+from mergekit_moe_ext.merging import writer
 from mergekit_moe_ext.tensor.kernels import on_gpu
+from mergekit_moe_ext.upcycling.families.rewritings import scaled_embedding_and_head
 from mergekit_moe_ext.upcycling.prompts import hidden_states
+from mergekit_moe_ext.wemoe.clip_heads import FromHeadFile
 from tests.conftest import NAMES, document, make_model, merge, read_tensors
 from tests.gpu.test_gpu import MERGES
 from tests.mergekit_moe_ext.mixtures.test_usage import make_moe, words, write
@@ -84,6 +90,28 @@ def test_new_rows_do_not_depend_on_the_default_device():
         tokens = random_tokens(90, 5, 3)
         offset = offset_of_row(states, 0.5)
     assert tokens == expected[0] and torch.equal(offset, expected[1])
+
+
+def test_tensors_of_tasks_do_not_depend_on_the_default_device(tmp_path):
+    old = torch.randn(3, 4)
+    new = torch.randn(1, 4)
+    task = SimpleNamespace(
+        name="experts", old=SimpleNamespace(execute=lambda: old), axis=0, order=(3, 0), shape=(2, 4)
+    )
+    save_file({"text_embeds": torch.eye(4)}, tmp_path / "head.safetensors")
+    head = FromHeadFile(
+        path=str(tmp_path / "head.safetensors"), part="classes", shape=(4, 4), dtype="float32"
+    )
+    config = SimpleNamespace(hidden_size=16)
+    writer._dtype_code.cache_clear()
+    with torch.device("meta"):
+        arranged = ArrangedExperts.execute(task, new=new)
+        classes = head.execute()
+        scaled, _ = scaled_embedding_and_head(old, config)
+        code = writer._dtype_code(torch.bfloat16)
+    assert torch.equal(arranged, torch.cat([new, old[:1]]))
+    assert torch.allclose(classes, 100 * torch.eye(4))
+    assert torch.equal(scaled, 4 * old) and code == "BF16"
 
 
 def test_kernels_are_tried_on_tensors_of_the_cpu():
