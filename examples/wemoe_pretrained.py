@@ -446,6 +446,17 @@ class Bench:
             return replace(self, models=models).adapted(method, settings)
 
     @torch.inference_mode()
+    def chosen(self, model: Any) -> dict[str, list[float]]:
+        """The mean coefficient of each task's vectors, over blocks and fifty images, by task: what
+        the notebook on images draws.
+        """
+        by_task = {}
+        for task in self.models:
+            x = pixels(self.data[task].test[:50])
+            by_task[task] = model.coefficients(pixel_values=x, task=task).mean((0, 1)).tolist()
+        return by_task
+
+    @torch.inference_mode()
     def unseen(self, model: Any) -> dict[str, float]:
         """The accuracy on tasks that were not merged, whose heads the model does not have."""
         model.classifier = torch.nn.Identity()
