@@ -450,11 +450,11 @@ class Bench:
         """The mean coefficient of each task's vectors, over blocks and fifty images, by task: what
         the notebook on images draws.
         """
-        by_task = {}
-        for task in self.models:
-            x = pixels(self.data[task].test[:50])
-            by_task[task] = model.coefficients(pixel_values=x, task=task).mean((0, 1)).tolist()
-        return by_task
+        looked_at = {task: pixels(self.data[task].test[:50]) for task in self.models}
+        means = {}
+        for task, of_blocks in coefficients_of(model, looked_at).items():
+            means[task] = np.mean(of_blocks["mean"], axis=0).tolist()
+        return means
 
     @torch.inference_mode()
     def unseen(self, model: Any) -> dict[str, float]:

@@ -91,11 +91,16 @@ def added(
             power_of_2(rank),
             _COLUMNS,
         ),
-        # Low-rank mixing reads z of all experts at once, and every way reads a whole expert's rows:
-        # for many numbers one warp has no room.
-        num_warps=4 if is_low_rank or rank > 128 else 1,
+        num_warps=warps_of_add(rank, is_low_rank),
     )
     return output
+
+
+def warps_of_add(rank: int, is_low_rank: bool) -> int:
+    """The number of warps of `_add`. Low-rank mixing reads z of all experts at once, and every way
+    reads a whole expert's rows: for many numbers one warp has no room.
+    """
+    return 4 if is_low_rank or rank > 128 else 1
 
 
 @triton.jit

@@ -99,7 +99,7 @@ def test_the_kernels_for_a_few_tokens_compile(
     choices = {"absolute": True, "is_low_rank": is_low_rank, "ranks": 40, "of_router": 2}
     for function, columns, warps in (
         (kernel_few._project, kernel_few._READ, kernel_few._WARPS),
-        (kernel_few._add, kernel_few._COLUMNS, 4 if is_low_rank else 1),
+        (kernel_few._add, kernel_few._COLUMNS, kernel_few.warps_of_add(5, is_low_rank)),
     ):
         arguments = of_tokens | exact | numbers | sizes | choices
         arguments |= {"block": kernel_few._ROWS, "columns": columns}
