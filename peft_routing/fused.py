@@ -114,22 +114,25 @@ class Fused:
         # Kernels leave no trace, and know nothing of vmap and its like.
         if torch.jit.is_tracing() or (not is_compiling and is_transformed()):
             return None
-        tokens = x.reshape(-1, x.shape[-1])
         # The kernels for a few tokens have no gradients, that of the base layer's output neither.
         is_final = not (needs_gradients or (torch.is_grad_enabled() and result.requires_grad))
         if needs_gradients or is_compiling or torch.is_autocast_enabled(x.device.type):
+            tokens = x.reshape(-1, x.shape[-1])
             if is_final and self._takes_few(tokens, result, a, b, weight, as_operation=True):
                 from peft_routing import kernel_op  # needs Triton
 
-                return self._by_few(result, tokens, weight, a, b, kernel_op.add_to_few)
+                rows = result.reshape(-1, result.shape[-1])
+                output = self._by_few(rows, tokens, weight, a, b, kernel_op.add_to_few)
+                return output.view_as(result)
             if not self._takes_kernel(x, result, weight, as_operation=True):
                 return None
             return self._by_operation(result, tokens, weight, needs_gradients)
-        number = tokens.shape[0]
+        number = x.numel() // x.shape[-1]
         plan = self._plan(number, x, result, weight)
         if plan.add is not None and is_final:
             a, b = self.experts.factors_in(plan.dtype)
-            return self._by_few(result, tokens, weight, a, b, plan.add)
+            return self._by_few(result, x, weight, a, b, plan.add)
+        tokens = x.reshape(number, x.shape[-1])
         if plan.weigh is not None:
             return self._by_kernel(result, tokens, weight, plan.weigh)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
@@ -153,26 +156,25 @@ class Fused:
     def _by_few(
         self,
         result: Tensor,
-        tokens: Tensor,
+        x: Tensor,
         weight: Tensor,
         a: Tensor,
         b: Tensor,
         add: Callable[..., Tensor],
     ) -> Tensor:
-        """The output for a few tokens, by two kernels."""
-        output = add(
-            result.reshape(-1, result.shape[-1]),
-            tokens,
+        """The output (…, out) for a few tokens, by two kernels."""
+        return add(
+            result,
+            x,
             weight,
             a,
             b,
-            self.experts.scalings(torch.float32, tokens.device),
+            self.experts.scalings(torch.float32, x.device),
             self.router.k,
             self.router.temperature,
             self.router.absolute,
             self.is_low_rank,
         )
-        return output.view_as(result)
 
     def _by_kernel(
         self, result: Tensor, tokens: Tensor, weight: Tensor, weigh: Callable[..., Tensor]

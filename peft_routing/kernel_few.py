@@ -43,7 +43,7 @@ def added(
     project: Any = None,
     add: Any = None,
 ) -> Tensor:
-    """The result (tokens, out) of a base layer and the update for hidden states (tokens, in).
+    """The result (…, out) of a base layer and the update for its input (…, in).
 
     weight: the router's rows (experts, in); A: (experts · rank, in); B: (experts · rank, out);
     scalings: (experts,) in float32. The coefficients are the softmax over a token's k largest
@@ -55,23 +55,22 @@ def added(
     weight = weight.contiguous()
     a = a.contiguous()
     b = b.contiguous()
-    tokens = hidden.shape[0]
-    # Compiled in, where a compiler might take them for sizes that vary.
-    width = int(hidden.shape[1])
-    columns = int(result.shape[1])
-    experts = int(weight.shape[0])
-    rank = int(a.shape[0]) // experts
-    products = hidden.new_empty(tokens, experts * (1 + rank), dtype=torch.float32)
+    # Compiled in; those of an input might vary for a compiler.
+    experts, width = weight.shape
+    ranks, columns = b.shape
+    rank = ranks // experts
+    tokens = hidden.numel() // width
+    products = hidden.new_empty(tokens, experts + ranks, dtype=torch.float32)
     # The first programs have the router's rows, all others those of A.
     of_router = -(-experts // _ROWS)
-    of_experts = -(-experts * rank // _ROWS)
+    of_experts = -(-ranks // _ROWS)
     launch = few.project.start if few else start
     launch(
         project or _project,
         (of_router + of_experts, tokens, 1),
         (hidden, weight, a, products),
         (),
-        (width, experts, experts * rank, of_router, _ROWS, min(_READ, power_of_2(width))),
+        (width, experts, ranks, of_router, _ROWS, min(_READ, power_of_2(width))),
         num_warps=_WARPS,
     )
     output = torch.empty_like(result)

@@ -35,15 +35,17 @@ class Started:
         """Starts the kernel with its arguments, in their order: tensors, numbers, and what is
         compiled in. `options` are those of the compilation.
         """
-        device = tensors[0].device
-        with _on(device):
-            if self._compiled is not None and _are_aligned(tensors):
-                self._compiled[grid](*tensors, *numbers, *constants)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        are_aligned = not any(address % _ALIGNMENT for address in addresses)
+        with _on(tensors[0].device):
+            if self._compiled is not None and are_aligned:
+                # Of a tensor Triton asks for its address again, and the driver whether it is one.
+                self._compiled[grid](*addresses, *numbers, *constants)
                 return
             compiled = kernel[grid](*tensors, *numbers, *constants, **options)
         # On AMD's GPUs what is compiled depends on the sizes of tensors as well. In Triton's
         # interpreter it is None.
-        if _are_aligned(tensors) and torch.version.hip is None:
+        if are_aligned and torch.version.hip is None:
             self._compiled = compiled
 
 
@@ -76,10 +78,3 @@ def _on(device: torch.device) -> Any:
     if torch.cuda.current_device() == device.index:
         return nullcontext()
     return torch.cuda.device(device)
-
-
-def _are_aligned(tensors: Sequence[Tensor]) -> bool:
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-    return addresses % _ALIGNMENT == 0

@@ -91,8 +91,8 @@ class Experts(nn.Module):
 
     def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B; in another dtype than theirs, copies that are made once."""
-        a = self.A
-        b = self.B
+        a: Any = self._parameters["A"]  # as in `_are_here`
+        b: Any = self._parameters["B"]
         if dtype == a.dtype:
             return a, b
         is_trained = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)

@@ -17,7 +17,7 @@ class Kernel:
 
     def __getitem__(self, grid: Any) -> Any:
         def started(*arguments: Any, **options: Any) -> Any:
-            self.calls.append((self.name, grid, arguments[1:], options))
+            self.calls.append((self.name, grid, arguments, options))
             return self.gives
 
         return started
@@ -31,14 +31,16 @@ def make_kernel() -> tuple[Kernel, list[Any]]:
 GRID = (3, 2, 1)
 
 
-def test_a_compiled_kernel_is_used_again() -> None:
+def test_a_compiled_kernel_is_used_again_with_the_addresses_of_tensors() -> None:
     kernel, calls = make_kernel()
     started = Started()
-    for number in (7, 8):
-        started.start(kernel, GRID, [torch.zeros(8)], [number], [True], num_warps=4)
+    first = torch.zeros(8)
+    second = torch.zeros(8)
+    started.start(kernel, GRID, [first], [7], [True], num_warps=4)
+    started.start(kernel, GRID, [second], [8], [True], num_warps=4)
     assert calls == [
-        ("searched", GRID, (7, True), {"num_warps": 4}),
-        ("compiled", GRID, (8, True), {}),
+        ("searched", GRID, (first, 7, True), {"num_warps": 4}),
+        ("compiled", GRID, (second.data_ptr(), 8, True), {}),
     ]
 
 
@@ -56,7 +58,8 @@ def test_an_interpreter_compiles_nothing() -> None:
     calls: list[Any] = []
     kernel = Kernel(calls, "interpreted", None)
     started = Started()
+    tensor = torch.zeros(8)
     for _ in range(2):
-        started.start(kernel, GRID, [torch.zeros(8)], [1.5], [])
-    start(kernel, GRID, [torch.zeros(8)], [1.5], [])
-    assert calls == [("interpreted", GRID, (1.5,), {})] * 3
+        started.start(kernel, GRID, [tensor], [1.5], [])
+    start(kernel, GRID, [tensor], [1.5], [])
+    assert calls == [("interpreted", GRID, (tensor, 1.5), {})] * 3
