@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from peft_routing import mixing
 from peft_routing.kernel_start import Started, StartedFew
@@ -90,10 +91,11 @@ class Fused:
             and sum(experts.site.ranks) > 0
         )
 
-    def added_to(self, result: Tensor, x: Tensor) -> Tensor | None:
+    def added_to(self, result: Tensor, x: Tensor, base_layer: nn.Module) -> Tensor | None:
         """The output (…, out) of the base layer and the update for its input (…, in).
 
-        None where this call must go the general way.
+        None where this call must go the general way. The base layer's output is lost where nobody
+        else holds it.
         """
         router = self.router
         # Not by their names as attributes, which PyTorch would look for in several places.
@@ -134,7 +136,8 @@ class Fused:
             return self._by_few(result, x, weight, a, b, plan.add)
         tokens = x.reshape(number, x.shape[-1])
         if plan.weigh is not None:
-            return self._by_kernel(result, tokens, weight, plan.weigh)
+            is_own = is_final and is_lost_after(base_layer, result)
+            return self._by_kernel(result, tokens, weight, plan.weigh, is_own)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
         tokens = _cast(tokens, plan.dtype)
         if plan.dtype != a.dtype:
@@ -149,6 +152,8 @@ class Fused:
         if not plan.can_add:
             update = weighed.mm(b) if scaling == 1 else weighed.mm(b) * scaling
             return result + update.view_as(result)
+        if is_final and result.dtype == plan.dtype and is_lost_after(base_layer, result):
+            return _add_product(result, weighed, b, scaling)
         output = _cast(result.reshape(-1, result.shape[-1]), plan.dtype)
         # Not `view(result.shape)`: to take a shape apart costs Python as much as the product.
         return torch.addmm(output, weighed, b, alpha=scaling).view_as(result)
@@ -169,15 +174,27 @@ class Fused:
             weight,
             a,
             b,
-            self.experts.scalings(torch.float32, x.device),
+            self._scalings(x.device),
             self.router.k,
             self.router.temperature,
             self.router.absolute,
             self.is_low_rank,
+            1.0 if self.scaling is None else self.scaling,
         )
 
+    def _scalings(self, device: torch.device) -> Tensor | None:
+        """The scalings (experts,), where they differ: a number costs kernels nothing."""
+        if self.scaling is not None:
+            return None
+        return self.experts.scalings(torch.float32, device)
+
     def _by_kernel(
-        self, result: Tensor, tokens: Tensor, weight: Tensor, weigh: Callable[..., Tensor]
+        self,
+        result: Tensor,
+        tokens: Tensor,
+        weight: Tensor,
+        weigh: Callable[..., Tensor],
+        is_own: bool,
     ) -> Tensor:
         """The output where nothing has a gradient: the kernel is started without an operation of
         PyTorch's around it, which takes Python longer.
@@ -187,12 +204,15 @@ class Fused:
             tokens,
             self._split_rows(weight),
             functional.linear(tokens, a),
-            self.experts.scalings(torch.float32, tokens.device),
+            self._scalings(tokens.device),
+            scaling=1.0 if self.scaling is None else self.scaling,
             k=self.router.k,
             temperature=self.router.temperature,
             absolute=self.router.absolute,
             is_low_rank=self.is_low_rank,
         )
+        if is_own:
+            return _add_product(result, weighed, b)
         return torch.addmm(result.reshape(-1, result.shape[-1]), weighed, b).view_as(result)
 
     def _by_operation(
@@ -208,7 +228,8 @@ class Fused:
             tokens,
             weight,
             functional.linear(tokens, a),
-            self.experts.scalings(torch.float32, tokens.device),
+            self._scalings(tokens.device),
+            scaling=1.0 if self.scaling is None else self.scaling,
             k=k,
             temperature=self.router.temperature,
             absolute=self.router.absolute,
@@ -380,6 +401,25 @@ def is_watched(module: nn.Module) -> bool:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype, without a call where it is in that already."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def is_lost_after(base_layer: nn.Module, result: Tensor) -> bool:
+    """Whether a base layer's output is a new tensor that nobody but its caller holds: that of
+    PyTorch's own linear layer, without a hook that sees it.
+    """
+    if type(base_layer) is not nn.Linear or type(result) is not Tensor:
+        return False
+    is_seen = is_watched(base_layer) or _has_any_global_hook()
+    return result.is_contiguous() and not is_seen
+
+
+def _add_product(output: Tensor, weighed: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
+    """The output (…, out), to which weighed (tokens, rank) times B is added in its place.
+
+    Else it is copied first, which takes as long as the product where experts are few.
+    """
+    output.view(-1, b.shape[1]).addmm_(weighed, b, alpha=scaling)
+    return output
 
 
 def has_methods_of_base(kind: type[Router]) -> bool:

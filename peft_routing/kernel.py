@@ -51,8 +51,9 @@ def weigh(
     hidden: Tensor,
     rows: Tensor,
     z: Tensor,
-    scalings: Tensor,
+    scalings: Tensor | None,
     *,
+    scaling: float = 1.0,
     k: int,
     temperature: float,
     absolute: bool,
@@ -65,9 +66,10 @@ def weigh(
 
     The coefficients are the softmax over the k largest scores, which are the products of the
     hidden states (tokens, in) with a router's rows, as `parts_for` gives them, or their absolute
-    values, over the temperature. scalings: (experts,) in float32. The products are written to
-    `scores` (tokens, experts), in float32, if that is given. `kernel` is `_weigh` as PyTorch
-    traces it; `started` is the kernel as it was compiled for calls like this one.
+    values, over the temperature. scaling: that of all experts; scalings: (experts,) in float32,
+    by which it is multiplied where they differ. The products are written to `scores` (tokens,
+    experts), in float32, if that is given. `kernel` is `_weigh` as PyTorch traces it; `started` is
+    the kernel as it was compiled for calls like this one.
     """
     # Compiled in, where a compiler might take them for sizes that vary.
     parts = int(rows.shape[0])
@@ -84,9 +86,17 @@ def weigh(
     launch(
         kernel or _weigh,
         (-(-tokens // _TOKENS), 1, 1),
-        (hidden, rows, z, scalings, weighed, weighed if scores is None else scores),
-        (tokens, width, k, temperature),
         (
+            hidden,
+            rows,
+            z,
+            weighed if scalings is None else scalings,
+            weighed,
+            weighed if scores is None else scores,
+        ),
+        (tokens, width, k, temperature, scaling),
+        (
+            scalings is not None,
             absolute,
             is_low_rank,
             scores is not None,
@@ -104,6 +114,7 @@ def weigh(
     return weighed
 
 
+@cache
 def columns_and_stages(
     padded: int, parts: int, element: int, device: torch.device
 ) -> tuple[int, int]:
@@ -130,7 +141,6 @@ def columns_and_stages(
     return columns, stages
 
 
-@cache
 def _shared_memory(device: torch.device) -> int:
     """The bytes of shared memory that a program can have; an H200's where nothing is known."""
     if device.type != "cuda":
@@ -143,8 +153,9 @@ def unweigh(
     gradient: Tensor,
     scores: Tensor,
     z: Tensor,
-    scalings: Tensor,
+    scalings: Tensor | None,
     *,
+    scaling: float = 1.0,
     k: int,
     temperature: float,
     absolute: bool,
@@ -169,9 +180,18 @@ def unweigh(
     start(
         kernel or _unweigh,
         (tokens, 1, 1),
-        (gradient, scores, z, scalings, of_z, of_scores),
-        (k, temperature),
-        (absolute, is_low_rank, is_estimated, experts, rank, padded, padded_rank),
+        (gradient, scores, z, of_scores if scalings is None else scalings, of_z, of_scores),
+        (k, temperature, scaling),
+        (
+            scalings is not None,
+            absolute,
+            is_low_rank,
+            is_estimated,
+            experts,
+            rank,
+            padded,
+            padded_rank,
+        ),
         num_warps=8 if padded * padded_rank > 2048 else 4,
     )
     return of_z, of_scores
@@ -211,13 +231,23 @@ def softmax_of_kept(score, is_kept):
     return exponential / tl.sum(exponential, 1)[:, None]
 
 
+@triton.jit
+def scaling_of(scalings, expert, scaling, differ: tl.constexpr, experts: tl.constexpr):
+    """The scalings of some experts."""
+    # As a temperature, it comes from PyTorch's compiler in float64.
+    scaling = tl.cast(scaling, tl.float32) + tl.zeros(expert.shape, tl.float32)
+    if differ:
+        scaling *= tl.load(scalings + expert, mask=expert < experts, other=0.0)
+    return scaling
+
+
 # Numbers that differ from call to call are not compiled in.
-@triton.jit(do_not_specialize=["tokens", "k", "temperature"])
+@triton.jit(do_not_specialize=["tokens", "k", "temperature", "scaling"])
 def _weigh(
-    hidden, rows, z, scalings, weighed, scores, tokens, width, k, temperature,
-    absolute: tl.constexpr, is_low_rank: tl.constexpr, keeps_scores: tl.constexpr,
-    parts: tl.constexpr, experts: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr,
-    padded_rank: tl.constexpr, block: tl.constexpr, columns: tl.constexpr
+    hidden, rows, z, scalings, weighed, scores, tokens, width, k, temperature, scaling,
+    differ: tl.constexpr, absolute: tl.constexpr, is_low_rank: tl.constexpr,
+    keeps_scores: tl.constexpr, parts: tl.constexpr, experts: tl.constexpr, rank: tl.constexpr,
+    padded: tl.constexpr, padded_rank: tl.constexpr, block: tl.constexpr, columns: tl.constexpr
 ):  # fmt: skip
     """`block` tokens, of which `columns` hidden numbers are read at a time."""
     first = tl.program_id(0).to(tl.int64) * block
@@ -253,7 +283,7 @@ def _weigh(
     coefficient = softmax_of_kept(score, chosen_experts(score, expert, k, experts))
 
     # One token after the other, since the numbers of all would take more registers than there are.
-    scaling = tl.load(scalings + expert, mask=is_expert, other=0.0)
+    of_scaling = scaling_of(scalings, expert, scaling, differ, experts)
     component = tl.arange(0, padded_rank)
     of_token = expert[:, None] * rank + component[None, :]
     is_number = is_expert[:, None] & (component < rank)[None, :]
@@ -265,15 +295,16 @@ def _weigh(
         value = tl.load(z + at, mask=is_number, other=0.0).to(tl.float32)
         if is_low_rank:
             value = tl.sum(value * of_experts[:, None], 0)[None, :]
-        value = value * (of_experts * scaling)[:, None]
+        value = value * (of_experts * of_scaling)[:, None]
         tl.store(weighed + at, value.to(weighed.dtype.element_ty), mask=is_number)
 
 
-@triton.jit(do_not_specialize=["k", "temperature"])
+@triton.jit(do_not_specialize=["k", "temperature", "scaling"])
 def _unweigh(
-    gradient, scores, z, scalings, of_z, of_scores, k, temperature,
-    absolute: tl.constexpr, is_low_rank: tl.constexpr, is_estimated: tl.constexpr,
-    experts: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr, padded_rank: tl.constexpr
+    gradient, scores, z, scalings, of_z, of_scores, k, temperature, scaling,
+    differ: tl.constexpr, absolute: tl.constexpr, is_low_rank: tl.constexpr,
+    is_estimated: tl.constexpr, experts: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr,
+    padded_rank: tl.constexpr
 ):  # fmt: skip
     """One token, whose tensors are (1, padded), or (padded, padded_rank)."""
     token = tl.program_id(0).to(tl.int64)
@@ -286,7 +317,7 @@ def _unweigh(
     coefficients = softmax_of_kept(score, chosen_experts(score, expert, k, experts))
     coefficient = tl.sum(coefficients, 0)
 
-    scaling = tl.load(scalings + expert, mask=is_expert, other=0.0)
+    of_scaling = scaling_of(scalings, expert, scaling, differ, experts)
     component = tl.arange(0, padded_rank)
     at = token * experts * rank + expert[:, None] * rank + component[None, :]
     is_number = is_expert[:, None] & (component < rank)[None, :]
@@ -296,13 +327,13 @@ def _unweigh(
     # y is c s z, or with low-rank mixing c s m, where m is the sum of c z over all experts.
     if is_low_rank:
         mixed = tl.sum(value * coefficient[:, None], 0)
-        of_mixed = tl.sum(arriving * (coefficient * scaling)[:, None], 0)
-        of_coefficient = scaling * tl.sum(arriving * mixed[None, :], 1)
+        of_mixed = tl.sum(arriving * (coefficient * of_scaling)[:, None], 0)
+        of_coefficient = of_scaling * tl.sum(arriving * mixed[None, :], 1)
         of_coefficient += tl.sum(value * of_mixed[None, :], 1)
         of_value = coefficient[:, None] * of_mixed[None, :]
     else:
-        of_coefficient = scaling * tl.sum(arriving * value, 1)
-        of_value = (coefficient * scaling)[:, None] * arriving
+        of_coefficient = of_scaling * tl.sum(arriving * value, 1)
+        of_value = (coefficient * of_scaling)[:, None] * arriving
     tl.store(of_z + at, of_value.to(of_z.dtype.element_ty), mask=is_number)
 
     # The gradient of a softmax; of the chosen expert's probability among all, where that stands

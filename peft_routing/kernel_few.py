@@ -17,7 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_routing.kernel import chosen_experts, padded_experts, power_of_2, softmax_of_kept
+from peft_routing.kernel import (
+    chosen_experts,
+    padded_experts,
+    power_of_2,
+    scaling_of,
+    softmax_of_kept,
+)
 from peft_routing.kernel_start import StartedFew, start
 
 # The fastest that were tried on an H200, for 8, 64 and 256 experts of rank 16 and a width of 4096.
@@ -25,6 +31,7 @@ _ROWS = 2  # of one program of `_project`
 _READ = 2048  # at most so many of their columns are read at a time
 _WARPS = 8  # which read them
 _COLUMNS = 32  # of one program of `_add`, in one warp
+_ROWS_AT_ONCE = 64  # of B, of so many columns: a warp has no room for more
 
 
 def added(
@@ -33,11 +40,12 @@ def added(
     weight: Tensor,
     a: Tensor,
     b: Tensor,
-    scalings: Tensor,
+    scalings: Tensor | None,
     k: int,
     temperature: float,
     absolute: bool,
     is_low_rank: bool,
+    scaling: float = 1.0,
     *,
     few: StartedFew | None = None,
     project: Any = None,
@@ -46,9 +54,10 @@ def added(
     """The result (…, out) of a base layer and the update for its input (…, in).
 
     weight: the router's rows (experts, in); A: (experts · rank, in); B: (experts · rank, out);
-    scalings: (experts,) in float32. The coefficients are the softmax over a token's k largest
-    scores, or their absolute values, over the temperature. `few` are the kernels as they were
-    compiled for calls like this one; `project` and `add` are the kernels as PyTorch traces them.
+    scaling: that of all experts; scalings: (experts,) in float32, by which it is multiplied where
+    they differ. The coefficients are the softmax over a token's k largest scores, or their absolute
+    values, over the temperature. `few` are the kernels as they were compiled for calls like this
+    one; `project` and `add` are the kernels as PyTorch traces them.
     """
     hidden = hidden.contiguous()
     result = result.contiguous()
@@ -78,9 +87,11 @@ def added(
     launch(
         add or _add,
         (-(-columns // _COLUMNS), tokens, 1),
-        (result, products, b, scalings, output),
-        (k, temperature),
+        (result, products, b, products if scalings is None else scalings, output),
+        (temperature, scaling),
         (
+            min(k, experts),
+            scalings is not None,
             columns,
             absolute,
             is_low_rank,
@@ -88,11 +99,17 @@ def added(
             rank,
             padded_experts(experts),
             power_of_2(rank),
+            experts_at_once(k, rank),
             _COLUMNS,
         ),
         num_warps=warps_of_add(rank, is_low_rank),
     )
     return output
+
+
+def experts_at_once(k: int, rank: int) -> int:
+    """The number of chosen experts, a power of 2, whose rows `_add` reads at once."""
+    return max(1, min(power_of_2(k), _ROWS_AT_ONCE // power_of_2(rank)))
 
 
 def warps_of_add(rank: int, is_low_rank: bool) -> int:
@@ -142,11 +159,12 @@ def _project(
         tl.store(written + experts + number, value, mask=is_row)
 
 
-@triton.jit(do_not_specialize=["k", "temperature"])
+@triton.jit(do_not_specialize=["temperature", "scaling"])
 def _add(
-    results, products, b, scalings, outputs, k, temperature, width: tl.constexpr,
-    absolute: tl.constexpr, is_low_rank: tl.constexpr, experts: tl.constexpr, rank: tl.constexpr,
-    padded: tl.constexpr, padded_rank: tl.constexpr, columns: tl.constexpr
+    results, products, b, scalings, outputs, temperature, scaling, k: tl.constexpr,
+    differ: tl.constexpr, width: tl.constexpr, absolute: tl.constexpr, is_low_rank: tl.constexpr,
+    experts: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr, padded_rank: tl.constexpr,
+    at_once: tl.constexpr, columns: tl.constexpr
 ):  # fmt: skip
     """`columns` numbers of one token's output."""
     token = tl.program_id(1).to(tl.int64)
@@ -156,6 +174,8 @@ def _add(
     is_component = component < rank
     column = tl.program_id(0) * columns + tl.arange(0, columns)
     is_column = column < width
+    at = token * width + column
+    result = tl.load(results + at, mask=is_column, other=0.0).to(tl.float32)
 
     of_token = products + token * (experts * (1 + rank))
     score = tl.load(of_token + expert, mask=is_expert, other=0.0)
@@ -180,20 +200,32 @@ def _add(
     # NaN, which no comparison finds, is to be seen in the output.
     total = tl.zeros((columns,), tl.float32) + 0.0 * tl.sum(coefficient, 0)
     left = tl.where(coefficient == coefficient, coefficient, 0.0)
-    for _ in range(tl.minimum(k, experts)):
-        best = tl.argmax(left, 0)
-        of_best = tl.max(left, 0) * tl.load(scalings + best)
-        left = tl.where(expert == best, -1.0, left)
-        value = mixed
-        if not is_low_rank:
-            value = tl.load(z + best * rank + component, mask=is_component, other=0.0)
-        row = best.to(tl.int64) * rank + component
-        factors = tl.load(
+    # What some of them need is read at once: a GPU waits for its memory longer than for all else.
+    slot = tl.arange(0, at_once)
+    for first in tl.static_range(0, k, at_once):
+        chosen = tl.zeros((at_once,), tl.int32)
+        factor = tl.zeros((at_once,), tl.float32)
+        for number in tl.static_range(at_once):
+            if first + number < k:
+                best = tl.argmax(left, 0)
+                chosen = tl.where(slot == number, best, chosen)
+                factor = tl.where(slot == number, tl.max(left, 0), factor)
+                left = tl.where(expert == best, -1.0, left)
+        factor *= scaling_of(scalings, chosen, scaling, differ, experts)
+        # Where a slot is left over, an expert is not read for nothing.
+        is_row = (first + slot < k)[:, None] & is_component[None, :]
+        row = chosen[:, None] * rank + component[None, :]
+        if is_low_rank:
+            value = mixed[None, :] * factor[:, None]
+        else:
+            value = tl.load(z + row, mask=is_row, other=0.0) * factor[:, None]
+        value = tl.reshape(value, (at_once * padded_rank,))
+        row = tl.reshape(row, (at_once * padded_rank,)).to(tl.int64)
+        is_row = tl.reshape(is_row, (at_once * padded_rank,))
+        of_rows = tl.load(
             b + row[:, None] * width + column[None, :],
-            mask=is_component[:, None] & is_column[None, :],
+            mask=is_row[:, None] & is_column[None, :],
             other=0.0,
         ).to(tl.float32)
-        total += tl.sum((value * of_best)[:, None] * factors, 0)
-    at = token * width + column
-    result = tl.load(results + at, mask=is_column, other=0.0).to(tl.float32)
+        total += tl.sum(value[:, None] * of_rows, 0)
     tl.store(outputs + at, (result + total).to(outputs.dtype.element_ty), mask=is_column)

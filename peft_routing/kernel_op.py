@@ -23,8 +23,9 @@ def weigh(
     hidden: Tensor,
     weight: Tensor,
     z: Tensor,
-    scalings: Tensor,
+    scalings: Tensor | None,
     *,
+    scaling: float,
     k: int,
     temperature: float,
     absolute: bool,
@@ -36,7 +37,7 @@ def weigh(
 
     `is_estimated`: the one coefficient of k = 1 has the gradient that `straight_through` gives it.
     """
-    options = k, temperature, absolute, is_low_rank, is_estimated
+    options = k, temperature, absolute, is_low_rank, is_estimated, scaling
     weighed, _ = _weigh_with_scores(hidden, weight, z, scalings, *options)
     return weighed
 
@@ -46,12 +47,13 @@ def _weigh_with_scores(
     hidden: Tensor,
     weight: Tensor,
     z: Tensor,
-    scalings: Tensor,
+    scalings: Tensor | None,
     k: int,
     temperature: float,
     absolute: bool,
     is_low_rank: bool,
     is_estimated: bool,
+    scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """z weighed, and the scores (tokens, experts), of which the backward pass makes use."""
     scores = weight.new_empty(z.shape[0], weight.shape[0], dtype=torch.float32)
@@ -60,6 +62,7 @@ def _weigh_with_scores(
         kernel.parts_for(hidden, weight),
         z,
         scalings,
+        scaling=scaling,
         k=k,
         temperature=temperature,
         absolute=absolute,
@@ -77,11 +80,12 @@ def add_to_few(
     weight: Tensor,
     a: Tensor,
     b: Tensor,
-    scalings: Tensor,
+    scalings: Tensor | None,
     k: int,
     temperature: float,
     absolute: bool,
     is_low_rank: bool,
+    scaling: float,
 ) -> Tensor:
     """What `kernel_few.added` gives. It has no gradients."""
     return kernel_few.added(
@@ -95,6 +99,7 @@ def add_to_few(
         temperature,
         absolute,
         is_low_rank,
+        scaling,
         project=wrap_triton(_project) if _is_compiled else _project,
         add=wrap_triton(_add) if _is_compiled else _add,
     )
@@ -105,12 +110,13 @@ def _gradients(
     gradient: Tensor,
     scores: Tensor,
     z: Tensor,
-    scalings: Tensor,
+    scalings: Tensor | None,
     k: int,
     temperature: float,
     absolute: bool,
     is_low_rank: bool,
     is_estimated: bool,
+    scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of z and of the scores."""
     return kernel.unweigh(
@@ -118,6 +124,7 @@ def _gradients(
         scores,
         z,
         scalings,
+        scaling=scaling,
         k=k,
         temperature=temperature,
         absolute=absolute,
@@ -129,7 +136,7 @@ def _gradients(
 
 @_weigh_with_scores.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, z: Tensor, scalings: Tensor, *options: Any
+    hidden: Tensor, weight: Tensor, z: Tensor, scalings: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     scores = weight.new_empty(z.shape[0], weight.shape[0], dtype=torch.float32)
     return torch.empty_like(z), scores
@@ -142,7 +149,7 @@ def _(result: Tensor, *others: Any) -> Tensor:
 
 @_gradients.register_fake
 def _(
-    gradient: Tensor, scores: Tensor, z: Tensor, scalings: Tensor, *options: Any
+    gradient: Tensor, scores: Tensor, z: Tensor, scalings: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z), torch.empty_like(scores)
 

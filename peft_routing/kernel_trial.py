@@ -128,7 +128,7 @@ def compute_alike(device: torch.device, use: Use) -> bool:
         return True
     operation: Any = importlib.import_module("peft_routing.kernel_op")
     inputs = [each.requires_grad_() for each in (hidden, weight, z)]
-    weighed = operation.weigh(*inputs, scalings, **options, is_estimated=False)
+    weighed = operation.weigh(*inputs, scalings, **options, is_estimated=False, scaling=1.0)
     arriving = _random(exact.shape, generator).to(device, torch.bfloat16)
     arriving = arriving * is_clear[:, None]
     gradients = torch.autograd.grad(weighed, inputs, arriving)
@@ -163,7 +163,7 @@ def _add_alike(device: torch.device, use: Use, of_experts: torch.dtype) -> bool:
     choice = k, 1.0, use.absolute, use.is_low_rank
     if use.as_operation:
         operation: Any = importlib.import_module("peft_routing.kernel_op")
-        outputs.append(operation.add_to_few(*made, scalings, *choice))
+        outputs.append(operation.add_to_few(*made, scalings, *choice, 1.0))
     else:
         kernels: Any = importlib.import_module("peft_routing.kernel_few")
         few = StartedFew()

@@ -502,7 +502,9 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
         # As in PEFT's LoRA the sum is in the wider dtype of the two, and rounded at the end.
         is_plain = given.current() is None
         for adapter in self._here():
-            added = adapter.fused.added_to(result, x) if is_plain and adapter.fused else None
+            added = None
+            if is_plain and adapter.fused:
+                added = adapter.fused.added_to(result, x, base_layer)
             result = result + self._update(adapter, x, result) if added is None else added
         return result if result.dtype == dtype else result.to(dtype)
 

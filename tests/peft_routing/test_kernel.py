@@ -121,6 +121,15 @@ def of_a_few_tokens(
     return [*made, torch.rand(count, generator=generator).to(DEVICE) + 0.5]
 
 
+def alike_or_not(
+    scalings: torch.Tensor, is_alike: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Scalings as a kernel takes them beside a scaling of 1.5, and what they are then."""
+    if is_alike:
+        return None, torch.full_like(scalings, 1.5)
+    return scalings, 1.5 * scalings
+
+
 SIZES = [(1, 4, 1, 3, 64), (3, 5, 2, 16, 70), (20, 8, 4, 35, 200), (70, 4, 70, 17, 130)]
 
 
@@ -132,8 +141,9 @@ def test_the_kernel_is_the_loop(
 ) -> None:
     hidden, weight, z, scalings = inputs_of(count, rank, tokens, width)
     options = {"k": k, "temperature": 0.7, "absolute": absolute, "is_low_rank": is_low_rank}
-    weighed = kernel.weigh(hidden, kernel.split(weight), z, scalings, **options)
-    exact = weighed_in_a_loop(hidden, weight, z, scalings, **options)
+    given, exactly = alike_or_not(scalings, is_alike=absolute)
+    weighed = kernel.weigh(hidden, kernel.split(weight), z, given, **options, scaling=1.5)
+    exact = weighed_in_a_loop(hidden, weight, z, exactly, **options)
     assert (weighed.double() - exact).norm() < 0.006 * exact.norm()
 
 
@@ -163,8 +173,9 @@ def test_the_gradients_are_the_loops(
     }
     given = [each.clone().requires_grad_() for each in inputs[:3]]
     given_exactly = [each.double().requires_grad_() for each in inputs[:3]]
-    weighed = kernel_op.weigh(*given, inputs[3], **options)
-    exact = weighed_in_a_loop(*given_exactly, inputs[3], **options)
+    scalings, scalings_exactly = alike_or_not(inputs[3], is_alike=absolute)
+    weighed = kernel_op.weigh(*given, scalings, **options, scaling=1.5)
+    exact = weighed_in_a_loop(*given_exactly, scalings_exactly, **options)
     # Expanded, as `sum` gives it: not in the layout that kernels read.
     arriving = torch.linspace(-1, 2, tokens, device=DEVICE).to(dtype)[:, None].expand_as(exact)
     weighed.backward(arriving)
@@ -184,7 +195,14 @@ def test_the_gradients_are_the_loops(
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize(
     ("count", "rank", "k", "tokens", "width", "out"),
-    [(1, 4, 1, 3, 64, 48), (3, 5, 2, 16, 70, 300), (20, 8, 4, 1, 1100, 33), (70, 4, 16, 2, 96, 64)],
+    [
+        (1, 4, 1, 3, 64, 48),
+        (3, 5, 2, 16, 70, 300),
+        (20, 8, 4, 1, 1100, 33),
+        (70, 4, 16, 2, 96, 64),
+        (9, 24, 5, 2, 64, 48),  # two experts at once, and one is left
+        (4, 70, 3, 1, 64, 40),  # one at a time
+    ],
 )
 def test_the_update_of_a_few_tokens_is_the_loop(
     count: int,
@@ -201,9 +219,10 @@ def test_the_update_of_a_few_tokens_is_the_loop(
     result, hidden, weight, a, b, scalings = inputs
     # A temperature at which not all but one coefficient are nearly 0.
     options = {"k": k, "temperature": 9.0, "absolute": absolute, "is_low_rank": is_low_rank}
-    output = kernel_few.added(*inputs, **options)
+    given, exactly = alike_or_not(scalings, is_alike=absolute)
+    output = kernel_few.added(*inputs[:-1], given, **options, scaling=1.5)
     z = hidden.double() @ a.double().T
-    exact = weighed_in_a_loop(hidden, weight, z, scalings, **options) @ b.double()
+    exact = weighed_in_a_loop(hidden, weight, z, exactly, **options) @ b.double()
     exact += result.double()
     assert output.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, HALF: 0.006}[dtype]
@@ -223,14 +242,16 @@ def test_nan_is_to_be_seen_in_the_update_of_its_token(place: int) -> None:
 
 def test_pytorch_finds_the_operation_for_a_few_tokens_in_order() -> None:
     inputs = of_a_few_tokens(5, 3, 4, 32, 24, torch.float32)
-    torch.library.opcheck(kernel_op.add_to_few, (*inputs, 2, 0.7, True, False))
+    torch.library.opcheck(kernel_op.add_to_few, (*inputs, 2, 0.7, True, False, 1.5))
 
 
 def test_only_the_gradients_that_are_needed() -> None:
     hidden, weight, z, scalings = inputs_of(5, 3, 4, 32)
     options = {"k": 2, "temperature": 1.0, "absolute": True, "is_low_rank": False}
     weight.requires_grad_()
-    kernel_op.weigh(hidden, weight, z, scalings, **options, is_estimated=False).sum().backward()
+    kernel_op.weigh(
+        hidden, weight, z, scalings, **options, is_estimated=False, scaling=1.0
+    ).sum().backward()
     assert weight.grad is not None and hidden.grad is None and z.grad is None
 
 
@@ -238,7 +259,9 @@ def test_a_second_derivative_is_refused() -> None:
     hidden, weight, z, scalings = inputs_of(5, 3, 4, 32, torch.float32)
     options = {"k": 2, "temperature": 1.0, "absolute": True, "is_low_rank": False}
     weight.requires_grad_()
-    weighed = kernel_op.weigh(hidden, weight, z, scalings, **options, is_estimated=False)
+    weighed = kernel_op.weigh(
+        hidden, weight, z, scalings, **options, is_estimated=False, scaling=1.0
+    )
     (gradient,) = torch.autograd.grad(weighed.sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
@@ -247,7 +270,7 @@ def test_a_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_pytorch_finds_the_operations_in_order(dtype: torch.dtype) -> None:
     hidden, weight, z, scalings = inputs_of(5, 3, 4, 32, dtype)
-    options = 2, 0.7, True, False, False
+    options = 2, 0.7, True, False, False, 1.5
     _, scores = kernel_op._weigh_with_scores(hidden, weight, z, scalings, *options)
     torch.library.opcheck(kernel_op._gradients, (z, scores, z, scalings, *options))
     for each in (hidden, weight, z):

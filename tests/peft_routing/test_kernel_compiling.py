@@ -70,9 +70,10 @@ def test_the_kernels_compile(
     exact = dict.fromkeys(("scalings", "scores", "of_scores"), "*fp32")
     numbers = dict.fromkeys(("tokens", "width", "k"), "i32")
     # Triton hands a number over in float32, and what PyTorch's compiler writes in float64.
-    temperature = "fp64" if keeps_scores else "fp32"
-    varying = {**of_dtype, **exact, **numbers, "temperature": temperature}
+    reals = dict.fromkeys(("temperature", "scaling"), "fp64" if keeps_scores else "fp32")
+    varying = {**of_dtype, **exact, **numbers, **reals}
     constants = {
+        "differ": keeps_scores,
         "keeps_scores": keeps_scores,
         "parts": 2 if dtype == torch.bfloat16 else 1,
         "block": 16,
@@ -94,9 +95,10 @@ def test_the_kernels_for_a_few_tokens_compile(
 ) -> None:
     of_tokens = dict.fromkeys(("hidden", "results", "outputs"), POINTERS[of_base])
     exact = dict.fromkeys(("weight", "a", "b", "products", "scalings"), "*fp32")
-    numbers = {"k": "i32", "temperature": "fp64" if is_low_rank else "fp32"}
+    numbers = dict.fromkeys(("temperature", "scaling"), "fp64" if is_low_rank else "fp32")
     sizes = {"experts": 8, "rank": 5, "padded": 16, "padded_rank": 8, "width": 300}
     choices = {"absolute": True, "is_low_rank": is_low_rank, "ranks": 40, "of_router": 2}
+    choices |= {"k": 5, "at_once": kernel_few.experts_at_once(5, 5), "differ": is_low_rank}
     for function, columns, warps in (
         (kernel_few._project, kernel_few._READ, kernel_few._WARPS),
         (kernel_few._add, kernel_few._COLUMNS, kernel_few.warps_of_add(5, is_low_rank)),
@@ -122,8 +124,14 @@ def test_what_is_read_ahead_fits_into_shared_memory(
         **dict.fromkeys(("hidden", "rows", "z", "weighed"), "*bf16"),
         **dict.fromkeys(("scalings", "scores"), "*fp32"),
         **dict.fromkeys(("tokens", "width", "k"), "i32"),
-        "temperature": "fp32",
-        **{"absolute": True, "is_low_rank": False, "keeps_scores": False, "parts": 2},
+        **dict.fromkeys(("temperature", "scaling"), "fp32"),
+        **{
+            "differ": True,
+            "absolute": True,
+            "is_low_rank": False,
+            "keeps_scores": False,
+            "parts": 2,
+        },
         **{"experts": count, "rank": 8, "padded": padded, "padded_rank": 8},
         **{"block": 16, "columns": columns},
     }
@@ -157,7 +165,7 @@ def test_a_compiler_sees_the_kernels_and_what_they_write(
 
     def weigh(*inputs: torch.Tensor) -> torch.Tensor:
         options = {"k": 2, "temperature": 0.7, "absolute": True, "is_low_rank": False}
-        return kernel_op.weigh(*inputs, **options, is_estimated=False)
+        return kernel_op.weigh(*inputs, **options, is_estimated=False, scaling=1.0)
 
     # On a CPU, since autograd asks a GPU even for tensors that are not there.
     hidden = torch.empty(19, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -187,7 +195,7 @@ def test_a_compiler_sees_the_kernels_for_a_few_tokens(gpu_to_compile_for: None) 
         return make_boxed_func(graph)
 
     def add(*inputs: torch.Tensor) -> torch.Tensor:
-        return kernel_op.add_to_few(*inputs, 2, 0.7, True, False)
+        return kernel_op.add_to_few(*inputs, 2, 0.7, True, False, 1.0)
 
     shapes = [(1, 48), (1, 64), (8, 64), (32, 64), (32, 48), (8,)]
     with FakeTensorMode() as mode:
