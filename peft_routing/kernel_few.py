@@ -116,7 +116,7 @@ def warps_of_add(rank: int, is_low_rank: bool) -> int:
     """The number of warps of `_add`. Low-rank mixing reads z of all experts at once, and every way
     reads a whole expert's rows: for many numbers one warp has no room.
     """
-    return 4 if is_low_rank or rank > 128 else 1
+    return 4 if is_low_rank or rank > 32 else 1
 
 
 @triton.jit

@@ -63,6 +63,80 @@ def shortly(layer: RoutedLoraLinear, x: torch.Tensor, monkeypatch: Any) -> torch
         return layer(x)
 
 
+class Watching(nn.Linear):
+    """A linear layer of somebody else's, who keeps its outputs."""
+
+    def __init__(self, other: nn.Linear, kept: list[torch.Tensor]) -> None:
+        super().__init__(IN, OUT, dtype=other.weight.dtype)
+        self.load_state_dict(other.state_dict())
+        self.kept = kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept.append(super().forward(x))
+        return self.kept[-1]
+
+
+@pytest.mark.parametrize("case", ["hook", "global hook", "own forward", "own class"])
+def test_what_others_hold_of_the_base_layer_is_not_written_to(case: str) -> None:
+    layer = make_layer()
+    base: Any = layer.base_layer
+    kept: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if module is base:
+            kept.append(output)
+
+    handle = None
+    if case == "hook":
+        base.register_forward_hook(keep)
+    elif case == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(keep)
+    elif case == "own forward":
+        plain = base.forward
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            kept.append(plain(x))
+            return kept[-1]
+
+        base.forward = forward
+    else:
+        layer.base_layer = Watching(base, kept)
+    x = torch.randn(5, IN, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            output = layer(x)
+    finally:
+        if handle is not None:
+            handle.remove()
+    (held,) = kept
+    assert torch.equal(held, nn.functional.linear(x, base.weight, base.bias))
+    torch.testing.assert_close(output, generally(layer, x))
+
+
+def test_the_update_is_added_in_place_where_nobody_sees_it() -> None:
+    layer = make_layer()
+    base: Any = layer.base_layer
+    results = []
+    added_to = fused.Fused.added_to
+
+    def observed(self: Any, result: torch.Tensor, *others: Any) -> torch.Tensor | None:
+        output = added_to(self, result, *others)
+        results.append(output is result)
+        return output
+
+    x = torch.randn(2, 5, IN, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as context, torch.no_grad():
+        context.setattr(fused.Fused, "added_to", observed)
+        output = layer(x)
+        layer(x.mT.contiguous().mT)
+        with torch.enable_grad():
+            base.weight.requires_grad_()
+            layer(x)
+    torch.testing.assert_close(output, generally(layer, x))
+    # A graph of gradients may hold the output of a layer that is trained.
+    assert results == [True, True, False]
+
+
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (2, 1, 2), (0, 3)])
 @pytest.mark.parametrize("mixing", ["full", "low_rank"])
 @pytest.mark.parametrize("scalings", [None, (0.5, 1.0, 2.0, 0.1, 3.0, -1.0)])
