@@ -22,7 +22,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import click
 import torch
 from demo import BLOCK, DOMAINS, blocks
-from mergeme_homogeneous import make_experts, run_mergekit
+from mergeme_homogeneous import EXPERT, make_experts, run_mergekit
 from real_data import domains, smollm2
 from torch import Tensor
 from tqdm import tqdm
@@ -218,6 +218,13 @@ def run(
     help="Number of steps of each adaptation.",
 )
 @click.option(
+    "--expert-steps",
+    type=click.IntRange(min=1),
+    default=EXPERT.steps,
+    show_default=True,
+    help="Number of steps of each fine-tune.",
+)
+@click.option(
     "--held-out",
     "count",
     type=click.IntRange(min=1),
@@ -225,12 +232,22 @@ def run(
     show_default=True,
     help=f"Number of held-out texts of {BLOCK} tokens per domain.",
 )
-def main(output: Path | None, only: tuple[str, ...], seeds: int, steps: int, count: int) -> None:
-    results = Results(output, {"steps": steps, "held_out": count})
+def main(
+    output: Path | None,
+    only: tuple[str, ...],
+    seeds: int,
+    steps: int,
+    expert_steps: int,
+    count: int,
+) -> None:
+    settings = {"steps": steps, "held_out": count}
+    if expert_steps != EXPERT.steps:
+        settings["expert_steps"] = expert_steps
+    results = Results(output, settings)
     base = smollm2()
     texts = domains()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    models = make_experts(base, texts)
+    models = make_experts(base, texts, replace(EXPERT, steps=expert_steps))
     held_out = {name: blocks(tokenizer, texts[name].held_out, count) for name in DOMAINS}
     for name, folder in models.items():
         row = name if name == "base" else f"{name} expert"

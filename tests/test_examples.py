@@ -539,7 +539,7 @@ def on_texts(sequence, tiny_experts, monkeypatch):
     monkeypatch.setattr(wemoe_texts, "BLOCK", 40)
     monkeypatch.setattr(wemoe_texts, "smollm2", lambda: tiny_experts["base"])
     monkeypatch.setattr(wemoe_texts, "domains", lambda: texts)
-    monkeypatch.setattr(wemoe_texts, "make_experts", lambda base, texts: tiny_experts)
+    monkeypatch.setattr(wemoe_texts, "make_experts", lambda *_: tiny_experts)
     monkeypatch.setattr(wemoe_texts, "run_mergekit", sequence.run_mergekit)
     return wemoe_texts
 
