@@ -27,7 +27,9 @@ _KIND = "cuda"  # of devices, by torch's names
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # sums are float32, too narrow for float64
 _COLUMNS = (torch.uint16, torch.int32)
 _BLOCK = 256  # elements that a program reads at a time
-_WARPS = 2
+# A product and a sum are rounded one after the other in every version of Triton, whose defaults
+# differ.
+_OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 _DENSE = (Tensor, nn.Parameter)  # other classes of tensors may have no memory of their own
 
 # Of a trial: a row is longer than a block, and experts keep more than a row.
@@ -95,11 +97,8 @@ def can_merge(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> bool:
     # nothing of gradients, vmap and its like.
     if torch.compiler.is_compiling() or triton is None or weight.device.type != _KIND:
         return False
-    if (
-        torch.jit.is_tracing()
-        or maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-    ):
+    is_transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
+    if torch.jit.is_tracing() or is_transformed:
         return False
     if torch.is_grad_enabled() and (c.requires_grad or weight.requires_grad):
         return False
@@ -109,13 +108,13 @@ def can_merge(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> bool:
         return False
     if columns.dtype not in _COLUMNS or row_ends.dtype != torch.int32:
         return False
-    for tensor in (weight, values, columns, row_ends):
-        if type(tensor) not in _DENSE or not tensor.is_contiguous():
+    for tensor in (c, weight, values, columns, row_ends):
+        if type(tensor) not in _DENSE or tensor.device != weight.device:
             return False
-        if tensor.device != weight.device:
+        if tensor is not c and not tensor.is_contiguous():
             return False
-    if type(c) is not Tensor or c.device != weight.device or 0 in (c.numel(), weight.numel()):
-        return False
+    if 0 in (c.numel(), weight.numel()):
+        return False  # a kernel cannot be started for nothing
     return _works(weight.device, dtype)
 
 
@@ -139,7 +138,7 @@ def merge(c: Tensor, weight: Tensor, values: Tensor, columns: Tensor, row_ends: 
     compiled = _compiled.get(key)
     with _on(weight.device):
         if compiled is None:
-            _compiled[key] = _merge[grid](*tensors, *numbers, _BLOCK, num_warps=_WARPS)
+            _compiled[key] = _merge[grid](*tensors, *numbers, _BLOCK, **_OPTIONS)
         else:
             # To find the compiled kernel takes Triton's Python about as long as to start it.
             addresses = [tensor.data_ptr() for tensor in tensors]

@@ -37,7 +37,7 @@ def test_the_kernel_compiles(dtype: torch.dtype, generation: int, of_columns: st
     constants = {(place_of_block,): wemoe_kernel._BLOCK}
     source = ASTSource(fn=wemoe_kernel._merge, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", generation, 32)
-    made = triton.compile(source, target=target, options={"num_warps": wemoe_kernel._WARPS})
+    made = triton.compile(source, target=target, options=wemoe_kernel._OPTIONS)
     assert made.asm["cubin"]
     ptx = made.asm["ptx"]
     assert ".local" not in ptx  # registers suffice
