@@ -104,7 +104,7 @@ bench: $(VENV)/.installed
 GPU_PYTHON ?= $(BIN)/python
 GPU ?= cuda
 gpu:
-	$(GPU_PYTHON) -m pytest -W 'error:Triton:UserWarning' tests/gpu $(wildcard tests/mergekit_moe_ext/tensor/test_fused*.py) $(wildcard tests/peft_routing/test_kernel*.py) --device $(GPU) -n 8 -q
+	$(GPU_PYTHON) -m pytest -W 'error:Triton:UserWarning' tests/gpu $(wildcard tests/mergekit_moe_ext/tensor/test_fused*.py) $(wildcard tests/mergekit_moe_ext/modeling/test_wemoe_kernel*.py) $(wildcard tests/peft_routing/test_kernel*.py) --device $(GPU) -n 8 -q
 	$(GPU_PYTHON) -W error:Triton:UserWarning benchmarks/gpu.py --device $(GPU) $(if $(filter cpu,$(GPU)),--small)
 
 # Damaged inputs and killed commands, for an hour or two.

@@ -10,8 +10,8 @@ that does takes the mean over a prefix (`frozen`: the prompt in `generate`, else
 what is there up to it (`running`).
 
 The files beside this one hold the products (`wemoe_products`), the tiles that these go through
-(`wemoe_tiles`), the parameters that are weighed when they are read (`wemoe_tensors`), and what a
-forward pass knows (`wemoe_calls`).
+(`wemoe_tiles`), a GPU's kernel for sparse task vectors (`wemoe_kernel`), the parameters that are
+weighed when they are read (`wemoe_tensors`), and what a forward pass knows (`wemoe_calls`).
 """
 
 import inspect

@@ -17,6 +17,7 @@ from transformers import initialization
 from transformers.pytorch_utils import Conv1D
 
 from .wemoe_calls import OUTSIDE, Current
+from .wemoe_kernel import can_merge, merge
 from .wemoe_tiles import (
     PLAIN,
     RULES,
@@ -322,15 +323,20 @@ def _product_by_tiles(
 def _fits_one_tile(c: Tensor, weight: Tensor, stored: Sequence[Tensor], tile: int) -> bool:
     """Whether the weights of all coefficients (samples, experts) are merged in one tile."""
     samples, experts = c.shape
-    is_sum_of_sparse = samples == 1 and len(stored) > 1
-    held = 1 if is_sum_of_sparse else max(samples, experts)
-    return held * weight.numel() <= tile
+    if samples * weight.numel() > tile:
+        return False
+    if experts * weight.numel() <= tile:
+        return True
+    # Where the elements of sparse vectors are added up where they lie, none is made dense.
+    return len(stored) > 1 and (samples == 1 or can_merge(c, weight, stored))
 
 
 def _merged_at_once(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Tensor:
     """The weights (samples, rows, columns) of coefficients (samples, experts), in as few operations
     as there can be: where a model is small, each takes longer to be started than to be done.
     """
+    if len(stored) > 1 and can_merge(c, weight, stored):
+        return merge(c, weight, *stored)
     # As in `_merged_tiles`, the elements of sparse vectors are added up where they lie if there is
     # one sum, and that in float32 or wider.
     if c.shape[0] == 1 and len(stored) > 1:
@@ -427,6 +433,11 @@ def _times(x: Tensor, weight: Tensor, over_rows: bool, bias: Tensor | None = Non
 
 def _merged_tiles(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Parts:
     """The weights (samples, rows, columns) of coefficients (samples, experts), some at a time."""
+    most = rule_of(weight.device).tile
+    if len(stored) > 1 and weight.numel() <= most and can_merge(c, weight, stored):
+        for samples in slices_of(len(c), most // weight.numel()):
+            yield slice(None), samples, merge(c[samples], weight, *stored)
+        return
     # With one set of coefficients and sparse vectors, their weighed elements are added up where
     # they lie, and no vector is made dense by itself. They are summed in float32 or wider, so that
     # rounding does not grow with their number.

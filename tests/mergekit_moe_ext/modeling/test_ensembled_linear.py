@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_moe_ext.modeling import wemoe_tiles
+from mergekit_moe_ext.modeling import wemoe_kernel, wemoe_products, wemoe_tiles
 from mergekit_moe_ext.modeling.wemoe_calls import Current, EnsembleCall
 from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 
@@ -320,3 +320,98 @@ def test_places_outside_of_the_weight_are_an_error(part):
     getattr(model.linear, part)[1, -1] = 12
     with pytest.raises(ValueError, match="outside of the weight"):
         model(*inputs())
+
+
+@pytest.fixture
+def merges(monkeypatch, like_a_gpu):
+    """The shapes of the coefficients for which a kernel merged, on a CPU that seems to have one."""
+    shapes = []
+
+    def merge(c, weight, *stored):
+        shapes.append(tuple(c.shape))
+        vectors = wemoe_tiles.made_dense(weight, *stored)
+        return weight + torch.einsum("se,eij->sij", c, vectors)
+
+    monkeypatch.setattr(wemoe_kernel, "triton", object())
+    monkeypatch.setattr(wemoe_kernel, "_KIND", "cpu")
+    monkeypatch.setattr(wemoe_kernel, "_works", lambda device, dtype: True)
+    monkeypatch.setattr(wemoe_products, "merge", merge)
+    return shapes
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_a_kernel_merges_sparse_vectors_forward_and_backward(layout, samples, merges):
+    model, vectors = make(layout, sparse=True, dtype=torch.float32)
+    x, c = inputs(samples=samples, tokens=9, dtype=torch.float32)
+    expected = naive(model, vectors, x, c)
+    torch.testing.assert_close(model(x, c), expected)
+    assert merges == [(samples, EXPERTS)]
+    x.requires_grad_(), c.requires_grad_()
+    expected = torch.autograd.grad(naive(model, vectors, x, c).square().sum(), [x, c])
+    merges.clear()
+    actual = torch.autograd.grad(model(x, c).square().sum(), [x, c])
+    assert merges == [(samples, EXPERTS)] * 2
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_kernel_merges_as_many_samples_as_fit_into_a_tile(merges, monkeypatch):
+    model, vectors = make(sparse=True, dtype=torch.float32)
+    x, c = inputs(samples=5, tokens=9, dtype=torch.float32)
+    for tile, expected in (
+        (5 * 70, [(5, EXPERTS)]),
+        (2 * 70 + 1, [(2, EXPERTS), (2, EXPERTS), (1, EXPERTS)]),
+        (69, []),
+    ):
+        monkeypatch.setitem(wemoe_tiles.RULES, "cpu", wemoe_tiles.PLAIN._replace(tile=tile))
+        merges.clear()
+        torch.testing.assert_close(model(x, c), naive(model, vectors, x, c))
+        assert merges == expected
+        merges.clear()
+        model.linear.merged(c)
+        assert merges == expected
+
+
+def test_a_kernel_is_not_used_where_it_could_not_be(merges, monkeypatch):
+    model, vectors = make(sparse=True, dtype=torch.float32)
+    linear = model.linear
+    x, c = inputs(tokens=9, dtype=torch.float32)
+    weights = linear.merged(c)
+    assert merges == [(4, EXPERTS)]
+    merges.clear()
+    close = torch.testing.assert_close
+
+    torch.func.vmap(linear.merged)(c[None])
+    torch.func.jvp(linear.merged, (c,), (c,))
+    with monkeypatch.context() as tracing:
+        tracing.setattr(torch.jit, "is_tracing", lambda: True)
+        close(linear.merged(c), weights)
+    compiled = torch.compile(linear._by_sample, backend="aot_eager", fullgraph=True)
+    close(compiled(x, c), naive(model, vectors, x, c))
+    c.requires_grad_()
+    (gradient,) = torch.autograd.grad(linear.merged(c).sum(), c)
+    close(gradient, vectors.sum((1, 2)).expand(4, -1))
+    c.requires_grad_(False)
+    linear.weight.data = linear.weight.T.contiguous().T
+    close(linear.merged(c), weights)
+    linear.weight.data = linear.weight.contiguous()
+    model.double()
+    close(linear.merged(c.double()).float(), weights)
+    model.float()
+    assert linear.merged(c[:0]).shape == (0, *linear.weight.shape)
+    monkeypatch.setattr(wemoe_kernel, "triton", None)
+    close(linear.merged(c), weights)
+    assert not merges
+
+
+def test_a_kernel_is_tried_once_and_not_in_a_cuda_graph(monkeypatch):
+    device = torch.device("cuda")
+    tried = []
+    monkeypatch.setattr(wemoe_kernel, "_known", {})
+    monkeypatch.setattr(wemoe_kernel, "_tried", lambda *use: tried.append(use) or True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not wemoe_kernel._works(device, torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert wemoe_kernel._works(device, torch.float32)
+    assert wemoe_kernel._works(device, torch.float32)
+    assert tried == [(device, torch.float32)]
