@@ -433,11 +433,6 @@ def _times(x: Tensor, weight: Tensor, over_rows: bool, bias: Tensor | None = Non
 
 def _merged_tiles(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> Parts:
     """The weights (samples, rows, columns) of coefficients (samples, experts), some at a time."""
-    most = rule_of(weight.device).tile
-    if len(stored) > 1 and weight.numel() <= most and can_merge(c, weight, stored):
-        for samples in slices_of(len(c), most // weight.numel()):
-            yield slice(None), samples, merge(c[samples], weight, *stored)
-        return
     # With one set of coefficients and sparse vectors, their weighed elements are added up where
     # they lie, and no vector is made dense by itself. They are summed in float32 or wider, so that
     # rounding does not grow with their number.

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .wemoe_kernel import can_spread, spread
+
 
 class Rule(NamedTuple):
     """Which of the ways to compute a product a kind of device takes.
@@ -100,6 +102,8 @@ def tiles_of(
 
 def made_dense(weight: Tensor, values: Tensor, columns: Tensor, row_ends: Tensor) -> Tensor:
     """Sparse vectors as dense ones, (experts, rows, columns)."""
+    if can_spread(weight, (values, columns, row_ends)):
+        return spread(weight, values, columns, row_ends)
     vectors = values.new_zeros(len(values), *weight.shape)
     width = weight.shape[1]
     if _searches(values.device):

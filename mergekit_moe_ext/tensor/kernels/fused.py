@@ -24,13 +24,14 @@ from torch import Tensor
 _BLOCK = 1024  # elements of one program of a merge
 # Elements that a program counts at a time. The more each warp has, the less it costs to add up the
 # histograms of warps, and the more registers it takes: here a thread has 16.
-_COUNTED_BLOCK = 4096
-_COUNTING_WARPS = 8
+_COUNTED_BLOCK = 2048
+_COUNTING_WARPS = 4
 # A program that counts walks over many blocks, since it adds a whole histogram of each source to
-# the totals at its end. There are 8 programs for each of the 132 multiprocessors of an H100 or
+# the totals at its end. There are 16 programs for each of the 132 multiprocessors of an H100 or
 # H200, and fewer where some would have a single block. By the registers of what Triton 3.6 compiles
-# a multiprocessor runs three at a time with one source in float32, and one with three in bfloat16.
-_COUNTING_PROGRAMS = 1056
+# a multiprocessor runs seven at a time with one source, and three with more. These are the fastest
+# sizes that were tried on an H100.
+_COUNTING_PROGRAMS = 2112
 _LEAST_BLOCKS = 2
 # Up to so many elements of a block are added to the totals one by one: for the lower digits, which
 # few elements reach, a histogram of the whole block takes longer.

@@ -324,60 +324,74 @@ def test_places_outside_of_the_weight_are_an_error(part):
 
 @pytest.fixture
 def merges(monkeypatch, like_a_gpu):
-    """The shapes of the coefficients for which a kernel merged, on a CPU that seems to have one."""
-    shapes = []
+    """The shapes of the coefficients for which a kernel merged, and "spread" where it made vectors
+    dense, on a CPU that seems to have it.
+    """
+    calls = []
+
+    def spread(weight, values, columns, row_ends):
+        calls.append("spread")
+        return dense(weight, values, columns, row_ends)
+
+    def dense(weight, values, columns, row_ends):
+        vectors = values.new_zeros(len(values), weight.numel())
+        places = wemoe_tiles._places_by_counts(columns, row_ends, weight.shape[1], len(weight))
+        return vectors.scatter_(1, places.long(), values).view(-1, *weight.shape)
 
     def merge(c, weight, *stored):
-        shapes.append(tuple(c.shape))
-        vectors = wemoe_tiles.made_dense(weight, *stored)
-        return weight + torch.einsum("se,eij->sij", c, vectors)
+        calls.append(tuple(c.shape))
+        return weight + torch.einsum("se,eij->sij", c, dense(weight, *stored))
 
     monkeypatch.setattr(wemoe_kernel, "triton", object())
     monkeypatch.setattr(wemoe_kernel, "_KIND", "cpu")
     monkeypatch.setattr(wemoe_kernel, "_works", lambda device, dtype: True)
     monkeypatch.setattr(wemoe_products, "merge", merge)
-    return shapes
+    monkeypatch.setattr(wemoe_tiles, "spread", spread)
+    return calls
 
 
-@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("samples", [1, 2, 4])
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_a_kernel_merges_sparse_vectors_forward_and_backward(layout, samples, merges):
     model, vectors = make(layout, sparse=True, dtype=torch.float32)
     x, c = inputs(samples=samples, tokens=9, dtype=torch.float32)
     expected = naive(model, vectors, x, c)
     torch.testing.assert_close(model(x, c), expected)
-    assert merges == [(samples, EXPERTS)]
+    way = (samples, EXPERTS) if samples <= 2 else "spread"
+    assert merges == [way]
     x.requires_grad_(), c.requires_grad_()
     expected = torch.autograd.grad(naive(model, vectors, x, c).square().sum(), [x, c])
     merges.clear()
     actual = torch.autograd.grad(model(x, c).square().sum(), [x, c])
-    assert merges == [(samples, EXPERTS)] * 2
+    assert merges == [way, way, "spread"]  # the last for the gradient of the coefficients
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_kernel_merges_as_many_samples_as_fit_into_a_tile(merges, monkeypatch):
+def test_a_kernel_makes_vectors_dense_for_few_tokens(merges):
     model, vectors = make(sparse=True, dtype=torch.float32)
-    x, c = inputs(samples=5, tokens=9, dtype=torch.float32)
-    for tile, expected in (
-        (5 * 70, [(5, EXPERTS)]),
-        (2 * 70 + 1, [(2, EXPERTS), (2, EXPERTS), (1, EXPERTS)]),
-        (69, []),
-    ):
-        monkeypatch.setitem(wemoe_tiles.RULES, "cpu", wemoe_tiles.PLAIN._replace(tile=tile))
-        merges.clear()
-        torch.testing.assert_close(model(x, c), naive(model, vectors, x, c))
-        assert merges == expected
-        merges.clear()
-        model.linear.merged(c)
-        assert merges == expected
+    x, c = inputs(samples=1, tokens=3, dtype=torch.float32)
+    torch.testing.assert_close(model(x, c), naive(model, vectors, x, c))
+    assert merges == ["spread"]
+
+
+@pytest.mark.parametrize(("tile", "way"), [(2 * 70, [(2, EXPERTS)]), (69, ["spread"])])
+def test_a_kernel_merges_what_fits_into_a_tile(tile, way, merges, monkeypatch):
+    model, vectors = make(sparse=True, dtype=torch.float32)
+    x, c = inputs(samples=2, tokens=9, dtype=torch.float32)
+    monkeypatch.setitem(wemoe_tiles.RULES, "cpu", wemoe_tiles.PLAIN._replace(tile=tile))
+    torch.testing.assert_close(model(x, c), naive(model, vectors, x, c))
+    assert merges == way
+    merges.clear()
+    model.linear.merged(c)
+    assert merges == way
 
 
 def test_a_kernel_is_not_used_where_it_could_not_be(merges, monkeypatch):
     model, vectors = make(sparse=True, dtype=torch.float32)
     linear = model.linear
-    x, c = inputs(tokens=9, dtype=torch.float32)
+    x, c = inputs(samples=2, tokens=9, dtype=torch.float32)
     weights = linear.merged(c)
-    assert merges == [(4, EXPERTS)]
+    assert merges == [(2, EXPERTS)]
     merges.clear()
     close = torch.testing.assert_close
 
@@ -390,15 +404,18 @@ def test_a_kernel_is_not_used_where_it_could_not_be(merges, monkeypatch):
     close(compiled(x, c), naive(model, vectors, x, c))
     c.requires_grad_()
     (gradient,) = torch.autograd.grad(linear.merged(c).sum(), c)
-    close(gradient, vectors.sum((1, 2)).expand(4, -1))
+    close(gradient, vectors.sum((1, 2)).expand(2, -1))
     c.requires_grad_(False)
     linear.weight.data = linear.weight.T.contiguous().T
     close(linear.merged(c), weights)
     linear.weight.data = linear.weight.contiguous()
+    assert linear.merged(c[:0]).shape == (0, *linear.weight.shape)
+    # Vectors do not depend on the coefficients, nor on how the weight lies.
+    assert merges == ["spread"] * 3
+    merges.clear()
     model.double()
     close(linear.merged(c.double()).float(), weights)
     model.float()
-    assert linear.merged(c[:0]).shape == (0, *linear.weight.shape)
     monkeypatch.setattr(wemoe_kernel, "triton", None)
     close(linear.merged(c), weights)
     assert not merges

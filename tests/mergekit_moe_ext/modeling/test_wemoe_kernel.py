@@ -1,6 +1,6 @@
-"""The Triton kernel that merges sparse task vectors against a loop in float64.
+"""The Triton kernels for sparse task vectors against a loop in float64.
 
-On a machine without a GPU, Triton's interpreter runs it: `pip install triton`, and set
+On a machine without a GPU, Triton's interpreter runs them: `pip install triton`, and set
 TRITON_INTERPRET=1, which Triton reads when it is imported.
 """
 
@@ -94,6 +94,15 @@ def check(c: Tensor, weight: Tensor, values: Tensor, columns: Tensor, row_ends: 
     assert merged.dtype == torch.float32 and merged.device == weight.device
     expected = by_loop(c, weight, values, columns, row_ends)
     torch.testing.assert_close(merged.double().cpu(), expected, atol=1e-5, rtol=1e-5)
+    check_spread(weight, values, columns, row_ends)
+
+
+def check_spread(weight: Tensor, values: Tensor, columns: Tensor, row_ends: Tensor) -> None:
+    vectors = wemoe_kernel.spread(weight, values, columns, row_ends)
+    assert vectors.dtype == values.dtype and vectors.device == values.device
+    each_alone = torch.eye(len(values))
+    expected = by_loop(each_alone, torch.zeros(weight.shape), values, columns, row_ends)
+    assert torch.equal(vectors.double().cpu(), expected)
 
 
 @pytest.mark.parametrize("samples", [1, 4])
@@ -161,9 +170,12 @@ def test_nothing_is_written_outside_of_a_weight(
     numel = len(c) * weight.numel()
     around = torch.full((margin + numel + margin,), 7.0, device=DEVICE)
     result = around[margin : margin + numel].view(len(c), *SHAPE)
+    around_vectors = torch.full((margin + EXPERTS * weight.numel() + margin,), 7.0, device=DEVICE)
     stock = Tensor.new_empty
 
     def given(self: Tensor, *size: int, **options: Any) -> Tensor:
+        if size == (EXPERTS, *SHAPE):
+            return around_vectors[margin : margin + EXPERTS * weight.numel()].view(size)
         return result if size == result.shape else stock(self, *size, **options)
 
     monkeypatch.setattr(Tensor, "new_empty", given)
@@ -173,10 +185,19 @@ def test_nothing_is_written_outside_of_a_weight(
         c, weight, left, columns.int().clamp(0, SHAPE[1] - 1), row_ends.clamp(0, KEPT)
     )
     torch.testing.assert_close(merged.double().cpu(), expected, atol=1e-5, rtol=1e-5)
+    columns_within = columns.int().clamp(0, SHAPE[1] - 1)
+    vectors = wemoe_kernel.spread(weight, values, columns, row_ends)
+    each_alone = torch.eye(EXPERTS)
+    nothing = torch.zeros(SHAPE)
+    # An element that is left out writes nothing; in the loop it adds 0 to what another has written.
+    spread = by_loop(each_alone, nothing, left, columns_within, row_ends.clamp(0, KEPT))
+    assert torch.equal(vectors.double().cpu(), spread)
     torch.manual_seed(0)
     row_ends.random_(-2 * KEPT, 2 * KEPT)
     wemoe_kernel.merge(c, weight, values, columns, row_ends)
+    wemoe_kernel.spread(weight, values, columns, row_ends)
     assert (around[:margin] == 7).all() and (around[margin + numel :] == 7).all()
+    assert (around_vectors[:margin] == 7).all() and (around_vectors[-margin:] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,6 +221,14 @@ def test_the_trial_warns_where_they_do_not(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(wemoe_kernel, "merge", base_alone)
     with pytest.warns(UserWarning, match="Triton gives other results than PyTorch on c"):
         assert not wemoe_kernel._tried(device, torch.float32)
+    monkeypatch.undo()
+
+    def zeros(weight: Tensor, values: Tensor, *_stored: Tensor) -> Tensor:
+        return values.new_zeros(len(values), *weight.shape)
+
+    monkeypatch.setattr(wemoe_kernel, "spread", zeros)
+    with pytest.warns(UserWarning, match="Triton gives other results than PyTorch on c"):
+        assert not wemoe_kernel._tried(device, torch.float32)
     monkeypatch.setattr(wemoe_kernel, "merge", missing)
     with pytest.warns(UserWarning, match=r"Triton fails \(ZeroDivisionError"):
         assert not wemoe_kernel._tried(device, torch.float32)
@@ -217,7 +246,7 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(wemoe_kernel, "_works", lambda device, dtype: True)
 
 
-@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("samples", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_linear_map_and_its_gradients(
     dtype: torch.dtype, samples: int, tile: None, monkeypatch: pytest.MonkeyPatch
@@ -234,17 +263,24 @@ def test_a_linear_map_and_its_gradients(
     module.row_ends.copy_(stored[1])
     calls = []
 
-    def counted(*arguments: Tensor) -> Tensor:
-        calls.append(arguments)
-        return wemoe_kernel.merge(*arguments)
+    def counted(module: Any, name: str) -> None:
+        compute = getattr(wemoe_kernel, name)
 
-    monkeypatch.setattr(wemoe_products, "merge", counted)
+        def call(*arguments: Tensor) -> Tensor:
+            calls.append(name)
+            return compute(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(wemoe_products, "merge")
+    counted(wemoe_tiles, "spread")
     weights = by_loop(c, weight, values, *stored)
     x.requires_grad_()
     c.requires_grad_()
     y = module._by_sample(x, c)
     expected = x.detach().double().cpu() @ weights.mT
-    assert calls and (y.double().cpu() - expected).norm() < 0.01 * expected.norm()
+    way = {"merge"} if samples <= 2 else {"spread"}
+    assert set(calls) == way and (y.double().cpu() - expected).norm() < 0.01 * expected.norm()
     calls.clear()
     y.sum().backward()
     of_x = torch.ones_like(expected) @ weights
@@ -252,4 +288,4 @@ def test_a_linear_map_and_its_gradients(
     calls.clear()
     with torch.no_grad():
         merged = module.merged(c).double().cpu()
-    assert calls and (merged - weights).norm() < 0.01 * weights.norm()
+    assert set(calls) == way and (merged - weights).norm() < 0.01 * weights.norm()
