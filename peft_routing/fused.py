@@ -41,8 +41,8 @@ from peft_routing.routers.tensors import (
 
 _PLANS = 1000  # for so many numbers of tokens they are kept
 # What the kernels for a few tokens take: each token reads A anew, though mostly from a cache, and
-# adds the experts that it has chosen one after the other. On an H200 one token took them a third to
-# a half of the other kernel's time, and 16 tokens up to one and a half times as long.
+# adds the experts that it has chosen. On an H200 one token took them a third to a half of the other
+# kernel's time, and 16 tokens up to one and a half times as long.
 _FEW_TOKENS = 8
 _FEW_CHOSEN = 16
 _OF_FEW = (torch.float32, torch.bfloat16, torch.float16)
