@@ -41,11 +41,12 @@ from peft_routing.routers.tensors import (
 
 _PLANS = 1000  # for so many numbers of tokens they are kept
 # What the kernels for a few tokens take: each token reads A anew, though mostly from a cache, and
-# adds the experts that it has chosen. On an H200 one token took them a third to a half of the other
-# kernel's time, and 16 tokens up to one and a half times as long.
+# adds the experts that it has chosen. On an H200 one token took their first form a third to a half
+# of what it took the other kernel, and 16 tokens up to one and a half times as long.
 _FEW_TOKENS = 8
 _FEW_CHOSEN = 16
 _OF_FEW = (torch.float32, torch.bfloat16, torch.float16)
+_FORWARD = nn.Linear.forward  # which others may replace later
 
 
 class Plan(NamedTuple):
@@ -132,16 +133,16 @@ class Fused:
         number = x.numel() // x.shape[-1]
         plan = self._plan(number, x, result, weight)
         if plan.add is not None and is_final:
-            a, b = self.experts.factors_in(plan.dtype)
+            a, b = self.experts.cast_factors(a, b, plan.dtype)
             return self._by_few(result, x, weight, a, b, plan.add)
         tokens = x.reshape(number, x.shape[-1])
         if plan.weigh is not None:
             is_own = is_final and is_lost_after(base_layer, result)
-            return self._by_kernel(result, tokens, weight, plan.weigh, is_own)
+            a, b = self.experts.cast_factors(a, b, torch.bfloat16)
+            return self._by_kernel(result, tokens, weight, a, b, plan.weigh, is_own)
         scores = self._scores(_cast(tokens, plan.of_scores), _cast(weight, plan.of_scores))
         tokens = _cast(tokens, plan.dtype)
-        if plan.dtype != a.dtype:
-            a, b = self.experts.factors_in(plan.dtype)
+        a, b = self.experts.cast_factors(a, b, plan.dtype)
         if plan.way != "dense":
             update = self._of_chosen(tokens, a, b, scores.squeeze(-1), plan.way)
             return result + update.view_as(result)
@@ -193,13 +194,14 @@ class Fused:
         result: Tensor,
         tokens: Tensor,
         weight: Tensor,
+        a: Tensor,
+        b: Tensor,
         weigh: Callable[..., Tensor],
         is_own: bool,
     ) -> Tensor:
         """The output where nothing has a gradient: the kernel is started without an operation of
         PyTorch's around it, which takes Python longer.
         """
-        a, b = self.experts.factors_in(torch.bfloat16)
         weighed = weigh(
             tokens,
             self._split_rows(weight),
@@ -384,6 +386,8 @@ class Fused:
             self.rank // self.count,
             self.router.absolute,
             self.is_low_rank,
+            self.router.k,
+            self.scaling is None,
             as_operation,
             is_few,
         )
@@ -405,12 +409,18 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_lost_after(base_layer: nn.Module, result: Tensor) -> bool:
     """Whether a base layer's output is a new tensor that nobody but its caller holds: that of
-    PyTorch's own linear layer, without a hook that sees it.
+    PyTorch's own linear layer, without a hook or a mode of PyTorch's that sees it.
     """
     if type(base_layer) is not nn.Linear or type(result) is not Tensor:
         return False
-    is_seen = is_watched(base_layer) or _has_any_global_hook()
-    return result.is_contiguous() and not is_seen
+    if is_watched(base_layer) or _has_any_global_hook():
+        return False
+    # Selective checkpointing keeps what operations give, and so may any other mode.
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    # Compiled alone, it may give memory that belongs to a CUDA graph.
+    is_stock = nn.Linear.forward is _FORWARD and base_layer._compiled_call_impl is None
+    return is_stock and result.is_contiguous()
 
 
 def _add_product(output: Tensor, weighed: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:

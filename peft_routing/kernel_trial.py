@@ -18,13 +18,15 @@ _TOKENS = 19
 _WIDTH = 64
 _FEW = 3  # tokens for the kernels that take a few
 _WIDTH_OF_FEW = 2100  # which they read in two turns
+_SCALING = 1.5  # of all experts
 _CLEAR = 0.01  # scores that differ by less may choose otherwise
 
 
 class Use(NamedTuple):
     """What kernels are compiled for: hidden states of a dtype, so many experts of one rank, scores
-    that are absolute values or not, a way of mixing, whether gradients or a compiled model need
-    them as an operation, and whether they are those for a few tokens.
+    that are absolute values or not, a way of mixing, how many experts are chosen, whether their
+    scalings differ, whether gradients or a compiled model need the kernels as an operation, and
+    whether they are those for a few tokens.
     """
 
     dtype: torch.dtype
@@ -32,6 +34,8 @@ class Use(NamedTuple):
     rank: int
     absolute: bool
     is_low_rank: bool
+    k: int
+    differ: bool
     as_operation: bool
     is_few: bool
 
@@ -44,6 +48,8 @@ def works(
     rank: int,
     absolute: bool,
     is_low_rank: bool,
+    k: int,
+    differ: bool,
     as_operation: bool,
     is_few: bool,
 ) -> bool:
@@ -57,7 +63,7 @@ def works(
         return False
     if type(torch.empty(0)) is not Tensor:
         return False  # an export, in which nothing can be tried
-    use = Use(dtype, experts, rank, absolute, is_low_rank, as_operation, is_few)
+    use = Use(dtype, experts, rank, absolute, is_low_rank, k, differ, as_operation, is_few)
     known = _known.get((device, use))
     if known is None:
         if is_captured(device):
@@ -102,17 +108,17 @@ def compute_alike(device: torch.device, use: Use) -> bool:
         # Experts are read as they are held, or as copies in the dtype of the hidden states.
         return all(_add_alike(device, use, each) for each in {torch.float32, use.dtype})
     generator = torch.Generator().manual_seed(0)
-    k = min(2, use.experts)
     hidden = _random((_TOKENS, _WIDTH), generator).to(device, torch.bfloat16)
     weight = _random((use.experts, _WIDTH), generator).to(device)
     z = _random((_TOKENS, use.experts * use.rank), generator).to(device, torch.bfloat16)
-    scalings = torch.ones(use.experts, device=device, dtype=torch.float32)
+    scalings, each_scaling = _scalings(use, device)
     exact_inputs = [each.double().requires_grad_(use.as_operation) for each in (hidden, weight, z)]
     exact_hidden, exact_weight, exact_z = exact_inputs
-    exact, is_clear = _exactly(exact_hidden, exact_weight, exact_z, k, use)
+    exact, is_clear = _exactly(exact_hidden, exact_weight, exact_z, each_scaling, use)
 
     options = {
-        "k": k,
+        "scaling": _SCALING,
+        "k": use.k,
         "temperature": 1.0,
         "absolute": use.absolute,
         "is_low_rank": use.is_low_rank,
@@ -128,7 +134,7 @@ def compute_alike(device: torch.device, use: Use) -> bool:
         return True
     operation: Any = importlib.import_module("peft_routing.kernel_op")
     inputs = [each.requires_grad_() for each in (hidden, weight, z)]
-    weighed = operation.weigh(*inputs, scalings, **options, is_estimated=False, scaling=1.0)
+    weighed = operation.weigh(*inputs, scalings, **options, is_estimated=False)
     arriving = _random(exact.shape, generator).to(device, torch.bfloat16)
     arriving = arriving * is_clear[:, None]
     gradients = torch.autograd.grad(weighed, inputs, arriving)
@@ -142,7 +148,6 @@ def compute_alike(device: torch.device, use: Use) -> bool:
 def _add_alike(device: torch.device, use: Use, of_experts: torch.dtype) -> bool:
     """Whether the kernels for a few tokens give what float64 gives but for rounding."""
     generator = torch.Generator().manual_seed(0)
-    k = min(2, use.experts)
     ranks = use.experts * use.rank
     made = []
     for shape, dtype in (
@@ -154,16 +159,16 @@ def _add_alike(device: torch.device, use: Use, of_experts: torch.dtype) -> bool:
     ):
         made.append(_random(shape, generator).to(device, dtype))
     result, hidden, weight, a, b = made
-    scalings = torch.ones(use.experts, device=device, dtype=torch.float32)
+    scalings, each_scaling = _scalings(use, device)
     z = hidden.double() @ a.double().T
-    weighed, is_clear = _exactly(hidden.double(), weight.double(), z, k, use)
+    weighed, is_clear = _exactly(hidden.double(), weight.double(), z, each_scaling, use)
     exact = result.double() + weighed @ b.double()
 
     outputs = []
-    choice = k, 1.0, use.absolute, use.is_low_rank
+    choice = use.k, 1.0, use.absolute, use.is_low_rank, _SCALING
     if use.as_operation:
         operation: Any = importlib.import_module("peft_routing.kernel_op")
-        outputs.append(operation.add_to_few(*made, scalings, *choice, 1.0))
+        outputs.append(operation.add_to_few(*made, scalings, *choice))
     else:
         kernels: Any = importlib.import_module("peft_routing.kernel_few")
         few = StartedFew()
@@ -177,15 +182,26 @@ def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, device="cpu", dtype=torch.float32)
 
 
-def _exactly(hidden: Tensor, weight: Tensor, z: Tensor, k: int, use: Use) -> tuple[Tensor, Tensor]:
+def _scalings(use: Use, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """The scalings that kernels are given beside the number, and in float64 what they are then."""
+    if not use.differ:
+        return None, torch.full((use.experts,), _SCALING, device=device, dtype=torch.float64)
+    scalings = torch.linspace(0.5, 1.5, use.experts, device=device, dtype=torch.float32)
+    return scalings, _SCALING * scalings.double()
+
+
+def _exactly(
+    hidden: Tensor, weight: Tensor, z: Tensor, scalings: Tensor, use: Use
+) -> tuple[Tensor, Tensor]:
     """z weighed, by PyTorch's operations, and which of its tokens have a clear choice."""
+    k = use.k
     scores = hidden @ weight.T
     if use.absolute:
         scores = scores.abs()
     coefficients = largest(scores, k).softmax(dim=1)
     weigh = mixing.low_rank if use.is_low_rank else mixing.full
     of_experts = z.view(-1, use.experts, use.rank)
-    weighed = weigh(of_experts, coefficients, coefficients).reshape(z.shape)
+    weighed = weigh(of_experts, coefficients, coefficients * scalings).reshape(z.shape)
     in_order = scores.sort(dim=1, descending=True).values
     if k == use.experts:
         return weighed, torch.ones(len(z), dtype=torch.bool, device=z.device)

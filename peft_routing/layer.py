@@ -91,8 +91,10 @@ class Experts(nn.Module):
 
     def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B; in another dtype than theirs, copies that are made once."""
-        a: Any = self._parameters["A"]  # as in `_are_here`
-        b: Any = self._parameters["B"]
+        return self.cast_factors(self.A, self.B, dtype)
+
+    def cast_factors(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What `factors_in` gives, for whoever has looked A and B up."""
         if dtype == a.dtype:
             return a, b
         is_trained = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 try:
     import triton
     import triton.language as tl
-except ImportError:
+except Exception:  # an installation that is broken is no better than none
     triton = None
 
 _KIND = "cuda"  # of devices, by torch's names
@@ -231,13 +231,17 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels compute on a device what PyTorch's operations do, but for rounding.
 
     It is tried once. A version of Triton that fails or gives something else makes a warning, and is
-    not used. `torch.OutOfMemoryError` where there is no room for the trial.
+    not used.
     """
     known = _known.get((device, dtype))
     if known is None:
         if torch.cuda.is_current_stream_capturing():
             return False  # a CUDA graph, in which nothing can be tried
-        known = _known[device, dtype] = _tried(device, dtype)
+        try:
+            known = _tried(device, dtype)
+        except torch.OutOfMemoryError:
+            return False  # for now
+        _known[device, dtype] = known
     return known
 
 

@@ -1,8 +1,8 @@
 """Products with a weight that is the base's plus a weighed sum of task vectors, tile by tile.
 
 By linearity, (W + sum of c_i T_i) x is either one product with merged weights or a sum of products;
-which is cheaper depends on how many tokens share a set of coefficients. Neither a whole merged
-weight nor a whole sparse task vector is ever made dense: both are processed in tiles of rows.
+which is cheaper depends on how many tokens share a set of coefficients. Both are processed in tiles
+of rows, so that on a CPU neither a whole merged weight nor a whole sparse task vector is held.
 """
 
 import warnings

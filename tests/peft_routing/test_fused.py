@@ -4,6 +4,7 @@ import copy
 import pickle
 import sys
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,10 @@ from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import peft_routing
 from peft_routing import fused, given_coefficients
@@ -76,8 +80,41 @@ class Watching(nn.Linear):
         return self.kept[-1]
 
 
-@pytest.mark.parametrize("case", ["hook", "global hook", "own forward", "own class"])
-def test_what_others_hold_of_the_base_layer_is_not_written_to(case: str) -> None:
+CASES = ["hook", "global hook", "own forward", "own class", "patched", "dispatch", "function"]
+
+
+class Keeping(TorchDispatchMode):
+    """Keeps the first output of an `addmm`, as selective checkpointing does."""
+
+    def __init__(self, kept: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.addmm.default and not self.kept:
+            self.kept.append(output)
+        return output
+
+
+class KeepingFunctions(TorchFunctionMode):
+    """Keeps what `functional.linear` gives the base layer."""
+
+    def __init__(self, kept: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and not self.kept:
+            self.kept.append(output)
+        return output
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_others_hold_of_the_base_layer_is_not_written_to(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = make_layer()
     base: Any = layer.base_layer
     kept: list[torch.Tensor] = []
@@ -87,8 +124,21 @@ def test_what_others_hold_of_the_base_layer_is_not_written_to(case: str) -> None
             kept.append(output)
 
     handle = None
+    mode: Any = nullcontext()
     if case == "hook":
         base.register_forward_hook(keep)
+    elif case == "dispatch":
+        mode = Keeping(kept)
+    elif case == "function":
+        mode = KeepingFunctions(kept)
+    elif case == "patched":
+        stock = nn.Linear.forward
+
+        def patched(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+            kept.append(stock(module, x))
+            return kept[-1]
+
+        monkeypatch.setattr(nn.Linear, "forward", patched)
     elif case == "global hook":
         handle = nn.modules.module.register_module_forward_hook(keep)
     elif case == "own forward":
@@ -103,12 +153,13 @@ def test_what_others_hold_of_the_base_layer_is_not_written_to(case: str) -> None
         layer.base_layer = Watching(base, kept)
     x = torch.randn(5, IN, dtype=torch.float64)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), mode:
             output = layer(x)
     finally:
         if handle is not None:
             handle.remove()
     (held,) = kept
+    monkeypatch.undo()
     assert torch.equal(held, nn.functional.linear(x, base.weight, base.bias))
     torch.testing.assert_close(output, generally(layer, x))
 
@@ -132,9 +183,44 @@ def test_the_update_is_added_in_place_where_nobody_sees_it() -> None:
         with torch.enable_grad():
             base.weight.requires_grad_()
             layer(x)
+        base.weight.requires_grad_(False)
+        base.compile(backend="eager")
+        layer(x)
     torch.testing.assert_close(output, generally(layer, x))
-    # A graph of gradients may hold the output of a layer that is trained.
-    assert results == [True, True, False]
+    # A graph of gradients may hold the output of a layer that is trained; a compiled layer's may be
+    # memory of a CUDA graph.
+    assert results == [True, True, False, False]
+
+
+def test_a_layer_within_selective_checkpointing() -> None:
+    layer = make_layer()
+    head = nn.Linear(OUT, 1, dtype=torch.float64)
+    kept = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        return head(layer(x)).square().sum()
+
+    x = torch.randn(5, IN, dtype=torch.float64)
+    both(x).backward()
+    expected = head.weight.grad
+    head.weight.grad = None
+    checkpoint(both, x, use_reentrant=False, context_fn=contexts).backward()
+    torch.testing.assert_close(head.weight.grad, expected)
+
+
+def test_factors_that_are_no_parameters() -> None:
+    """As in a replica for data parallelism, and where a parametrization computes them."""
+    layer = make_layer()
+    x = torch.randn(5, IN, dtype=torch.float64)
+    with torch.no_grad():
+        expected = layer(x)
+        experts = copy.copy(layer.experts_of("default"))
+        experts._parameters = dict(experts._parameters)
+        for name in ("A", "B"):
+            setattr(experts, name, experts._parameters.pop(name).clone())
+        layer.routed_lora_experts["default"] = experts
+        torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (2, 1, 2), (0, 3)])
@@ -388,7 +474,7 @@ def test_a_compiler_asks_for_the_kernels_of_the_module(monkeypatch: Any) -> None
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(layer, fullgraph=True, backend="eager")(torch.ones(5, IN).bfloat16())
-    of_module = ("cpu", torch.bfloat16, 6, 3, True, False)
+    of_module = ("cpu", torch.bfloat16, 6, 3, True, False, 2, False)
     assert asked == [(*of_module, True, True), (*of_module, True, False)]
 
 

@@ -141,7 +141,7 @@ def test_the_kernel_is_the_loop(
 ) -> None:
     hidden, weight, z, scalings = inputs_of(count, rank, tokens, width)
     options = {"k": k, "temperature": 0.7, "absolute": absolute, "is_low_rank": is_low_rank}
-    given, exactly = alike_or_not(scalings, is_alike=absolute)
+    given, exactly = alike_or_not(scalings, is_alike=absolute != is_low_rank)
     weighed = kernel.weigh(hidden, kernel.split(weight), z, given, **options, scaling=1.5)
     exact = weighed_in_a_loop(hidden, weight, z, exactly, **options)
     assert (weighed.double() - exact).norm() < 0.006 * exact.norm()
@@ -173,7 +173,7 @@ def test_the_gradients_are_the_loops(
     }
     given = [each.clone().requires_grad_() for each in inputs[:3]]
     given_exactly = [each.double().requires_grad_() for each in inputs[:3]]
-    scalings, scalings_exactly = alike_or_not(inputs[3], is_alike=absolute)
+    scalings, scalings_exactly = alike_or_not(inputs[3], is_alike=absolute != is_low_rank)
     weighed = kernel_op.weigh(*given, scalings, **options, scaling=1.5)
     exact = weighed_in_a_loop(*given_exactly, scalings_exactly, **options)
     # Expanded, as `sum` gives it: not in the layout that kernels read.
@@ -219,7 +219,7 @@ def test_the_update_of_a_few_tokens_is_the_loop(
     result, hidden, weight, a, b, scalings = inputs
     # A temperature at which not all but one coefficient are nearly 0.
     options = {"k": k, "temperature": 9.0, "absolute": absolute, "is_low_rank": is_low_rank}
-    given, exactly = alike_or_not(scalings, is_alike=absolute)
+    given, exactly = alike_or_not(scalings, is_alike=absolute != is_low_rank)
     output = kernel_few.added(*inputs[:-1], given, **options, scaling=1.5)
     z = hidden.double() @ a.double().T
     exact = weighed_in_a_loop(hidden, weight, z, exactly, **options) @ b.double()
@@ -468,25 +468,49 @@ def test_what_is_trained_without_the_kernel(case: str, monkeypatch: pytest.Monke
     assert not calls
 
 
+def use_of(
+    count: int,
+    rank: int,
+    k: int = 2,
+    *,
+    is_low_rank: bool = False,
+    differ: bool = False,
+    as_operation: bool = False,
+    is_few: bool = False,
+) -> kernel_trial.Use:
+    return kernel_trial.Use(HALF, count, rank, True, is_low_rank, k, differ, as_operation, is_few)
+
+
 @pytest.mark.parametrize("is_few", [False, True])
 @pytest.mark.parametrize("as_operation", [False, True])
 @pytest.mark.parametrize("is_low_rank", [False, True])
-@pytest.mark.parametrize("count", [1, 8])
-def test_kernels_are_tried(count: int, is_low_rank: bool, as_operation: bool, is_few: bool) -> None:
-    use = kernel_trial.Use(HALF, count, 3, True, is_low_rank, as_operation, is_few)
-    assert kernel_trial.compute_alike(torch.device(DEVICE), use)
+@pytest.mark.parametrize(("count", "k"), [(1, 1), (8, 4)])
+def test_kernels_are_tried(
+    count: int, k: int, is_low_rank: bool, as_operation: bool, is_few: bool
+) -> None:
+    for differ in (False, True):
+        use = use_of(
+            count,
+            3,
+            k,
+            is_low_rank=is_low_rank,
+            differ=differ,
+            as_operation=as_operation,
+            is_few=is_few,
+        )
+        assert kernel_trial.compute_alike(torch.device(DEVICE), use)
 
 
 @pytest.mark.parametrize("count", [64, 256, 512])
 def test_kernels_for_many_experts_are_tried(count: int) -> None:
-    use = kernel_trial.Use(HALF, count, 16, True, False, as_operation=False, is_few=False)
+    use = use_of(count, 16)
     assert kernel_trial.compute_alike(torch.device(DEVICE), use)
 
 
 @pytest.mark.parametrize("is_few", [False, True])
 @pytest.mark.parametrize("as_operation", [False, True])
 def test_a_trial_depends_on_no_defaults(as_operation: bool, is_few: bool) -> None:
-    use = kernel_trial.Use(HALF, 8, 3, True, False, as_operation, is_few)
+    use = use_of(8, 3, as_operation=as_operation, is_few=is_few)
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
@@ -507,7 +531,7 @@ def test_nothing_is_tried_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(kernel_trial, "_tried", tried)
     monkeypatch.setattr(kernel_trial, "_known", {})
-    arguments = torch.device("cuda", 0), HALF, 8, 3, True, False, False, False
+    arguments = torch.device("cuda", 0), *use_of(8, 3)
     for is_captured, expected, trials in (
         (True, False, 0),
         (False, False, 1),  # there was no memory for it
@@ -530,7 +554,7 @@ def test_kernels_that_are_wrong_are_found(name: str, monkeypatch: pytest.MonkeyP
         return computed
 
     monkeypatch.setattr(kernel, name, wrong)
-    use = kernel_trial.Use(HALF, 8, 3, True, False, as_operation=True, is_few=False)
+    use = use_of(8, 3, as_operation=True)
     assert not kernel_trial.compute_alike(torch.device(DEVICE), use)
     with pytest.warns(UserWarning, match="other results .* with 8 experts of rank 3"):
         assert not kernel_trial._tried(torch.device(DEVICE), use)
@@ -541,7 +565,7 @@ def test_a_gpu_without_the_memory_for_a_kernel(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setattr(kernel, "weigh", fail)
-    use = kernel_trial.Use(HALF, 8, 3, True, False, as_operation=False, is_few=False)
+    use = use_of(8, 3)
     with pytest.warns(UserWarning, match="out of resource"):
         assert not kernel_trial._tried(torch.device(DEVICE), use)
 
@@ -549,6 +573,6 @@ def test_a_gpu_without_the_memory_for_a_kernel(monkeypatch: pytest.MonkeyPatch) 
 def test_what_the_kernel_does_not_take(recwarn: pytest.WarningsRecorder) -> None:
     assert kernel.fits(256, 16)
     assert not kernel.fits(256, 64)
-    use = kernel_trial.Use(HALF, 256, 64, True, False, as_operation=False, is_few=False)
+    use = use_of(256, 64)
     assert not kernel_trial._tried(torch.device(DEVICE), use)
     assert not recwarn.list
