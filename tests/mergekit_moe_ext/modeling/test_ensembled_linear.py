@@ -3,6 +3,8 @@ is cut up.
 """
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -424,11 +426,30 @@ def test_a_kernel_is_not_used_where_it_could_not_be(merges, monkeypatch):
 def test_a_kernel_is_tried_once_and_not_in_a_cuda_graph(monkeypatch):
     device = torch.device("cuda")
     tried = []
+
+    def try_it(*use):
+        tried.append(use)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError
+        return True
+
     monkeypatch.setattr(wemoe_kernel, "_known", {})
-    monkeypatch.setattr(wemoe_kernel, "_tried", lambda *use: tried.append(use) or True)
+    monkeypatch.setattr(wemoe_kernel, "_tried", try_it)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not wemoe_kernel._works(device, torch.float32)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not wemoe_kernel._works(device, torch.float32)  # there was no memory for it
     assert wemoe_kernel._works(device, torch.float32)
     assert wemoe_kernel._works(device, torch.float32)
-    assert tried == [(device, torch.float32)]
+    assert tried == [(device, torch.float32)] * 2
+
+
+def test_a_triton_that_cannot_be_imported_is_none(tmp_path):
+    (tmp_path / "triton.py").write_text("raise RuntimeError('no driver')\n")
+    code = "from mergekit_moe_ext.modeling import wemoe_kernel; print(wemoe_kernel.triton)"
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout == "None\n", ran.stderr
