@@ -74,8 +74,9 @@ class Fused:
         self.count = len(experts.site.ranks)
         self.rank = sum(experts.site.ranks)
         scalings = experts.site.scalings
-        # One scaling for all is a factor of the product with B.
-        self.scaling = scalings[0] if len(set(scalings)) == 1 else None
+        # One scaling for all is a factor of the product with B; others belong to coefficients.
+        self.differ = len(set(scalings)) > 1
+        self.scaling = 1.0 if self.differ else scalings[0]
         self.is_low_rank = experts.mixing == "low_rank"
         self._plans: dict[Any, Plan] = {}
         self._split: tuple[Source, Tensor] | None = None
@@ -149,15 +150,14 @@ class Fused:
         z = functional.linear(tokens, a).view(number, self.count, self.rank // self.count)
         weighed = _cast(self._weighed(z, self._coefficients(scores)), plan.dtype)
         weighed = weighed.view(number, self.rank)
-        scaling = 1.0 if self.scaling is None else self.scaling
         if not plan.can_add:
-            update = weighed.mm(b) if scaling == 1 else weighed.mm(b) * scaling
+            update = weighed.mm(b) if self.scaling == 1 else weighed.mm(b) * self.scaling
             return result + update.view_as(result)
         if is_final and result.dtype == plan.dtype and is_lost_after(base_layer, result):
-            return _add_product(result, weighed, b, scaling)
+            return _add_product(result, weighed, b, self.scaling)
         output = _cast(result.reshape(-1, result.shape[-1]), plan.dtype)
         # Not `view(result.shape)`: to take a shape apart costs Python as much as the product.
-        return torch.addmm(output, weighed, b, alpha=scaling).view_as(result)
+        return torch.addmm(output, weighed, b, alpha=self.scaling).view_as(result)
 
     def _by_few(
         self,
@@ -180,14 +180,12 @@ class Fused:
             self.router.temperature,
             self.router.absolute,
             self.is_low_rank,
-            1.0 if self.scaling is None else self.scaling,
+            self.scaling,
         )
 
     def _scalings(self, device: torch.device) -> Tensor | None:
         """The scalings (experts,), where they differ: a number costs kernels nothing."""
-        if self.scaling is not None:
-            return None
-        return self.experts.scalings(torch.float32, device)
+        return self.experts.scalings(torch.float32, device) if self.differ else None
 
     def _by_kernel(
         self,
@@ -207,7 +205,7 @@ class Fused:
             self._split_rows(weight),
             functional.linear(tokens, a),
             self._scalings(tokens.device),
-            scaling=1.0 if self.scaling is None else self.scaling,
+            scaling=self.scaling,
             k=self.router.k,
             temperature=self.router.temperature,
             absolute=self.router.absolute,
@@ -231,7 +229,7 @@ class Fused:
             weight,
             functional.linear(tokens, a),
             self._scalings(tokens.device),
-            scaling=1.0 if self.scaling is None else self.scaling,
+            scaling=self.scaling,
             k=k,
             temperature=self.router.temperature,
             absolute=self.router.absolute,
@@ -288,7 +286,7 @@ class Fused:
         """z (tokens, experts, rank of each) times the coefficients (tokens, experts, 1)."""
         if self.is_low_rank:
             z = (z * coefficients).sum(dim=1, keepdim=True)
-        if self.scaling is None:
+        if self.differ:
             scalings = self.experts.scalings(coefficients.dtype, coefficients.device)
             coefficients = coefficients * scalings[:, None]
         return z * coefficients
@@ -303,7 +301,7 @@ class Fused:
         values, chosen = scores.topk(k, dim=-1)
         coefficients = values.softmax(dim=-1)
         scaled = coefficients
-        if self.scaling is None:
+        if self.differ:
             scaled = scaled * self.experts.scalings(scaled.dtype, scaled.device)[chosen]
         elif self.scaling != 1:
             scaled = scaled * self.scaling
@@ -387,7 +385,7 @@ class Fused:
             self.router.absolute,
             self.is_low_rank,
             self.router.k,
-            self.scaling is None,
+            self.differ,
             as_operation,
             is_few,
         )
