@@ -240,9 +240,7 @@ def main(
     expert_steps: int,
     count: int,
 ) -> None:
-    settings = {"steps": steps, "held_out": count}
-    if expert_steps != EXPERT.steps:
-        settings["expert_steps"] = expert_steps
+    settings = {"steps": steps, "expert_steps": expert_steps, "held_out": count}
     results = Results(output, settings)
     base = smollm2()
     texts = domains()

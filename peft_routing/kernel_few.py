@@ -46,7 +46,7 @@ def added(
     temperature: float,
     absolute: bool,
     is_low_rank: bool,
-    scaling: float = 1.0,
+    scaling: float,
     *,
     few: StartedFew | None = None,
     project: Any = None,

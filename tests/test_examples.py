@@ -545,12 +545,21 @@ def on_texts(sequence, tiny_experts, monkeypatch):
 
 
 def test_wemoe_s_experiment_on_texts_runs_and_goes_on(on_texts, tiny_experts, monkeypatch):
+    recipes = []
+
+    def make_experts(base, texts, recipe):
+        recipes.append(recipe)
+        return tiny_experts
+
+    monkeypatch.setattr(on_texts, "make_experts", make_experts)
     rows = ["task arithmetic", "WEMoE, 2 layers", "WEMoE, 2 layers, supervised"]
     command = [
         "-o",
         "texts.json",
         "--steps",
         "1",
+        "--expert-steps",
+        "3",
         "--held-out",
         "2",
         *(f"--only={row}" for row in rows),
@@ -566,6 +575,7 @@ def test_wemoe_s_experiment_on_texts_runs_and_goes_on(on_texts, tiny_experts, mo
     with torch.no_grad():
         by_hand = model(ids, labels=labels).loss.item()
     assert first["code expert"]["0"]["music"] == pytest.approx(by_hand, abs=1e-5)
+    assert [recipe.steps for recipe in recipes] == [3]
 
     monkeypatch.setattr(on_texts, "losses_of", lambda *_: dict.fromkeys(on_texts.DOMAINS, 1.0))
     result = CliRunner().invoke(on_texts.main, [*command, "--seeds", "2"])

@@ -45,8 +45,7 @@ _SAMPLES = 2
 if triton is not None:
     # Triton would compile a kernel again for other sizes and alignments of addresses. They are
     # compiled for none in particular, so that after the trial there is nothing left to compile.
-    _SIZES = ("rows", "width", "kept")
-    _GENERAL = ("values", "columns", "row_ends", "result", *_SIZES)
+    _GENERAL = ("values", "columns", "row_ends", "result", "rows", "width", "kept")
     _OF_MERGING = ("coefficients", "weight", "samples", "experts", *_GENERAL)
 
     @triton.jit
@@ -133,7 +132,7 @@ def can_merge(c: Tensor, weight: Tensor, stored: Sequence[Tensor]) -> bool:
     if torch.is_grad_enabled() and (c.requires_grad or weight.requires_grad):
         return False
     is_alike = c.dtype == weight.dtype and c.device == weight.device
-    return is_alike and type(c) in _DENSE and c.numel() > 0 and weight.is_contiguous()
+    return is_alike and type(c) in _DENSE and weight.is_contiguous()
 
 
 def can_spread(weight: Tensor, stored: Sequence[Tensor]) -> bool:

@@ -235,7 +235,7 @@ def test_nan_is_to_be_seen_in_the_update_of_its_token(place: int) -> None:
     damaged = inputs[place]
     damaged[1 if place == 1 else slice(None), 5] = float("nan")  # of one token, or of all rows
     options = {"k": 2, "temperature": 1.0, "absolute": True, "is_low_rank": False}
-    is_nan = kernel_few.added(*inputs, **options).isnan()
+    is_nan = kernel_few.added(*inputs, **options, scaling=1.0).isnan()
     assert is_nan[1].all()
     assert is_nan[0].all() == (place > 1)
 
