@@ -121,11 +121,18 @@ class Progress(TrainerCallback):
         self.bar.update()
 
 
-def train(model: Any, data: torch.Tensor, recipe: Recipe, bar: tqdm, optimizer: Any = None) -> None:
+def train(
+    model: Any,
+    data: torch.Tensor,
+    recipe: Recipe,
+    bar: tqdm,
+    optimizer: Any = None,
+    seed: int = SEED,
+) -> None:
     """Trains the parameters that require gradients on `data`, (steps * batch, BLOCK) ids, once.
 
     The optimizer is the Trainer's usual one, at the recipe's learning rate, unless another is
-    given.
+    given. The seed orders the data.
     """
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -135,7 +142,7 @@ def train(model: Any, data: torch.Tensor, recipe: Recipe, bar: tqdm, optimizer: 
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=3,
-            seed=SEED,
+            seed=seed,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

@@ -1,7 +1,6 @@
 """Repeat MergeME's Table 4 at small scale: an expert of another architecture and tokenizer.
 
-    python examples/mergeme_hetero.py -o small.jsonl --plot small.png
-    python examples/mergeme_hetero.py --base smollm2 --steps 9 --batch 1 -o smollm2.jsonl
+    python examples/mergeme_hetero.py -o hetero.jsonl --plot hetero.png
 
 A base and its bible and code experts become one model with a music expert of another maker: a small
 GPT-2, trained from scratch on music alone, with a SentencePiece tokenizer of its own, whose rules
@@ -10,9 +9,12 @@ made in three ways, and each mixture is trained. Beside them are the paper's con
 models, and a mixture of the other three experts (BTX), trained on the same texts or on all but the
 music.
 
-The base is a small Llama, trained from scratch on all three kinds of text, so that mixtures can be
-trained for more than a few steps; or SmolLM2-135M-Instruct. All dense models are trained once and
-kept.
+The base and its experts are those of `mergeme_small.py`, Llamas of one million parameters that are
+trained here, so that mixtures can be trained for more than a few steps. The music expert has read
+the music that the base and the music expert there have read together. All dense models are trained
+once and kept. Mixtures read other documents than these. The learning rates of each row are the best
+of some on validation texts, which no model is trained or measured on; then each row is trained with
+three seeds and measured on held-out texts.
 
 A sequence chooses by its first 32 tokens, so every loss here, of dense models too, is that of the
 text after them. Losses are nats per character, which do not depend on a tokenizer.
@@ -28,24 +30,25 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
-import small_models
 import torch
 import yaml
 from demo import BLOCK, DOMAINS, blocks
 from demo import Recipe as ExpertRecipe
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from mergeme_homogeneous import make_experts, means
+from mergeme_homogeneous import means
 from mergeme_sequence import PREFIX, choices, draw, largest, load
+from mergeme_small import SCALES, SHARES, Scale, divided, make_models
 from mergeme_tokenizers import train_tokenizer
-from real_data import Domain, domains, smollm2
-from small_models import ends_of, folder_of, make_small_base, train_from_scratch
+from real_data import Domain, domains
+from small_models import ends_of, folder_of, train_from_scratch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -66,42 +69,59 @@ CONTROLS = {
 }
 DENSE = ["base", "bible expert", "code expert", "music expert"]
 READING = Reading(max_length=BLOCK, quiet=True)
-ROUTED = 8  # sequences per domain whose routing is looked at
-MUSIC = ExpertRecipe(steps=300, batch=4, learning_rate=2e-3)
+# Of what comes from the sources, of all mixtures; and of projectors, where there are any. Gates and
+# routers have the rate that was best for gates alone in `mergeme_small.py`.
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+PROJECTOR_LEARNING_RATES = (1e-3, 1e-2)
+ROUTER_LEARNING_RATE = 1e-2
+MUSIC_LEARNING_RATE = 2e-3
 GPT2 = {"n_layer": 3, "n_embd": 96, "n_head": 4, "n_positions": 512}
 MUSIC_TOKENIZER = "llama"
 MUSIC_TOKENS = 2000
-MUSIC_SETTINGS: dict[str, Any] = {"recipe": asdict(MUSIC), "model": GPT2}
-MUSIC_SETTINGS |= {"tokenizer": MUSIC_TOKENIZER, "tokens": MUSIC_TOKENS}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How the experts of a base are trained, and at which rate its mixtures are."""
-
-    expert: ExpertRecipe
-    learning_rate: float
-
-
-SCALES = {
-    "small": Scale(small_models.EXPERT, learning_rate=1e-3),
-    "smollm2": Scale(ExpertRecipe(steps=32, batch=1, learning_rate=1e-4), learning_rate=1e-4),
-}
 
 Losses = dict[str, float]
 
 
-def make_music_expert(texts: Mapping[str, Domain]) -> Path:
+@dataclass(frozen=True)
+class Rates:
+    """At which rates a mixture is trained. `projector` is None where there are no projectors."""
+
+    sources: float
+    projector: float | None = None
+
+    def __str__(self) -> str:
+        if self.projector is None:
+            return f"{self.sources:g}"
+        return f"{self.sources:g} (projectors {self.projector:g})"
+
+
+def rates_of(row: str) -> list[Rates]:
+    """The rates that are tried for a row."""
+    has_projectors = row in HETERO and HETERO[row].get("embedding") != "separate"
+    of_projectors = PROJECTOR_LEARNING_RATES if has_projectors else (None,)
+    return [Rates(*both) for both in product(LEARNING_RATES, of_projectors)]
+
+
+def music_recipe(scale: Scale) -> ExpertRecipe:
+    """How the music expert is trained: on as much music as the base and a music expert of it."""
+    steps = scale.base.steps // len(DOMAINS) + scale.expert.steps
+    return ExpertRecipe(max(steps, 1), scale.expert.batch, MUSIC_LEARNING_RATE)
+
+
+def make_music_expert(texts: dict[str, Domain], scale: Scale) -> Path:
     """A GPT-2 of half a million parameters that has seen nothing but music, through a tokenizer
     that was trained on music.
     """
-    folder = folder_of("music", list(MUSIC_SETTINGS.values()))
+    shares = divided(texts)
+    documents = [*shares["base"]["music"].train, *shares["experts"]["music"].train]
+    recipe = music_recipe(scale)
+    settings = [asdict(recipe), GPT2, MUSIC_TOKENIZER, MUSIC_TOKENS, documents]
+    folder = folder_of("music", settings)
     if not folder.is_dir():
-        documents = texts["music"].train
         tokenizer = train_tokenizer(MUSIC_TOKENIZER, documents, MUSIC_TOKENS)
         config = GPT2Config(vocab_size=len(tokenizer), **ends_of(tokenizer), **GPT2)
-        data = blocks(tokenizer, documents, MUSIC.steps * MUSIC.batch)
-        train_from_scratch(folder, GPT2LMHeadModel, config, tokenizer, data, MUSIC)
+        data = blocks(tokenizer, documents, recipe.steps * recipe.batch)
+        train_from_scratch(folder, GPT2LMHeadModel, config, tokenizer, data, recipe)
     return folder
 
 
@@ -116,9 +136,9 @@ class HeldOut:
     prefixes: dict[str, list[str]]
 
     @classmethod
-    def cut(cls, tokenizer: Any, texts: Mapping[str, Domain], count: int) -> "HeldOut":
-        """The first `count` sequences of each domain's held-out texts."""
-        ids = {name: blocks(tokenizer, texts[name].held_out, count) for name in DOMAINS}
+    def cut(cls, tokenizer: Any, documents: Mapping[str, list[str]], count: int) -> "HeldOut":
+        """The first `count` sequences of each domain's documents."""
+        ids = {name: blocks(tokenizer, documents[name], count) for name in DOMAINS}
         after = {name: tokenizer.batch_decode(rows[:, PREFIX:]) for name, rows in ids.items()}
         before = {name: tokenizer.batch_decode(rows[:, :PREFIX]) for name, rows in ids.items()}
         return cls(ids, after, before)
@@ -178,18 +198,27 @@ def _whole_lines(path: Path) -> list[Any]:
 
 
 class Results:
-    """The results by row, each of a seed, in a file with a line for each."""
+    """The results by row, each of a seed, and the validation losses of learning rates, in a file
+    with a line for each.
+    """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]):
         self._path = path
         self.lines: list[dict[str, Any]] = []
+        self.of_rates: dict[str, dict[str, float]] = {}  # by row and rates, the validation loss
+        settings_line = json.loads(json.dumps({"settings": settings}))  # as it is read back
+        kept = [settings_line]
         if path and path.is_file():
-            settings_line, *self.lines = _whole_lines(path) or [None]
-            if settings_line != {"settings": settings}:
+            kept = _whole_lines(path) or kept
+            if kept[0] != settings_line:
                 raise UserError(f"{path} is of other settings: name another file")
+        for line in kept[1:]:
+            if "rates" in line:
+                self.of_rates.setdefault(line["of"], {})[line["rates"]] = line["validation"]
+            else:
+                self.lines.append(line)
         if path:
             # The last line of a run that was killed may be half a line.
-            kept = [{"settings": settings}, *self.lines]
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def has(self, row: str, seed: int = 0) -> bool:
@@ -207,9 +236,22 @@ class Results:
         if routing:
             line["routing"] = {name: rows.mean(dim=0).tolist() for name, rows in routing.items()}
         self.lines.append(line)
+        self._write(line)
+
+    def add_rates(self, row: str, rates: Rates, loss: float) -> None:
+        """Adds the validation loss of a row trained at some rates, the mean over domains."""
+        self.of_rates.setdefault(row, {})[str(rates)] = loss
+        self._write({"of": row, "rates": str(rates), "validation": loss})
+
+    def _write(self, line: dict[str, Any]) -> None:
         if self._path:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def best_rates(self, row: str) -> Rates:
+        """The rates with the lowest loss on validation texts."""
+        of_row = self.of_rates[row]
+        return min(rates_of(row), key=lambda rates: of_row[str(rates)])
 
     def losses(self, row: str) -> list[Losses]:
         """The losses of a row, seed by seed."""
@@ -230,11 +272,21 @@ class Results:
         return rows
 
     def text(self, experts: Sequence[str]) -> str:
-        """The losses, the orderings, and the routing."""
-        parts = [self.table(), "\n".join(self.orderings())]
+        """The losses of all rates and rows, the orderings, and the routing."""
+        parts = [self.table_of_rates(), self.table(), "\n".join(self.orderings())]
         for row, routing in self.mean_routing().items():
             parts.append(f"{row}\n{format_table(experts, routing)}")
         return "\n\n".join(parts)
+
+    def table_of_rates(self) -> str:
+        """The validation losses of each row by its learning rates; the best has a star."""
+        lines = ["Mean validation loss by learning rate:"]
+        width = max(map(len, self.of_rates), default=0)
+        for row, of_row in self.of_rates.items():
+            best = min(of_row.values())
+            cells = [f"{rates}: {loss:.3f}{'*' * (loss == best)}" for rates, loss in of_row.items()]
+            lines.append(f"{row:{width}}  {'  '.join(cells)}")
+        return "\n".join(lines)
 
     def table(self) -> str:
         """The losses by row and domain, and their mean over domains: means over seeds, with the
@@ -325,7 +377,6 @@ def measure_untrained(
     model: Any,
     experts: Sequence[str],
     held_out: HeldOut,
-    routed: Mapping[str, Tensor],
 ) -> None:
     """Measures what needs no training: the music expert alone, through the base's tokenizer, and
     routing by perplexity, with logits added up or probabilities.
@@ -337,7 +388,7 @@ def measure_untrained(
     usual = config.routing, config.experts_per_sequence, config.combine
     config.routing = "perplexity"
     config.experts_per_sequence = len(experts)
-    of_all = choices(model, dict(routed))
+    of_all = choices(model, held_out.ids)
     for combine in ("logits", "probabilities"):
         config.combine = combine
         for k in (1, 2):
@@ -372,13 +423,13 @@ def merge(
 def write_training(
     folder: Path, tokenizer: Any, texts: Mapping[str, Domain], names: Sequence[str], count: int
 ) -> list[str]:
-    """Writes at least `count` rows to train on, as many of each of these domains, from documents
-    that no expert has read. Returns the `--data` of a training.
+    """Writes at least `count` rows to train on, as many of each of these domains. Returns the
+    `--data` of a training.
     """
     folder.mkdir()
     named = []
     for name in names:
-        rows = blocks(tokenizer, texts[name].train[::-1], -(-count // len(names)))
+        rows = blocks(tokenizer, texts[name].train, -(-count // len(names)))
         path = folder / f"{name}.jsonl"
         lines = [json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows]
         path.write_text("".join(lines))
@@ -386,71 +437,91 @@ def write_training(
     return named
 
 
-def fine_tuned(
-    merged: Path, row: str, data: Sequence[str], training: ExpertRecipe, seed: int
-) -> Any:
-    """A mixture whose parameters are all trained, as in the paper; the directory that it was merged
-    into is deleted.
+@dataclass
+class Bench:
+    """The models and the texts, and what merges and trains the mixture of a row.
 
-    The router, or the gates, and projectors start at random and learn faster than what comes from
-    the sources.
+    data: by row the `--data` that its mixture is trained on.
     """
-    has_projectors = row in HETERO and HETERO[row].get("embedding") != "separate"
-    recipe = Recipe(
-        learning_rate=training.learning_rate,
-        router_learning_rate=1e-2,
-        projector_learning_rate=1e-3 if has_projectors else None,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(2, training.steps - 1),
-        max_steps=training.steps,
-        per_device_train_batch_size=training.batch,
-        held_out=0,
-        seed=seed,
-    )
-    trained = merged.with_name("trained")
-    train(str(merged), data, "all", output=str(trained), recipe=recipe, reading=READING)
-    shutil.rmtree(merged)
-    return load(trained)
+
+    models: dict[str, Path]
+    data: Mapping[str, Sequence[str]]
+    scale: Scale
+    scratch: Path
+
+    def merged(self, row: str, seed: int) -> Path:
+        """A new directory with the mixture of a row."""
+        output = self.scratch / "merged"
+        base = self.models["base"]
+        if row in HETERO:
+            method = {"merge_method": "hetero_moe", "parameters": HETERO[row]}
+            merge(method, list(self.models.values()), base, output, seed)
+        else:
+            others = [path for name, path in self.models.items() if name != "music"]
+            merge({"merge_method": "moe_linear"}, others, base, output, seed)
+        return output
+
+    def trained(self, merged: Path, row: str, rates: Rates, seed: int) -> Any:
+        """The mixture of a row after a training of all its parameters, as in the paper.
+
+        The router, or the gates, and projectors start at random and learn faster than what comes
+        from the sources.
+        """
+        steps = self.scale.steps
+        recipe = Recipe(
+            learning_rate=rates.sources,
+            router_learning_rate=ROUTER_LEARNING_RATE,
+            projector_learning_rate=rates.projector,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(10, steps - 1),
+            max_steps=steps,
+            per_device_train_batch_size=self.scale.batch,
+            held_out=0,
+            seed=seed,
+        )
+        output = self.scratch / "trained"
+        train(
+            str(merged), self.data[row], "all", output=str(output), recipe=recipe, reading=READING
+        )
+        return load(output)
+
+
+def search(bench: Bench, results: Results, validation: HeldOut, only: Sequence[str]) -> None:
+    """Measures all learning rates of these rows on validation texts, with one seed."""
+    for row in only:
+        known = results.of_rates.get(row, {})
+        missing = [rates for rates in rates_of(row) if str(rates) not in known]
+        if not missing:
+            continue
+        merged = bench.merged(row, seed=0)
+        for rates in tqdm(missing, desc=f"rates of {row}"):
+            model = bench.trained(merged, row, rates, seed=0)
+            results.add_rates(row, rates, mean_of(losses_of(model, validation)))
+        shutil.rmtree(merged)
 
 
 def measure_mixtures(
+    bench: Bench,
     results: Results,
-    models: Mapping[str, Path],
-    tokenizer: Any,
-    texts: Mapping[str, Domain],
     held_out: HeldOut,
-    routed: Mapping[str, Tensor],
     seeds: int,
-    training: ExpertRecipe,
     only: Sequence[str],
 ) -> None:
     """Merges, trains and measures the mixtures of these rows, seed by seed."""
-    base = models["base"]
-    others = [path for name, path in models.items() if name != "music"]
     runs = [(seed, row) for seed in range(seeds) for row in only]
-    with tempfile.TemporaryDirectory() as scratch:
-        data = {}
-        count = training.steps * training.batch
-        for row in only:
-            names = CONTROLS.get(row, DOMAINS)
-            data[row] = write_training(Path(scratch) / row, tokenizer, texts, names, count)
-        for seed, row in tqdm(runs, desc="mixtures"):
-            if results.has(f"{row}, after", seed):
-                continue
-            merged = Path(scratch) / "merged"
-            if row in HETERO:
-                method = {"merge_method": "hetero_moe", "parameters": HETERO[row]}
-                merge(method, list(models.values()), base, merged, seed)
-            else:
-                merge({"merge_method": "moe_linear"}, others, base, merged, seed)
-            model = AutoModelForCausalLM.from_pretrained(merged)
-            if row == "own embeddings" and seed == 0:
-                measure_untrained(results, model, list(models), held_out, routed)
-            measure(results, f"{row}, before", model, held_out, routed, seed)
-            del model
-            model = fine_tuned(merged, row, data[row], training, seed)
-            measure(results, f"{row}, after", model, held_out, routed, seed)
-            del model
+    for seed, row in tqdm(runs, desc="mixtures"):
+        if results.has(f"{row}, after", seed):
+            continue
+        merged = bench.merged(row, seed)
+        model = AutoModelForCausalLM.from_pretrained(merged)
+        if row == "own embeddings" and seed == 0:
+            measure_untrained(results, model, list(bench.models), held_out)
+        measure(results, f"{row}, before", model, held_out, seed)
+        del model
+        model = bench.trained(merged, row, results.best_rates(row), seed)
+        measure(results, f"{row}, after", model, held_out, seed)
+        del model
+        shutil.rmtree(merged)
 
 
 def measure(
@@ -458,23 +529,14 @@ def measure(
     row: str,
     model: Any,
     held_out: HeldOut,
-    routed: Mapping[str, Tensor],
     seed: int,
 ) -> None:
     """Measures a mixture, and which experts it chooses if they are whole models."""
-    coefficients = choices(model, dict(routed)) if hasattr(model, "experts") else None
+    coefficients = choices(model, held_out.ids) if hasattr(model, "experts") else None
     results.add(row, losses_of(model, held_out, coefficients), coefficients, seed)
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option(
-    "--base",
-    "size",
-    type=click.Choice(list(SCALES)),
-    default="small",
-    show_default=True,
-    help="Base that the bible and code experts are made from.",
-)
 @click.option(
     "-o",
     "--output",
@@ -485,6 +547,14 @@ def measure(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
     help="File for a figure of the routing: *.png, *.pdf or *.svg.",
+)
+@click.option(
+    "--scale",
+    "scale_name",
+    type=click.Choice(list(SCALES)),
+    default="small",
+    show_default=True,
+    help="Size of the experiment: two hours, or minutes that show that it runs.",
 )
 @click.option(
     "--only",
@@ -500,55 +570,37 @@ def measure(
     show_default=True,
     help="Number of seeds of what is drawn at random or trained.",
 )
-@click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    default=60,
-    show_default=True,
-    help="Number of training steps of each mixture.",
-)
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help=f"Number of sequences, of {BLOCK} tokens each, of a training step.",
-)
-@click.option(
-    "--held-out",
-    "count",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help=f"Number of sequences of {BLOCK} tokens to measure on, per domain.",
-)
 def main(
-    size: str,
-    output: Path | None,
-    plot: Path | None,
-    only: tuple[str, ...],
-    seeds: int,
-    steps: int,
-    batch: int,
-    count: int,
+    output: Path | None, plot: Path | None, scale_name: str, only: tuple[str, ...], seeds: int
 ) -> None:
     if plot:
         check_new_figure(plot)
-    texts = domains()
-    base = smollm2() if size == "smollm2" else make_small_base(texts)
-    scale = SCALES[size]
-    training = ExpertRecipe(steps, batch, scale.learning_rate)
-    settings = {"base": size, "held_out": count}
-    settings |= {"training": asdict(training), "expert": asdict(scale.expert)}
-    settings["music"] = MUSIC_SETTINGS
+    scale = SCALES[scale_name]
+    settings: dict[str, Any] = {**asdict(scale), "block": BLOCK, "shares": SHARES}
+    settings |= {"rates": LEARNING_RATES, "projector_rates": PROJECTOR_LEARNING_RATES}
+    settings |= {"router_rate": ROUTER_LEARNING_RATE, "music": asdict(music_recipe(scale))}
+    settings |= {"gpt2": GPT2, "music_tokenizer": [MUSIC_TOKENIZER, MUSIC_TOKENS]}
     results = Results(output, settings)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    models = make_experts(base, texts, scale.expert, ["bible", "code"])
-    models["music"] = make_music_expert(texts)
-    held_out = HeldOut.cut(tokenizer, texts, count)
-    routed = HeldOut.cut(tokenizer, texts, max(ROUTED, count)).ids
+    texts = domains()
+    shares = divided(texts)
+    models = make_models(texts, scale)
+    tokenizer = AutoTokenizer.from_pretrained(models["base"])
+    models["music"] = make_music_expert(texts, scale)
+    documents = {name: shares["validation"][name].train for name in DOMAINS}
+    validation = HeldOut.cut(tokenizer, documents, scale.validation)
+    documents = {name: texts[name].held_out for name in DOMAINS}
+    held_out = HeldOut.cut(tokenizer, documents, scale.held_out)
     measure_dense(results, models, tokenizer, held_out)
-    measure_mixtures(results, models, tokenizer, texts, held_out, routed, seeds, training, only)
+    with tempfile.TemporaryDirectory() as scratch:
+        data = {}
+        for row in only:
+            names = CONTROLS.get(row, DOMAINS)
+            count = scale.steps * scale.batch
+            folder = Path(scratch) / row
+            data[row] = write_training(folder, tokenizer, shares["mixtures"], names, count)
+        bench = Bench(models, data, scale, Path(scratch))
+        search(bench, results, validation, only)
+        measure_mixtures(bench, results, held_out, seeds, only)
     click.echo(results.text(list(models)))
     if plot:
         draw(results.mean_routing(), list(models), plot)

@@ -8,7 +8,9 @@
 Without `--hetero` these are Tables 2 and 3, with it Table 4. The base and the three experts are
 those of `mergeme_homogeneous.py`, trained once and kept. With `--base adapters` the experts are
 those of `demo.py`, LoRA adapters that are merged into copies of the base. With `--base small` they
-are Llamas of one million parameters, all trained here in a few minutes.
+are the Llamas of one million parameters of `mergeme_small.py`, others for every seed: all are
+trained here, in some minutes for each seed. `--base quick` is the same after two steps of training,
+to see that it runs.
 
 Both runs print the held-out loss of each model per domain, and which expert each domain is routed
 to. `--output` keeps these numbers and `--plot` draws the routing.
@@ -43,12 +45,12 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
-import small_models
 import torch
 from demo import BLOCK, DOMAINS, blocks, make_sources, table
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
 from mergeme_homogeneous import BATCH, make_experts, means, run_mergekit, write_texts
+from mergeme_small import SCALES, make_models
 from peft import PeftModel
 from real_data import Domain, cache_dir, domains, smollm2, written_at_once
 from tokenizers import Tokenizer
@@ -293,24 +295,24 @@ def measure_dense(results: Results, models: dict[str, Path], held_out: dict[str,
 
 
 def without_training(
+    results: Results,
     models: dict[str, Path],
     held_out: dict[str, Tensor],
     routed: dict[str, Tensor],
-    seeds: int,
+    seeds: Sequence[int],
     only: Sequence[str],
     timed: bool,
-) -> Results:
-    """The results of Table 3, and of Table 2 with figure 9: of the dense models, and of these
-    merges, whose time per token is measured if they are to be timed.
+) -> None:
+    """Measures Table 3, and Table 2 with figure 9: the dense models, and these merges, whose time
+    per token is measured if they are to be timed.
     """
-    results = Results()
     base = models["base"]
     measure_dense(results, models, held_out)
     one_by_one = []
     for row in PLAIN:
         if row in only:
-            of_row = 1 if row == "Ties dense" else seeds  # TIES draws nothing
-            one_by_one += [(row, seed) for seed in range(of_row)]
+            of_row = seeds[:1] if row == "Ties dense" else seeds  # TIES draws nothing
+            one_by_one += [(row, seed) for seed in of_row]
     sequence_moes = {kind: options for kind, options in SEQUENCE.items() if kind in only}
     total = len(one_by_one) + len(sequence_moes)
     to_time = {}
@@ -331,9 +333,8 @@ def without_training(
             bar.update()
     if to_time:
         results.times = times_of_a_token(to_time, held_out[DOMAINS[0]][:1, :PREFIX])
-    oracle = {name: results.losses[f"{name} expert"][0][name] for name in DOMAINS}
-    results.losses["Oracle: own expert"] = [oracle]
-    return results
+    oracle = {name: results.losses[f"{name} expert"][-1][name] for name in DOMAINS}
+    results.losses.setdefault("Oracle: own expert", []).append(oracle)
 
 
 def measure_heuristics(
@@ -497,10 +498,11 @@ def draw(
 @click.option(
     "--base",
     "size",
-    type=click.Choice(["smollm2", "adapters", "small"]),
+    type=click.Choice(["smollm2", "adapters", *SCALES]),
     default="smollm2",
     show_default=True,
-    help="Base that the experts are made from; adapters: SmolLM2, and the adapters of the demo.",
+    help="Base that the experts are made from; adapters: SmolLM2, and the adapters of the demo; "
+    "small: those of mergeme_small.py; quick: such ones after two steps.",
 )
 @click.option(
     "--hetero",
@@ -567,26 +569,29 @@ def main(
     if hetero and (only or timed or size != "smollm2"):
         raise click.UsageError("--only, --time and other bases are of the run without --hetero")
     texts = domains()
+    results = Results()
     with tempfile.TemporaryDirectory() as scratch:
-        if size == "small":
-            base = small_models.make_small_base(texts)
-            models = make_experts(base, texts, small_models.EXPERT)
+        # Experts of SmolLM2 are trained once. The small ones are trained anew for each seed.
+        of_seeds: list[tuple[dict[str, Path], Sequence[int]]] = []
+        if size in SCALES:
+            for seed in range(seeds):
+                of_seeds.append((make_models(texts, SCALES[size], seed), [seed]))
         elif size == "adapters":
-            base = smollm2()
-            models = merge_adapters(base, texts, Path(scratch))
+            of_seeds.append((merge_adapters(smollm2(), texts, Path(scratch)), range(seeds)))
         else:
-            base = smollm2()
-            models = make_experts(base, texts)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        number = max(ROUTED, count) if plot else count
-        routed = {name: blocks(tokenizer, texts[name].held_out, number) for name in DOMAINS}
-        held_out = {name: sequences[:count] for name, sequences in routed.items()}
-        if hetero:
-            models["music"] = make_music_expert(base, texts["music"].train)
-            results = heterogeneous(models, tokenizer, texts, held_out, routed, seeds, steps)
-        else:
-            chosen = only or [*PLAIN, *SEQUENCE]
-            results = without_training(models, held_out, routed, seeds, chosen, timed)
+            of_seeds.append((make_experts(smollm2(), texts), range(seeds)))
+        for models, drawn in of_seeds:
+            base = models["base"]
+            tokenizer = AutoTokenizer.from_pretrained(base)
+            number = max(ROUTED, count) if plot else count
+            routed = {name: blocks(tokenizer, texts[name].held_out, number) for name in DOMAINS}
+            held_out = {name: sequences[:count] for name, sequences in routed.items()}
+            if hetero:
+                models["music"] = make_music_expert(base, texts["music"].train)
+                results = heterogeneous(models, tokenizer, texts, held_out, routed, seeds, steps)
+            else:
+                chosen = only or [*PLAIN, *SEQUENCE]
+                without_training(results, models, held_out, routed, drawn, chosen, timed)
     click.echo(results.text(list(models)))
     if output:
         output.write_text(json.dumps({"experts": list(models), **asdict(results)}, indent=1) + "\n")

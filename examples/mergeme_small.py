@@ -179,6 +179,15 @@ def divided(texts: dict[str, Domain]) -> dict[str, dict[str, Domain]]:
     return parts
 
 
+def make_models(texts: dict[str, Domain], scale: Scale, seed: int = 0) -> dict[str, Path]:
+    """The base, and the expert of each domain. The base is drawn by the seed, so that its experts
+    differ, too.
+    """
+    shares = divided(texts)
+    base = make_small_base(shares["base"], scale.base, seed)
+    return make_experts(base, shares["experts"], scale.expert)
+
+
 def write_data(
     folder: Path, tokenizer: Any, texts: dict[str, Domain], scale: Scale
 ) -> dict[str, list[str]]:
@@ -284,10 +293,8 @@ def main(output: Path, scale_name: str, seeds: int) -> None:
     settings = {**asdict(scale), "block": BLOCK, "rates": RATES, "shares": SHARES}
     results = Results(output / "results.json", settings)
     texts = domains()
-    shares = divided(texts)
-    base = make_small_base(shares["base"], scale.base)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    models = make_experts(base, shares["experts"], scale.expert)
+    models = make_models(texts, scale)
+    tokenizer = AutoTokenizer.from_pretrained(models["base"])
     for name, path in models.items():
         row = name if name == "base" else f"{name} expert"
         if row not in results.dense:

@@ -6,7 +6,8 @@
    expert, one on all of them (`tradeoffs_routers.py` does it, and they are kept).
 2. `cached/`: the report of `compare` on these adapters, with all that follows from one pass of
    each, and `private/`, with the merges, Arrow and the shared expert, too.
-3. `merging-seed0/`, `routing-seed0/`: reports with the trained routers.
+3. `merging-seed0/`, `routing-seed0/`: reports with the trained routers. Of three learning rates
+   each keeps the best on validation texts, which it is then trained at with the other seeds, too.
 4. `mbc/`: cluster the adapters, train one per cluster on the texts of all its adapters, and write
    the report of these (Trade-offs, 5.2 and figure 4).
 5. The trained routers with the other seeds.
@@ -25,7 +26,7 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,13 @@ UNTRAINED = (
     "logit_ensemble",
 )
 # What the paper's figure 4 has of both libraries.
-OF_CLUSTERS = ("own_expert", "uniform_ensemble", "uniform_low_rank", "arrow_top4")
+OF_CLUSTERS = ("own_expert", "uniform_ensemble", "uniform_low_rank", "arrow_top4", "arrow_all")
 MERGING = ("global", "layer")
 ROUTING = ("linear", "linear_arrow", "hierarchical", "hierarchical_arrow")
-# The rates that `tradeoffs_routers.py` found for each kind.
-LEARNING_RATES = {MERGING: 1e-1, ROUTING: 1e-2}
+# The paper's rates are 1e-5, 1e-4 and 1e-3, for many more steps. A step of Adam moves a number by
+# its rate at most, so that the tens of steps here want higher ones. A coefficient of `global` or
+# `layer` is such a number itself.
+LEARNING_RATES = {"merging": (1e-2, 1e-1, 1.0), "routing": (1e-3, 1e-2, 1e-1)}
 MBC = "MBC "
 # The first is better than the second, as the paper says.
 CLAIMS = [
@@ -115,11 +118,13 @@ class Measured:
 
     is_trained: whether it is a router that is trained, with a seed.
     of_seeds: by seed the test loss of each task, in nats per token; by 0 where nothing is trained.
+    of_rates: by learning rate the validation loss, with the first seed, of what is trained.
     """
 
     kind: str
     is_trained: bool
     of_seeds: dict[int, list[float]]
+    of_rates: dict[str, float] = field(default_factory=dict)
 
     @property
     def of_tasks(self) -> list[float]:
@@ -205,8 +210,12 @@ class Reports:
         for path in sorted(self.output.glob("*/report.json")):
             folder = path.parent.name
             seed = int(folder.partition("seed")[2] or 0)
-            for row in json.loads(path.read_text())["rows"]:
+            of_report = json.loads(path.read_text())["rows"]
+            names = {row["name"] for row in of_report}
+            for row in of_report:
                 name = row["name"]
+                if name == "arrow_all" and "arrow_top4" not in names:
+                    name = "arrow_top4"  # there are no more than four
                 if folder == "mbc" and name != "base":
                     name = f"{MBC}{name}"
                 is_trained = name.partition(", ")[0] in {*MERGING, *ROUTING}
@@ -214,6 +223,10 @@ class Reports:
                 if is_trained or seed == 0:
                     measured = rows.setdefault(name, Measured(row["kind"], is_trained, {}))
                     measured.of_seeds.setdefault(seed, row["test"])
+                if is_trained and seed == 0:
+                    for rate, loss in row["values"]["validation_losses"].items():
+                        if loss is not None:  # as it is where the training diverged
+                            measured.of_rates[rate] = loss
         return rows
 
     def summarise(self) -> None:
@@ -223,10 +236,15 @@ class Reports:
             name: {"kind": row.kind, "mean": row.mean, "of_seeds": row.of_seeds}
             for name, row in rows.items()
         }
+        for name, row in rows.items():
+            if row.of_rates:
+                content[name]["of_rates"] = row.of_rates
         verdicts = orderings(rows)
         summary = {"tasks": list(self.tasks), "rows": content, "orderings": verdicts}
         (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         lines = [*table(rows, list(self.tasks)), "", *[f"- {verdict}" for verdict in verdicts], ""]
+        if any(row.of_rates for row in rows.values()):
+            lines += [*table_of_rates(rows), ""]
         (self.output / "summary.md").write_text("\n".join(lines))
         draw(rows, self.output / "figure2.png")
 
@@ -271,6 +289,21 @@ def table(rows: Mapping[str, Measured], tasks: Sequence[str]) -> list[str]:
             seeds = f"{min(means):.4f} to {max(means):.4f} ({len(means)} seeds)"
         cells = [f"{row.mean:.4f}", seeds, *[f"{loss:.3f}" for loss in row.of_tasks]]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def table_of_rates(rows: Mapping[str, Measured]) -> list[str]:
+    """The lines of a table of validation losses by learning rate; the best has a star."""
+    lines = ["| | mean validation loss by learning rate |", "|---|---|"]
+    for name, row in rows.items():
+        if not row.of_rates or ", top" in name:  # the same router, read with fewer experts
+            continue
+        best = min(row.of_rates.values())
+        cells = []
+        for rate in sorted(row.of_rates, key=float):
+            star = "*" if row.of_rates[rate] == best else ""
+            cells.append(f"{rate}: {row.of_rates[rate]:.4f}{star}")
+        lines.append(f"| {name} | {', '.join(cells)} |")
     return lines
 
 
@@ -328,11 +361,11 @@ def draw(rows: Mapping[str, Measured], path: Path) -> None:
     help=f"Number of training steps of each adapter, of {BATCH * BLOCK} tokens.",
 )
 @click.option(
-    "--steps",
+    "--epochs",
     type=click.IntRange(min=1),
-    default=20,
+    default=5,
     show_default=True,
-    help="Number of training steps of each router.",
+    help="Number of times that each router reads the train texts.",
 )
 @click.option(
     "--seeds",
@@ -353,7 +386,7 @@ def main(
     number: int,
     count: int,
     expert_steps: int,
-    steps: int,
+    epochs: int,
     seeds: int,
     clusters: int,
 ) -> None:
@@ -369,7 +402,8 @@ def main(
     own, shared = loras(tokenizer, texts, expert_steps, long=False)
     settings = {
         "experts": [lora.folder.name for lora in (*own, *shared)],
-        "steps": steps,
+        "epochs": epochs,
+        "learning_rates": LEARNING_RATES,
         "clusters": clusters,
         "blocks": count,
         "debian": {name: debian_version(name) for name in names if debian_version(name)},
@@ -385,10 +419,10 @@ def main(
 
     clusters_file = output / "clusters.json"
     write_clusters(clusters_file, base, experts, clusters)
-    train_routers(reports, experts, clusters_file, steps, seed=0)
+    train_routers(reports, experts, clusters_file, epochs, seed=0)
     compare_clusters(reports, own, clusters_file)
     for seed in range(1, seeds):
-        train_routers(reports, experts, clusters_file, steps, seed)
+        train_routers(reports, experts, clusters_file, epochs, seed)
     click.echo((output / "summary.md").read_text())
 
 
@@ -403,20 +437,39 @@ def write_clusters(path: Path, base: Path, experts: Mapping[str, Path], count: i
 
 
 def train_routers(
-    reports: Reports, experts: Mapping[str, Path], clusters: Path, steps: int, seed: int
+    reports: Reports, experts: Mapping[str, Path], clusters: Path, epochs: int, seed: int
 ) -> None:
-    """Writes the reports of all routers that are trained, with one seed."""
-    for strategies, learning_rate in LEARNING_RATES.items():
-        kind = "merging" if strategies is MERGING else "routing"
-        reports.write(
-            f"{kind}-seed{seed}",
-            experts,
-            strategies=strategies,
-            clusters_from=str(clusters) if strategies is ROUTING else None,
-            max_steps=steps,
-            learning_rates=[learning_rate],
-            seed=seed,
-        )
+    """Writes the reports of all routers that are trained, with one seed: with the first at all
+    learning rates, with another at that which was the best with the first.
+    """
+    for kind, strategies in {"merging": MERGING, "routing": ROUTING}.items():
+        parts: dict[str, tuple[Sequence[str], Sequence[float]]] = {}
+        if seed == 0:
+            parts[f"{kind}-seed0"] = (strategies, LEARNING_RATES[kind])
+        else:
+            by_rate = by_best_rate(reports.rows(), strategies)
+            for rate, of_rate in by_rate.items():
+                parts[f"{kind}-{rate}-seed{seed}"] = (of_rate, [float(rate)])
+        for name, (of_part, rates) in parts.items():
+            reports.write(
+                name,
+                experts,
+                strategies=of_part,
+                clusters_from=str(clusters) if kind == "routing" else None,
+                num_train_epochs=epochs,
+                learning_rates=rates,
+                seed=seed,
+            )
+
+
+def by_best_rate(rows: Mapping[str, Measured], strategies: Sequence[str]) -> dict[str, list[str]]:
+    """By learning rate the routers that had the lowest validation loss at it."""
+    by_rate: dict[str, list[str]] = {}
+    for name in strategies:
+        of_rates = rows[name].of_rates
+        best = min(of_rates, key=lambda rate: of_rates[rate])
+        by_rate.setdefault(best, []).append(name)
+    return by_rate
 
 
 def compare_clusters(reports: Reports, own: Sequence[Lora], clusters: Path) -> None:

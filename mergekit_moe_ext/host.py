@@ -1,8 +1,9 @@
 """The seam to mergekit: the names in `mergekit.merge` that are replaced, and their replacements.
 
 Each replacement changes nothing for a stock method, but for what is said of a method that does not
-exist. For ours, `run_merge` checks everything first, runs the stock `run_merge` into a staging
-directory, adds card, tokenizer and processor files, and renames once.
+exist, and for results that mergekit loses on several GPUs. For ours, `run_merge` checks everything
+first, runs the stock `run_merge` into a staging directory, adds card, tokenizer and processor
+files, and renames once.
 """
 
 import functools
@@ -28,12 +29,14 @@ def register_methods(registry: ModuleType) -> None:
 
 
 def extend_merge_module(merge: Any) -> None:
-    """Replace the three names in `mergekit.merge`, once."""
+    """Replace the four names in `mergekit.merge`, once."""
     from mergekit_moe_ext.merging.planner import MergePlanner
+    from mergekit_moe_ext.merging.several_gpus import CollectingExecutor
 
     if merge.MergePlanner is MergePlanner:
         return
     merge.MergePlanner = MergePlanner
+    merge.MultiGPUExecutor = CollectingExecutor
     merge.get_architecture_info = _planning_structural_methods(merge.get_architecture_info)
     merge.run_merge = _staging_structural_methods(merge.run_merge, merge)
     _explain_mergekit_moe(merge.MergeConfiguration)
@@ -85,6 +88,7 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
     from mergekit_moe_ext.merging.outputs import complete_model
     from mergekit_moe_ext.merging.planner import PREPARED, prepare, structural_method
     from mergekit_moe_ext.merging.preflight import check_document, read_job, tensor_method
+    from mergekit_moe_ext.merging.writer import stop_writing
 
     @functools.wraps(stock)
     def run_merge(
@@ -127,6 +131,7 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
             try:
                 stock(stock_config, str(directory), stock_options)
             finally:
+                stop_writing(directory)
                 PREPARED.reset(token)
                 LoaderCache.loaders.clear()
             if options.copy_tokenizer:
@@ -161,6 +166,7 @@ def _merge_tensors(
     from _mergekit_moe_ext_common.loading import explained
     from _mergekit_moe_ext_common.staging import check_output, staged
     from mergekit_moe_ext.merging.preflight import check_document, check_tensor_merge
+    from mergekit_moe_ext.merging.writer import stop_writing
 
     if config_source:
         check_document(yaml.safe_load(config_source))
@@ -175,6 +181,7 @@ def _merge_tensors(
         try:
             stock(merge_config, str(directory), options, config_source)
         finally:
+            stop_writing(directory)
             LoaderCache.loaders.clear()
 
 

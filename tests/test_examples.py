@@ -298,8 +298,9 @@ def test_the_experiment_without_training_runs(sequence, tiny_experts, tmp_path, 
     monkeypatch.setattr(sequence, "FURTHER", 2)
     held_out = sequences_of(sequence.DOMAINS)
     every_merge = [*sequence.PLAIN, *sequence.SEQUENCE]
-    results = sequence.without_training(
-        tiny_experts, held_out, held_out, 2, every_merge, timed=True
+    results = sequence.Results()
+    sequence.without_training(
+        results, tiny_experts, held_out, held_out, range(2), every_merge, timed=True
     )
     losses = {row: of_seeds[0] for row, of_seeds in results.losses.items()}
     for name, path in tiny_experts.items():
@@ -396,34 +397,48 @@ def hetero(sequence, tiny_experts, here, monkeypatch):
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 60}
     make_model(here / "gpt", 5, family="gpt2", **sizes)
     save_tokenizer(here / "gpt", 60)  # knows two thirds of the words
-    documents = [row["text"] for row in words(1, 100)]
-    texts = dict.fromkeys(mergeme_hetero.DOMAINS, Domain(documents, documents[50:]))
+    documents = [row["text"] for row in words(1, 400)]
+    held_out = [row["text"] for row in words(2, 50)]
+    texts = dict.fromkeys(mergeme_hetero.DOMAINS, Domain(documents, held_out))
     base_and_experts = {name: tiny_experts[name] for name in ("base", "bible", "code")}
     monkeypatch.setattr(mergeme_hetero, "READING", Reading(max_length=40, quiet=True))
     monkeypatch.setattr(mergeme_hetero, "BLOCK", 40)
+    monkeypatch.setattr(mergeme_hetero, "LEARNING_RATES", (1e-3, 1e-2))
     monkeypatch.setattr(mergeme_hetero, "domains", lambda: texts)
-    monkeypatch.setattr(mergeme_hetero, "make_small_base", lambda texts: tiny_experts["base"])
-    monkeypatch.setattr(mergeme_hetero, "make_experts", lambda *_: dict(base_and_experts))
-    monkeypatch.setattr(mergeme_hetero, "make_music_expert", lambda texts: here / "gpt")
+    monkeypatch.setattr(mergeme_hetero, "make_models", lambda *_: dict(base_and_experts))
+    monkeypatch.setattr(mergeme_hetero, "make_music_expert", lambda *_: here / "gpt")
     return mergeme_hetero
 
 
 def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_experts, monkeypatch):
-    command = ["-o", "hetero.jsonl", "--steps", "2", "--held-out", "2"]
-    result = CliRunner().invoke(hetero.main, [*command, "--seeds", "1"])
+    command = ["-o", "hetero.jsonl", "--scale", "quick", "--seeds", "1"]
+    rates_seen = []
+    recipe_of = hetero.Recipe
+    monkeypatch.setattr(hetero, "Recipe", lambda **of: rates_seen.append(of) or recipe_of(**of))
+    result = CliRunner().invoke(hetero.main, command)
     assert result.exit_code == 0, result.output
     first = Path("hetero.jsonl").read_text()
     lines = [json.loads(line) for line in first.splitlines()[1:]]
-    losses = {line["row"]: line["losses"] for line in lines}
+    losses = {line["row"]: line["losses"] for line in lines if "row" in line}
     for row in (*hetero.HETERO, *hetero.CONTROLS):
         assert losses[f"{row}, before"] != losses[f"{row}, after"]
+    # Every rate is tried, and the best on validation is that of the row.
+    rows = [*hetero.HETERO, *hetero.CONTROLS]
+    tried = [line for line in lines if "rates" in line]
+    assert [line["of"] for line in tried] == [row for row in rows for _ in hetero.rates_of(row)]
+    for row, last in zip(rows, rates_seen[-len(rows) :], strict=True):
+        of_row = {line["rates"]: line["validation"] for line in tried if line["of"] == row}
+        assert len(set(of_row.values())) == len(of_row)
+        best = hetero.Rates(last["learning_rate"], last["projector_learning_rate"])
+        assert min(of_row, key=of_row.get) == str(best)
+        assert (best.projector is None) == ("projectors" not in row)
     # One seed decides nothing.
     assert "own embeddings beats 3 experts, no music on music: unclear (" in result.output
     assert "1 seeds)" in result.output and ": holds" not in result.output
 
     # By hand: nats of the tokens after the prefix, for each of their characters.
     tokenizer = AutoTokenizer.from_pretrained(tiny_experts["base"])
-    ids = hetero.blocks(tokenizer, hetero.domains()["code"].held_out, 2)
+    ids = hetero.blocks(tokenizer, hetero.domains()["code"].held_out, 1)
     scores = AutoModelForCausalLM.from_pretrained(tiny_experts["code"])(ids).logits.log_softmax(-1)
     nats = -scores[:, 31:-1].gather(-1, ids[:, 32:, None]).sum().item()
     characters = len("".join(tokenizer.batch_decode(ids[:, 32:])))
@@ -434,11 +449,12 @@ def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_exp
     # A run that was killed in the middle of a line goes on, and measures what was lost alone.
     Path("hetero.jsonl").write_text(first[:-10])
     monkeypatch.setattr(hetero, "losses_of", lambda *_: dict.fromkeys(hetero.DOMAINS, 1.0))
-    result = CliRunner().invoke(hetero.main, [*command, "--seeds", "1"])
+    result = CliRunner().invoke(hetero.main, command)
     assert result.exit_code == 0, result.output
     *others, last = Path("hetero.jsonl").read_text().splitlines()
     assert others == first.splitlines()[:-1] and json.loads(last)["losses"]["music"] == 1.0
-    result = CliRunner().invoke(hetero.main, ["-o", "hetero.jsonl", "--steps", "3"])
+    monkeypatch.setattr(hetero, "ROUTER_LEARNING_RATE", 3e-3)
+    result = CliRunner().invoke(hetero.main, command)
     assert result.exit_code == 1 and "name another file" in result.output
 
 

@@ -350,9 +350,9 @@ EXPERIMENTS = {
     "mergeme_hetero": Experiment(
         "mergeme_hetero",
         {
-            "quick": ("-o", "OUTPUT", "--steps", "2", "--held-out", "2", "--seeds", "1"),
+            "quick": ("-o", "OUTPUT", "--scale", "quick", "--seeds", "1"),
             "small": ("-o", "OUTPUT"),
-            "full": ("-o", "OUTPUT", "--steps", "600", "--seeds", "5"),
+            "full": ("-o", "OUTPUT", "--seeds", "5"),
         },
         "hetero.jsonl",
         True,

@@ -2,6 +2,7 @@
 random tensors.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from collections.abc import Callable
 import torch
 from mergekit.common import dtype_from_name
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors, LoadTensor, TensorWriterTask
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
 
 from _mergekit_moe_ext_common.checkpoints import is_finite
 from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.writer import BehindWriter, Entry
 
 _LET_THROUGH = "`allow_nonfinite: true` under `parameters:` lets it through"
 Distribution = Callable[[tuple[int, ...], float, torch.Generator], torch.Tensor]
@@ -31,13 +33,20 @@ class LoadFiniteTensor(LoadTensor):
     """A `LoadTensor` that refuses NaN and Inf, with an error that names model and tensor."""
 
     def execute(self) -> torch.Tensor | None:
-        tensor = LoadTensor(**{**dict(self), "dtype": None}).execute()
-        if tensor is None:
-            return None
+        tensor = as_stored(self)
+        return None if tensor is None else self.checked(tensor)
+
+    def checked(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The stored tensor in the dtype that is asked for, if it is finite; else an error."""
         label = f"{self.tensor} of {self.model}"
         if not is_finite(tensor):
             raise UserError(f"{label} holds NaN or Inf; {_LET_THROUGH}")
         return cast_finite(tensor, dtype_from_name(self.dtype), label)
+
+
+def as_stored(load: LoadTensor) -> torch.Tensor | None:
+    """What `load` reads, before it is cast or checked."""
+    return LoadTensor(**{**dict(load), "dtype": None}).execute()
 
 
 class RefuseNonfinite(Task[torch.Tensor | None]):
@@ -87,17 +96,40 @@ class CopyTensors(Task[None]):
         return 1000
 
     def group_label(self) -> str:
+        # What is read by the thread that writes comes first, before all merges, so that there is
+        # always something to write.
+        if all(_lies_in_file(load) for _, load in self.copies):
+            return ""
         return self.copies[0][0]
 
     def execute(self, writer: TensorWriter) -> None:
-        out_dtype = dtype_from_name(self.out_dtype)
         for name, load in self.copies:
-            tensor = load.execute()
-            if isinstance(load, LoadFiniteTensor):
-                tensor = cast_finite(tensor, out_dtype, name)
-            elif out_dtype:
-                tensor = tensor.to(out_dtype)
-            writer.save_tensor(name, tensor, clone=self.clone)
+            stored = as_stored(load)
+            assert stored is not None, f"{load.tensor} of {load.model} is missing"
+            make = functools.partial(self._as_written, name, load, stored)
+            if isinstance(writer, BehindWriter):
+                dtype = dtype_from_name(self.out_dtype or load.dtype) or stored.dtype
+                held = 0 if _lies_in_file(load) else stored.nbytes
+                writer.save_later(Entry(name, dtype, tuple(stored.shape)), make, held)
+            else:
+                writer.save_tensor(name, make(), clone=self.clone)
+
+    def _as_written(self, name: str, load: LoadTensor, stored: torch.Tensor) -> torch.Tensor:
+        """A tensor of a source as it stands in the output."""
+        out_dtype = dtype_from_name(self.out_dtype)
+        if isinstance(load, LoadFiniteTensor):
+            return cast_finite(load.checked(stored), out_dtype, name)
+        cast = stored.to(dtype_from_name(load.dtype)) if load.dtype else stored
+        return cast.to(out_dtype) if out_dtype else cast
+
+
+def _lies_in_file(load: LoadTensor) -> bool:
+    """Whether what is read is a part of a file that is mapped, which takes no memory until it is
+    used.
+    """
+    index = LoaderCache().get(load.model).index
+    is_on_cpu = load.device in (None, "cpu")
+    return index.is_safetensors and load.tensor in index.tensor_paths and is_on_cpu
 
 
 class StackedExperts(Task[torch.Tensor]):

@@ -2,15 +2,19 @@
 
 mergekit's own holds a whole shard and writes it when it is full, while nothing is merged. Here a
 thread writes behind the merge, and another has the disk take what was written, so that neither the
-shard's memory nor the time that the disk takes comes on top of the merge's.
+shard's memory nor the time that the disk takes comes on top of the merge's. What is only copied is
+read by the thread that writes, while the merge goes on.
 """
 
 import functools
 import json
+import math
 import os
+import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -22,6 +26,17 @@ _ENTRY = 200  # bytes of a tensor's entry in a header beside its name: dtype, sh
 _ALIGNMENT = 8  # bytes: readers map a tensor only at a multiple of its element's size
 _MOST_WAITING = 1 << 28  # bytes of tensors that wait to be written
 _FLUSHED_AT_ONCE = 1 << 28
+
+
+# By directory the writer that writes to it.
+_OPEN: dict[str, "BehindWriter"] = {}
+
+
+def stop_writing(directory: Path) -> None:
+    """Has nothing more written to a directory, if its merge ended before all of it was."""
+    writer = _OPEN.pop(str(directory), None)
+    if writer is not None:
+        writer.stop()
 
 
 def header_room(names: Iterable[str]) -> int:
@@ -41,9 +56,24 @@ class BehindWriterTask(TensorWriterTask):
         return BehindWriter(self.out_path, self.max_shard_size, self.header_room)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 class BehindWriter(TensorWriter):
-    """A `TensorWriter` whose shards are written behind the merge, the tensors in the order in which
-    they come.
+    """A `TensorWriter` whose shards are written behind the merge.
+
+    Tensors lie in the shards in the order in which they come. They are written in another one: what
+    holds memory first, and what is still to be read whenever there is nothing else.
     """
 
     current_shard_size: int  # which mergekit does not declare
@@ -52,27 +82,34 @@ class BehindWriter(TensorWriter):
         super().__init__(out_path, max_shard_size=max_shard_size)
         self._room = room  # of a header that names every tensor still to come
         self._shard: _Shard | None = None
-        self._written_behind = ThreadPoolExecutor(1)
-        self._waiting: deque[tuple[int, Future[None]]] = deque()
+        self._jobs = _Jobs()
+        _OPEN[out_path] = self
 
     def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
         """Hands a tensor on to be written; it must not be changed after that."""
-        size = tensor.nbytes
         # Here, since on several GPUs each thread computes on a stream of its own, and the thread
         # that writes would not wait for that.
-        tensor = tensor.detach().cpu()
+        in_memory = tensor.detach().cpu()
+        entry = Entry(name, in_memory.dtype, tuple(in_memory.shape))
+        self.save_later(entry, lambda: in_memory, held=in_memory.nbytes)
+
+    def save_later(self, entry: Entry, make: Callable[[], torch.Tensor], held: int) -> None:
+        """Hands on what makes a tensor, which is called in the thread that writes.
+
+        Until then it holds `held` bytes of memory, and this waits if too many are held.
+        """
         with self._lock:
             has_limit = self.max_shard_size > 0
-            if has_limit and self.current_shard_size + size > self.max_shard_size:
+            if has_limit and self.current_shard_size + entry.nbytes > self.max_shard_size:
                 self._flush_current_shard()
             if self._shard is None:
                 self._shard = _Shard(self._path_of_shard(), self._room)
-            self._room -= header_room([name])
-            self.weight_map[name] = self._path_of_shard().name
-            self.current_shard_size += size
-            self._await_room(size)
-            write = self._written_behind.submit(self._shard.write, name, tensor)
-            self._waiting.append((size, write))
+            self._room -= header_room([entry.name])
+            self.weight_map[entry.name] = self._path_of_shard().name
+            self.current_shard_size += entry.nbytes
+            write = self._shard.place(entry, make)
+            if write is not None:
+                self._jobs.add(write, held)
 
     def finalize(self) -> None:
         """Waits until everything is on the disk, and names the shards. Errors of writing are raised
@@ -80,18 +117,20 @@ class BehindWriter(TensorWriter):
         """
         with self._lock:
             self._flush_current_shard()
-            try:
-                while self._waiting:
-                    self._waiting.popleft()[1].result()
-            finally:
-                # After an error, too: nothing goes on writing into a directory that is taken away.
-                self._written_behind.shutdown(cancel_futures=True)
+            self._jobs.await_all()
+            self.stop()
             super().finalize()
+
+    def stop(self) -> None:
+        """Ends what is being written, and writes nothing more."""
+        _OPEN.pop(self.out_path, None)
+        self._jobs.stop()
 
     def _flush_current_shard(self) -> None:
         if self._shard is None:
             return
-        self._waiting.append((0, self._written_behind.submit(self._shard.close)))
+        for job in self._shard.complete():
+            self._jobs.add(job, held=0)
         self._shard = None
         self.total_size += self.current_shard_size
         self.current_shard_size = 0
@@ -101,17 +140,64 @@ class BehindWriter(TensorWriter):
         prefix, extension = self._get_name_components()
         return Path(self.out_path, f"{prefix}-{self.shards_written + 1}.{extension}")
 
-    def _await_room(self, size: int) -> None:
-        """Waits until so few bytes wait to be written that the merge may go on."""
-        waiting = size + sum(size_of_other for size_of_other, _ in self._waiting)
-        while self._waiting and (waiting > _MOST_WAITING or self._waiting[0][1].done()):
-            size_of_first, write = self._waiting.popleft()
-            write.result()
-            waiting -= size_of_first
+
+class _Jobs:
+    """What is done by a thread of its own, one after the other: of what waits, first that which
+    holds memory, in the order in which it came.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._done: deque[Future[None]] = deque()  # those not yet known to be done
+        self._lock = threading.Lock()
+        self._holding: deque[tuple[Callable[[], None], int]] = deque()
+        self._others: deque[Callable[[], None]] = deque()
+        self._held = 0  # bytes
+
+    def add(self, job: Callable[[], None], held: int) -> None:
+        """Adds a job that holds so many bytes of memory, once there is room for them. Raises what
+        an earlier job raised.
+        """
+        while self._done and (self._done[0].done() or self._lacks_room(held)):
+            self._done.popleft().result()
+        with self._lock:
+            self._held += held
+            if held:
+                self._holding.append((job, held))
+            else:
+                self._others.append(job)
+        self._done.append(self._thread.submit(self._do_next))
+
+    def await_all(self) -> None:
+        """Waits for all jobs. Raises what one of them raised."""
+        while self._done:
+            self._done.popleft().result()
+
+    def stop(self) -> None:
+        """Waits for the job that is being done; the others are not done any more."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _lacks_room(self, held: int) -> bool:
+        return held > 0 and self._held > 0 and self._held + held > _MOST_WAITING
+
+    def _do_next(self) -> None:
+        held = 0
+        with self._lock:
+            if self._holding:
+                job, held = self._holding.popleft()
+            else:
+                job = self._others.popleft()
+        job()
+        with self._lock:
+            self._held -= held
 
 
 class _Shard:
-    """A safetensors file that is being written. Its header comes last, into room left for it."""
+    """A safetensors file that is being written. Its header comes last, into room left for it.
+
+    `place` and `complete` are called by the merge. What they return is called, in any order but for
+    the last, by the thread that writes.
+    """
 
     def __init__(self, path: Path, room: int):
         self._path = path
@@ -119,26 +205,49 @@ class _Shard:
         self._room = -(-(room + metadata) // _ALIGNMENT) * _ALIGNMENT
         self._entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._size = 0
-        self._put_off: dict[str, torch.Tensor] = {}
-        self._flushed = 0
+        self._put_off: list[tuple[Entry, Callable[[], torch.Tensor]]] = []
+        self._unflushed = 0
         self._flusher = ThreadPoolExecutor(1)
         self._flushing: Future[None] | None = None
         self._file = path.open("wb")
-        self._file.seek(8 + self._room)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
+    def place(self, entry: Entry, make: Callable[[], torch.Tensor]) -> Callable[[], None] | None:
+        """Gives a tensor its place, and returns what writes it there; None if `complete` will."""
         # A file has no gaps, so a tensor of an odd size would leave the next one unaligned.
-        if tensor.nbytes % _ALIGNMENT:
-            self._put_off[name] = tensor
-        else:
-            self._append(name, tensor)
+        if entry.nbytes % _ALIGNMENT:
+            self._put_off.append((entry, make))
+            return None
+        return self._placed(entry, make)
 
-    def close(self) -> None:
-        """Writes what is lacking and waits until the file is on the disk."""
+    def complete(self) -> list[Callable[[], None]]:
+        """Places what is lacking, and returns what writes it. The last of these is to be called
+        after all others of the shard: it waits until the file is on the disk.
+        """
         # Wide elements first: so each tensor begins at a multiple of its element's size.
-        by_width = sorted(self._put_off.items(), key=lambda item: -item[1].element_size())
-        for name, tensor in by_width:
-            self._append(name, tensor)
+        by_width = sorted(self._put_off, key=lambda each: -each[0].dtype.itemsize)
+        return [*(self._placed(entry, make) for entry, make in by_width), self._close]
+
+    def _placed(self, entry: Entry, make: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        start = self._size
+        self._size += entry.nbytes
+        self._entries[entry.name] = {
+            "dtype": _dtype_code(entry.dtype),
+            "shape": list(entry.shape),
+            "data_offsets": [start, self._size],
+        }
+        return functools.partial(self._write, entry, make, start)
+
+    def _write(self, entry: Entry, make: Callable[[], torch.Tensor], start: int) -> None:
+        tensor = make()
+        if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
+            raise AssertionError(f"{entry} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+        self._file.seek(8 + self._room + start)
+        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._unflushed += entry.nbytes
+        if self._unflushed >= _FLUSHED_AT_ONCE:
+            self._start_flushing()
+
+    def _close(self) -> None:
         header = json.dumps(self._entries, separators=(",", ":")).encode()
         if len(header) > self._room:
             raise AssertionError(f"the header of {self._path} has no room")
@@ -151,19 +260,6 @@ class _Shard:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def _append(self, name: str, tensor: torch.Tensor) -> None:
-        flat = tensor.contiguous().reshape(-1)
-        end = self._size + flat.nbytes
-        self._entries[name] = {
-            "dtype": _dtype_code(flat.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": [self._size, end],
-        }
-        self._file.write(flat.view(torch.uint8).numpy().data)
-        self._size = end
-        if end - self._flushed >= _FLUSHED_AT_ONCE:
-            self._start_flushing()
-
     def _start_flushing(self) -> None:
         """Has the disk take what was written so far, unless it still takes what was before."""
         if self._flushing:
@@ -172,7 +268,7 @@ class _Shard:
             # The system tells an error of the disk once, so that the last fsync may not show it.
             self._flushing.result()
         self._file.flush()
-        self._flushed = self._size
+        self._unflushed = 0
         self._flushing = self._flusher.submit(os.fsync, self._file.fileno())
 
 

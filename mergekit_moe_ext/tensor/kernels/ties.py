@@ -38,9 +38,9 @@ def merge_ties(
         values = []
         for tensor, threshold, weight in zip(flat_tensors, thresholds, weights, strict=True):
             value = threshold.trim(tensor[piece] - base_piece, piece.start)
-            values.append(value if weight == 1 else value * weight)
+            values.append(value if weight == 1 else value.mul_(weight))
         mixed = elected_sum(values, weights if normalize else None)
-        result[piece] = base_piece + (mixed if scale == 1 else mixed * scale)
+        result[piece] = base_piece + (mixed if scale == 1 else mixed.mul_(scale))
     return result.view(base.shape)
 
 
@@ -60,9 +60,11 @@ def elected_sum(
     # numbers cost as much, so the values, which float32 holds as they are, are widened once.
     dtype = values[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
-    wide_values = [value.to(wide) for value in values]
-    sign = _sum(wide_values).sign_().add_(0.5).sign_()  # 1 for zero
-    agreeing = [(value * sign).relu_() for value in wide_values]
+    # Copies are changed in place from here on, so that they stay in the CPU's caches.
+    agreeing = [value.to(wide, copy=True) for value in values]
+    sign = _sum(agreeing).detach().sign_().add_(0.5).sign_()  # 1 for zero
+    for value in agreeing:
+        value.mul_(sign).relu_()
     total = _sum(agreeing).mul_(sign).to(dtype)
     if weights is None:
         return total

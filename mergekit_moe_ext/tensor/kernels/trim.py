@@ -52,17 +52,18 @@ class Threshold:
         # NaN. So before `end`, where values equal to the threshold stay, the bound is the next
         # smaller float.
         split = min(max(self.end - start, 0), len(values))
-        trimmed = torch.empty_like(values)
+        trimmed = []
         for part, magnitude in (
-            (slice(0, split), self.magnitude - 1),
-            (slice(split, len(values)), self.magnitude),
+            (values[:split], self.magnitude - 1),
+            (values[split:], self.magnitude),
         ):
-            bits = torch.tensor(magnitude, dtype=integer, device="cpu")
-            largest_dropped = bits.view(values.dtype).item()
-            # NaN as a bound would keep everything.
-            bound = math.inf if math.isnan(largest_dropped) else largest_dropped
-            trimmed[part] = functional.hardshrink(values[part], bound)
-        return trimmed
+            if len(part):
+                bits = torch.tensor(magnitude, dtype=integer, device="cpu")
+                largest_dropped = bits.view(values.dtype).item()
+                # NaN as a bound would keep everything.
+                bound = math.inf if math.isnan(largest_dropped) else largest_dropped
+                trimmed.append(functional.hardshrink(part, bound))
+        return torch.cat(trimmed) if len(trimmed) > 1 else trimmed[0]
 
 
 KEEP_ALL = Threshold(-1)
@@ -110,15 +111,14 @@ def magnitude_threshold(
     flat_base = None if base is None else base.detach().reshape(-1)
 
     def magnitudes(piece: slice) -> torch.Tensor:
-        return _magnitudes(flat[piece] if flat_base is None else flat[piece] - flat_base[piece])
+        """Integers that order as the magnitudes of the elements do."""
+        if flat_base is None:
+            return flat[piece].abs().view(_INTEGERS[flat.dtype])
+        difference = flat[piece] - flat_base[piece]
+        return difference.abs_().view(_INTEGERS[difference.dtype])
 
     with torch.no_grad():
         return _select(magnitudes, flat, count)
-
-
-def _magnitudes(values: torch.Tensor) -> torch.Tensor:
-    """Integers that order as the magnitudes of `values` do."""
-    return values.detach().abs().view(_INTEGERS[values.dtype])
 
 
 def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold:

@@ -2,6 +2,7 @@
 the real ones.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -62,6 +63,19 @@ def test_several_gpus_write_the_same_tensors(here, two_devices, method):
         make_model(here / name, NAMES.index(name))
         save_tokenizer(here / name, 96)
     check_alike(document(method, models=sources, **MERGES[method]))
+
+
+def test_no_result_is_lost_on_a_busy_machine(here, two_devices, monkeypatch):
+    """Results are collected by a thread of its own, which may be slower than all GPUs."""
+    stock_bar = multigpu_executor.tqdm.tqdm
+
+    class SlowBar(stock_bar):
+        def update(self, n=1):
+            time.sleep(0.02)
+            return super().update(n)
+
+    monkeypatch.setattr(multigpu_executor.tqdm, "tqdm", SlowBar)
+    check_alike(document("moe_ties", models=NAMES[1:], **MERGES["moe_ties"]))
 
 
 def test_caem_on_several_gpus(here, two_devices):

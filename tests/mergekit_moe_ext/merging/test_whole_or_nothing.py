@@ -44,7 +44,7 @@ STAGES = {
     "planning": ("mergekit_moe_ext.upcycling.method:read_headers", 1),
     "staged": ("mergekit.plan:MergePlanner.plan_to_disk", 1),
     "first tensor": ("mergekit_moe_ext.merging.writer:BehindWriter.save_tensor", 1),
-    "middle shard": ("mergekit_moe_ext.merging.writer:_Shard.close", 3),
+    "middle shard": ("mergekit_moe_ext.merging.writer:_Shard._close", 3),
     "naming shards": ("mergekit.io.tensor_writer:TensorWriter.finalize", 1),
     "config": ("transformers:PretrainedConfig.save_pretrained", 1),
     "card": ("pathlib:Path.write_text", 1),

@@ -2,12 +2,13 @@
 
 import json
 import os
+import threading
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from mergekit_moe_ext.merging.writer import BehindWriter, header_room
+from mergekit_moe_ext.merging.writer import BehindWriter, Entry, header_room, stop_writing
 
 DTYPES = (
     torch.float64,
@@ -83,10 +84,10 @@ def test_every_tensor_begins_at_a_multiple_of_its_elements_size(tmp_path):
 
 
 def test_an_error_of_writing_is_raised(tmp_path, monkeypatch):
-    def fail(self, name, tensor):
+    def fail(self, entry, make, start):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mergekit_moe_ext.merging.writer._Shard.write", fail)
+    monkeypatch.setattr("mergekit_moe_ext.merging.writer._Shard._write", fail)
     writer = BehindWriter(str(tmp_path), -1, header_room(["x"]))
     with pytest.raises(OSError, match="No space left"):
         writer.save_tensor("x", torch.ones(4))
@@ -117,6 +118,89 @@ def test_a_merge_waits_for_what_is_to_be_written(tmp_path, monkeypatch):
     writer = BehindWriter(str(tmp_path), -1, header_room(["a"] * 20))
     for number in range(20):
         writer.save_tensor(chr(ord("a") + number), torch.ones(4))
-        assert sum(size for size, _ in writer._waiting) <= 64
+        assert writer._jobs._held <= 64
     writer.finalize()
     assert len(read(tmp_path)) == 20
+
+
+def entry_of(name, tensor):
+    return Entry(name, tensor.dtype, tuple(tensor.shape))
+
+
+@pytest.mark.parametrize("limit", [-1, 100])
+def test_what_holds_memory_is_written_first(tmp_path, limit):
+    """The others are made later, and lie where they would have lain."""
+    names = ["c0", "m0", "c1", "odd c", "m1", "c2", "m2"]
+    tensors = {name: torch.full((8,), float(place)) for place, name in enumerate(names)}
+    tensors["odd c"] = torch.ones(3)
+    began = threading.Event()
+    goes_on = threading.Event()
+    made = []
+
+    def making(name):
+        def make():
+            made.append(name)
+            if name == "c0":
+                began.set()
+                goes_on.wait()
+            return tensors[name]
+
+        return make
+
+    writer = BehindWriter(str(tmp_path), limit, header_room(tensors))
+    for name, tensor in tensors.items():
+        held = tensor.nbytes if name.startswith("m") else 0
+        writer.save_later(entry_of(name, tensor), making(name), held)
+        if name == "c0":
+            began.wait()
+    goes_on.set()
+    writer.finalize()
+    assert made[:4] == ["c0", "m0", "m1", "m2"] and sorted(made) == sorted(names)
+    loaded = read(tmp_path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor), name
+
+    in_order = BehindWriter(str(tmp_path / "in order"), limit, header_room(tensors))
+    for name, tensor in tensors.items():
+        in_order.save_tensor(name, tensor)
+    in_order.finalize()
+    for path in (tmp_path / "in order").iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_an_error_of_what_is_written_later_is_raised(tmp_path):
+    def fail():
+        raise ValueError("NaN in an expert")
+
+    writer = BehindWriter(str(tmp_path), -1, header_room(["x"]))
+    with pytest.raises(ValueError, match="NaN in an expert"):
+        writer.save_later(entry_of("x", torch.ones(4)), fail, held=0)
+        writer.finalize()
+    stop_writing(tmp_path)
+
+
+def test_a_merge_that_ends_early_writes_nothing_more(tmp_path):
+    began = threading.Event()
+    goes_on = threading.Event()
+    made = []
+
+    def make():
+        made.append(len(made))
+        began.set()
+        goes_on.wait()
+        return torch.ones(4)
+
+    writer = BehindWriter(str(tmp_path), -1, header_room(["a"] * 9))
+    for number in range(9):
+        writer.save_later(entry_of(str(number), torch.ones(4)), make, held=0)
+    began.wait()
+    stop_writing(tmp_path / "another")
+    stopping = threading.Thread(target=stop_writing, args=(tmp_path,))
+    stopping.start()
+    stopping.join(0.2)
+    assert stopping.is_alive()  # it waits for what has begun
+    goes_on.set()
+    stopping.join()
+    assert made == [0]
+    stop_writing(tmp_path)  # which has nothing to do any more
