@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_moe_ext.tensor.kernels import chunks
-from mergekit_moe_ext.tensor.kernels.trim import magnitude_threshold
+from mergekit_moe_ext.tensor.kernels import chunks, on_threads
+from mergekit_moe_ext.tensor.kernels.trim import Threshold, magnitude_threshold
 
 
 def merge_ties(
@@ -28,12 +28,15 @@ def merge_ties(
     """
     flat_base = base.reshape(-1)
     flat_tensors = [tensor.reshape(-1) for tensor in tensors]
+
     # A threshold depends on a whole tensor, so all of them come before the first chunk is merged.
-    thresholds = []
-    for tensor, density in zip(flat_tensors, densities, strict=True):
-        thresholds.append(magnitude_threshold(tensor, density, flat_base))
+    def threshold_of(source: int) -> Threshold:
+        return magnitude_threshold(flat_tensors[source], densities[source], flat_base)
+
+    thresholds = on_threads(threshold_of, range(len(tensors)), flat_base)
     result = torch.empty_like(flat_base)
-    for piece in chunks(flat_base):
+
+    def merge_piece(piece: slice) -> None:
         base_piece = flat_base[piece]
         values = []
         for tensor, threshold, weight in zip(flat_tensors, thresholds, weights, strict=True):
@@ -41,6 +44,8 @@ def merge_ties(
             values.append(value if weight == 1 else value.mul_(weight))
         mixed = elected_sum(values, weights if normalize else None)
         result[piece] = base_piece + (mixed if scale == 1 else mixed.mul_(scale))
+
+    on_threads(merge_piece, list(chunks(flat_base)), flat_base, *flat_tensors)
     return result.view(base.shape)
 
 

@@ -2,6 +2,9 @@
 mergekit.
 """
 
+import threading
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -274,6 +277,44 @@ def test_gradients_equal_those_of_stock(split):
         gradients[name] = [tensor.grad for tensor in tensors]
     for got, expected in zip(gradients["fast_ties"], gradients["ties"], strict=True):
         assert torch.allclose(got, expected)
+
+
+def test_threads_take_the_chunks_of_a_large_tensor(monkeypatch):
+    """Each computes alone, in the modes of the one that asks, whose own threads stay as many."""
+    monkeypatch.setattr(kernels, "_CPU_CHUNK", 10)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    together = threading.Barrier(3, timeout=60)
+    modes = set()
+
+    def square(item):
+        together.wait()  # all three at once
+        modes.add((torch.get_num_threads(), torch.is_inference_mode_enabled()))
+        if item == 5:
+            raise ValueError("five")
+        return item * item
+
+    large = torch.zeros(11)
+    try:
+        assert kernels.on_threads(square, [1, 2, 3], large) == [1, 4, 9]
+        with torch.inference_mode():
+            assert kernels.on_threads(square, [3, 2, 1], large) == [9, 4, 1]
+        assert modes == {(1, False), (1, True)}
+        with pytest.raises(ValueError, match="five"):
+            kernels.on_threads(square, [4, 5, 6], large)
+        assert torch.get_num_threads() == 3
+        # What is small, or has gradients, or lies elsewhere, is not worth it.
+        together = SimpleNamespace(wait=lambda: None)
+        modes.clear()
+        for tensor in (
+            torch.zeros(10),
+            torch.zeros(11, requires_grad=True),
+            torch.zeros(11, device="meta"),
+        ):
+            assert kernels.on_threads(square, [1, 2, 3], tensor) == [1, 4, 9]
+        assert modes == {(3, False)}
+    finally:
+        torch.set_num_threads(before)
 
 
 def splitmix_reference(key: int, index: int) -> int:
