@@ -197,6 +197,50 @@ TABLE_1 = (
     _mixture("Table 1", "Dare merging", "Ties merging", "12.86, 12.52"),
     _mixture("Table 1", "MoE upcycling", "Dare merging", "16.05, 12.86"),
 )
+TABLE_3 = (
+    _mixture(
+        "Table 3",
+        "separate attention, perplexity, K=2",
+        "Random routing",
+        "8.08, 6.92",
+        "separate attention with perplexity is better than random routing",
+    ),
+    _mixture(
+        "Table 3",
+        "separate attention, perplexity, K=2",
+        "Dare dense",
+        "8.08, 7.11",
+        "it is better than the models merged by DARE",
+    ),
+    _mixture(
+        "Table 3",
+        "separate attention, perplexity, K=2",
+        "Ties dense",
+        "8.08, 6.98",
+        "it is better than the models merged by TIES",
+    ),
+    _mixture(
+        "Table 3",
+        "separate attention, perplexity, K=2",
+        "merged attention, perplexity, K=2",
+        "8.08, 7.32",
+        "by perplexity, separate attention is better than merged",
+    ),
+    _mixture(
+        "Table 3",
+        "merged attention, task vector, K=2",
+        "separate attention, task vector, K=2",
+        "7.24, 7.05",
+        "by task vectors, merged attention is better than separate",
+    ),
+    _mixture(
+        "Table 3",
+        "separate attention, perplexity, K=2",
+        "separate attention, task vector, K=2",
+        "8.08, 7.05",
+        "perplexity is better than task vectors",
+    ),
+)
 
 MERGEME = Paper(
     "MergeME",
@@ -216,50 +260,12 @@ MERGEME = Paper(
         Part(
             "mergeme_sequence",
             "without training (rows of K = 2, as in the paper)",
-            (
-                _mixture(
-                    "Table 3",
-                    "separate attention, perplexity, K=2",
-                    "Random routing",
-                    "8.08, 6.92",
-                    "separate attention with perplexity is better than random routing",
-                ),
-                _mixture(
-                    "Table 3",
-                    "separate attention, perplexity, K=2",
-                    "Dare dense",
-                    "8.08, 7.11",
-                    "it is better than the models merged by DARE",
-                ),
-                _mixture(
-                    "Table 3",
-                    "separate attention, perplexity, K=2",
-                    "Ties dense",
-                    "8.08, 6.98",
-                    "it is better than the models merged by TIES",
-                ),
-                _mixture(
-                    "Table 3",
-                    "separate attention, perplexity, K=2",
-                    "merged attention, perplexity, K=2",
-                    "8.08, 7.32",
-                    "by perplexity, separate attention is better than merged",
-                ),
-                _mixture(
-                    "Table 3",
-                    "merged attention, task vector, K=2",
-                    "separate attention, task vector, K=2",
-                    "7.24, 7.05",
-                    "by task vectors, merged attention is better than separate",
-                ),
-                _mixture(
-                    "Table 3",
-                    "separate attention, perplexity, K=2",
-                    "separate attention, task vector, K=2",
-                    "8.08, 7.05",
-                    "perplexity is better than task vectors",
-                ),
-            ),
+            TABLE_3,
+        ),
+        Part(
+            "mergeme_sequence_small",
+            "the same with three small Llamas and their experts, which were trained for 360 steps",
+            TABLE_3,
         ),
         Part(
             "mergeme_hetero",

@@ -333,7 +333,7 @@ EXPERIMENTS = {
     "mergeme_sequence": Experiment(
         "mergeme_sequence",
         {
-            "quick": ("--base", "small", "--held-out", "1", "--seeds", "1", "-o", "OUTPUT"),
+            "quick": ("--base", "quick", "--held-out", "1", "--seeds", "1", "-o", "OUTPUT"),
             "small": ("-o", "OUTPUT"),
             "full": ("--held-out", "16", "-o", "OUTPUT"),
         },
@@ -344,6 +344,23 @@ EXPERIMENTS = {
         lower_is_better=True,
         percent=False,
         page="mergeme.md#without-training",
+        splits="Figures are of held-out texts, and nothing is chosen.",
+        resumes=False,
+    ),
+    "mergeme_sequence_small": Experiment(
+        "mergeme_sequence",
+        {
+            "quick": ("--base", "quick", "--held-out", "1", "--seeds", "1", "-o", "OUTPUT"),
+            "small": ("--base", "small", "--held-out", "32", "-o", "OUTPUT"),
+            "full": ("--base", "small", "--held-out", "32", "--seeds", "5", "-o", "OUTPUT"),
+        },
+        "sequence.json",
+        True,
+        DOMAINS,
+        mergeme_sequence,
+        lower_is_better=True,
+        percent=False,
+        page="mergeme.md#with-three-small-models",
         splits="Figures are of held-out texts, and nothing is chosen.",
         resumes=False,
     ),
@@ -361,8 +378,9 @@ EXPERIMENTS = {
         lower_is_better=True,
         percent=False,
         page="mergeme.md#table-4-with-another-tokenizer",
-        splits="Figures are of held-out texts. The tokenizer of the music expert was changed twice "
-        "after such figures had been seen; learning rates were not searched for.",
+        splits="Each row's learning rates are the best on validation texts, figures are of "
+        "held-out texts. The tokenizer of the music expert had been changed twice after figures of "
+        "an earlier run on these had been seen.",
     ),
     "wemoe_pretrained": Experiment(
         "wemoe_pretrained",
@@ -421,11 +439,11 @@ EXPERIMENTS = {
         "tradeoffs_report",
         {
             "quick": (
-                *("-o", "OUTPUT", "--domains", "2", "--expert-steps", "2", "--steps", "1"),
+                *("-o", "OUTPUT", "--domains", "2", "--expert-steps", "2", "--epochs", "1"),
                 *("--seeds", "1", "--clusters", "2"),
             ),
             "small": ("-o", "OUTPUT"),
-            "full": ("-o", "OUTPUT", "--expert-steps", "200", "--steps", "100"),
+            "full": ("-o", "OUTPUT", "--expert-steps", "200", "--blocks", "16"),
         },
         "summary.json",
         False,
@@ -434,8 +452,8 @@ EXPERIMENTS = {
         lower_is_better=True,
         percent=False,
         page="fusion.md",
-        splits="Coefficients and routers learn on training rows, choices are made on validation "
-        "rows, figures are of test rows. Learning rates are those of `tradeoffs_routers.py`, tried "
-        "by hand with other adapters and other rows.",
+        splits="Coefficients and routers learn on training rows. Learning rates, each the best of "
+        "three with the first seed, and all other choices are made on validation rows. Figures are "
+        "of test rows.",
     ),
 }
