@@ -15,6 +15,7 @@ from mergekit.io.tensor_writer import TensorWriter
 
 from _mergekit_moe_ext_common.checkpoints import is_finite
 from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.views import is_mapped
 from mergekit_moe_ext.merging.writer import BehindWriter, Entry
 
 _LET_THROUGH = "`allow_nonfinite: true` under `parameters:` lets it through"
@@ -124,12 +125,9 @@ class CopyTensors(Task[None]):
 
 
 def _lies_in_file(load: LoadTensor) -> bool:
-    """Whether what is read is a part of a file that is mapped, which takes no memory until it is
-    used.
-    """
-    index = LoaderCache().get(load.model).index
+    """Whether what is read takes no memory until it is used."""
     is_on_cpu = load.device in (None, "cpu")
-    return index.is_safetensors and load.tensor in index.tensor_paths and is_on_cpu
+    return is_on_cpu and is_mapped(LoaderCache().get(load.model), load.tensor)
 
 
 class StackedExperts(Task[torch.Tensor]):

@@ -106,6 +106,20 @@ class ViewLoader(LazyTensorLoader):
             self._kept = None
         self._below.flush()
 
+    def is_mapped(self, name: str) -> bool:
+        """What the function `is_mapped` says of this loader."""
+        is_stored = name in self.index.tensor_paths and name not in self._derivations
+        return is_stored and is_mapped(self._below, name)
+
+
+def is_mapped(loader: LazyTensorLoader, name: str) -> bool:
+    """Whether what a loader reads by this name is a part of a file, which takes no memory until it
+    is used.
+    """
+    if isinstance(loader, ViewLoader):
+        return loader.is_mapped(name)
+    return loader.index.is_safetensors and name in loader.index.tensor_paths
+
 
 def seen_through(loader: LazyTensorLoader, view: View) -> LazyTensorLoader:
     """A loader that shows a source as the view does."""

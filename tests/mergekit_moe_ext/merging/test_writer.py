@@ -6,8 +6,11 @@ import threading
 
 import pytest
 import torch
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from mergekit_moe_ext.merging.views import Derivation, is_mapped, seen_through
 from mergekit_moe_ext.merging.writer import BehindWriter, Entry, header_room, stop_writing
 
 DTYPES = (
@@ -204,3 +207,21 @@ def test_a_merge_that_ends_early_writes_nothing_more(tmp_path):
     stopping.join()
     assert made == [0]
     stop_writing(tmp_path)  # which has nothing to do any more
+
+
+def test_what_takes_no_memory_until_it_is_written(tmp_path):
+    """A stored tensor that is mapped does not; what is computed of one does."""
+    (tmp_path / "mapped").mkdir()
+    (tmp_path / "pickled").mkdir()
+    tensors = {"a": torch.ones(4, 2), "b": torch.ones(3)}
+    save_file(tensors, tmp_path / "mapped" / "model.safetensors")
+    torch.save(tensors, tmp_path / "pickled" / "pytorch_model.bin")
+    loader = LazyTensorLoader.from_disk(str(tmp_path / "mapped"))
+    halves = Derivation("a", ("a.0", "a.1"), lambda tensor: tensor.chunk(2))
+    quarters = Derivation("a.0", ("a.0.0", "a.0.1"), lambda tensor: tensor.chunk(2))
+    view = seen_through(loader, ((halves,), (quarters,)))
+    assert is_mapped(loader, "a") and not is_mapped(loader, "c")
+    assert is_mapped(view, "b")
+    for name in ("a", "a.0", "a.1", "a.0.0", "c"):
+        assert not is_mapped(view, name), name
+    assert not is_mapped(LazyTensorLoader.from_disk(str(tmp_path / "pickled")), "a")
