@@ -554,7 +554,7 @@ def measure(
     type=click.Choice(list(SCALES)),
     default="small",
     show_default=True,
-    help="Size of the experiment: two hours, or minutes that show that it runs.",
+    help="Size of the experiment: an hour, or minutes that show that it runs.",
 )
 @click.option(
     "--only",

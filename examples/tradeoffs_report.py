@@ -467,6 +467,8 @@ def by_best_rate(rows: Mapping[str, Measured], strategies: Sequence[str]) -> dic
     by_rate: dict[str, list[str]] = {}
     for name in strategies:
         of_rates = rows[name].of_rates
+        if not of_rates:
+            raise UserError(f"{name} diverged at every learning rate")
         best = min(of_rates, key=lambda rate: of_rates[rate])
         by_rate.setdefault(best, []).append(name)
     return by_rate

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-import time
+from collections.abc import Iterator
 from typing import Any
 
 from mergekit.multigpu_executor import MultiGPUExecutor
@@ -12,22 +12,27 @@ class CollectingExecutor(MultiGPUExecutor):
     """A `MultiGPUExecutor` that ends when all results are collected.
 
     mergekit's (0.1.5) stops collecting them as soon as the last task on a GPU is done. On a busy
-    machine some still wait then, and what needs them says that a required tensor has no value.
+    machine some still wait then, and what needs them says that a required tensor has no value. Nor
+    does it stop at Ctrl-C, so that the process would not end.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.done_event = _SetWhenEmpty(self.task_completion_queue)
+        self.done_event = _DoneWhenEmpty(self.task_completion_queue)
+
+    def run(self, quiet: bool = False) -> Iterator[tuple[Any, Any]]:
+        try:
+            yield from super().run(quiet)
+        finally:
+            self.done_event.set()
 
 
-class _SetWhenEmpty(threading.Event):
-    """An event that is not set before a queue is empty."""
+class _DoneWhenEmpty(threading.Event):
+    """An event that is not seen before a queue is empty."""
 
     def __init__(self, waiting: queue.Queue) -> None:
         super().__init__()
         self._waiting = waiting
 
-    def set(self) -> None:
-        while not self._waiting.empty():
-            time.sleep(0.001)
-        super().set()
+    def is_set(self) -> bool:
+        return super().is_set() and self._waiting.empty()

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 
 import safetensors.torch
@@ -25,6 +26,7 @@ from mergekit.io.tensor_writer import TensorWriter
 _ENTRY = 200  # bytes of a tensor's entry in a header beside its name: dtype, shape and offsets
 _ALIGNMENT = 8  # bytes: readers map a tensor only at a multiple of its element's size
 _MOST_WAITING = 1 << 28  # bytes of tensors that wait to be written
+_MOST_JOBS = 1 << 12  # that wait; what they copy is mapped until then
 _FLUSHED_AT_ONCE = 1 << 28
 
 
@@ -72,8 +74,9 @@ class Entry:
 class BehindWriter(TensorWriter):
     """A `TensorWriter` whose shards are written behind the merge.
 
-    Tensors lie in the shards in the order in which they come. They are written in another one: what
-    holds memory first, and what is still to be read whenever there is nothing else.
+    Tensors lie in the shards in the order in which they come, but those of odd sizes lie last. They
+    are written in another one: what holds memory first, and what is still to be read whenever there
+    is nothing else.
     """
 
     current_shard_size: int  # which mergekit does not declare
@@ -107,9 +110,9 @@ class BehindWriter(TensorWriter):
             self._room -= header_room([entry.name])
             self.weight_map[entry.name] = self._path_of_shard().name
             self.current_shard_size += entry.nbytes
-            write = self._shard.place(entry, make)
+            write = self._shard.place(entry, make, held)
             if write is not None:
-                self._jobs.add(write, held)
+                self._add(write, held)
 
     def finalize(self) -> None:
         """Waits until everything is on the disk, and names the shards. Errors of writing are raised
@@ -117,8 +120,10 @@ class BehindWriter(TensorWriter):
         """
         with self._lock:
             self._flush_current_shard()
-            self._jobs.await_all()
-            self.stop()
+            try:
+                self._jobs.await_all()
+            finally:
+                self.stop()
             super().finalize()
 
     def stop(self) -> None:
@@ -129,12 +134,20 @@ class BehindWriter(TensorWriter):
     def _flush_current_shard(self) -> None:
         if self._shard is None:
             return
-        for job in self._shard.complete():
-            self._jobs.add(job, held=0)
+        for write, held in self._shard.complete():
+            self._add(write, held)
+        self._add(self._shard.close_if_whole, held=0, is_urgent=True)
         self._shard = None
         self.total_size += self.current_shard_size
         self.current_shard_size = 0
         self.shards_written += 1
+
+    def _add(self, job: Callable[[], None], held: int, *, is_urgent: bool = False) -> None:
+        try:
+            self._jobs.add(job, held, is_urgent=is_urgent)
+        except BaseException:
+            self.stop()
+            raise
 
     def _path_of_shard(self) -> Path:
         prefix, extension = self._get_name_components()
@@ -143,27 +156,27 @@ class BehindWriter(TensorWriter):
 
 class _Jobs:
     """What is done by a thread of its own, one after the other: of what waits, first that which
-    holds memory, in the order in which it came.
+    holds memory or is urgent, in the order in which it came.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
         self._done: deque[Future[None]] = deque()  # those not yet known to be done
         self._lock = threading.Lock()
-        self._holding: deque[tuple[Callable[[], None], int]] = deque()
+        self._first: deque[tuple[Callable[[], None], int]] = deque()
         self._others: deque[Callable[[], None]] = deque()
         self._held = 0  # bytes
 
-    def add(self, job: Callable[[], None], held: int) -> None:
-        """Adds a job that holds so many bytes of memory, once there is room for them. Raises what
-        an earlier job raised.
+    def add(self, job: Callable[[], None], held: int, *, is_urgent: bool) -> None:
+        """Adds a job that holds so many bytes of memory, once there is room for it. Raises what an
+        earlier job raised.
         """
         while self._done and (self._done[0].done() or self._lacks_room(held)):
             self._done.popleft().result()
         with self._lock:
             self._held += held
-            if held:
-                self._holding.append((job, held))
+            if held or is_urgent:
+                self._first.append((job, held))
             else:
                 self._others.append(job)
         self._done.append(self._thread.submit(self._do_next))
@@ -178,13 +191,15 @@ class _Jobs:
         self._thread.shutdown(cancel_futures=True)
 
     def _lacks_room(self, held: int) -> bool:
+        if len(self._done) >= _MOST_JOBS:
+            return True
         return held > 0 and self._held > 0 and self._held + held > _MOST_WAITING
 
     def _do_next(self) -> None:
         held = 0
         with self._lock:
-            if self._holding:
-                job, held = self._holding.popleft()
+            if self._first:
+                job, held = self._first.popleft()
             else:
                 job = self._others.popleft()
         job()
@@ -195,8 +210,9 @@ class _Jobs:
 class _Shard:
     """A safetensors file that is being written. Its header comes last, into room left for it.
 
-    `place` and `complete` are called by the merge. What they return is called, in any order but for
-    the last, by the thread that writes.
+    `place` and `complete` are called by the merge. What they return is called, in any order, by the
+    thread that writes, and so is `close_if_whole`, once and after `complete`. The file is open from
+    the first tensor that is written to the last.
     """
 
     def __init__(self, path: Path, room: int):
@@ -205,27 +221,41 @@ class _Shard:
         self._room = -(-(room + metadata) // _ALIGNMENT) * _ALIGNMENT
         self._entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._size = 0
-        self._put_off: list[tuple[Entry, Callable[[], torch.Tensor]]] = []
-        self._unflushed = 0
+        self._put_off: list[tuple[Entry, Callable[[], torch.Tensor], int]] = []
+        self._is_complete = False  # whether all of its tensors have their places
+        self._written = 0  # tensors
+        self._unflushed = 0  # bytes
         self._flusher = ThreadPoolExecutor(1)
         self._flushing: Future[None] | None = None
-        self._file = path.open("wb")
+        self._file: BufferedWriter | None = None
 
-    def place(self, entry: Entry, make: Callable[[], torch.Tensor]) -> Callable[[], None] | None:
+    def place(
+        self, entry: Entry, make: Callable[[], torch.Tensor], held: int
+    ) -> Callable[[], None] | None:
         """Gives a tensor its place, and returns what writes it there; None if `complete` will."""
         # A file has no gaps, so a tensor of an odd size would leave the next one unaligned.
         if entry.nbytes % _ALIGNMENT:
-            self._put_off.append((entry, make))
+            self._put_off.append((entry, make, held))
             return None
         return self._placed(entry, make)
 
-    def complete(self) -> list[Callable[[], None]]:
-        """Places what is lacking, and returns what writes it. The last of these is to be called
-        after all others of the shard: it waits until the file is on the disk.
-        """
+    def complete(self) -> list[tuple[Callable[[], None], int]]:
+        """Places what is lacking, and returns what writes it, with the bytes that each holds."""
         # Wide elements first: so each tensor begins at a multiple of its element's size.
         by_width = sorted(self._put_off, key=lambda each: -each[0].dtype.itemsize)
-        return [*(self._placed(entry, make) for entry, make in by_width), self._close]
+        self._put_off = []
+        writes = [(self._placed(entry, make), held) for entry, make, held in by_width]
+        self._is_complete = True
+        return writes
+
+    def close_if_whole(self) -> None:
+        """Closes the file once it is on the disk, if all of its tensors are written. If not, the
+        last of them does it.
+        """
+        is_whole = self._is_complete and self._written == len(self._entries) - 1
+        if is_whole and self._file is not None:
+            self._close(self._file)
+            self._file = None
 
     def _placed(self, entry: Entry, make: Callable[[], torch.Tensor]) -> Callable[[], None]:
         start = self._size
@@ -241,35 +271,39 @@ class _Shard:
         tensor = make()
         if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
             raise AssertionError(f"{entry} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+        if self._file is None:
+            self._file = self._path.open("wb")
         self._file.seek(8 + self._room + start)
         self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._written += 1
         self._unflushed += entry.nbytes
         if self._unflushed >= _FLUSHED_AT_ONCE:
-            self._start_flushing()
+            self._start_flushing(self._file)
+        self.close_if_whole()
 
-    def _close(self) -> None:
+    def _close(self, file: BufferedWriter) -> None:
         header = json.dumps(self._entries, separators=(",", ":")).encode()
         if len(header) > self._room:
             raise AssertionError(f"the header of {self._path} has no room")
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.flush()
+        file.seek(0)
+        file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        file.flush()
         if self._flushing:
             self._flushing.result()
         self._flusher.shutdown()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        os.fsync(file.fileno())
+        file.close()
 
-    def _start_flushing(self) -> None:
+    def _start_flushing(self, file: BufferedWriter) -> None:
         """Has the disk take what was written so far, unless it still takes what was before."""
         if self._flushing:
             if not self._flushing.done():
                 return
             # The system tells an error of the disk once, so that the last fsync may not show it.
             self._flushing.result()
-        self._file.flush()
+        file.flush()
         self._unflushed = 0
-        self._flushing = self._flusher.submit(os.fsync, self._file.fileno())
+        self._flushing = self._flusher.submit(os.fsync, file.fileno())
 
 
 @functools.cache

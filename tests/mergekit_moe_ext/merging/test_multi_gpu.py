@@ -2,6 +2,7 @@
 the real ones.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -76,6 +77,23 @@ def test_no_result_is_lost_on_a_busy_machine(here, two_devices, monkeypatch):
 
     monkeypatch.setattr(multigpu_executor.tqdm, "tqdm", SlowBar)
     check_alike(document("moe_ties", models=NAMES[1:], **MERGES["moe_ties"]))
+
+
+def test_an_interrupted_merge_ends(here, two_devices, monkeypatch):
+    """mergekit's thread that collects results would go on for ever."""
+
+    def interrupt(_futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multigpu_executor.concurrent.futures, "as_completed", interrupt)
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        merge(document("moe_ties", models=NAMES[1:], **MERGES["moe_ties"]), multi_gpu=True)
+    for thread in set(threading.enumerate()) - before:
+        if not thread.daemon:  # which would keep the process
+            thread.join(60)
+            assert not thread.is_alive(), thread
+    assert not (here / "out").exists()
 
 
 def test_caem_on_several_gpus(here, two_devices):

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ DTYPES = (
     torch.bool,
     torch.float8_e4m3fn,
 )
+OPEN_FILES = Path("/proc/self/fd")
 SHAPES = ((), (0, 3), (1,), (3,), (5, 7), (8, 4), (2, 3, 5))
 
 
@@ -170,6 +172,33 @@ def test_what_holds_memory_is_written_first(tmp_path, limit):
     in_order.finalize()
     for path in (tmp_path / "in order").iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+@pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="this system does not list open files")
+def test_few_shards_are_open_at_a_time(tmp_path):
+    began = threading.Event()
+    goes_on = threading.Event()
+    counts = []
+
+    def make():
+        began.set()
+        goes_on.wait()
+        counts.append(len(list(OPEN_FILES.iterdir())))
+        return torch.ones(4)
+
+    names = [f"{kind}{number}" for number in range(30) for kind in "cm"]
+    writer = BehindWriter(str(tmp_path), 1, header_room(names))
+    before = len(list(OPEN_FILES.iterdir()))
+    for name in names:
+        if name.startswith("m"):
+            writer.save_tensor(name, torch.ones(4))
+        else:
+            writer.save_later(entry_of(name, torch.ones(4)), make, held=0)
+        began.wait()
+    goes_on.set()
+    writer.finalize()
+    assert len(counts) == 30 and max(counts) <= before + 1
+    assert len(read(tmp_path)) == 60
 
 
 def test_an_error_of_what_is_written_later_is_raised(tmp_path):
