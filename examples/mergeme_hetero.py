@@ -105,7 +105,7 @@ def rates_of(row: str) -> list[Rates]:
 def music_recipe(scale: Scale) -> ExpertRecipe:
     """How the music expert is trained: on as much music as the base and a music expert of it."""
     steps = scale.base.steps // len(DOMAINS) + scale.expert.steps
-    return ExpertRecipe(max(steps, 1), scale.expert.batch, MUSIC_LEARNING_RATE)
+    return ExpertRecipe(steps, scale.expert.batch, MUSIC_LEARNING_RATE)
 
 
 def make_music_expert(texts: dict[str, Domain], scale: Scale) -> Path:

@@ -189,6 +189,14 @@ def test_trained_and_untrained_rows_are_paired(examples):
     rows = {"linear": trained, "global": untrained}
     (line,) = experiment.orderings(rows)
     assert "(linear, global): holds (+0.9167 ± 0.3005, 3 of 3 seeds, 2 of 2 tasks)" in line
+    # Routers are grouped by their best rate on validation texts.
+    for rates, best in (({"0.1": 2.0, "1": 3.0}, "0.1"), ({"0.1": 2.0, "1": 1.0}, "1")):
+        trained.of_rates.update(rates)
+        assert experiment.by_best_rate({"a": trained, "b": trained}, ["a", "b"]) == {
+            best: ["a", "b"]
+        }
+    with pytest.raises(experiment.UserError, match="linear diverged at every learning rate"):
+        experiment.by_best_rate({"linear": once}, ["linear"])
     # One seed of what is trained decides nothing.
     (line,) = experiment.orderings({"linear": once, "global": untrained})
     assert "unclear" in line

@@ -388,6 +388,34 @@ def test_a_cut_tokenizer_splits_as_before(sequence, tmp_path):
     assert cut.decode(cut(documents[1])["input_ids"]) == documents[1]  # in smaller pieces
 
 
+def test_small_models_are_others_for_every_seed(sequence, tiny_experts, here, monkeypatch):
+    from real_data import Domain
+
+    documents = [row["text"] for row in words(1, 200)]
+    texts = dict.fromkeys(sequence.DOMAINS, Domain(documents, documents))
+    seeds = []
+
+    def make_models(_texts, scale, seed):
+        assert scale is sequence.SCALES["quick"]
+        seeds.append(seed)
+        swapped = {"base": tiny_experts["base"], "bible": tiny_experts["music"]}
+        return dict(tiny_experts) if seed == 0 else {**tiny_experts, **swapped}
+
+    monkeypatch.setattr(sequence, "domains", lambda: texts)
+    monkeypatch.setattr(sequence, "make_models", make_models)
+    command = ["--base", "quick", "--seeds", "2", "--held-out", "1", "-o", "out.json", "--only"]
+    result = CliRunner().invoke(sequence.main, [*command, "Random routing"])
+    assert result.exit_code == 0, result.output
+    losses = json.loads((here / "out.json").read_text())["losses"]
+    assert seeds == [0, 1] and all(len(of_seeds) == 2 for of_seeds in losses.values())
+    bible, other = losses["bible expert"]
+    assert other == losses["music expert"][0] and other != bible
+    assert [each["bible"] for each in losses["Oracle: own expert"]] == [
+        bible["bible"],
+        other["bible"],
+    ]
+
+
 @pytest.fixture
 def hetero(sequence, tiny_experts, here, monkeypatch):
     """The experiment with experts of two makers, with tiny models on made-up texts."""

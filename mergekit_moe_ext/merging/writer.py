@@ -28,15 +28,13 @@ _ALIGNMENT = 8  # bytes: readers map a tensor only at a multiple of its element'
 _MOST_WAITING = 1 << 28  # bytes of tensors that wait to be written
 _MOST_JOBS = 1 << 12  # that wait; what they copy is mapped until then
 _FLUSHED_AT_ONCE = 1 << 28
-
-
 # By directory the writer that writes to it.
 _OPEN: dict[str, "BehindWriter"] = {}
 
 
 def stop_writing(directory: Path) -> None:
     """Has nothing more written to a directory, if its merge ended before all of it was."""
-    writer = _OPEN.pop(str(directory), None)
+    writer = _OPEN.get(str(directory))
     if writer is not None:
         writer.stop()
 

@@ -29,11 +29,13 @@ def merge_ties(
     flat_base = base.reshape(-1)
     flat_tensors = [tensor.reshape(-1) for tensor in tensors]
 
-    # A threshold depends on a whole tensor, so all of them come before the first chunk is merged.
-    def threshold_of(source: int) -> Threshold:
-        return magnitude_threshold(flat_tensors[source], densities[source], flat_base)
+    def threshold_of(source: tuple[torch.Tensor, float]) -> Threshold:
+        tensor, density = source
+        return magnitude_threshold(tensor, density, flat_base)
 
-    thresholds = on_threads(threshold_of, range(len(tensors)), flat_base)
+    # A threshold depends on a whole tensor, so all of them come before the first chunk is merged.
+    sources = list(zip(flat_tensors, densities, strict=True))
+    thresholds = on_threads(threshold_of, sources, flat_base)
     result = torch.empty_like(flat_base)
 
     def merge_piece(piece: slice) -> None:

@@ -128,6 +128,28 @@ def test_a_merge_waits_for_what_is_to_be_written(tmp_path, monkeypatch):
     assert len(read(tmp_path)) == 20
 
 
+@pytest.mark.parametrize("elements", [4, 3])
+def test_few_jobs_and_little_memory_wait(tmp_path, monkeypatch, elements):
+    """Tensors of odd sizes, too, which are written at the end of a shard."""
+    monkeypatch.setattr("mergekit_moe_ext.merging.writer._MOST_WAITING", 64)
+    monkeypatch.setattr("mergekit_moe_ext.merging.writer._MOST_JOBS", 3)
+    most_held = []
+    writer = BehindWriter(str(tmp_path), -1, header_room(["a"] * 20))
+    stock = writer._jobs.add
+
+    def add(job, held, *, is_urgent):
+        stock(job, held, is_urgent=is_urgent)
+        most_held.append(writer._jobs._held)
+        assert len(writer._jobs._done) <= 3
+
+    monkeypatch.setattr(writer._jobs, "add", add)
+    for number in range(20):
+        entry = entry_of(chr(ord("a") + number), torch.ones(elements))
+        writer.save_later(entry, lambda: torch.ones(elements), held=16 * (number % 2))
+    writer.finalize()
+    assert 0 < max(most_held) <= 64 and len(read(tmp_path)) == 20
+
+
 def entry_of(name, tensor):
     return Entry(name, tensor.dtype, tuple(tensor.shape))
 
