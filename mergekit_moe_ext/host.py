@@ -165,7 +165,8 @@ def _merge_tensors(
 
     from _mergekit_moe_ext_common.loading import explained
     from _mergekit_moe_ext_common.staging import check_output, staged
-    from mergekit_moe_ext.merging.preflight import check_document, check_tensor_merge
+    from mergekit_moe_ext.merging.loras import merged_loras, merged_or_base
+    from mergekit_moe_ext.merging.preflight import check_document, check_head, check_tensor_merge
     from mergekit_moe_ext.merging.writer import stop_writing
 
     if config_source:
@@ -174,7 +175,13 @@ def _merge_tensors(
     out = check_output(out_path)
     # What mergekit cannot merge makes it raise exceptions of many kinds.
     failure = f"{method.spec.name} cannot merge these models"
+    models = sorted(merge_config.referenced_models(), key=str)
     with explained(failure, str(merge_config.base_model)), staged(out) as directory:
+        if any(model.lora for model in models):
+            place = directory.with_name(f"{directory.name}.loras")
+            _, options = merged_loras(models, options, place)
+            for model in models:
+                check_head(model, merged_or_base(model, options), merge_config, options)
         # mergekit keeps loaders for the life of the process, so a second merge would read stale
         # weights.
         LoaderCache.loaders.clear()

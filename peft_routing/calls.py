@@ -3,15 +3,17 @@
 A coefficient that holds for a whole sequence comes from a prefix alone: the prompt where a cache is
 filled (`generate`), else the first `routing_tokens` tokens of a decoder. It is kept with the cache
 that it belongs to. A model that does not generate (an encoder, a classifier, a vision model) is
-routed by the whole input. `hooks` starts and ends these passes.
+routed by the whole input, and so is the part of a model that reads images or sound beside a text:
+the text's mask says nothing of its tokens. `hooks` starts and ends these passes.
 """
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.host_cache import (
@@ -26,6 +28,7 @@ from peft_routing.balance import Balance
 from peft_routing.packing import documents_in, means_of, places_in, starts_again
 from peft_routing.routers import over_tokens, wide
 
+Reads = Literal["text", "media", "either"]
 _NO_CACHE = "routing per sequence keeps its choice with a key-value cache, which this model has not"
 _INPUTS = (
     "input_ids",
@@ -36,6 +39,7 @@ _INPUTS = (
     "decoder_input_ids",
     "decoder_inputs_embeds",
 )
+_MEDIA = ("pixel_values", "pixel_values_videos", "input_values", "input_features")
 # What else than position_ids may say where the documents of a packed row begin.
 _SIGNS_OF_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -75,6 +79,9 @@ class RoutedCall:
         self._predicts_tokens = hasattr(model, "can_generate") and model.can_generate()
         example = input_in(arguments)
         self._batch_size = None if example is None else len(example)
+        # Of the text of a model that reads images or sound beside it, (batch, length).
+        self._text_shape = _text_shape(model, arguments)
+        self._media = [arguments[name] for name in _MEDIA if arguments.get(name) is not None]
         self._has_begun = False
         self._chosen: dict[tuple[str, str], Tensor] = {}
         self._known_documents: dict[Any, Tensor | None] = {}
@@ -97,16 +104,21 @@ class RoutedCall:
         has_no_cache = self._cache is None and arguments.get("use_cache") is False
         self._grows_without_cache = has_no_cache and "logits_to_keep" in arguments
 
-    def choose(self, router: Any, x: Tensor, adapter: str) -> Tensor:
+    def choose(self, router: Any, x: Tensor, adapter: str, reads: Reads = "text") -> Tensor:
         """The coefficients (…, experts) of a router that depends on its input x.
 
-        They can be broadcast over the tokens of x. `UserError` where a choice per sequence cannot
-        be made, or was not made for the sequences of the cache.
+        `reads` is what `reads_of` says of its module. They can be broadcast over the tokens of x.
+        `UserError` where a choice per sequence cannot be made, or was not made for the sequences of
+        the cache.
         """
         key = adapter, router.group
         documents = None
+        is_of_text = reads != "media" and not self._is_beside_text(x)
         if router.granularity == "token":
             scores = router.scores(x)
+        elif not is_of_text:
+            self._check_media(x)
+            scores = _means_of_whole(router, x)
         elif self._cache is not None and not self._is_prompt:
             # A later step of `generate`: the prompt chose, and its choice lies with the cache, not
             # with the module, which other sequences may have passed through in between.
@@ -117,14 +129,27 @@ class RoutedCall:
             chosen = self._prefix(x, documents, router.routing_tokens)
             scores = _means(router.scores(x), documents, chosen)
         coefficients = router.coefficients(scores)
-        if self._is_prompt and router.granularity == "sequence":
+        # No step of a generation comes back to an image.
+        if self._is_prompt and router.granularity == "sequence" and is_of_text:
             self._chosen[key] = coefficients
         if router.is_balanced and self._training:
-            imbalance = self._imbalance(router, scores)
+            imbalance = self._imbalance(router, scores, is_of_text)
             coefficients = self.balance.with_gradient(coefficients, imbalance)
         if router.granularity == "token":
             return coefficients
         return over_tokens(coefficients, x) if documents is None else coefficients[documents]
+
+    def _is_beside_text(self, x: Tensor) -> bool:
+        """Whether the tokens of x (batch, length, …) are not those of the text."""
+        return self._text_shape is not None and x.ndim > 2 and x.shape[:2] != self._text_shape
+
+    def _check_media(self, x: Tensor) -> None:
+        """`UserError` where x has other rows than there are images: windows of them, say."""
+        counts = set()
+        for each in self._media:
+            counts |= {len(each), each.shape[:2].numel()}  # images, or several in each row
+        if counts and len(x) not in counts:
+            _refuse_media(x)
 
     def _carried(self, key: tuple[str, str], x: Tensor) -> Tensor:
         """What the sequences of the cache chose, (batch, experts)."""
@@ -232,6 +257,10 @@ class RoutedCall:
         # Layers of several kinds have a mask each, which leave out the same padding.
         if isinstance(mask, dict):
             mask = next(iter(mask.values()), None)
+        # A model of sound that has a mask of samples knows which of its frames they make.
+        frames = getattr(self.model, "_get_feature_vector_attention_mask", None)
+        if frames is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+            mask = frames(x.shape[1], mask)
         if isinstance(mask, Tensor) and mask.shape == x.shape[:2]:
             return mask.bool().to(x.device)
         # For a static cache `generate` makes (batch, 1, tokens, places in the cache) of the mask.
@@ -243,17 +272,19 @@ class RoutedCall:
             return real.expand(len(x), -1).to(x.device)
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UserError(
-            "routing needs an attention mask of shape (batch, tokens) to leave out padding; it is "
-            f"{shape} for an input of shape {tuple(x.shape)}"
+            "routing needs an attention mask of shape (batch, tokens) to leave out padding: "
+            f"{tuple(x.shape[:2])} for this module's input; it is {shape}"
         )
 
-    def _imbalance(self, router: Any, scores: Tensor) -> Tensor:
+    def _imbalance(self, router: Any, scores: Tensor, is_of_text: bool) -> Tensor:
         """n sum of f_i P_i, a scalar: 1 at balance, more where few experts are chosen."""
         # f is how often an expert was chosen, P its probability, both averaged over tokens. Only P
         # has a gradient: it falls for experts that are chosen much. Padding is not counted.
         probabilities = router.probabilities(scores)
         chosen = router.load(scores).detach()
-        if router.granularity == "token" and scores.ndim == 3:
+        # Images have no padding, nor have relative positions, which are no rows of the batch.
+        is_masked = is_of_text and self._batch_size in (None, len(scores))
+        if router.granularity == "token" and scores.ndim == 3 and is_masked:
             real = self._real(scores)
             if real is not None:
                 probabilities = probabilities[real]
@@ -295,6 +326,20 @@ def _means(scores: Tensor, documents: Tensor | None, chosen: Tensor | None) -> T
     return total / chosen.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+def _means_of_whole(router: Any, x: Tensor) -> Tensor:
+    """The means of a router's scores over all tokens of each image in x (images, tokens, …)."""
+    if x.ndim != 3:
+        _refuse_media(x)
+    return _means(router.scores(x), None, None)
+
+
+def _refuse_media(x: Tensor) -> NoReturn:
+    raise UserError(
+        f"cannot tell the images, or pieces of sound, apart in an input of shape {tuple(x.shape)}: "
+        "use granularity='token', or experts without an update in the part that reads them"
+    )
+
+
 CALL: ContextVar[RoutedCall | None] = ContextVar("peft_routing_call", default=None)
 
 
@@ -308,27 +353,78 @@ def coefficients_at(layer: Any, router: Any, x: Tensor, adapter: str) -> Tensor:
         return router(x).to(x.device)  # a router of several modules may lie on another device
     choice = router.choice
     if choice is None:
-        return _chosen_by(router, x, adapter)
+        return _chosen_by(layer, router, x, adapter)
     now = choice.now
     if now.coefficients is None:
         choice.check_reader(router, x, layer.key)
-        now.coefficients = _chosen_by(router, x, adapter)
+        now.coefficients = _chosen_by(layer, router, x, adapter)
     return choice.over(x, layer.key, router.granularity)
 
 
-def _chosen_by(router: Any, x: Tensor, adapter: str) -> Tensor:
+def _chosen_by(layer: Any, router: Any, x: Tensor, adapter: str) -> Tensor:
     """What a router that depends on its input x chooses; see `coefficients_at`."""
     is_balanced = router.is_balanced and router.training
     if router.granularity == "token" and not is_balanced:
         return router(x)
     call = CALL.get()
     if call is not None:
-        return call.choose(router, x, adapter)
+        return call.choose(router, x, adapter, layer.reads)
+    # `generate`, and `get_image_features`, read an image without the whole model.
+    is_of_image = layer.reads == "media" or (layer.reads == "either" and x.ndim == 3)
+    if router.granularity == "sequence" and is_of_image:
+        return over_tokens(router.coefficients(_means_of_whole(router, x)), x)
     if router.granularity == "sequence":
         raise RuntimeError(
             "routing per sequence needs the whole model to be called, not a part of it",
         )
     return router(x)
+
+
+def reads_of(model: nn.Module, module: str) -> Reads:
+    """What a module reads, where a model reads images or sound beside text: `media` in a part that
+    reads nothing else, as a vision tower; `either` beside such a part and the language model, as a
+    projector. All else reads `text`.
+    """
+    part = model
+    innermost = model
+    for name in module.split("."):
+        part = getattr(part, name)
+        if isinstance(part, PreTrainedModel):
+            innermost = part
+    if "text" not in _modalities(model):
+        return "text"
+    if "text" not in _modalities(innermost):
+        return "media"
+    if _modalities(innermost) == ("text",) or part is _head_of(model):
+        return "text"
+    for inner in innermost.modules():
+        if isinstance(inner, PreTrainedModel) and _modalities(inner) == ("text",):
+            return "either"
+    return "text"  # the language model's layers lie in it directly
+
+
+def _head_of(model: nn.Module) -> Any:
+    get = getattr(model, "get_output_embeddings", None)
+    return None if get is None else get()
+
+
+def _modalities(model: nn.Module) -> tuple[str, ...]:
+    stated = getattr(model, "input_modalities", ())
+    return (stated,) if isinstance(stated, str) else tuple(stated)
+
+
+def _text_shape(model: nn.Module, arguments: dict[str, Any]) -> torch.Size | None:
+    """The shape (batch, length) of the text that a model reads beside images or sound; None for one
+    that reads text alone, or has the text in another stack.
+    """
+    modalities = _modalities(model)
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if "text" not in modalities or len(modalities) == 1 or is_encoder_decoder:
+        return None
+    for name in ("input_ids", "inputs_embeds"):
+        if arguments.get(name) is not None:
+            return arguments[name].shape[:2]
+    return None
 
 
 def input_in(arguments: dict[str, Any]) -> Any:

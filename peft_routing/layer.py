@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import given, mixing
-from peft_routing.calls import coefficients_at
+from peft_routing.calls import Reads, coefficients_at
 from peft_routing.config import RoutedLoraConfig, Site
 from peft_routing.fused import Fused, is_watched
 from peft_routing.routers import Constant, SharedRouter
@@ -296,6 +296,7 @@ class RoutedLoraLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, key: str) -> None:
         self.base_layer = base_layer
         self.key = key
+        self.reads: Reads = "text"  # unless the tuner, which knows the whole model, says otherwise
         self.routed_lora_router = nn.ModuleDict()
         self.routed_lora_experts = nn.ModuleDict()
         self._disable_adapters = False

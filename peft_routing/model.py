@@ -13,6 +13,7 @@ from torch import nn
 
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import heads
+from peft_routing.calls import reads_of
 from peft_routing.config import RoutedLoraConfig
 from peft_routing.default_mixing import mixing_of
 from peft_routing.expert import Expert, check_experts, layout, read_expert
@@ -395,6 +396,7 @@ class RoutedLoraModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, router)
             return
         layer = RoutedLoraLinear(target, adapter_name, peft_config, current_key, router)
+        layer.reads = reads_of(self.model, current_key)
         if adapter_name != self.active_adapter:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -40,27 +40,49 @@ _MIB = 2**20
 
 
 def merge_loras(job: Job, directory: Path) -> Job:
-    """The job with every LoRA source merged into its base, `directory` being where mergekit finds
-    them. `UserError` for a LoRA that does not fit its base.
+    """The job with every LoRA source merged into its base; see `merged_loras`."""
+    merged, options = merged_loras(job.sources, job.merge_options, directory)
+    return replace(job, merge_options=options, merged_loras=merged)
+
+
+def merged_loras(
+    models: Iterable[ModelReference], options: MergeOptions, directory: Path
+) -> tuple[dict[ModelReference, Path], MergeOptions]:
+    """Where each LoRA among the models lies, merged into its base, and options by which mergekit
+    finds them in `directory`. `UserError` for a LoRA that does not fit its base.
 
     Merged models come from the user's `--lora-merge-cache` where they are in it, and go there else.
     Without one they lie in `directory`, which the caller removes.
     """
-    options = job.merge_options
     directory.mkdir()
     merged = {}
-    for model in job.sources:
+    for model in models:
         if model.lora is None:
             continue
-        place = directory / f"{model.model._unique_id()}_{model.lora._unique_id()}"
+        place = directory / _name_of_merged(model)
         if options.lora_merge_cache:
             cached = _from_cache(model, options, Path(options.lora_merge_cache))
             place.symlink_to(cached.resolve(), target_is_directory=True)
         else:
             _merge(model, place, options)
         merged[model] = place
-    found_there = options.model_copy(update={"lora_merge_cache": str(directory)})
-    return replace(job, merge_options=found_there, merged_loras=merged)
+    return merged, options.model_copy(update={"lora_merge_cache": str(directory)})
+
+
+def merged_or_base(model: ModelReference, options: MergeOptions) -> ModelReference:
+    """Where the files of a model are; of a LoRA those that `merged_loras` made, whose options these
+    are.
+    """
+    if model.lora is None:
+        return model
+    name = _name_of_merged(model)
+    return ModelReference(model=ModelPath(path=str(Path(options.lora_merge_cache or "", name))))
+
+
+def _name_of_merged(model: ModelReference) -> str:
+    """The name of the directory in which mergekit looks for a LoRA that is merged."""
+    assert model.lora is not None
+    return f"{model.model._unique_id()}_{model.lora._unique_id()}"
 
 
 def _from_cache(model: ModelReference, options: MergeOptions, cache: Path) -> Path:

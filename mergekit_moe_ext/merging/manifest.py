@@ -5,7 +5,7 @@ The model is built without memory (on torch's meta device) and its state dict is
 layout that `save_pretrained` writes, since that is the one that other readers of a checkpoint know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,6 +156,39 @@ def _optional_prefix(model: PreTrainedModel) -> str:
         if isinstance(change, PrefixChange) and change.prefix_to_remove and not change.scope_prefix:
             return f"{change.prefix_to_remove}."
     return ""
+
+
+def holds_all(names: Collection[str], config: PretrainedConfig) -> bool:
+    """Whether these are all the tensors that the class in `config.architectures` needs, by their
+    names in files or by those in memory. True of a class that transformers does not have.
+    """
+    if not known_class(config):
+        return True
+    model, state = hub_state(config)
+    tied = _tied_names(model)
+    in_files = state.keys() - tied
+    in_memory = model.state_dict().keys() - model.all_tied_weights_keys.keys() - tied
+    return in_files <= set(names) or in_memory <= set(names)
+
+
+def lost_names(
+    stored: Collection[str], names: Collection[str], config: PretrainedConfig
+) -> list[str]:
+    """Those of a checkpoint's names that are not among some others, though the class in
+    `config.architectures` needs their tensors.
+    """
+    model, state = hub_state(config)
+    needed = {*state, *model.state_dict()} - _tied_names(model) - model.all_tied_weights_keys.keys()
+    # A checkpoint may be of the trunk alone, whose names lack what those of the whole begin with.
+    prefix = f"{model.base_model_prefix}."
+    needed |= {name.removeprefix(prefix) for name in needed}
+    return [name for name in stored if name in needed and name not in names]
+
+
+def known_class(config: PretrainedConfig) -> bool:
+    """Whether the class in `config.architectures` is one of ours or of transformers."""
+    name = (config.architectures or [""])[0]
+    return find_architecture(name) is not None or hasattr(transformers, name)
 
 
 def check_against(manifest: Manifest, planned: Mapping[str, tuple[int, ...]]) -> None:

@@ -29,8 +29,10 @@ from mergekit.merge_methods.base import BasePolicy
 from mergekit.plan import MergePlanner as StockMergePlanner
 
 from _mergekit_moe_ext_common.errors import UserError
-from mergekit_moe_ext.merging.manifest import check_against, manifest_of
+from mergekit_moe_ext.merging.loras import merged_or_base
+from mergekit_moe_ext.merging.manifest import check_against, holds_all, lost_names, manifest_of
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod, TensorMethod
+from mergekit_moe_ext.merging.sources import stored_headers
 from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, RefuseNonfinite
 from mergekit_moe_ext.merging.views import install_views
 from mergekit_moe_ext.merging.writer import BehindWriterTask, header_room
@@ -134,6 +136,8 @@ class MergePlanner(StockMergePlanner):
         if not isinstance(self.arch_info, PlannedArchitecture):
             super()._plan()
             parameters = self.config.parameters or {}
+            if isinstance(self._method, TensorMethod):
+                self._check_complete()
             if isinstance(self._method, TensorMethod) and not parameters.get("allow_nonfinite"):
                 for index, (weight, task) in enumerate(self._tensors):
                     out_dtype = weight.force_dtype or self.config.out_dtype
@@ -147,6 +151,25 @@ class MergePlanner(StockMergePlanner):
             if not self._job.options.allow_nonfinite and name not in self._plan_of_job.integers:
                 task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
             self._tensors.append((WeightInfo(name=name), task))
+
+    def _check_complete(self) -> None:
+        """`UserError` where a source holds a tensor that the output needs and mergekit does not
+        know, as the biases of a Llama's attention: it would be left out without a word.
+        """
+        names: set[str] = set()
+        for weight, _ in self._tensors:
+            names |= {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+        if holds_all(names, self.out_model_config):
+            return
+        for model in sorted(self.config.referenced_models(), key=str):
+            stored = stored_headers(merged_or_base(model, self.options), self.options).shapes
+            lost = lost_names(stored, names, self.out_model_config)
+            if lost:
+                raise UserError(
+                    f"{self._method.spec.name} goes by mergekit's list of the tensors of a "
+                    f"{self.out_model_config.architectures[0]}, which lacks {len(lost)} of those "
+                    f"of {model}, such as {lost[0]}: the output would not be whole"
+                )
 
     def _plan_shared(self, name: str, weight: WeightInfo, num_layers: int) -> None:
         models, base = merged_models(self._job)

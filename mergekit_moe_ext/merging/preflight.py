@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+from mergekit.common import ModelReference
 from mergekit.config import (
     ConditionalParameter,
     InputModelDefinition,
@@ -76,6 +77,26 @@ def check_tensor_merge(
         raise UserError(f"`allow_nonfinite` is {allow_nonfinite!r}, neither true nor false")
     for model in sorted(config.referenced_models(), key=str):
         check_source(model, merge_options)
+        check_head(model, model, config, merge_options)
+
+
+def check_head(
+    model: ModelReference, stored: ModelReference, config: MergeConfiguration, options: MergeOptions
+) -> None:
+    """`UserError` for a model with a head of its own, where the output, which gets the config of
+    the base, has none. `stored` is where the model's files are.
+    """
+    base = config.base_model
+    if base is None:
+        return
+    is_tied = getattr(base.config(options.trust_remote_code), "tie_word_embeddings", False)
+    stored_config = stored.config(options.trust_remote_code)
+    if is_tied and not getattr(stored_config, "tie_word_embeddings", False):
+        raise UserError(
+            f"{model} has a head of its own, and the output gets the config of {base}, which ties "
+            "its head to its embedding: name a base_model that is untied "
+            "(`tie_word_embeddings: false`, and a head in its files)"
+        )
 
 
 def _all_parameters(config: MergeConfiguration) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -260,3 +260,42 @@ def test_what_cannot_be_merged_into_weights_is_refused(loras):
     get_peft_model(LlamaForCausalLM.from_pretrained("base"), prompts).save_pretrained("prompts")
     with pytest.raises(click.ClickException, match=r"\./prompts is of type PROMPT_TUNING"):
         merge(document(models=["base", {"model": "./base+./prompts"}]))
+
+
+DENSE = {"density": 1.0, "weight": 0.5, "lambda": 1.0}
+
+
+@pytest.mark.parametrize("method", ["fast_ties", "dare"])
+def test_a_dense_merge_takes_a_lora_as_it_lies_there_now(loras, method):
+    config = document(method, [{"model": "./base+./lora-a"}, "code"], parameters=DENSE)
+    merge(config, "first", lora_merge_cache="cache")
+    shutil.rmtree("lora-a")
+    make_lora(loras / "base", loras / "lora-a", 7).merge_and_unload().save_pretrained("merged")
+    got = read_tensors(merge(config, "second", lora_merge_cache="cache"))
+    uncached = read_tensors(merge(config, "third"))
+    expected = read_tensors(
+        merge({**config, "models": [{"model": "./merged"}, {"model": "./code"}]})
+    )
+    assert len(entries("cache")) == 2 and not list(loras.glob("*.loras"))
+    assert got.keys() == uncached.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor) and torch.equal(uncached[name], tensor), name
+
+
+@pytest.mark.parametrize("method", ["fast_ties", "dare"])
+def test_a_dense_merge_into_a_tied_base_refuses_a_head(here, tied, method):
+    make_lora(tied, here / "lora", 0, target_modules=["lm_head"])
+    adapted = document(method, [{"model": "./tied+./lora"}], base="./tied", parameters=DENSE)
+    plain = document(method, ["math"], base="./tied", parameters=DENSE)
+    for config, name in ((adapted, "./tied"), (plain, "./math")):
+        with pytest.raises(click.ClickException, match="has a head of its own") as error:
+            merge(config)
+        assert name in error.value.message and "tie_word_embeddings" in error.value.message
+        assert not (here / "out").exists()
+    # An embedding that is changed alike in both places stays one tensor.
+    make_lora(tied, here / "within", 0, target_modules=["q_proj"])
+    config = document(
+        method, [{"model": "./tied+./within"}], base="./tied", parameters={**DENSE, "weight": 1.0}
+    )
+    expected = make_lora(tied, here / "again", 0, target_modules=["q_proj"])
+    assert torch.allclose(logits(merge(config)), logits(expected), atol=1e-5)
