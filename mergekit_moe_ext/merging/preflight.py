@@ -5,12 +5,14 @@ are read and checked by pydantic; all other keys under `parameters:` must be the
 """
 
 import difflib
+import importlib.resources
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+from mergekit._data import chat_templates
 from mergekit.config import (
     ConditionalParameter,
     InputModelDefinition,
@@ -64,6 +66,7 @@ def check_tensor_merge(
 ) -> None:
     """Check the parameters and the models of a merge by a tensor method of ours."""
     _check_dtypes(config)
+    _check_chat_template(config)
     stated: set[str] = set()
     names = [parameter.name for parameter in method.spec.parameters]
     for where, parameters in _all_parameters(config):
@@ -113,6 +116,24 @@ def _check_dtypes(config: MergeConfiguration) -> None:
             raise UserError(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
 
 
+def _check_chat_template(config: MergeConfiguration) -> None:
+    """Check that the chat template is one that mergekit takes, which it finds out at the end."""
+    value = config.chat_template
+    if not value or value == "auto":
+        return
+    templates = []
+    for file in importlib.resources.files(chat_templates).iterdir():
+        if file.name.endswith(".jinja"):
+            templates.append(file.name.removesuffix(".jinja"))
+    # mergekit takes whatever is as long as this, and has a brace, for a template.
+    is_literal = len(value) >= 20 and "{" in value
+    if value not in templates and not is_literal:
+        raise UserError(
+            f"chat_template: {value!r} is neither a template of mergekit's nor one in Jinja of at "
+            f"least 20 characters{_nearest(value, ['auto', *sorted(templates)])}"
+        )
+
+
 def read_job(
     config: MergeConfiguration, merge_options: MergeOptions, method: StructuralMethod
 ) -> Job:
@@ -123,6 +144,7 @@ def read_job(
     if not config.models:
         raise UserError(f"{method.spec.name} takes `models:`, not slices or modules")
     _check_dtypes(config)
+    _check_chat_template(config)
     parameters = config.parameters or {}
     options: Any = _read_options(method.options_type, parameters, "`parameters:`")
     config = method.completed(config, options)

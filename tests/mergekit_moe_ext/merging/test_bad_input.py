@@ -78,6 +78,9 @@ def refused(here, config, *fragments, **options):
         (document(tokenizer_source="unoin"), ["'unoin'", "did you mean `union`"]),
         (document(tokenizer_source="./nowhere"), ["./base has no tokenizer"]),
         (document(tokenizer_source="union"), ["./base has no tokenizer"]),
+        (document(chat_template="chatlm"), ["chat_template: 'chatlm'", "did you mean `chatml`?"]),
+        (document(chat_template="./my.jinja"), ["'./my.jinja'", "Jinja", "known here: auto, alp"]),
+        (document(chat_template="{{ messages }}"), ["'{{ messages }}'", "at least 20 characters"]),
         (document("moe_ties", base=None), ["fast_ties", "requires a base", "base_model:"]),
         (document("moe", parameters={"shared": "slerp", "t": 0.5}), ["slerp", "got 4"]),
         (
@@ -128,6 +131,7 @@ def test_configuration(here, config, fragments):
         (document("dare", parameters={"density": "much"}), ["dare cannot merge", "much"]),
         (document("dare", parameters={"allow_nonfinite": "yes"}), ["'yes'", "true nor false"]),
         (document("dare", out_dtype="int64"), ["out_dtype", "int64", "float32"]),
+        (document("dare", chat_template="lama3"), ["'lama3'", "did you mean `llama3`?"]),
         (document("dare", models=["math", "./nowhere"]), ["./nowhere does not exist"]),
         (document("dare", tokenizer_source="./nowhere"), ["dare cannot merge these models"]),
         (
