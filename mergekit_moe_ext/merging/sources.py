@@ -148,12 +148,12 @@ def _unchanged(tensor: torch.Tensor) -> tuple[torch.Tensor]:
 
 def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
     """The config of every source, in the order of `job.sources`."""
-    return {model: _config_of(stored_model(job, model), job.merge_options) for model in job.sources}
+    return {model: config_of(stored_model(job, model), job.merge_options) for model in job.sources}
 
 
 def check_source(model: ModelReference, options: MergeOptions) -> None:
     """`UserError` for a model, or a LoRA on one, that cannot be read."""
-    _config_of(model, options)
+    config_of(model, options)
     stored_headers(ModelReference(model=model.model), options)
 
 
@@ -164,7 +164,10 @@ def stored_model(job: Job, model: ModelReference) -> ModelReference:
     return model
 
 
-def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
+def config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
+    """The config of a model. `UserError` for a model, or a LoRA on one, that is not there or cannot
+    be merged.
+    """
     for path in (model.model, model.lora):
         looks_local = path is not None and (
             path.path.startswith((".", "/", "~")) or path.path.count("/") > 1

@@ -33,6 +33,24 @@ def refused(here, config, *fragments, **options):
             ["`paramaters`", "models[0]", "`parameters`"],
         ),
         (document(tokenizer={"sauce": "union"}), ["`sauce`", "tokenizer", "`source`"]),
+        (
+            document(tokenizer={"tokens": {"a": {"sorce": "./math"}}}),
+            ["`sorce`", "'a'", "`source`"],
+        ),
+        (
+            document(tokenizer={"tokens": {"a": {"source": {"model": "./math", "token": "b"}}}}),
+            ["unknown key `token` in tokenizer: tokens: 'a': source", "kind"],
+        ),
+        (
+            document(tokenizer={"tokens": {"a": {"source": {"kind": "zeros", "model": "./math"}}}}),
+            ["kind: 'zeros'", "did you mean `zero`"],
+        ),
+        (
+            document(
+                tokenizer={"tokens": {"a": {"source": {"kind": "model_token", "model": "./math"}}}}
+            ),
+            ["'a': source takes one of `token` and `token_id`"],
+        ),
         (document(parameters={"gate_mod": "random"}), ["`gate_mod`", "did you mean `gate_mode`"]),
         (document(parameters={"density": 0.5}), ["`density`", "moe_linear", "linear"]),
         (document("moe_ties", parameters={"densty": 0.5}), ["`densty`", "did you mean `density`"]),
@@ -75,7 +93,6 @@ def refused(here, config, *fragments, **options):
             document(parameters={"experts_per_token": [{"filter": "mlp", "value": 1}]}),
             ["`experts_per_token`", "takes one value"],
         ),
-        (document(tokenizer_source="unoin"), ["'unoin'", "did you mean `union`"]),
         (document(tokenizer_source="./nowhere"), ["./base has no tokenizer"]),
         (document(tokenizer_source="union"), ["./base has no tokenizer"]),
         (document(chat_template="chatlm"), ["chat_template: 'chatlm'", "did you mean `chatml`?"]),
@@ -133,7 +150,14 @@ def test_configuration(here, config, fragments):
         (document("dare", out_dtype="int64"), ["out_dtype", "int64", "float32"]),
         (document("dare", chat_template="lama3"), ["'lama3'", "did you mean `llama3`?"]),
         (document("dare", models=["math", "./nowhere"]), ["./nowhere does not exist"]),
-        (document("dare", tokenizer_source="./nowhere"), ["dare cannot merge these models"]),
+        (
+            document("dare", tokenizer_source="./maths"),
+            ["tokenizer_source: './maths' is neither union, base nor", "did you mean `./math`"],
+        ),
+        (
+            document("dare", tokenizer={"tokens": {"for": {"source": "./cdoe"}}}),
+            ["tokenizer: tokens: 'for': source: './cdoe'", "did you mean `./code`"],
+        ),
         (
             {
                 "merge_method": "dare",
