@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+from mergekit import multigpu_executor
 from mergekit._data import chat_templates
 from mergekit.common import ModelReference
 from mergekit.config import (
@@ -31,7 +32,7 @@ from mergekit.tokenizer.config import (
 
 from _mergekit_moe_ext_common.cards import is_on_hub
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.loading import vocabulary_of
+from _mergekit_moe_ext_common.loading import check_device, vocabulary_of
 from mergekit_moe_ext.merging.method import Job, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.planner import NEUTRAL_PARAMETERS, merged_models
 from mergekit_moe_ext.merging.sources import (
@@ -104,7 +105,8 @@ def tensor_method(name: str) -> TensorMethod | None:
 def check_tensor_merge(
     config: MergeConfiguration, merge_options: MergeOptions, method: TensorMethod
 ) -> None:
-    """Check the parameters and the models of a merge by a tensor method of ours."""
+    """Check the options, the parameters and the models of a merge by a tensor method of ours."""
+    _check_devices(merge_options)
     _check_dtypes(config)
     _check_chat_template(config)
     stated: set[str] = set()
@@ -151,6 +153,25 @@ def _parameters_of_slices(
             yield f"{where}.sources[{number}].parameters", source.parameters or {}
 
 
+def _check_devices(options: MergeOptions) -> None:
+    """Check that this machine has the devices that the options ask for."""
+    option = f"--device {options.device}"
+    if options.gpu_rich:
+        option = "--gpu-rich"
+    elif options.multi_gpu:
+        option = "--multi-gpu"
+    elif options.cuda:
+        option = "--cuda"
+    if options.multi_gpu:
+        try:
+            number = multigpu_executor.get_torch_accelerator_count()
+        except AttributeError:  # what mergekit makes of none
+            number = 0
+        if number == 0:
+            raise UserError(f"torch finds no GPU here: leave {option} out")
+    check_device(options.device or "cpu", f"leave {option} out")
+
+
 def _check_dtypes(config: MergeConfiguration) -> None:
     for key in ("dtype", "out_dtype"):
         name = getattr(config, key)
@@ -181,8 +202,10 @@ def read_job(
 ) -> Job:
     """The merge, with all keys and values under `parameters:` checked and read.
 
-    `UserError` for a key that is unknown or in the wrong place, and for a value that does not fit.
+    `UserError` for a device that is not there, for a key that is unknown or in the wrong place, and
+    for a value that does not fit.
     """
+    _check_devices(merge_options)
     if not config.models:
         raise UserError(f"{method.spec.name} takes `models:`, not slices or modules")
     _check_dtypes(config)

@@ -480,6 +480,40 @@ def test_our_command_explains_what_mergekit_would_raise(here, text, fragment):
     assert isinstance(result.exception, SystemExit)
 
 
+@pytest.mark.parametrize("method", ["moe_linear", "dare"])
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        ({"device": "foo"}, ["no device 'foo' here", "leave --device foo out"]),
+        ({"device": "meta"}, ["'meta'", "leave --device meta out"]),
+        ({"cuda": True}, ["no device 'cuda' here", "leave --cuda out"]),
+        ({"multi_gpu": True}, ["no GPU here: leave --multi-gpu out"]),
+        ({"gpu_rich": True}, ["no GPU here: leave --gpu-rich out"]),
+    ],
+)
+def test_a_device_that_is_not_there(here, method, options, fragments):
+    if torch.accelerator.is_available() and "device" not in options:
+        pytest.skip("there is one")
+    refused(here, document(method, models=["./nowhere"]), *fragments, **options)
+
+
+@pytest.mark.parametrize("command", [["plan", "good.yml"], ["yaml", "good.yml", "out"]])
+def test_options_that_mergekit_would_refuse_by_a_traceback(here, command):
+    from click.testing import CliRunner
+
+    from mergekit_moe_ext.cli import main
+
+    (here / "good.yml").write_text("merge_method: moe\nmodels: [{model: ./base}, {model: ./math}]")
+    for options, fragment in (
+        (["--device", "foo"], "leave --device foo out"),
+        (["--out-shard-size", "5GB"], "'5GB' is no number of parameters, such as 500M or 5B"),
+    ):
+        result = CliRunner().invoke(main, [*command, *options])
+        assert fragment in result.output
+        assert isinstance(result.exception, SystemExit)
+    assert not (here / "out").exists()
+
+
 def test_a_weight_that_the_shared_method_does_not_have_is_a_warning(here, caplog):
     """As mergekit ignores it under a method that has none."""
     plain = document("moe", ["base", "math"], parameters={"shared": "karcher"})
