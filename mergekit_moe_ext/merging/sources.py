@@ -507,7 +507,8 @@ def _check_headers(
             wrapper = wrapper_of(headers.shapes, lacking)
             hint = f": {wrapper}" if wrapper else ""
             raise UserError(f"{model} lacks the tensor {name}{hint}")
-        skip = 1 if name in manifest.vocabulary and vocabulary_may_differ else 0
+        per_token = name in manifest.vocabulary or name in manifest.head_biases
+        skip = 1 if per_token and vocabulary_may_differ else 0
         if headers.shapes[name][skip:] != shape[skip:]:
             raise UserError(
                 f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture "

@@ -54,6 +54,28 @@ def test_tokenizers_are_aligned_as_mergekit_does_it(with_tokenizers, keys, size)
     assert AutoModelForCausalLM.from_pretrained(ours).lm_head.weight.shape[0] == size
 
 
+@pytest.mark.parametrize("method", ["moe", "wemoe"])
+def test_a_head_s_bias_is_aligned_with_it(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math", "code")):
+        make_model(tmp_path / name, seed, family="phi", vocab_size=96 + seed)
+        save_tokenizer(tmp_path / name, 96 + seed, ("for", "while")[2 - seed :])
+    models = ["math", "code"]
+    parameters = {"shared": "linear"}
+    out = merge(document(method, models, parameters=parameters, tokenizer_source="union"))
+    vocabulary = AutoTokenizer.from_pretrained(out).get_vocab()
+    assert AutoModelForCausalLM.from_pretrained(out).vocab_size == len(vocabulary) == 98
+    merged = read_tensors(out)
+    for name in ("lm_head.weight", "lm_head.bias"):
+        total, counts = torch.zeros_like(merged[name]), torch.zeros_like(merged[name])
+        for model in models:
+            tensor = read_tensors(tmp_path / model)[name]
+            for token, row in AutoTokenizer.from_pretrained(model).get_vocab().items():
+                total[vocabulary[token]] += tensor[row]
+                counts[vocabulary[token]] += 1
+        torch.testing.assert_close(merged[name], total / counts)
+
+
 def of_token(source):
     return {"tokenizer": {"source": "union", "tokens": {"for": source}}}
 
