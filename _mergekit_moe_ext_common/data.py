@@ -1,14 +1,19 @@
-"""Texts to train on, to measure and to count with: anything that `datasets` reads, as token ids.
+"""Texts to train on, to measure and to count with, read by `datasets`, as token ids.
 
-A source is written `[NAME=]SOURCE[:SPLIT]`. SOURCE is a file (jsonl, json, csv, tsv, parquet,
-arrow, txt), a directory of such, a directory written by `save_to_disk`, or `owner/name[/config]` on
-the Hub. SPLIT is a split as `datasets` writes it, `train` if not given. Columns are `messages` (a
-chat) or `text` for decoders, and `input` and `target` for encoder-decoders and for decoders that
-learn completions only; where there are both, `messages` are read and not `text`.
+A source is written `[NAME=]SOURCE[:SPLIT]`. SOURCE is a file (jsonl, json, csv, tsv or txt, which
+may be compressed by gz, bz2 or xz, parquet or arrow), a directory of such, a directory written by
+`save_to_disk`, or `owner/name[/config]` on the Hub. SPLIT is a split as `datasets` writes it,
+`train` if not given. Columns are `messages` (a chat) or `text` for decoders, and `input` and
+`target` for encoder-decoders and for decoders that learn completions only; where there are both,
+`messages` are read and not `text`.
 """
 
+import bz2
+import gzip
 import hashlib
+import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -32,6 +37,12 @@ _BUILDERS = {
     ".tsv": "csv",
     ".txt": "text",
 }
+_OPENERS: Mapping[str, Callable[[Path], Any]] = {
+    ".bz2": bz2.open,
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+}
+_COMPRESSED = ("csv", "json", "text")  # builders that read compressed files
 _PART = r"\w+(?:\[[^\]]*\])?"
 _SPLIT = re.compile(rf"(.+?):({_PART}(?:\+{_PART})*)")
 _NAME = re.compile(r"([\w.-]+)=(.+)")
@@ -104,6 +115,9 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
         ValueError,
         KeyError,
         RuntimeError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
         DatasetGenerationError,
         DatasetNotFoundError,
     ) as error:
@@ -113,6 +127,17 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
         data = data.select(range(min(max_samples, len(data))))
     if len(data) == 0:
         raise UserError(f"{source} (data {source.name!r}) has no rows")
+    try:
+        # JSON is read as it is, and what is no text would fail where it is used. Only a file is
+        # looked at whole: a dataset on the Hub may be huge, and is in UTF-8.
+        if Path(source.path).expanduser().is_file():
+            data.data.validate(full=True)
+    except ValueError as error:
+        reason = str(error).rpartition(": ")[2]
+        raise UserError(
+            f"cannot read {source} (data {source.name!r}): not all of its texts are UTF-8 "
+            f"({reason}); save it in UTF-8"
+        ) from error
     return data
 
 
@@ -123,21 +148,27 @@ def dataset_arguments(source: Source) -> dict[str, Any]:
     """
     path = Path(source.path).expanduser()
     if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise UserError(f"{path} is none of {', '.join(sorted(_BUILDERS))}")
-        if _BUILDERS[path.suffix] == "json":
+        is_compressed = path.suffix in _OPENERS
+        suffix = Path(path.stem).suffix if is_compressed else path.suffix
+        builder = _BUILDERS.get(suffix)
+        if builder is None or (is_compressed and builder not in _COMPRESSED):
+            raise UserError(
+                f"{path} is none of {', '.join(sorted(_BUILDERS))}, nor a compressed file of text "
+                f"(.jsonl{', .jsonl'.join(_OPENERS)})"
+            )
+        if builder == "json":
             _check_first_row(path)
-        delimiter = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        delimiter = {"sep": "\t"} if suffix == ".tsv" else {}
         # the file's only split is called train, so a split of it is a slice of that
         return {
-            "path": _BUILDERS[path.suffix],
+            "path": builder,
             "data_files": {"train": str(path)},
             "split": source.split,
             **delimiter,
         }
     if path.is_dir():
         return {"path": str(path), "split": source.split}
-    if source.path.startswith((".", "/", "~")) or path.suffix in _BUILDERS:
+    if source.path.startswith((".", "/", "~")) or path.suffix in {*_BUILDERS, *_OPENERS}:
         raise UserError(f"{source.path} does not exist (data {source.name!r})")
     # owner/name[/config], or the name alone of a dataset without an owner
     parts = source.path.rstrip("/").split("/")
@@ -152,7 +183,8 @@ def dataset_arguments(source: Source) -> dict[str, Any]:
 
 def _check_first_row(path: Path) -> None:
     """`UserError` for JSON whose first row is null, on which Arrow's reader crashes the process."""
-    with path.open("rb") as file:
+    opener = _OPENERS.get(path.suffix)
+    with opener(path) if opener else path.open("rb") as file:
         beginning = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if beginning.removeprefix(b"[").lstrip().startswith(b"null"):
         raise UserError(f"the first row of {path} is null: take it out")
@@ -311,7 +343,7 @@ def _encoder(
             raise UserError(f"{source} holds chats, but the model's tokenizer has no chat template")
 
         def encode(rows: Rows) -> dict[str, list[list[int]]]:
-            chats = rows[columns.messages]
+            chats = _checked_chats(rows[columns.messages], columns.messages)
             options = {"tokenize": True, "return_dict": False}
             wholes = [tokenizer.apply_chat_template(chat, **options) for chat in chats]
             if not completions_only:
@@ -348,6 +380,21 @@ def _checked(texts: list[Any], column: str) -> list[str]:
         if not isinstance(text, str):
             raise TypeError(f"the column {column!r} holds {str(text)[:40]!r}, which is no text")
     return texts
+
+
+def _checked_chats(chats: list[Any], column: str) -> list[Any]:
+    """The chats of a column. `TypeError` for what is none, of which a template would say little."""
+    for chat in chats:
+        if not isinstance(chat, list):
+            shown = "null" if chat is None else repr(str(chat)[:40])
+            raise TypeError(f"the column {column!r} holds {shown}, which is no list of messages")
+        for message in chat:
+            if not isinstance(message, Mapping):
+                shown = "null" if message is None else repr(str(message)[:40])
+                raise TypeError(
+                    f"the column {column!r} has {shown} among its messages, which is no message"
+                )
+    return chats
 
 
 def _completions(

@@ -302,20 +302,20 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
-def check_device(device: str) -> None:
-    """`UserError` where this machine has no device of that name; `auto` is none."""
+def check_device(device: str, remedy: str = "auto and cpu are always there") -> None:
+    """`UserError` where this machine has no device of that name, which ends in the remedy; `auto`
+    is none.
+    """
     if device == "auto":
         return
     try:
         place = torch.device(device)
         torch.empty(1, device=place)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"there is no device {device!r} here ({first_line(error)}); auto and cpu are always "
-            "there"
-        ) from error
+        reason = first_line(error).partition(". ")[0]  # of mps many sentences follow
+        raise UserError(f"torch finds no device {device!r} here ({reason}); {remedy}") from error
     if place.type == "meta":
-        raise UserError(f"nothing is computed on the device {device!r}")
+        raise UserError(f"nothing is computed on the device {device!r}; {remedy}")
 
 
 def _empty(architecture: Any, config: Any, reading: Reading) -> Any:

@@ -105,6 +105,20 @@ def remove_experts(
     commands.remove_expert(model, experts, output_dir, options=merge_options)
 
 
+class _ShardSize(click.ParamType):
+    """A number of parameters as mergekit writes it. mergekit's own type ends in a traceback."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        from mergekit.common import parse_kmb
+
+        try:
+            return parse_kmb(value)
+        except (IndexError, ValueError):
+            self.fail(f"{value!r} is no number of parameters, such as 500M or 5B", param, ctx)
+
+
 def _merge_command(name: str, run: Callable[..., None], *parameters: Callable) -> DeferredCommand:
     """A command that takes all of mergekit's options."""
 
@@ -112,7 +126,11 @@ def _merge_command(name: str, run: Callable[..., None], *parameters: Callable) -
         from mergekit.options import PrettyPrintHelp, add_merge_options
 
         command = in_order(*parameters)(add_merge_options(run))
-        return click.command(name, cls=PrettyPrintHelp)(command)
+        built = click.command(name, cls=PrettyPrintHelp)(command)
+        for parameter in built.params:
+            if parameter.name == "out_shard_size":
+                parameter.type = _ShardSize()
+        return built
 
     return DeferredCommand(name, run, build)
 

@@ -38,7 +38,9 @@ class Manifest:
     tied: names that the model has but its checkpoint need not hold.
     ignored: patterns of names that a checkpoint may hold and transformers leaves out.
     embedding: the name of the input embedding; empty where there are no tokens.
-    vocabulary: the names, in `shapes`, of the tensors whose first axis is the vocabulary.
+    vocabulary: the names, in `shapes`, of the embeddings and heads, whose first axis is the
+        vocabulary.
+    head_biases: those of the biases of heads, which have a number per token.
     prefix: a text that a checkpoint may have before every name (for CLIP's towers, which are cut
         out of the whole).
     trunk: a text that a checkpoint may leave out at the beginning of every name that has it (the
@@ -50,6 +52,7 @@ class Manifest:
     ignored: tuple[str, ...]
     embedding: str
     vocabulary: frozenset[str]
+    head_biases: frozenset[str]
     prefix: str
     trunk: str = ""
 
@@ -69,7 +72,7 @@ class Manifest:
         # that ties them stores one alone.
         weight = WeightInfo(
             name=name,
-            vocabulary_axis=0 if in_vocabulary else None,
+            vocabulary_axis=0 if in_vocabulary or name in self.head_biases else None,
             tied_names=tuple(self.vocabulary) if in_vocabulary else None,
             aliases=self.aliases(name),
         )
@@ -77,7 +80,9 @@ class Manifest:
 
     def with_vocabulary(self, size: int) -> "Manifest":
         """The manifest of a model with that many tokens."""
-        rows = {name: (size, *self.shapes[name][1:]) for name in self.vocabulary}
+        rows = {}
+        for name in self.vocabulary | self.head_biases:
+            rows[name] = (size, *self.shapes[name][1:])
         return replace(self, shapes={**self.shapes, **rows})
 
 
@@ -128,6 +133,7 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
     except NotImplementedError:  # two towers, of which one has no tokens (CLIP)
         layers = ()
     embeddings = [layer.weight for layer in layers if isinstance(layer, nn.Embedding | nn.Linear)]
+    bias_ids = {id(layer.bias) for layer in layers if isinstance(layer, nn.Linear)}
     stored = {name: tensor for name, tensor in state.items() if name not in tied}
     ids = {id(weight) for weight in embeddings}
     vocabulary = [name for name, tensor in stored.items() if id(tensor) in ids]
@@ -137,6 +143,7 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         embedding=next((name for name in vocabulary if stored[name] is embeddings[0]), ""),
         vocabulary=frozenset(vocabulary),
+        head_biases=frozenset(name for name, tensor in stored.items() if id(tensor) in bias_ids),
         prefix=_optional_prefix(model),
     )
 

@@ -5,12 +5,15 @@ are read and checked by pydantic; all other keys under `parameters:` must be the
 """
 
 import difflib
+import importlib.resources
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+from mergekit import multigpu_executor
+from mergekit._data import chat_templates
 from mergekit.common import ModelReference
 from mergekit.config import (
     ConditionalParameter,
@@ -20,12 +23,24 @@ from mergekit.config import (
 )
 from mergekit.merge_methods import MergeMethod, registered_methods
 from mergekit.options import MergeOptions
-from mergekit.tokenizer.config import TokenizerConfig
+from mergekit.tokenizer.config import (
+    ModelTokenEmbedding,
+    TokenEmbeddingConfig,
+    TokenizerConfig,
+    ZeroEmbedding,
+)
 
+from _mergekit_moe_ext_common.cards import is_on_hub
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.loading import check_device, vocabulary_of
 from mergekit_moe_ext.merging.method import Job, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.planner import NEUTRAL_PARAMETERS, merged_models
-from mergekit_moe_ext.merging.sources import check_source, lacks_tokenizer
+from mergekit_moe_ext.merging.sources import (
+    check_source,
+    config_of,
+    lacks_tokenizer,
+    tokenizer_of,
+)
 
 LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=pydantic.BaseModel)
@@ -46,6 +61,33 @@ def check_document(document: Any) -> None:
             _check_keys(entry, InputModelDefinition.model_fields, f"models[{index}]")
     if isinstance(document.get("tokenizer"), Mapping):
         _check_keys(document["tokenizer"], TokenizerConfig.model_fields, "tokenizer")
+        tokens = document["tokenizer"].get("tokens")
+        for token, entry in tokens.items() if isinstance(tokens, Mapping) else ():
+            if isinstance(entry, Mapping):
+                _check_token(entry, f"tokenizer: tokens: {token!r}")
+
+
+def _check_token(entry: Mapping[str, Any], where: str) -> None:
+    """Check the keys of what a raw configuration says of a token: mergekit reads a source that it
+    does not understand as a model, where it names one.
+    """
+    _check_keys(entry, TokenEmbeddingConfig.model_fields, where)
+    source = entry.get("source")
+    if not isinstance(source, Mapping):
+        return
+    where = f"{where}: source"
+    kind = source.get("kind")
+    if kind is None:
+        _check_keys(source, [*ModelReference.model_fields, "kind"], where)
+    elif kind == "zero":
+        _check_keys(source, ZeroEmbedding.model_fields, where)
+    elif kind == "model_token":
+        _check_keys(source, ModelTokenEmbedding.model_fields, where)
+        if (source.get("token") is None) == (source.get("token_id") is None):
+            raise UserError(f"{where} takes one of `token` and `token_id`")
+    else:
+        nearest = _nearest(str(kind), ("model_token", "zero"))
+        raise UserError(f"{where}: kind: {kind!r} is unknown{nearest}")
 
 
 def tensor_method(name: str) -> TensorMethod | None:
@@ -63,8 +105,10 @@ def tensor_method(name: str) -> TensorMethod | None:
 def check_tensor_merge(
     config: MergeConfiguration, merge_options: MergeOptions, method: TensorMethod
 ) -> None:
-    """Check the parameters and the models of a merge by a tensor method of ours."""
+    """Check the options, the parameters and the models of a merge by a tensor method of ours."""
+    _check_devices(merge_options)
     _check_dtypes(config)
+    _check_chat_template(config)
     stated: set[str] = set()
     names = [parameter.name for parameter in method.spec.parameters]
     for where, parameters in _all_parameters(config):
@@ -75,9 +119,11 @@ def check_tensor_merge(
     allow_nonfinite = (config.parameters or {}).get("allow_nonfinite", False)
     if not isinstance(allow_nonfinite, bool):
         raise UserError(f"`allow_nonfinite` is {allow_nonfinite!r}, neither true nor false")
-    for model in sorted(config.referenced_models(), key=str):
+    models = sorted(config.referenced_models(), key=str)
+    for model in models:
         check_source(model, merge_options)
         check_head(model, model, config, merge_options)
+    _check_tokenizer(config, models, models, merge_options)
 
 
 def check_head(
@@ -127,6 +173,25 @@ def _parameters_of_slices(
             yield f"{where}.sources[{number}].parameters", source.parameters or {}
 
 
+def _check_devices(options: MergeOptions) -> None:
+    """Check that this machine has the devices that the options ask for."""
+    option = f"--device {options.device}"
+    if options.gpu_rich:
+        option = "--gpu-rich"
+    elif options.multi_gpu:
+        option = "--multi-gpu"
+    elif options.cuda:
+        option = "--cuda"
+    if options.multi_gpu:
+        try:
+            number = multigpu_executor.get_torch_accelerator_count()
+        except AttributeError:  # what mergekit makes of none
+            number = 0
+        if number == 0:
+            raise UserError(f"torch finds no GPU here: leave {option} out")
+    check_device(options.device or "cpu", f"leave {option} out")
+
+
 def _check_dtypes(config: MergeConfiguration) -> None:
     for key in ("dtype", "out_dtype"):
         name = getattr(config, key)
@@ -134,16 +199,37 @@ def _check_dtypes(config: MergeConfiguration) -> None:
             raise UserError(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
 
 
+def _check_chat_template(config: MergeConfiguration) -> None:
+    """Check that the chat template is one that mergekit takes, which it finds out at the end."""
+    value = config.chat_template
+    if not value or value == "auto":
+        return
+    templates = []
+    for file in importlib.resources.files(chat_templates).iterdir():
+        if file.name.endswith(".jinja"):
+            templates.append(file.name.removesuffix(".jinja"))
+    # mergekit takes whatever is as long as this, and has a brace, for a template.
+    is_literal = len(value) >= 20 and "{" in value
+    if value not in templates and not is_literal:
+        raise UserError(
+            f"chat_template: {value!r} is neither a template of mergekit's nor one in Jinja of at "
+            f"least 20 characters{_nearest(value, ['auto', *sorted(templates)])}"
+        )
+
+
 def read_job(
     config: MergeConfiguration, merge_options: MergeOptions, method: StructuralMethod
 ) -> Job:
     """The merge, with all keys and values under `parameters:` checked and read.
 
-    `UserError` for a key that is unknown or in the wrong place, and for a value that does not fit.
+    `UserError` for a device that is not there, for a key that is unknown or in the wrong place, and
+    for a value that does not fit.
     """
+    _check_devices(merge_options)
     if not config.models:
         raise UserError(f"{method.spec.name} takes `models:`, not slices or modules")
     _check_dtypes(config)
+    _check_chat_template(config)
     parameters = config.parameters or {}
     options: Any = _read_options(method.options_type, parameters, "`parameters:`")
     config = method.completed(config, options)
@@ -230,27 +316,106 @@ def _check_duplicates(config: MergeConfiguration, shared_per_model: Collection[s
 
 
 def _check_tokenizers(job: Job) -> None:
-    """Check that every local model has a tokenizer, where these are aligned, and that the source of
-    the tokenizer exists.
+    """Check that every local model has a tokenizer, where these are aligned, and that there is what
+    the configuration says of them.
     """
-    source = job.config.tokenizer.source if job.config.tokenizer else job.config.tokenizer_source
-    if source is None:
+    config = job.config
+    if not (config.tokenizer or config.tokenizer_source):
         return
-    models = job.sources
-    if not isinstance(source, str):
-        # mergekit takes any text but base and union for the path of a model.
-        if difflib.get_close_matches(str(source), ("base", "union"), n=1):
-            nearest = _nearest(str(source), ("base", "union"))
-            raise UserError(f"tokenizer source: {str(source)!r} is unknown{nearest}")
-        models.append(source)
-    for model in models:
-        directory = Path(model.model.path)
+    for model in job.sources:
         if lacks_tokenizer(model):
             raise UserError(
                 f"{model} has no tokenizer, and aligning vocabularies takes one of every model"
             )
-        if not directory.exists() and model.model.path.startswith((".", "/")):
-            raise UserError(f"{directory} does not exist (named as a tokenizer's source)")
+    merged, _ = merged_models(job)
+    _check_tokenizer(config, job.sources, merged, job.merge_options)
+    if config.tokenizer and config.tokenizer.tokens:
+        _check_tokens(config.tokenizer.tokens, job)
+
+
+def _check_tokenizer(
+    config: MergeConfiguration,
+    models: Sequence[ModelReference],
+    merged: Sequence[ModelReference],
+    options: MergeOptions,
+) -> None:
+    """Check `tokenizer:` or `tokenizer_source:` of a configuration with these models, of which some
+    have their embeddings merged.
+    """
+    if config.tokenizer is None:
+        _check_tokenizer_source(config.tokenizer_source, "tokenizer_source", models, options)
+        return
+    _check_tokenizer_source(config.tokenizer.source, "tokenizer: source", models, options)
+    multiple = config.tokenizer.pad_to_multiple_of
+    if multiple is not None and multiple < 1:
+        raise UserError(f"tokenizer: pad_to_multiple_of: {multiple} is below 1")
+    for token, entry in (config.tokenizer.tokens or {}).items():
+        model = _model_of_token(entry)
+        if model is not None and model not in merged:
+            raise UserError(
+                f"tokenizer: tokens: {token!r}: source: {str(model)!r} is none of the models that "
+                f"are merged{_nearest(str(model), [str(each) for each in merged])}"
+            )
+
+
+def _check_tokenizer_source(
+    source: Any, key: str, models: Sequence[ModelReference], options: MergeOptions
+) -> None:
+    """Check that the source of the tokenizer, where it is none of the models, has one that can be
+    read. mergekit takes any text but base and union for the path of a model.
+    """
+    if source is None or isinstance(source, str) or source in models:
+        return
+    path = source.model.path
+    if lacks_tokenizer(source):
+        raise UserError(f"{key}: {source} has no tokenizer")
+    try:
+        tokenizer_of(source, options)
+    except UserError as error:
+        if Path(path).is_dir():
+            raise UserError(f"{key}: {error.message}") from error
+        # Of other names the Hub's own words say little.
+        reason = f" ({error.message})" if is_on_hub(path) else ""
+        names = ["union", "base", *map(str, models)]
+        raise UserError(
+            f"{key}: {str(source)!r} is neither union, base nor a model whose tokenizer can be "
+            f"read{_nearest(str(source), names)}{reason}"
+        ) from error
+
+
+def _model_of_token(entry: TokenEmbeddingConfig) -> ModelReference | None:
+    """The model that a token's embedding comes from, if one is named."""
+    source = entry.source
+    if isinstance(source, ModelTokenEmbedding):
+        return source.model
+    return source if isinstance(source, ModelReference) else None
+
+
+def _check_tokens(tokens: Mapping[str, TokenEmbeddingConfig], job: Job) -> None:
+    """Check that the embedding of every one of these tokens can be taken from where the
+    configuration says.
+    """
+    vocabularies = {}
+    for model in job.sources:
+        vocabularies[model] = tokenizer_of(model, job.merge_options).get_vocab()
+    for token, entry in tokens.items():
+        where = f"tokenizer: tokens: {token!r}"
+        source = entry.source
+        model = _model_of_token(entry)
+        if source is None:
+            is_needed = any(token not in vocabulary for vocabulary in vocabularies.values())
+            if entry.force or is_needed:
+                raise UserError(f"{where} needs a `source:`, a model or {{kind: zero}}")
+        elif isinstance(source, ModelTokenEmbedding) and source.token_id is not None:
+            size = vocabulary_of(config_of(source.model, job.merge_options))
+            if source.token_id < 0 or (size is not None and source.token_id >= size):
+                raise UserError(
+                    f"{where}: source: {model} has {size} tokens, and none {source.token_id}"
+                )
+        elif model is not None:
+            wanted = source.token if isinstance(source, ModelTokenEmbedding) else token
+            if wanted not in vocabularies[model]:
+                raise UserError(f"{where}: source: {model} has no token {wanted!r}")
 
 
 def _check_shared_inputs(job: Job) -> None:

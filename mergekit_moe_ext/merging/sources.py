@@ -148,12 +148,12 @@ def _unchanged(tensor: torch.Tensor) -> tuple[torch.Tensor]:
 
 def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:
     """The config of every source, in the order of `job.sources`."""
-    return {model: _config_of(stored_model(job, model), job.merge_options) for model in job.sources}
+    return {model: config_of(stored_model(job, model), job.merge_options) for model in job.sources}
 
 
 def check_source(model: ModelReference, options: MergeOptions) -> None:
     """`UserError` for a model, or a LoRA on one, that cannot be read."""
-    _config_of(model, options)
+    config_of(model, options)
     stored_headers(ModelReference(model=model.model), options)
 
 
@@ -164,7 +164,10 @@ def stored_model(job: Job, model: ModelReference) -> ModelReference:
     return model
 
 
-def _config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
+def config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
+    """The config of a model. `UserError` for a model, or a LoRA on one, that is not there or cannot
+    be merged.
+    """
     for path in (model.model, model.lora):
         looks_local = path is not None and (
             path.path.startswith((".", "/", "~")) or path.path.count("/") > 1
@@ -504,7 +507,8 @@ def _check_headers(
             wrapper = wrapper_of(headers.shapes, lacking)
             hint = f": {wrapper}" if wrapper else ""
             raise UserError(f"{model} lacks the tensor {name}{hint}")
-        skip = 1 if name in manifest.vocabulary and vocabulary_may_differ else 0
+        per_token = name in manifest.vocabulary or name in manifest.head_biases
+        skip = 1 if per_token and vocabulary_may_differ else 0
         if headers.shapes[name][skip:] != shape[skip:]:
             raise UserError(
                 f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture "

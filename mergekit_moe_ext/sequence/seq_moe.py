@@ -73,6 +73,10 @@ class SeqMoe(StructuralMethod):
 
     def plan(self, job: Job) -> Plan:
         options = job.options
+        if job.merge_options.unsafe_truncate_embeddings:
+            raise UserError(
+                "seq_moe does not truncate embeddings; align vocabularies with `tokenizer:`"
+            )
         configs = read_configs(job)
         decoders = read_decoders(configs)
         _check_one_architecture(job, decoders)
@@ -121,10 +125,12 @@ class SeqMoe(StructuralMethod):
                 elif index == 0:
                     shared[f"experts.0.trunk.{name}"] = donor.manifest.shared_tensor(name)
         if options.embedding == "merged":
+            # Where vocabularies are aligned, those of the sources may have any size until then.
+            manifest = headed.manifest.with_vocabulary(config.vocab_size)
             for key, name in headed.embedding.items():
-                shared[f"embed_tokens.{key}"] = headed.manifest.shared_tensor(name)
+                shared[f"embed_tokens.{key}"] = manifest.shared_tensor(name)
             for key, name in headed.head.items():
-                shared[f"lm_head.{key}"] = headed.manifest.shared_tensor(name)
+                shared[f"lm_head.{key}"] = manifest.shared_tensor(name)
         else:
             for index, model in enumerate(job.experts):
                 for key, name in decoders[model].embedding.items():

@@ -80,6 +80,7 @@ def rewritten_manifest(manifest: Manifest, layer: Layer) -> Manifest:
         shapes=shapes,
         tied=manifest.tied - shapes.keys(),
         vocabulary=frozenset(vocabulary & shapes.keys()),
+        head_biases=manifest.head_biases & shapes.keys(),
     )
 
 

@@ -88,6 +88,10 @@ def read_sources(job: Job, method: str) -> Sources:
             f"{method} needs as `base_model:` the model that its sources are fine-tunes of, which "
             "must not be among `models:`"
         )
+    if job.merge_options.unsafe_truncate_embeddings:
+        raise UserError(
+            f"{method} does not truncate embeddings; align vocabularies with `tokenizer:`"
+        )
     configs = read_configs(job)
     head_paths = [options.head for options in job.model_options]
     clip_heads = read_heads(head_paths, job.experts, configs)

@@ -48,6 +48,24 @@ def refused(here, config, *fragments, **options):
             ["`paramaters`", "models[0]", "`parameters`"],
         ),
         (document(tokenizer={"sauce": "union"}), ["`sauce`", "tokenizer", "`source`"]),
+        (
+            document(tokenizer={"tokens": {"a": {"sorce": "./math"}}}),
+            ["`sorce`", "'a'", "`source`"],
+        ),
+        (
+            document(tokenizer={"tokens": {"a": {"source": {"model": "./math", "token": "b"}}}}),
+            ["unknown key `token` in tokenizer: tokens: 'a': source", "kind"],
+        ),
+        (
+            document(tokenizer={"tokens": {"a": {"source": {"kind": "zeros", "model": "./math"}}}}),
+            ["kind: 'zeros'", "did you mean `zero`"],
+        ),
+        (
+            document(
+                tokenizer={"tokens": {"a": {"source": {"kind": "model_token", "model": "./math"}}}}
+            ),
+            ["'a': source takes one of `token` and `token_id`"],
+        ),
         (document(parameters={"gate_mod": "random"}), ["`gate_mod`", "did you mean `gate_mode`"]),
         (document(parameters={"density": 0.5}), ["`density`", "moe_linear", "linear"]),
         (document("moe_ties", parameters={"densty": 0.5}), ["`densty`", "did you mean `density`"]),
@@ -90,9 +108,11 @@ def refused(here, config, *fragments, **options):
             document(parameters={"experts_per_token": [{"filter": "mlp", "value": 1}]}),
             ["`experts_per_token`", "takes one value"],
         ),
-        (document(tokenizer_source="unoin"), ["'unoin'", "did you mean `union`"]),
         (document(tokenizer_source="./nowhere"), ["./base has no tokenizer"]),
         (document(tokenizer_source="union"), ["./base has no tokenizer"]),
+        (document(chat_template="chatlm"), ["chat_template: 'chatlm'", "did you mean `chatml`?"]),
+        (document(chat_template="./my.jinja"), ["'./my.jinja'", "Jinja", "known here: auto, alp"]),
+        (document(chat_template="{{ messages }}"), ["'{{ messages }}'", "at least 20 characters"]),
         (document("moe_ties", base=None), ["fast_ties", "requires a base", "base_model:"]),
         (document("moe", parameters={"shared": "slerp", "t": 0.5}), ["slerp", "got 4"]),
         (
@@ -143,8 +163,16 @@ def test_configuration(here, config, fragments):
         (document("dare", parameters={"density": "much"}), ["dare cannot merge", "much"]),
         (document("dare", parameters={"allow_nonfinite": "yes"}), ["'yes'", "true nor false"]),
         (document("dare", out_dtype="int64"), ["out_dtype", "int64", "float32"]),
+        (document("dare", chat_template="lama3"), ["'lama3'", "did you mean `llama3`?"]),
         (document("dare", models=["math", "./nowhere"]), ["./nowhere does not exist"]),
-        (document("dare", tokenizer_source="./nowhere"), ["dare cannot merge these models"]),
+        (
+            document("dare", tokenizer_source="./maths"),
+            ["tokenizer_source: './maths' is neither union, base nor", "did you mean `./math`"],
+        ),
+        (
+            document("dare", tokenizer={"tokens": {"for": {"source": "./cdoe"}}}),
+            ["tokenizer: tokens: 'for': source: './cdoe'", "did you mean `./code`"],
+        ),
         (
             {
                 "merge_method": "dare",
@@ -483,6 +511,40 @@ def test_our_command_explains_what_mergekit_would_raise(here, text, fragment):
     result = CliRunner().invoke(main, ["yaml", "bad.yml", "out"])
     assert result.exit_code == 1 and fragment in result.output
     assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("method", ["moe_linear", "dare"])
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        ({"device": "foo"}, ["no device 'foo' here", "leave --device foo out"]),
+        ({"device": "meta"}, ["'meta'", "leave --device meta out"]),
+        ({"cuda": True}, ["no device 'cuda' here", "leave --cuda out"]),
+        ({"multi_gpu": True}, ["no GPU here: leave --multi-gpu out"]),
+        ({"gpu_rich": True}, ["no GPU here: leave --gpu-rich out"]),
+    ],
+)
+def test_a_device_that_is_not_there(here, method, options, fragments):
+    if torch.accelerator.is_available() and "device" not in options:
+        pytest.skip("there is one")
+    refused(here, document(method, models=["./nowhere"]), *fragments, **options)
+
+
+@pytest.mark.parametrize("command", [["plan", "good.yml"], ["yaml", "good.yml", "out"]])
+def test_options_that_mergekit_would_refuse_by_a_traceback(here, command):
+    from click.testing import CliRunner
+
+    from mergekit_moe_ext.cli import main
+
+    (here / "good.yml").write_text("merge_method: moe\nmodels: [{model: ./base}, {model: ./math}]")
+    for options, fragment in (
+        (["--device", "foo"], "leave --device foo out"),
+        (["--out-shard-size", "5GB"], "'5GB' is no number of parameters, such as 500M or 5B"),
+    ):
+        result = CliRunner().invoke(main, [*command, *options])
+        assert fragment in result.output
+        assert isinstance(result.exception, SystemExit)
+    assert not (here / "out").exists()
 
 
 def test_a_weight_that_the_shared_method_does_not_have_is_a_warning(here, caplog):

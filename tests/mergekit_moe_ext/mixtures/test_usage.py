@@ -2,7 +2,10 @@
 itself.
 """
 
+import bz2
+import gzip
 import json
+import lzma
 import math
 import random
 import shutil
@@ -466,6 +469,23 @@ def test_a_dense_model_has_no_router(here):
 # What `--data` reads.
 
 
+@pytest.mark.parametrize(("ending", "module"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".txt"])
+def test_a_compressed_file_reads_as_it_is(tmp_path, suffix, ending, module):
+    data, path = Dataset.from_list(words(1, 6)), tmp_path / f"data{suffix}"
+    if suffix == ".jsonl":
+        data.to_json(path)
+    elif suffix == ".txt":
+        path.write_text("\n".join(row["text"] for row in data))
+    else:
+        data.to_csv(path, sep="\t" if suffix == ".tsv" else ",")
+    packed = tmp_path / f"{path.name}.{ending}"
+    packed.write_bytes(module.compress(path.read_bytes()))
+    (source,) = parse_sources([str(packed)])
+    assert source.name == "data"
+    assert load(source)["text"][:] == data["text"][:]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet", ".txt", "", "-saved"])
 def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
     save_tokenizer(tmp_path / "tokenizer", 96)
@@ -529,6 +549,12 @@ def test_chats_go_through_the_tokenizer_s_template(tmp_path):
         ("numbers.jsonl", r"row 0 of numbers.jsonl"),
         ("null.jsonl", "the first row of null.jsonl is null"),
         ("null.json", "the first row of null.json is null"),
+        ("null.jsonl.gz", "the first row of null.jsonl.gz is null"),
+        ("cut.jsonl.gz", r"cannot read cut.jsonl.gz .*ended before the end"),
+        ("data.parquet.gz", r"is none of .* nor a compressed file of text"),
+        ("nowhere.jsonl.gz", "does not exist"),
+        ("latin.jsonl", r"cannot read latin.jsonl .*not all of its texts are UTF-8"),
+        ("latin.txt", r"cannot read latin.txt .*'utf-8'"),
     ],
 )
 def test_sources_that_cannot_be_read(tmp_path, monkeypatch, text, complaint):
@@ -541,6 +567,12 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch, text, complaint):
     write(tmp_path / "numbers.jsonl", [{"text": 5}])
     (tmp_path / "null.jsonl").write_text('null\n{"text": "w1"}\n')
     (tmp_path / "null.json").write_text('[\n null, {"text": "w1"}]')
+    packed = gzip.compress((tmp_path / "null.jsonl").read_bytes())
+    (tmp_path / "null.jsonl.gz").write_bytes(packed)
+    (tmp_path / "cut.jsonl.gz").write_bytes(packed[:-9])
+    (tmp_path / "data.parquet.gz").touch()
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "w1"}\n{"text": "é"}\n'.encode("latin-1"))
+    (tmp_path / "latin.txt").write_bytes("w1\né\n".encode("latin-1"))
     (source,) = parse_sources([text])
     with pytest.raises(click.ClickException, match=complaint):
         tokenise(load(source), source, AutoTokenizer.from_pretrained("tokenizer"), max_length=24)
@@ -587,6 +619,19 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path):
     (source,) = parse_sources([str(tmp_path / "rows.jsonl")])
     with pytest.raises(click.ClickException, match=r"^row 201 of .*'target' holds 'None'"):
         tokenise(load(source), source, tokenizer, max_length=24, encoder_decoder=True)
+    # A chat that is none, or has none of its messages.
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} w9 {% endfor %}"
+    chat = [{"role": "user", "content": "w1"}]
+    for number, (broken, complaint) in enumerate(
+        (
+            (None, "holds null, which is no list of messages"),
+            ([None], "has null among its messages"),
+        )
+    ):
+        write(tmp_path / f"chats{number}.jsonl", [{"messages": chat}, {"messages": broken}])
+        (source,) = parse_sources([str(tmp_path / f"chats{number}.jsonl")])
+        with pytest.raises(click.ClickException, match=rf"^row 1 of .*'messages' {complaint}"):
+            tokenise(load(source), source, tokenizer, max_length=24)
     # Two texts in a list would be a pair.
     write(tmp_path / "pairs.jsonl", [{"text": ["w1", "w2"]}])
     (source,) = parse_sources([str(tmp_path / "pairs.jsonl")])

@@ -357,6 +357,63 @@ def test_vocabularies_that_differ_are_joined(tmp_path, monkeypatch, attention):
     torch.testing.assert_close(merged[ids[0, 3]], own[in_math])
 
 
+@pytest.mark.parametrize(
+    ("models", "base"),
+    [
+        (("math", "base"), "base"),
+        (("base", "math"), "base"),
+        (("math", "code"), "base"),
+        (("base", "code"), "math"),
+        (("math", "base"), None),
+    ],
+)
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [("llama", ()), ("llama", ("base",)), ("llama", ("base", "math", "code")), ("phi", ())],
+)
+def test_vocabularies_are_joined_in_any_order(tmp_path, monkeypatch, models, base, family, tied):
+    """The base is padded beyond its tokenizer, and a fine-tune has a token of its own."""
+    monkeypatch.chdir(tmp_path)
+    rows_of, sources = {}, {}
+    for seed, (name, size, extra, padding) in enumerate(
+        (("base", 96, (), 16), ("math", 97, ("cherry",), 0), ("code", 96, (), 0))
+    ):
+        make_model(
+            tmp_path / name,
+            seed,
+            family=family,
+            vocab_size=size + padding,
+            tie_word_embeddings=name in tied,
+        )
+        save_tokenizer(tmp_path / name, size, extra)
+        rows_of[name] = AutoTokenizer.from_pretrained(name).get_vocab()
+        sources[name] = read_tensors(tmp_path / name)
+    config = seq_moe(models, f"./{base}" if base else None)
+    out = merge({**config, "tokenizer": {"source": "union"}})
+    merged, vocabulary = read_tensors(out), AutoTokenizer.from_pretrained(out).get_vocab()
+    participants = {*models, base or models[0]}
+    assert len(vocabulary) == (97 if "math" in participants else 96)
+    assert load(out).config.vocab_size == len(vocabulary)
+    assert ("lm_head.weight" in merged) == (not participants <= set(tied))
+    assert ("lm_head.bias" in merged) == (family == "phi")
+    for name in {"embed_tokens.weight", "lm_head.weight", "lm_head.bias"} & merged.keys():
+        assert len(merged[name]) == len(vocabulary)
+        for token, row in vocabulary.items():
+            own_rows = []
+            for model in models:
+                tensors = sources[model]
+                own = tensors["model.embed_tokens.weight"]
+                if name.startswith("lm_head"):
+                    own = tensors.get(name, own)
+                if token in rows_of[model]:
+                    own_rows.append(own[rows_of[model][token]])
+            # mergekit has nothing for a token of the base alone, whose embedding is not merged.
+            expected = torch.zeros_like(merged[name][row])
+            if own_rows:
+                expected = torch.stack(own_rows).mean(dim=0)
+            torch.testing.assert_close(merged[name][row], expected)
+
+
 def test_loads_as_asked_for(here):
     out = merge(seq_moe(**SEPARATE))
     ids, model = words(2), load(out)
@@ -426,6 +483,12 @@ def test_the_command(here):
 )
 def test_a_mistake_is_named(here, config, fragments):
     refused(here, config, *fragments)
+
+
+def test_embeddings_are_not_truncated(here):
+    (here / "math").unlink()
+    make_model(here / "math", 1, vocab_size=80)
+    refused(here, seq_moe(), "seq_moe does not truncate", unsafe_truncate_embeddings=True)
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,10 @@ def test_vocabularies_are_not_aligned(here):
     merge(document)
 
 
+def test_embeddings_are_not_truncated(here):
+    refused(here, wemoe(), "wemoe does not truncate", unsafe_truncate_embeddings=True)
+
+
 def test_a_source_that_stores_a_tied_name_only_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", *SOURCES)):
