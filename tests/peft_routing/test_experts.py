@@ -130,11 +130,15 @@ def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def on_the_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.replace("layers.0.self_attn.q_proj", "embed_tokens"): tensor
-        for name, tensor in tensors.items()
-    }
+def on_the_embedding(path: Path) -> Path:
+    edited(path, target_modules=["embed_tokens", "q_proj", "v_proj", "down_proj"])
+    weights = path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for name in list(tensors):
+        moved = name.replace("layers.0.self_attn.q_proj", "embed_tokens")
+        tensors[moved] = tensors.pop(name)
+    save_file(tensors, weights)
+    return path
 
 
 def convolutional(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -247,7 +251,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "4 dimensions; only linear",
     ),
     "on the embedding": (
-        lambda path: reweighted(path, on_the_embedding),
+        on_the_embedding,
         ValueError,
         "embed_tokens is an? Embedding; only linear",
     ),
