@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -411,9 +412,18 @@ def _named(expert: Expert) -> str:
 def _of_other_base(expert: Expert, base_name: str | None) -> str:
     """The beginning of what is said of an expert that does not fit the base model."""
     trained_on = expert.config.get("base_model_name_or_path")
-    if trained_on and trained_on != base_name:
+    if trained_on and not _are_one_base(trained_on, base_name):
         return f"{_named(expert)} was trained on another base model, {trained_on}"
     return f"{_named(expert)} does not fit the base model"
+
+
+def _are_one_base(first: Any, second: Any) -> bool:
+    """Whether two names of base models are the same, or lead to the same directory."""
+    directories = []
+    for name in (first, second):
+        directory = Path(str(name)).expanduser()
+        directories.append(directory.resolve() if directory.is_dir() else name)
+    return bool(directories[0] == directories[1])
 
 
 def _warn_of_other_bases(experts: Sequence[Expert], base_name: str | None) -> None:
@@ -421,7 +431,7 @@ def _warn_of_other_bases(experts: Sequence[Expert], base_name: str | None) -> No
     others = {}
     for expert in experts:
         trained_on = expert.config.get("base_model_name_or_path")
-        if base_name and trained_on and trained_on != base_name:
+        if base_name and trained_on and not _are_one_base(trained_on, base_name):
             others[expert.name] = trained_on
     if others:
         first = next(iter(others))

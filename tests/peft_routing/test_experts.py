@@ -1,5 +1,6 @@
 """Which adapters, options and models can be routed, and what is said of those that cannot."""
 
+import copy
 import json
 import re
 import shutil
@@ -350,6 +351,25 @@ def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
         alone = RoutedLoraConfig(experts={"math": experts["math"]}, router="uniform")
         get_peft_model(AutoModelForCausalLM.from_pretrained(here), alone)
     assert torch.equal(logits(model), logits(unnamed))
+
+
+@pytest.mark.parametrize("spelling", ["base", "./base", "base/", "../here/base", "~/base", None])
+def test_one_base_has_many_names(
+    spelling: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    make_base().save_pretrained("base")
+    base = AutoModelForCausalLM.from_pretrained("base")
+    trained_on = str(Path("base").resolve()) if spelling is None else spelling
+    save_lora(Path("math"), 1, base=copy.deepcopy(base))
+    config = json.loads(Path("math/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = trained_on
+    Path("math/adapter_config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{NAMED}")
+        get_peft_model(base, RoutedLoraConfig(experts={"math": "math"}, router="uniform"))
 
 
 # Where experts lie
