@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
@@ -105,7 +106,7 @@ def read_expert(name: str, path: str, model: nn.Module) -> Expert:
     factors, biases, others = _parts(tensors, where)
     _check_places(factors, model, where)
     head = _head(others, config.get("modules_to_save") or ())
-    others = {key: others[key] for key in others if key.removeprefix(PREFIX) not in head}
+    others = _without_head(others, head, model)
     check_base_tensors(others, model, path, where)
     if not factors:
         raise UserError(f"{where}: its file of weights holds no LoRA factors")
@@ -135,6 +136,22 @@ def _head(others: Mapping[str, Tensor], modules_to_save: Sequence[str]) -> dict[
             if module.endswith(tuple(modules_to_save)):
                 head[name] = tensor
     return head
+
+
+def _without_head(
+    others: Mapping[str, Tensor], head: Mapping[str, Tensor], model: nn.Module
+) -> dict[str, Tensor]:
+    """The tensors that are neither of the modules that were saved whole nor tied to one of them,
+    of which PEFT may save a copy.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    left = {}
+    for key, tensor in others.items():
+        name = key.removeprefix(PREFIX)
+        of_head = head.get(name, head.get(tied.get(name, "")))
+        if of_head is None or not torch.equal(of_head, tensor):
+            left[key] = tensor
+    return left
 
 
 def _check_config(config: dict[str, Any], path: str, where: str) -> None:
