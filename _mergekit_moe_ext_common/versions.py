@@ -21,8 +21,8 @@ TESTED = {
     "accelerate": ("1.15.0", "1.15.0"),
     "datasets": ("4.0.0", "5.2.0"),
 }
-# From this transformers on `model.load_adapter` wants this PEFT, which is not on the package index
-# yet.
+# From this transformers on its own methods for adapters want this PEFT, which is not on the package
+# index yet. `model.load_adapter` does without.
 _NATIVE_ADAPTERS_SINCE = "5.24.0"
 _NATIVE_ADAPTERS_WANT = "0.22.0"
 _has_warned = False
@@ -58,8 +58,8 @@ def verdict(host: str, release: str | None) -> str:
 
 
 def remark_on_native_adapters(versions: dict[str, str | None]) -> str:
-    """A sentence on adapters that transformers loads itself, with these versions; "" if that
-    works.
+    """A sentence on adapters that transformers loads itself, with these versions; "" if all of its
+    methods work.
     """
     transformers = versions["transformers"]
     peft = versions["peft"]
@@ -68,8 +68,9 @@ def remark_on_native_adapters(versions: dict[str, str | None]) -> str:
     is_refused = Version(transformers) >= Version(_NATIVE_ADAPTERS_SINCE)
     if is_refused and Version(peft) < Version(_NATIVE_ADAPTERS_WANT):
         return (
-            f"transformers {transformers} loads adapters itself (`model.load_adapter`) only with "
-            f"peft {_NATIVE_ADAPTERS_WANT} or newer, and this is {peft}: load them by PEFT, "
+            f"transformers {transformers} loads adapters itself (`model.load_adapter`), and its "
+            f"methods for them, such as `set_adapter`, want peft {_NATIVE_ADAPTERS_WANT} or newer, "
+            f"where this is {peft}: for those load by PEFT, "
             "`PeftModel.from_pretrained(base, directory)`"
         )
     return ""

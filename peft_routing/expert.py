@@ -6,14 +6,21 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_target_module_exists,
+)
 from peft.utils import CONFIG_NAME
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +30,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import explained
 from peft_routing.adapter_files import read_config, read_labels, read_tensors
 from peft_routing.base_tensors import check_base_tensors, is_output_embedding
-from peft_routing.moved import PREFIX, in_names_of
+from peft_routing.moved import PREFIX, in_names_of, name_in
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|B\.bias)")
 _NAMED_HEAD = re.compile(r"(.+)\.modules_to_save\.[^.]+\.(.+)")
@@ -41,6 +48,14 @@ _CANNOT_BE_ROUTED = {
     "monteclora_config": "MonteCLoRA draws its updates at random",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
 }
+# The fields of a configuration that say at which modules the update is.
+_PLACES = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -84,12 +99,14 @@ def read_expert(name: str, path: str, model: nn.Module) -> Expert:
     check_finite(tensors, where)
     _check_whole(tensors, where)
     tensors = _without_adapter_name(tensors, where)
+    with explained(f"{where}: {CONFIG_NAME} cannot be used", path):
+        tensors = _at_targets(tensors, config, model, where)
     with explained(f"{where} does not fit a {type(model).__name__}", path):
         tensors = in_names_of(model, tensors)
     factors, biases, others = _parts(tensors, where)
     _check_places(factors, model, where)
     head = _head(others, config.get("modules_to_save") or ())
-    others = {key: others[key] for key in others if key.removeprefix(PREFIX) not in head}
+    others = _without_head(others, head, model)
     check_base_tensors(others, model, path, where)
     if not factors:
         raise UserError(f"{where}: its file of weights holds no LoRA factors")
@@ -119,6 +136,22 @@ def _head(others: Mapping[str, Tensor], modules_to_save: Sequence[str]) -> dict[
             if module.endswith(tuple(modules_to_save)):
                 head[name] = tensor
     return head
+
+
+def _without_head(
+    others: Mapping[str, Tensor], head: Mapping[str, Tensor], model: nn.Module
+) -> dict[str, Tensor]:
+    """The tensors that are neither of the modules that were saved whole nor tied to one of them,
+    of which PEFT may save a copy.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    left = {}
+    for key, tensor in others.items():
+        name = key.removeprefix(PREFIX)
+        of_head = head.get(name, head.get(tied.get(name, "")))
+        if of_head is None or not torch.equal(of_head, tensor):
+            left[key] = tensor
+    return left
 
 
 def _check_config(config: dict[str, Any], path: str, where: str) -> None:
@@ -215,6 +248,51 @@ def _without_adapter_name(tensors: Mapping[str, Tensor], where: str) -> dict[str
             "directory of its own"
         )
     return renamed
+
+
+def _at_targets(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module, where: str
+) -> dict[str, Tensor]:
+    """The tensors without the factors that PEFT would leave out, with a warning: those of modules
+    that the configuration does not target.
+
+    All are kept where it targets none of them: it has other names for them then, or says at
+    loading which they are.
+    """
+    targets = config.get("target_modules")
+    if targets is None or str(targets).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return dict(tensors)
+    places = LoraConfig(**{name: config.get(name) for name in _PLACES})
+    targeted: dict[str, bool] = {}
+    modules = {}
+    for key in tensors:
+        match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
+        # What lies in a layer of PEFT's own has a name that no configuration says.
+        if match is not None and ".base_layer" not in match[1]:
+            modules[key] = match[1]
+    for module in dict.fromkeys(modules.values()):
+        found = check_target_module_exists(places, module)
+        if not found:  # by the name in the file; PEFT has the one in the model
+            moved = name_in(model, f"{module}.weight").removesuffix(".weight")
+            found = check_target_module_exists(places, moved)
+        targeted[module] = bool(found)
+    left_out = [module for module in targeted if not targeted[module]]
+    if not left_out or len(left_out) == len(targeted):
+        return dict(tensors)
+    stated = [name for name in _PLACES if config.get(name) not in (None, [], "")]
+    number = f"{len(left_out)} of its {len(targeted)} modules are"
+    if len(left_out) == 1:
+        number = f"1 of its {len(targeted)} modules is"
+    warnings.warn(
+        f"{where}: its file has factors at {left_out[0]}, where {CONFIG_NAME} applies none "
+        f"({', '.join(stated)}): {number} left out, as PEFT leaves them out",
+        stacklevel=3,
+    )
+    kept = {}
+    for key, tensor in tensors.items():
+        if key not in modules or targeted[modules[key]]:
+            kept[key] = tensor
+    return kept
 
 
 _Parts = tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]
@@ -351,9 +429,18 @@ def _named(expert: Expert) -> str:
 def _of_other_base(expert: Expert, base_name: str | None) -> str:
     """The beginning of what is said of an expert that does not fit the base model."""
     trained_on = expert.config.get("base_model_name_or_path")
-    if trained_on and trained_on != base_name:
+    if trained_on and not _are_one_base(trained_on, base_name):
         return f"{_named(expert)} was trained on another base model, {trained_on}"
     return f"{_named(expert)} does not fit the base model"
+
+
+def _are_one_base(first: Any, second: Any) -> bool:
+    """Whether two names of base models are the same, or lead to the same directory."""
+    directories = []
+    for name in (first, second):
+        directory = Path(str(name)).expanduser()
+        directories.append(directory.resolve() if directory.is_dir() else name)
+    return bool(directories[0] == directories[1])
 
 
 def _warn_of_other_bases(experts: Sequence[Expert], base_name: str | None) -> None:
@@ -361,7 +448,7 @@ def _warn_of_other_bases(experts: Sequence[Expert], base_name: str | None) -> No
     others = {}
     for expert in experts:
         trained_on = expert.config.get("base_model_name_or_path")
-        if base_name and trained_on and trained_on != base_name:
+        if base_name and trained_on and not _are_one_base(trained_on, base_name):
             others[expert.name] = trained_on
     if others:
         first = next(iter(others))

@@ -54,7 +54,15 @@ def base_of(base: str | None, config: RoutedLoraConfig, reading: Reading) -> tup
         raise UserError(
             f"the adapter says base_model_name_or_path: {name!r}, which is no name: give --base"
         )
-    return name, load_config(name, reading)
+    try:
+        return name, load_config(name, reading)
+    except UserError as error:
+        if base or Path(name).expanduser().is_dir():
+            raise
+        raise UserError(
+            f"the adapter names {name} as its base model, which is not found from here: give "
+            f"--base ({error})"
+        ) from error
 
 
 def load_routed(

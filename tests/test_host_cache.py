@@ -6,6 +6,8 @@ here.
 """
 
 import dataclasses
+import io
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -181,6 +183,62 @@ def test_a_cache_by_two_names_or_by_one_that_nobody_knows_is_an_error(name, expe
         ValueError, match=r"memory= is a key-value cache, which this model takes as \w+="
     ):
         model(ids, memory=empty_cache(model))
+
+
+def pickled(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+def saved(cache):
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def answer_from(model, cache, token):
+    """The logits of greedy steps that go on with a cache, and their tokens."""
+    logits, tokens = [], [token]
+    with torch.no_grad():
+        for _ in range(STEPS):
+            output = model(tokens[-1], past_key_values=cache)
+            logits.append(output.logits)
+            tokens.append(output.logits[:, -1:].argmax(-1))
+    return torch.cat(logits, dim=1), torch.cat(tokens, dim=1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("through", [pickled, saved])
+def test_a_cache_that_went_through_a_file_goes_on(name, rows, through, experts):
+    model = MODELS[name](experts)
+    ids = prompts(model)[0][:rows]
+    ids, token = ids[:, :8], ids[:, 8:9]
+    cache = empty_cache(model)
+    with torch.no_grad():
+        model(ids[:, :7], past_key_values=cache)
+        model(ids[:, 7:], past_key_values=cache)  # merged weights are kept from here on
+    if hasattr(cache, "carried"):
+        cache.carried.merged[0] = torch.zeros(1), None  # of a module that is no more
+    for seam in (common_seam, modeling_seam):
+        seam.following.cache_clear()  # as in a new process
+    loaded = through(cache)
+    again = through(loaded)
+    reordered = through(cache)
+    if hasattr(cache, "carried"):
+        assert not again.carried.merged
+    logits, tokens = answer_from(model, cache, token)
+    # Another model's modules lie elsewhere in memory.
+    other = MODELS[name](experts)
+    other_logits, other_tokens = answer_from(other, again, token)
+    assert torch.equal(other_tokens, tokens)
+    torch.testing.assert_close(other_logits, logits, atol=1e-5, rtol=1e-5)
+    assert isinstance(again, type(empty_cache(model)))
+    if hasattr(reordered, "reorder_cache"):
+        order = torch.arange(rows).flip(0)
+        reordered.reorder_cache(order)
+        reordered_logits, _ = answer_from(other, reordered, token[order])
+        torch.testing.assert_close(reordered_logits, logits[order], atol=1e-5, rtol=1e-5)
 
 
 def _losing(stock, model, outputs, model_kwargs, *args, **kwargs):

@@ -74,6 +74,14 @@ def pinned(file):
     return {each.name: str(each.specifier).removeprefix("==") for each in requirements}
 
 
+def test_only_the_methods_around_loading_want_a_newer_peft():
+    """That loading itself works is in tests/peft_routing/test_saving.py."""
+    said = versions.remark_on_native_adapters({"transformers": "5.24.0", "peft": "0.21.2"})
+    assert "loads adapters itself" in said and "`set_adapter`, want peft 0.22.0" in said
+    for transformers, peft in (("5.23.0", "0.21.2"), ("5.24.0", "0.22.0"), (None, "0.21.2")):
+        assert not versions.remark_on_native_adapters({"transformers": transformers, "peft": peft})
+
+
 def test_what_is_claimed_is_what_is_tested():
     """pyproject.toml, both constraint files, the table in the docs and the file beside the weights
     say the same.

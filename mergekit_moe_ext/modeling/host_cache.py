@@ -119,11 +119,24 @@ class FollowingCache:
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.change_rows(lambda rows: rows[indices.to(rows.device)])
 
+    # Its class has no name that could be imported, so that copies and files name the two that it
+    # was made of.
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        follower, kind = type(self).__bases__
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new, (kind, follower), *reduced[2:]
+
 
 @functools.cache
 def following(kind: type[Cache], follower: type[FollowingCache]) -> Any:
     """The class of a cache of this kind whose rows are followed by what `follower` keeps."""
     return type(f"{follower.__name__}{kind.__name__}", (follower, kind), {})
+
+
+def _new(kind: Any, follower: Any) -> Any:
+    """A cache of a class that `following` makes, before it has what is in it."""
+    made = following(kind, follower)
+    return made.__new__(made)
 
 
 class _Running(threading.local):

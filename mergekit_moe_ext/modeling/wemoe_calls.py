@@ -119,6 +119,10 @@ class Carried:
     mask: Tensor | None = None
     is_ahead: bool = False
 
+    # Where a cache goes on from a file, an `id` is that of another module.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "merged": {}}
+
 
 class Carrying(FollowingCache):
     """A cache that carries the coefficients of its rows, and weights that were merged by them."""

@@ -26,16 +26,16 @@ ROUTERS: dict[str, dict[str, Any]] = {
 
 
 def has_native_adapters() -> bool:
-    """True if transformers can load adapters by its own `model.load_adapter`, which asks for a
-    PEFT that is new enough.
+    """True if all of transformers' own methods for adapters work, some of which ask for a PEFT that
+    is new enough.
     """
     return Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
 
 
 def skip_without_native_adapters() -> None:
-    """Skips the test where transformers cannot load adapters by itself."""
+    """Skips the test where some of transformers' own methods for adapters raise."""
     if not has_native_adapters():
-        pytest.skip(f"transformers needs PEFT {MIN_PEFT_VERSION} to load adapters by itself")
+        pytest.skip(f"transformers needs PEFT {MIN_PEFT_VERSION} for adapters of its own")
 
 
 def make_base(family: str = "llama", dtype: Any = torch.float32, **config: Any) -> Any:

@@ -192,6 +192,23 @@ def test_mistakes_leave_nothing_behind(here, arguments, complaint):
     assert sorted(Path().iterdir()) == before
 
 
+@pytest.mark.parametrize("base", ["./base/", "base"])
+def test_a_base_that_is_not_found_from_here_is_the_adapters(here, monkeypatch, base):
+    experts = ["--expert", "math=math", "--expert", "code=code"]
+    assert route("compose", base, *experts, "-o", "routed").exit_code == 0
+    routed, data = Path("routed").absolute(), Path("law.jsonl").absolute()
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    for command in (["export", routed, "-o", "lora"], ["inspect", routed, "--data", data]):
+        result = route(*command)
+        assert result.exit_code == 1
+        assert (
+            f"the adapter names {base} as its base model, which is not found from here: give --base"
+            in result.output
+        )
+        assert route(*command, "--base", here / "base").exit_code == 0
+
+
 def test_a_random_start_is_that_of_its_seed(here):
     for output, seed in (("one", 1), ("same", 1), ("other", 2)):
         assert compose("--router", "mlp", "--seed", seed, output=output).exit_code == 0

@@ -1,5 +1,6 @@
 """Which adapters, options and models can be routed, and what is said of those that cannot."""
 
+import copy
 import json
 import re
 import shutil
@@ -130,11 +131,15 @@ def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def on_the_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.replace("layers.0.self_attn.q_proj", "embed_tokens"): tensor
-        for name, tensor in tensors.items()
-    }
+def on_the_embedding(path: Path) -> Path:
+    edited(path, target_modules=["embed_tokens", "q_proj", "v_proj", "down_proj"])
+    weights = path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for name in list(tensors):
+        moved = name.replace("layers.0.self_attn.q_proj", "embed_tokens")
+        tensors[moved] = tensors.pop(name)
+    save_file(tensors, weights)
+    return path
 
 
 def convolutional(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -247,7 +252,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "4 dimensions; only linear",
     ),
     "on the embedding": (
-        lambda path: reweighted(path, on_the_embedding),
+        on_the_embedding,
         ValueError,
         "embed_tokens is an? Embedding; only linear",
     ),
@@ -346,6 +351,25 @@ def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
         alone = RoutedLoraConfig(experts={"math": experts["math"]}, router="uniform")
         get_peft_model(AutoModelForCausalLM.from_pretrained(here), alone)
     assert torch.equal(logits(model), logits(unnamed))
+
+
+@pytest.mark.parametrize("spelling", ["base", "./base", "base/", "../here/base", "~/base", None])
+def test_one_base_has_many_names(
+    spelling: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    make_base().save_pretrained("base")
+    base = AutoModelForCausalLM.from_pretrained("base")
+    trained_on = str(Path("base").resolve()) if spelling is None else spelling
+    save_lora(Path("math"), 1, base=copy.deepcopy(base))
+    config = json.loads(Path("math/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = trained_on
+    Path("math/adapter_config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{NAMED}")
+        get_peft_model(base, RoutedLoraConfig(experts={"math": "math"}, router="uniform"))
 
 
 # Where experts lie

@@ -543,6 +543,26 @@ def test_modules_inside_the_model_are_refused(tmp_path):
             route({"one": path}, head, "llama")
 
 
+@pytest.mark.filterwarnings("ignore:.*tie")
+def test_a_tied_head_that_was_saved_whole_is_the_embedding(tmp_path):
+    """What PEFT saves of both says what cannot be, not that the copy is not the base model's."""
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
+    config = LoraConfig(
+        target_modules=["q_proj"],
+        modules_to_save=["lm_head"],
+        ensure_weight_tying=True,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        model.get_input_embeddings().modules_to_save["default"].weight.add_(0.1)
+    model.save_pretrained(tmp_path / "one")
+    experts = {"one": str(tmp_path / "one")}
+    for head in (None, "one", "new"):
+        with pytest.raises(UserError, match=r"embed_tokens.*is inside the model; whole modules"):
+            get_peft_model(base, RoutedLoraConfig(experts=experts, router="uniform", head=head))
+
+
 def test_a_language_model_s_head(tmp_path):
     torch.manual_seed(0)
     base = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)).eval()

@@ -35,7 +35,7 @@ from peft_routing import RoutedLoraConfig, UserError, compose
 from peft_routing.cli import main
 from peft_routing.expert import _CANNOT_BE_ROUTED
 from tests.conftest import TINY
-from tests.peft_routing.adapters import make_base, save_lora
+from tests.peft_routing.adapters import TARGETS, make_base, save_lora
 
 IDS = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(7))
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
@@ -187,6 +187,12 @@ def without_prefix(path: Path) -> tuple[Any, Path]:
     return make_base(), path
 
 
+def at_more_modules(path: Path) -> tuple[Any, Path]:
+    save_lora(path, 5)
+    edit(path, target_modules=["q_proj"])
+    return make_base(), path
+
+
 ACCEPTED: dict[str, Callable[[Path], tuple[Any, Path]]] = {
     "keys that name the adapter (`lora_A.default.weight`)": named_keys,
     "`adapter_model.bin`": a_pickle,
@@ -196,6 +202,7 @@ ACCEPTED: dict[str, Callable[[Path], tuple[Any, Path]]] = {
     "`lora_bias`": with_biases,
     "fields of other PEFT versions": of_another_peft,
     "keys without `base_model.model.`": without_prefix,
+    "factors at modules that `adapter_config.json` does not target": at_more_modules,
 }
 
 
@@ -400,7 +407,7 @@ def test_the_page_lists_what_is_tried_here() -> None:
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
-@pytest.mark.filterwarnings("ignore:.*use_tomorrow")
+@pytest.mark.filterwarnings("ignore:.*use_tomorrow", "ignore:.*left out, as PEFT")
 def test_what_is_accepted_has_pefts_own_logits(case: str, tmp_path: Path) -> None:
     base, path = ACCEPTED[case](tmp_path / "odd")
     plain = tmp_path / "plain"
@@ -475,6 +482,82 @@ def test_names_that_a_model_maps_itself(tmp_path: Path) -> None:
     base._checkpoint_conversion_mapping = {r"\.blocks\.": ".layers."}
     torch.testing.assert_close(logits(stock(base, path)), expected, atol=0, rtol=0)
     torch.testing.assert_close(logits(routed(base, {"one": path})), expected, atol=2e-6, rtol=0)
+
+
+WITH_HEAD = ["q_proj", "v_proj", "lm_head"]
+# The modules in the file, what the configuration says of them, and how many it does not target.
+PLACES: dict[str, tuple[list[str], dict[str, Any], str]] = {
+    "fewer": (TARGETS, {"target_modules": ["q_proj"]}, "6 of its 9"),
+    "a pattern": (TARGETS, {"target_modules": r"model\.layers\.0\..*_proj"}, "6 of its 9"),
+    "one layer": (TARGETS, {"layers_to_transform": [1]}, "6 of its 9"),
+    "the first layer": (TARGETS, {"layers_to_transform": 0}, "6 of its 9"),
+    "a layer by a pattern": (
+        TARGETS,
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+        "6 of its 9",
+    ),
+    "excluded": (TARGETS, {"exclude_modules": ["down_proj"]}, "3 of its 9"),
+    "excluded by a pattern": (TARGETS, {"exclude_modules": r".*\.1\..*"}, "3 of its 9"),
+    "all but the head": (WITH_HEAD, {"exclude_modules": ["lm_head"]}, "1 of its 7"),
+    "the head alone": (WITH_HEAD, {"target_modules": "lm_head"}, "6 of its 7"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("is_named", [False, True])
+def test_factors_that_peft_leaves_out_are_left_out(
+    case: str, is_named: bool, tmp_path: Path
+) -> None:
+    targets, stated, number = PLACES[case]
+    base, path = make_base(), tmp_path / "odd"
+    save_lora(path, 5, target_modules=targets)
+    edit(path, **stated)
+    expected = logits(stock(base, path))
+    assert (expected - logits(base)).abs().max() > 1e-2
+    if is_named:
+        rename(path, lambda key: re.sub(r"(lora_[AB])\.weight", r"\1.math.weight", key))
+    with pytest.warns(UserWarning, match=rf"'odd'.*: {number} modules .* left out"):
+        model = routed(base, {"odd": path})
+    torch.testing.assert_close(logits(model), expected, atol=2e-6, rtol=1e-5)
+    model.export_experts(str(tmp_path / "experts"))
+    exported = logits(stock(base, tmp_path / "experts" / "odd"))
+    torch.testing.assert_close(exported, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"target_modules": ["q", "v"]},
+        {"target_modules": r"decoder\..*"},
+        {"target_modules": None},
+        {"target_modules": "all-linear"},
+        {"exclude_modules": r".*_proj"},
+        {"layers_to_transform": [7]},
+    ],
+)
+def test_factors_stay_where_the_configuration_targets_none(
+    stated: dict[str, Any], tmp_path: Path
+) -> None:
+    base, path = make_base(), save_lora(tmp_path / "odd", 5)
+    expected = logits(stock(base, path))
+    edit(path, **stated)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*left out")
+        model = routed(base, {"odd": path})
+    torch.testing.assert_close(logits(model), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OLD_NAMES)
+@pytest.mark.parametrize("time", ["old", "new"])
+def test_targets_by_old_and_by_new_names(kind: str, time: str, tmp_path: Path) -> None:
+    base, path = old_names(tmp_path / "old", kind)
+    expected = logits(stock(base, tmp_path / "new"))
+    prefix = OLD_NAMES[kind][("new", "old").index(time)].removeprefix("model.")
+    edit(path, target_modules=rf"{re.escape(prefix)}.*_proj|lm_head")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*left out")
+        model = routed(base, {"one": path})
+    torch.testing.assert_close(logits(model), expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -737,6 +820,7 @@ def test_a_bias_that_fits_no_factor_is_refused(
     change: Callable[[str, Tensor], tuple[str, Tensor]], reason: str, tmp_path: Path
 ) -> None:
     base, path = with_biases(tmp_path / "odd")
+    edit(path, target_modules=[*TARGETS, "k_proj"])
     changed = {}
     for key, value in load_file(path / WEIGHTS).items():
         new = change(key, value) if key.endswith(".bias") else (key, value)

@@ -1,5 +1,6 @@
 """`ensemble` against separate PEFT models whose distributions are mixed step by step."""
 
+import pickle
 import weakref
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
 
 from peft_routing import UserError, ensemble
 from peft_routing.fusion import generation as generation_module
@@ -162,6 +164,20 @@ def test_every_expert_has_a_cache_and_the_model_is_left_as_it_was(routed):
     with torch.no_grad():
         alike = routed(input_ids=PROMPTS).logits, routed(input_ids=PROMPTS).logits
     assert torch.equal(*alike)
+
+
+@torch.no_grad()
+def test_a_cache_that_went_through_a_file_goes_on(routed):
+    mixture = ensemble(routed, GIVEN, beta=1.0)
+    cache = DynamicCache(config=routed.config)
+    mixture(input_ids=PROMPTS, past_key_values=cache)
+    loaded = pickle.loads(pickle.dumps(cache))
+    token = torch.tensor([[3], [4]])
+    for _ in range(4):
+        logits = mixture(input_ids=token, past_key_values=cache).logits
+        assert torch.equal(mixture(input_ids=token, past_key_values=loaded).logits, logits)
+        token = logits[:, -1:].argmax(-1)
+    assert torch.equal(loaded.log_weights, cache.log_weights)
 
 
 class LargeTensors(TorchDispatchMode):
