@@ -113,7 +113,7 @@ class RoutedCall:
         """
         key = adapter, router.group
         documents = None
-        is_of_text = reads != "media" and not self._is_beside_text(x)
+        is_of_text = reads == "text" or (reads == "either" and not self._is_beside_text(x))
         if router.granularity == "token":
             scores = router.scores(x)
         elif not is_of_text:

@@ -231,3 +231,20 @@ def test_images_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     layer = model.base_model.model.vision_model.encoder.layers[0].self_attn.q_proj
     with pytest.raises(UserError, match=r"cannot tell the images.*\(7, 32\)"):
         layer(torch.randn(7, 32))
+
+
+@torch.no_grad()
+def test_a_language_model_that_sees_other_tokens_than_the_mask_is_refused(tmp_path: Path) -> None:
+    """Tokens of its own are no image, by which an answer would choose, too."""
+    model = routed(llava, tmp_path, ["v_proj"], granularity="sequence")
+    language_model = model.base_model.model.model.language_model
+
+    def prepend(module: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
+        embeds = keywords["inputs_embeds"]
+        longer = torch.cat([embeds[:, :2], embeds], dim=1)
+        return arguments, {"inputs_embeds": longer, "use_cache": False}
+
+    language_model.register_forward_pre_hook(prepend, with_kwargs=True)
+    ids = with_images(14)
+    with pytest.raises(UserError, match=r"attention mask of shape.*\(2, 16\).*it is \(2, 14\)"):
+        model(input_ids=ids, pixel_values=PIXELS, attention_mask=torch.ones_like(ids))
