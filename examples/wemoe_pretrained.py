@@ -4,7 +4,8 @@
 
 1. Fetch the network and the images of four tasks (`real_images.py`); each is made once and kept.
 2. Give each task a head that is never trained, like those that CLIP makes of the names of classes:
-   the nearest class mean in the base's features, as a linear map.
+   cosines with the means of the classes in the base's features. `--head linear` makes the nearest
+   linear map of them, as most classifiers have.
 3. Per seed and task, fine-tune the upper six of twelve blocks until their predictions are sure.
    What the lower blocks give is computed once.
 4. Merge with mergekit's methods, those of `merging_baselines.py`, `wemoe` and AdaMerging, adapt to
@@ -14,7 +15,7 @@
 `--only` picks other parts: Table 4 (two of the tasks are not merged), figure 4 (learning rates and
 steps), and learning rates on images that no table is measured on. Table 5 (corrupted images),
 Table 6 (what is routed), figure 5 (lambda) and figures 11 and 12 (what the routers choose) have
-routers at a constant rate of 1e-4, at which they go wrong in no seed of Table 2.
+routers at a constant rate of 1e-4, at which they go wrong in no seed of Table 2, whatever the head.
 
 Every row is written as soon as it is measured (`*.json` in OUTPUT), so the same command goes on
 after an interruption. What differs from the papers: 50 steps of adaptation by default, not 1000;
@@ -34,7 +35,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -57,7 +58,7 @@ from PIL import Image
 from real_data import cache_dir, written_at_once
 from real_images import Images, dinov2, recipe, tasks
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import BitImageProcessor, Dinov2ForImageClassification, Dinov2Model
@@ -102,7 +103,8 @@ class Scale:
     frozen: the number of lower blocks that are not fine-tuned.
     trained, tested: images per task.
     of_class: the images of a class whose mean is its row of the head.
-    sharpness: what the head's cosines are multiplied by.
+    head: whether logits are cosines, or linear in the features.
+    sharpness: what the cosines are multiplied by.
     steps, batch, learning_rate: of a fine-tuning; AdamW, one cycle down to zero.
     """
 
@@ -110,6 +112,7 @@ class Scale:
     trained: int = 4000
     tested: int = 300
     of_class: int = 50
+    head: Literal["cosine", "linear"] = "cosine"
     sharpness: float = 20.0
     steps: int = 500
     batch: int = 32
@@ -129,7 +132,6 @@ ADAPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "AdaMerging (task)": (routed(upscale="all", router_layers=0, shared_router=True), CONSTANTS),
     "E-WEMoE 0.9": (routed("ewemoe", **UPPER), COSINE),
     "WEMoE (2-layer), constant 1e-4": (routed(**UPPER), {"learning_rate": 1e-4}),
-    "WEMoE (2-layer), 3e-4": (routed(**UPPER), {**COSINE, "learning_rate": 3e-4}),
 }
 AT_CONSTANT_RATE = "WEMoE (2-layer), constant 1e-4"
 ON_CORRUPTED = ["Task arithmetic", "Ties-Merging", "AdaMerging (layer)", AT_CONSTANT_RATE]
@@ -237,24 +239,70 @@ def features_of(trunk: Dinov2Model, hidden: Tensor, frozen: int) -> Tensor:
     return torch.cat([upper_part(trunk, batch, frozen) for batch in hidden.split(100)])
 
 
-def prototype_head(features: Tensor, labels: Tensor, classes: int, scale: Scale) -> Tensor:
-    """A head of class means, (classes, 2 width + 1), the bias last.
+class CosineHead(nn.Module):
+    """A map of features (n, features) to logits (n, classes): cosines, as CLIP's are.
 
-    Logits are `sharpness` times the cosines between centred features and centred class means, where
-    the norm of the centred features is taken to be its mean, so that the head is a linear map.
+    Through a linear head larger features make surer predictions. Fine-tunes then learn to enlarge
+    them, and routers lower the entropy by it, whether or not predictions are right.
+
+    bias: (features,), added to the features first, so that they are centred.
+    weight: (classes, features), whose rows have the norm that cosines are multiplied by.
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(classes, features))
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    def with_classes(self, number: int) -> "CosineHead":
+        """A new head for another number of classes. A merge makes one per task by it."""
+        return CosineHead(len(self.bias), number)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return functional.linear(functional.normalize(features + self.bias, dim=-1), self.weight)
+
+
+def use_cosine_heads() -> None:
+    """Gives DINOv2's classifiers heads of cosines, in the whole program from now on.
+
+    Merging and adapting build the classes of transformers, where no classifier has such a head.
+    """
+    stock = Dinov2ForImageClassification.__init__
+
+    def with_cosines(self: Any, config: Any) -> None:
+        stock(self, config)
+        self.classifier = CosineHead(2 * config.hidden_size, config.num_labels)
+
+    Dinov2ForImageClassification.__init__ = with_cosines
+
+
+def prototype_head(features: Tensor, labels: Tensor, classes: int, scale: Scale) -> Tensor:
+    """A head of class means, (1 + classes, 2 width): the centre of the features, and per class the
+    direction from there to its mean.
+
+    Directions are as long as logits want them: `sharpness`, and for a linear head, which does not
+    normalise features, `sharpness` by the mean norm of the centred features.
     """
     center = features.mean(dim=0)
-    norm = (features - center).norm(dim=1).mean()
-    rows = []
+    length = scale.sharpness
+    if scale.head == "linear":
+        length /= (features - center).norm(dim=1).mean().item()
+    rows = [center]
     for number in range(classes):
         of_class = features[labels == number][: scale.of_class]
-        rows.append(functional.normalize(of_class.mean(dim=0) - center, dim=0))
-    weight = scale.sharpness / norm * torch.stack(rows)
-    return torch.cat([weight, -(weight @ center)[:, None]], dim=1)
+        rows.append(length * functional.normalize(of_class.mean(dim=0) - center, dim=0))
+    return torch.stack(rows)
 
 
-def logits_of(features: Tensor, head: Tensor) -> Tensor:
-    return functional.linear(features, head[:, :-1], head[:, -1])
+def centred(features: Tensor, center: Tensor, scale: Scale) -> Tensor:
+    """Features as the directions of a head see them."""
+    features = features - center
+    return functional.normalize(features, dim=-1) if scale.head == "cosine" else features
+
+
+def logits_of(features: Tensor, head: Tensor, scale: Scale) -> Tensor:
+    """The logits (n, classes) of features (n, 2 width)."""
+    return functional.linear(centred(features, head[0], scale), head[1:])
 
 
 def fine_tuned(trunk: Dinov2Model, frozen: int) -> list[torch.nn.Parameter]:
@@ -276,7 +324,7 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, scale.steps, pct_start=0.1)
     for _ in tqdm(range(scale.steps), desc="fine-tuning", mininterval=10):
         sample = torch.randint(len(hidden), (scale.batch,), generator=generator)
-        logits = logits_of(upper_part(trunk, hidden[sample], scale.frozen), head)
+        logits = logits_of(upper_part(trunk, hidden[sample], scale.frozen), head, scale)
         loss = functional.cross_entropy(logits, labels[sample])
         optimizer.zero_grad()
         loss.backward()
@@ -315,7 +363,7 @@ class Bench:
         entropies = []
         for task in TASKS:
             features = features_of(trunk_of(task), self.hidden[task], self.scale.frozen)
-            logits = logits_of(features, self.heads[task])
+            logits = logits_of(features, self.heads[task], self.scale)
             labels = torch.as_tensor(self.data[task].test_labels)
             row[task] = (logits.argmax(-1) == labels).float().mean().item()
             distribution = torch.distributions.Categorical(logits=logits)
@@ -346,8 +394,13 @@ class Bench:
         trunk.requires_grad_(False)
         for parameter in fine_tuned(trunk, self.scale.frozen):
             parameter.requires_grad_(True)
-        features = partial(upper_part, frozen=self.scale.frozen)
-        return Classifier(trunk, features, self.heads[task])
+        head = self.heads[task]
+
+        def features(trunk: Any, hidden: Tensor) -> Tensor:
+            return centred(upper_part(trunk, hidden, self.scale.frozen), head[0], self.scale)
+
+        without_bias = functional.pad(head[1:], (0, 1))
+        return Classifier(trunk, features, without_bias)
 
     @cached_property
     def calibration(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -467,7 +520,8 @@ class Bench:
                 batches = []
                 for batch in pixels(self.data[task].test).split(100):
                     batches.append(model(pixel_values=batch, task=any_task).logits)
-                predictions = logits_of(torch.cat(batches), self.heads[task]).argmax(-1)
+                logits = logits_of(torch.cat(batches), self.heads[task], self.scale)
+                predictions = logits.argmax(-1)
                 labels = torch.as_tensor(self.data[task].test_labels)
                 accuracies[task] = (predictions == labels).float().mean().item()
         return accuracies
@@ -483,9 +537,9 @@ class Bench:
         return replace(self, data=data, hidden=hidden, tests=write_tests(data, self.scratch / name))
 
 
-def save(trunk: Dinov2Model, head: Tensor, classes: list[str], folder: Path) -> None:
-    """Saves a fine-tune as those on the Hub are: a classifier with names of classes, and the
-    processor of its images.
+def save(trunk: Dinov2Model, head: Tensor, classes: list[str], scale: Scale, folder: Path) -> None:
+    """Saves a fine-tune as those on the Hub are, but for the kind of its head: a classifier with
+    names of classes, and the processor of its images.
     """
     config = copy.deepcopy(trunk.config)
     config.num_labels = len(classes)
@@ -494,8 +548,9 @@ def save(trunk: Dinov2Model, head: Tensor, classes: list[str], folder: Path) -> 
     model = Dinov2ForImageClassification(config)
     model.dinov2.load_state_dict(trunk.state_dict())
     with torch.no_grad():
-        model.classifier.weight.copy_(head[:, :-1])
-        model.classifier.bias.copy_(head[:, -1])
+        center, weight = head[0], head[1:]
+        model.classifier.weight.copy_(weight)
+        model.classifier.bias.copy_(-center if scale.head == "cosine" else -(weight @ center))
     model.save_pretrained(folder)
     BitImageProcessor(
         do_resize=False, do_center_crop=False, image_mean=MEAN, image_std=DEVIATION
@@ -541,13 +596,14 @@ def make_bench(
             labels = torch.as_tensor(data[task].train_labels)
             with written_at_once(folder) as unfinished:
                 fine_tune(tuned, lower[task], labels, heads[task], scale, seed)
-                save(tuned, heads[task], data[task].classes, unfinished)
+                save(tuned, heads[task], data[task].classes, scale, unfinished)
     base_model = root / f"seed{seed}" / "base"
     if not base_model.is_dir():
         # Its head is not used: every task has its own.
         with written_at_once(base_model) as unfinished:
             head = heads[TASKS[0]]
-            save(trunk, head, [f"LABEL_{number}" for number in range(len(head))], unfinished)
+            classes = [f"LABEL_{number}" for number in range(len(head) - 1)]
+            save(trunk, head, classes, scale, unfinished)
     trunks = {}
     for name in ("base", *TASKS):
         trunks[name] = root / f"seed{seed}" / "trunks" / name
@@ -775,6 +831,13 @@ DRAWN: dict[str, tuple[Callable[[Results, Path], None], str]] = {
     help="Part of the experiments; several may be given.",
 )
 @click.option("--seed", "seeds", type=int, multiple=True, default=[0], show_default=True)
+@click.option(
+    "--head",
+    type=click.Choice(["cosine", "linear"]),
+    default="cosine",
+    show_default=True,
+    help="Kind of the heads; a linear one has surer predictions for larger features.",
+)
 @click.option("--steps", type=int, default=50, show_default=True, help="Steps of an adaptation.")
 @click.option(
     "--corruption",
@@ -792,6 +855,7 @@ def main(
     output: Path,
     only: tuple[str, ...],
     seeds: tuple[int, ...],
+    head: Literal["cosine", "linear"],
     steps: int,
     corruptions: tuple[str, ...],
     plot: Path | None,
@@ -800,9 +864,11 @@ def main(
         pyplot()  # an error before any work where it is not installed
         plot.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
+    if head == "cosine":
+        use_cosine_heads()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    scale = Scale()
+    scale = replace(Scale(), head=head)
     settings = {"steps": steps, **asdict(scale)}
     results = {part: Results(output, part, settings) for part in only}
     all_images = tasks(TASKS)

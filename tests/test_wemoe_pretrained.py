@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.nn import functional
 from transformers import BitImageProcessor, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
 from tests.test_wemoe_images import made_up
 
+STOCK = Dinov2ForImageClassification.__init__
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -29,6 +31,9 @@ def experiment(examples, monkeypatch, tmp_path):
     def made_up_tasks(names):
         return {name: made_up(real_images, seed) for seed, name in enumerate(names)}
 
+    # Whatever is made of the class in these tests is undone after them.
+    monkeypatch.setattr(Dinov2ForImageClassification, "__init__", STOCK)
+    wemoe_pretrained.use_cosine_heads()
     monkeypatch.setattr(wemoe_pretrained, "dinov2", tiny_network)
     monkeypatch.setattr(wemoe_pretrained, "tasks", made_up_tasks)
     upper = {"upscale_layers": "1"}
@@ -144,16 +149,51 @@ def test_unseen_tasks_are_measured_by_their_own_heads(experiment, tmp_path):
 
 
 @torch.no_grad()
-def test_the_halves_of_the_network_are_the_whole_that_is_saved(experiment, tmp_path):
-    scale = replace(experiment.Scale(), trained=8)
+def test_logits_are_cosines(experiment):
+    torch.manual_seed(0)
+    features = torch.randn(12, 6) + 3
+    labels = torch.arange(12) % 3
+    head = experiment.prototype_head(features, labels, 3, experiment.Scale())
+    logits = experiment.logits_of(features, head, experiment.Scale())
+    center = features.mean(dim=0)
+    for number in range(3):
+        mean = features[labels == number][:4].mean(dim=0)
+        cosines = functional.cosine_similarity(features - center, (mean - center)[None])
+        assert torch.allclose(logits[:, number], 20 * cosines, atol=1e-4)
+
+
+def test_the_kind_of_head_changes_how_sure_predictions_are_and_not_what_they_are(
+    experiment, tmp_path
+):
+    rows = []
+    for kind in ("cosine", "linear"):
+        scale = replace(experiment.Scale(), head=kind)
+        images = experiment.tasks(experiment.TASKS)
+        data = {task: experiment.prepared(each, scale) for task, each in images.items()}
+        if kind == "linear":
+            Dinov2ForImageClassification.__init__ = STOCK
+        bench = experiment.make_bench(data, {}, scale, 0, tmp_path / kind, 1)
+        rows.append(bench.pretrained())
+    cosine, linear = rows
+    assert cosine["entropy"] != pytest.approx(linear["entropy"], rel=1e-3)
+    for task in experiment.TASKS:
+        assert cosine[task] == linear[task]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@torch.no_grad()
+def test_the_halves_of_the_network_are_the_whole_that_is_saved(experiment, tmp_path, kind):
+    if kind == "linear":
+        Dinov2ForImageClassification.__init__ = STOCK
+    scale = replace(experiment.Scale(), trained=8, head=kind)
     data = experiment.prepared(made_up(experiment, 0), scale)
     trunk = Dinov2Model.from_pretrained(experiment.dinov2(experiment.SIDE))
     hidden = experiment.lower_part(trunk, data.train, scale.frozen)
     features = experiment.features_of(trunk, hidden, scale.frozen)
     head = experiment.prototype_head(features, torch.as_tensor(data.train_labels), 2, scale)
-    experiment.save(trunk, head, data.classes, tmp_path / "saved")
+    experiment.save(trunk, head, data.classes, scale, tmp_path / "saved")
     processor = BitImageProcessor.from_pretrained(tmp_path / "saved")
     images = [image[..., None].repeat(3, axis=-1) for image in data.train]
     model = Dinov2ForImageClassification.from_pretrained(tmp_path / "saved").eval()
     logits = model(**processor(images, return_tensors="pt")).logits
-    assert torch.allclose(logits, experiment.logits_of(features, head), atol=1e-4)
+    assert torch.allclose(logits, experiment.logits_of(features, head, scale), atol=1e-4)

@@ -416,18 +416,8 @@ WEMOE = Paper(
         ),
         Part(
             "wemoe_pretrained",
-            "the same with routers at 3e-4, the better of two rates on validation images",
-            _at_another_rate("WEMoE (2-layer), 3e-4"),
-        ),
-        Part(
-            "wemoe_pretrained",
             "the same, with two of the tasks merged and two unseen",
             TABLE_4,
-        ),
-        Part(
-            "wemoe_pretrained",
-            "the same on corrupted test images, with routers at the constant rate",
-            _of_table5(),
         ),
         Part(
             "wemoe_pretrained",
@@ -448,6 +438,21 @@ WEMOE = Paper(
                     "table6: Entire block",
                 ),
             ),
+        ),
+        Part(
+            "wemoe_pretrained_linear",
+            "the same network with linear heads, which CLIP does not have",
+            _at_another_rate("WEMoE (2-layer)"),
+        ),
+        Part(
+            "wemoe_pretrained_linear",
+            "the same with routers at a constant rate of 1e-4",
+            _at_another_rate("WEMoE (2-layer), constant 1e-4"),
+        ),
+        Part(
+            "wemoe_pretrained_linear",
+            "the same on corrupted test images, with routers at the constant rate",
+            _of_table5(),
         ),
         Part(
             "wemoe_images",

@@ -295,8 +295,8 @@ def _prefix(kind: Kind, config: Any) -> int:
 def _learning_rate(config: Any) -> float:
     """The rate of FusionBench's runs for routers, and that of WEMoE's own code for constants.
 
-    At the latter, routers of images fail in two seeds of three (docs/wemoe_images.md), and the loss
-    of tokens soars (docs/wemoe_texts.md).
+    At the latter, routers of images with linear heads fail in two seeds of three
+    (docs/wemoe_images.md), and the loss of tokens soars (docs/wemoe_texts.md).
     """
     return 1e-4 if config.ensembling["router_layers"] else 1e-3
 
