@@ -169,7 +169,8 @@ def holds_all(names: Collection[str], config: PretrainedConfig) -> bool:
     """Whether these are all the tensors that the class in `config.architectures` needs, by their
     names in files or by those in memory. True of a class that transformers does not have.
     """
-    if not known_class(config):
+    name = (config.architectures or [""])[0]
+    if find_architecture(name) is None and not hasattr(transformers, name):
         return True
     model, state = hub_state(config)
     tied = _tied_names(model)
@@ -190,12 +191,6 @@ def lost_names(
     prefix = f"{model.base_model_prefix}."
     needed |= {name.removeprefix(prefix) for name in needed}
     return [name for name in stored if name in needed and name not in names]
-
-
-def known_class(config: PretrainedConfig) -> bool:
-    """Whether the class in `config.architectures` is one of ours or of transformers."""
-    name = (config.architectures or [""])[0]
-    return find_architecture(name) is not None or hasattr(transformers, name)
 
 
 def check_against(manifest: Manifest, planned: Mapping[str, tuple[int, ...]]) -> None:

@@ -135,10 +135,10 @@ class MergePlanner(StockMergePlanner):
     def _plan(self) -> None:
         if not isinstance(self.arch_info, PlannedArchitecture):
             super()._plan()
-            parameters = self.config.parameters or {}
-            if isinstance(self._method, TensorMethod):
-                self._check_complete()
-            if isinstance(self._method, TensorMethod) and not parameters.get("allow_nonfinite"):
+            if not isinstance(self._method, TensorMethod):
+                return
+            self._check_complete()
+            if not (self.config.parameters or {}).get("allow_nonfinite"):
                 for index, (weight, task) in enumerate(self._tensors):
                     out_dtype = weight.force_dtype or self.config.out_dtype
                     task = _refusing_nonfinite(task, weight.name, out_dtype)
