@@ -134,10 +134,11 @@ class MergePlanner(StockMergePlanner):
 
     def _plan(self) -> None:
         if not isinstance(self.arch_info, PlannedArchitecture):
+            are_whole = bool(self.config.models)
             super()._plan()
             if not isinstance(self._method, TensorMethod):
                 return
-            self._check_complete()
+            self._plan_unlisted(are_whole)
             if not (self.config.parameters or {}).get("allow_nonfinite"):
                 for index, (weight, task) in enumerate(self._tensors):
                     out_dtype = weight.force_dtype or self.config.out_dtype
@@ -152,24 +153,62 @@ class MergePlanner(StockMergePlanner):
                 task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
             self._tensors.append((WeightInfo(name=name), task))
 
-    def _check_complete(self) -> None:
-        """`UserError` where a source holds a tensor that the output needs and mergekit does not
-        know, as the biases of a Llama's attention: it would be left out without a word.
+    def _plan_unlisted(self, are_whole: bool) -> None:
+        """Plans the tensors that the output needs and mergekit's list of the architecture lacks,
+        such as the biases of a Llama's attention, which mergekit's own methods leave out.
+
+        are_whole: whether whole models are merged, and not slices of them. Slices may give a layer
+            another number, and what is not listed cannot follow: `UserError`.
         """
-        names: set[str] = set()
+        listed: set[str] = set()
         for weight, _ in self._tensors:
-            names |= {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
-        if holds_all(names, self.out_model_config):
+            listed |= {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+        if holds_all(listed, self.out_model_config):
             return
-        for model in sorted(self.config.referenced_models(), key=str):
-            stored = stored_headers(merged_or_base(model, self.options), self.options).shapes
-            lost = lost_names(stored, names, self.out_model_config)
-            if lost:
-                raise UserError(
-                    f"{self._method.spec.name} goes by mergekit's list of the tensors of a "
-                    f"{self.out_model_config.architectures[0]}, which lacks {len(lost)} of those "
-                    f"of {model}, such as {lost[0]}: the output would not be whole"
-                )
+        headers = {}
+        for model in self.config.referenced_models():
+            headers[model] = stored_headers(merged_or_base(model, self.options), self.options)
+        lost: set[str] = set()
+        for of_model in headers.values():
+            lost |= set(lost_names(of_model.shapes, listed, self.out_model_config))
+        if not lost:
+            return
+        of_list = (
+            f"{self._method.spec.name} goes by mergekit's list of the tensors of a "
+            f"{self.out_model_config.architectures[0]}, which lacks {len(lost)} of them, such as "
+            f"{min(lost)}"
+        )
+        if not are_whole:
+            raise UserError(f"{of_list}: merge whole models, under `models:`, not slices")
+        manifest = manifest_of(self.out_model_config)
+        for name in manifest.shapes:
+            weight = manifest.shared_tensor(name).weight
+            names = {name, *(weight.aliases or ())}
+            if lost.isdisjoint(names):
+                continue
+            lost -= names
+            for model, of_model in headers.items():
+                stored = names & of_model.shapes.keys()
+                if not stored:
+                    raise UserError(f"{of_list}: {model} does not hold {name}")
+                dtype = getattr(torch, of_model.dtypes[stored.pop()])
+                if not dtype.is_floating_point:
+                    raise UserError(f"{of_list}: {name} is of {dtype} in {model}, not of floats")
+            self._plan_whole(weight)
+        if lost:  # a layout of an earlier transformers, say
+            raise UserError(f"{of_list}: save_pretrained writes no tensor {min(lost)}")
+
+    def _plan_whole(self, weight: WeightInfo) -> None:
+        """Plans a tensor of whole models, as mergekit plans those that it lists."""
+        modules = self.config.modules
+        assert modules  # mergekit has written `models:` as modules of one slice
+        definition = next(iter(modules.values())).slices[0]
+        num_layers = definition.sources[0].layer_range[1]
+        reader = ConfigReader(
+            config=self.config, slice_out=definition, t=_gradient_position(weight.name, num_layers)
+        )
+        models = [source.model for source in definition.sources]
+        self.plan_tensor(weight, [weight] * len(models), models, reader)
 
     def _plan_shared(self, name: str, weight: WeightInfo, num_layers: int) -> None:
         models, base = merged_models(self._job)

@@ -1,0 +1,139 @@
+"""Dense merges of models that have tensors which mergekit's lists of architectures lack."""
+
+import pytest
+import torch
+from mergekit.architecture.auto import infer_architecture_info
+from mergekit.merge_methods import merge_tensors
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
+
+from mergekit_moe_ext import UserError
+from tests.conftest import document, make_model, merge, read_tensors
+from tests.tokenizers import save_tokenizer
+
+NAMES = ["base", "math", "code"]
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    infer_architecture_info.cache_clear()  # it goes by the names of directories
+    return tmp_path
+
+
+def make_vit(path, seed):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    config = ViTConfig(num_attention_heads=2, image_size=16, patch_size=8, **sizes)
+    ViTForImageClassification(config).save_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"attention_bias": True, "tie_word_embeddings": True},
+        {"family": "deepseek_v3", **DEEPSEEK},
+        {"family": "vit"},
+    ],
+)
+def test_every_tensor_is_merged(here, config):
+    for seed, name in enumerate(NAMES):
+        if config.get("family") == "vit":
+            make_vit(here / name, seed)
+        else:
+            make_model(here / name, seed, **config)
+    parameters = {"weight": 0.5, "density": 0.4}
+    merged = read_tensors(merge(document("fast_ties", NAMES[1:], parameters=parameters)))
+    sources = [read_tensors(here / name) for name in NAMES]
+    assert merged.keys() == sources[0].keys()
+    options = {"weight": [0.5, 0.5], "density": [0.4, 0.4]}
+    for name, tensor in merged.items():
+        tensors = [source[name] for source in sources]
+        expected = merge_tensors(tensors, "ties", base_index=0, parameters=options)
+        torch.testing.assert_close(tensor, expected, msg=name)
+
+
+def test_gradients_and_filters_reach_what_is_not_listed(here):
+    for seed, name in enumerate(NAMES[:2]):
+        make_model(here / name, seed, attention_bias=True)
+    weight = [{"filter": "k_proj.bias", "value": [0.0, 1.0]}, {"value": 2.0}]
+    parameters = {"weight": weight, "density": 1.0, "normalize": False}
+    merged = read_tensors(merge(document("fast_ties", ["math"], parameters=parameters)))
+    base = read_tensors(here / "base")
+    tuned = read_tensors(here / "math")
+    for layer, expected in enumerate((0.0, 0.5, 1.0)):
+        name = f"model.layers.{layer}.self_attn.k_proj.bias"
+        torch.testing.assert_close(merged[name], base[name] + expected * (tuned[name] - base[name]))
+        name = f"model.layers.{layer}.self_attn.q_proj.bias"
+        torch.testing.assert_close(merged[name], base[name] + 2 * (tuned[name] - base[name]))
+
+
+def test_the_merge_loads_and_computes_with_all_of_them(here):
+    """With one fine-tune of weight 1 and density 1 the output is that fine-tune."""
+    for seed, name in enumerate(NAMES[:2]):
+        make_model(here / name, seed, attention_bias=True, mlp_bias=True)
+    parameters = {"weight": 1.0, "density": 1.0}
+    out = merge(document("dare", ["math"], parameters=parameters))
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens = torch.arange(12)[None]
+    expected = AutoModelForCausalLM.from_pretrained(here / "math")(tokens).logits
+    torch.testing.assert_close(model(tokens).logits, expected)
+
+
+def test_slices_cannot_be_merged(here):
+    for seed, name in enumerate(NAMES[:2]):
+        make_model(here / name, seed, mlp_bias=True)
+    config = document("dare", ["math"], parameters={"weight": 1.0, "density": 1.0})
+    del config["models"]
+    sources = [{"model": f"./{name}", "layer_range": [0, 3]} for name in NAMES[:2]]
+    config["slices"] = [{"sources": sources}]
+    with pytest.raises(UserError, match=r"lacks 9 of them, such as .*: merge whole models"):
+        merge(config)
+    assert not (here / "out").exists()
+
+
+def edited(path, edit):
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def test_what_a_source_lacks_is_named(here):
+    for seed, name in enumerate(NAMES[:2]):
+        make_model(here / name, seed, mlp_bias=True)
+    edited(here / "math", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.bias"))
+    parameters = {"weight": 1.0, "density": 1.0}
+    with pytest.raises(UserError, match=r"\./math does not hold model\.layers\.1\.mlp\.up_proj"):
+        merge(document("dare", ["math"], parameters=parameters))
+    assert not (here / "out").exists()
+
+
+def test_tokens_are_aligned_in_what_is_not_listed(here):
+    """A head's bias has a number per token."""
+    for seed, name in enumerate(NAMES[:2]):
+        make_model(here / name, seed, family="phi", vocab_size=96 + seed)
+        save_tokenizer(here / name, 96 + seed, ("for",)[:seed])
+    parameters = {"weight": 1.0, "density": 1.0}
+    out = merge(document("dare", ["math"], parameters=parameters, tokenizer_source="union"))
+    merged = read_tensors(out)
+    tuned = read_tensors(here / "math")
+    for name in ("lm_head.weight", "lm_head.bias"):
+        assert merged[name].shape == tuned[name].shape == (97, *merged[name].shape[1:])
+        torch.testing.assert_close(merged[name], tuned[name])
