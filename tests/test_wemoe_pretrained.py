@@ -1,5 +1,6 @@
 """The experiment on a pretrained network, `examples/wemoe_pretrained.py`, on a made-up one."""
 
+import argparse
 import json
 import statistics
 from dataclasses import replace
@@ -42,25 +43,24 @@ def experiment(examples, monkeypatch, tmp_path):
         "AdaMerging (layer)",
         "WEMoE (2-layer)",
         "WEMoE (0-layer)",
-        wemoe_pretrained.AT_CONSTANT_RATE,
+        "WEMoE (2-layer), constant 1e-4",
     ):
-        method, settings = wemoe_pretrained.ADAPTED[name]
-        if "upscale_layers" in method["parameters"]:
-            method = {**method, "parameters": {**method["parameters"], **upper}}
-        rows[name] = method, settings
+        row = wemoe_pretrained.ADAPTED[name]
+        if "upscale_layers" in row.method["parameters"]:
+            method = {**row.method, "parameters": {**row.method["parameters"], **upper}}
+            row = replace(row, method=method)
+        rows[name] = row
     monkeypatch.setattr(wemoe_pretrained, "ADAPTED", rows)
     monkeypatch.setattr(wemoe_pretrained, "UPPER", upper)
     monkeypatch.setattr(wemoe_pretrained, "TRIMMED", ("AdaMerging++ (layer)",))
     monkeypatch.setattr(wemoe_pretrained, "COMPARED", ["Task arithmetic", "WEMoE (2-layer)"])
-    monkeypatch.setattr(
-        wemoe_pretrained, "ON_CORRUPTED", ["Task arithmetic", wemoe_pretrained.AT_CONSTANT_RATE]
-    )
+    monkeypatch.setattr(wemoe_pretrained, "ON_CORRUPTED", ["Task arithmetic", "WEMoE (2-layer)"])
     monkeypatch.setattr(wemoe_pretrained, "CORRUPTIONS", ["dark"])
     for name in ("LAMBDAS", "LAMBDAS_ROUTED", "SWEPT"):
         values = getattr(wemoe_pretrained, name)
         monkeypatch.setattr(wemoe_pretrained, name, values[:1])
     monkeypatch.setattr(wemoe_pretrained, "corrupted", darkened)
-    once = dict.fromkeys(wemoe_pretrained.RATES, (1e-3,))
+    once = {"AdaMerging (layer)": (1e-3,), "WEMoE (2-layer)": (1e-3,)}
     monkeypatch.setattr(wemoe_pretrained, "RATES", once)
     few = wemoe_pretrained.Scale(frozen=1, trained=16, tested=4, of_class=4, steps=4, batch=8)
     monkeypatch.setattr(wemoe_pretrained, "Scale", lambda: few)
@@ -86,6 +86,8 @@ def test_it_runs_and_goes_on(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "adapt", None)
     again = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
     assert again.stdout == done.stdout
+    other = CliRunner().invoke(experiment.main, [*command, "--steps", "3"])
+    assert other.exit_code == 1 and "is of other settings" in other.output
 
 
 def test_unseen_tasks_corruptions_and_rates(experiment, tmp_path):
@@ -94,8 +96,9 @@ def test_unseen_tasks_corruptions_and_rates(experiment, tmp_path):
         command += ["--only", part]
     done = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    better = experiment.AT_CONSTANT_RATE
+    better = "WEMoE (2-layer)"
     assert f"{better}, dark above Task arithmetic, dark" in done.stdout
+    assert f"{better}: best at 0.001" in done.stdout
     rows = {}
     for part in ("table4", "table5", "rates"):
         rows[part] = json.loads((tmp_path / "out" / f"{part}-0.json").read_text())["rows"]
@@ -108,6 +111,29 @@ def test_unseen_tasks_corruptions_and_rates(experiment, tmp_path):
         assert sum(of_task["first"][0]) == pytest.approx(1)
     assert rows["table5"].keys() == {"Task arithmetic, dark", f"{better}, dark"}
     assert {"AdaMerging (layer), 0.001", "WEMoE (2-layer), 0.001"} <= rows["rates"].keys()
+
+
+def test_all_rates_are_tried_with_one_seed_and_its_best_two_with_others(experiment, monkeypatch):
+    row = "WEMoE (2-layer)"
+    monkeypatch.setattr(experiment, "RATES", {row: (1e-4, 1e-3, 1e-2)})
+
+    def cells(accuracy):
+        return dict.fromkeys(experiment.TASKS, accuracy)
+
+    measured = {"Task arithmetic": {0: cells(0.5) | {"entropy": 1.0}}}
+    results = argparse.Namespace(cells=measured)
+    for rate, accuracy in ((1e-4, 0.6), (1e-3, 0.9), (1e-2, 0.7)):
+        assert experiment.tried_rates(row, 0, results) == (1e-4, 1e-3, 1e-2)
+        measured[f"{row}, {rate:g}"] = {0: cells(accuracy) | {"entropy": 1.0}}
+    assert experiment.tried_rates(row, 0, results) == (1e-4, 1e-3, 1e-2)
+    assert experiment.tried_rates(row, 1, results) == [1e-3, 1e-2]
+    assert f"{row}: best at 0.001" in experiment.text_of_rates(results)
+    # With the second seed the order of the two is another, and so it is in the mean.
+    measured["Task arithmetic"][1] = cells(0.5) | {"entropy": 1.0}
+    measured[f"{row}, 0.001"][1] = cells(0.1) | {"entropy": 1.0}
+    measured[f"{row}, 0.01"][1] = cells(0.8) | {"entropy": 1.0}
+    assert experiment.tried_rates(row, 2, results) == [1e-3, 1e-2]
+    assert f"{row}: best at 0.01" in experiment.text_of_rates(results)
 
 
 def test_the_figures_are_measured_and_drawn(experiment, tmp_path):
@@ -127,7 +153,7 @@ def test_the_figures_are_measured_and_drawn(experiment, tmp_path):
     assert curve["2"] == pytest.approx(statistics.mean(last))
     assert "Attention + MLP above MLP only" in done.stdout
     assert "WEMoE (2-layer), 0.1" in rows["figure5"] and "Ties-Merging, 0.1" in rows["figure5"]
-    assert rows["routing"]["WEMoE (2-layer)"]["coefficients"].keys() == set(experiment.TASKS)
+    assert rows["table2"]["WEMoE (2-layer)"]["coefficients"].keys() == set(experiment.TASKS)
 
 
 def test_unseen_tasks_are_measured_by_their_own_heads(experiment, tmp_path):
@@ -142,7 +168,8 @@ def test_unseen_tasks_are_measured_by_their_own_heads(experiment, tmp_path):
     bench = experiment.make_bench(prepared, beyond, scale, 0, tmp_path, 1)
     nothing = {"lambda": 0.0, "init_lambda": 0.0, "upscale": "all", "router_layers": 0}
     method = {"merge_method": "wemoe", "parameters": nothing}
-    row = bench.merging(experiment.SEEN).adapted(method, {"learning_rate": 0.0})
+    still = experiment.Adapted(method, "", {"learning_rate": 0.0})
+    row = bench.merging(experiment.SEEN).adapted(still)
     assert {task: row[task] for task in experiment.TASKS} == {
         task: bench.pretrained()[task] for task in experiment.TASKS
     }
