@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jinja2
 import pydantic
 from mergekit import multigpu_executor
 from mergekit._data import chat_templates
@@ -29,6 +30,7 @@ from mergekit.tokenizer.config import (
     TokenizerConfig,
     ZeroEmbedding,
 )
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from _mergekit_moe_ext_common.cards import is_on_hub
 from _mergekit_moe_ext_common.errors import UserError
@@ -200,7 +202,9 @@ def _check_dtypes(config: MergeConfiguration) -> None:
 
 
 def _check_chat_template(config: MergeConfiguration) -> None:
-    """Check that the chat template is one that mergekit takes, which it finds out at the end."""
+    """Check that the chat template is one that mergekit takes, which it finds out at the end, and
+    that transformers can read it, which nobody would find out before the first chat.
+    """
     value = config.chat_template
     if not value or value == "auto":
         return
@@ -215,6 +219,14 @@ def _check_chat_template(config: MergeConfiguration) -> None:
             f"chat_template: {value!r} is neither a template of mergekit's nor one in Jinja of at "
             f"least 20 characters{_nearest(value, ['auto', *sorted(templates)])}"
         )
+    if value in templates:
+        return
+    try:
+        render_jinja_template(conversations=[], chat_template=value)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"chat_template: line {error.lineno} of the template is not Jinja: {error.message}"
+        ) from error
 
 
 def read_job(

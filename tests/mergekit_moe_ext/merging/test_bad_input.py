@@ -98,6 +98,10 @@ def refused(here, config, *fragments, **options):
         (document(chat_template="chatlm"), ["chat_template: 'chatlm'", "did you mean `chatml`?"]),
         (document(chat_template="./my.jinja"), ["'./my.jinja'", "Jinja", "known here: auto, alp"]),
         (document(chat_template="{{ messages }}"), ["'{{ messages }}'", "at least 20 characters"]),
+        (
+            document(chat_template="{{ bos_token }}\n{% for message in messages %}\n{% end %}"),
+            ["chat_template: line 3 of the template is not Jinja", "'end'", "'endfor'"],
+        ),
         (document("moe_ties", base=None), ["fast_ties", "requires a base", "base_model:"]),
         (document("moe", parameters={"shared": "slerp", "t": 0.5}), ["slerp", "got 4"]),
         (
