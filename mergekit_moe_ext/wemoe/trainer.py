@@ -22,6 +22,9 @@ from mergekit_moe_ext.wemoe.predictions import Predictions
 
 LOG = logging.getLogger(__name__)
 _RUNNING = "running.safetensors"
+# Models that adapted well had coefficients up to 3, and those that a high rate ruined 16 and more
+# (docs/wemoe_images.md).
+_LARGEST = 6.0
 
 
 class AdaptationTrainer(TrainedOnly, BarTrainer):
@@ -36,6 +39,7 @@ class AdaptationTrainer(TrainedOnly, BarTrainer):
         )
         self._predictions = predictions
         self._is_supervised = adaptation.objective == "supervised"
+        self._has_warned = False
         self.guard = None if adaptation.no_guard or self._is_supervised else Guard()
         self.patience = Patience(adaptation.patience)
         self.add_callback(self.patience)
@@ -53,6 +57,8 @@ class AdaptationTrainer(TrainedOnly, BarTrainer):
         model.eval()  # the Trainer turns dropout on before every batch
         ((task, batch),) = inputs.items()
         logits, classes, _rows = self._predictions.of(model, task, batch)
+        if not self._has_warned and self.is_world_process_zero():
+            self._check_coefficients(task)
         # The mean is that of all predictions, however many of them each process has.
         count = self._over_processes(torch.tensor(float(len(logits)), device=logits.device))
         if self._is_supervised:
@@ -76,6 +82,22 @@ class AdaptationTrainer(TrainedOnly, BarTrainer):
         if self.guard is None:
             return {}
         return {task: int(count) for task, count in self.guard.acted.items() if count}
+
+    def _check_coefficients(self, task: str) -> None:
+        """One warning in a training, where coefficients leave the range of those that work. It
+        needs no labels.
+        """
+        chosen = self._predictions.model._current.last
+        largest = torch.stack([values.abs().max() for values in chosen.values()]).max()
+        if largest > _LARGEST:
+            self._has_warned = True
+            LOG.warning(
+                "step %d: a coefficient of %s has a magnitude of %.0f, where those of good models "
+                "are at most 3: the --learning-rate is too high",
+                self.state.global_step + 1,
+                task,
+                largest,
+            )
 
     def _penalty(self, task: str, mean: Tensor, number: float) -> Tensor:
         """The guard's part of a task's loss, with one warning when it acts for the first time."""

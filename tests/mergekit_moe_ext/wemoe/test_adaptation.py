@@ -357,6 +357,23 @@ def test_coefficients_of_a_batch_are_refused_where_tokens_have_their_own(here):
     assert (logits - given).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [
+        ("vit-2", IMAGES),
+        ("vit-all", IMAGES),
+        ("llama-2", ["x=long.jsonl"]),
+        ("llama-running", ["x=long.jsonl"]),
+        ("t5-2", ["x=pairs.jsonl"]),
+    ],
+)
+def test_coefficients_far_from_those_of_good_models_are_told_once(here, path, data, caplog):
+    for rate, warnings in ((1e-4, 0), (5.0, 1)):
+        caplog.clear()
+        adapt(path, f"out-{rate}", data, READING, adaptation(learning_rate=rate, steps=4))
+        assert caplog.text.count("the --learning-rate is too high") == warnings
+
+
 def test_labels_teach_what_entropy_does_not(here, caplog):
     supervised = adaptation(
         objective="supervised", steps=40, learning_rate=0.05, per_device_train_batch_size=12
