@@ -87,6 +87,10 @@ def _parse(text: str) -> Source:
     with_split = _SPLIT.fullmatch(path)
     if with_split and not Path(path).exists():
         path, split = with_split.groups()
+    if not path:
+        raise UserError(
+            f"--data {text!r} names no file, directory or dataset: [NAME=]SOURCE[:SPLIT]"
+        )
     return Source(name or Path(path).name.split(".")[0], path, split)
 
 

@@ -690,6 +690,7 @@ def corrupted(data: dict[str, Images], corruption: str) -> dict[str, Images]:
     """
     try:
         from imagecorruptions import corrupt
+        from imagecorruptions.corruptions import impulse_noise
     except ImportError as error:
         raise UserError(
             "corruptions need imagecorruptions: pip install 'mergekit-moe-ext[corruptions]'"
@@ -697,9 +698,12 @@ def corrupted(data: dict[str, Images], corruption: str) -> dict[str, Images]:
 
     def worse(image: np.ndarray) -> np.ndarray:
         large = Image.fromarray(image).resize((ENLARGED, ENLARGED), Image.Resampling.BICUBIC)
-        damaged = corrupt(
-            np.asarray(large.convert("RGB")), severity=SEVERITY, corruption_name=corruption
-        )
+        coloured = np.asarray(large.convert("RGB"))
+        if corruption == "impulse_noise":
+            # This one draws from a generator of its own, to which `corrupt` gives no seed.
+            damaged = np.uint8(impulse_noise(coloured, SEVERITY, seed=np.random.randint(2**31)))
+        else:
+            damaged = corrupt(coloured, severity=SEVERITY, corruption_name=corruption)
         grey = Image.fromarray(damaged).convert("L")
         small = grey.resize((image.shape[1], image.shape[0]), Image.Resampling.BOX)
         return np.asarray(small)

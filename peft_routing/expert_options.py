@@ -52,6 +52,10 @@ def experts_written(option: str, texts: Sequence[str]) -> dict[str, str] | list[
     by_name: dict[str, str] = {}
     for text in texts:
         name, _, directory = text.partition("=")
+        if not name or not directory:
+            raise UserError(
+                f"{option} {text}: write the expert's name and its adapter, NAME=ADAPTER"
+            )
         if name in by_name:
             raise UserError(
                 f"{option}: two experts are named {name!r}, {by_name[name]} and {directory}: give "

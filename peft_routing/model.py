@@ -557,9 +557,10 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
         )
     check_groups(model, config)
     check_sequences(model, config)
-    if config.head is not None and not heads.base_heads(model, config.modules_to_save or ()):
+    saved_whole = list(dict.fromkeys(config.modules_to_save or ()))
+    if config.head is not None and not heads.base_heads(model, saved_whole):
         raise UserError(
-            f"this adapter has a head ({', '.join(config.modules_to_save or ())}), for which a "
+            f"this adapter has a head ({', '.join(saved_whole)}), for which a "
             f"{type(model).__name__} has no place: load the base model with the class for "
             f"{config.task_type or 'its task'}, such as AutoModelForSequenceClassification"
         )

@@ -219,6 +219,10 @@ def _checked(
     directory = Path(cache).expanduser().resolve() if cache else out.with_name(f"{out.name}.cache")
     if directory.is_relative_to(out):
         raise UserError(f"the cache {cache} lies in the output {output}; name another directory")
+    for name in ("config.json", "adapter_config.json"):
+        if (directory / name).exists():
+            # A reader of that checkpoint would take the files of the cache for its weights.
+            raise UserError(f"the cache {cache} holds a {name}; name a directory of its own")
     base_config = load_config(base, reading)
     empty = empty_model(base_config, reading)
     _check_experts(experts, empty)

@@ -176,6 +176,8 @@ def test_inspect_tells_coefficients_per_task_and_module(here):
         (["--router", "mlp", "--router-option", "mlp_layers"], "write NAME=VALUE"),
         (["--top-k", "1", "--router-option", "top_k=2"], "give it once"),
         (["--expert", "law"], "name all experts, or none"),
+        (["--expert", "=math"], "--expert =math: write the expert's name and its adapter"),
+        (["--expert", "tax="], "--expert tax=: write the expert's name and its adapter"),
         (["--expert", "law=math"], "two experts are named 'law', law and math: give each a name"),
         (["--weight", "law=1", "--weight", "law=2"], "'law' is named twice, with 1 and 2"),
         (["--router", "distance"], "run its file, which ends with a call of peft_routing.cli.main"),

@@ -653,6 +653,8 @@ def test_names_and_splits_of_sources(tmp_path, monkeypatch):
     ]
     with pytest.raises(click.ClickException, match="two sources are called 'x'"):
         parse_sources(["x.jsonl", "y/x.csv"])
+    with pytest.raises(click.ClickException, match="--data '' names no file"):
+        parse_sources([""])
 
 
 def test_collate_pads_on_the_right():

@@ -598,6 +598,7 @@ def test_two_processes_measure_what_one_does(compared, here):
         (["--task", "math=law-test.jsonl", "--own", "math=laws"], "there is no adapter 'laws'"),
         (["--task", "math=law-test.jsonl", "--beside", "x=experts"], "there is no report.json"),
         (["--task", "math=law-test.jsonl", "--cache", "report/kept"], "lies in the output"),
+        (["--task", "math=law-test.jsonl", "--cache", "base"], "base holds a config.json"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(here, options, message):
