@@ -43,7 +43,7 @@ def experiment(examples, monkeypatch, tmp_path):
         "AdaMerging (layer)",
         "WEMoE (2-layer)",
         "WEMoE (0-layer)",
-        "WEMoE (2-layer), constant 1e-4",
+        *wemoe_pretrained.AT_LOW_RATES,
     ):
         row = wemoe_pretrained.ADAPTED[name]
         if "upscale_layers" in row.method["parameters"]:
@@ -54,7 +54,8 @@ def experiment(examples, monkeypatch, tmp_path):
     monkeypatch.setattr(wemoe_pretrained, "UPPER", upper)
     monkeypatch.setattr(wemoe_pretrained, "TRIMMED", ("AdaMerging++ (layer)",))
     monkeypatch.setattr(wemoe_pretrained, "COMPARED", ["Task arithmetic", "WEMoE (2-layer)"])
-    monkeypatch.setattr(wemoe_pretrained, "ON_CORRUPTED", ["Task arithmetic", "WEMoE (2-layer)"])
+    low = wemoe_pretrained.AT_LOW_RATES[0]
+    monkeypatch.setattr(wemoe_pretrained, "ON_CORRUPTED", ["Task arithmetic", low])
     monkeypatch.setattr(wemoe_pretrained, "CORRUPTIONS", ["dark"])
     for name in ("LAMBDAS", "LAMBDAS_ROUTED", "SWEPT"):
         values = getattr(wemoe_pretrained, name)
@@ -96,9 +97,9 @@ def test_unseen_tasks_corruptions_and_rates(experiment, tmp_path):
         command += ["--only", part]
     done = CliRunner().invoke(experiment.main, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    better = "WEMoE (2-layer)"
+    better = experiment.AT_LOW_RATES[0]
     assert f"{better}, dark above Task arithmetic, dark" in done.stdout
-    assert f"{better}: best at 0.001" in done.stdout
+    assert "WEMoE (2-layer): best at 0.001" in done.stdout
     rows = {}
     for part in ("table4", "table5", "rates"):
         rows[part] = json.loads((tmp_path / "out" / f"{part}-0.json").read_text())["rows"]
