@@ -213,14 +213,20 @@ def padding_token(tokenizer: Any, vocabulary: int | None) -> int:
 
 
 def check_model(
-    model: str, config: Any, reading: Reading, *, architecture: Any = None
+    model: str,
+    config: Any,
+    reading: Reading,
+    *,
+    architecture: Any = None,
+    not_stored: Collection[str] = (),
 ) -> Mapping[str, Stored]:
     """The tensors in the files of a model, if they are what its configuration says.
 
     Only headers are read, so that a command can call this before it does anything else.
     `architecture` is a class of transformers or one of its Auto classes; by default the Auto class
-    of decoders or of encoder-decoders. `UserError` where a tensor is missing, has another shape or
-    has no place.
+    of decoders or of encoder-decoders. `not_stored` are modules beside the trunk that come from
+    elsewhere, so that the files may be of a model with another head. `UserError` where a tensor is
+    missing, has another shape or has no place.
     """
     if getattr(config, "transformers_weights", None):
         raise UserError(
@@ -254,7 +260,7 @@ def check_model(
             doubtful = [name for name, _ in empty.named_parameters()]
             _check_doubtful(model, empty, headers, doubtful)
             raise
-    _check_report(model, loaded, headers, report)
+    _check_report(model, loaded, headers, _of_trunk(loaded, report, not_stored))
     _check_types(loaded, headers)
     return headers
 
@@ -266,15 +272,19 @@ def load_model(
     *,
     architecture: Any = None,
     headers: Mapping[str, Stored] | None = None,
+    not_stored: Collection[str] = (),
     **keywords: Any,
 ) -> Any:
     """The model, whole and finite; `keywords` are those of `from_pretrained`.
 
     `headers` are what `check_model` has found, where it was called before; else it is called here.
+    What is not stored has the values that transformers begins with.
     `UserError` as the top of this file describes it.
     """
     if headers is None:
-        headers = check_model(model, config, reading, architecture=architecture)
+        headers = check_model(
+            model, config, reading, architecture=architecture, not_stored=not_stored
+        )
     with explained(f"cannot load {model}", model):
         loaded, report = (architecture or _auto_class(config)).from_pretrained(
             _expanded(model),
@@ -284,7 +294,7 @@ def load_model(
             output_loading_info=True,
             **keywords,
         )
-    _check_report(model, loaded, headers, report)
+    _check_report(model, loaded, headers, _of_trunk(loaded, report, not_stored))
     _check_values(model, loaded, headers)
     return loaded
 
@@ -324,6 +334,27 @@ def _empty(architecture: Any, config: Any, reading: Reading) -> Any:
         if hasattr(architecture, "from_config"):  # an Auto class
             return architecture.from_config(config, trust_remote_code=reading.trust_remote_code)
         return architecture(config)
+
+
+def _of_trunk(
+    loaded: Any, report: Mapping[str, Any], not_stored: Collection[str]
+) -> Mapping[str, Any]:
+    """The report of a loading without modules that are not stored and, where there are such,
+    without the head of the files.
+    """
+    if not not_stored:
+        return report
+    missing = []
+    for name in report["missing_keys"]:
+        if not set(not_stored) & set(name.split(".")):
+            missing.append(name)
+    trunk = getattr(loaded, loaded.base_model_prefix, loaded)
+    parts_of_trunk = {loaded.base_model_prefix, *dict(trunk.named_children())}
+    surplus = []
+    for name in report["unexpected_keys"]:
+        if name.partition(".")[0] in parts_of_trunk:
+            surplus.append(name)
+    return {**report, "missing_keys": missing, "unexpected_keys": surplus}
 
 
 def _check_report(

@@ -24,6 +24,7 @@ CLASSES: dict[Any, Any] = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
     "TOKEN_CLS": transformers.AutoModelForTokenClassification,
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
 }
 
 
@@ -85,6 +86,7 @@ def load_routed(
         reading,
         architecture=CLASSES.get(config.task_type),
         headers=headers,
+        not_stored=_not_stored(config),
         dtype="auto",
     )
     return _put_on(model, adapter, config, base, is_trainable)
@@ -98,7 +100,22 @@ def check_routed(
     Of the base model only headers are read. `UserError` as above.
     """
     load_on_empty(adapter, config, base, base_config, reading)
-    return check_model(base, base_config, reading, architecture=CLASSES.get(config.task_type))
+    return check_model(
+        base,
+        base_config,
+        reading,
+        architecture=CLASSES.get(config.task_type),
+        not_stored=_not_stored(config),
+    )
+
+
+def _not_stored(config: RoutedLoraConfig) -> Sequence[str]:
+    """The modules that the base model's files need not hold: those that the adapter brings whole,
+    and the pooler, which a language model's files lack.
+    """
+    if config.task_type == "FEATURE_EXTRACTION":
+        return ["pooler"]
+    return [] if config.head is None else list(config.modules_to_save or ())
 
 
 def load_on_empty(
@@ -125,7 +142,8 @@ def base_for_composing(
     It has the class, and the number of labels, that the experts were trained with.
     """
     if config.head is None:
-        return empty_model(base_config, reading)
+        is_trunk = config.task_type == "FEATURE_EXTRACTION"
+        return empty_model(base_config, reading, CLASSES[config.task_type] if is_trunk else None)
     architecture = CLASSES.get(config.task_type)
     if config.head == "new":
         return load_model(base, base_config, reading, architecture=architecture, dtype="auto")

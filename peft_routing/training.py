@@ -216,8 +216,8 @@ def _read_config(adapter: str, recipe: Recipe) -> RoutedLoraConfig:
     config = load_adapter_config(adapter)
     if config.task_type in CLASSES:
         raise UserError(
-            f"{adapter} is for classifying ({config.task_type}), and this trains on texts without "
-            "labels: train it as PEFT's adapters are, by transformers' Trainer"
+            f"{adapter} is for classifying or features ({config.task_type}), and this trains on "
+            "texts without labels: train it as PEFT's adapters are, by transformers' Trainer"
         )
     if recipe.router_aux_loss:
         config.router_aux_loss_coef = recipe.router_aux_loss

@@ -407,8 +407,8 @@ def _check_experts(experts: Mapping[str, str], empty: nn.Module) -> None:
             task_type = read_config(path, where).get("task_type")
             if task_type in CLASSES:
                 raise UserError(
-                    f"{where} is for classifying ({task_type}), and texts are compared by the "
-                    "probabilities of their tokens"
+                    f"{where} is for classifying or features ({task_type}), and texts are compared "
+                    "by the probabilities of their tokens"
                 )
             check_experts([read_expert(name, path, empty)], empty)
         except FileNotFoundError as error:

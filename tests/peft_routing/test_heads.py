@@ -662,12 +662,56 @@ def test_the_command_trains_no_classifier_and_reads_the_head_of_the_base(prepare
 
 
 @pytest.mark.parametrize("head", ["own", "mean"])
-def test_texts_are_inspected_without_a_task(prepared, head):
+@pytest.mark.parametrize("task", ["bert", "llama"])
+def test_texts_are_inspected_without_a_task(prepared, head, task):
+    if (
+        task == "llama"
+    ):  # a language model's head has no place here, and a classifier's is not there
+        tf.LlamaForCausalLM(make(task).config).save_pretrained(prepared / "base")
     routed = str(prepared / "routed")
-    peft_routing.compose(
-        str(prepared / "base"), save_experts(prepared), routed, router="arrow", head=head
-    )
+    experts = save_experts(prepared, task)
+    peft_routing.compose(str(prepared / "base"), experts, routed, router="arrow", head=head)
     reading = peft_routing.Reading(quiet=True)
     found = peft_routing.inspect(routed, [f"a={prepared}/texts.jsonl"], reading=reading)
     means = torch.tensor(list(found.tasks["a"].values()))
     assert torch.allclose(means.sum(dim=-1), torch.ones(len(means)), atol=1e-5)
+
+
+def test_adapters_for_features_are_on_the_trunk_of_a_language_model(prepared):
+    """As PEFT's are, on what AutoModel makes of the checkpoint."""
+    torch.manual_seed(0)
+    tf.BertForMaskedLM(make().config).save_pretrained(prepared / "base")
+
+    def trunk():
+        return tf.AutoModel.from_pretrained(prepared / "base").eval()
+
+    given = {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query"]}
+    experts = {}
+    for seed, name in enumerate(("tone", "topic"), 1):
+        experts[name] = save_lora(prepared / name, seed, trunk(), **given)
+    base = str(prepared / "base")
+    routed = str(prepared / "routed")
+    peft_routing.compose(base, experts, routed, router="arrow")
+    model = PeftModel.from_pretrained(trunk(), routed)
+    with torch.no_grad():
+        features = model(IDS, MASK, coefficients=one_hot(experts, "topic")).last_hidden_state
+        alone = PeftModel.from_pretrained(trunk(), experts["topic"])
+        assert torch.allclose(features, alone(IDS, MASK).last_hidden_state, atol=1e-5)
+    reading = peft_routing.Reading(quiet=True)
+    found = peft_routing.inspect(routed, [f"a={prepared}/texts.jsonl"], reading=reading)
+    assert found.tasks["a"]
+    with pytest.raises(UserError, match=r"for classifying or features.*FEATURE_EXTRACTION"):
+        peft_routing.train(routed, [str(prepared / "texts.jsonl")])
+
+
+def test_other_layers_than_the_configuration_has_are_refused_beside_another_head(prepared):
+    config = copy.deepcopy(make("llama").config)
+    experts = save_experts(prepared, "llama")
+    config.num_hidden_layers = 2
+    tf.LlamaForCausalLM(config).save_pretrained(prepared / "base")
+    path = prepared / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 1}))
+    routed = str(prepared / "routed")
+    peft_routing.compose(str(prepared / "base"), experts, routed, router="arrow", head="mean")
+    with pytest.raises(UserError, match=r"holds model\.layers\.1\..*no place"):
+        peft_routing.inspect(routed, [f"a={prepared}/texts.jsonl"])
