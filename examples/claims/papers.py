@@ -341,7 +341,7 @@ TABLE_4 = (
 # The rows that Table 5 compares, and its averages over four tasks in that order.
 COMPARED = (
     "WEMoE (2-layer), constant 1e-4",
-    "AdaMerging (layer)",
+    "AdaMerging (layer), 1e-2",
     "Task arithmetic",
     "Ties-Merging",
 )
@@ -375,6 +375,26 @@ def _of_table5() -> tuple[Claim, ...]:
                 )
             )
     return tuple(claims)
+
+
+def _of_table6(rate: str) -> tuple[Claim, ...]:
+    """The order of what is routed, at a rate."""
+    return (
+        Claim(
+            "Table 6",
+            "attention and MLPs are better routed than MLPs alone",
+            "89.2, 88.3",
+            f"table6: Attention + MLP{rate}",
+            f"table6: MLP only{rate}",
+        ),
+        Claim(
+            "Table 6",
+            "MLPs alone are better routed than entire blocks",
+            "88.3, 86.4",
+            f"table6: MLP only{rate}",
+            f"table6: Entire block{rate}",
+        ),
+    )
 
 
 DEPTH = (
@@ -411,6 +431,11 @@ WEMOE = Paper(
         ),
         Part(
             "wemoe_pretrained",
+            "the same with routers at 3e-3 falling by a cosine, the best on validation images",
+            _at_another_rate("WEMoE (2-layer), 3e-3"),
+        ),
+        Part(
+            "wemoe_pretrained",
             "the same with routers at a constant rate of 1e-4, as in FusionBench",
             _at_another_rate("WEMoE (2-layer), constant 1e-4"),
         ),
@@ -421,23 +446,18 @@ WEMOE = Paper(
         ),
         Part(
             "wemoe_pretrained",
-            "the same, by what is routed, with routers of one layer at the constant rate",
-            (
-                Claim(
-                    "Table 6",
-                    "attention and MLPs are better routed than MLPs alone",
-                    "89.2, 88.3",
-                    "table6: Attention + MLP",
-                    "table6: MLP only",
-                ),
-                Claim(
-                    "Table 6",
-                    "MLPs alone are better routed than entire blocks",
-                    "88.3, 86.4",
-                    "table6: MLP only",
-                    "table6: Entire block",
-                ),
-            ),
+            "the same on corrupted test images, at low rates (1e-2 and a constant 1e-4)",
+            _of_table5(),
+        ),
+        Part(
+            "wemoe_pretrained",
+            "the same, by what is routed, with routers of one layer",
+            _of_table6(""),
+        ),
+        Part(
+            "wemoe_pretrained",
+            "the same at a constant rate of 1e-4",
+            _of_table6(", constant 1e-4"),
         ),
         Part(
             "wemoe_pretrained_linear",
@@ -448,11 +468,6 @@ WEMOE = Paper(
             "wemoe_pretrained_linear",
             "the same with routers at a constant rate of 1e-4",
             _at_another_rate("WEMoE (2-layer), constant 1e-4"),
-        ),
-        Part(
-            "wemoe_pretrained_linear",
-            "the same on corrupted test images, with routers at the constant rate",
-            _of_table5(),
         ),
         Part(
             "wemoe_images",
