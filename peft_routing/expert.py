@@ -17,10 +17,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_in_out_features,
+    _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
 from peft.utils import CONFIG_NAME
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -56,6 +57,12 @@ _PLACES = (
     "layers_pattern",
     "modules_to_save",
 )
+# What PEFT's classes of these tasks add to `modules_to_save`.
+HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -105,7 +112,11 @@ def read_expert(name: str, path: str, model: nn.Module) -> Expert:
         tensors = in_names_of(model, tensors)
     factors, biases, others = _parts(tensors, where)
     _check_places(factors, model, where)
-    head = _head(others, config.get("modules_to_save") or ())
+    # PEFT's classes for classifiers add these; its first versions did not write them down.
+    heads_of_task = HEADS_OF_TASKS.get(config.get("task_type") or "", ())
+    head = _head(others, config.get("modules_to_save") or heads_of_task)
+    if head and not config.get("modules_to_save"):
+        config["modules_to_save"] = list(heads_of_task)
     others = _without_head(others, head, model)
     check_base_tensors(others, model, path, where)
     if not factors:
@@ -169,7 +180,8 @@ def _check_config(config: dict[str, Any], path: str, where: str) -> None:
         raise UserError(
             f"{where} cannot be routed: bias is {config['bias']!r}; biases are not routed"
         )
-    if str(config.get("init_lora_weights", "")).startswith(_CHANGES_THE_BASE):
+    # PEFT does not mind the case of some of these.
+    if str(config.get("init_lora_weights", "")).lower().startswith(_CHANGES_THE_BASE):
         raise UserError(
             f"{where} cannot be routed: init_lora_weights is {config['init_lora_weights']!r}, "
             "which changes the base model; save it with path_initial_model_for_weight_conversion "
@@ -259,10 +271,15 @@ def _at_targets(
     All are kept where it targets none of them: it has other names for them then, or says at
     loading which they are.
     """
-    targets = config.get("target_modules")
-    if targets is None or str(targets).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    places = LoraConfig(**{name: config.get(name) for name in ("task_type", *_PLACES)})
+    stated = [name for name in _PLACES if config.get(name) not in (None, [], "")]
+    if places.target_modules is None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        places.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+        stated.append(f"PEFT's target_modules of {kind}")
+    if places.target_modules is None:  # PEFT would ask for them
         return dict(tensors)
-    places = LoraConfig(**{name: config.get(name) for name in _PLACES})
+    places = _maybe_include_all_linear_layers(places, model)
     targeted: dict[str, bool] = {}
     modules = {}
     for key in tensors:
@@ -279,7 +296,6 @@ def _at_targets(
     left_out = [module for module in targeted if not targeted[module]]
     if not left_out or len(left_out) == len(targeted):
         return dict(tensors)
-    stated = [name for name in _PLACES if config.get(name) not in (None, [], "")]
     number = f"{len(left_out)} of its {len(targeted)} modules are"
     if len(left_out) == 1:
         number = f"1 of its {len(targeted)} modules is"

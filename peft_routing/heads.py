@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.config import RoutedLoraConfig
-from peft_routing.expert import Expert
+from peft_routing.expert import HEADS_OF_TASKS, Expert
 from peft_routing.own_heads import OwnHeads, active_in
-
-# What PEFT's classes of these tasks add to `modules_to_save`.
-_HEADS_OF_TASKS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 def completed(
@@ -43,7 +36,7 @@ def completed(
     of_experts: list[str] = []
     for expert in taken:
         of_experts += expert.config["modules_to_save"]
-    of_experts += _HEADS_OF_TASKS.get(task_type, ())
+    of_experts += HEADS_OF_TASKS.get(task_type, ())
     patterns = [*(config.modules_to_save or ()), *of_experts]
     heads = base_heads(model, patterns)
     _check_routed(heads, experts)

@@ -414,14 +414,12 @@ class RoutedLoraModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Put a module in, as PEFT does; layers of ours are where they belong already.
+        """Put a module in. Layers of ours, base layers and heads are where they belong already.
 
-        PEFT would send these after a base model on the meta device.
+        PEFT would send ours after a base model on the meta device, and it takes a module that it
+        puts back for one with a weight, which a head of several layers has not.
         """
-        if isinstance(new_module, RoutedLoraLayer):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast an adapter as PEFT casts a LoRA: out of half precision, or to the dtype of the base

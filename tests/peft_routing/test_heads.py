@@ -156,6 +156,21 @@ def test_without_a_choice_the_error_lists_all(tmp_path, task):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("stated", [None, []])
+@pytest.mark.parametrize("task", ["bert", "llama", "tokens", "roberta"])
+def test_a_head_that_the_configuration_does_not_name(tmp_path, task, stated):
+    """As the first versions of PEFT wrote it; the class for the task adds it."""
+    path = save_expert(tmp_path / "tone", 1, task)
+    expected = stock(path, task)
+    file = tmp_path / "tone" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "modules_to_save": stated}))
+    assert torch.equal(stock(path, task), expected)
+    model = route({"tone": path}, "tone", task)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    model.export_experts(str(tmp_path / "exported"))
+    assert torch.allclose(stock(str(tmp_path / "exported" / "tone"), task), expected, atol=1e-5)
+
+
 def test_a_head_that_was_named_by_hand(tmp_path):
     experts = save_experts(tmp_path, "llama", task_type=None, modules_to_save=["score"])
     expected = logits(PeftModel.from_pretrained(make("llama"), experts["topic"]).eval())
@@ -303,18 +318,22 @@ def test_several_adapters_are_switched_with_their_heads(tmp_path):
     assert torch.equal(logits(model), third)
 
 
-def test_merged_and_unloaded(tmp_path):
-    experts = save_experts(tmp_path)
+@pytest.mark.parametrize("task", ["bert", "roberta"])  # whose head has one layer, and several
+def test_merged_and_unloaded(tmp_path, task):
+    experts = save_experts(tmp_path, task)
     for head in ("tone", "mean", "new"):
-        model = route(experts, head)
+        model = route(experts, head, task)
         expected = logits(model)
         merged = model.merge_and_unload()
-        assert isinstance(merged.classifier, torch.nn.Linear)
+        assert type(merged.classifier) is type(make(task).classifier)
         assert torch.allclose(logits(merged), expected, atol=1e-5)
         merged.save_pretrained(tmp_path / f"merged-{head}")
         again = type(merged).from_pretrained(tmp_path / f"merged-{head}").eval()
         assert torch.equal(logits(again), logits(merged))
-    own = route(experts, "own")
+        unloaded = route(experts, head, task).unload()
+        for name, tensor in unloaded.classifier.state_dict().items():
+            assert torch.equal(tensor, merged.classifier.state_dict()[name])
+    own = route(experts, "own", task)
     expected = logits(own, task="tone")
     with pytest.raises(UserError, match="a head per expert"):
         own.merge_and_unload()
@@ -322,7 +341,7 @@ def test_merged_and_unloaded(tmp_path):
     own.merge_adapter()  # stays an adapter, with its heads
     assert torch.allclose(logits(own, task="tone"), expected, atol=1e-5)
     own.unmerge_adapter()
-    assert torch.allclose(logits(own.unload()), logits(make()), atol=1e-6)
+    assert torch.allclose(logits(own.unload()), logits(make(task)), atol=1e-6)
 
 
 @pytest.mark.parametrize("head", ["own", "mean", "tone"])

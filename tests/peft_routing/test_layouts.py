@@ -365,6 +365,7 @@ REFUSED: dict[str, Callable[[Path], tuple[Any, Path]]] = {
     "MonteCLoRA": saying(monteclora_config={"n": 2}),
     "QA-LoRA": saying(use_qalora=True),
     "PiSSA, OLoRA, CorDA, LoftQ": saying(init_lora_weights="pissa"),
+    "OLoRA in another spelling": saying(init_lora_weights="OLoRA"),
     "`bias`": saying(bias="all"),
     "`layer_replication`": saying(layer_replication=[[0, 2]]),
     "`target_parameters`": saying(target_parameters=["experts.down_proj"]),
@@ -500,6 +501,13 @@ PLACES: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "excluded by a pattern": (TARGETS, {"exclude_modules": r".*\.1\..*"}, "3 of its 9"),
     "all but the head": (WITH_HEAD, {"exclude_modules": ["lm_head"]}, "1 of its 7"),
     "the head alone": (WITH_HEAD, {"target_modules": "lm_head"}, "6 of its 7"),
+    "those of the family": (TARGETS, {"target_modules": None}, "3 of its 9"),
+    "all but the output": (WITH_HEAD, {"target_modules": "all-linear"}, "1 of its 7"),
+    "all but one": (
+        TARGETS,
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+        "3 of its 9",
+    ),
 }
 
 
@@ -529,7 +537,6 @@ def test_factors_that_peft_leaves_out_are_left_out(
     [
         {"target_modules": ["q", "v"]},
         {"target_modules": r"decoder\..*"},
-        {"target_modules": None},
         {"target_modules": "all-linear"},
         {"exclude_modules": r".*_proj"},
         {"layers_to_transform": [7]},
