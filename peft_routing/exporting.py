@@ -108,9 +108,9 @@ def write_adapter(
 ) -> None:
     """Writes the two files of a LoRA adapter."""
     out.mkdir(exist_ok=True)
-    (out / CONFIG_NAME).write_text(
-        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    # Not `sort_keys`: of the patterns of ranks and alphas, PEFT takes the first that matches.
+    in_order = dict(sorted(config.items()))
+    (out / CONFIG_NAME).write_text(json.dumps(in_order, indent=2) + "\n", encoding="utf-8")
     tensors = {}
     for module, (a, b) in factors.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous().cpu()

@@ -197,7 +197,8 @@ def check_adapter(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
     if lacking:
         others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UserError(
-            f"the file of {where} lacks {lacking[0]}{others}: fetch it again, or compose it again"
+            f"the file of {where} lacks {lacking[0]}{others}: fetch it again, or compose it again "
+            "(if it is of another adapter than the one loaded, give it a name of its own)"
         )
     known = model.state_dict().keys()
     surplus = [name for name in tensors if name not in known]

@@ -128,10 +128,12 @@ def enter(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_task(task: Any, configs: Sequence[RoutedLoraConfig]) -> None:
-    """`UserError` where `task` is no expert of adapters with one head."""
+    """`UserError` where `task` is no expert of adapters with one head, or not the one whose head
+    that is.
+    """
     names: list[str] = []
     for config in configs:
-        names += config.names
+        names += [config.head] if config.head in config.names else config.names
     if task is not None and task not in names:
         raise UserError(f"task={task!r} is none of {', '.join(names)}")
 

@@ -158,3 +158,20 @@ def test_from_the_shell(experts, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["r"] == 2
     assert "--rank needs --merged" in export("-o", "no", "--rank", "2").output
     assert "is not empty" in export("-o", "one", "--merged").output
+
+
+def test_patterns_come_back_in_their_order(tmp_path):
+    """PEFT takes the first pattern of alphas that matches, and here several do."""
+    path = save_lora(tmp_path / "math", 5)
+    file = path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    alphas = {"q_proj": 100, "layers.0.self_attn.q_proj": 1}
+    file.write_text(json.dumps({**config, "alpha_pattern": alphas}))
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(make_base(), path).eval()(tokens).logits
+        model = routed({"math": path}, "uniform").eval()
+        torch.testing.assert_close(model(tokens).logits, expected, atol=2e-6, rtol=1e-5)
+        model.export_experts(str(tmp_path / "experts"))
+        again = PeftModel.from_pretrained(make_base(), tmp_path / "experts" / "math").eval()
+        torch.testing.assert_close(again(tokens).logits, expected, atol=2e-6, rtol=1e-5)

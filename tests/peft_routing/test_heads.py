@@ -241,9 +241,13 @@ def test_a_task_that_is_missing_or_unknown(tmp_path):
         with pytest.raises(UserError, match="choose a head, one of tone, topic"):
             logits(own, **wrong)
     named = route(experts, "tone")
-    assert torch.equal(logits(named, task="topic"), logits(named))  # there is one head
+    assert torch.equal(logits(named, task="tone"), logits(named))
+    with pytest.raises(UserError, match="task='topic' is none of tone"):  # whose head that is
+        logits(named, task="topic")
+    mean = route(experts, "mean")
+    assert torch.equal(logits(mean, task="topic"), logits(mean))  # of all experts
     with pytest.raises(UserError, match="is none of tone, topic"):
-        logits(named, task="law")
+        logits(mean, task="law")
     with pytest.raises(UserError, match="the whole model must be called"):
         wrapper(own)(torch.zeros(1, 32))
     single = route({"tone": experts["tone"]}, "own")

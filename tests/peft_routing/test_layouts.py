@@ -365,7 +365,6 @@ REFUSED: dict[str, Callable[[Path], tuple[Any, Path]]] = {
     "MonteCLoRA": saying(monteclora_config={"n": 2}),
     "QA-LoRA": saying(use_qalora=True),
     "PiSSA, OLoRA, CorDA, LoftQ": saying(init_lora_weights="pissa"),
-    "OLoRA in another spelling": saying(init_lora_weights="OLoRA"),
     "`bias`": saying(bias="all"),
     "`layer_replication`": saying(layer_replication=[[0, 2]]),
     "`target_parameters`": saying(target_parameters=["experts.down_proj"]),
@@ -405,6 +404,13 @@ def test_the_page_lists_what_is_tried_here() -> None:
     assert list(rows("Refused")) == list(REFUSED)
     for key in _CANNOT_BE_ROUTED.keys() - {"modules_to_save"}:
         assert any(f"{key} is …" in words for words in rows("Refused").values()), key
+
+
+def test_an_initialisation_is_refused_however_it_is_spelt(tmp_path: Path) -> None:
+    """PEFT takes OLoRA in any case, and changes the base model's weights when it is loaded."""
+    base, path = saying(init_lora_weights="OLoRA")(tmp_path / "odd")
+    with pytest.raises(UserError, match="init_lora_weights is 'OLoRA', which changes the base"):
+        routed(base, {"odd": path})
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
