@@ -165,12 +165,17 @@ def _optional_prefix(model: PreTrainedModel) -> str:
     return ""
 
 
+def is_known(config: PretrainedConfig) -> bool:
+    """Whether the class in `config.architectures` is one of transformers' or ours."""
+    name = (config.architectures or [""])[0]
+    return find_architecture(name) is not None or hasattr(transformers, name)
+
+
 def holds_all(names: Collection[str], config: PretrainedConfig) -> bool:
     """Whether these are all the tensors that the class in `config.architectures` needs, by their
     names in files or by those in memory. True of a class that transformers does not have.
     """
-    name = (config.architectures or [""])[0]
-    if find_architecture(name) is None and not hasattr(transformers, name):
+    if not is_known(config):
         return True
     model, state = hub_state(config)
     tied = _tied_names(model)
@@ -185,12 +190,19 @@ def lost_names(
     """Those of a checkpoint's names that are not among some others, though the class in
     `config.architectures` needs their tensors.
     """
-    model, state = hub_state(config)
-    needed = {*state, *model.state_dict()} - _tied_names(model) - model.all_tied_weights_keys.keys()
-    # A checkpoint may be of the trunk alone, whose names lack what those of the whole begin with.
-    prefix = f"{model.base_model_prefix}."
-    needed |= {name.removeprefix(prefix) for name in needed}
+    needed = needed_names(config)
     return [name for name in stored if name in needed and name not in names]
+
+
+def needed_names(config: PretrainedConfig) -> set[str]:
+    """All names that a checkpoint may have for the tensors that the class in `config.architectures`
+    needs: those in files, those in memory, and both in a checkpoint of the trunk alone.
+    """
+    model, state = hub_state(config)
+    names = {*state, *model.state_dict()} - _tied_names(model) - model.all_tied_weights_keys.keys()
+    # The names of a trunk lack what those of the whole begin with.
+    prefix = f"{model.base_model_prefix}."
+    return names | {name.removeprefix(prefix) for name in names}
 
 
 def check_against(manifest: Manifest, planned: Mapping[str, tuple[int, ...]]) -> None:

@@ -30,7 +30,14 @@ from mergekit.plan import MergePlanner as StockMergePlanner
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.loras import merged_or_base
-from mergekit_moe_ext.merging.manifest import check_against, holds_all, lost_names, manifest_of
+from mergekit_moe_ext.merging.manifest import (
+    check_against,
+    holds_all,
+    is_known,
+    lost_names,
+    manifest_of,
+    needed_names,
+)
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.sources import stored_headers
 from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, RefuseNonfinite
@@ -138,6 +145,7 @@ class MergePlanner(StockMergePlanner):
             super()._plan()
             if not isinstance(self._method, TensorMethod):
                 return
+            self._drop_unneeded()
             self._plan_unlisted(are_whole)
             if not (self.config.parameters or {}).get("allow_nonfinite"):
                 for index, (weight, task) in enumerate(self._tensors):
@@ -153,6 +161,28 @@ class MergePlanner(StockMergePlanner):
                 task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
             self._tensors.append((WeightInfo(name=name), task))
 
+    def _drop_unneeded(self) -> None:
+        """Drops the tensors of mergekit's list that the output does not need and no source holds:
+        those of another variant of the architecture, such as GPT-NeoX's masks or the second norms
+        of some Falcons. mergekit's own methods fail at them.
+        """
+        if not is_known(self.out_model_config):
+            return
+        needed = needed_names(self.out_model_config)
+        doubtful = []
+        for entry in self._tensors:
+            if needed.isdisjoint(_names_of(entry[0])):
+                doubtful.append(entry)
+        if not doubtful:
+            return
+        stored: set[str] = set()
+        for model in self.config.referenced_models():
+            source = merged_or_base(model, self.options)
+            stored |= stored_headers(source, self.options).shapes.keys()
+        for entry in doubtful:
+            if stored.isdisjoint(_names_of(entry[0])):
+                self._tensors.remove(entry)
+
     def _plan_unlisted(self, are_whole: bool) -> None:
         """Plans the tensors that the output needs and mergekit's list of the architecture lacks,
         such as the biases of a Llama's attention, which mergekit's own methods leave out.
@@ -162,7 +192,7 @@ class MergePlanner(StockMergePlanner):
         """
         listed: set[str] = set()
         for weight, _ in self._tensors:
-            listed |= {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+            listed |= _names_of(weight)
         if holds_all(listed, self.out_model_config):
             return
         headers = {}
@@ -320,6 +350,11 @@ class MergePlanner(StockMergePlanner):
                 )
             )
         return tasks
+
+
+def _names_of(weight: WeightInfo) -> set[str]:
+    """The names under which mergekit looks for a tensor."""
+    return {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
 
 
 def layers_of(plan: Plan) -> int:
