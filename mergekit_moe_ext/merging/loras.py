@@ -200,7 +200,9 @@ def _check_vocabulary(model: ModelReference, base: PreTrainedModel, options: Mer
     """`UserError` where the LoRA holds an embedding or a head of more tokens than the base has."""
     assert model.lora is not None
     weights = load_peft_weights(str(_local_adapter(model.lora, options)), device="cpu")
-    layers = {id(layer.weight): layer for layer in _ends(base)}
+    layers = {id(layer.weight): layer for layer in _ends(base) if hasattr(layer, "weight")}
+    if not layers:  # a model of images has no tokens
+        return
     names = [name for name, module in base.named_modules() if module in layers.values()]
     size = base.get_input_embeddings().weight.shape[0]
     for key, tensor in weights.items():

@@ -194,6 +194,16 @@ def lost_names(
     return [name for name in stored if name in needed and name not in names]
 
 
+def names_in_files(names: Collection[str], config: PretrainedConfig) -> set[str]:
+    """The names in files of those tensors of the class in `config.architectures` that have one of
+    these names in memory.
+    """
+    model, _ = hub_state(config)
+    state = model.state_dict(keep_vars=True)
+    chosen = {name: state[name] for name in state if name in names}
+    return set(revert_weight_conversion(model, chosen))
+
+
 def needed_names(config: PretrainedConfig) -> set[str]:
     """All names that a checkpoint may have for the tensors that the class in `config.architectures`
     needs: those in files, those in memory, and both in a checkpoint of the trunk alone.

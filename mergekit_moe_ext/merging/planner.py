@@ -36,10 +36,11 @@ from mergekit_moe_ext.merging.manifest import (
     is_known,
     lost_names,
     manifest_of,
+    names_in_files,
     needed_names,
 )
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod, TensorMethod
-from mergekit_moe_ext.merging.sources import stored_headers
+from mergekit_moe_ext.merging.sources import Headers, stored_headers
 from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, RefuseNonfinite
 from mergekit_moe_ext.merging.views import install_views
 from mergekit_moe_ext.merging.writer import BehindWriterTask, header_room
@@ -145,8 +146,15 @@ class MergePlanner(StockMergePlanner):
             super()._plan()
             if not isinstance(self._method, TensorMethod):
                 return
-            self._drop_unneeded()
-            self._plan_unlisted(are_whole)
+            self._drop_repeated()
+            if is_known(self.out_model_config):
+                headers = {}
+                for model in sorted(self.config.referenced_models(), key=str):
+                    source = merged_or_base(model, self.options)
+                    headers[model] = stored_headers(source, self.options)
+                self._drop_unneeded(headers)
+                self._check_held(headers)
+                self._plan_unlisted(headers, are_whole)
             if not (self.config.parameters or {}).get("allow_nonfinite"):
                 for index, (weight, task) in enumerate(self._tensors):
                     out_dtype = weight.force_dtype or self.config.out_dtype
@@ -161,29 +169,56 @@ class MergePlanner(StockMergePlanner):
                 task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
             self._tensors.append((WeightInfo(name=name), task))
 
-    def _drop_unneeded(self) -> None:
+    def _drop_repeated(self) -> None:
+        """Drops a tensor that mergekit's list has a second time, as Qwen2.5-VL's has four."""
+        seen: set[str] = set()
+        entries: list[tuple[WeightInfo, Any]] = []
+        for entry in self._tensors:
+            if entry[0].name not in seen:
+                entries.append(entry)
+            seen.add(entry[0].name)
+        self._tensors[:] = entries
+
+    def _check_held(self, headers: Mapping[ModelReference, Headers]) -> None:
+        """`UserError` for a tensor that some sources hold and others do not, where mergekit's list
+        calls it optional: it would be merged without these.
+        """
+        for weight, _ in self._tensors:
+            names = _names_of(weight)
+            holders = [
+                model for model, of_model in headers.items() if names & of_model.shapes.keys()
+            ]
+            if not weight.optional or not holders or len(holders) == len(headers):
+                continue
+            # mergekit stacks what is stored apart, experts in most cases, and renames nothing.
+            parts = names_in_files(names, self.out_model_config)
+            for model, of_model in headers.items():
+                if model in holders or (len(parts) > 1 and parts & of_model.shapes.keys()):
+                    continue
+                raise UserError(
+                    f"{self._method.spec.name} cannot merge {weight.name}: {model} does not hold "
+                    f"it, and {holders[0]} does. If it is there under another name, load the model "
+                    "with its class of transformers and save it again"
+                )
+
+    def _drop_unneeded(self, headers: Mapping[ModelReference, Headers]) -> None:
         """Drops the tensors of mergekit's list that the output does not need and no source holds:
         those of another variant of the architecture, such as GPT-NeoX's masks or the second norms
         of some Falcons. mergekit's own methods fail at them.
         """
-        if not is_known(self.out_model_config):
-            return
         needed = needed_names(self.out_model_config)
         doubtful = []
         for entry in self._tensors:
             if needed.isdisjoint(_names_of(entry[0])):
                 doubtful.append(entry)
-        if not doubtful:
-            return
         stored: set[str] = set()
-        for model in self.config.referenced_models():
-            source = merged_or_base(model, self.options)
-            stored |= stored_headers(source, self.options).shapes.keys()
+        for of_model in headers.values():
+            stored |= of_model.shapes.keys()
         for entry in doubtful:
             if stored.isdisjoint(_names_of(entry[0])):
                 self._tensors.remove(entry)
 
-    def _plan_unlisted(self, are_whole: bool) -> None:
+    def _plan_unlisted(self, headers: Mapping[ModelReference, Headers], are_whole: bool) -> None:
         """Plans the tensors that the output needs and mergekit's list of the architecture lacks,
         such as the biases of a Llama's attention, which mergekit's own methods leave out.
 
@@ -193,11 +228,10 @@ class MergePlanner(StockMergePlanner):
         listed: set[str] = set()
         for weight, _ in self._tensors:
             listed |= _names_of(weight)
+        # A list may have names in memory, for which mergekit reads those in files.
+        listed |= names_in_files(listed, self.out_model_config)
         if holds_all(listed, self.out_model_config):
             return
-        headers = {}
-        for model in self.config.referenced_models():
-            headers[model] = stored_headers(merged_or_base(model, self.options), self.options)
         lost: set[str] = set()
         for of_model in headers.values():
             lost |= set(lost_names(of_model.shapes, listed, self.out_model_config))
@@ -224,19 +258,18 @@ class MergePlanner(StockMergePlanner):
                 dtype = getattr(torch, of_model.dtypes[stored.pop()])
                 if not dtype.is_floating_point:
                     raise UserError(f"{of_list}: {name} is of {dtype} in {model}, not of floats")
-            self._plan_whole(weight)
+            self._plan_whole(weight, manifest.shapes)
         if lost:  # a layout of an earlier transformers, say
             raise UserError(f"{of_list}: save_pretrained writes no tensor {min(lost)}")
 
-    def _plan_whole(self, weight: WeightInfo) -> None:
+    def _plan_whole(self, weight: WeightInfo, all_names: Iterable[str]) -> None:
         """Plans a tensor of whole models, as mergekit plans those that it lists."""
         modules = self.config.modules
         assert modules  # mergekit has written `models:` as modules of one slice
         definition = next(iter(modules.values())).slices[0]
-        num_layers = definition.sources[0].layer_range[1]
-        reader = ConfigReader(
-            config=self.config, slice_out=definition, t=_gradient_position(weight.name, num_layers)
-        )
+        # Gradients go over the layers of the tensor's own stack: a model may have two towers.
+        position = _gradient_position(weight.name, _depth_of_stack(weight.name, all_names))
+        reader = ConfigReader(config=self.config, slice_out=definition, t=position)
         models = [source.model for source in definition.sources]
         self.plan_tensor(weight, [weight] * len(models), models, reader)
 
@@ -370,6 +403,20 @@ def layers_of(plan: Plan) -> int:
         if layer:
             numbers.append(int(layer.group(1)) + 1)
     return max(numbers)
+
+
+def _depth_of_stack(tensor_name: str, all_names: Iterable[str]) -> int:
+    """The number of layers in the stack that a tensor is in; 1 outside layers."""
+    layer = _LAYER.search(tensor_name)
+    if not layer:
+        return 1
+    stack = tensor_name[: layer.start()]
+    numbers = set()
+    for name in all_names:
+        other = _LAYER.search(name)
+        if other and name[: other.start()] == stack:
+            numbers.add(int(other.group(1)))
+    return max(numbers) + 1
 
 
 def _gradient_position(tensor_name: str, num_layers: int) -> float:

@@ -83,6 +83,7 @@ class BehindWriter(TensorWriter):
         super().__init__(out_path, max_shard_size=max_shard_size)
         self._room = room  # of a header that names every tensor still to come
         self._shard: _Shard | None = None
+        self._flushed: list[_Shard] = []
         self._jobs = _Jobs()
         _OPEN[out_path] = self
 
@@ -100,6 +101,8 @@ class BehindWriter(TensorWriter):
         Until then it holds `held` bytes of memory, and this waits if too many are held.
         """
         with self._lock:
+            if entry.name in self.weight_map:
+                raise AssertionError(f"{entry.name} is written twice")
             has_limit = self.max_shard_size > 0
             if has_limit and self.current_shard_size + entry.nbytes > self.max_shard_size:
                 self._flush_current_shard()
@@ -122,6 +125,8 @@ class BehindWriter(TensorWriter):
                 self._jobs.await_all()
             finally:
                 self.stop()
+            if not all(shard.is_closed for shard in self._flushed):
+                raise AssertionError(f"a file in {self.out_path} lacks tensors")
             super().finalize()
 
     def stop(self) -> None:
@@ -135,6 +140,7 @@ class BehindWriter(TensorWriter):
         for write, held in self._shard.complete():
             self._add(write, held)
         self._add(self._shard.close_if_whole, held=0, is_urgent=True)
+        self._flushed.append(self._shard)
         self._shard = None
         self.total_size += self.current_shard_size
         self.current_shard_size = 0
@@ -220,6 +226,7 @@ class _Shard:
         self._entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._size = 0
         self._put_off: list[tuple[Entry, Callable[[], torch.Tensor], int]] = []
+        self.is_closed = False
         self._is_complete = False  # whether all of its tensors have their places
         self._written = 0  # tensors
         self._unflushed = 0  # bytes
@@ -291,6 +298,7 @@ class _Shard:
         self._flusher.shutdown()
         os.fsync(file.fileno())
         file.close()
+        self.is_closed = True
 
     def _start_flushing(self, file: BufferedWriter) -> None:
         """Has the disk take what was written so far, unless it still takes what was before."""

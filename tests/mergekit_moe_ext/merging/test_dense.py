@@ -5,7 +5,15 @@ import torch
 from mergekit.architecture.auto import infer_architecture_info
 from mergekit.merge_methods import merge_tensors
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from mergekit_moe_ext import UserError
 from tests.conftest import document, make_model, merge, read_tensors
@@ -35,6 +43,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+WHOLE = {"weight": 1.0, "density": 1.0}
+OF_FOUR_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "vocab_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 T5 = {"family": "t5", "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
 
 
@@ -145,3 +162,76 @@ def test_tokens_are_aligned_in_what_is_not_listed(here):
     for name in ("lm_head.weight", "lm_head.bias"):
         assert merged[name].shape == tuned[name].shape == (97, *merged[name].shape[1:])
         torch.testing.assert_close(merged[name], tuned[name])
+
+
+@pytest.mark.parametrize("config", [{}, {"mlp_only_layers": [0]}])
+def test_experts_that_are_stacked_in_memory_are_planned_once(here, config):
+    """mergekit's list has their names in memory, and lacks the biases of attention."""
+    for seed, name in enumerate(NAMES[:2]):
+        sizes = {**OF_FOUR_EXPERTS, "head_dim": 8, "attention_bias": True, **config}
+        make_model(here / name, seed, family="qwen3_moe", **sizes)
+    out = merge(document("dare", ["math"], parameters=WHOLE))
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    expected = AutoModelForCausalLM.from_pretrained(here / "math").state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
+def test_what_mergekit_lists_twice_is_written_once(here):
+    """Its list of Qwen2.5-VL has four tensors a second time."""
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32}
+    vision |= {"out_hidden_size": 32, "fullatt_block_indexes": [0]}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = {**TEXT, "num_hidden_layers": 2, "rope_parameters": rope}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    for seed, name in enumerate(NAMES[:2]):
+        torch.manual_seed(seed)
+        Qwen2_5_VLForConditionalGeneration(config).save_pretrained(here / name)
+    merged = read_tensors(merge(document("dare", ["math"], parameters=WHOLE)))
+    tuned = read_tensors(here / "math")
+    assert merged.keys() == tuned.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, tuned[name], msg=name)
+
+
+def test_gradients_go_over_the_layers_of_each_tower(here):
+    text = {**TEXT, "num_hidden_layers": 5, "model_type": "llama"}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    vision["model_type"] = "clip_vision_model"
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=95)
+    for seed, name in enumerate(NAMES[:2]):
+        torch.manual_seed(seed)
+        LlavaForConditionalGeneration(config).save_pretrained(here / name)
+    parameters = {"weight": [0.0, 1.0], "density": 1.0}
+    merged = read_tensors(merge(document("dare", ["math"], parameters=parameters)))
+    base = read_tensors(here / "base")
+    tuned = read_tensors(here / "math")
+    for layer in range(5):
+        (name,) = [each for each in merged if f"layers.{layer}.mlp.up_proj" in each]
+        expected = base[name] + layer / 4 * (tuned[name] - base[name])
+        torch.testing.assert_close(merged[name], expected, msg=name)
+
+
+def of_trunk(tensors):
+    """Renames the tensors as in the checkpoint of a trunk alone."""
+    for name in list(tensors):
+        tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("family", "edit"),
+    [
+        ("opt", lambda tensors: tensors.pop("model.decoder.layers.1.fc1.weight")),
+        ("bloom", of_trunk),
+    ],
+)
+def test_a_source_is_never_passed_over(here, family, edit):
+    """mergekit calls all tensors optional whose names it has to infer."""
+    for seed, name in enumerate(NAMES[:2]):
+        make_model(here / name, seed, family=family)
+    edited(here / "math", edit)
+    with pytest.raises(UserError, match=r"\./math does not hold it, and \./base does"):
+        merge(document("dare", ["math"], parameters=WHOLE))
+    assert not (here / "out").exists()
