@@ -184,16 +184,6 @@ def holds_all(names: Collection[str], config: PretrainedConfig) -> bool:
     return in_files <= set(names) or in_memory <= set(names)
 
 
-def lost_names(
-    stored: Collection[str], names: Collection[str], config: PretrainedConfig
-) -> list[str]:
-    """Those of a checkpoint's names that are not among some others, though the class in
-    `config.architectures` needs their tensors.
-    """
-    needed = needed_names(config)
-    return [name for name in stored if name in needed and name not in names]
-
-
 def names_in_files(names: Collection[str], config: PretrainedConfig) -> set[str]:
     """The names in files of those tensors of the class in `config.architectures` that have one of
     these names in memory.

@@ -34,7 +34,6 @@ from mergekit_moe_ext.merging.manifest import (
     check_against,
     holds_all,
     is_known,
-    lost_names,
     manifest_of,
     names_in_files,
     needed_names,
@@ -207,16 +206,15 @@ class MergePlanner(StockMergePlanner):
         of some Falcons. mergekit's own methods fail at them.
         """
         needed = needed_names(self.out_model_config)
-        doubtful = []
-        for entry in self._tensors:
-            if needed.isdisjoint(_names_of(entry[0])):
-                doubtful.append(entry)
         stored: set[str] = set()
         for of_model in headers.values():
             stored |= of_model.shapes.keys()
-        for entry in doubtful:
-            if stored.isdisjoint(_names_of(entry[0])):
-                self._tensors.remove(entry)
+        entries: list[tuple[WeightInfo, Any]] = []
+        kept = needed | stored
+        for entry in self._tensors:
+            if not kept.isdisjoint(_names_of(entry[0])):
+                entries.append(entry)
+        self._tensors[:] = entries
 
     def _plan_unlisted(self, headers: Mapping[ModelReference, Headers], are_whole: bool) -> None:
         """Plans the tensors that the output needs and mergekit's list of the architecture lacks,
@@ -232,9 +230,10 @@ class MergePlanner(StockMergePlanner):
         listed |= names_in_files(listed, self.out_model_config)
         if holds_all(listed, self.out_model_config):
             return
+        needed = needed_names(self.out_model_config)
         lost: set[str] = set()
         for of_model in headers.values():
-            lost |= set(lost_names(of_model.shapes, listed, self.out_model_config))
+            lost |= (of_model.shapes.keys() & needed) - listed
         if not lost:
             return
         of_list = (
