@@ -17,6 +17,7 @@ from peft import PeftConfig
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing import card
 from peft_routing.adapter_files import common_task
+from peft_routing.moved import PATTERNS
 from peft_routing.routers.base import Granularity, Router, RouterGranularity, find_router
 from peft_routing.routers.options import read_value, saved_options
 from peft_routing.types import PeftType
@@ -424,16 +425,17 @@ class RoutedLoraConfig(PeftConfig):
         return self.layout is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved, with experts in lists.
+        """The fields as they are saved, with experts in lists, and patterns where order counts.
 
-        PEFT sorts a dictionary's keys, and the experts' order is that of the coefficients.
+        PEFT sorts a dictionary's keys, and the experts' order is that of the coefficients. Of a
+        pattern's keys it takes the first that matches.
         """
         values = super().to_dict()
         for option in ("experts", "general_experts"):
             experts = []
             for name, expert in getattr(self, option).items():
                 described = expert if isinstance(expert, dict) else {"path": expert}
-                experts.append({"name": name, **described})
+                experts.append({"name": name, **_with_ordered_patterns(described)})
             values[option] = experts
         if self.modules_to_save is not None:  # PEFT adds the same names whenever it loads them
             values["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
@@ -470,9 +472,22 @@ def _as_text(path: Any) -> str:
     return f"./{text}" if is_relative and not text.startswith((".", "~")) else text
 
 
+def _with_ordered_patterns(expert: dict[str, Any]) -> dict[str, Any]:
+    """The description of an expert, with pairs for patterns that sorting would put in disorder."""
+    described = dict(expert)
+    for name in PATTERNS:
+        pattern = described.get(name)
+        if isinstance(pattern, dict) and list(pattern) != sorted(pattern):
+            described[name] = [[key, value] for key, value in pattern.items()]
+    return described
+
+
 def _as_saved(expert: dict[str, Any]) -> tuple[str, Any]:
     """The name of an expert, and its directory or, where it is inside, its LoRA configuration."""
     config = {key: value for key, value in expert.items() if key != "name"}
+    for name in PATTERNS:
+        if isinstance(config.get(name), list):
+            config[name] = dict(config[name])
     if not isinstance(expert.get("name"), str):
         raise UserError(f"an expert has the name {expert.get('name')!r}, which is no text")
     return expert["name"], config.get("path", config)

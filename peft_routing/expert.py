@@ -31,7 +31,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import explained
 from peft_routing.adapter_files import read_config, read_labels, read_tensors
 from peft_routing.base_tensors import check_base_tensors, is_output_embedding
-from peft_routing.moved import PREFIX, in_names_of, name_in
+from peft_routing.moved import PREFIX, in_names_of, name_in, patterns_in
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|B\.bias)")
 _NAMED_HEAD = re.compile(r"(.+)\.modules_to_save\.[^.]+\.(.+)")
@@ -109,7 +109,9 @@ def read_expert(name: str, path: str, model: nn.Module) -> Expert:
     with explained(f"{where}: {CONFIG_NAME} cannot be used", path):
         tensors = _at_targets(tensors, config, model, where)
     with explained(f"{where} does not fit a {type(model).__name__}", path):
-        tensors = in_names_of(model, tensors)
+        tensors, is_unknown_to_peft = in_names_of(model, tensors)
+    with explained(f"{where}: {CONFIG_NAME} cannot be used", path):
+        config = patterns_in(model, config) if is_unknown_to_peft else config
     factors, biases, others = _parts(tensors, where)
     _check_places(factors, model, where)
     # PEFT's classes for classifiers add these; its first versions did not write them down.

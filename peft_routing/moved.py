@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+PATTERNS = ("rank_pattern", "alpha_pattern")  # of a configuration, by names of modules
 PREFIX = "base_model.model."
 
 
-def in_names_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter, their keys with the names that the modules have in a model.
+def in_names_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of an adapter, their keys with the names that the modules have in a model, and
+    whether transformers alone knew any of these names.
 
     Keys whose modules are not there are left as they are.
     """
@@ -26,13 +28,29 @@ def in_names_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
     # them, it is registered for the class.
     modules = {name.replace(".base_layer", "") for name, _ in model.named_modules()}
     renamed = {}
+    is_unknown_to_peft = False
     for key, tensor in converted.items():
         module, factor, rest = key.removeprefix(PREFIX).partition(".lora_")
         if factor and module not in modules:
             moved = name_in(model, f"{module}.weight").removesuffix(".weight")
             if moved in modules:
                 key = f"{PREFIX}{moved}{factor}{rest}"
+                is_unknown_to_peft = True
         renamed[key] = tensor
+    return renamed, is_unknown_to_peft
+
+
+def patterns_in(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose patterns of ranks and alphas have the names of a model's modules.
+
+    PEFT renames no pattern, so this is for adapters whose factors it would not rename either.
+    """
+    renamed = dict(config)
+    for name in PATTERNS:
+        pattern = {}
+        for key, value in (config.get(name) or {}).items():
+            pattern[name_in(model, f"{key}.weight").removesuffix(".weight")] = value
+        renamed[name] = pattern
     return renamed
 
 

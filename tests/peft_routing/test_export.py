@@ -128,6 +128,33 @@ def test_experts_come_out_as_they_came_in(tmp_path):
         assert torch.equal(one(input_ids=IDS).logits, other(input_ids=IDS).logits)
 
 
+def test_patterns_keep_the_order_in_which_peft_reads_them(tmp_path):
+    """Of the keys that match a module PEFT takes the first, which need not be the first by name."""
+    path = save_lora(tmp_path / "math", 5)
+    file = path / "adapter_config.json"
+    pattern = {"q_proj": 100, "layers.0.self_attn.q_proj": 1, "v_proj": 3}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alpha_pattern": pattern}))
+    ids = torch.arange(3, 23).reshape(2, 10)
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    expected = logits(PeftModel.from_pretrained(make_base(), path).eval())
+    config = RoutedLoraConfig(experts={"math": str(path)}, router="uniform")
+    model = get_peft_model(make_base(), config).eval()
+    model.save_pretrained(tmp_path / "routed")
+    again = PeftModel.from_pretrained(make_base(), tmp_path / "routed").eval()
+    for name, routed in (("composed", model), ("loaded", again)):
+        assert torch.allclose(logits(routed), expected, atol=1e-5)
+        routed.export_experts(str(tmp_path / name))
+        exported = tmp_path / name / "math"
+        kept = json.loads((exported / "adapter_config.json").read_text())["alpha_pattern"]
+        assert list(kept.items()) == list(pattern.items())
+        alone = PeftModel.from_pretrained(make_base(), exported).eval()
+        assert torch.allclose(logits(alone), expected, atol=1e-5)
+
+
 def test_a_name_is_no_path(experts, tmp_path):
     hostile = {"../../out": experts["math"], ".hidden/x": experts["code"]}
     get_peft_model(make_base(), RoutedLoraConfig(experts=hostile)).export_experts(

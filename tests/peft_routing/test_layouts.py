@@ -592,6 +592,54 @@ def test_copies_are_compared_with_the_checkpoint_where_only_the_config_is_loaded
     assert not Path("other").exists()
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_projector_that_was_trained_whole_is_unloaded(merge: bool, tmp_path: Path) -> None:
+    base, path = old_names(tmp_path / "odd")
+    trained = {"modules_to_save": ["multi_modal_projector"]}
+    model = routed(base, {"odd": path}, **trained)
+    expected = logits(stock(base, path))
+    unloaded = model.merge_and_unload() if merge else model.unload()
+    if not merge:
+        expected = logits(base)
+    torch.testing.assert_close(logits(unloaded), expected, atol=1e-5, rtol=1e-5)
+    projector = unloaded.model.multi_modal_projector
+    assert type(projector) is type(base.model.multi_modal_projector)
+
+
+@pytest.mark.parametrize("in_full", [True, False])
+def test_patterns_by_names_that_transformers_alone_renames(in_full: bool, tmp_path: Path) -> None:
+    """PEFT takes no factors of such an adapter: what counts is the adapter by its new names."""
+    new, old = (name.removeprefix("model.") for name in OLD_NAMES["qwen2_vl"])
+    module = "layers.0.self_attn.q_proj"
+    base = vision_model("qwen2_vl")
+    trained = {
+        "target_modules": r".*language_model.*\.(q_proj|v_proj)",
+        "alpha_pattern": {new + module: 100, "q_proj": 3},
+        "rank_pattern": {new + module: 2},
+    }
+    path = save_lora(tmp_path / "new", 5, base=copy.deepcopy(base), **trained)
+    expected = logits(stock(base, path))
+    before = tmp_path / "old"
+    shutil.copytree(path, before)
+    rename(before, lambda key: key.replace(*OLD_NAMES["qwen2_vl"]))
+    key = old + module if in_full else module
+    patterns = {"alpha_pattern": {key: 100, "q_proj": 3}, "rank_pattern": {key: 2}}
+    edit(before, target_modules=["q_proj", "v_proj"], **patterns)
+    model = routed(base, {"odd": before})
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    model.export_experts(str(tmp_path / "experts"))
+    exported = logits(stock(base, tmp_path / "experts" / "odd"))
+    torch.testing.assert_close(exported, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_patterns_by_old_names_are_pefts_where_peft_renames(tmp_path: Path) -> None:
+    base, path = old_names(tmp_path / "odd")
+    edit(path, alpha_pattern={"language_model.model.layers.0.self_attn.q_proj": 100})
+    model = routed(base, {"odd": path})
+    expected = logits(stock(base, path))
+    torch.testing.assert_close(logits(model), expected, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtypes", ["bfloat16 float32", "float32 bfloat16"])
 def test_a_copy_equals_the_base_in_either_dtype(dtypes: str, tmp_path: Path) -> None:
     trained, loaded = (getattr(torch, name) for name in dtypes.split())
