@@ -23,6 +23,7 @@ import peft
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from mergekit.common import ModelPath, ModelReference, dtype_from_name, get_auto_cls
+from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.options import MergeOptions
 from peft.utils.save_and_load import load_peft_weights
 from torch import equal, nn
@@ -77,6 +78,19 @@ def merged_or_base(model: ModelReference, options: MergeOptions) -> ModelReferen
         return model
     name = _name_of_merged(model)
     return ModelReference(model=ModelPath(path=str(Path(options.lora_merge_cache or "", name))))
+
+
+def without_loras(config: MergeConfiguration, options: MergeOptions) -> MergeConfiguration:
+    """A configuration of the same models, with what `merged_loras` made in place of each LoRA.
+
+    mergekit infers from it the tensors of a family that it has no list of, and it does not look for
+    merged models there.
+    """
+    models = []
+    for model in sorted(config.referenced_models(), key=str):
+        models.append(InputModelDefinition(model=merged_or_base(model, options)))
+    base = config.base_model and merged_or_base(config.base_model, options)
+    return MergeConfiguration(merge_method=config.merge_method, models=models, base_model=base)
 
 
 def _name_of_merged(model: ModelReference) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from mergekit.architecture.auto import infer_architecture_info
 from mergekit.merge_methods import merge_tensors
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -235,3 +236,26 @@ def test_a_source_is_never_passed_over(here, family, edit):
     with pytest.raises(UserError, match=r"\./math does not hold it, and \./base does"):
         merge(document("dare", ["math"], parameters=WHOLE))
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["vit", "opt"])
+def test_loras_of_families_that_mergekit_has_no_list_of(here, family):
+    if family == "vit":
+        make_vit(here / "base", 0)
+    else:
+        make_model(here / "base", 0, family=family)
+    kind = ViTForImageClassification if family == "vit" else AutoModelForCausalLM
+    names = ["q_proj", "query"]  # a ViT has the one or the other, by the version of transformers
+    config = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    adapted = get_peft_model(kind.from_pretrained(here / "base"), config)
+    adapted.save_pretrained(here / "lora")
+    expected = adapted.merge_and_unload().state_dict()
+    source = {"model": "./base+./lora", "parameters": WHOLE}
+    merge(document("dare", [source], base_model="./base"))
+    got = kind.from_pretrained(here / "out").state_dict()
+    assert any(
+        not torch.equal(tensor, expected[name])
+        for name, tensor in kind.from_pretrained(here / "base").state_dict().items()
+    )
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, msg=name)
