@@ -6,7 +6,7 @@
    expert, one on all of them (`tradeoffs_routers.py` does it, and they are kept).
 2. `cached/`: the report of `compare` on these adapters, with all that follows from one pass of
    each, and `private/`, with the merges, Arrow and the shared expert, too.
-3. `merging-seed0/`, `routing-seed0/`: reports with the trained routers. Of three learning rates
+3. `merging-seed0/`, `routing-seed0/`: reports with the trained routers. Of four learning rates
    each keeps the best on validation texts, which it is then trained at with the other seeds, too.
 4. `mbc/`: cluster the adapters, train one per cluster on the texts of all its adapters, and write
    the report of these (Trade-offs, 5.2 and figure 4).
@@ -74,9 +74,9 @@ OF_CLUSTERS = ("own_expert", "uniform_ensemble", "uniform_low_rank", "arrow_top4
 MERGING = ("global", "layer")
 ROUTING = ("linear", "linear_arrow", "hierarchical", "hierarchical_arrow")
 # The paper's rates are 1e-5, 1e-4 and 1e-3, for many more steps. A step of Adam moves a number by
-# its rate at most, so that the tens of steps here want higher ones. A coefficient of `global` or
-# `layer` is such a number itself.
-LEARNING_RATES = {"merging": (1e-2, 1e-1, 1.0), "routing": (1e-3, 1e-2, 1e-1)}
+# its rate at most, so that the tens of steps here want higher ones, of which the highest is too high
+# for each. A coefficient of `global` or `layer` is such a number itself.
+LEARNING_RATES = {"merging": (1e-2, 1e-1, 1.0, 10.0), "routing": (1e-3, 1e-2, 1e-1, 1.0)}
 MBC = "MBC "
 # The first is better than the second, as the paper says.
 CLAIMS = [
