@@ -5,6 +5,7 @@ The model is built without memory (on torch's meta device) and its state dict is
 layout that `save_pretrained` writes, since that is the one that other readers of a checkpoint know.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,7 +101,10 @@ def hub_state(config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torc
     with explained(f"cannot build {name} by the config of {where}", where):
         with torch.device("meta"):
             model = model_class(config)
-        return model, revert_weight_conversion(model, model.state_dict(keep_vars=True))
+        state = revert_weight_conversion(model, model.state_dict(keep_vars=True))
+    for name in model._keys_to_ignore_on_save or ():  # computed, as Marian's positions
+        state.pop(name, None)
+    return model, state
 
 
 def hub_names(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -140,7 +144,10 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
     return Manifest(
         shapes={name: tuple(tensor.shape) for name, tensor in stored.items()},
         tied=tied,
-        ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
+        ignored=(
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *(re.escape(name) for name in model._keys_to_ignore_on_save or ()),
+        ),
         embedding=next((name for name in vocabulary if stored[name] is embeddings[0]), ""),
         vocabulary=frozenset(vocabulary),
         head_biases=frozenset(name for name, tensor in stored.items() if id(tensor) in bias_ids),

@@ -23,8 +23,8 @@ def ensembled_groups(
     input it reads.
 
     `layers` are the numbers of those to take of every stack of layers; None takes all. `UserError`
-    where a layer lacks the attention or MLP that `upscale` names, or it cannot be told, and for a
-    number beyond the last layer.
+    where a layer lacks the attention or MLP that `upscale` names, or it cannot be told or has no
+    linear modules, and for a number beyond the last layer.
     """
     groups: dict[str, list[str]] = {}
     for name, layer in chosen_layers(model, layers).items():
@@ -54,6 +54,11 @@ def ensembled_groups(
             for module in modules:
                 linears += [f"{name}.{linear}" for linear in linears_in(layer, module)]
             reader = name if upscale == "block" else f"{name}.{modules[0]}"
+            if not linears:  # a mixture of experts, all in one parameter
+                raise UserError(
+                    f"{reader} of {type(model).__name__} has no linear layer that a router could "
+                    "weigh"
+                )
             groups[reader] = linears
     return groups
 

@@ -50,6 +50,7 @@ FAMILIES = {
     "BertForMaskedLM": ("bert", {}, 3),
     "T5ForConditionalGeneration": ("t5", {**T5, "feed_forward_proj": "gated-gelu"}, 5),
     "BartForConditionalGeneration": ("bart", BART, 5),
+    "MarianMTModel": ("marian", BART, 5),  # its positions are not in its files
     "ViTForImageClassification": ("vit", VIT, 3),
 }
 
@@ -79,7 +80,7 @@ def make(path, architecture, seed, dtype=torch.float32, **changes):
 def inputs_of(architecture):
     if architecture.startswith("ViT"):
         return {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16).sin()}
-    if architecture.endswith("ConditionalGeneration"):
+    if architecture.endswith(("ConditionalGeneration", "MTModel")):
         return {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :6]}
     return {"input_ids": TOKENS}
 

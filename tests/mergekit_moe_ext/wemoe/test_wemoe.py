@@ -34,6 +34,7 @@ from transformers import (
     ViTModel,
 )
 
+from mergekit_moe_ext import UserError
 from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling
 from tests.conftest import document, make_model, merge, read_tensors, run
 from tests.mergekit_moe_ext.ensembles import build, inputs_of
@@ -160,6 +161,14 @@ def test_untrained_it_is_task_arithmetic_in_other_families_too(tmp_path, monkeyp
     torch.testing.assert_close(
         logits_of(model, inputs), logits_of(expected, inputs), atol=1e-4, rtol=1e-4
     )
+
+
+def test_a_mixture_whose_experts_are_one_parameter_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", *SOURCES)):
+        make_model(tmp_path / name, seed, family="gpt_oss", num_local_experts=2)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp of GptOssForCausalLM has no linear layer"):
+        merge(wemoe())
 
 
 @pytest.mark.parametrize("upscale", ["mlp", "block"])
