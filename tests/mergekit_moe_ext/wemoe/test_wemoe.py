@@ -166,7 +166,7 @@ def test_untrained_it_is_task_arithmetic_in_other_families_too(tmp_path, monkeyp
 def test_a_mixture_whose_experts_are_one_parameter_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", *SOURCES)):
-        make_model(tmp_path / name, seed, family="gpt_oss", num_local_experts=2)
+        make_model(tmp_path / name, seed, family="gpt_oss", num_local_experts=4)
     with pytest.raises(UserError, match=r"layers\.0\.mlp of GptOssForCausalLM has no linear layer"):
         merge(wemoe())
 
