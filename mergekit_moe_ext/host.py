@@ -66,15 +66,22 @@ def _explain_mergekit_moe(configuration: Any) -> None:
 
 def _planning_structural_methods(stock: Callable) -> Callable:
     from mergekit_moe_ext.merging.loras import without_loras
-    from mergekit_moe_ext.merging.planner import PREPARED, prepare, structural_method
+    from mergekit_moe_ext.merging.planner import (
+        PREPARED,
+        completed_architecture,
+        prepare,
+        structural_method,
+    )
     from mergekit_moe_ext.merging.preflight import read_job, tensor_method
 
     @functools.wraps(stock)
     def get_architecture_info(config: Any, options: Any) -> Any:
         method = structural_method(config.merge_method)
         if method is None:
-            is_ours = tensor_method(config.merge_method) is not None
-            return stock(without_loras(config, options) if is_ours else config, options)
+            if tensor_method(config.merge_method) is None:
+                return stock(config, options)
+            config = without_loras(config, options)
+            return completed_architecture(stock(config, options), config, options)
         return PREPARED.get() or prepare(read_job(config, options, method))
 
     return get_architecture_info

@@ -15,8 +15,14 @@ from typing import Any
 import pydantic
 import torch
 from mergekit.architecture import ModelArchitecture, WeightInfo
+from mergekit.architecture.auto import infer_architecture_info
 from mergekit.common import ModelReference
-from mergekit.config import ConfigReader, InputSliceDefinition, OutputSliceDefinition
+from mergekit.config import (
+    ConfigReader,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputSliceDefinition,
+)
 from mergekit.graph import Task
 from mergekit.io.tasks import (
     FinalizeModel,
@@ -26,6 +32,7 @@ from mergekit.io.tasks import (
     TensorWriterTask,
 )
 from mergekit.merge_methods.base import BasePolicy
+from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner as StockMergePlanner
 
 from _mergekit_moe_ext_common.errors import UserError
@@ -42,6 +49,7 @@ from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod, TensorM
 from mergekit_moe_ext.merging.sources import Headers, stored_headers
 from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, RefuseNonfinite
 from mergekit_moe_ext.merging.views import install_views
+from mergekit_moe_ext.merging.wrappers import vocabulary_key
 from mergekit_moe_ext.merging.writer import BehindWriterTask, header_room
 
 LOG = logging.getLogger(__name__)
@@ -67,7 +75,30 @@ def prepare(job: Job) -> PlannedArchitecture:
     """Plan the job, and check the plan against the manifest of the output."""
     plan = job.method.plan(job)
     check_against(manifest_of(plan.config), plan.shapes)
-    return PlannedArchitecture(modules={}, architectures=[], model_type="", job=job, plan=plan)
+    return PlannedArchitecture(
+        modules={},
+        architectures=[],
+        model_type="",
+        vocab_size_config_key=vocabulary_key(plan.config),
+        job=job,
+        plan=plan,
+    )
+
+
+def completed_architecture(
+    architecture: ModelArchitecture, config: MergeConfiguration, options: MergeOptions
+) -> ModelArchitecture:
+    """mergekit's description of the architecture of a dense merge, with the key of its config for
+    the number of tokens, and inferred where mergekit's list reads another layout of the config.
+    """
+    models = sorted(config.referenced_models(), key=str)
+    of_donor = (config.base_model or models[0]).config(options.trust_remote_code)
+    try:
+        for module in architecture.modules.values():
+            module.architecture.num_layers(of_donor)
+    except RuntimeError:  # Qwen2-VL's has the number inside since transformers 5
+        architecture = infer_architecture_info(tuple(models), config.base_model, options)
+    return architecture.model_copy(update={"vocab_size_config_key": vocabulary_key(of_donor)})
 
 
 class SharedConfigReader(ConfigReader):

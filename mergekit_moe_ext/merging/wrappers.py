@@ -21,6 +21,15 @@ def language_config(config: PretrainedConfig) -> PretrainedConfig:
     return inner if isinstance(inner, PretrainedConfig) else config
 
 
+def vocabulary_key(config: PretrainedConfig) -> str:
+    """The key under which a config has its number of tokens, with a dot where it lies within that
+    of the language model.
+
+    mergekit's lists of Qwen2-VL and others name the outer one, which transformers does not read.
+    """
+    return "vocab_size" if language_config(config) is config else "text_config.vocab_size"
+
+
 def routing_config(config: PretrainedConfig) -> PretrainedConfig:
     """The config that says how many experts there are: of a generic mixture its own, of any other
     that of its language model.

@@ -8,16 +8,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from mergekit_moe_ext import UserError
 from tests.conftest import document, make_model, merge, read_tensors
+from tests.mergekit_moe_ext.upcycling.test_wrapped import make_llava
 from tests.tokenizers import save_tokenizer
 
 NAMES = ["base", "math", "code"]
@@ -163,6 +167,37 @@ def test_tokens_are_aligned_in_what_is_not_listed(here):
     for name in ("lm_head.weight", "lm_head.bias"):
         assert merged[name].shape == tuned[name].shape == (97, *merged[name].shape[1:])
         torch.testing.assert_close(merged[name], tuned[name])
+
+
+def make_qwen2_vl(path, seed, vocab_size):
+    vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = {**TEXT, "num_hidden_layers": 2, "rope_parameters": rope, "vocab_size": vocab_size}
+    torch.manual_seed(seed)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(path)
+
+
+@pytest.mark.parametrize("method", ["dare", "moe_linear"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_the_number_of_tokens_is_that_of_the_language_model(here, family, method):
+    """mergekit writes it beside the config of the language model, where nothing reads it."""
+    for seed, name in enumerate(NAMES[:2]):
+        if family == "llava":
+            make_llava(here / name, "llama", seed, vocab_size=96 + seed)
+        else:
+            make_qwen2_vl(here / name, seed, 96 + seed)
+        save_tokenizer(here / name, 96 + seed, ("for",)[:seed])
+    parameters = WHOLE if method == "dare" else {}
+    models = ["math"] if method == "dare" else ["math", "base"]
+    out = merge(document(method, models, parameters=parameters, tokenizer_source="union"))
+    model, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert model.config.text_config.vocab_size == 97
+    if method == "dare":
+        tuned = AutoModelForImageTextToText.from_pretrained(here / "math").state_dict()
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, tuned[name], msg=name)
 
 
 @pytest.mark.parametrize("config", [{}, {"mlp_only_layers": [0]}])
