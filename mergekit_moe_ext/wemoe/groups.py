@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.layers import chosen_layers, linears_in, parts_of
+from mergekit_moe_ext.merging.wrappers import is_mixture
 
 Part = Literal["attention", "mlp"]
 Grouping = Literal["mlp", "attention", "attention+mlp", "block"]
@@ -39,7 +40,7 @@ def ensembled_groups(
             part = "attention" if upscale == "attention" else "MLP"
             raise UserError(
                 f"layer {name} of {type(model).__name__} has no {part} that can be told by its "
-                "class"
+                f"class{_hint(model, upscale)}"
             )
         each_attention = [[part] for part in attention]
         # Each inner list is what one router weighs.
@@ -57,10 +58,20 @@ def ensembled_groups(
             if not linears:  # a mixture of experts, all in one parameter
                 raise UserError(
                     f"{reader} of {type(model).__name__} has no linear layer that a router could "
-                    "weigh"
+                    f"weigh{_hint(model, upscale)}"
                 )
             groups[reader] = linears
     return groups
+
+
+def _hint(model: PreTrainedModel, upscale: Grouping) -> str:
+    """The end of a sentence on what cannot be routed: what to do with mixtures of experts."""
+    if upscale == "attention" or not is_mixture(model.config):
+        return ""
+    return (
+        ": it is a mixture of experts, of which `upscale: attention` is weighed; `merge_method: "
+        "caem` merges mixtures"
+    )
 
 
 def linears_by_layer(

@@ -163,12 +163,21 @@ def test_untrained_it_is_task_arithmetic_in_other_families_too(tmp_path, monkeyp
     )
 
 
-def test_a_mixture_whose_experts_are_one_parameter_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_of_mixtures_attention_alone_is_routed(tmp_path, monkeypatch, family):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", *SOURCES)):
-        make_model(tmp_path / name, seed, family="gpt_oss", num_local_experts=4)
-    with pytest.raises(UserError, match=r"layers\.0\.mlp of GptOssForCausalLM has no linear layer"):
+        make_model(tmp_path / name, seed, family=family, num_local_experts=4)
+    with pytest.raises(UserError, match=r"of which `upscale: attention` is weighed"):
         merge(wemoe())
+    model = load(merge(wemoe(upscale="attention", router_init_std=0.0, **LAMBDA)))
+    expected = AutoModelForCausalLM.from_pretrained("base").eval()
+    sources = [AutoModelForCausalLM.from_pretrained(name).state_dict() for name in SOURCES]
+    state = {}
+    for name, tensor in expected.state_dict().items():
+        state[name] = tensor + 0.3 * sum(source[name] - tensor for source in sources)
+    expected.load_state_dict(state)
+    torch.testing.assert_close(logits_of(model), logits_of(expected), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("upscale", ["mlp", "block"])
