@@ -116,7 +116,7 @@ def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
         job = read_job(merge_config, options, method)
         out = check_output(out_path)
         prepared = prepare(job)
-        donor = _folder_of_donor(job)
+        donor = _folder_of(job.donor, job.merge_options)
         check_settings(donor, str(job.donor.model))
         check_room(out, prepared.plan.bytes)
         makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
@@ -173,7 +173,7 @@ def _merge_tensors(
     from mergekit.io.tasks import LoaderCache
 
     from _mergekit_moe_ext_common.loading import explained
-    from _mergekit_moe_ext_common.staging import check_output, staged
+    from _mergekit_moe_ext_common.staging import check_output, copy_settings, staged
     from mergekit_moe_ext.merging.loras import merged_loras, merged_or_base
     from mergekit_moe_ext.merging.preflight import check_document, check_head, check_tensor_merge
     from mergekit_moe_ext.merging.writer import stop_writing
@@ -185,7 +185,11 @@ def _merge_tensors(
     # What mergekit cannot merge makes it raise exceptions of many kinds.
     failure = f"{method.spec.name} cannot merge these models"
     models = sorted(merge_config.referenced_models(), key=str)
+    donor = merge_config.base_model or merge_config.referenced_models()[0]
     with explained(failure, str(merge_config.base_model)), staged(out) as directory:
+        folder = _folder_of(donor, options)
+        if not _wants_tokenizer(folder, donor.config(options.trust_remote_code)):
+            options = options.model_copy(update={"copy_tokenizer": False})
         if any(model.lora for model in models):
             place = directory.with_name(f"{directory.name}.loras")
             _, options = merged_loras(models, options, place)
@@ -199,25 +203,30 @@ def _merge_tensors(
         finally:
             stop_writing(directory)
             LoaderCache.loaders.clear()
+        copy_settings(folder, directory)
 
 
-def _folder_of_donor(job: Any) -> Path:
+def _folder_of(donor: Any, options: Any) -> Path:
+    """The directory of the model that config and tokenizer come from; of a LoRA, of its base."""
     from _mergekit_moe_ext_common.staging import model_folder
 
-    model = job.donor.model
-    cache = job.merge_options.transformers_cache
-    return model_folder(model.path, revision=model.revision, cache_dir=cache)
+    model = donor.model
+    return model_folder(model.path, revision=model.revision, cache_dir=options.transformers_cache)
 
 
-def _reads_images(config: Any) -> bool:
-    """Whether images are what the model of this configuration reads first."""
+def _wants_tokenizer(folder: Path, config: Any) -> bool:
+    """Whether the model in this directory has a tokenizer, or would have one if it were whole: one
+    that reads images first may have none.
+    """
     import transformers
 
     from mergekit_moe_ext.modeling import find_architecture
 
-    name = config.architectures[0]
+    if any(folder.glob("*token*")):
+        return True
+    name = (config.architectures or [""])[0]
     architecture = find_architecture(name) or getattr(transformers, name, None)
-    return getattr(architecture, "main_input_name", "") == "pixel_values"
+    return getattr(architecture, "main_input_name", "") != "pixel_values"
 
 
 def _copy_tokenizer_files(
@@ -227,8 +236,7 @@ def _copy_tokenizer_files(
     from mergekit_moe_ext.merging.sources import tokenizer_of
 
     copy_settings(donor, directory)
-    has_none = not any(donor.glob("*token*"))
-    if tokenizer_is_there or (has_none and _reads_images(config)):
+    if tokenizer_is_there or not _wants_tokenizer(donor, config):
         return
     try:
         if job.config.chat_template:

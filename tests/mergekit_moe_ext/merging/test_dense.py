@@ -5,6 +5,7 @@ import torch
 from mergekit.architecture.auto import infer_architecture_info
 from mergekit.merge_methods import merge_tensors
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +18,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
 )
 
 from mergekit_moe_ext import UserError
@@ -294,3 +297,16 @@ def test_loras_of_families_that_mergekit_has_no_list_of(here, family):
     )
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, msg=name)
+
+
+def test_what_a_model_reads_images_with_comes_along(here, caplog):
+    for seed, name in enumerate(NAMES[:2]):
+        make_vit(here / name, seed)
+        processor = ViTImageProcessor(size={"height": 16, "width": 16})
+        processor.save_pretrained(here / name)
+    out = merge(document("dare", ["math"], parameters=WHOLE))
+    classify = pipeline("image-classification", str(out))
+    expected = pipeline("image-classification", str(here / "math"))
+    image = Image.effect_noise((16, 16), 80).convert("RGB")
+    assert classify(image) == expected(image)
+    assert "tokenizer" not in caplog.text  # there is none to be missed
