@@ -286,6 +286,8 @@ def _above(better: str, worse: str, paper: str, where: str = "Table 2") -> Claim
     return Claim(where, f"{better} is above {worse}", paper, better, worse)
 
 
+# One point, as far as "comparable" or "not significant" can be put into a number.
+AS_GOOD = 0.01
 INDIVIDUAL = _above("Individual", "Pre-trained", "90.5, 48.1")
 TRADITIONAL = _above("WEMoE (2-layer)", "Traditional MTL", "89.4, 88.9")
 STATIC = (
@@ -397,6 +399,55 @@ def _of_table6(rate: str) -> tuple[Claim, ...]:
     )
 
 
+def _of_figure4(rate: str, other: str) -> Claim:
+    """That a rate of adaptation matters little: it is about as good as another."""
+    return Claim(
+        "Figure 4",
+        f"a constant rate of {rate} is at most one point below {other}",
+        '"not significant"',
+        f"figure4: {rate}",
+        f"figure4: {other}",
+        slack=AS_GOOD,
+    )
+
+
+def _of_figure5(scale: str, other: str) -> Claim:
+    """The order of two rows at one lambda."""
+    return Claim(
+        "Figure 5",
+        f"at λ = {scale}, WEMoE (2-layer) is above {other}",
+        "",
+        f"figure5: WEMoE (2-layer), {scale}",
+        f"figure5: {other}, {scale}",
+    )
+
+
+def _stable_from(scale: str, other: str) -> Claim:
+    return Claim(
+        "Figure 5",
+        f"at λ = {scale}, WEMoE (2-layer) is at most one point below λ = {other}",
+        '"relatively stable"',
+        f"figure5: WEMoE (2-layer), {scale}",
+        f"figure5: WEMoE (2-layer), {other}",
+        slack=AS_GOOD,
+    )
+
+
+SWEEPS = (
+    _of_figure4("0.01", "0.001"),
+    _of_figure4("0.0001", "0.001"),
+    _of_figure5("0.1", "Task arithmetic"),
+    _of_figure5("0.1", "Ties-Merging"),
+    _of_figure5("0.3", "Task arithmetic"),
+    _of_figure5("0.3", "Ties-Merging"),
+    _of_figure5("0.6", "Task arithmetic"),
+    _of_figure5("0.6", "Ties-Merging"),
+    _of_figure5("1.0", "Task arithmetic"),
+    _of_figure5("1.0", "Ties-Merging"),
+    _stable_from("0.1", "0.3"),
+    _stable_from("0.6", "0.3"),
+    _stable_from("1.0", "0.3"),
+)
 DEPTH = (
     _above("WEMoE (2-layer)", "WEMoE (1-layer)", "89.4, 88.3", "Table 10"),
     _above("WEMoE (1-layer)", "AdaMerging (layer)", "88.3, 80.9", "Table 10"),
@@ -460,6 +511,11 @@ WEMOE = Paper(
             _of_table6(", constant 1e-4"),
         ),
         Part(
+            "wemoe_pretrained",
+            "the same by the constant rate of adaptation, and by λ",
+            SWEEPS,
+        ),
+        Part(
             "wemoe_pretrained_linear",
             "the same network with linear heads, which CLIP does not have",
             _at_another_rate("WEMoE (2-layer)"),
@@ -487,7 +543,6 @@ WEMOE = Paper(
     ),
 )
 
-AS_GOOD = 0.01  # one point, as far as the summary's "comparable" can be put into a number
 EWEMOE = Paper(
     "E-WEMoE",
     "https://arxiv.org/abs/2410.21804",

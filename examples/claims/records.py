@@ -279,6 +279,7 @@ def tradeoffs_report(path: Path) -> tuple[Rows, Margins]:
 
 THREE_SEEDS = ("--seed", "0", "--seed", "1", "--seed", "2")
 TABLES = ("--only", "table2", "--only", "table4", "--only", "table5", "--only", "table6")
+SWEEPS = ("--only", "figure4", "--only", "figure5")
 ADAPTED_TO_TESTS = (
     "Routers and constants are adapted to the test images without labels, as in the paper. "
 )
@@ -389,8 +390,8 @@ EXPERIMENTS = {
         "wemoe_pretrained",
         {
             "quick": ("-o", "OUTPUT", "--seed", "0", "--steps", "2"),
-            "small": ("-o", "OUTPUT", *THREE_SEEDS, *TABLES),
-            "full": ("-o", "OUTPUT", *THREE_SEEDS, *TABLES, "--steps", "500"),
+            "small": ("-o", "OUTPUT", *THREE_SEEDS, *TABLES, *SWEEPS),
+            "full": ("-o", "OUTPUT", *THREE_SEEDS, *TABLES, *SWEEPS, "--steps", "500"),
         },
         "",
         False,

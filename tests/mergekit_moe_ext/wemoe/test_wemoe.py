@@ -138,6 +138,17 @@ def test_untrained_it_is_task_arithmetic(here, parameters, upscale):
         assert torch.equal(ours[name], base[name] if copied else tensor), name
 
 
+def task_arithmetic(auto):
+    """./base with 0.3 times the task vectors of SOURCES."""
+    model = auto.from_pretrained("base").eval()
+    sources = [auto.from_pretrained(name).state_dict() for name in SOURCES]
+    state = {}
+    for name, tensor in model.state_dict().items():
+        state[name] = tensor + 0.3 * sum(source[name] - tensor for source in sources)
+    model.load_state_dict(state)
+    return model
+
+
 @pytest.mark.parametrize("family", ["gpt2", "t5", "qwen2", "opt"])
 def test_untrained_it_is_task_arithmetic_in_other_families_too(tmp_path, monkeypatch, family):
     monkeypatch.chdir(tmp_path)
@@ -152,15 +163,8 @@ def test_untrained_it_is_task_arithmetic_in_other_families_too(tmp_path, monkeyp
     auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
     inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS[:, :4]} if family == "t5" else {})}
     model = load(merge(wemoe(router_init_std=0.0, **LAMBDA)), auto)
-    expected = auto.from_pretrained("base").eval()
-    sources = [auto.from_pretrained(name).state_dict() for name in SOURCES]
-    state = {}
-    for name, tensor in expected.state_dict().items():
-        state[name] = tensor + 0.3 * sum(source[name] - tensor for source in sources)
-    expected.load_state_dict(state)
-    torch.testing.assert_close(
-        logits_of(model, inputs), logits_of(expected, inputs), atol=1e-4, rtol=1e-4
-    )
+    expected = logits_of(task_arithmetic(auto), inputs)
+    torch.testing.assert_close(logits_of(model, inputs), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
@@ -171,13 +175,8 @@ def test_of_mixtures_attention_alone_is_routed(tmp_path, monkeypatch, family):
     with pytest.raises(UserError, match=r"of which `upscale: attention` is weighed"):
         merge(wemoe())
     model = load(merge(wemoe(upscale="attention", router_init_std=0.0, **LAMBDA)))
-    expected = AutoModelForCausalLM.from_pretrained("base").eval()
-    sources = [AutoModelForCausalLM.from_pretrained(name).state_dict() for name in SOURCES]
-    state = {}
-    for name, tensor in expected.state_dict().items():
-        state[name] = tensor + 0.3 * sum(source[name] - tensor for source in sources)
-    expected.load_state_dict(state)
-    torch.testing.assert_close(logits_of(model), logits_of(expected), atol=1e-4, rtol=1e-4)
+    expected = logits_of(task_arithmetic(AutoModelForCausalLM))
+    torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("upscale", ["mlp", "block"])
