@@ -68,7 +68,7 @@ def _planning_structural_methods(stock: Callable) -> Callable:
     from mergekit_moe_ext.merging.loras import without_loras
     from mergekit_moe_ext.merging.planner import (
         PREPARED,
-        completed_architecture,
+        dense_architecture,
         prepare,
         structural_method,
     )
@@ -81,7 +81,7 @@ def _planning_structural_methods(stock: Callable) -> Callable:
             if tensor_method(config.merge_method) is None:
                 return stock(config, options)
             config = without_loras(config, options)
-            return completed_architecture(stock(config, options), config, options)
+            return dense_architecture(stock, config, options)
         return PREPARED.get() or prepare(read_job(config, options, method))
 
     return get_architecture_info

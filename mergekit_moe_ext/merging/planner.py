@@ -9,13 +9,18 @@ import contextvars
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pydantic
 import torch
-from mergekit.architecture import ModelArchitecture, WeightInfo
+from mergekit.architecture import ModelArchitecture, ModuleDefinition, WeightInfo
 from mergekit.architecture.auto import infer_architecture_info
+from mergekit.architecture.json_definitions import (
+    JsonLayerTemplates,
+    JsonModuleArchDef,
+    JsonModuleArchitecture,
+)
 from mergekit.common import ModelReference
 from mergekit.config import (
     ConfigReader,
@@ -27,6 +32,7 @@ from mergekit.graph import Task
 from mergekit.io.tasks import (
     FinalizeModel,
     GatherTensors,
+    LoaderCache,
     LoadTensor,
     SaveTensor,
     TensorWriterTask,
@@ -46,7 +52,7 @@ from mergekit_moe_ext.merging.manifest import (
     needed_names,
 )
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod, TensorMethod
-from mergekit_moe_ext.merging.sources import Headers, stored_headers
+from mergekit_moe_ext.merging.sources import DTYPES, Headers, stored_headers
 from mergekit_moe_ext.merging.tasks import CopyTensors, GatherFiniteTensors, RefuseNonfinite
 from mergekit_moe_ext.merging.views import install_views
 from mergekit_moe_ext.merging.wrappers import vocabulary_key
@@ -55,6 +61,7 @@ from mergekit_moe_ext.merging.writer import BehindWriterTask, header_room
 LOG = logging.getLogger(__name__)
 NEUTRAL_PARAMETERS = {"weight": 1.0}
 _LAYER = re.compile(r"\.(\d+)\.")
+_COUNTER = ".num_batches_tracked"  # of a batch norm: on how many batches it was trained
 
 
 class PlannedArchitecture(ModelArchitecture):
@@ -85,20 +92,42 @@ def prepare(job: Job) -> PlannedArchitecture:
     )
 
 
-def completed_architecture(
-    architecture: ModelArchitecture, config: MergeConfiguration, options: MergeOptions
+def dense_architecture(
+    described: Callable[[MergeConfiguration, MergeOptions], ModelArchitecture],
+    config: MergeConfiguration,
+    options: MergeOptions,
 ) -> ModelArchitecture:
-    """mergekit's description of the architecture of a dense merge, with the key of its config for
-    the number of tokens, and inferred where mergekit's list reads another layout of the config.
+    """The architecture of a dense merge, as mergekit describes it (`described`), with the key of
+    its config for the number of tokens.
+
+    It is inferred where mergekit's list reads another layout of the config, and lists nothing where
+    mergekit cannot infer it: what is not listed is planned by what transformers saves.
     """
     models = sorted(config.referenced_models(), key=str)
     of_donor = (config.base_model or models[0]).config(options.trust_remote_code)
     try:
+        architecture = described(config, options)
         for module in architecture.modules.values():
             module.architecture.num_layers(of_donor)
-    except RuntimeError:  # Qwen2-VL's has the number inside since transformers 5
+    except NotImplementedError:  # it asks for the embedding, which CLIP and ResNet do not have
+        architecture = _listing_nothing()
+    except RuntimeError:  # Qwen2-VL's config has the number inside since transformers 5
         architecture = infer_architecture_info(tuple(models), config.base_model, options)
     return architecture.model_copy(update={"vocab_size_config_key": vocabulary_key(of_donor)})
+
+
+def _listing_nothing() -> ModelArchitecture:
+    """An architecture of one module that has no tensors."""
+    definition = JsonModuleArchDef(
+        model_type="",
+        architectures=[],
+        pre_weights=[],
+        layer_templates=JsonLayerTemplates(weights=[]),
+        post_weights=[],
+        override_num_layers=0,
+    )
+    module = ModuleDefinition(architecture=JsonModuleArchitecture(definition=definition))
+    return ModelArchitecture(modules={"default": module}, architectures=[], model_type="")
 
 
 class SharedConfigReader(ConfigReader):
@@ -190,6 +219,7 @@ class MergePlanner(StockMergePlanner):
                     out_dtype = weight.force_dtype or self.config.out_dtype
                     task = _refusing_nonfinite(task, weight.name, out_dtype)
                     self._tensors[index] = (weight, task)
+            self._copy_counters()
             return
         num_layers = layers_of(self._plan_of_job)
         for name, tensor in self._plan_of_job.shared.items():
@@ -285,12 +315,23 @@ class MergePlanner(StockMergePlanner):
                 stored = names & of_model.shapes.keys()
                 if not stored:
                     raise UserError(f"{of_list}: {model} does not hold {name}")
-                dtype = getattr(torch, of_model.dtypes[stored.pop()])
-                if not dtype.is_floating_point:
-                    raise UserError(f"{of_list}: {name} is of {dtype} in {model}, not of floats")
+                dtype = of_model.dtypes[stored.pop()]
+                if dtype not in DTYPES.values() and not name.endswith(_COUNTER):
+                    raise UserError(f"{of_list}: {name} is {dtype} in {model}, not of floats")
             self._plan_whole(weight, manifest.shapes)
         if lost:  # a layout of an earlier transformers, say
             raise UserError(f"{of_list}: save_pretrained writes no tensor {min(lost)}")
+
+    def _copy_counters(self) -> None:
+        """Takes the counters of batch norms from the model that the config comes from, as they are:
+        there is nothing to merge in them, and mergekit refuses those that differ.
+        """
+        donor = self.config.base_model or self.config.referenced_models()[0]
+        for index, (weight, _) in enumerate(self._tensors):
+            if weight.name.endswith(_COUNTER):
+                load = LoadTensor(model=donor, tensor=weight.name, aliases=weight.aliases)
+                uncast = weight.model_copy(update={"force_dtype": "int64"})
+                self._tensors[index] = (uncast, load)
 
     def _plan_whole(self, weight: WeightInfo, all_names: Iterable[str]) -> None:
         """Plans a tensor of whole models, as mergekit plans those that it lists."""
@@ -338,8 +379,14 @@ class MergePlanner(StockMergePlanner):
         if not is_structural and not isinstance(self._method, TensorMethod):
             super().plan_tensor(weight, weights_in, models, cfg_reader)
             return
+        if weight.optional and not any(map(_is_held, models, weights_in)):
+            return
+        # mergekit's own look for an optional tensor fails at one with aliases, as BertModel's are.
+        wanted = weight.model_copy(update={"optional": False})
         try:
-            super().plan_tensor(weight, weights_in, models, cfg_reader)
+            super().plan_tensor(wanted, weights_in, models, cfg_reader)
+            _, task = self._tensors.pop()
+            self._tensors.append((weight, task))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             raise UserError(
@@ -413,6 +460,12 @@ class MergePlanner(StockMergePlanner):
                 )
             )
         return tasks
+
+
+def _is_held(model: ModelReference, weight: WeightInfo) -> bool:
+    """Whether the files of a model hold a tensor under one of its own names."""
+    stored = LoaderCache().get(model).index.tensor_paths
+    return any(name in stored for name in (weight.name, *(weight.aliases or ())))
 
 
 def _names_of(weight: WeightInfo) -> set[str]:

@@ -10,12 +10,18 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -310,3 +316,46 @@ def test_what_a_model_reads_images_with_comes_along(here, caplog):
     image = Image.effect_noise((16, 16), 80).convert("RGB")
     assert classify(image) == expected(image)
     assert "tokenizer" not in caplog.text  # there is none to be missed
+
+
+SMALL_BERT = {**TEXT, "num_hidden_layers": 2}
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+TOWER |= {"num_attention_heads": 2}
+UNDESCRIBED = {
+    "bert": (BertModel, BertConfig(**SMALL_BERT)),  # optional tensors with other names
+    "clip": (
+        CLIPModel,
+        CLIPConfig(
+            text_config={**TOWER, "vocab_size": 96},
+            vision_config={**TOWER, "image_size": 16, "patch_size": 8},
+            projection_dim=8,
+        ),
+    ),
+    "resnet": (
+        ResNetForImageClassification,
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["dare", "fast_ties"])
+@pytest.mark.parametrize("family", UNDESCRIBED)
+def test_families_that_mergekit_cannot_describe(here, family, method):
+    kind, config = UNDESCRIBED[family]
+    for seed, name in enumerate(NAMES[:2]):
+        torch.manual_seed(seed)
+        model = kind(config)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("num_batches_tracked"):
+                buffer.fill_(5 + seed)
+        model.save_pretrained(here / name)
+    models = [{"model": "./math", "parameters": WHOLE}]
+    out = merge(document(method, models, dtype="float32"))
+    merged, info = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    tuned = kind.from_pretrained(here / "math").state_dict()
+    for name, tensor in merged.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            assert tensor.item() == 5 and read_tensors(out)[name].dtype == torch.int64
+        else:
+            torch.testing.assert_close(tensor, tuned[name], msg=name)
