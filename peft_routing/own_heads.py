@@ -139,8 +139,9 @@ def _check_task(task: Any, configs: Sequence[RoutedLoraConfig]) -> None:
 
 
 def _classes(head: nn.Module) -> list[int]:
-    """The first dimensions of a head's tensors."""
-    return [len(tensor) for tensor in head.state_dict().values() if tensor.ndim]
+    """The first dimensions of a head's parameters."""
+    # Not of its state dict: torch 2.15 does not compile a pass that makes one.
+    return [len(parameter) for parameter in head.parameters() if parameter.ndim]
 
 
 def leave(model: Any) -> TaskOfPass | None:
