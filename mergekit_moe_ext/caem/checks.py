@@ -173,7 +173,7 @@ def _comparable_shapes(
     """The shapes of a model's tensors, by name: of one expert per layer, and without the axes that
     count experts or words, in which sources may differ.
     """
-    counting_axes = dict.fromkeys(manifest.vocabulary | manifest.head_biases, 0)
+    counting_axes = dict(manifest.token_axes)
     further_experts = set()
     for layer in layers:
         counting_axes |= layer.rows

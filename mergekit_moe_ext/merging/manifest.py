@@ -39,9 +39,9 @@ class Manifest:
     tied: names that the model has but its checkpoint need not hold.
     ignored: patterns of names that a checkpoint may hold and transformers leaves out.
     embedding: the name of the input embedding; empty where there are no tokens.
-    vocabulary: the names, in `shapes`, of the embeddings and heads, whose first axis is the
-        vocabulary.
-    head_biases: those of the biases of heads, which have a number per token.
+    vocabulary: the names, in `shapes`, of the embeddings and heads.
+    token_axes: the axis of the vocabulary, by name, of these and of what else has a number per
+        token, such as the biases of heads.
     prefix: a text that a checkpoint may have before every name (for CLIP's towers, which are cut
         out of the whole).
     trunk: a text that a checkpoint may leave out at the beginning of every name that has it (the
@@ -53,7 +53,7 @@ class Manifest:
     ignored: tuple[str, ...]
     embedding: str
     vocabulary: frozenset[str]
-    head_biases: frozenset[str]
+    token_axes: Mapping[str, int]
     prefix: str
     trunk: str = ""
 
@@ -73,7 +73,7 @@ class Manifest:
         # that ties them stores one alone.
         weight = WeightInfo(
             name=name,
-            vocabulary_axis=0 if in_vocabulary or name in self.head_biases else None,
+            vocabulary_axis=self.token_axes.get(name),
             tied_names=tuple(self.vocabulary) if in_vocabulary else None,
             aliases=self.aliases(name),
         )
@@ -82,8 +82,9 @@ class Manifest:
     def with_vocabulary(self, size: int) -> "Manifest":
         """The manifest of a model with that many tokens."""
         rows = {}
-        for name in self.vocabulary | self.head_biases:
-            rows[name] = (size, *self.shapes[name][1:])
+        for name, axis in self.token_axes.items():
+            shape = self.shapes[name]
+            rows[name] = (*shape[:axis], size, *shape[axis + 1 :])
         return replace(self, shapes={**self.shapes, **rows})
 
 
@@ -141,6 +142,12 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
     stored = {name: tensor for name, tensor in state.items() if name not in tied}
     ids = {id(weight) for weight in embeddings}
     vocabulary = [name for name, tensor in stored.items() if id(tensor) in ids]
+    token_axes = {}
+    for name, tensor in stored.items():
+        if id(tensor) in ids | bias_ids:
+            token_axes[name] = 0
+        elif is_bias_of_logits(name):
+            token_axes[name] = 1
     return Manifest(
         shapes={name: tuple(tensor.shape) for name, tensor in stored.items()},
         tied=tied,
@@ -150,9 +157,16 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
         ),
         embedding=next((name for name in vocabulary if stored[name] is embeddings[0]), ""),
         vocabulary=frozenset(vocabulary),
-        head_biases=frozenset(name for name, tensor in stored.items() if id(tensor) in bias_ids),
+        token_axes=token_axes,
         prefix=_optional_prefix(model),
     )
+
+
+def is_bias_of_logits(name: str) -> bool:
+    """Whether a tensor is what BART, Marian and their like add to their logits: a row with a number
+    per token.
+    """
+    return name.rpartition(".")[2] == "final_logits_bias"
 
 
 def _tied_names(model: PreTrainedModel) -> frozenset[str]:

@@ -46,6 +46,7 @@ from mergekit_moe_ext.merging.loras import merged_or_base
 from mergekit_moe_ext.merging.manifest import (
     check_against,
     holds_all,
+    is_bias_of_logits,
     is_known,
     manifest_of,
     names_in_files,
@@ -383,6 +384,8 @@ class MergePlanner(StockMergePlanner):
             return
         # mergekit's own look for an optional tensor fails at one with aliases, as BertModel's are.
         wanted = weight.model_copy(update={"optional": False})
+        if is_bias_of_logits(weight.name):
+            wanted = wanted.model_copy(update={"vocabulary_axis": 1})
         try:
             super().plan_tensor(wanted, weights_in, models, cfg_reader)
             _, task = self._tensors.pop()

@@ -43,6 +43,7 @@ from mergekit_moe_ext.merging.sources import (
     lacks_tokenizer,
     tokenizer_of,
 )
+from mergekit_moe_ext.merging.wrappers import language_config
 
 LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=pydantic.BaseModel)
@@ -354,6 +355,7 @@ def _check_tokenizer(
     """Check `tokenizer:` or `tokenizer_source:` of a configuration with these models, of which some
     have their embeddings merged.
     """
+    _check_embeddings_per_layer(config, models, options)
     if config.tokenizer is None:
         _check_tokenizer_source(config.tokenizer_source, "tokenizer_source", models, options)
         return
@@ -367,6 +369,26 @@ def _check_tokenizer(
             raise UserError(
                 f"tokenizer: tokens: {token!r}: source: {str(model)!r} is none of the models that "
                 f"are merged{_nearest(str(model), [str(each) for each in merged])}"
+            )
+
+
+def _check_embeddings_per_layer(
+    config: MergeConfiguration, models: Sequence[ModelReference], options: MergeOptions
+) -> None:
+    """`UserError` where other tokens would be aligned, and a model has embeddings per layer, as
+    Gemma 3n has: mergekit aligns those at the two ends alone.
+    """
+    if not (config.tokenizer or config.tokenizer_source):
+        return
+    for model in models:
+        inner = language_config(model.config(options.trust_remote_code))
+        if not getattr(inner, "hidden_size_per_layer_input", 0):
+            continue
+        vocabularies = [tokenizer_of(each, options).get_vocab() for each in models]
+        if any(vocabulary != vocabularies[0] for vocabulary in vocabularies):
+            raise UserError(
+                f"{model} has embeddings per layer, which cannot be aligned with other tokens: all "
+                "sources have to have one tokenizer"
             )
 
 

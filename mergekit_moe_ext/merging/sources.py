@@ -507,9 +507,8 @@ def _check_headers(
             wrapper = wrapper_of(headers.shapes, lacking)
             hint = f": {wrapper}" if wrapper else ""
             raise UserError(f"{model} lacks the tensor {name}{hint}")
-        per_token = name in manifest.vocabulary or name in manifest.head_biases
-        skip = 1 if per_token and vocabulary_may_differ else 0
-        if headers.shapes[name][skip:] != shape[skip:]:
+        axis = manifest.token_axes.get(name) if vocabulary_may_differ else None
+        if _without_axis(headers.shapes[name], axis) != _without_axis(shape, axis):
             raise UserError(
                 f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture "
                 f"wants {shape}"
@@ -529,6 +528,10 @@ def _check_headers(
             continue
         hint = ": its embeddings are not tied, the output's are" if name in manifest.tied else ""
         raise UserError(f"{name} of {model} has no place in the output{hint}")
+
+
+def _without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    return tuple(size for index, size in enumerate(shape) if index != axis)
 
 
 def first_line(error: Exception) -> str:

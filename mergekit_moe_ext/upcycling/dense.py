@@ -71,16 +71,18 @@ def _widening(
 def rewritten_manifest(manifest: Manifest, layer: Layer) -> Manifest:
     """The manifest of a dense model that is read through such a layer."""
     vocabulary = set(manifest.vocabulary)
+    token_axes = dict(manifest.token_axes)
     for derivation in layer:
         if derivation.origin in manifest.vocabulary:
             vocabulary |= set(derivation.names)
+            token_axes |= dict.fromkeys(derivation.names, 0)
     shapes = derived_shapes(manifest.shapes, layer)
     return replace(
         manifest,
         shapes=shapes,
         tied=manifest.tied - shapes.keys(),
         vocabulary=frozenset(vocabulary & shapes.keys()),
-        head_biases=manifest.head_biases & shapes.keys(),
+        token_axes={name: axis for name, axis in token_axes.items() if name in shapes},
     )
 
 
