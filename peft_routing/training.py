@@ -26,6 +26,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, vocabulary_of
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.placement import check_can_be_spread
+from _mergekit_moe_ext_common.positions import check_positions
 from _mergekit_moe_ext_common.runs import (
     Losses,
     Run,
@@ -144,6 +145,8 @@ def train(
         )
 
     routed = load()
+    rows_by_source = {"--data": training, **held_out}
+    check_positions(routed.get_base_model(), rows_by_source, reading.max_length)
     _check_trainable(routed, config, first.device)
     # Every learning rate keeps its adapter until the best is copied.
     size = stored.stat().st_size

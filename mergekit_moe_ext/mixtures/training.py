@@ -28,6 +28,7 @@ from _mergekit_moe_ext_common.loading import (
 )
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.placement import check_can_be_spread
+from _mergekit_moe_ext_common.positions import check_positions
 from _mergekit_moe_ext_common.runs import (
     Losses,
     Measures,
@@ -184,6 +185,8 @@ def train(
     run.begin(settings, resume=resume)
 
     model = load_model(model_path, config, reading, headers=headers, dtype="auto")
+    if not is_sequence_moe:
+        check_positions(model, {"--data": training, **held_out}, reading.max_length)
     dtypes = dtypes_of(model)
     freeze_others(model, aim.parts)
     size = sum(parameter.nbytes for parameter in model.parameters())

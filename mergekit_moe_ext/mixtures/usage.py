@@ -47,6 +47,7 @@ from _mergekit_moe_ext_common.loading import (
     vocabulary_of,
 )
 from _mergekit_moe_ext_common.options import Columns, Reading
+from _mergekit_moe_ext_common.positions import check_positions
 from _mergekit_moe_ext_common.staging import new_file
 from _mergekit_moe_ext_common.token_page import ShownTexts
 from mergekit_moe_ext.merging.checkpoint import checkpoint_fingerprint
@@ -448,6 +449,7 @@ def count_usage(
         device_map=device_map,
     )
     router_names(model)  # is it a mixture of experts?
+    check_positions(model, texts.by_source, reading.max_length)
     if not spread:
         model.to(accelerator.device if device == "auto" else device)
     tasks = {

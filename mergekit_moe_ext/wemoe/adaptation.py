@@ -26,6 +26,7 @@ from _mergekit_moe_ext_common.data import Source, parse_sources
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import check_model, load_tokenizer
 from _mergekit_moe_ext_common.options import Reading
+from _mergekit_moe_ext_common.positions import check_positions
 from _mergekit_moe_ext_common.runs import (
     Losses,
     Measures,
@@ -112,6 +113,8 @@ def adapt(
         _announce(training, held_out)
 
     model = load_ensemble(model_path, architecture, config)
+    if kind != "image":
+        check_positions(model, {**training, **held_out}, reading.max_length)
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     dtypes = dtypes_of(model.routers)
     _prepare_parameters(model)
