@@ -1,7 +1,9 @@
-"""Checkpoints in the layout in which transformers 5 keeps a model in memory
-(`save_pretrained(…, save_original_format=False)`): with the experts of a layer in one tensor, say.
+"""Checkpoints in other layouts than the Hub's, which is the one that merges know: that in which
+transformers 5 keeps a model in memory (`save_pretrained(…, save_original_format=False)`), with the
+experts of a layer in one tensor, say, and names from before it (`LayerNorm.gamma` of the first
+BERT).
 
-They are read as if they were in the layout of the Hub, which is the one that merges know.
+They are read as if they were in the layout of the Hub.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,7 +11,12 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from mergekit_moe_ext.merging.manifest import hub_state
 from mergekit_moe_ext.merging.views import Derivation, Layer
@@ -39,7 +46,18 @@ def hub_layer(
         if made.keys() <= lacking:
             names = tuple(made)
             derivations.append(Derivation(name, names, _reverting(model, name, names)))
+    renamings = [
+        each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)
+    ]
+    for name in sorted(surplus - model.state_dict().keys()):
+        renamed, _ = rename_source_key(name, renamings, [])
+        if renamed in lacking:
+            derivations.append(Derivation(name, (renamed,), _unchanged))
     return tuple(derivations)
+
+
+def _unchanged(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    return [tensor]
 
 
 def _reverting(

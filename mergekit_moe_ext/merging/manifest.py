@@ -5,7 +5,6 @@ The model is built without memory (on torch's meta device) and its state dict is
 layout that `save_pretrained` writes, since that is the one that other readers of a checkpoint know.
 """
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,8 +35,9 @@ class Manifest:
     """The tensors that a checkpoint must hold, and those that it may hold.
 
     shapes: all tensors but those that are tied to another.
-    tied: names that the model has but its checkpoint need not hold.
+    tied: names that the model has but its checkpoint need not hold, and what each is tied to.
     ignored: patterns of names that a checkpoint may hold and transformers leaves out.
+    computed: names of what transformers computes itself; older checkpoints hold it all the same.
     embedding: the name of the input embedding; empty where there are no tokens.
     vocabulary: the names, in `shapes`, of the embeddings and heads.
     token_axes: the axis of the vocabulary, by name, of these and of what else has a number per
@@ -49,8 +49,9 @@ class Manifest:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    tied: frozenset[str]
+    tied: Mapping[str, str]
     ignored: tuple[str, ...]
+    computed: frozenset[str]
     embedding: str
     vocabulary: frozenset[str]
     token_axes: Mapping[str, int]
@@ -140,6 +141,7 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
     embeddings = [layer.weight for layer in layers if isinstance(layer, nn.Embedding | nn.Linear)]
     bias_ids = {id(layer.bias) for layer in layers if isinstance(layer, nn.Linear)}
     stored = {name: tensor for name, tensor in state.items() if name not in tied}
+    buffers = {name for name, _ in model.named_buffers()}
     ids = {id(weight) for weight in embeddings}
     vocabulary = [name for name, tensor in stored.items() if id(tensor) in ids]
     token_axes = {}
@@ -151,10 +153,8 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
     return Manifest(
         shapes={name: tuple(tensor.shape) for name, tensor in stored.items()},
         tied=tied,
-        ignored=(
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            *(re.escape(name) for name in model._keys_to_ignore_on_save or ()),
-        ),
+        ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
+        computed=frozenset((*buffers - stored.keys(), *(model._keys_to_ignore_on_save or ()))),
         embedding=next((name for name in vocabulary if stored[name] is embeddings[0]), ""),
         vocabulary=frozenset(vocabulary),
         token_axes=token_axes,
@@ -169,13 +169,15 @@ def is_bias_of_logits(name: str) -> bool:
     return name.rpartition(".")[2] == "final_logits_bias"
 
 
-def _tied_names(model: PreTrainedModel) -> frozenset[str]:
-    """The names in a checkpoint of the tensors that are tied to another."""
+def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """The names in a checkpoint of the tensors that are tied to another, and those others."""
     state = model.state_dict(keep_vars=True)
-    names: set[str] = set()
-    for name in model.all_tied_weights_keys:
-        names |= revert_weight_conversion(model, {name: state[name]}).keys()
-    return frozenset(names)
+    names: dict[str, str] = {}
+    for name, other in model.all_tied_weights_keys.items():
+        tied = revert_weight_conversion(model, {name: state[name]})
+        others = revert_weight_conversion(model, {other: state[other]})
+        names |= dict(zip(tied, others, strict=True))
+    return names
 
 
 def _optional_prefix(model: PreTrainedModel) -> str:
@@ -200,8 +202,8 @@ def holds_all(names: Collection[str], config: PretrainedConfig) -> bool:
         return True
     model, state = hub_state(config)
     tied = _tied_names(model)
-    in_files = state.keys() - tied
-    in_memory = model.state_dict().keys() - model.all_tied_weights_keys.keys() - tied
+    in_files = state.keys() - tied.keys()
+    in_memory = model.state_dict().keys() - model.all_tied_weights_keys.keys() - tied.keys()
     return in_files <= set(names) or in_memory <= set(names)
 
 
@@ -220,7 +222,8 @@ def needed_names(config: PretrainedConfig) -> set[str]:
     needs: those in files, those in memory, and both in a checkpoint of the trunk alone.
     """
     model, state = hub_state(config)
-    names = {*state, *model.state_dict()} - _tied_names(model) - model.all_tied_weights_keys.keys()
+    tied = _tied_names(model).keys() | model.all_tied_weights_keys.keys()
+    names = {*state, *model.state_dict()} - tied
     # The names of a trunk lack what those of the whole begin with.
     prefix = f"{model.base_model_prefix}."
     return names | {name.removeprefix(prefix) for name in names}

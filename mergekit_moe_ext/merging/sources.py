@@ -80,7 +80,7 @@ _BEHAVIOUR = (
     "expert_capacity",
 )
 # Recomputed by transformers; old checkpoints hold them all the same.
-_NOT_PARAMETERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+_NOT_PARAMETERS = ("rotary_emb.inv_freq", "embeddings.position_ids", ".masked_bias")
 # What a damaged index, safetensors file or pickle makes its reader raise.
 _UNREADABLE = (
     EOFError,
@@ -328,8 +328,9 @@ def read_headers(
         in_files = _with_trunk(in_files, manifest.trunk)
         headers[model] = in_files.seen_through(hub_layer(config, in_files.shapes, manifest.shapes))
         _check_headers(model, headers[model], config, manifest, vocabulary_may_differ)
-        for name in manifest.tied & headers[model].shapes.keys():
-            _check_really_tied(job, model, headers[model], name, manifest)
+        for name, other in manifest.tied.items():
+            if {name, other} <= headers[model].shapes.keys():
+                _check_really_tied(job, model, headers[model], name, other)
     return headers
 
 
@@ -391,18 +392,15 @@ def _vocabulary_may_differ(job: Job) -> bool:
 
 
 def _check_really_tied(
-    job: Job, model: ModelReference, headers: Headers, name: str, manifest: Manifest
+    job: Job, model: ModelReference, headers: Headers, name: str, other: str
 ) -> None:
     """A stored copy of a tied tensor is dropped only if it is one: transformers unties those that
     differ.
     """
     loader = loader_of(job, model, headers.view)
-    stored_names = loader.index.tensor_paths
-    if manifest.embedding in stored_names and not torch.equal(
-        loader.get_tensor(name), loader.get_tensor(manifest.embedding)
-    ):
+    if not torch.equal(loader.get_tensor(name), loader.get_tensor(other)):
         raise UserError(
-            f"{name} of {model} differs from the embedding, to which its config ties it: write "
+            f"{name} of {model} differs from {other}, to which its config ties it: write "
             "`tie_word_embeddings: false` into its config.json if the head is its own, or remove "
             "the tensor"
         )
@@ -493,7 +491,7 @@ def _check_headers(
     vocabulary_may_differ: bool,
 ) -> None:
     tied_here = (
-        manifest.vocabulary | manifest.tied
+        manifest.vocabulary | manifest.tied.keys()
         if getattr(config, "tie_word_embeddings", False)
         else frozenset()
     )
@@ -519,7 +517,9 @@ def _check_headers(
                 "can be merged"
             )
     for name in headers.shapes:
-        if name in manifest.shapes or name in tied_here or name.endswith(_NOT_PARAMETERS):
+        if name in manifest.shapes or name in tied_here or name in manifest.computed:
+            continue
+        if name.endswith(_NOT_PARAMETERS):
             continue
         if any(
             re.search(pattern, name) for pattern in manifest.ignored

@@ -80,7 +80,7 @@ def rewritten_manifest(manifest: Manifest, layer: Layer) -> Manifest:
     return replace(
         manifest,
         shapes=shapes,
-        tied=manifest.tied - shapes.keys(),
+        tied={name: other for name, other in manifest.tied.items() if name not in shapes},
         vocabulary=frozenset(vocabulary & shapes.keys()),
         token_axes={name: axis for name, axis in token_axes.items() if name in shapes},
     )
