@@ -26,11 +26,17 @@ AUTO_CLASSES = (
 
 
 def auto_class_of(name: str) -> str:
-    """The name of the one of transformers' Auto classes that loads this architecture."""
+    """The name of the one of transformers' Auto classes that loads this architecture.
+
+    `ValueError` where none does, as for a part that is loaded within another model alone.
+    """
+    architecture = getattr(transformers, name, None)
+    own_type = architecture.config_class.model_type if architecture is not None else None
     for auto in AUTO_CLASSES:
-        for known in getattr(transformers, auto)._model_mapping._model_mapping.values():
+        for model_type, known in getattr(transformers, auto)._model_mapping._model_mapping.items():
             names = [known] if isinstance(known, str) else known
-            if name in names:
+            # Mllama's decoder is named for the type of the whole, whose config it does not take.
+            if name in names and own_type in (None, model_type):
                 return auto
     raise ValueError(f"none of {', '.join(AUTO_CLASSES)} loads a {name}")
 
