@@ -170,5 +170,5 @@ def test_transformers_own_registries_work_as_before():
 
 def test_a_part_of_another_model_has_no_auto_class():
     """AutoModelForCausalLM names Mllama's decoder, and does not take the decoder's config."""
-    with pytest.raises(ValueError, match="none of .* loads a MllamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"none of .* loads a MllamaForCausalLM"):
         auto_class_of("MllamaForCausalLM")
