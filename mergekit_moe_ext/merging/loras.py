@@ -279,6 +279,8 @@ def _untie(base: PreTrainedModel) -> bool:
     while hasattr(head, "base_layer"):
         head = head.base_layer
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    if getattr(head, "bias", None) is not None:  # BERT's is tied to one beside the head
+        head.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=False)
     return True
 
 

@@ -36,6 +36,7 @@ class Manifest:
 
     shapes: all tensors but those that are tied to another.
     tied: names that the model has but its checkpoint need not hold, and what each is tied to.
+    untied: by name, what a tensor besides the head would be tied to if the config tied embeddings.
     ignored: patterns of names that a checkpoint may hold and transformers leaves out.
     computed: names of what transformers computes itself; older checkpoints hold it all the same.
     embedding: the name of the input embedding; empty where there are no tokens.
@@ -50,6 +51,7 @@ class Manifest:
 
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
+    untied: Mapping[str, str]
     ignored: tuple[str, ...]
     computed: frozenset[str]
     embedding: str
@@ -71,11 +73,14 @@ class Manifest:
         """The tensor of this name, for models that all have this manifest."""
         in_vocabulary = name in self.vocabulary
         # mergekit takes the embedding for the head, or the head for the embedding, where a source
-        # that ties them stores one alone.
+        # that ties them stores one alone. The bias of a BERT's head is tied like the head.
+        tied_names = tuple(self.vocabulary) if in_vocabulary else None
+        if name in self.untied:
+            tied_names = (self.untied[name],)
         weight = WeightInfo(
             name=name,
             vocabulary_axis=self.token_axes.get(name),
-            tied_names=tuple(self.vocabulary) if in_vocabulary else None,
+            tied_names=tied_names,
             aliases=self.aliases(name),
         )
         return SharedTensor(weight, self.shapes[name])
@@ -144,6 +149,10 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
     buffers = {name for name, _ in model.named_buffers()}
     ids = {id(weight) for weight in embeddings}
     vocabulary = [name for name, tensor in stored.items() if id(tensor) in ids]
+    untied = {}
+    for name, other in (model._tied_weights_keys or {}).items():
+        if {name, other} <= stored.keys() and name not in vocabulary:
+            untied[name] = other
     token_axes = {}
     for name, tensor in stored.items():
         if id(tensor) in ids | bias_ids:
@@ -153,6 +162,7 @@ def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> 
     return Manifest(
         shapes={name: tuple(tensor.shape) for name, tensor in stored.items()},
         tied=tied,
+        untied=untied,
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         computed=frozenset((*buffers - stored.keys(), *(model._keys_to_ignore_on_save or ()))),
         embedding=next((name for name in vocabulary if stored[name] is embeddings[0]), ""),

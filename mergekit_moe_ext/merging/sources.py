@@ -499,6 +499,8 @@ def _check_headers(
         if name not in headers.shapes:
             if name in tied_here and any(other in headers.shapes for other in tied_here):
                 continue
+            if tied_here and manifest.untied.get(name) in headers.shapes:
+                continue
             lacking = [
                 each for each in manifest.shapes if each not in {*headers.shapes, *tied_here}
             ]

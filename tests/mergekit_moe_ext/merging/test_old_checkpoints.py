@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -100,3 +101,33 @@ def test_masks_that_transformers_computes_are_passed_over(here):
     out = merge(document("moe_linear", ["base", "base"]))
     merged = AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_lora", [True, False])
+def test_a_tied_bert_beside_one_with_a_head_of_its_own(here, is_lora):
+    """The bias of the head is tied as the head is."""
+    bert = small_bert()
+    bert.save_pretrained(here / "base")
+    if is_lora:
+        config = LoraConfig(r=2, target_modules=["word_embeddings"], init_lora_weights=False)
+        adapted = get_peft_model(BertForMaskedLM.from_pretrained(here / "base"), config)
+        adapted.save_pretrained(here / "lora")
+        source = "./base+./lora"
+        expected = logits(adapted)
+    else:
+        config = BertConfig(**{**bert.config.to_dict(), "tie_word_embeddings": False})
+        apart = BertForMaskedLM(config)
+        state = {name: tensor.clone() for name, tensor in bert.state_dict().items()}
+        state["cls.predictions.decoder.bias"] += 1
+        apart.load_state_dict(state)
+        apart.save_pretrained(here / "math")
+        source = "./math"
+        expected = logits(apart)
+    models = [{"model": source}, {"model": source}]
+    out = merge(document("moe_linear", models, base=None))
+    merged = logits(AutoModelForMaskedLM.from_pretrained(out))
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
+    both = merge(document("moe_linear", ["base", {"model": source}], base=None), "both")
+    state = AutoModelForMaskedLM.from_pretrained(both).state_dict()
+    mean = bert.cls.predictions.bias + (0 if is_lora else 0.5)
+    torch.testing.assert_close(state["cls.predictions.decoder.bias"], mean.detach())
