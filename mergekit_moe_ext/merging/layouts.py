@@ -46,10 +46,28 @@ def hub_layer(
         if made.keys() <= lacking:
             names = tuple(made)
             derivations.append(Derivation(name, names, _reverting(model, name, names)))
+    others = stored.keys() - model.state_dict().keys()
+    return (*derivations, *renaming_layer(config, others, lacking))
+
+
+def renaming_layer(
+    config: PretrainedConfig, stored: Collection[str], known_names: Collection[str]
+) -> Layer:
+    """The layer of a view that shows tensors by their names of today, where they are stored under
+    others that transformers still reads.
+
+    known_names: the names of today that there may be.
+    """
+    lacking = set(known_names) - set(stored)
+    surplus = set(stored) - set(known_names)
+    if not lacking or not surplus:
+        return ()
+    model, _ = hub_state(config)
     renamings = [
         each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)
     ]
-    for name in sorted(surplus - model.state_dict().keys()):
+    derivations = []
+    for name in sorted(surplus):
         renamed, _ = rename_source_key(name, renamings, [])
         if renamed in lacking:
             derivations.append(Derivation(name, (renamed,), _unchanged))

@@ -5,6 +5,7 @@ The model is built without memory (on torch's meta device) and its state dict is
 layout that `save_pretrained` writes, since that is the one that other readers of a checkpoint know.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -237,6 +238,31 @@ def needed_names(config: PretrainedConfig) -> set[str]:
     # The names of a trunk lack what those of the whole begin with.
     prefix = f"{model.base_model_prefix}."
     return names | {name.removeprefix(prefix) for name in names}
+
+
+def unmatched(
+    planned: Collection[str], stored: Collection[str], config: PretrainedConfig
+) -> tuple[set[str], set[str]]:
+    """The names of the tensors that the class in `config.architectures` needs and that are not
+    planned, and those of stored ones that are neither planned nor known to be of no use.
+
+    A tensor may be planned by its name in files, by that in memory, or by that in a trunk.
+    """
+    model, state = hub_state(config)
+    manifest = manifest_from(model, state)
+    covered = {*planned, *names_in_files(planned, config)}
+    prefix = f"{model.base_model_prefix}."
+    lacking = set()
+    for name in manifest.shapes:
+        if covered.isdisjoint((name, name.removeprefix(prefix))):
+            lacking.add(name)
+    of_no_use = {*manifest.tied, *model.all_tied_weights_keys, *manifest.computed}
+    patterns = manifest.ignored
+    idle = set()
+    for name in set(stored) - covered - of_no_use:
+        if not any(re.search(pattern, name) for pattern in patterns):
+            idle.add(name)
+    return lacking, idle
 
 
 def check_against(manifest: Manifest, planned: Mapping[str, tuple[int, ...]]) -> None:

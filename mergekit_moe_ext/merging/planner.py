@@ -42,6 +42,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner as StockMergePlanner
 
 from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.layouts import renaming_layer
 from mergekit_moe_ext.merging.loras import merged_or_base
 from mergekit_moe_ext.merging.manifest import (
     check_against,
@@ -51,6 +52,7 @@ from mergekit_moe_ext.merging.manifest import (
     manifest_of,
     names_in_files,
     needed_names,
+    unmatched,
 )
 from mergekit_moe_ext.merging.method import Job, Plan, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.sources import DTYPES, Headers, stored_headers
@@ -201,27 +203,15 @@ class MergePlanner(StockMergePlanner):
             )
 
     def _plan(self) -> None:
-        if not isinstance(self.arch_info, PlannedArchitecture):
-            are_whole = bool(self.config.models)
+        if isinstance(self.arch_info, PlannedArchitecture):
+            self._plan_job()
+        elif isinstance(self._method, TensorMethod):
+            self._plan_dense()
+        else:
             super()._plan()
-            if not isinstance(self._method, TensorMethod):
-                return
-            self._drop_repeated()
-            if is_known(self.out_model_config):
-                headers = {}
-                for model in sorted(self.config.referenced_models(), key=str):
-                    source = merged_or_base(model, self.options)
-                    headers[model] = stored_headers(source, self.options)
-                self._drop_unneeded(headers)
-                self._check_held(headers)
-                self._plan_unlisted(headers, are_whole)
-            if not (self.config.parameters or {}).get("allow_nonfinite"):
-                for index, (weight, task) in enumerate(self._tensors):
-                    out_dtype = weight.force_dtype or self.config.out_dtype
-                    task = _refusing_nonfinite(task, weight.name, out_dtype)
-                    self._tensors[index] = (weight, task)
-            self._copy_counters()
-            return
+
+    def _plan_job(self) -> None:
+        """Plans what a structural method has planned."""
         num_layers = layers_of(self._plan_of_job)
         for name, tensor in self._plan_of_job.shared.items():
             self._plan_shared(name, tensor.weight, num_layers)
@@ -229,6 +219,63 @@ class MergePlanner(StockMergePlanner):
             if not self._job.options.allow_nonfinite and name not in self._plan_of_job.integers:
                 task = RefuseNonfinite(tensor_task=task, name=name, out_dtype=self.config.out_dtype)
             self._tensors.append((WeightInfo(name=name), task))
+
+    def _plan_dense(self) -> None:
+        """Plans a merge by a tensor method of ours: what mergekit lists, and what it forgets."""
+        are_whole = bool(self.config.models)
+        headers = self._read_headers() if is_known(self.out_model_config) else {}
+        super()._plan()
+        self._drop_repeated()
+        if headers:
+            self._drop_unneeded(headers)
+            self._check_held(headers)
+            self._plan_unlisted(headers, are_whole)
+            if are_whole:
+                self._check_complete(headers)
+        if not (self.config.parameters or {}).get("allow_nonfinite"):
+            for index, (weight, task) in enumerate(self._tensors):
+                out_dtype = weight.force_dtype or self.config.out_dtype
+                task = _refusing_nonfinite(task, weight.name, out_dtype)
+                self._tensors[index] = (weight, task)
+        self._copy_counters()
+
+    def _read_headers(self) -> dict[ModelReference, Headers]:
+        """The headers of all sources by the names of today, by which mergekit reads them from now
+        on, too.
+        """
+        known_names = needed_names(self.out_model_config)
+        headers = {}
+        for model in sorted(self.config.referenced_models(), key=str):
+            in_files = stored_headers(merged_or_base(model, self.options), self.options)
+            layer = renaming_layer(self.out_model_config, in_files.shapes.keys(), known_names)
+            headers[model] = in_files.seen_through(layer)
+        install_views({model: of_model.view for model, of_model in headers.items()})
+        return headers
+
+    def _check_complete(self, headers: Mapping[ModelReference, Headers]) -> None:
+        """`UserError` where the output would lack what sources may hold under another name; a
+        warning for what they lack themselves.
+        """
+        planned: set[str] = set()
+        for weight, _ in self._tensors:
+            planned |= _names_of(weight)
+        for model, of_model in headers.items():
+            lacking, idle = unmatched(planned, of_model.shapes.keys(), self.out_model_config)
+            if lacking and idle:
+                raise UserError(
+                    f"{self._method.spec.name} cannot merge {min(lacking)}, which no source holds. "
+                    f"It may be what {model} has as {min(idle)}: load the model with its class of "
+                    "transformers and save it again"
+                )
+            if lacking:
+                LOG.warning(
+                    "the output lacks %d tensors, such as %s, as %s does: transformers starts them "
+                    "anew",
+                    len(lacking),
+                    min(lacking),
+                    model,
+                )
+                return
 
     def _drop_repeated(self) -> None:
         """Drops a tensor that mergekit's list has a second time, as Qwen2.5-VL's has four."""

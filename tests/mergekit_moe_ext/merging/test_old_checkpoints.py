@@ -49,7 +49,7 @@ def in_old_names(tensors):
     return renamed
 
 
-@pytest.mark.parametrize("method", ["moe_linear", "wemoe"])
+@pytest.mark.parametrize("method", ["moe_linear", "wemoe", "dare", "fast_ties"])
 @pytest.mark.parametrize("kind", ["copies", "old names"])
 def test_berts_of_old(here, method, kind):
     """With all names of what is tied, as transformers 4 wrote them, and by the first names."""
@@ -63,10 +63,44 @@ def test_berts_of_old(here, method, kind):
         else:
             save_file(in_old_names(load_file(file)), file, {"format": "pt"})
     models = ["base", "math"] if method == "moe_linear" else ["math"]
-    out = merge(document(method, models))
+    parameters = {"weight": 1.0} if method in ("dare", "fast_ties") else {}
+    out = merge(document(method, models, parameters=parameters))
     torch.testing.assert_close(
         logits(AutoModelForMaskedLM.from_pretrained(out)), logits(bert), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("method", ["dare", "fast_ties"])
+def test_old_names_beside_those_of_today(here, method):
+    """As a fine-tune beside the first BERT."""
+    small_bert().save_pretrained(here / "base")
+    file = here / "base" / "model.safetensors"
+    save_file(in_old_names(load_file(file)), file, {"format": "pt"})
+    tuned = small_bert()
+    tuned.save_pretrained(here / "math")
+    out = merge(document(method, ["math"], parameters={"weight": 1.0}))
+    merged = AutoModelForMaskedLM.from_pretrained(out)
+    torch.testing.assert_close(logits(merged), logits(tuned), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_what_goes_by_no_known_name_is_refused(here, caplog, is_stored):
+    missing = "cls.predictions.transform.LayerNorm.weight"  # no list has it
+    for name in ("base", "math"):
+        small_bert().save_pretrained(here / name)
+        file = here / name / "model.safetensors"
+        tensors = load_file(file)
+        tensor = tensors.pop(missing)
+        if is_stored:
+            tensors["cls.predictions.transform.norm.weight"] = tensor
+        save_file(tensors, file, {"format": "pt"})
+    config = document("dare", ["math"], parameters={"weight": 1.0})
+    if is_stored:
+        with pytest.raises(UserError, match=r"no source holds\. It may be what .*norm\.weight"):
+            merge(config)
+    else:
+        merge(config)
+        assert f"the output lacks 1 tensors, such as {missing}" in caplog.text
 
 
 def test_a_bias_that_differs_from_what_it_is_tied_to_is_named(here):
