@@ -54,7 +54,8 @@ def renaming_layer(
     config: PretrainedConfig, stored: Collection[str], known_names: Collection[str]
 ) -> Layer:
     """The layer of a view that shows tensors by their names of today, where they are stored under
-    others that transformers still reads.
+    others that transformers still reads: those of old, and in a checkpoint of the trunk alone those
+    without the trunk's name.
 
     known_names: the names of today that there may be.
     """
@@ -69,8 +70,10 @@ def renaming_layer(
     derivations = []
     for name in sorted(surplus):
         renamed, _ = rename_source_key(name, renamings, [])
-        if renamed in lacking:
-            derivations.append(Derivation(name, (renamed,), _unchanged))
+        for candidate in (renamed, f"{model.base_model_prefix}.{renamed}"):
+            if candidate in lacking:
+                derivations.append(Derivation(name, (candidate,), _unchanged))
+                break
     return tuple(derivations)
 
 

@@ -229,15 +229,12 @@ def names_in_files(names: Collection[str], config: PretrainedConfig) -> set[str]
 
 
 def needed_names(config: PretrainedConfig) -> set[str]:
-    """All names that a checkpoint may have for the tensors that the class in `config.architectures`
-    needs: those in files, those in memory, and both in a checkpoint of the trunk alone.
+    """The names, in files and in memory, of the tensors that the class in `config.architectures`
+    needs.
     """
     model, state = hub_state(config)
     tied = _tied_names(model).keys() | model.all_tied_weights_keys.keys()
-    names = {*state, *model.state_dict()} - tied
-    # The names of a trunk lack what those of the whole begin with.
-    prefix = f"{model.base_model_prefix}."
-    return names | {name.removeprefix(prefix) for name in names}
+    return {*state, *model.state_dict()} - tied
 
 
 def unmatched(
@@ -246,16 +243,12 @@ def unmatched(
     """The names of the tensors that the class in `config.architectures` needs and that are not
     planned, and those of stored ones that are neither planned nor known to be of no use.
 
-    A tensor may be planned by its name in files, by that in memory, or by that in a trunk.
+    A tensor may be planned by its name in files or by that in memory.
     """
     model, state = hub_state(config)
     manifest = manifest_from(model, state)
     covered = {*planned, *names_in_files(planned, config)}
-    prefix = f"{model.base_model_prefix}."
-    lacking = set()
-    for name in manifest.shapes:
-        if covered.isdisjoint((name, name.removeprefix(prefix))):
-            lacking.add(name)
+    lacking = manifest.shapes.keys() - covered
     of_no_use = {*manifest.tied, *model.all_tied_weights_keys, *manifest.computed}
     patterns = manifest.ignored
     idle = set()

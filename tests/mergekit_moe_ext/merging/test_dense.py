@@ -265,18 +265,26 @@ def of_trunk(tensors):
         tensors[name.removeprefix("transformer.")] = tensors.pop(name)
 
 
-@pytest.mark.parametrize(
-    ("family", "edit"),
-    [
-        ("opt", lambda tensors: tensors.pop("model.decoder.layers.1.fc1.weight")),
-        ("bloom", of_trunk),
-    ],
-)
-def test_a_source_is_never_passed_over(here, family, edit):
+@pytest.mark.parametrize("sources", [["math"], ["base", "math"]])
+def test_checkpoints_of_the_trunk_are_read(here, sources):
+    """Bloom's on the Hub are such."""
+    for seed, name in enumerate(NAMES[:2]):
+        make_model(here / name, seed, family="bloom")
+    for name in sources:
+        edited(here / name, of_trunk)
+    merged = AutoModelForCausalLM.from_pretrained(
+        merge(document("dare", ["math"], parameters=WHOLE))
+    )
+    tuned = AutoModelForCausalLM.from_pretrained(here / "math").state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, tuned[name], msg=name)
+
+
+def test_a_source_is_never_passed_over(here):
     """mergekit calls all tensors optional whose names it has to infer."""
     for seed, name in enumerate(NAMES[:2]):
-        make_model(here / name, seed, family=family)
-    edited(here / "math", edit)
+        make_model(here / name, seed, family="opt")
+    edited(here / "math", lambda tensors: tensors.pop("model.decoder.layers.1.fc1.weight"))
     with pytest.raises(UserError, match=r"\./math does not hold it, and \./base does"):
         merge(document("dare", ["math"], parameters=WHOLE))
     assert not (here / "out").exists()
