@@ -399,7 +399,7 @@ def test_a_stored_head_that_is_not_the_embedding_it_is_tied_to(here):
         here,
         document(models=["tied", "odd"], base=None),
         "lm_head.weight of ./odd",
-        "differs from the embedding",
+        "differs from model.embed_tokens.weight",
     )
 
 

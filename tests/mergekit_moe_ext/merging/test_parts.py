@@ -48,7 +48,8 @@ def test_the_manifest_is_what_save_pretrained_writes(tmp_path, tied):
     assert dict(manifest.shapes) == {
         name: tuple(t.shape) for name, t in read_tensors(tmp_path).items()
     }
-    assert manifest.tied == ({"lm_head.weight"} if tied else set())
+    expected = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
+    assert manifest.tied == expected
     embeddings = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
     assert manifest.vocabulary == embeddings
 
