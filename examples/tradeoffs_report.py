@@ -75,7 +75,7 @@ MERGING = ("global", "layer")
 ROUTING = ("linear", "linear_arrow", "hierarchical", "hierarchical_arrow")
 # The paper's rates are 1e-5, 1e-4 and 1e-3, for many more steps. A step of Adam moves a number by
 # its rate at most, so that the tens of steps here want higher ones. The last of each line
-# is too high. A coefficient of `global` or `layer` is such a number itself.
+# was too high here. A coefficient of `global` or `layer` is such a number itself.
 LEARNING_RATES = {"merging": (1e-2, 1e-1, 1.0, 10.0), "routing": (1e-3, 1e-2, 1e-1, 1.0)}
 MBC = "MBC "
 # The first is better than the second, as the paper says.

@@ -3,7 +3,8 @@
 Each replacement changes nothing for a stock method, but for what is said of a method that does not
 exist, and for results that mergekit loses on several GPUs. For ours, `run_merge` checks everything
 first, runs the stock `run_merge` into a staging directory, adds card, tokenizer and processor
-files, and renames once.
+files, and renames once. `get_architecture_info` gives the plan of a structural method, and to our
+tensor methods a description of what mergekit has none of.
 """
 
 import functools
@@ -185,7 +186,7 @@ def _merge_tensors(
     # What mergekit cannot merge makes it raise exceptions of many kinds.
     failure = f"{method.spec.name} cannot merge these models"
     models = sorted(merge_config.referenced_models(), key=str)
-    donor = merge_config.base_model or merge_config.referenced_models()[0]
+    donor = merge_config.base_model
     with explained(failure, str(merge_config.base_model)), staged(out) as directory:
         folder = _folder_of(donor, options)
         if not _wants_tokenizer(folder, donor.config(options.trust_remote_code)):

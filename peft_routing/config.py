@@ -486,8 +486,11 @@ def _as_saved(expert: dict[str, Any]) -> tuple[str, Any]:
     """The name of an expert, and its directory or, where it is inside, its LoRA configuration."""
     config = {key: value for key, value in expert.items() if key != "name"}
     for name in PATTERNS:
-        if isinstance(config.get(name), list):
-            config[name] = dict(config[name])
+        pattern = config.get(name)
+        if isinstance(pattern, list):
+            if not all(isinstance(pair, list) and len(pair) == 2 for pair in pattern):
+                raise UserError(f"{name} of the expert {expert.get('name')!r} has no pairs")
+            config[name] = dict(pattern)
     if not isinstance(expert.get("name"), str):
         raise UserError(f"an expert has the name {expert.get('name')!r}, which is no text")
     return expert["name"], config.get("path", config)

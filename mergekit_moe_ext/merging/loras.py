@@ -74,10 +74,10 @@ def merged_or_base(model: ModelReference, options: MergeOptions) -> ModelReferen
     """Where the files of a model are; of a LoRA those that `merged_loras` made, whose options these
     are.
     """
-    if model.lora is None:
+    if model.lora is None or options.lora_merge_cache is None:
         return model
-    name = _name_of_merged(model)
-    return ModelReference(model=ModelPath(path=str(Path(options.lora_merge_cache or "", name))))
+    merged = Path(options.lora_merge_cache, _name_of_merged(model))
+    return ModelReference(model=ModelPath(path=str(merged)))
 
 
 def without_loras(config: MergeConfiguration, options: MergeOptions) -> MergeConfiguration:

@@ -6,7 +6,7 @@ layout that `save_pretrained` writes, since that is the one that other readers o
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,9 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import explained
 from mergekit_moe_ext.modeling import find_architecture
+
+# Recomputed by transformers; old checkpoints hold them all the same.
+NOT_PARAMETERS = ("rotary_emb.inv_freq", "embeddings.position_ids", ".masked_bias")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ class Manifest:
     token_axes: Mapping[str, int]
     prefix: str
     trunk: str = ""
+
+    def is_computed(self, name: str) -> bool:
+        """Whether transformers computes such a tensor itself."""
+        return name in self.computed or name.endswith(NOT_PARAMETERS)
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether transformers leaves such a tensor out."""
+        return _matches(name, self.ignored)
 
     def aliases(self, name: str) -> tuple[str, ...] | None:
         """The other names that the tensor may have in a checkpoint."""
@@ -238,24 +249,31 @@ def needed_names(config: PretrainedConfig) -> set[str]:
 
 
 def unmatched(
-    planned: Collection[str], stored: Collection[str], config: PretrainedConfig
-) -> tuple[set[str], set[str]]:
+    planned: Collection[str], config: PretrainedConfig
+) -> tuple[set[str], Callable[[str], bool]]:
     """The names of the tensors that the class in `config.architectures` needs and that are not
-    planned, and those of stored ones that are neither planned nor known to be of no use.
+    planned, and a function that says whether a stored tensor that is not planned is of no use.
 
     A tensor may be planned by its name in files or by that in memory.
     """
     model, state = hub_state(config)
     manifest = manifest_from(model, state)
     covered = {*planned, *names_in_files(planned, config)}
-    lacking = manifest.shapes.keys() - covered
-    of_no_use = {*manifest.tied, *model.all_tied_weights_keys, *manifest.computed}
-    patterns = manifest.ignored
-    idle = set()
-    for name in set(stored) - covered - of_no_use:
-        if not any(re.search(pattern, name) for pattern in patterns):
-            idle.add(name)
-    return lacking, idle
+    lacking = set()
+    for name in manifest.shapes.keys() - covered:
+        if not _matches(name, model._keys_to_ignore_on_load_missing):
+            lacking.add(name)
+
+    def without_use(name: str) -> bool:
+        is_copy = name in manifest.tied or name in model.all_tied_weights_keys
+        is_left_out = manifest.is_computed(name) or manifest.is_ignored(name)
+        return is_copy or is_left_out or name in covered
+
+    return lacking, without_use
+
+
+def _matches(name: str, patterns: Iterable[str] | None) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def check_against(manifest: Manifest, planned: Mapping[str, tuple[int, ...]]) -> None:

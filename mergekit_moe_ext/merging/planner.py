@@ -103,19 +103,21 @@ def dense_architecture(
     """The architecture of a dense merge, as mergekit describes it (`described`), with the key of
     its config for the number of tokens.
 
-    It is inferred where mergekit's list reads another layout of the config, and lists nothing where
-    mergekit cannot infer it: what is not listed is planned by what transformers saves.
+    Where mergekit's list reads another layout of the config, the architecture is inferred. Where
+    mergekit cannot infer it, it lists nothing, and all is planned by what transformers saves.
     """
-    models = sorted(config.referenced_models(), key=str)
-    of_donor = (config.base_model or models[0]).config(options.trust_remote_code)
+    assert config.base_model  # these methods require one
+    of_donor = config.base_model.config(options.trust_remote_code)
     try:
         architecture = described(config, options)
-        for module in architecture.modules.values():
-            module.architecture.num_layers(of_donor)
     except NotImplementedError:  # it asks for the embedding, which CLIP and ResNet do not have
         architecture = _listing_nothing()
+    try:
+        for module in architecture.modules.values():
+            module.architecture.num_layers(of_donor)
     except RuntimeError:  # Qwen2-VL's config has the number inside since transformers 5
-        architecture = infer_architecture_info(tuple(models), config.base_model, options)
+        models = tuple(sorted(config.referenced_models(), key=str))
+        architecture = infer_architecture_info(models, config.base_model, options)
     return architecture.model_copy(update={"vocab_size_config_key": vocabulary_key(of_donor)})
 
 
@@ -259,23 +261,23 @@ class MergePlanner(StockMergePlanner):
         planned: set[str] = set()
         for weight, _ in self._tensors:
             planned |= _names_of(weight)
+        lacking, without_use = unmatched(planned, self.out_model_config)
+        if not lacking:
+            return
         for model, of_model in headers.items():
-            lacking, idle = unmatched(planned, of_model.shapes.keys(), self.out_model_config)
-            if lacking and idle:
-                raise UserError(
-                    f"{self._method.spec.name} cannot merge {min(lacking)}, which no source holds. "
-                    f"It may be what {model} has as {min(idle)}: load the model with its class of "
-                    "transformers and save it again"
-                )
-            if lacking:
-                LOG.warning(
-                    "the output lacks %d tensors, such as %s, as %s does: transformers starts them "
-                    "anew",
-                    len(lacking),
-                    min(lacking),
-                    model,
-                )
-                return
+            for name in sorted(of_model.shapes.keys() - planned):
+                if not without_use(name):
+                    raise UserError(
+                        f"{self._method.spec.name} cannot merge {min(lacking)}, which no source "
+                        f"holds. It may be what {model} has as {name}: load the model with its "
+                        "class of transformers and save it again"
+                    )
+        LOG.warning(
+            "no source holds %s (%d tensors in all): the output lacks it, too, and transformers "
+            "starts it anew",
+            min(lacking),
+            len(lacking),
+        )
 
     def _drop_repeated(self) -> None:
         """Drops a tensor that mergekit's list has a second time, as Qwen2.5-VL's has four."""
@@ -371,13 +373,15 @@ class MergePlanner(StockMergePlanner):
             raise UserError(f"{of_list}: save_pretrained writes no tensor {min(lost)}")
 
     def _copy_counters(self) -> None:
-        """Takes the counters of batch norms from the model that the config comes from, as they are:
-        there is nothing to merge in them, and mergekit refuses those that differ.
+        """Takes the counters of batch norms from the base, as they are: there is nothing to merge
+        in them, and mergekit refuses those that differ.
         """
-        donor = self.config.base_model or self.config.referenced_models()[0]
+        assert self.config.base_model
         for index, (weight, _) in enumerate(self._tensors):
             if weight.name.endswith(_COUNTER):
-                load = LoadTensor(model=donor, tensor=weight.name, aliases=weight.aliases)
+                load = LoadTensor(
+                    model=self.config.base_model, tensor=weight.name, aliases=weight.aliases
+                )
                 uncast = weight.model_copy(update={"force_dtype": "int64"})
                 self._tensors[index] = (uncast, load)
 

@@ -378,18 +378,24 @@ def _check_embeddings_per_layer(
     """`UserError` where other tokens would be aligned, and a model has embeddings per layer, as
     Gemma 3n has: mergekit aligns those at the two ends alone.
     """
-    if not (config.tokenizer or config.tokenizer_source):
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    if source is None:
         return
+    with_embeddings = []
     for model in models:
         inner = language_config(model.config(options.trust_remote_code))
-        if not getattr(inner, "hidden_size_per_layer_input", 0):
-            continue
-        vocabularies = [tokenizer_of(each, options).get_vocab() for each in models]
-        if any(vocabulary != vocabularies[0] for vocabulary in vocabularies):
-            raise UserError(
-                f"{model} has embeddings per layer, which cannot be aligned with other tokens: all "
-                "sources have to have one tokenizer"
-            )
+        if getattr(inner, "hidden_size_per_layer_input", 0):
+            with_embeddings.append(model)
+    if not with_embeddings:
+        return
+    # The tokenizer may come from a model that is not merged.
+    of_all = [*models, *([source] if isinstance(source, ModelReference) else [])]
+    vocabularies = [tokenizer_of(each, options).get_vocab() for each in of_all]
+    if any(vocabulary != vocabularies[0] for vocabulary in vocabularies):
+        raise UserError(
+            f"{with_embeddings[0]} has embeddings per layer, which cannot be aligned with other "
+            "tokens: all sources have to have one tokenizer"
+        )
 
 
 def _check_tokenizer_source(

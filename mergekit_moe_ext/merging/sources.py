@@ -8,7 +8,6 @@ import copy
 import functools
 import logging
 import pickle
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from _mergekit_moe_ext_common.checkpoints import (
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.loading import existing, explained, read_values
 from mergekit_moe_ext.merging.layouts import hub_layer
-from mergekit_moe_ext.merging.manifest import Manifest
+from mergekit_moe_ext.merging.manifest import NOT_PARAMETERS, Manifest
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.views import Derivation, View, derived_shapes, seen_through
 from mergekit_moe_ext.merging.wrappers import language_config
@@ -79,8 +78,6 @@ _BEHAVIOUR = (
     "topk_group",
     "expert_capacity",
 )
-# Recomputed by transformers; old checkpoints hold them all the same.
-_NOT_PARAMETERS = ("rotary_emb.inv_freq", "embeddings.position_ids", ".masked_bias")
 # What a damaged index, safetensors file or pickle makes its reader raise.
 _UNREADABLE = (
     EOFError,
@@ -400,9 +397,8 @@ def _check_really_tied(
     loader = loader_of(job, model, headers.view)
     if not torch.equal(loader.get_tensor(name), loader.get_tensor(other)):
         raise UserError(
-            f"{name} of {model} differs from {other}, to which its config ties it: write "
-            "`tie_word_embeddings: false` into its config.json if the head is its own, or remove "
-            "the tensor"
+            f"{name} of {model} differs from {other}, to which its config ties it: remove it, or "
+            "write `tie_word_embeddings: false` into its config.json if a head of its own is meant"
         )
 
 
@@ -430,7 +426,7 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
         except _UNREADABLE as error:
             raise UserError(damage(path, error)) from error
         for name, shape, dtype in stored:
-            if name not in index.tensor_paths and not name.endswith(_NOT_PARAMETERS):
+            if name not in index.tensor_paths and not name.endswith(NOT_PARAMETERS):
                 raise UserError(f"{path} holds {name}, which the index of {model} does not name")
             shapes[name] = shape
             dtypes[name] = dtype
@@ -519,13 +515,9 @@ def _check_headers(
                 "can be merged"
             )
     for name in headers.shapes:
-        if name in manifest.shapes or name in tied_here or name in manifest.computed:
+        if name in manifest.shapes or name in tied_here or manifest.is_computed(name):
             continue
-        if name.endswith(_NOT_PARAMETERS):
-            continue
-        if any(
-            re.search(pattern, name) for pattern in manifest.ignored
-        ):  # prediction of further tokens, mostly
+        if manifest.is_ignored(name):  # prediction of further tokens, mostly
             LOG.warning("%s of %s is left out, as transformers does", name, model)
             continue
         hint = ": its embeddings are not tied, the output's are" if name in manifest.tied else ""

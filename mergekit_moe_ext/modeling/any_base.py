@@ -30,12 +30,15 @@ def auto_class_of(name: str) -> str:
 
     `ValueError` where none does, as for a part that is loaded within another model alone.
     """
-    architecture = getattr(transformers, name, None)
-    own_type = architecture.config_class.model_type if architecture is not None else None
+    try:
+        own_type = getattr(transformers, name).config_class.model_type
+    except (AttributeError, ImportError):  # of elsewhere, or for want of a library
+        own_type = None
     for auto in AUTO_CLASSES:
         for model_type, known in getattr(transformers, auto)._model_mapping._model_mapping.items():
             names = [known] if isinstance(known, str) else known
-            # Mllama's decoder is named for the type of the whole, whose config it does not take.
+            # Decoders like Mllama's are named for the type of the whole, whose config they do not
+            # take.
             if name in names and own_type in (None, model_type):
                 return auto
     raise ValueError(f"none of {', '.join(AUTO_CLASSES)} loads a {name}")

@@ -53,13 +53,14 @@ def ensembled_groups(
         for modules in choices[upscale]:
             linears = []
             for module in modules:
-                linears += [f"{name}.{linear}" for linear in linears_in(layer, module)]
+                of_module = linears_in(layer, module)
+                if not of_module:  # a mixture of experts, all in one parameter
+                    raise UserError(
+                        f"{name}.{module} of {type(model).__name__} has no linear layer that a "
+                        f"router could weigh{_hint(model, upscale)}"
+                    )
+                linears += [f"{name}.{linear}" for linear in of_module]
             reader = name if upscale == "block" else f"{name}.{modules[0]}"
-            if not linears:  # a mixture of experts, all in one parameter
-                raise UserError(
-                    f"{reader} of {type(model).__name__} has no linear layer that a router could "
-                    f"weigh{_hint(model, upscale)}"
-                )
             groups[reader] = linears
     return groups
 
@@ -69,8 +70,8 @@ def _hint(model: PreTrainedModel, upscale: Grouping) -> str:
     if upscale == "attention" or not is_mixture(model.config):
         return ""
     return (
-        ": it is a mixture of experts, of which `upscale: attention` is weighed; `merge_method: "
-        "caem` merges mixtures"
+        ": it is a mixture of experts, of which only the attention can be weighed (`upscale: "
+        "attention`); `merge_method: caem` merges mixtures"
     )
 
 

@@ -367,3 +367,10 @@ def test_families_that_mergekit_cannot_describe(here, family, method):
             assert tensor.item() == 5 and read_tensors(out)[name].dtype == torch.int64
         else:
             torch.testing.assert_close(tensor, tuned[name], msg=name)
+
+
+def test_two_architectures_are_not_mixed(here):
+    make_model(here / "base", 0)
+    make_model(here / "math", 1, family="qwen2")
+    with pytest.raises(UserError, match="--allow-crimes"):
+        merge(document("dare", ["math"], parameters=WHOLE))

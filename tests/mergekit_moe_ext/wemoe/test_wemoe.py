@@ -172,8 +172,9 @@ def test_of_mixtures_attention_alone_is_routed(tmp_path, monkeypatch, family):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", *SOURCES)):
         make_model(tmp_path / name, seed, family=family, num_local_experts=4)
-    with pytest.raises(UserError, match=r"of which `upscale: attention` is weighed"):
-        merge(wemoe())
+    for upscale in ("mlp", "block"):
+        with pytest.raises(UserError, match="of which only the attention can be weighed"):
+            merge(wemoe(upscale=upscale))
     model = load(merge(wemoe(upscale="attention", router_init_std=0.0, **LAMBDA)))
     expected = logits_of(task_arithmetic(AutoModelForCausalLM))
     torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=1e-4)
