@@ -49,7 +49,10 @@ def patterns_in(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     for name in PATTERNS:
         pattern = {}
         for key, value in (config.get(name) or {}).items():
-            pattern[name_in(model, f"{key}.weight").removesuffix(".weight")] = value
+            # A key is a regular expression, of which most are plain names, some of them escaped.
+            plain = key.removeprefix("^").replace("\\.", ".")
+            moved = name_in(model, f"{plain}.weight").removesuffix(".weight")
+            pattern[key if moved == plain else moved] = value
         renamed[name] = pattern
     return renamed
 

@@ -606,8 +606,8 @@ def test_a_projector_that_was_trained_whole_is_unloaded(merge: bool, tmp_path: P
     assert type(projector) is type(base.model.multi_modal_projector)
 
 
-@pytest.mark.parametrize("in_full", [True, False])
-def test_patterns_by_names_that_transformers_alone_renames(in_full: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["{}", "^{}", "escaped", "last part"])
+def test_patterns_by_names_that_transformers_alone_renames(form: str, tmp_path: Path) -> None:
     """PEFT takes no factors of such an adapter: what counts is the adapter by its new names."""
     new, old = (name.removeprefix("model.") for name in OLD_NAMES["qwen2_vl"])
     module = "layers.0.self_attn.q_proj"
@@ -622,7 +622,13 @@ def test_patterns_by_names_that_transformers_alone_renames(in_full: bool, tmp_pa
     before = tmp_path / "old"
     shutil.copytree(path, before)
     rename(before, lambda key: key.replace(*OLD_NAMES["qwen2_vl"]))
-    key = old + module if in_full else module
+    key = old + module
+    if form == "last part":
+        key = module
+    elif form == "escaped":
+        key = key.replace(".", r"\.")
+    else:
+        key = form.format(key)
     patterns = {"alpha_pattern": {key: 100, "q_proj": 3}, "rank_pattern": {key: 2}}
     edit(before, target_modules=["q_proj", "v_proj"], **patterns)
     model = routed(base, {"odd": before})
