@@ -70,7 +70,7 @@ lint: $(VENV)/.installed
 # one experiment.
 SCALE ?= small
 ONLY ?=
-claims: $(VENV)/.installed
+claims: $(VENV)/.installed-claims
 	cd examples && ../$(BIN)/python -m claims --output ../build/claims/$(SCALE) --scale $(SCALE) \
 		$(if $(ONLY),--only $(ONLY)) $(if $(filter quick,$(SCALE)),,--docs ../docs)
 

@@ -23,6 +23,7 @@ from mergekit.config import (
     OutputSliceDefinition,
 )
 from mergekit.merge_methods import MergeMethod, registered_methods
+from mergekit.merge_methods.base import BasePolicy
 from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import (
     ModelTokenEmbedding,
@@ -109,6 +110,8 @@ def check_tensor_merge(
     config: MergeConfiguration, merge_options: MergeOptions, method: TensorMethod
 ) -> None:
     """Check the options, the parameters and the models of a merge by a tensor method of ours."""
+    if config.base_model is None and method.spec.contract.base is BasePolicy.REQUIRED:
+        raise UserError(f"{method.spec.name} requires a base: name it as `base_model:`")
     _check_devices(merge_options)
     _check_dtypes(config)
     _check_chat_template(config)
