@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
 )
 
 from mergekit_moe_ext.merging.manifest import hub_state
-from mergekit_moe_ext.merging.views import Derivation, Layer
+from mergekit_moe_ext.merging.views import Derivation, Layer, unchanged
 
 
 def hub_layer(
@@ -72,13 +72,10 @@ def renaming_layer(
         renamed, _ = rename_source_key(name, renamings, [])
         for candidate in (renamed, f"{model.base_model_prefix}.{renamed}"):
             if candidate in lacking:
-                derivations.append(Derivation(name, (candidate,), _unchanged))
+                derivations.append(Derivation(name, (candidate,), unchanged))
+                lacking.remove(candidate)
                 break
     return tuple(derivations)
-
-
-def _unchanged(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    return [tensor]
 
 
 def _reverting(

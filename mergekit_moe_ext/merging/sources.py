@@ -38,7 +38,7 @@ from _mergekit_moe_ext_common.loading import existing, explained, read_values
 from mergekit_moe_ext.merging.layouts import hub_layer
 from mergekit_moe_ext.merging.manifest import NOT_PARAMETERS, Manifest
 from mergekit_moe_ext.merging.method import Job
-from mergekit_moe_ext.merging.views import Derivation, View, derived_shapes, seen_through
+from mergekit_moe_ext.merging.views import Derivation, View, derived_shapes, seen_through, unchanged
 from mergekit_moe_ext.merging.wrappers import language_config
 
 LOG = logging.getLogger(__name__)
@@ -135,12 +135,8 @@ class Headers:
         renaming = []
         for name in self.shapes:
             stored = self.prefix + name.removeprefix(self.trunk)
-            renaming.append(Derivation(stored, (name,), _unchanged))
+            renaming.append(Derivation(stored, (name,), unchanged))
         return Headers(self.shapes, self.dtypes, view=(tuple(renaming),))
-
-
-def _unchanged(tensor: torch.Tensor) -> tuple[torch.Tensor]:
-    return (tensor,)
 
 
 def read_configs(job: Job) -> dict[ModelReference, PretrainedConfig]:

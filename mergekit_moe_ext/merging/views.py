@@ -30,6 +30,11 @@ class Derivation:
     make: Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 
+def unchanged(tensor: torch.Tensor) -> tuple[torch.Tensor]:
+    """What a derivation makes that renames alone."""
+    return (tensor,)
+
+
 Layer = tuple[Derivation, ...]
 View = tuple[Layer, ...]
 
