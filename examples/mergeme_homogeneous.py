@@ -14,7 +14,8 @@
 Besides the size, two things differ from the paper. Its rows are accuracies on benchmarks, ours are
 losses on held-out text. Its sparse upcycling trains on as many tokens as the experts and the
 mixture together, ours on as many as the other mixtures. All takes about an hour on two cores;
-`--steps 2 --seeds 1` shows that it runs.
+`--steps 2 --seeds 1` shows that it runs. What is measured is written to `results.json` at once, so
+the same command goes on after an interruption.
 """
 
 import hashlib
@@ -67,6 +68,10 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
+# The rows, each with the mixture that it trains, and what of it.
+ROWS = {"Router fine-tuning": ("BTX merging", "gates"), **{row: (row, "all") for row in SHARED}}
+
+
 @dataclass
 class Run:
     """One trained mixture: held-out losses by domain at each measured step, and the routing
@@ -76,6 +81,61 @@ class Run:
     steps: list[int]
     losses: dict[str, list[float]]
     routing: dict[str, list[float]]
+
+
+class Results:
+    """The losses of dense models and the measured mixtures, row by row and in the order of the
+    seeds, in a file that is rewritten after each measurement. Where learning rates are searched
+    for, their validation losses too.
+
+    `UserError` where the file holds what was measured with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], rows: Iterable[str]) -> None:
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))  # as they are read back
+        self.dense: dict[str, dict[str, float]] = {}
+        self.validation: dict[str, dict[str, float]] = {}  # by row and rate, the mean
+        self.runs: dict[str, list[Run]] = {row: [] for row in rows}
+        if path.is_file():
+            content = json.loads(path.read_text())
+            if content.get("settings") != self.settings:
+                raise UserError(f"{path} is of other settings; name another directory")
+            self.dense = content["dense"]
+            self.validation = content["validation"]
+            for row, of_seeds in content["runs"].items():
+                self.runs[row] = [Run(**of_seed) for of_seed in of_seeds]
+
+    def write(self) -> None:
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for row, of_seeds in self.runs.items():
+            runs[row] = [asdict(of_seed) for of_seed in of_seeds]
+        content = {
+            "settings": self.settings,
+            "dense": self.dense,
+            "validation": self.validation,
+            "runs": runs,
+        }
+        unfinished = self.path.with_suffix(".partial")
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(self.path)
+
+    def best_rate(self, row: str) -> float:
+        """The learning rate with the lowest loss on validation texts."""
+        of_rates = self.validation[row]
+        return float(min(of_rates, key=lambda rate: of_rates[rate]))
+
+    def table_of_rates(self) -> str:
+        """The validation losses of each row by learning rate; the best has a star."""
+        lines = ["Mean validation loss by learning rate:"]
+        for row, of_rates in self.validation.items():
+            best = min(of_rates.values())
+            cells = []
+            for rate in sorted(of_rates, key=float):
+                star = "*" if of_rates[rate] == best else " "
+                cells.append(f"{rate}: {of_rates[rate]:.3f}{star}")
+            lines.append(f"{row:18}  " + "  ".join(cells))
+        return "\n".join(lines)
 
 
 def make_experts(
@@ -351,7 +411,7 @@ def report(dense: dict[str, dict[str, float]], runs: dict[str, list[Run]]) -> st
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Directory for the results; it must be new or empty.",
+    help="Directory for the results; a run goes on where an earlier one ended.",
 )
 @click.option(
     "--steps",
@@ -364,42 +424,40 @@ def report(dense: dict[str, dict[str, float]], runs: dict[str, list[Run]]) -> st
     "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of seeds."
 )
 def main(output: Path, steps: int, seeds: int) -> None:
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty. Remove it, or name another.")
     output.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "steps": steps,
+        "batch": BATCH,
+        "block": BLOCK,
+        "held_out": HELD_OUT_BLOCKS,
+        "rates": LEARNING_RATES,
+        "expert": asdict(EXPERT),
+    }
+    results = Results(output / "results.json", settings, ROWS)
     base = smollm2()
     texts = domains()
     tokenizer = AutoTokenizer.from_pretrained(base)
     models = make_experts(base, texts)
-    dense = {
-        name if name == "base" else f"{name} expert": dense_losses(path, tokenizer, texts)
-        for name, path in models.items()
-    }
-    runs: dict[str, list[Run]] = {}
-    with (
-        tempfile.TemporaryDirectory(dir=output) as scratch,
-        tqdm(total=seeds * 5, desc="mixtures") as bar,
-    ):
+    for name, path in models.items():
+        row = name if name == "base" else f"{name} expert"
+        if row not in results.dense:
+            results.dense[row] = dense_losses(path, tokenizer, texts)
+            results.write()
+    with tempfile.TemporaryDirectory(dir=output) as scratch:
         named = write_texts(Path(scratch), tokenizer, texts, steps)
         for seed in range(seeds):
-            for row in SHARED:
-                merged = Path(scratch) / f"{SHARED[row]['merge_method']}-{seed}"
-                merge(row, models, merged, seed)
-                trained_alike = {row: "all"}
-                if row == "BTX merging":
-                    trained_alike["Router fine-tuning"] = "gates"
-                for name, part in trained_alike.items():
-                    recipe = recipe_of(part, seed, steps)
-                    measured = run(merged, part, named["train"], named["held_out"], recipe)
-                    runs.setdefault(name, []).append(measured)
-                    bar.update()
+            for row in tqdm(ROWS, desc=f"seed {seed}"):
+                if len(results.runs[row]) > seed:
+                    continue
+                mixture, part = ROWS[row]
+                merged = Path(scratch) / "merged"
+                merge(mixture, models, merged, seed)
+                recipe = recipe_of(part, seed, steps)
+                measured = run(merged, part, named["train"], named["held_out"], recipe)
+                results.runs[row].append(measured)
+                results.write()
                 shutil.rmtree(merged)
-    listed_runs: dict[str, list[dict[str, Any]]] = {}
-    for row, of_row in runs.items():
-        listed_runs[row] = [asdict(run) for run in of_row]
-    results = {"dense": dense, "runs": listed_runs}
-    (output / "results.json").write_text(json.dumps(results, indent=1))
-    click.echo(write_report(dense, runs, output, BATCH))
+    click.echo(write_report(results.dense, results.runs, output, BATCH))
 
 
 def write_report(

@@ -16,7 +16,6 @@ What is measured is written to `results.json` at once, so the same command goes 
 interruption. The table and the figures are those of `mergeme_homogeneous.py`.
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -34,7 +33,9 @@ import torch
 from demo import BLOCK, DOMAINS, blocks
 from demo import Recipe as ExpertRecipe
 from mergeme_homogeneous import (
+    ROWS,
     SHARED,
+    Results,
     Run,
     dense_losses,
     make_experts,
@@ -48,12 +49,10 @@ from small_models import make_small_base
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from mergekit_moe_ext import Recipe, UserError
+from mergekit_moe_ext import Recipe
 
 # By the name of a share, what part of the texts it has. Nothing is in two shares.
 SHARES = {"base": 0.35, "experts": 0.45, "mixtures": 0.15, "validation": 0.05}
-# The rows, each with the mixture that it trains, and what of it.
-ROWS = {"Router fine-tuning": ("BTX merging", "gates"), **{row: (row, "all") for row in SHARED}}
 RATES = {
     "Router fine-tuning": (1e-3, 1e-2, 1e-1),
     **dict.fromkeys(SHARED, (1e-4, 3e-4, 1e-3)),
@@ -106,58 +105,6 @@ SCALES = {
         measured=1,
     ),
 }
-
-
-class Results:
-    """The losses of dense models, the validation losses of all learning rates, and the measured
-    mixtures, in a file that is rewritten after each measurement.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.settings = json.loads(json.dumps(settings))  # as they are read back
-        self.dense: dict[str, dict[str, float]] = {}
-        self.validation: dict[str, dict[str, float]] = {}  # by row and rate, the mean
-        self.runs: dict[str, list[Run]] = {row: [] for row in ROWS}
-        if path.is_file():
-            content = json.loads(path.read_text())
-            if content["settings"] != self.settings:
-                raise UserError(f"{path} is of other settings; name another directory")
-            self.dense = content["dense"]
-            self.validation = content["validation"]
-            for row, of_seeds in content["runs"].items():
-                self.runs[row] = [Run(**of_seed) for of_seed in of_seeds]
-
-    def write(self) -> None:
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for row, of_seeds in self.runs.items():
-            runs[row] = [asdict(of_seed) for of_seed in of_seeds]
-        content = {
-            "settings": self.settings,
-            "dense": self.dense,
-            "validation": self.validation,
-            "runs": runs,
-        }
-        unfinished = self.path.with_suffix(".partial")
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(self.path)
-
-    def best_rate(self, row: str) -> float:
-        """The learning rate with the lowest loss on validation texts."""
-        of_rates = self.validation[row]
-        return float(min(of_rates, key=lambda rate: of_rates[rate]))
-
-    def table_of_rates(self) -> str:
-        """The validation losses of each row by learning rate; the best has a star."""
-        lines = ["Mean validation loss by learning rate:"]
-        for row, of_rates in self.validation.items():
-            best = min(of_rates.values())
-            cells = []
-            for rate in sorted(of_rates, key=float):
-                star = "*" if of_rates[rate] == best else " "
-                cells.append(f"{rate}: {of_rates[rate]:.3f}{star}")
-            lines.append(f"{row:18}  " + "  ".join(cells))
-        return "\n".join(lines)
 
 
 def divided(texts: dict[str, Domain]) -> dict[str, dict[str, Domain]]:
@@ -291,7 +238,7 @@ def main(output: Path, scale_name: str, seeds: int) -> None:
     scale = SCALES[scale_name]
     output.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(scale), "block": BLOCK, "rates": RATES, "shares": SHARES}
-    results = Results(output / "results.json", settings)
+    results = Results(output / "results.json", settings, ROWS)
     texts = domains()
     models = make_models(texts, scale)
     tokenizer = AutoTokenizer.from_pretrained(models["base"])

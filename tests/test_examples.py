@@ -487,22 +487,70 @@ def test_the_experiment_with_another_tokenizer_runs_and_goes_on(hetero, tiny_exp
 
 
 @pytest.fixture
-def small(sequence, tiny_experts, monkeypatch):
-    """The experiment with more steps, with tiny models on made-up texts, its merges in this
-    process.
-    """
-    import mergeme_homogeneous
-    import mergeme_small
+def made_up_texts(mergeme):
     from real_data import Domain
 
     documents = [row["text"] for row in words(1, 400)]
     held_out = [row["text"] for row in words(2, 20)]
-    texts = {name: Domain(documents, held_out) for name in mergeme_small.DOMAINS}
-    monkeypatch.setattr(mergeme_homogeneous, "run_mergekit", sequence.run_mergekit)
-    monkeypatch.setattr(mergeme_homogeneous, "READING", Reading(max_length=40, quiet=True))
+    return {name: Domain(documents, held_out) for name in mergeme.DOMAINS}
+
+
+@pytest.fixture
+def nine_steps(mergeme, sequence, tiny_experts, made_up_texts, monkeypatch):
+    """The experiment with few steps, with tiny models on made-up texts, its merges in this
+    process.
+    """
+    monkeypatch.setattr(mergeme, "run_mergekit", sequence.run_mergekit)
+    monkeypatch.setattr(mergeme, "READING", Reading(max_length=40, quiet=True))
+    monkeypatch.setattr(mergeme, "smollm2", lambda: tiny_experts["base"])
+    monkeypatch.setattr(mergeme, "domains", lambda: made_up_texts)
+    monkeypatch.setattr(mergeme, "make_experts", lambda *_: dict(tiny_experts))
+    return mergeme
+
+
+def test_the_experiment_with_few_steps_goes_on_after_an_interruption(nine_steps, monkeypatch):
+    command = ["--output", "out", "--steps", "2", "--seeds", "2"]
+    run = nine_steps.run
+    begun = []
+
+    def run_until_interrupted(*arguments):
+        begun.append(arguments)
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(nine_steps, "run", run_until_interrupted)
+    result = CliRunner().invoke(nine_steps.main, command)
+    assert result.exit_code == 1
+    partly = json.loads(Path("out/results.json").read_text())
+    assert [len(of_seeds) for of_seeds in partly["runs"].values()] == [1, 1, 1, 0, 0]
+
+    begun.clear()
+    monkeypatch.setattr(nine_steps, "run", lambda *arguments: begun.append(0) or run(*arguments))
+    result = CliRunner().invoke(nine_steps.main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    whole = json.loads(Path("out/results.json").read_text())
+    assert len(begun) == 7
+    for row, (_, trained) in nine_steps.ROWS.items():
+        assert whole["runs"][row][: len(partly["runs"][row])] == partly["runs"][row]
+        first, second = whole["runs"][row]
+        assert first["steps"] == second["steps"] == [0, 1, 2]
+        if trained == "all":
+            assert all(values[0] != values[-1] for values in first["losses"].values())
+    assert "Random routing" in result.output and Path("out/figure10.png").is_file()
+
+    result = CliRunner().invoke(nine_steps.main, ["--output", "out", "--steps", "3"])
+    assert result.exit_code == 1 and "name another directory" in result.output
+
+
+@pytest.fixture
+def small(nine_steps, tiny_experts, made_up_texts, monkeypatch):
+    """The experiment with more steps, likewise."""
+    import mergeme_small
+
     monkeypatch.setattr(mergeme_small, "BLOCK", 40)
     monkeypatch.setattr(mergeme_small, "RATES", dict.fromkeys(mergeme_small.ROWS, (1e-3, 1e-2)))
-    monkeypatch.setattr(mergeme_small, "domains", lambda: texts)
+    monkeypatch.setattr(mergeme_small, "domains", lambda: made_up_texts)
     monkeypatch.setattr(mergeme_small, "make_small_base", lambda *_: tiny_experts["base"])
     monkeypatch.setattr(mergeme_small, "make_experts", lambda *_: dict(tiny_experts))
     return mergeme_small

@@ -315,7 +315,6 @@ EXPERIMENTS = {
         percent=False,
         page="mergeme.md",
         splits="Figures are of held-out texts. Learning rates were not searched for.",
-        resumes=False,
     ),
     "mergeme_small": Experiment(
         "mergeme_small",
