@@ -181,18 +181,45 @@ def _numbers(values: Mapping[str, Any], keys: Sequence[str]) -> list[int]:
 
 def load_tokenizer(model: str, reading: Reading) -> Any:
     """The tokenizer of a model, a directory or a name on the Hub."""
-    directory = _existing(model)
+    _existing(model)
+    path = _expanded(model)
+    try:
+        tokenizer = read_tokenizer(path, model, trust_remote_code=reading.trust_remote_code)
+    except NoTokenizerError as error:
+        names = ", ".join(TOKENIZER_FILES)
+        raise UserError(f"{error.message}, which is one of {names}: copy it there") from error
     with explained(f"cannot read the tokenizer of {model}", model):
-        tokenizer = AutoTokenizer.from_pretrained(
-            _expanded(model), trust_remote_code=reading.trust_remote_code
-        )
         tokenizer("a")  # some are found to be damaged only when they are used
-    if directory and not any((directory / name).exists() for name in TOKENIZER_FILES):
-        # Some need no files (ByT5). Of others transformers makes up one that knows no words.
-        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-        if not words:
-            names = ", ".join(TOKENIZER_FILES)
-            raise UserError(f"{model} has no tokenizer, which is one of {names}: copy it there")
+    return tokenizer
+
+
+class NoTokenizerError(UserError):
+    """A directory has no tokenizer."""
+
+
+def read_tokenizer(place: str, name: str, **options: Any) -> Any:
+    """The tokenizer in a directory or on the Hub, which transformers reads with these options.
+
+    name: what the messages call it.
+
+    `NoTokenizerError` where a directory has none. Another `UserError` where it cannot be read: for
+    want of a library that it needs, say.
+    """
+    directory = Path(place).expanduser()
+    has_files = any((directory / file).exists() for file in TOKENIZER_FILES)
+    might_have_none = directory.is_dir() and not has_files
+    try:
+        with explained(f"cannot read the tokenizer of {name}", place):
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except UserError as error:
+        if might_have_none and not isinstance(error.__cause__, ImportError):
+            raise NoTokenizerError(f"{name} has no tokenizer") from error
+        raise
+    # Some need no such files (ByT5), or have one of another name (T5's spiece.model). Where there
+    # is nothing at all, transformers makes up a tokenizer that knows no words for many models.
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if might_have_none and not words:
+        raise NoTokenizerError(f"{name} has no tokenizer")
     return tokenizer
 
 

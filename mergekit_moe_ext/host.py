@@ -9,7 +9,8 @@ tensor methods a description of what mergekit has none of.
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -200,11 +201,29 @@ def _merge_tensors(
         # weights.
         LoaderCache.loaders.clear()
         try:
-            stock(merge_config, str(directory), options, config_source)
+            with _directories_are_no_models_on_the_hub():
+                stock(merge_config, str(directory), options, config_source)
         finally:
             stop_writing(directory)
             LoaderCache.loaders.clear()
         copy_settings(folder, directory)
+
+
+@contextmanager
+def _directories_are_no_models_on_the_hub() -> Iterator[None]:
+    """Keeps mergekit's card from asking the Hub for a model of a local directory's name, which
+    fails without a network, at the end of the merge.
+    """
+    import mergekit.card
+
+    from _mergekit_moe_ext_common.cards import is_on_hub
+
+    stock = mergekit.card.is_hf
+    mergekit.card.is_hf = is_on_hub
+    try:
+        yield
+    finally:
+        mergekit.card.is_hf = stock
 
 
 def _folder_of(donor: Any, options: Any) -> Path:

@@ -235,6 +235,10 @@ OF_MIXTURES: dict[str, tuple[Damage, str]] = {
     "half a generation config": (written("generation_config.json", b"{"), "generation_config.json"),
     "half a tokenizer": (halved("tokenizer.json"), "tokenizer.json is damaged"),
     "a tokenizer of another kind": (written("tokenizer.json", b"[]"), "cannot read the tokenizer"),
+    "no tokenizer": (
+        lambda path: (path / "tokenizer.json").unlink(),
+        "has no tokenizer, which is one of tokenizer.json, ",
+    ),
     "a tokenizer that is a pointer": (written("tokenizer.json", LFS), "Git LFS pointer"),
     "a pointer": (written("model.safetensors", LFS), "Git LFS pointer"),
     "an empty file": (written("model.safetensors", b""), "model.safetensors is empty"),

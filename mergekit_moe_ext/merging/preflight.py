@@ -35,13 +35,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from _mergekit_moe_ext_common.cards import is_on_hub
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.loading import check_device, vocabulary_of
+from _mergekit_moe_ext_common.loading import NoTokenizerError, check_device, vocabulary_of
 from mergekit_moe_ext.merging.method import Job, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.planner import NEUTRAL_PARAMETERS, merged_models
 from mergekit_moe_ext.merging.sources import (
     check_source,
     config_of,
-    lacks_tokenizer,
     tokenizer_of,
 )
 from mergekit_moe_ext.merging.wrappers import language_config
@@ -129,7 +128,7 @@ def check_tensor_merge(
     for model in models:
         check_source(model, merge_options)
         check_head(model, model, config, merge_options)
-    _check_tokenizer(config, models, models, merge_options)
+    _check_tokenizers(config, models, models, merge_options)
 
 
 def check_head(
@@ -280,7 +279,8 @@ def read_job(
         model_options.append(_read_options(method.model_options_type, model_parameters, where))
     job = Job(config, merge_options, method, options, model_options, shared)
     _check_duplicates(config, shared_per_model)
-    _check_tokenizers(job)
+    merged, _ = merged_models(job)
+    _check_tokenizers(config, job.sources, merged, merge_options)
     _check_shared_inputs(job)
     return job
 
@@ -331,74 +331,88 @@ def _check_duplicates(config: MergeConfiguration, shared_per_model: Collection[s
             )
 
 
-def _check_tokenizers(job: Job) -> None:
-    """Check that every local model has a tokenizer, where these are aligned, and that there is what
-    the configuration says of them.
-    """
-    config = job.config
-    if not (config.tokenizer or config.tokenizer_source):
-        return
-    for model in job.sources:
-        if lacks_tokenizer(model):
-            raise UserError(
-                f"{model} has no tokenizer, and aligning vocabularies takes one of every model"
-            )
-    merged, _ = merged_models(job)
-    _check_tokenizer(config, job.sources, merged, job.merge_options)
-    if config.tokenizer and config.tokenizer.tokens:
-        _check_tokens(config.tokenizer.tokens, job)
-
-
-def _check_tokenizer(
+def _check_tokenizers(
     config: MergeConfiguration,
     models: Sequence[ModelReference],
     merged: Sequence[ModelReference],
     options: MergeOptions,
 ) -> None:
-    """Check `tokenizer:` or `tokenizer_source:` of a configuration with these models, of which some
-    have their embeddings merged.
+    """Check what a configuration says of tokenizers, and where it aligns tokens, that every one of
+    its models has a tokenizer, and one that mergekit can align.
+
+    merged: those of the models whose embeddings are merged.
     """
-    _check_embeddings_per_layer(config, models, options)
-    if config.tokenizer is None:
-        _check_tokenizer_source(config.tokenizer_source, "tokenizer_source", models, options)
+    aligned = config.tokenizer
+    source = aligned.source if aligned else config.tokenizer_source
+    if source is None:
         return
-    _check_tokenizer_source(config.tokenizer.source, "tokenizer: source", models, options)
-    multiple = config.tokenizer.pad_to_multiple_of
+    key = "tokenizer: source" if aligned else "tokenizer_source"
+    _check_tokenizer_source(source, key, models, options)
+    tokens = aligned.tokens or {} if aligned else {}
+    _check_models_of_tokens(tokens, merged)
+    multiple = aligned.pad_to_multiple_of if aligned else None
     if multiple is not None and multiple < 1:
         raise UserError(f"tokenizer: pad_to_multiple_of: {multiple} is below 1")
-    for token, entry in (config.tokenizer.tokens or {}).items():
-        model = _model_of_token(entry)
-        if model is not None and model not in merged:
+    tokenizers = {}
+    for model in models:
+        try:
+            tokenizers[model] = tokenizer_of(model, options)
+        except NoTokenizerError as error:
             raise UserError(
-                f"tokenizer: tokens: {token!r}: source: {str(model)!r} is none of the models that "
-                f"are merged{_nearest(str(model), [str(each) for each in merged])}"
-            )
+                f"{error.message}, and aligning vocabularies takes one of every model"
+            ) from error
+    base = config.base_model or models[0]
+    _check_tokenizer_of_base(base, tokenizers[base], options, is_union=source == "union")
+    vocabularies = {model: tokenizer.get_vocab() for model, tokenizer in tokenizers.items()}
+    _check_tokens(tokens, vocabularies, options)
+    # The tokenizer may come from a model that is not merged.
+    if isinstance(source, ModelReference) and source not in vocabularies:
+        vocabularies[source] = tokenizer_of(source, options).get_vocab()
+    _check_embeddings_per_layer(models, vocabularies, options)
+
+
+def _check_tokenizer_of_base(
+    base: ModelReference, tokenizer: Any, options: MergeOptions, *, is_union: bool
+) -> None:
+    """Check that mergekit can change the tokenizer of the base as it does where tokens are aligned:
+    it adds to one for a union, and takes tokens away that the model has no rows for.
+    """
+    kind = type(tokenizer).__name__
+    if is_union and not tokenizer.is_fast:
+        raise UserError(
+            f"{base}: its tokenizer, a {kind}, is none of the fast ones, and mergekit makes a "
+            "union of such alone: take `base`, or the path of a model"
+        )
+    rows = vocabulary_of(config_of(base, options))
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if rows is None or last < rows:
+        return
+    if not tokenizer.is_fast or type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
+        raise UserError(
+            f"{base}: its tokenizer, a {kind}, has the token {last}, and the model only {rows} "
+            "rows; mergekit takes tokens away from fast BPE tokenizers alone: resize the model's "
+            "embeddings, or take the tokens away"
+        )
 
 
 def _check_embeddings_per_layer(
-    config: MergeConfiguration, models: Sequence[ModelReference], options: MergeOptions
+    models: Sequence[ModelReference],
+    vocabularies: Mapping[ModelReference, Mapping[str, int]],
+    options: MergeOptions,
 ) -> None:
-    """`UserError` where other tokens would be aligned, and a model has embeddings per layer, as
-    Gemma 3n has: mergekit aligns those at the two ends alone.
+    """`UserError` where different vocabularies would be aligned, and a model has embeddings per
+    layer, as Gemma 3n has: mergekit aligns those at the two ends alone.
     """
-    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
-    if source is None:
+    first, *others = vocabularies.values()
+    if all(vocabulary == first for vocabulary in others):
         return
-    with_embeddings = []
     for model in models:
         inner = language_config(model.config(options.trust_remote_code))
         if getattr(inner, "hidden_size_per_layer_input", 0):
-            with_embeddings.append(model)
-    if not with_embeddings:
-        return
-    # The tokenizer may come from a model that is not merged.
-    of_all = [*models, *([source] if isinstance(source, ModelReference) else [])]
-    vocabularies = [tokenizer_of(each, options).get_vocab() for each in of_all]
-    if any(vocabulary != vocabularies[0] for vocabulary in vocabularies):
-        raise UserError(
-            f"{with_embeddings[0]} has embeddings per layer, which cannot be aligned with other "
-            "tokens: all sources have to have one tokenizer"
-        )
+            raise UserError(
+                f"{model} has embeddings per layer, which cannot be aligned with other tokens: all "
+                "sources have to have one tokenizer"
+            )
 
 
 def _check_tokenizer_source(
@@ -410,8 +424,6 @@ def _check_tokenizer_source(
     if source is None or isinstance(source, str) or source in models:
         return
     path = source.model.path
-    if lacks_tokenizer(source):
-        raise UserError(f"{key}: {source} has no tokenizer")
     try:
         tokenizer_of(source, options)
     except UserError as error:
@@ -434,13 +446,27 @@ def _model_of_token(entry: TokenEmbeddingConfig) -> ModelReference | None:
     return source if isinstance(source, ModelReference) else None
 
 
-def _check_tokens(tokens: Mapping[str, TokenEmbeddingConfig], job: Job) -> None:
+def _check_models_of_tokens(
+    tokens: Mapping[str, TokenEmbeddingConfig], merged: Sequence[ModelReference]
+) -> None:
+    """Check that the models which tokens' embeddings are to come from are among the merged ones."""
+    for token, entry in tokens.items():
+        model = _model_of_token(entry)
+        if model is not None and model not in merged:
+            raise UserError(
+                f"tokenizer: tokens: {token!r}: source: {str(model)!r} is none of the models that "
+                f"are merged{_nearest(str(model), [str(each) for each in merged])}"
+            )
+
+
+def _check_tokens(
+    tokens: Mapping[str, TokenEmbeddingConfig],
+    vocabularies: Mapping[ModelReference, Mapping[str, int]],
+    options: MergeOptions,
+) -> None:
     """Check that the embedding of every one of these tokens can be taken from where the
     configuration says.
     """
-    vocabularies = {}
-    for model in job.sources:
-        vocabularies[model] = tokenizer_of(model, job.merge_options).get_vocab()
     for token, entry in tokens.items():
         where = f"tokenizer: tokens: {token!r}"
         source = entry.source
@@ -450,7 +476,7 @@ def _check_tokens(tokens: Mapping[str, TokenEmbeddingConfig], job: Job) -> None:
             if entry.force or is_needed:
                 raise UserError(f"{where} needs a `source:`, a model or {{kind: zero}}")
         elif isinstance(source, ModelTokenEmbedding) and source.token_id is not None:
-            size = vocabulary_of(config_of(source.model, job.merge_options))
+            size = vocabulary_of(config_of(source.model, options))
             if source.token_id < 0 or (size is not None and source.token_id >= size):
                 raise UserError(
                     f"{where}: source: {model} has {size} tokens, and none {source.token_id}"

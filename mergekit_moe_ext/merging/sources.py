@@ -18,7 +18,7 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -34,7 +34,7 @@ from _mergekit_moe_ext_common.checkpoints import (
     wrapper_of,
 )
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.loading import existing, explained, read_values
+from _mergekit_moe_ext_common.loading import existing, explained, read_tokenizer, read_values
 from mergekit_moe_ext.merging.layouts import hub_layer
 from mergekit_moe_ext.merging.manifest import NOT_PARAMETERS, Manifest
 from mergekit_moe_ext.merging.method import Job
@@ -89,7 +89,6 @@ _UNREADABLE = (
     ValueError,
     pickle.UnpicklingError,
 )
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # As safetensors and as torch name them.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -195,24 +194,16 @@ def config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
 
 
 def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
-    """The tokenizer of a model. `UserError` where there is none, or it cannot be read: for want of
-    a library that it needs, say.
+    """The tokenizer of a model. `NoTokenizerError` where it has none; another `UserError` where it
+    cannot be read.
     """
-    with explained(f"cannot read the tokenizer of {model}", model.model.path):
-        return AutoTokenizer.from_pretrained(
-            model.model.path,
-            revision=model.model.revision,
-            cache_dir=options.transformers_cache,
-            trust_remote_code=options.trust_remote_code,
-        )
-
-
-def lacks_tokenizer(model: ModelReference) -> bool:
-    """Whether a local model has no tokenizer. transformers would make up an empty one for many
-    architectures.
-    """
-    directory = Path(model.model.path)
-    return directory.is_dir() and not any((directory / name).exists() for name in _TOKENIZER_FILES)
+    return read_tokenizer(
+        model.model.path,
+        str(model),
+        revision=model.model.revision,
+        cache_dir=options.transformers_cache,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def names_of(models: list[ModelReference]) -> list[str]:

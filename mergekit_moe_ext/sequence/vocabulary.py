@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.method import Job
-from mergekit_moe_ext.merging.sources import lacks_tokenizer, tokenizer_of
+from mergekit_moe_ext.merging.sources import tokenizer_of
 from mergekit_moe_ext.sequence.tokens import ROLES, Tokens
 
 # Added to the logit of a token that a model does not predict: a factor of 2e-9. Together such
@@ -144,8 +144,6 @@ def align_vocabularies(
 
 
 def _tokens(job: Job, model: ModelReference) -> Tokens:
-    if lacks_tokenizer(model):
-        raise UserError(f"{model} has no tokenizer, and tokens are matched by what they stand for")
     try:
         return Tokens(tokenizer_of(model, job.merge_options))
     except UserError as error:

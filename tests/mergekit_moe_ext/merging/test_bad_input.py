@@ -93,7 +93,7 @@ def refused(here, config, *fragments, **options):
             document(parameters={"experts_per_token": [{"filter": "mlp", "value": 1}]}),
             ["`experts_per_token`", "takes one value"],
         ),
-        (document(tokenizer_source="./nowhere"), ["./base has no tokenizer"]),
+        (document(tokenizer_source="./nowhere"), ["'./nowhere' is neither union, base nor"]),
         (document(tokenizer_source="union"), ["./base has no tokenizer"]),
         (document(chat_template="chatlm"), ["chat_template: 'chatlm'", "did you mean `chatml`?"]),
         (document(chat_template="./my.jinja"), ["'./my.jinja'", "Jinja", "known here: auto, alp"]),

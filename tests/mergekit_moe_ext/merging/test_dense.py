@@ -1,5 +1,6 @@
 """Dense merges of models that have tensors which mergekit's lists of architectures lack."""
 
+import mergekit.card
 import pytest
 import torch
 from mergekit.architecture.auto import infer_architecture_info
@@ -374,3 +375,24 @@ def test_two_architectures_are_not_mixed(here):
     make_model(here / "math", 1, family="qwen2")
     with pytest.raises(UserError, match="--allow-crimes"):
         merge(document("dare", ["math"], parameters=WHOLE))
+
+
+def test_the_card_does_not_ask_the_hub_for_a_directory(here, monkeypatch):
+    """mergekit's does, of `base` though not of `./base`, and fails without a network."""
+
+    def unreachable(*_, **__):
+        raise OSError("there is no network")
+
+    monkeypatch.setattr("huggingface_hub.repo_exists", unreachable)
+    for name in ("base", "math"):
+        make_model(here / name, 0)
+    config = {
+        "merge_method": "dare",
+        "base_model": "base",
+        "models": [{"model": "math", "parameters": {"weight": 1.0}}],
+    }
+    out = merge(config)
+    card = (out / "README.md").read_text()
+    assert "* math" in card and "using base as a base" in card
+    with pytest.raises(OSError, match="no network"):
+        mergekit.card.is_hf("math")  # of a stock merge

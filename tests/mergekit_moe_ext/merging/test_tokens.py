@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianConfig, MarianMTModel
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    MarianConfig,
+    MarianMTModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mergekit_moe_ext import UserError
 from tests.conftest import document, make_model, merge
@@ -25,6 +33,10 @@ MARIAN = MarianConfig(
     pad_token_id=1,
     eos_token_id=1,
     decoder_start_token_id=1,
+)
+
+T5 = T5Config(
+    vocab_size=384, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0
 )
 
 
@@ -96,3 +108,47 @@ def test_embeddings_per_layer_are_not_aligned(tmp_path, monkeypatch, method):
     save_words(tmp_path / "math", [*words[1:], "w0"], unk_token="w0")
     with pytest.raises(UserError, match="embeddings per layer, which cannot be aligned"):
         merge(config, "other")
+
+
+def dense_or_mixture(method, **keys):
+    parameters = {"weight": 1.0} if method == "dare" else {}
+    models = ["math"] if method == "dare" else ["base", "math"]
+    return document(method, models, parameters=parameters, **keys)
+
+
+@pytest.mark.parametrize("method", ["dare", "moe_linear"])
+def test_a_tokenizer_may_be_in_no_file(tmp_path, monkeypatch, method):
+    """ByT5 reads bytes, so that its configuration says everything."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math")):
+        torch.manual_seed(seed)
+        T5ForConditionalGeneration(T5).save_pretrained(name)
+        ByT5Tokenizer().save_pretrained(name)
+    out = merge(dense_or_mixture(method, tokenizer_source="base"))
+    text = "And it came to pass."
+    tokens = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt")
+    assert tokens["input_ids"].tolist() == [[*(byte + 3 for byte in text.encode()), 1]]
+    inputs = {**tokens, "decoder_input_ids": tokens["input_ids"]}
+    merged = AutoModelForSeq2SeqLM.from_pretrained(out, trust_remote_code=True)
+    logits = merged(**inputs).logits
+    if method == "dare":
+        fine_tune = AutoModelForSeq2SeqLM.from_pretrained("math")
+        torch.testing.assert_close(logits, fine_tune(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+    with pytest.raises(UserError, match="base: its tokenizer, a ByT5Tokenizer, is none of"):
+        merge(dense_or_mixture(method, tokenizer_source="union"), "union")
+
+
+@pytest.mark.parametrize("method", ["dare", "moe_linear"])
+def test_tokenizers_that_cannot_be_aligned_are_found_first(here, method):
+    """mergekit takes a model without a tokenizer to have the base's, and goes on."""
+    config = dense_or_mixture(method, tokenizer_source="union")
+    save_words(here / "base", [*WORDS, "more"], **SPECIAL)
+    with pytest.raises(UserError, match=f"has the token {TOKENS}, and the model only {TOKENS} row"):
+        merge(config)
+    save_words(here / "base", WORDS, **SPECIAL)
+    for path in (here / "math").glob("*token*"):
+        path.unlink()
+    with pytest.raises(UserError, match="math has no tokenizer, and aligning vocabularies takes"):
+        merge(config)
+    assert sorted(path.name for path in here.iterdir()) == ["base", "math"]
