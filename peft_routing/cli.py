@@ -1,5 +1,6 @@
 """The `peft-route` command: routed adapters from the shell."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ _BASE = click.option("--base", help="Base model. [default: the one that the adap
 @click.version_option(package_name="mergekit-moe-ext")
 def main() -> None:
     """Put many LoRA adapters on one model, and a router over them."""
+    # PEFT 0.21 asks transformers 5.24 for it whenever it puts an adapter on a model. Nobody who
+    # runs a command can change that.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def compose(

@@ -243,5 +243,6 @@ def test_the_installed_command(here):
     trained = run("peft-route", "train", "routed", *options)
     assert trained.returncode == 0, trained.stderr
     assert "news" in trained.stdout and Path("routed-trained/adapter_model.safetensors").exists()
+    assert "FutureWarning" not in trained.stderr  # nobody who runs a command can do what they ask
     for command in ("compose", "train", "inspect"):
         assert "Usage" in route(command, "--help").output
