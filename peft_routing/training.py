@@ -21,8 +21,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainingArguments
 
 from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
+from _mergekit_moe_ext_common.checkpoints import weight_files
 from _mergekit_moe_ext_common.data import fingerprint, training_batches
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.fingerprints import weights_fingerprint
 from _mergekit_moe_ext_common.loading import load_tokenizer, padding_token, vocabulary_of
 from _mergekit_moe_ext_common.options import Reading
 from _mergekit_moe_ext_common.placement import check_can_be_spread
@@ -133,7 +135,7 @@ def train(
                 first_label=first_label,
             )
     stored = Path(adapter) / SAFETENSORS_WEIGHTS_NAME
-    settings = _settings(stored, base, training, recipe, learning_rates)
+    settings = _settings(stored, base, training, held_out, recipe, learning_rates)
     # A learning rate whose training is finished has a result, and is not trained again.
     finished = [part for part in parts if (run.checkpoints / part / _RESULT).exists()]
     run.begin(settings, resume=resume, parts=list(parts), finished=finished)
@@ -262,13 +264,19 @@ def _settings(
     stored: Path,
     base: str,
     training: Dataset,
+    held_out: Mapping[str, Dataset],
     recipe: Recipe,
     learning_rates: Sequence[float],
 ) -> dict[str, Any]:
+    """What must be the same when the training is resumed, and for all learning rates, whose losses
+    are compared.
+    """
     return {
         "adapter": hashlib.sha256(stored.read_bytes()).hexdigest(),
         "base_model": base,
+        "base_weights": weights_fingerprint(weight_files(base)),
         "data": fingerprint(training),
+        "held_out_data": {name: fingerprint(rows) for name, rows in held_out.items()},
         **asdict(recipe),
         "learning_rates": list(learning_rates),
     }
@@ -306,10 +314,13 @@ def _write_result(
         run.check_converged(trainer, losses, "take a lower --learning-rate")
     elif divergence(trainer, losses):
         losses = {name: (before, math.nan) for name, (before, _) in losses.items()}
-    # The adapter goes first: where there is a result, its training is finished.
+    # The adapter goes first, and the result appears whole: where there is one, its training is
+    # finished.
     directory = run.checkpoints / part
     trainer.model.save_pretrained(str(directory / _TRAINED))
-    (directory / _RESULT).write_text(json.dumps(losses), encoding="utf-8")
+    partial = directory / f"{_RESULT}.partial"
+    partial.write_text(json.dumps(losses), encoding="utf-8")
+    partial.replace(directory / _RESULT)
     return Result(learning_rate, losses)
 
 

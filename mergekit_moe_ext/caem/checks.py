@@ -161,10 +161,9 @@ def check_shapes(
     for model, model_shapes in shapes.items():
         for name in model_shapes.keys() | donor_shapes.keys():
             if model_shapes.get(name) != donor_shapes.get(name):
-                raise UserError(
-                    f"{name} of {model} is {model_shapes.get(name, 'missing')}, of {job.donor} "
-                    f"{donor_shapes.get(name, 'missing')}"
-                )
+                here = manifests[model].shapes.get(name, "missing")
+                there = manifests[job.donor].shapes.get(name, "missing")
+                raise UserError(f"{name} of {model} is {here}, of {job.donor} {there}")
 
 
 def _comparable_shapes(
@@ -208,6 +207,12 @@ def check_usage_is_of(
             raise UserError(
                 f"{path} names other routers or experts for the task {task!r} than {model} has"
             )
+    chosen = experts_per_token(config)
+    if usage.experts_per_token != chosen:
+        raise UserError(
+            f"{path} was counted with {usage.experts_per_token} experts per token, and {model} "
+            f"chooses {chosen} by its config: count it again with `mergekit-moe-ext usage`"
+        )
     # Without an expert capacity all that is chosen is dispatched.
     count = job.options.count
     if hasattr(language_config(config), "expert_capacity") and usage.count != count:

@@ -7,6 +7,7 @@ number of experts that it gave: in the encoder or the decoder for a parameter of
 layers for one of both (the embedding).
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class CaemMethod(StructuralMethod):
         donor = untied_if_any_is(job, configs)
         config = with_num_experts(donor, number)
         check_routing(config, number)
-        check_shapes(job, configs, layers, manifests)
+        check_shapes(job, configs, layers, _tied_alike(manifests, configs, donor))
         dtype = output_dtype(job, headers)
         config.dtype = dtype
         # The usage of a LoRA source is that of the merged model, which is not there before the
@@ -151,6 +152,27 @@ class CaemMethod(StructuralMethod):
             notes=_PROVISIONAL if is_provisional else _notes(job, allocations, weights),
             draw=None if is_provisional else lambda path: _draw(job, allocations, path),
         )
+
+
+def _tied_alike(
+    manifests: Mapping[ModelReference, Manifest],
+    configs: Mapping[ModelReference, PretrainedConfig],
+    donor: PretrainedConfig,
+) -> dict[ModelReference, Manifest]:
+    """The manifests of the sources, with a head of its own for a source that ties it where the
+    output does not: such a source gives its embedding for the head.
+
+    Not of encoder-decoders, which scale the logits of a head that is tied.
+    """
+    alike = dict(manifests)
+    if donor.is_encoder_decoder:
+        return alike
+    for model, config in configs.items():
+        if config.tie_word_embeddings and not donor.tie_word_embeddings:
+            untied = copy.deepcopy(config)
+            untied.tie_word_embeddings = False
+            alike[model] = manifest_of(untied)
+    return alike
 
 
 def _expert_tensors(layers: Sequence[MoeLayer], number: int) -> set[str]:

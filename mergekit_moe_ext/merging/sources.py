@@ -8,6 +8,7 @@ import copy
 import functools
 import logging
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,28 +56,18 @@ _SIZES = (
     "attention_bias",
     "mlp_bias",
 )
-# Config keys that say how the tensors are used; where they differ, the output does as the donor
-# does.
-_BEHAVIOUR = (
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "rope_parameters",
-    "partial_rotary_factor",
-    "alibi",
-    "sliding_window",
-    "layer_types",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    # of mixtures of experts
-    "num_experts_per_tok",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "scoring_func",
-    "topk_method",
-    "n_group",
-    "topk_group",
-    "expert_capacity",
+# Config keys that say nothing of what a model computes from the tokens that it is given. Where any
+# other differs, the output does as the donor does.
+_WITHOUT_EFFECT = re.compile(
+    # what it is called, how it was saved, and what else it can be asked for
+    r"_.*|architectures|model_type|transformers_version|(torch_)?dtype|auto_map|use_cache|output_.*"
+    r"|return_dict|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params"
+    # its tokens, which `tokenizer:` aligns; a head of its own, and the number of experts
+    r"|vocab_size|.*token_(ids?|index)|.*_token|tie_word_embeddings|(num|n|moe_num)_(.*_)?experts"
+    # what matters in training alone
+    r"|.*drop(out)?|.*dropout.*|.*pdrop|.*drop_.*|.*layerdrop|.*initializ.*|init_.*|.*_init.*"
+    r"|.*aux_loss.*|.*z_loss.*|.*jitter.*|gradient_.*|pretraining_tp|max_position_embeddings"
+    r"|unsloth.*"
 )
 # What a damaged index, safetensors file or pickle makes its reader raise.
 _UNREADABLE = (
@@ -239,18 +230,45 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
                     f"{model} has another size than {job.donor}: `{key}` is {here!r}, not "
                     f"{there!r}{hint}"
                 )
-        for key in _BEHAVIOUR:
-            here = getattr(config, key, None)
-            there = getattr(donor_config, key, None)
-            if here != there:
-                LOG.warning(
-                    "`%s` of %s is %s; the output has that of %s: %s",
-                    key,
-                    model,
-                    here,
-                    job.donor,
-                    there,
-                )
+        _warn_of_other_behaviour(job, model, whole, configs[job.donor])
+
+
+def _warn_of_other_behaviour(
+    job: Job, model: ModelReference, config: PretrainedConfig, donor_config: PretrainedConfig
+) -> None:
+    """Warn of each key that lets a source compute something else than the donor, which is what the
+    output does.
+    """
+    of_model = _behaviour(config)
+    of_donor = _behaviour(donor_config)
+    for key in sorted(of_model.keys() | of_donor.keys()):
+        here = of_model.get(key)
+        there = of_donor.get(key)
+        # Architectures that are like each other leave out what they do not have.
+        if here != there and (here or there):
+            LOG.warning(
+                "`%s` of %s is %s; the output has that of %s: %s",
+                key,
+                model,
+                here,
+                job.donor,
+                there,
+            )
+
+
+def _behaviour(config: PretrainedConfig) -> dict[str, Any]:
+    """What a config and those inside it say of what the model computes, by key; inner keys have the
+    outer one before them.
+    """
+    behaviour = {}
+    for key, value in config.to_dict().items():
+        inner = getattr(config, key, None)
+        if isinstance(inner, PretrainedConfig):
+            for inner_key, inner_value in _behaviour(inner).items():
+                behaviour[f"{key}.{inner_key}"] = inner_value
+        elif key not in _SIZES and not _WITHOUT_EFFECT.fullmatch(key):
+            behaviour[key] = value
+    return behaviour
 
 
 def _size(config: PretrainedConfig, key: str) -> Any:

@@ -177,7 +177,7 @@ def train(
             pairs = measured_pairs(tasks, data, eval_data, recipe, tokenizer)
     training = mixed(sources, weights or {}, recipe.seed)
     sampler = sampler_of(sources, recipe, arguments) if batches_per_step > 1 else None
-    settings = _settings(model_path, aim, training)
+    settings = _settings(model_path, aim, training, held_out)
     if sampler:
         settings["rows"] = sampler.sizes
     if tasks:
@@ -326,13 +326,17 @@ def _first_batches(training: Dataset, batch: Any) -> Iterator[dict[str, torch.Te
         yield without_labels(batch([training[index * len(training) // number]]))
 
 
-def _settings(model_path: str, aim: _Aim, training: Dataset) -> dict[str, Any]:
+def _settings(
+    model_path: str, aim: _Aim, training: Dataset, held_out: Mapping[str, Dataset]
+) -> dict[str, Any]:
+    """What must be the same when the training is resumed."""
     reference = ModelReference.model_validate(model_path)
     return {
         "model": model_identity(model_path),
         "train": ", ".join(aim.chosen),
         "weights": checkpoint_fingerprint(reference, MergeOptions()),
         "data": fingerprint(training),
+        "held_out_data": {name: fingerprint(rows) for name, rows in held_out.items()},
         **({"only_experts": aim.free_rows} if aim.free_rows else {}),
         **asdict(aim.recipe),
     }

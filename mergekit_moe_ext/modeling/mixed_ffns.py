@@ -65,8 +65,12 @@ class MixedFFNs:
         with self.running(shares, rows):
             return function(*args, **kwargs)
 
-    def _mix(self, name: str, own: Any, x: Tensor) -> Tensor:
-        """The output (rows, …) of the FFN of this name; `own` is the first expert's forward."""
+    def _mix(self, name: str, own: Any, x: Tensor) -> Any:
+        """The output (rows, …) of the FFN of this name; `own` is the first expert's forward.
+
+        An FFN that gives its router's scores as well (GPT-OSS, Llama 4) gives None in their place:
+        a mixture has none, and no layer looks at them.
+        """
         if self._running.shares is None:
             return own(x)
         if len(x) != self._running.rows:
@@ -75,14 +79,22 @@ class MixedFFNs:
                 "told which sequence each belongs to; take mix: output"
             )
         total: Tensor | None = None
+        others: tuple[None, ...] | None = None
         for share in self._running.shares:
             part = x if share.is_all else x[share.rows.to(x.device)]
             forward = own if share.expert == 0 else partial(self._of_other, share.expert, name)
-            total = added(total, forward(part), share, len(x), in_logarithms=False)
+            output = forward(part)
+            if isinstance(output, tuple):
+                output, *rest = output
+                others = (None,) * len(rest)
+            # What is added to the layer's input has its shape; Llama 4's puts all tokens in a row.
+            output = output.reshape(part.shape)
+            total = added(total, output, share, len(x), in_logarithms=False)
         assert total is not None
-        return total.to(x.device)
+        total = total.to(x.device)
+        return total if others is None else (total, *others)
 
-    def _of_other(self, expert: int, name: str, x: Tensor) -> Tensor:
+    def _of_other(self, expert: int, name: str, x: Tensor) -> Any:
         """The output of another expert's FFN, which may lie on another device."""
         ffn = self.experts[expert].trunk.get_submodule(name)
         device = next(ffn.parameters()).device

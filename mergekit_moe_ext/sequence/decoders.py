@@ -103,8 +103,9 @@ def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
         layers = decoder_layers(network)
     except ValueError as error:
         raise UserError(f"{model} cannot be an expert of a sequence MoE: {error}") from error
-    # Of tied tensors the first name counts, which comes last here.
-    hub_names = {id(tensor): hub_name for hub_name, tensor in reversed(state.items())}
+    manifest = manifest_from(network, state)
+    # Of tied tensors the name counts that the manifest has.
+    hub_names = {id(tensor): name for name, tensor in state.items() if name in manifest.shapes}
     embedding_names = {}
     for key, parameter in embedding.named_parameters():
         embedding_names[key] = hub_names[id(parameter)]
@@ -114,7 +115,7 @@ def _read_decoder(model: ModelReference, config: PretrainedConfig) -> Decoder:
             head_names[key] = hub_names[id(parameter)]
     return Decoder(
         config=config,
-        manifest=manifest_from(network, state),
+        manifest=manifest,
         embedding=embedding_names,
         head=head_names,
         widths=(embedding.embedding_dim, head.in_features),

@@ -108,7 +108,7 @@ def adapt(
     read = _reader(kind, prepare, prefix, config, reading, adaptation)
     with arguments.main_process_first(desc="reading the data"):
         training, held_out = split_sources(data, eval_data, recipe, read)
-    run.begin(_settings(model_path, training, adaptation), resume=resume)
+    run.begin(_settings(model_path, training, held_out, adaptation), resume=resume)
     if run.is_main:
         _announce(training, held_out)
 
@@ -155,14 +155,17 @@ def adapt(
 def _settings(
     model_path: str,
     training: Mapping[str, Dataset],
+    held_out: Mapping[str, Dataset],
     adaptation: Adaptation,
 ) -> dict[str, Any]:
+    """What must be the same when the adaptation is resumed."""
     reference = ModelReference.model_validate(model_path)
     images = adaptation.image_column
     return {
         "model": model_identity(model_path),
         "weights": checkpoint_fingerprint(reference, MergeOptions()),
         "data": {task: data_fingerprint(rows, images) for task, rows in training.items()},
+        "held_out_data": {task: data_fingerprint(rows, images) for task, rows in held_out.items()},
         **asdict(adaptation),
     }
 

@@ -646,6 +646,79 @@ def test_fine_tunes_with_the_same_routers_are_told_apart(tmp_path, monkeypatch):
         merge(caem(models=usage_entries(TASKS[1:2])), "other")
 
 
+def test_a_model_of_which_single_rows_were_trained_is_another(tmp_path, monkeypatch):
+    """As `train --train gates --only-experts 3` trains them."""
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, tasks=TASKS[:2])
+    for task in TASKS[:2]:
+        count(tmp_path, task)
+    news = load("news", "mixtral")
+    with torch.no_grad():
+        news.model.layers[0].mlp.gate.weight[3] += 1
+    news.save_pretrained("news")
+    with pytest.raises(click.ClickException, match=r"news.usage.json is the usage of another"):
+        merge(caem(models=usage_entries(TASKS[:2])))
+
+
+def test_usage_with_another_number_of_experts_per_token_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, tasks=TASKS[:2])
+    for task in TASKS[:2]:
+        count(tmp_path, task)
+        path = tmp_path / task / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "num_experts_per_tok": 1}))
+    complaint = "counted with 2 experts per token, and ./news chooses 1"
+    with pytest.raises(click.ClickException, match=complaint):
+        merge(caem(models=usage_entries(TASKS[:2])))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("ernie4_5_moe", {"moe_k": 3}),
+        ("hunyuan_v1_moe", {"moe_topk": 1}),
+        ("granitemoe", {"embedding_multiplier": 12.0, "logits_scaling": 6.0}),
+        ("mixtral", {"rms_norm_eps": 1e-3}),
+        ("mixtral", {}),
+    ],
+)
+def test_sources_that_compute_differently_are_warned_about(
+    tmp_path, monkeypatch, caplog, family, changes
+):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, family, TASKS[:2])
+    path = tmp_path / "squad" / "config.json"
+    config = json.loads(path.read_text())
+    in_training_alone = {"attention_dropout": 0.2, "router_aux_loss_coef": 0.5, "use_cache": False}
+    path.write_text(json.dumps({**config, **in_training_alone, **changes}))
+    merge(caem(TASKS[:2]))
+    warnings = [line for line in caplog.messages if "the output has that of" in line]
+    assert len(warnings) == len(changes)
+    for key, value in changes.items():
+        assert any(f"`{key}` of ./squad is {value};" in line for line in warnings)
+
+
+@pytest.mark.parametrize("tied", TASKS[:2])
+def test_a_tied_source_gives_its_embedding_for_the_head(tmp_path, monkeypatch, tied):
+    monkeypatch.chdir(tmp_path)
+    make_sources(tmp_path, tasks=TASKS[:2])
+    make_moe(tmp_path / tied, "mixtral", seed=7, **ALL["mixtral"], tie_word_embeddings=True)
+    out = merge(caem(TASKS[:2], allocation="entropy", num_experts=4))
+    got = read_tensors(out)
+    card = (out / "README.md").read_text()
+    row = next(line for line in card.splitlines() if line.startswith("| all |"))
+    weights = [float(cell) for cell in row.split("|")[2:4]]
+    heads = []
+    for task in TASKS[:2]:
+        tensors = read_tensors(tmp_path / task)
+        heads.append(tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"]))
+    expected = weights[0] * heads[0] + weights[1] * heads[1]
+    torch.testing.assert_close(got["lm_head.weight"], expected, atol=1e-3, rtol=0)
+    assert not torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
+    assert not load(out, "mixtral").config.tie_word_embeddings
+
+
 def test_a_source_listed_twice_with_two_calibrations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_sources(tmp_path)

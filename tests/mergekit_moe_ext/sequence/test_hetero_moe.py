@@ -38,6 +38,7 @@ FAMILIES = {
     "granite": {},
     "gemma2": {},
     "opt": {},
+    "granitemoe": {"tie_word_embeddings": True},
 }
 # … and others
 SHUFFLED = {

@@ -30,6 +30,26 @@ FAMILIES = {
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
     "phi": {},
 }
+# Of the two names for a tied matrix, the head's comes first in such checkpoints.
+TIED = {
+    "qwen3_moe": {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "tie_word_embeddings": True,
+    },
+    "granitemoe": {"num_local_experts": 3, "tie_word_embeddings": True},
+}
+TUPLES = {
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8},
+    "llama4_text": {
+        "num_local_experts": 3,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 40,
+        "head_dim": 8,
+    },
+}
 # In a process of its own, without this package: keeps logits and generated words, and saves each
 # model again.
 OUTSIDE = """
@@ -71,11 +91,12 @@ def tied_up_size(path):
     return sum(tensor.numel() for tensor in read_tensors(path).values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *TIED])
 def test_each_expert_is_its_source(tmp_path, monkeypatch, family):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", "math")):
-        config = {"num_hidden_layers": 2, "initializer_range": 0.3, **FAMILIES[family]}
+        of_family = {**FAMILIES, **TIED}[family]
+        config = {"num_hidden_layers": 2, "initializer_range": 0.3, **of_family}
         make_model(tmp_path / name, seed, family=family, **config)
     model = load(merge(seq_moe(("base", "math"), **SEPARATE)))
     assert model.config.experts_per_sequence == 2
@@ -176,6 +197,28 @@ def test_ffns_are_mixed_in_the_merge_of_the_sources(here):
         )
     got = model(words(2), coefficients=torch.tensor([[0.5, 0.5, 0.0, 0.0]])).logits
     torch.testing.assert_close(got, logits_of(stock, words(2)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", TUPLES)
+def test_ffns_that_give_their_routers_scores_as_well_are_mixed(tmp_path, monkeypatch, family):
+    """Of sources that differ in their FFNs alone, each is what its coefficients choose."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "math"):
+        config = {"num_hidden_layers": 2, "initializer_range": 0.3, **TUPLES[family]}
+        make_model(tmp_path / name, 0, family=family, **config)
+    source = dense_at("math")
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if ".mlp." in name or ".feed_forward." in name:
+                parameter *= 1.5
+    source.save_pretrained("math")
+    model = load(merge(seq_moe(("base", "math"), attention="merged", mix="ffn")))
+    expected = [logits_of(dense_at(name), words(2)) for name in ("base", "math")]
+    assert not torch.allclose(*expected, atol=1e-3)
+    for index in (0, 1):
+        got = model(words(2), coefficients=only(index, 2)).logits
+        torch.testing.assert_close(got, expected[index], atol=1e-5, rtol=1e-5)
+    assert model(words(2), coefficients=torch.tensor([[0.5, 0.5]])).logits.isfinite().all()
 
 
 def test_ffns_of_several_modules_are_not_mixed(tmp_path, monkeypatch):
