@@ -11,6 +11,7 @@ import torch
 
 from _mergekit_moe_ext_common.cards import in_markdown
 from _mergekit_moe_ext_common.figures import pyplot
+from _mergekit_moe_ext_common.tables import in_columns
 from peft_routing.fusion.beside import REPORT, Beside
 from peft_routing.fusion.selection import NotFirst, own_experts, standard_error
 from peft_routing.fusion.strategies import BY_TASK, ENSEMBLE, OTHER, PLAIN, ROUTED, Tables
@@ -313,12 +314,7 @@ def _harness_cells(score: HarnessScore | None) -> list[str]:
 
 def table(comparison: Comparison) -> str:
     """The table for a terminal."""
-    lines = [comparison.headings, *comparison.cells()]
-    columns = []
-    for number, column in enumerate(zip(*lines, strict=True)):
-        width = max(map(len, column))
-        columns.append([cell.rjust(width) if number else cell.ljust(width) for cell in column])
-    return "\n".join("  ".join(cells) for cells in zip(*columns, strict=True))
+    return in_columns([comparison.headings, *comparison.cells()], labels=1)
 
 
 def notes(comparison: Comparison) -> list[str]:
