@@ -39,6 +39,7 @@ from _mergekit_moe_ext_common.loading import check_device, vocabulary_of
 from mergekit_moe_ext.merging.method import Job, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.planner import NEUTRAL_PARAMETERS, merged_models
 from mergekit_moe_ext.merging.sources import (
+    DTYPES,
     check_source,
     config_of,
     lacks_tokenizer,
@@ -48,7 +49,6 @@ from mergekit_moe_ext.merging.wrappers import language_config
 
 LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=pydantic.BaseModel)
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def check_document(document: Any) -> None:
@@ -201,7 +201,7 @@ def _check_devices(options: MergeOptions) -> None:
 def _check_dtypes(config: MergeConfiguration) -> None:
     for key in ("dtype", "out_dtype"):
         name = getattr(config, key)
-        if name and name.removeprefix("torch.") not in _DTYPES:
+        if name and name.removeprefix("torch.") not in DTYPES.values():
             raise UserError(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
 
 
