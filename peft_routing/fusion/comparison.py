@@ -65,7 +65,7 @@ from peft_routing.fusion.strategies import (
     Tables,
 )
 from peft_routing.fusion.subjects import base_alone, one_expert
-from peft_routing.fusion.tasks import SPLITS, read_tasks
+from peft_routing.fusion.tasks import read_tasks
 from peft_routing.fusion.trained import Planned, Setting, Training, add_trained, planned_of
 from peft_routing.fusion.worst_case import PROGRAM_NEEDS_SCIPY, check_scipy
 from peft_routing.loading import CLASSES, empty_model
@@ -303,8 +303,8 @@ def _by_loss(
     the rest was measured.
     """
     columns = [one_expert(name, path) for name, path in asked.experts.items()] + [base_alone()]
-    everything = [each for split in SPLITS for each in texts[split]]
     not_train = [*texts["validation"], *texts["test"]]
+    everything = [*texts["train"], *not_train]
     work: list[tuple[Subject, Sequence[Texts]]] = [(subject, everything) for subject in columns]
     work += [(candidate.subject, not_train) for candidate in asked.candidates.values()]
     fill(store, work, load_base, pad_token_id, batch_size=batch_size, quiet=asked.reading.quiet)
