@@ -251,8 +251,6 @@ def read_job(
     config = method.completed(config, options)
     shared = _shared_method(method.shared_method_name(options))
 
-    shared_per_model = [parameter.name for parameter in shared.spec.input_parameters]
-    per_model_keys = [*method.model_options_type.model_fields, *shared_per_model]
     merge_keys = [
         *method.options_type.model_fields,
         *(parameter.name for parameter in shared.spec.parameters),
@@ -262,8 +260,29 @@ def read_job(
             raise UserError(f"`{key}` belongs under the `parameters:` of a model")
     where = f"parameters ({method.spec.name} with shared method {shared.spec.name})"
     _check_keys(parameters, merge_keys, where)
+    shared_per_model = [parameter.name for parameter in shared.spec.input_parameters]
+    per_model_keys = [*method.model_options_type.model_fields, *shared_per_model]
+    model_options = _read_model_options(config, method, shared, per_model_keys, merge_keys)
+    job = Job(config, merge_options, method, options, model_options, shared)
+    _check_duplicates(config, shared_per_model)
+    _check_tokenizers(job)
+    _check_shared_inputs(job)
+    return job
+
+
+def _read_model_options(
+    config: MergeConfiguration,
+    method: StructuralMethod,
+    shared: MergeMethod,
+    per_model_keys: Sequence[str],
+    merge_keys: Collection[str],
+) -> list[Any]:
+    """The method's options of each entry of `models:`; all keys there are checked.
+
+    per_model_keys, merge_keys: those that belong there, and those that belong to the merge.
+    """
     model_options = []
-    for index, entry in enumerate(config.models):
+    for index, entry in enumerate(config.models or []):
         model_parameters = entry.parameters or {}
         for key in model_parameters:
             if key not in per_model_keys and key in merge_keys:
@@ -278,11 +297,7 @@ def read_job(
             known.append("weight")
         _check_keys(model_parameters, known, where)
         model_options.append(_read_options(method.model_options_type, model_parameters, where))
-    job = Job(config, merge_options, method, options, model_options, shared)
-    _check_duplicates(config, shared_per_model)
-    _check_tokenizers(job)
-    _check_shared_inputs(job)
-    return job
+    return model_options
 
 
 def _read_options(
