@@ -45,15 +45,22 @@ def is_on_hub(name: str) -> bool:
 
 def last_part(path: str) -> str:
     """A path of this machine as its last part; an id on the Hub, or any other text, as it is."""
-    before_split = path.partition(":")[0]
-    is_path = path.startswith(("/", "./", "../", "~")) or path in (".", "..")
-    if not is_path and "/" in path and "://" not in path:
-        # A sentence may have strokes in it, but then it has spaces, too.
-        is_path = path.count("/") > 1 and not re.search(r"\s", path)
-        is_path = is_path or _exists(path) or _exists(before_split)
-    if not is_path:
+    if not _is_path(path):
         return path
-    return Path(path).name if Path(path).name not in ("", "..") else Path(path).resolve().name
+    last = Path(path).name
+    # "." and what ends in ".." say nothing of where they lead.
+    return Path(path).resolve().name if last in ("", "..") else last
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text is a path of this machine, perhaps with `:SPLIT` after it."""
+    if text.startswith(("/", "./", "../", "~")) or text in (".", ".."):
+        return True
+    if "/" not in text or "://" in text:
+        return False
+    # An id on the Hub has one slash. A sentence may have several, but then it has spaces, too.
+    has_folders = text.count("/") > 1 and not re.search(r"\s", text)
+    return has_folders or _exists(text) or _exists(text.partition(":")[0])
 
 
 def without_folders(value: Any) -> Any:

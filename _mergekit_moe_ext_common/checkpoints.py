@@ -86,11 +86,9 @@ def sha256_of(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         # Each file goes in by its own sum, so that it matters where one ends.
-        own = hashlib.sha256()
         try:
             with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    own.update(chunk)
+                own = hashlib.file_digest(file, "sha256")
         except OSError as error:
             raise UserError(damage(path, error)) from error
         digest.update(own.digest())
@@ -233,6 +231,7 @@ def damaged_file(directory: Path, *patterns: str) -> str | None:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
         if start == _LFS_POINTER or not start:
+            # `damage` sees for itself which of the two it is, and never tells of this error.
             return damage(path, ValueError("it is empty"))
         if path.suffix != ".json":
             continue

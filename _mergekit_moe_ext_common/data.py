@@ -97,19 +97,22 @@ def _parse(text: str) -> Source:
 def load(source: Source, max_samples: int | None = None) -> Dataset:
     """The rows of a source, the first `max_samples` of them. `UserError` for what cannot be
     read."""
+    data = _all_rows(source)
+    if max_samples is not None:
+        data = data.select(range(min(max_samples, len(data))))
+    if len(data) == 0:
+        raise UserError(f"{source} (data {source.name!r}) has no rows")
+    _check_encoding(data, source)
+    return data
+
+
+def _all_rows(source: Source) -> Dataset:
+    """All rows of a source, which may be none. `UserError` for a source that cannot be read."""
     path = Path(source.path).expanduser()
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = load_from_disk(path)
-            splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-            if source.split not in splits:
-                raise UserError(
-                    f"{source} (data {source.name!r}): a saved dataset is read by whole splits; "
-                    "there are " + ", ".join(splits)
-                )
-            data = splits[source.split]
-        else:
-            data = load_dataset(**dataset_arguments(source))
+            return _saved_split(path, source)
+        return load_dataset(**dataset_arguments(source))
     except UserError:  # says what is wrong already
         raise
     except StopIteration:  # what datasets raises for an empty file
@@ -127,22 +130,34 @@ def load(source: Source, max_samples: int | None = None) -> Dataset:
     ) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"cannot read {source} (data {source.name!r}): {reason}") from error
-    if max_samples is not None:
-        data = data.select(range(min(max_samples, len(data))))
-    if len(data) == 0:
-        raise UserError(f"{source} (data {source.name!r}) has no rows")
+
+
+def _saved_split(path: Path, source: Source) -> Dataset:
+    """The split of a dataset that `save_to_disk` wrote. `UserError` where it has no such split."""
+    loaded = load_from_disk(path)
+    splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+    if source.split not in splits:
+        raise UserError(
+            f"{source} (data {source.name!r}): a saved dataset is read by whole splits; "
+            "there are " + ", ".join(splits)
+        )
+    return splits[source.split]
+
+
+def _check_encoding(data: Dataset, source: Source) -> None:
+    """`UserError` for a file whose texts are not all UTF-8."""
+    # JSON is read as it is, and what is no text would fail where it is used. Only a file is looked
+    # at whole: a dataset on the Hub may be huge, and is in UTF-8.
+    if not Path(source.path).expanduser().is_file():
+        return
     try:
-        # JSON is read as it is, and what is no text would fail where it is used. Only a file is
-        # looked at whole: a dataset on the Hub may be huge, and is in UTF-8.
-        if Path(source.path).expanduser().is_file():
-            data.data.validate(full=True)
+        data.data.validate(full=True)
     except ValueError as error:
         reason = str(error).rpartition(": ")[2]
         raise UserError(
             f"cannot read {source} (data {source.name!r}): not all of its texts are UTF-8 "
             f"({reason}); save it in UTF-8"
         ) from error
-    return data
 
 
 def dataset_arguments(source: Source) -> dict[str, Any]:
@@ -303,10 +318,7 @@ def _encoder(
 
     `UserError` for missing columns, and for a length of targets where there are none.
     """
-    cut = {"truncation": max_length is not None, "max_length": max_length}
-    cut_target = cut
     if max_target_length is not None:
-        cut_target = {"truncation": True, "max_length": max_target_length}
         is_chat = not encoder_decoder and columns.messages in present
         if is_chat or not (encoder_decoder or completions_only):
             raise UserError(
@@ -316,62 +328,105 @@ def _encoder(
     if encoder_decoder:
         needed = (columns.input, columns.target)
         _require(needed, present, source, "an encoder-decoder needs", columns.advice)
-
-        def encode(rows: Rows) -> dict[str, list[list[int]]]:
-            inputs = _checked(rows[columns.input], columns.input)
-            targets = _checked(rows[columns.target], columns.target)
-            return {
-                "input_ids": tokenizer(inputs, **cut)["input_ids"],
-                "labels": tokenizer(text_target=targets, **cut_target)["input_ids"],
-            }
-
-    elif completions_only and columns.messages not in present:
+        return _encoder_of_pairs(tokenizer, columns, max_length, max_target_length)
+    if completions_only and columns.messages not in present:
         needed = (columns.input, columns.target)
         _require(needed, present, source, "completions need", columns.advice)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        is_cut_apart = max_target_length is not None
-
-        def encode(rows: Rows) -> dict[str, list[list[int]]]:
-            inputs = _checked(rows[columns.input], columns.input)
-            targets = _checked(rows[columns.target], columns.target)
-            prompts = tokenizer(inputs, **(cut if is_cut_apart else {}))["input_ids"]
-            answers = tokenizer(targets, add_special_tokens=False)["input_ids"]
-            wholes = []
-            for prompt, answer in zip(prompts, answers, strict=True):
-                # All of the answer, unless targets have a length of their own.
-                wholes.append(prompt + (answer + end)[:max_target_length])
-            return _completions(prompts, wholes, None if is_cut_apart else max_length)
-
-    elif columns.messages in present:
+        return _encoder_of_completions(tokenizer, columns, max_length, max_target_length)
+    if columns.messages in present:
         if not tokenizer.chat_template:
             raise UserError(f"{source} holds chats, but the model's tokenizer has no chat template")
+        return _encoder_of_chats(
+            tokenizer, columns.messages, max_length, completions_only=completions_only
+        )
+    _require((columns.text,), present, source, "a decoder needs", columns.advice)
+    return _encoder_of_texts(tokenizer, columns.text, max_length)
 
-        def encode(rows: Rows) -> dict[str, list[list[int]]]:
-            chats = _checked_chats(rows[columns.messages], columns.messages)
-            options = {"tokenize": True, "return_dict": False}
-            wholes = [tokenizer.apply_chat_template(chat, **options) for chat in chats]
-            if not completions_only:
-                return {"input_ids": [ids[:max_length] for ids in wholes]}
-            prompts = []
-            for chat, ids in zip(chats, wholes, strict=True):
-                prompt = tokenizer.apply_chat_template(
-                    chat[:-1], add_generation_prompt=True, **options
+
+def _cut_to(max_length: int | None) -> dict[str, Any]:
+    """The arguments by which a tokenizer cuts each text; None leaves it whole."""
+    return {"truncation": max_length is not None, "max_length": max_length}
+
+
+def _encoder_of_pairs(
+    tokenizer: Any, columns: Columns, max_length: int | None, max_target_length: int | None
+) -> Encoder:
+    """The encoder of inputs with their targets, for an encoder-decoder.
+
+    Targets without a length of their own are cut as the inputs are.
+    """
+    cut = _cut_to(max_length)
+    cut_target = cut if max_target_length is None else _cut_to(max_target_length)
+
+    def encode(rows: Rows) -> dict[str, list[list[int]]]:
+        inputs = _checked(rows[columns.input], columns.input)
+        targets = _checked(rows[columns.target], columns.target)
+        return {
+            "input_ids": tokenizer(inputs, **cut)["input_ids"],
+            "labels": tokenizer(text_target=targets, **cut_target)["input_ids"],
+        }
+
+    return encode
+
+
+def _encoder_of_completions(
+    tokenizer: Any, columns: Columns, max_length: int | None, max_target_length: int | None
+) -> Encoder:
+    """The encoder of inputs with their targets, for a decoder: a row is an input and its target.
+
+    A row is cut as a whole, unless targets have a length of their own.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    is_cut_apart = max_target_length is not None
+    cut_prompt = _cut_to(max_length) if is_cut_apart else {}
+
+    def encode(rows: Rows) -> dict[str, list[list[int]]]:
+        inputs = _checked(rows[columns.input], columns.input)
+        targets = _checked(rows[columns.target], columns.target)
+        prompts = tokenizer(inputs, **cut_prompt)["input_ids"]
+        answers = tokenizer(targets, add_special_tokens=False)["input_ids"]
+        wholes = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            # All of the answer, unless targets have a length of their own.
+            wholes.append(prompt + (answer + end)[:max_target_length])
+        return _completions(prompts, wholes, None if is_cut_apart else max_length)
+
+    return encode
+
+
+def _encoder_of_chats(
+    tokenizer: Any, column: str, max_length: int | None, *, completions_only: bool
+) -> Encoder:
+    """The encoder of chats; with `completions_only` the last answer of each has the labels."""
+    options = {"tokenize": True, "return_dict": False}
+
+    def encode(rows: Rows) -> dict[str, list[list[int]]]:
+        chats = _checked_chats(rows[column], column)
+        wholes = [tokenizer.apply_chat_template(chat, **options) for chat in chats]
+        if not completions_only:
+            return {"input_ids": [ids[:max_length] for ids in wholes]}
+        prompts = []
+        for chat, ids in zip(chats, wholes, strict=True):
+            prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **options)
+            if ids[: len(prompt)] != prompt:
+                raise UserError(
+                    "the chat template does not continue a prompt, so its last answer cannot be "
+                    "found"
                 )
-                if ids[: len(prompt)] != prompt:
-                    raise UserError(
-                        "the chat template does not continue a prompt, so its last answer cannot "
-                        "be found"
-                    )
-                prompts.append(prompt)
-            return _completions(prompts, wholes, max_length)
+            prompts.append(prompt)
+        return _completions(prompts, wholes, max_length)
 
-    else:
-        _require((columns.text,), present, source, "a decoder needs", columns.advice)
+    return encode
 
-        def encode(rows: Rows) -> dict[str, list[list[int]]]:
-            # A text that is null is empty, and left out as such.
-            texts = ["" if text is None else text for text in rows[columns.text]]
-            return {"input_ids": tokenizer(_checked(texts, columns.text), **cut)["input_ids"]}
+
+def _encoder_of_texts(tokenizer: Any, column: str, max_length: int | None) -> Encoder:
+    """The encoder of plain texts."""
+    cut = _cut_to(max_length)
+
+    def encode(rows: Rows) -> dict[str, list[list[int]]]:
+        # A text that is null is empty, and left out as such.
+        texts = ["" if text is None else text for text in rows[column]]
+        return {"input_ids": tokenizer(_checked(texts, column), **cut)["input_ids"]}
 
     return encode
 

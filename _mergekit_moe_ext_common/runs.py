@@ -35,6 +35,7 @@ from _mergekit_moe_ext_common.sharding import (
     warn_of_missing_processes,
 )
 from _mergekit_moe_ext_common.staging import check_output, check_room, staged
+from _mergekit_moe_ext_common.tables import in_columns
 from _mergekit_moe_ext_common.training import MEASURES, training_arguments
 
 _SETTINGS = "settings.json"
@@ -169,12 +170,14 @@ class Run:
         """
         written = checkpoints_written(arguments, rows)
         kept = min(written, arguments.save_total_limit or written)
-        number = kept * len(self.starts)
+        at_once = kept * len(self.starts)
         if written > kept:
-            number += 1  # the oldest goes when the next is whole
+            at_once += 1  # the oldest goes when the next is whole
+        # Those of a run that is resumed take their room already.
+        there = 0
         for part in self.starts:
-            number -= len(_complete_checkpoints(self.checkpoints / part))
-        check_room(self.out, output, max(0, number) * checkpoint)
+            there += len(_complete_checkpoints(self.checkpoints / part))
+        check_room(self.out, output, max(0, at_once - there) * checkpoint)
 
     def place(self, model: torch.nn.Module, arguments: TrainingArguments) -> None:
         """Spreads a part's model over devices, where that was asked for; before its Trainer is
@@ -267,6 +270,8 @@ def checkpoints_written(arguments: TrainingArguments, rows: int) -> int:
     steps = arguments.max_steps
     if arguments.save_strategy == "epoch" and steps <= 0:
         return max(0, math.ceil(arguments.num_train_epochs) - 1)
+    # As the Trainer counts: batches per epoch and steps per epoch are rounded up, and so is what is
+    # a share of all steps.
     if steps <= 0:
         batch = arguments.per_device_train_batch_size * arguments.world_size
         of_epoch = math.ceil(math.ceil(rows / batch) / arguments.gradient_accumulation_steps)
@@ -274,6 +279,7 @@ def checkpoints_written(arguments: TrainingArguments, rows: int) -> int:
     interval = arguments.save_steps
     if interval < 1:
         interval = math.ceil(interval * steps)
+    # The multiples of the interval before the last step.
     return max(0, (steps - 1) // int(interval))
 
 
@@ -378,15 +384,7 @@ def before_and_after(measured: Losses | Measures, *, markdown: bool = False) -> 
         rule = "|" + "---|" * len(labels) + "---:|---:|"
         lines = [f"| {' | '.join(map(in_markdown, row))} |" for row in [heading, *rows]]
         return "\n".join([lines[0], rule, *lines[1:]])
-    # Labels stand on the left, and numbers, of eight places or more, on the right of their column.
-    columns = []
-    for number, column in enumerate(zip(heading, *rows, strict=True)):
-        width = max(map(len, column))
-        if number < len(labels):
-            columns.append([cell.ljust(width) for cell in column])
-        else:
-            columns.append([cell.rjust(max(8, width)) for cell in column])
-    return "\n".join("  ".join(cells) for cells in zip(*columns, strict=True))
+    return in_columns([heading, *rows], labels=len(labels), least_width=8)
 
 
 def _numbers(pair: tuple[float, float]) -> list[str]:

@@ -150,7 +150,9 @@ def _parts_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def load_optimizer(optimizer: Any, path: Path) -> None:
     """Reads what `save_optimizer` wrote, in a process of the same number among as many."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    parameters: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     for number, tensors in state["state"].items():
         for name, value in tensors.items():
             # A step is a number.

@@ -245,17 +245,7 @@ def training_arguments(
     if values.pop("gradient_checkpointing"):
         values["gradient_checkpointing"] = True
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    if recipe.eval_steps <= 0 or recipe.save_steps <= 0:
-        raise UserError("--eval-steps and --save-steps must be above 0")
-    schedules = get_args(Schedule)
-    if recipe.lr_scheduler_type not in schedules:
-        raise UserError(
-            f"--lr-scheduler-type {recipe.lr_scheduler_type} is none of {', '.join(schedules)}"
-        )
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= values.get(name, 0) < 1:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {values[name]} must be at least 0 and below 1")
+    _check_recipe(recipe)
     # The Trainer takes what is below 1 for a share of all steps, and wants whole numbers above.
     for name in ("eval_steps", "save_steps"):
         values[name] = int(values[name]) if values[name] >= 1 else values[name]
@@ -283,6 +273,24 @@ def training_arguments(
     # hooks; `accelerate launch` is the way to use them.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def _check_recipe(recipe: TrainingOptions) -> None:
+    """`UserError` for a value of the recipe that the Trainer would take, or refuse in words of its
+    own.
+    """
+    if recipe.eval_steps <= 0 or recipe.save_steps <= 0:
+        raise UserError("--eval-steps and --save-steps must be above 0")
+    schedules = get_args(Schedule)
+    if recipe.lr_scheduler_type not in schedules:
+        raise UserError(
+            f"--lr-scheduler-type {recipe.lr_scheduler_type} is none of {', '.join(schedules)}"
+        )
+    for name in ("adam_beta1", "adam_beta2"):
+        beta = getattr(recipe, name, 0)  # an option of some commands only
+        if not 0 <= beta < 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {beta} must be at least 0 and below 1")
 
 
 def dtypes_of(module: torch.nn.Module) -> dict[str, torch.dtype]:

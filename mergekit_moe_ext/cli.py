@@ -455,41 +455,17 @@ def doctor() -> None:
     """Check that the versions fit, that mergekit, PEFT and transformers find this package, and that
     generation is right here.
     """
-    from _mergekit_moe_ext_autoload import KNOWN, is_known, known_versions
-    from _mergekit_moe_ext_common.versions import (
-        TESTED,
-        installed,
-        remark_on_native_adapters,
-        verdict,
-    )
+    from _mergekit_moe_ext_common.versions import TESTED, installed
 
-    click.echo(f"{'mergekit-moe-ext':<18}{mergekit_moe_ext.__version__}")
     versions = installed()
-    for host, version in versions.items():
-        oldest, newest = TESTED[host]
-        click.echo(f"{host:<18}{version or '-':<12}{verdict(host, version)} ({oldest} to {newest})")
-    remark = remark_on_native_adapters(versions)
-    if remark:
-        click.echo(f"note  {remark}")
+    _show_versions(versions)
     # In processes of their own: as mergekit-yaml and other tools start, in which nothing imports
     # this package, and as a user's program does.
     fresh_processes = {name: _started("-c", code) for name, code in _FRESH.items()}
     selftests = [
         _started("-m", f"{name}.selftest") for name in ("mergekit_moe_ext", "peft_routing")
     ]
-    checks = {}
-    for host in KNOWN:
-        checks[f"this {host} is one that we know ({known_versions(host)})"] = versions[
-            host
-        ] is not None and is_known(host)
-    checks |= {
-        "torch's autoload is on (TORCH_DEVICE_BACKEND_AUTOLOAD is not 0)": (
-            os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
-        ),
-        "torch finds our entry point": any(
-            point.name == "mergekit_moe_ext" for point in entry_points(group="torch.backends")
-        ),
-    }
+    checks = _checks_of_this_process(versions)
     reasons = []
     for name, process in fresh_processes.items():
         _, errors = process.communicate()
@@ -520,6 +496,35 @@ def doctor() -> None:
         )
     if not (is_found and is_right):
         sys.exit(1)
+
+
+def _show_versions(versions: dict[str, str | None]) -> None:
+    """Prints the version of each host, whether it was tested, and what does not go with what."""
+    from _mergekit_moe_ext_common.versions import TESTED, remark_on_native_adapters, verdict
+
+    click.echo(f"{'mergekit-moe-ext':<18}{mergekit_moe_ext.__version__}")
+    for host, version in versions.items():
+        oldest, newest = TESTED[host]
+        click.echo(f"{host:<18}{version or '-':<12}{verdict(host, version)} ({oldest} to {newest})")
+    remark = remark_on_native_adapters(versions)
+    if remark:
+        click.echo(f"note  {remark}")
+
+
+def _checks_of_this_process(versions: dict[str, str | None]) -> dict[str, bool]:
+    """What can be told without starting another process, in words, and whether it holds."""
+    from _mergekit_moe_ext_autoload import KNOWN, is_known, known_versions
+
+    checks = {}
+    for host in KNOWN:
+        is_right = versions[host] is not None and is_known(host)
+        checks[f"this {host} is one that we know ({known_versions(host)})"] = is_right
+    checks["torch's autoload is on (TORCH_DEVICE_BACKEND_AUTOLOAD is not 0)"] = (
+        os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
+    )
+    names = [point.name for point in entry_points(group="torch.backends")]
+    checks["torch finds our entry point"] = "mergekit_moe_ext" in names
+    return checks
 
 
 def _started(*arguments: str) -> subprocess.Popen[str]:

@@ -152,7 +152,9 @@ def plan(
     job = read_job(merge_config, options or MergeOptions(), method)
     planned = prepare(job).plan
     models, base = merged_models(job)
-    untrained = ": ".join(filter(None, untrained_in_words(planned, "out")))
+    untrained, command = untrained_in_words(planned, "out")
+    if command:
+        untrained = f"{untrained}: {command}"
     return PlannedMerge(
         method=merge_config.merge_method,
         architecture=planned.config.architectures[0],
@@ -268,7 +270,10 @@ def add_expert(
             if values:
                 value = values[index]
                 parameters[key] = value if isinstance(value, str) else list(value)
-        models.append({"model": expert, **({"parameters": parameters} if parameters else {})})
+        entry: dict[str, Any] = {"model": expert}
+        if parameters:
+            entry["parameters"] = parameters
+        models.append(entry)
     settings: dict[str, Any] = {"into": model, "gate_init": gate_init}
     if margin is not None:
         settings["margin"] = float(margin)

@@ -39,8 +39,8 @@ def extend_merge_module(merge: Any) -> None:
         return
     merge.MergePlanner = MergePlanner
     merge.MultiGPUExecutor = CollectingExecutor
-    merge.get_architecture_info = _planning_structural_methods(merge.get_architecture_info)
-    merge.run_merge = _staging_structural_methods(merge.run_merge, merge)
+    merge.get_architecture_info = _planning_our_methods(merge.get_architecture_info)
+    merge.run_merge = _staging_our_methods(merge.run_merge, merge)
     _explain_mergekit_moe(merge.MergeConfiguration)
 
 
@@ -66,7 +66,7 @@ def _explain_mergekit_moe(configuration: Any) -> None:
     configuration.model_validate = classmethod(model_validate)
 
 
-def _planning_structural_methods(stock: Callable) -> Callable:
+def _planning_our_methods(stock: Callable) -> Callable:
     from mergekit_moe_ext.merging.loras import without_loras
     from mergekit_moe_ext.merging.planner import (
         PREPARED,
@@ -89,78 +89,108 @@ def _planning_structural_methods(stock: Callable) -> Callable:
     return get_architecture_info
 
 
-def _staging_structural_methods(stock: Callable, merge: Any) -> Callable:
-    from mergekit.io.tasks import LoaderCache
-
-    from _mergekit_moe_ext_common.staging import check_output, check_room, staged
-    from mergekit_moe_ext.merging.card import write_card
-    from mergekit_moe_ext.merging.foreign_code import check_settings
-    from mergekit_moe_ext.merging.loras import merge_loras
-    from mergekit_moe_ext.merging.outputs import complete_model
-    from mergekit_moe_ext.merging.planner import PREPARED, prepare, structural_method
-    from mergekit_moe_ext.merging.preflight import check_document, read_job, tensor_method
-    from mergekit_moe_ext.merging.writer import stop_writing
+def _staging_our_methods(stock: Callable, merge: Any) -> Callable:
+    from mergekit_moe_ext.merging.planner import structural_method
+    from mergekit_moe_ext.merging.preflight import tensor_method
 
     @functools.wraps(stock)
     def run_merge(
         merge_config: Any, out_path: str, options: Any, config_source: str | None = None
     ) -> None:
-        method = structural_method(merge_config.merge_method)
-        if method is None:
-            ours = tensor_method(merge_config.merge_method)
-            if ours is None:
-                stock(merge_config, out_path, options, config_source)
-            else:
-                _merge_tensors(stock, ours, merge_config, out_path, options, config_source)
-            return
-        if config_source:
-            check_document(yaml.safe_load(config_source))
-        job = read_job(merge_config, options, method)
-        out = check_output(out_path)
-        prepared = prepare(job)
-        donor = _folder_of(job.donor, job.merge_options)
-        check_settings(donor, str(job.donor.model))
-        check_room(out, prepared.plan.bytes)
-        makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
-        stock_config = job.config.model_copy(
-            update={} if makes_tokenizer else {"chat_template": None}
-        )
-        with staged(out) as directory:
-            if any(model.lora for model in job.sources):
-                job = merge_loras(job, directory.with_name(f"{directory.name}.loras"))
-                prepared = prepare(job)  # a LoRA may bring tensors of its own
-            # We write the card and copy the tokenizer ourselves: stock asks the Hub about paths for
-            # the one and takes the other from a model that it picks by chance where there is no
-            # base. And it seeds nothing where no seed is given, while what we write names one.
-            stock_options = job.merge_options.model_copy(
-                update={"write_model_card": False, "copy_tokenizer": False, "random_seed": job.seed}
+        name = merge_config.merge_method
+        structural = structural_method(name)
+        tensorwise = tensor_method(name) if structural is None else None
+        if structural is not None:
+            _merge_structure(
+                stock, merge, structural, merge_config, out_path, options, config_source
             )
-            # mergekit keeps loaders for the life of the process, so a second merge would read stale
-            # weights.
-            LoaderCache.loaders.clear()
-            token = PREPARED.set(prepared)
-            try:
-                stock(stock_config, str(directory), stock_options)
-            finally:
-                stop_writing(directory)
-                PREPARED.reset(token)
-                LoaderCache.loaders.clear()
-            if options.copy_tokenizer:
-                config = prepared.plan.config
-                _copy_tokenizer_files(
-                    merge, job, config, donor, directory, tokenizer_is_there=makes_tokenizer
-                )
-            if options.write_model_card:
-                write_card(job, prepared.plan, directory, config_source or merge_config.to_yaml())
-            complete_model(
-                directory,
-                prepared.plan.config,
-                donor,
-                str(job.donor.model),
-                is_trusted=options.trust_remote_code,
-            )
+        elif tensorwise is not None:
+            _merge_tensors(stock, tensorwise, merge_config, out_path, options, config_source)
+        else:
+            stock(merge_config, out_path, options, config_source)
 
     return run_merge
+
+
+@contextmanager
+def _own_loaders(directory: Path) -> Iterator[None]:
+    """A context in which mergekit writes a merge to the directory; nothing of it goes on after."""
+    from mergekit.io.tasks import LoaderCache
+
+    from mergekit_moe_ext.merging.writer import stop_writing
+
+    # mergekit keeps loaders for the life of the process, so a second merge would read stale
+    # weights.
+    LoaderCache.loaders.clear()
+    try:
+        yield
+    finally:
+        stop_writing(directory)
+        LoaderCache.loaders.clear()
+
+
+def _merge_structure(
+    stock: Callable,
+    merge: Any,
+    method: Any,
+    merge_config: Any,
+    out_path: str,
+    options: Any,
+    config_source: str | None,
+) -> None:
+    """The stock `run_merge` by a structural method, checked and staged; `merge` is the module that
+    it is of.
+    """
+    from _mergekit_moe_ext_common.staging import check_output, check_room, staged
+    from mergekit_moe_ext.merging.card import write_card
+    from mergekit_moe_ext.merging.foreign_code import check_settings
+    from mergekit_moe_ext.merging.loras import merge_loras
+    from mergekit_moe_ext.merging.outputs import complete_model
+    from mergekit_moe_ext.merging.planner import PREPARED, prepare
+    from mergekit_moe_ext.merging.preflight import check_document, read_job
+
+    if config_source:
+        check_document(yaml.safe_load(config_source))
+    job = read_job(merge_config, options, method)
+    out = check_output(out_path)
+    prepared = prepare(job)
+    donor = _folder_of(job.donor, job.merge_options)
+    check_settings(donor, str(job.donor.model))
+    check_room(out, prepared.plan.bytes)
+    stock_config = job.config
+    makes_tokenizer = bool(merge_config.tokenizer or merge_config.tokenizer_source)
+    if not makes_tokenizer:  # then the template goes into the tokenizer that we copy
+        stock_config = job.config.model_copy(update={"chat_template": None})
+    with staged(out) as directory:
+        if any(model.lora for model in job.sources):
+            job = merge_loras(job, directory.with_name(f"{directory.name}.loras"))
+            prepared = prepare(job)  # a LoRA may bring tensors of its own
+        # We write the card and copy the tokenizer ourselves: stock asks the Hub about paths for the
+        # one and takes the other from a model that it picks by chance where there is no base. And
+        # it seeds nothing where no seed is given, while what we write names one.
+        stock_options = job.merge_options.model_copy(
+            update={"write_model_card": False, "copy_tokenizer": False, "random_seed": job.seed}
+        )
+        token = PREPARED.set(prepared)
+        try:
+            with _own_loaders(directory):
+                stock(stock_config, str(directory), stock_options)
+        finally:
+            PREPARED.reset(token)
+        if options.copy_tokenizer:
+            config = prepared.plan.config
+            _copy_tokenizer_files(
+                merge, job, config, donor, directory, tokenizer_is_there=makes_tokenizer
+            )
+        if options.write_model_card:
+            write_card(job, prepared.plan, directory, config_source or merge_config.to_yaml())
+        complete_model(
+            directory,
+            prepared.plan.config,
+            donor,
+            str(job.donor.model),
+            is_trusted=options.trust_remote_code,
+        )
 
 
 def _merge_tensors(
@@ -172,13 +202,10 @@ def _merge_tensors(
     config_source: str | None,
 ) -> None:
     """The stock `run_merge` by a tensor method of ours, checked and staged."""
-    from mergekit.io.tasks import LoaderCache
-
     from _mergekit_moe_ext_common.loading import explained
     from _mergekit_moe_ext_common.staging import check_output, copy_settings, staged
     from mergekit_moe_ext.merging.loras import merged_loras, merged_or_base
     from mergekit_moe_ext.merging.preflight import check_document, check_head, check_tensor_merge
-    from mergekit_moe_ext.merging.writer import stop_writing
 
     if config_source:
         check_document(yaml.safe_load(config_source))
@@ -197,15 +224,8 @@ def _merge_tensors(
             _, options = merged_loras(models, options, place)
             for model in models:
                 check_head(model, merged_or_base(model, options), merge_config, options)
-        # mergekit keeps loaders for the life of the process, so a second merge would read stale
-        # weights.
-        LoaderCache.loaders.clear()
-        try:
-            with _directories_are_no_models_on_the_hub():
-                stock(merge_config, str(directory), options, config_source)
-        finally:
-            stop_writing(directory)
-            LoaderCache.loaders.clear()
+        with _own_loaders(directory), _directories_are_no_models_on_the_hub():
+            stock(merge_config, str(directory), options, config_source)
         copy_settings(folder, directory)
 
 

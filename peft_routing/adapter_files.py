@@ -133,9 +133,11 @@ def hub_revision(path: str, where: str) -> str | None:
     """The commit of an adapter on the Hub, None for a directory; errors as of `read_config`."""
     if Path(path).expanduser().is_dir():
         return None
-    # The Hub's cache keeps the files of a commit in a directory of its name.
+    # The Hub's cache keeps the files of a commit in `snapshots/COMMIT`. Folders around the cache,
+    # which come first, may have that name as well.
     parts = _file(path, CONFIG_NAME, where).parts
-    return parts[len(parts) - parts[::-1].index("snapshots")]
+    last = max(place for place, part in enumerate(parts) if part == "snapshots")
+    return parts[last + 1]
 
 
 def read_pickle(file: Path, where: str) -> Any:

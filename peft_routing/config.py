@@ -219,27 +219,18 @@ class RoutedLoraConfig(PeftConfig):
         if not isinstance(layout, list) or not all(isinstance(group, dict) for group in layout):
             raise UserError(f"`layout` is a list of mappings, not {layout!r:.80}")
         for group in layout:
-            modules = group.get("modules")
-            ranks = group.get("ranks")
-            scalings = group.get("scalings")
-            has_biases = group.get("has_biases", False)
-            is_whole = (
-                isinstance(modules, list)
-                and isinstance(ranks, list)
-                and isinstance(scalings, list)
-                and isinstance(has_biases, bool)
-                and all(isinstance(module, str) for module in modules)
-                and len(ranks) == len(scalings) == len(described)
-                and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
-                and all(isinstance(each, int | float) and math.isfinite(each) for each in scalings)
-            )
-            if not is_whole:
+            if not _is_part_of_layout(group, len(described)):
                 raise UserError(
                     "each part of `layout` has names of modules, and a rank and a scaling for each "
                     f"of {len(described)} experts, which {group} has not"
                 )
-            site = Site(tuple(ranks), tuple(scalings), len(self.general_experts), has_biases)
-            self.sites |= dict.fromkeys(modules, site)
+            site = Site(
+                tuple(group["ranks"]),
+                tuple(group["scalings"]),
+                len(self.general_experts),
+                group.get("has_biases", False),
+            )
+            self.sites |= dict.fromkeys(group["modules"], site)
 
     @property
     def task_type(self) -> Any:
@@ -390,8 +381,11 @@ class RoutedLoraConfig(PeftConfig):
     @property
     def stated_options(self) -> dict[str, Any]:
         """The router's options by name, without the fields in which nothing is stated."""
-        fields = {option: getattr(self, option) for option in _FIELDS_OF_ROUTERS}
-        stated = {option: value for option, value in fields.items() if value is not None}
+        stated = {}
+        for option in _FIELDS_OF_ROUTERS:
+            value = getattr(self, option)
+            if value is not None:
+                stated[option] = value
         return stated | self.router_options
 
     @property
@@ -445,6 +439,24 @@ class RoutedLoraConfig(PeftConfig):
         """Write the configuration as PEFT does, and what experts and router are in the card."""
         super().save_pretrained(save_directory, **kwargs)
         card.extend(save_directory, self.names, list(self.general_experts), self.router_class)
+
+
+def _is_part_of_layout(group: dict[str, Any], experts: int) -> bool:
+    """Whether a part of `layout` has names of modules, and a rank and a scaling for each of so many
+    experts.
+    """
+    if not all(isinstance(group.get(key), list) for key in ("modules", "ranks", "scalings")):
+        return False
+    if not isinstance(group.get("has_biases", False), bool):
+        return False
+    ranks = group["ranks"]
+    scalings = group["scalings"]
+    return (
+        len(ranks) == len(scalings) == experts
+        and all(isinstance(module, str) for module in group["modules"])
+        and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
+        and all(isinstance(each, int | float) and math.isfinite(each) for each in scalings)
+    )
 
 
 def experts_by_name(option: str, experts: Any) -> dict[str, Any]:

@@ -282,35 +282,36 @@ def _at_targets(
     if places.target_modules is None:  # PEFT would ask for them
         return dict(tensors)
     places = _maybe_include_all_linear_layers(places, model)
-    targeted: dict[str, bool] = {}
     modules = {}
     for key in tensors:
         match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
         # What lies in a layer of PEFT's own has a name that no configuration says.
         if match is not None and ".base_layer" not in match[1]:
             modules[key] = match[1]
-    for module in dict.fromkeys(modules.values()):
-        found = check_target_module_exists(places, module)
-        if not found:  # by the name in the file; PEFT has the one in the model
-            moved = name_in(model, f"{module}.weight").removesuffix(".weight")
-            found = check_target_module_exists(places, moved)
-        targeted[module] = bool(found)
-    left_out = [module for module in targeted if not targeted[module]]
-    if not left_out or len(left_out) == len(targeted):
+    of_file = list(dict.fromkeys(modules.values()))
+    left_out = [module for module in of_file if not _is_targeted(places, module, model)]
+    if not left_out or len(left_out) == len(of_file):
         return dict(tensors)
-    number = f"{len(left_out)} of its {len(targeted)} modules are"
+    number = f"{len(left_out)} of its {len(of_file)} modules are"
     if len(left_out) == 1:
-        number = f"1 of its {len(targeted)} modules is"
+        number = f"1 of its {len(of_file)} modules is"
     warnings.warn(
         f"{where}: its file has factors at {left_out[0]}, where {CONFIG_NAME} applies none "
         f"({', '.join(stated)}): {number} left out, as PEFT leaves them out",
         stacklevel=3,
     )
-    kept = {}
-    for key, tensor in tensors.items():
-        if key not in modules or targeted[modules[key]]:
-            kept[key] = tensor
-    return kept
+    unused = set(left_out)
+    return {key: tensor for key, tensor in tensors.items() if modules.get(key) not in unused}
+
+
+def _is_targeted(places: LoraConfig, module: str, model: nn.Module) -> bool:
+    """Whether a configuration targets a module, by its name in the file or by that in the model,
+    which is the one that PEFT has.
+    """
+    if check_target_module_exists(places, module):
+        return True
+    moved = name_in(model, f"{module}.weight").removesuffix(".weight")
+    return bool(check_target_module_exists(places, moved))
 
 
 _Parts = tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]
@@ -410,33 +411,40 @@ def check_experts(experts: Sequence[Expert], model: nn.Module) -> None:
     base_name = model.__dict__.get("name_or_path")
     for expert in experts:
         of_other_base = _of_other_base(expert, base_name)
-        for name, (a, b) in expert.factors.items():
-            where = f"{_named(expert)}: {name}"
+        for name in expert.factors:
             if name not in modules:
                 last = name.rpartition(".")[2]
                 alike = next((other for other in modules if other.endswith(last)), None)
                 hint = f", which has {alike}" if alike else ""
                 raise UserError(f"{of_other_base}: {name} is not in the base model{hint}")
-            base = modules[name]
-            if isinstance(base, BaseTunerLayer):
-                base = base.get_base_layer()
-            if not _is_linear(base):
-                raise UserError(
-                    f"{where} is a {type(base).__name__}; only linear modules are routed"
-                )
-            in_features, out_features = _get_in_out_features(base)
-            if b.shape[0] != out_features and is_output_embedding(model, modules[name]):
-                raise UserError(
-                    f"{where}: it was trained on a vocabulary of {b.shape[0]} tokens, and the base "
-                    f"model has {out_features}: resize the base as for its training "
-                    f"(base.resize_token_embeddings({b.shape[0]})), save it, and name that instead"
-                )
-            if (a.shape[1], b.shape[0]) != (in_features, out_features):
-                raise UserError(
-                    f"{of_other_base}: {name} maps {a.shape[1]} to {b.shape[0]}, and {in_features} "
-                    f"to {out_features} in the base model"
-                )
+            _check_fits(expert, name, modules[name], model, of_other_base)
     _warn_of_other_bases(experts, base_name)
+
+
+def _check_fits(
+    expert: Expert, name: str, module: nn.Module, model: nn.Module, of_other_base: str
+) -> None:
+    """`UserError` where an expert's factors at a module are not of the module's sizes.
+
+    `of_other_base` is the beginning of what is said then.
+    """
+    a, b = expert.factors[name]
+    where = f"{_named(expert)}: {name}"
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if not _is_linear(base):
+        raise UserError(f"{where} is a {type(base).__name__}; only linear modules are routed")
+    in_features, out_features = _get_in_out_features(base)
+    if b.shape[0] != out_features and is_output_embedding(model, module):
+        raise UserError(
+            f"{where}: it was trained on a vocabulary of {b.shape[0]} tokens, and the base "
+            f"model has {out_features}: resize the base as for its training "
+            f"(base.resize_token_embeddings({b.shape[0]})), save it, and name that instead"
+        )
+    if (a.shape[1], b.shape[0]) != (in_features, out_features):
+        raise UserError(
+            f"{of_other_base}: {name} maps {a.shape[1]} to {b.shape[0]}, and {in_features} "
+            f"to {out_features} in the base model"
+        )
 
 
 def _named(expert: Expert) -> str:

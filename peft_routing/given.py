@@ -51,10 +51,11 @@ class ChosenExperts:
                     if coefficient:
                         members.setdefault((expert, coefficient), []).append(row)
             ordered = sorted(members.items())
-            groups = [(expert, coefficient, len(of)) for (expert, coefficient), of in ordered]
+            groups: list[tuple[int, float, int]] = []
             order: list[int] = []
-            for _, of_group in ordered:
-                order += of_group
+            for (expert, coefficient), rows_of_group in ordered:
+                groups.append((expert, coefficient, len(rows_of_group)))
+                order += rows_of_group
             is_all = len(groups) == 1 and len(order) == rows
             places = None if is_all else torch.tensor(order, dtype=torch.long, device=device)
             self._groups[key] = places, groups

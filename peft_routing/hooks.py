@@ -79,10 +79,13 @@ def unwatch(model: Any, handles: Sequence[Any]) -> None:
     for handle in handles:
         handle.remove()
     for name in ("generate", *_CONTINUOUS):
-        while isinstance(ours := vars(model).get(name), _Method):
+        ours = vars(model).get(name)
+        # One in place of another, where the model was watched several times.
+        while isinstance(ours, _Method):
             delattr(model, name)
             if ours.before is not None:
                 setattr(model, name, ours.before)
+            ours = ours.before
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(function, _InCall):
@@ -249,8 +252,9 @@ def _given(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
     coefficients = kwargs.get("coefficients")
     if coefficients is not None:
         given.checked(coefficients)
-    elif (outer := given.current()) is not None:
-        coefficients = outer.coefficients
+    else:
+        outer = given.current()
+        coefficients = None if outer is None else outer.coefficients
     own = {name: value for name, value in kwargs.items() if name != "coefficients"}
     return own, coefficients
 
@@ -259,14 +263,16 @@ def _leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     """End following a forward pass; what it returns takes the place of the output."""
     chosen = own_heads.leave(model)
     if chosen is None or chosen.labels is None or output is None:
-        return _left(model, args, kwargs, output)
+        return _routed_output(model, args, kwargs, output)
     kwargs = {**kwargs, "labels": chosen.labels}
     output = own_heads.with_loss(model, chosen.labels, kwargs.get("num_items_in_batch"), output)
-    changed = _left(model, args, kwargs, output)
+    changed = _routed_output(model, args, kwargs, output)
     return output if changed is None else changed
 
 
-def _left(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _routed_output(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     """What takes the place of the output, by the router; None where nothing does."""
     if given.leave(model) or not _followed(model):
         return None

@@ -1,9 +1,10 @@
 """Who is chosen where: the coefficients that a routed adapter gives, per task and module."""
 
+import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,30 +97,46 @@ def inspect_adapter(
     tasks = {}
     shown = ShownTexts(tokenizer)
     for name, rows in texts.items():
-        batches = DataLoader(rows, batch_size, collate_fn=lambda rows: collate(rows, pad_token_id))
+        collate_rows = functools.partial(collate, pad_token_id=pad_token_id)
+        batches = DataLoader(rows, batch_size, collate_fn=collate_rows)
         with _recorded(model) as means:
             for batch in tqdm(batches, desc=name, disable=reading.quiet):
                 inputs = {key: value.to(device) for key, value in batch.items()}
                 is_shown = html is not None and shown.has_room(name)
-                means.of_tokens = {"inputs": {}, "targets": {}} if is_shown else None
-                means.real = real_tokens(inputs)
-                ids = {"inputs": inputs["input_ids"], "targets": inputs.get("labels")}
-                if "labels" in inputs:
-                    labels = inputs.pop("labels")
-                    inputs["decoder_input_ids"] = decoder_inputs(model.get_base_model(), labels)
-                    means.has_targets = True
-                with torch.no_grad():
-                    model(**inputs, **any_head, use_cache=False)
-                for kind, layers in (means.of_tokens or {}).items():
-                    if layers:
-                        stack = kind if ids["targets"] is not None else ""
-                        shown.add(name, stack, ids[kind], getattr(means.real, kind), layers)
+                _run(model, inputs, any_head, means, name, shown if is_shown else None)
         tasks[name] = means.result()
     inspected = Inspection(str(adapter), config.router, config.names, tasks)
     if html:
         title = f"{Path(adapter).name}: {config.router}"
         write_page(html, title, config.names, shown, tasks, "Mean coefficient of each module")
     return inspected
+
+
+def _run(
+    model: Any,
+    inputs: dict[str, Tensor],
+    any_head: Mapping[str, str],
+    means: "_Means",
+    task: str,
+    shown: ShownTexts | None,
+) -> None:
+    """Runs a batch, whose coefficients go to `means` and, token by token, to `shown`."""
+    means.of_tokens = None if shown is None else {"inputs": {}, "targets": {}}
+    means.real = real_tokens(inputs)
+    ids = {"inputs": inputs["input_ids"], "targets": inputs.get("labels")}
+    if "labels" in inputs:
+        labels = inputs.pop("labels")
+        inputs["decoder_input_ids"] = decoder_inputs(model.get_base_model(), labels)
+        means.has_targets = True
+    with torch.no_grad():
+        model(**inputs, **any_head, use_cache=False)
+    if shown is None or means.of_tokens is None:
+        return
+    for kind, layers in means.of_tokens.items():
+        tokens = ids[kind]
+        if layers and tokens is not None:
+            stack = kind if means.has_targets else ""
+            shown.add(task, stack, tokens, getattr(means.real, kind), layers)
 
 
 class _Means:

@@ -265,16 +265,21 @@ def updates(
     """A, B and the scaling of each expert's update, less the mean of the general experts'."""
     if not site.general:
         return factors, site.scalings
-    scaled = [
-        (a.double(), b.double() * scaling)
-        for (a, b), scaling in zip(factors, site.scalings, strict=True)
-    ]
+    scaled = []
+    for (a, b), scaling in zip(factors, site.scalings, strict=True):
+        scaled.append((a.double(), b.double() * scaling))
     routed = scaled[: -site.general]
     general = scaled[-site.general :]
-    less_a = [a for a, _ in general]
-    less_b = [-b / site.general for _, b in general]
-    less = [(torch.cat([a, *less_a]), torch.cat([b, *less_b], dim=1)) for a, b in routed]
-    return less, [1.0] * len(less)
+    # A difference of updates is one update again, whose factors are theirs beside each other:
+    # B A - B' A' is [B, -B'] times A above A'.
+    general_a = [a for a, _ in general]
+    minus_general_b = [-b / site.general for _, b in general]
+    differences = []
+    for a, b in routed:
+        joined_a = torch.cat([a, *general_a])
+        joined_b = torch.cat([b, *minus_general_b], dim=1)
+        differences.append((joined_a, joined_b))
+    return differences, [1.0] * len(differences)
 
 
 def warn_if_trained(router: Any) -> None:
@@ -559,29 +564,38 @@ class RoutedLoraLinear(nn.Module, RoutedLoraLayer):
 
     def _update(self, adapter: "Adapter", x: Tensor, result: Tensor) -> Tensor:
         """An adapter's update (…, out) of the hidden states (…, in), to be added to the result."""
-        name = adapter.name
+        instead = given.current()
+        if instead is not None:
+            return self._update_by_given(instead, adapter, x, result)
         experts = adapter.experts
         router = adapter.router
         general = experts.site.general
-        instead = given.current()
-        if instead is not None:
-            weights = instead.over(x, name, router.experts)
-            x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
-            chosen = None if torch.compiler.is_compiling() else instead.chosen
-            if chosen is None or experts.site.has_biases or is_watched(experts):
-                return experts(x, with_general(weights, general))
-            if chosen.is_one_each and not general:
-                return experts.of_one_each(x, chosen, has_rows=weights.ndim > 1)
-            count = len(router.experts)
-            all_chosen = [*chosen.experts, *range(count, count + general)]
-            return experts.of_few(x, with_general(weights, general), all_chosen)
-        weights = coefficients_at(self, router, x, name)
+        weights = coefficients_at(self, router, x, adapter.name)
         # Whatever loop trains it, this is where a gradient arrives that is always 0.
         if weights.requires_grad and not router.learns and not torch.compiler.is_compiling():
             weights.register_hook(lambda _: warn_if_trained(router))
         kept = None if router.kept is None else router.kept + general
         x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
         return experts(x, with_general(weights, general), kept)
+
+    def _update_by_given(
+        self, instead: given.Given, adapter: "Adapter", x: Tensor, result: Tensor
+    ) -> Tensor:
+        """What `_update` gives where coefficients were handed in, in place of the router's."""
+        experts = adapter.experts
+        general = experts.site.general
+        weights = instead.over(x, adapter.name, adapter.router.experts)
+        x = self._cast_input_dtype(x, experts.dtype_of_products(x, result))
+        chosen = None if torch.compiler.is_compiling() else instead.chosen
+        # Only the experts that have a coefficient are computed, where it is known which these are
+        # and nothing else is to be computed or told of them.
+        if chosen is None or experts.site.has_biases or is_watched(experts):
+            return experts(x, with_general(weights, general))
+        if chosen.is_one_each and not general:
+            return experts.of_one_each(x, chosen, has_rows=weights.ndim > 1)
+        count = len(adapter.router.experts)
+        with_all_general = [*chosen.experts, *range(count, count + general)]
+        return experts.of_few(x, with_general(weights, general), with_all_general)
 
     def __repr__(self) -> str:
         return "routed_lora." + super().__repr__()

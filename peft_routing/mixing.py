@@ -32,7 +32,7 @@ COSTS: dict[Way, tuple[float, ...]] = {
     "gathered": (0.12, 0.8),
     "grouped": (0.14, 3.2, 0.21, 1.1, 0.031),
 }
-HAS_GROUPED_MM = hasattr(functional, "grouped_mm")  # torch 2.5, our oldest, has none
+HAS_GROUPED_MM = hasattr(functional, "grouped_mm")  # torch 2.7, our oldest, has none
 
 
 def full(z: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,21 +115,16 @@ class RoutedLoraModel(BaseTuner):
         adapter_name, config, experts = self._taken_out(adapter_name)
         if name not in config.experts:
             raise UserError(f"there is no expert {name!r}; there are {', '.join(config.names)}")
-        clusters = config.clusters and {
-            other: id_ for other, id_ in config.clusters.items() if other != name
-        }
-        weights = config.weights and {
-            other: w for other, w in _weights(config).items() if other != name
-        }
-        self._replace(
-            adapter_name,
-            config,
-            [e for e in experts if e.name != name],
-            clusters=clusters,
-            weights=weights,
-            # The head that it gave stays, as the adapter's own.
-            head="new" if config.head == name else config.head,
-        )
+        others = [expert for expert in experts if expert.name != name]
+        clusters = config.clusters
+        if clusters:
+            clusters = _without(clusters, name)
+        weights = config.weights
+        if weights:
+            weights = _without(_weights(config), name)
+        # The head that it gave stays, as the adapter's own.
+        head = "new" if config.head == name else config.head
+        self._replace(adapter_name, config, others, clusters=clusters, weights=weights, head=head)
 
     def set_routing(
         self,
@@ -160,12 +155,11 @@ class RoutedLoraModel(BaseTuner):
         self.peft_config[adapter_name] = changed
 
     def export_experts(self, directory: str, adapter_name: str | None = None) -> None:
-        """Write each expert as an ordinary LoRA directory, its tensors as they came in.
+        """Write each expert, the general ones too, as an ordinary LoRA directory,
+        `<directory>/<name>`, its tensors as they came in.
 
-        The directories are `<directory>/<name>`.
-
-        General experts too; nothing is subtracted from anything. An expert gets the head that it
-        has here, which is its own only for `head="own"`.
+        Nothing is subtracted from anything. An expert gets the head that it has here, which is its
+        own only for `head="own"`.
         """
         write_experts(self._to_export(adapter_name)[2], directory)
 
@@ -562,6 +556,11 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
             f"{type(model).__name__} has no place: load the base model with the class for "
             f"{config.task_type or 'its task'}, such as AutoModelForSequenceClassification"
         )
+
+
+def _without(by_expert: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What stands for each expert but this one."""
+    return {expert: value for expert, value in by_expert.items() if expert != name}
 
 
 def _weights(config: RoutedLoraConfig) -> dict[str, float]:

@@ -92,13 +92,14 @@ class LinearCKA:
         if not self._sums:
             raise ValueError("there are no samples to compare")
         if self._unbiased:
-            first, second, both = (self._sums[name] for name in ("first", "second", "both"))
-        else:
-            first = self._covariance("first", "first mean", "first mean").norm()
-            second = self._covariance("second", "second mean", "second mean").norm()
-            both = self._covariance("both", "first mean", "second mean").norm() ** 2
-            return float(both / (first * second))
-        return float(both / (first * second).sqrt())
+            own = self._sums["first"] * self._sums["second"]
+            return float(self._sums["both"] / own.sqrt())
+        # HSIC with linear kernels is the squared norm of the covariance, up to a factor that
+        # cancels.
+        first = self._covariance("first", "first mean", "first mean").norm()
+        second = self._covariance("second", "second mean", "second mean").norm()
+        both = self._covariance("both", "first mean", "second mean").norm() ** 2
+        return float(both / (first * second))
 
     def _covariance(self, products: str, first: str, second: str) -> Tensor:
         """The sum of the products of centred features, (features, features)."""

@@ -55,7 +55,7 @@ from mergekit_moe_ext.mixtures.experts import (
 from mergekit_moe_ext.mixtures.routers import stack_of
 
 if TYPE_CHECKING:
-    from mergekit_moe_ext.mixtures.usage import Usage
+    from mergekit_moe_ext.mixtures.usage import Texts, Usage
 
 LOG = logging.getLogger(__name__)
 _PROVISIONAL = (
@@ -118,12 +118,15 @@ class CaemMethod(StructuralMethod):
         # The usage of a LoRA source is that of the merged model, which is not there before the
         # merge has begun. Until then the plan has the right shapes and an even allocation.
         is_provisional = any(model.lora and model not in job.merged_loras for model in job.sources)
+        # All files and texts are read before anything is counted, so that bad input is found first.
+        usages = _given_usages(job, configs, layers, is_provisional=is_provisional)
+        texts = _calibration_texts(job)
         if is_provisional:
-            _usages(job, configs, layers, counting=False)
             allocations = _even_allocation(layers[job.donor], sizes, number)
         else:
-            usages = _usages(job, configs, layers)
-            allocations = _allocate(job, layers[job.donor], usages, sizes, number)
+            usages |= _counted_usages(job, texts)
+            in_order = [usages[index] for index in range(len(job.experts))]
+            allocations = _allocate(job, layers[job.donor], in_order, sizes, number)
 
         donor_manifest = manifest_of(donor)
         copies: dict[str, CopiedTensor] = {}
@@ -218,78 +221,96 @@ def _allocate(
             numbers = [options.experts for options in job.model_options]
         else:
             numbers = allocate(entropies, number, sizes)
-        chosen = [most_used(*pair) for pair in zip(counts, numbers, strict=True)]
+        chosen = []
+        for model_counts, taken in zip(counts, numbers, strict=True):
+            chosen.append(most_used(model_counts, taken))
         dropped = [_share_dropped(usage, layer.router) for usage in usages]
         allocations.append(LayerAllocation(layer, counts, entropies, dropped, chosen))
     return allocations
 
 
-def _usages(
+def _given_usages(
     job: Job,
     configs: Mapping[ModelReference, PretrainedConfig],
     layers: Mapping[ModelReference, Sequence[MoeLayer]],
     *,
-    counting: bool = True,
-) -> "list[Usage]":
-    """The usage of every entry of `models:`, read or counted.
+    is_provisional: bool,
+) -> "dict[int, Usage]":
+    """The usage files that entries of `models:` name, by the number of the entry.
 
-    All files and texts are read before anything is counted, so that bad input is found first.
-    Without `counting` that is all that is done, and the list is empty.
+    That of a LoRA source is left out where `is_provisional`: it is of the merged model, with which
+    it cannot be compared yet.
     """
     # Only here: `datasets` takes seconds to import, and every command of mergekit imports this
     # file.
-    from mergekit_moe_ext.mixtures.usage import count_usage, read_texts, read_usage
+    from mergekit_moe_ext.mixtures.usage import read_usage
 
-    entries = list(zip(job.experts, job.model_options, strict=True))
     usages = {}
-    for index, (model, options) in enumerate(entries):
-        if options.usage:
-            usage = read_usage(Path(options.usage))
-            if not counting and model.lora:  # it is that of the merged model
-                continue
-            check_usage_is_of(job, model, configs[model], usage, options.usage, layers[model])
-            usages[index] = usage
-    settings = job.options
-    merge_options = job.merge_options
-    reading = Reading(
-        max_length=settings.max_length,
-        trust_remote_code=merge_options.trust_remote_code,
-        quiet=merge_options.quiet,
-    )
-    cache = merge_options.transformers_cache
-    paths = {}
-    tokenizers = {}
-    for model in job.experts:
-        paths[model] = ModelReference(model=stored_model(job, model).model).local_path(cache)
-        # A model into which a LoRA was merged has none of its own.
-        tokenizers[model] = ModelReference(model=model.model).local_path(cache)
+    for index, (model, options) in enumerate(zip(job.experts, job.model_options, strict=True)):
+        if not options.usage:
+            continue
+        usage = read_usage(Path(options.usage))
+        if is_provisional and model.lora:
+            continue
+        check_usage_is_of(job, model, configs[model], usage, options.usage, layers[model])
+        usages[index] = usage
+    return usages
+
+
+def _calibration_texts(job: Job) -> "dict[int, Texts]":
+    """The texts on which usage is to be counted, by the number of the entry of `models:`."""
+    from mergekit_moe_ext.mixtures.usage import read_texts  # as in `_given_usages`
+
     texts = {}
-    for index, (model, options) in enumerate(entries):
-        if options.calibration:
-            sources = [f"calibration={options.calibration}"]
-            texts[index] = read_texts(
-                paths[model],
-                sources,
-                reading,
-                settings.max_samples,
-                columns=_columns(settings, options),
-                tokenizer_path=tokenizers[model],
-            )
-    if not counting:
-        return []
-    device = "auto" if merge_options.device == "cuda" else merge_options.device or "cpu"
+    for index, (model, options) in enumerate(zip(job.experts, job.model_options, strict=True)):
+        if not options.calibration:
+            continue
+        # A model into which a LoRA was merged has no tokenizer of its own.
+        of_tokenizer = ModelReference(model=model.model)
+        texts[index] = read_texts(
+            _local_path(job, model),
+            [f"calibration={options.calibration}"],
+            _reading(job),
+            job.options.max_samples,
+            columns=_columns(job.options, options),
+            tokenizer_path=of_tokenizer.local_path(job.merge_options.transformers_cache),
+        )
+    return texts
+
+
+def _counted_usages(job: Job, texts: "Mapping[int, Texts]") -> "dict[int, Usage]":
+    """The usage of entries of `models:` on their texts, both by the number of the entry."""
+    from mergekit_moe_ext.mixtures.usage import count_usage  # as in `_given_usages`
+
+    device = job.merge_options.device or "cpu"
+    usages = {}
     for index, calibration_texts in texts.items():
         counted = count_usage(
-            paths[job.experts[index]],
+            _local_path(job, job.experts[index]),
             calibration_texts,
-            reading,
-            count=settings.count,
-            batch_size=settings.batch_size,
-            device=device,
+            _reading(job),
+            count=job.options.count,
+            batch_size=job.options.batch_size,
+            device="auto" if device == "cuda" else device,
         )
         assert counted is not None  # a merge is one process
         usages[index] = counted
-    return [usages[index] for index in range(len(entries))]
+    return usages
+
+
+def _local_path(job: Job, model: ModelReference) -> str:
+    """The directory of a source; of a LoRA, that of the merged model."""
+    stored = ModelReference(model=stored_model(job, model).model)
+    return stored.local_path(job.merge_options.transformers_cache)
+
+
+def _reading(job: Job) -> Reading:
+    """The way in which calibration data is read."""
+    return Reading(
+        max_length=job.options.max_length,
+        trust_remote_code=job.merge_options.trust_remote_code,
+        quiet=job.merge_options.quiet,
+    )
 
 
 def _columns(settings: CaemOptions, options: CaemModelOptions) -> Columns:
@@ -386,7 +407,11 @@ def _weights(
     """
     totals: dict[str, dict[ModelReference, int]] = {}
     for allocation in allocations:
-        for stack in {allocation.layer.stack or "all", "all"}:
+        # A layer of the encoder or the decoder counts there, and in both together.
+        stacks = ["all"]
+        if allocation.layer.stack:
+            stacks.append(allocation.layer.stack)
+        for stack in stacks:
             numbers = totals.setdefault(stack, dict.fromkeys(job.experts, 0))
             for model, number in zip(job.experts, allocation.numbers, strict=True):
                 numbers[model] += number

@@ -37,6 +37,7 @@ def order_with_new(config: PretrainedConfig, new: int) -> tuple[int, ...]:
         )
     order: list[int] = []
     for group in range(groups):
+        # The group's own experts, and then its part of the new ones.
         order += range(group * old // groups, (group + 1) * old // groups)
         order += range(old + group * new // groups, old + (group + 1) * new // groups)
     return tuple(order)

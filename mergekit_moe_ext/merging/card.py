@@ -47,6 +47,15 @@ Seed {seed}; {versions}.
 
 {config_yaml}
 """
+_OF_TEXTS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+_TRAIN_FIRST = "## Train it first"
+_LOADING = re.compile(r"(## Load it\n\n```python\n).*?(\n```\n)", re.DOTALL)
+# By file the name of what is read from it, and the Auto class that reads it.
+_BESIDE = {
+    "preprocessor_config.json": ("processor", "AutoImageProcessor"),
+    "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
+}
+_VERSIONS = ("mergekit-moe-ext", "mergekit", "transformers", "torch")
 
 
 def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
@@ -92,16 +101,6 @@ def write_card(job: Job, plan: Plan, directory: Path, config_yaml: str) -> None:
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
     (directory / "mergekit_config.yml").write_text(config_yaml, encoding="utf-8")
-
-
-_OF_TEXTS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
-_TRAIN_FIRST = "## Train it first"
-_LOADING = re.compile(r"(## Load it\n\n```python\n).*?(\n```\n)", re.DOTALL)
-_BESIDE = {
-    "preprocessor_config.json": ("processor", "AutoImageProcessor"),
-    "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
-}
-_VERSIONS = ("mergekit-moe-ext", "mergekit", "transformers", "torch")
 
 
 def untrained_in_words(plan: Plan, directory: str) -> tuple[str, str]:
@@ -197,16 +196,17 @@ def _loading(directory: Path, auto: str, *, remote_code: bool, tasks: Sequence[s
     arguments = json.dumps(directory.name)
     if remote_code:
         arguments += ", trust_remote_code=True"  # else transformers asks about the tokenizer's, too
+    classes = [auto]
     lines = [f"model = {auto}.from_pretrained({arguments})"]
-    beside = next((each for file, each in _BESIDE.items() if (directory / file).exists()), None)
-    if beside:
-        lines.append(f"{beside[0]} = {beside[1]}.from_pretrained({arguments})")
+    for file, (name, reader) in _BESIDE.items():
+        if (directory / file).exists():
+            classes.append(reader)
+            lines.append(f"{name} = {reader}.from_pretrained({arguments})")
+            break  # of a model that has both, the image processor alone
     if len(tasks) > 1:
         first, *others = map(json.dumps, tasks)
         lines.append(f"# a head per task: model(..., task={first}), or {', '.join(others)}")
-    return "\n".join(
-        [f"from transformers import {auto}{f', {beside[1]}' if beside else ''}", "", *lines]
-    )
+    return "\n".join([f"from transformers import {', '.join(classes)}", "", *lines])
 
 
 def _auto_class(config: PretrainedConfig) -> str:
@@ -240,10 +240,11 @@ def _shown(path: ModelPath) -> str:
 
 
 def _linked(model: ModelReference) -> str:
-    paths = [path for path in (model.model, model.lora) if path]
-    return " + ".join(
-        f"[{_shown(path)}](https://huggingface.co/{path.path})"
-        if is_on_hub(path.path)
-        else _shown(path)
-        for path in paths
-    )
+    """As `model_in_markdown`, with a link to what is on the Hub."""
+    parts = []
+    for path in (model.model, model.lora):
+        if path and is_on_hub(path.path):
+            parts.append(f"[{_shown(path)}](https://huggingface.co/{path.path})")
+        elif path:
+            parts.append(_shown(path))
+    return " + ".join(parts)

@@ -132,7 +132,9 @@ def _settled(value: Any, keep: Keeps) -> Any:
     for key, item in value.items():
         if key not in ("auto_map", "custom_pipelines"):
             settled[key] = _settled(item, keep)
-        elif entries := _settled_entries(item, keep):
+            continue
+        entries = _settled_entries(item, keep)
+        if entries:
             settled[key] = entries
     return settled
 

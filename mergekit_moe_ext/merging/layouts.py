@@ -40,8 +40,9 @@ def hub_layer(
     model, _ = hub_state(config)
     derivations = []
     for name in sorted(surplus & model.state_dict().keys()):
-        # transformers' own conversion, of a single tensor. All that it makes of several tensors at
-        # once is no layout of experts, and is left to the complaint about what is lacking.
+        # By transformers' own conversion, of one tensor at a time, which is enough for all layouts
+        # of experts. What is made of several tensors at once is left to the complaint about what is
+        # lacking.
         made = revert_weight_conversion(model, {name: torch.empty(stored[name], device="meta")})
         if made.keys() <= lacking:
             names = tuple(made)

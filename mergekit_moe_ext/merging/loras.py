@@ -30,6 +30,7 @@ from torch import equal, nn
 from transformers import PreTrainedModel
 
 from _mergekit_moe_ext_common.errors import UserError
+from mergekit_moe_ext.merging.manifest import embedding_and_head
 from mergekit_moe_ext.merging.method import Job
 from mergekit_moe_ext.merging.sources import first_line, stored_headers
 
@@ -37,7 +38,6 @@ LOG = logging.getLogger(__name__)
 _PARTIAL = ".partial-"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-_MIB = 2**20
 
 
 def merge_loras(job: Job, directory: Path) -> Job:
@@ -179,11 +179,8 @@ def _hashes(files: Iterable[Path]) -> dict[str, str]:
     """The sha256 of each file's content, by its name."""
     hashes = {}
     for path in files:
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while block := file.read(_MIB):
-                digest.update(block)
-        hashes[path.name] = digest.hexdigest()
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 
@@ -214,7 +211,8 @@ def _check_vocabulary(model: ModelReference, base: PreTrainedModel, options: Mer
     """`UserError` where the LoRA holds an embedding or a head of more tokens than the base has."""
     assert model.lora is not None
     weights = load_peft_weights(str(_local_adapter(model.lora, options)), device="cpu")
-    layers = {id(layer.weight): layer for layer in _ends(base) if hasattr(layer, "weight")}
+    ends = embedding_and_head(base)
+    layers = {id(layer.weight): layer for layer in ends if hasattr(layer, "weight")}
     if not layers:  # a model of images has no tokens
         return
     names = [name for name, module in base.named_modules() if module in layers.values()]
@@ -258,7 +256,7 @@ def _merged(model: ModelReference, base: PreTrainedModel, options: MergeOptions)
             )
         merged = adapted.merge_and_unload()
     if is_untied:
-        embedding, head = _ends(merged)
+        embedding, head = embedding_and_head(merged)
         # A LoRA with `ensure_weight_tying` changes both alike.
         merged.config.tie_word_embeddings = equal(embedding.weight, head.weight)
         merged.tie_weights()
@@ -270,7 +268,7 @@ def _untie(base: PreTrainedModel) -> bool:
 
     base: a model into which PEFT has put an adapter. Returns whether it was done.
     """
-    ends = _ends(base)
+    ends = embedding_and_head(base)
     if len(ends) < 2 or ends[0].weight is not ends[1].weight:
         return False
     if not any(hasattr(layer, "base_layer") for layer in ends):
@@ -282,12 +280,3 @@ def _untie(base: PreTrainedModel) -> bool:
     if getattr(head, "bias", None) is not None:  # BERT's is tied to one beside the head
         head.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=False)
     return True
-
-
-def _ends(model: PreTrainedModel) -> list[Any]:
-    """The embedding and the head, those that there are."""
-    try:
-        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    except NotImplementedError:  # two towers, of which one has no tokens (CLIP)
-        return []
-    return [layer for layer in layers if layer is not None]

@@ -151,37 +151,46 @@ def manifest_of(config: PretrainedConfig) -> Manifest:
 def manifest_from(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Manifest:
     """The manifest of a model without memory and its state dict in hub layout."""
     tied = _tied_names(model)
-    try:
-        layers: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
-    except NotImplementedError:  # two towers, of which one has no tokens (CLIP)
-        layers = ()
-    embeddings = [layer.weight for layer in layers if isinstance(layer, nn.Embedding | nn.Linear)]
-    bias_ids = {id(layer.bias) for layer in layers if isinstance(layer, nn.Linear)}
     stored = {name: tensor for name, tensor in state.items() if name not in tied}
-    buffers = {name for name, _ in model.named_buffers()}
-    ids = {id(weight) for weight in embeddings}
-    vocabulary = [name for name, tensor in stored.items() if id(tensor) in ids]
+    # Embeddings and heads are found as objects, since their names are the architecture's own.
+    ends = embedding_and_head(model)
+    weights = [end.weight for end in ends if isinstance(end, nn.Embedding | nn.Linear)]
+    weight_ids = {id(weight) for weight in weights}
+    bias_ids = {id(end.bias) for end in ends if isinstance(end, nn.Linear)}
+    vocabulary = [name for name, tensor in stored.items() if id(tensor) in weight_ids]
+    embedding = next((name for name in vocabulary if stored[name] is weights[0]), "")
     untied = {}
     for name, other in (model._tied_weights_keys or {}).items():
         if {name, other} <= stored.keys() and name not in vocabulary:
             untied[name] = other
     token_axes = {}
     for name, tensor in stored.items():
-        if id(tensor) in ids | bias_ids:
+        if id(tensor) in weight_ids | bias_ids:
             token_axes[name] = 0
         elif is_bias_of_logits(name):
             token_axes[name] = 1
+    buffers = {name for name, _ in model.named_buffers()}
+    not_saved = model._keys_to_ignore_on_save or ()
     return Manifest(
         shapes={name: tuple(tensor.shape) for name, tensor in stored.items()},
         tied=tied,
         untied=untied,
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
-        computed=frozenset((*buffers - stored.keys(), *(model._keys_to_ignore_on_save or ()))),
-        embedding=next((name for name in vocabulary if stored[name] is embeddings[0]), ""),
+        computed=frozenset((*buffers - stored.keys(), *not_saved)),
+        embedding=embedding,
         vocabulary=frozenset(vocabulary),
         token_axes=token_axes,
         prefix=_optional_prefix(model),
     )
+
+
+def embedding_and_head(model: PreTrainedModel) -> list[Any]:
+    """The embedding and the head of a model, those that there are."""
+    try:
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:  # two towers, of which one has no tokens (CLIP)
+        return []
+    return [end for end in ends if end is not None]
 
 
 def is_bias_of_logits(name: str) -> bool:

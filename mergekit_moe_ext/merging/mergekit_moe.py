@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # every merge imports this file, and few need that one
 
 # Architectures that mergekit-moe writes, by the beginnings of their names there.
 _ARCHITECTURES = ("mixtral", "qwen moe", "qwen3 moe", "deepseek moe")
+# What differs from mergekit-moe, by the gate mode (`hidden` is for all that begin so).
 _UNLIKE = {
     "random": "its gates are drawn with the standard deviation of the architecture's "
     "initializer_range; those of mergekit-moe with 1",
@@ -26,7 +27,6 @@ _UNLIKE = {
     "initializer_range; those of mergekit-moe are bounded by 1 / sqrt(hidden_size)",
     "hidden": "its gates are made of the states after the norm, which a gate receives; "
     "mergekit-moe takes them before the norm",
-    "cheap_embed": "",
 }
 
 
@@ -84,7 +84,7 @@ def converted(document: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     }
     if config.dtype:
         result["dtype"] = config.dtype
-    lines = [f"# {comment}" for comment in comments if comment]
+    lines = [f"# {comment}" for comment in comments]
     body = yaml.safe_dump(result, sort_keys=False, allow_unicode=True)
     return result, "\n".join([*lines, body])
 

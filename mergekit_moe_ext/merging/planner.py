@@ -204,6 +204,12 @@ class MergePlanner(StockMergePlanner):
                 }
             )
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether the merge is by a method of ours, structural or not."""
+        is_structural = isinstance(self.arch_info, PlannedArchitecture)
+        return is_structural or isinstance(self._method, TensorMethod)
+
     def _plan(self) -> None:
         if isinstance(self.arch_info, PlannedArchitecture):
             self._plan_job()
@@ -320,8 +326,8 @@ class MergePlanner(StockMergePlanner):
         stored: set[str] = set()
         for of_model in headers.values():
             stored |= of_model.shapes.keys()
-        entries: list[tuple[WeightInfo, Any]] = []
         kept = needed | stored
+        entries: list[tuple[WeightInfo, Any]] = []
         for entry in self._tensors:
             if not kept.isdisjoint(_names_of(entry[0])):
                 entries.append(entry)
@@ -361,13 +367,7 @@ class MergePlanner(StockMergePlanner):
             if lost.isdisjoint(names):
                 continue
             lost -= names
-            for model, of_model in headers.items():
-                stored = names & of_model.shapes.keys()
-                if not stored:
-                    raise UserError(f"{of_list}: {model} does not hold {name}")
-                dtype = of_model.dtypes[stored.pop()]
-                if dtype not in DTYPES.values() and not name.endswith(_COUNTER):
-                    raise UserError(f"{of_list}: {name} is {dtype} in {model}, not of floats")
+            _check_held_by_all(name, names, headers, of_list)
             self._plan_whole(weight, manifest.shapes)
         if lost:  # a layout of an earlier transformers, say
             raise UserError(f"{of_list}: save_pretrained writes no tensor {min(lost)}")
@@ -427,8 +427,7 @@ class MergePlanner(StockMergePlanner):
         models: list[ModelReference],
         cfg_reader: ConfigReader,
     ) -> None:
-        is_structural = isinstance(self.arch_info, PlannedArchitecture)
-        if not is_structural and not isinstance(self._method, TensorMethod):
+        if not self._is_ours:
             super().plan_tensor(weight, weights_in, models, cfg_reader)
             return
         if weight.optional and not any(map(_is_held, models, weights_in)):
@@ -454,8 +453,7 @@ class MergePlanner(StockMergePlanner):
 
     def plan_to_disk(self, out_path: str) -> list[Task]:
         tasks = super().plan_to_disk(out_path)
-        is_structural = isinstance(self.arch_info, PlannedArchitecture)
-        if not is_structural and not isinstance(self._method, TensorMethod):
+        if not self._is_ours:
             return tasks
         finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
         writer = self._writer_task(finalize)
@@ -463,7 +461,7 @@ class MergePlanner(StockMergePlanner):
         for task in finalize.tensor_save_tasks:
             saves.append(task.model_copy(update={"writer_task": writer}))
         copies: list[CopyTensors] = []
-        if is_structural:
+        if isinstance(self.arch_info, PlannedArchitecture):
             copies = self._copy_tasks(writer)
             saves = list(map(self._keeping_integers, saves))
         # Stock tasks that save or finalise are replaced by ours; all others (the tokenizer's) stay.
@@ -516,6 +514,21 @@ class MergePlanner(StockMergePlanner):
         return tasks
 
 
+def _check_held_by_all(
+    name: str, names: set[str], headers: Mapping[ModelReference, Headers], complaint: str
+) -> None:
+    """`UserError`, which begins with the complaint, where a source does not hold a tensor under one
+    of its `names`, or holds it in a dtype that is not merged.
+    """
+    for model, of_model in headers.items():
+        stored = names & of_model.shapes.keys()
+        if not stored:
+            raise UserError(f"{complaint}: {model} does not hold {name}")
+        dtype = of_model.dtypes[stored.pop()]
+        if dtype not in DTYPES.values() and not name.endswith(_COUNTER):
+            raise UserError(f"{complaint}: {name} is {dtype} in {model}, not of floats")
+
+
 def _is_held(model: ModelReference, weight: WeightInfo) -> bool:
     """Whether the files of a model hold a tensor under one of its own names."""
     stored = LoaderCache().get(model).index.tensor_paths
@@ -565,6 +578,9 @@ def _gradient_position(tensor_name: str, num_layers: int) -> float:
 
 
 def _loading_finite(task: Any) -> Any:
+    """A task of mergekit's that merges a tensor, with NaN and Inf refused in its inputs."""
+    # What gathers the inputs lies in the method's own task, and one deeper where vocabularies are
+    # aligned.
     if type(task) is GatherTensors:
         return GatherFiniteTensors(**dict(task))
     return task.model_copy(update={"gather_tensors": _loading_finite(task.gather_tensors)})

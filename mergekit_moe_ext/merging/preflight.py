@@ -39,6 +39,7 @@ from _mergekit_moe_ext_common.loading import NoTokenizerError, check_device, voc
 from mergekit_moe_ext.merging.method import Job, StructuralMethod, TensorMethod
 from mergekit_moe_ext.merging.planner import NEUTRAL_PARAMETERS, merged_models
 from mergekit_moe_ext.merging.sources import (
+    DTYPES,
     check_source,
     config_of,
     tokenizer_of,
@@ -47,7 +48,6 @@ from mergekit_moe_ext.merging.wrappers import language_config
 
 LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=pydantic.BaseModel)
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def check_document(document: Any) -> None:
@@ -200,7 +200,7 @@ def _check_devices(options: MergeOptions) -> None:
 def _check_dtypes(config: MergeConfiguration) -> None:
     for key in ("dtype", "out_dtype"):
         name = getattr(config, key)
-        if name and name.removeprefix("torch.") not in _DTYPES:
+        if name and name.removeprefix("torch.") not in DTYPES.values():
             raise UserError(f"{key}: {name!r} is none of float32, bfloat16, float16 and float64")
 
 
@@ -250,8 +250,6 @@ def read_job(
     config = method.completed(config, options)
     shared = _shared_method(method.shared_method_name(options))
 
-    shared_per_model = [parameter.name for parameter in shared.spec.input_parameters]
-    per_model_keys = [*method.model_options_type.model_fields, *shared_per_model]
     merge_keys = [
         *method.options_type.model_fields,
         *(parameter.name for parameter in shared.spec.parameters),
@@ -261,8 +259,30 @@ def read_job(
             raise UserError(f"`{key}` belongs under the `parameters:` of a model")
     where = f"parameters ({method.spec.name} with shared method {shared.spec.name})"
     _check_keys(parameters, merge_keys, where)
+    shared_per_model = [parameter.name for parameter in shared.spec.input_parameters]
+    per_model_keys = [*method.model_options_type.model_fields, *shared_per_model]
+    model_options = _read_model_options(config, method, shared, per_model_keys, merge_keys)
+    job = Job(config, merge_options, method, options, model_options, shared)
+    _check_duplicates(config, shared_per_model)
+    merged, _ = merged_models(job)
+    _check_tokenizers(config, job.sources, merged, merge_options)
+    _check_shared_inputs(job)
+    return job
+
+
+def _read_model_options(
+    config: MergeConfiguration,
+    method: StructuralMethod,
+    shared: MergeMethod,
+    per_model_keys: Sequence[str],
+    merge_keys: Collection[str],
+) -> list[Any]:
+    """The method's options of each entry of `models:`; all keys there are checked.
+
+    per_model_keys, merge_keys: those that belong there, and those that belong to the merge.
+    """
     model_options = []
-    for index, entry in enumerate(config.models):
+    for index, entry in enumerate(config.models or []):
         model_parameters = entry.parameters or {}
         for key in model_parameters:
             if key not in per_model_keys and key in merge_keys:
@@ -277,12 +297,7 @@ def read_job(
             known.append("weight")
         _check_keys(model_parameters, known, where)
         model_options.append(_read_options(method.model_options_type, model_parameters, where))
-    job = Job(config, merge_options, method, options, model_options, shared)
-    _check_duplicates(config, shared_per_model)
-    merged, _ = merged_models(job)
-    _check_tokenizers(config, job.sources, merged, merge_options)
-    _check_shared_inputs(job)
-    return job
+    return model_options
 
 
 def _read_options(

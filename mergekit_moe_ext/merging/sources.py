@@ -9,14 +9,14 @@ import functools
 import logging
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from mergekit.common import ModelPath, ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex, ShardInfo
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
@@ -82,6 +82,7 @@ _UNREADABLE = (
 )
 # As safetensors and as torch name them.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+StoredTensor = tuple[str, tuple[int, ...], str]  # its name, shape and dtype
 
 
 @dataclass(frozen=True)
@@ -151,28 +152,10 @@ def config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
     """The config of a model. `UserError` for a model, or a LoRA on one, that is not there or cannot
     be merged.
     """
-    for path in (model.model, model.lora):
-        looks_local = path is not None and (
-            path.path.startswith((".", "/", "~")) or path.path.count("/") > 1
-        )
-        if path is not None and looks_local and not Path(path.path).exists():
-            raise UserError(f"{path.path} does not exist (named as {model} in the configuration)")
-    if (
-        model.lora is not None
-        and Path(model.lora.path).is_dir()
-        and not Path(model.lora.path, "adapter_config.json").exists()
-    ):
-        raise UserError(
-            f"{model.lora} (named as {model}) is no LoRA: it has no adapter_config.json"
-        )
-    if (
-        Path(model.model.path, "adapter_config.json").exists()
-        and not Path(model.model.path, "config.json").exists()
-    ):
-        raise UserError(f"{model} is a LoRA; write its base model before it: BASE+{model}")
-    path_of_model = model.model.path
-    with explained(f"cannot read the config of {model}", path_of_model), existing(path_of_model):
-        read_values(model.model.path, model.model.revision)
+    _check_paths(model)
+    path = model.model.path
+    with explained(f"cannot read the config of {model}", path), existing(path):
+        read_values(path, model.model.revision)
         config = model.config(trust_remote_code=options.trust_remote_code)
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -182,6 +165,27 @@ def config_of(model: ModelReference, options: MergeOptions) -> PretrainedConfig:
     if getattr(config, "quantization_config", None):
         raise UserError(f"{model} is quantised; merge the weights that it was quantised from")
     return config
+
+
+def _check_paths(model: ModelReference) -> None:
+    """`UserError` for a path of this machine that leads nowhere, for a LoRA that is none, and for
+    one in the place of a base model.
+    """
+    for path in (model.model, model.lora):
+        if path is None:
+            continue
+        looks_local = path.path.startswith((".", "/", "~")) or path.path.count("/") > 1
+        if looks_local and not Path(path.path).exists():
+            raise UserError(f"{path.path} does not exist (named as {model} in the configuration)")
+    if model.lora is not None:
+        lora = Path(model.lora.path)
+        if lora.is_dir() and not (lora / "adapter_config.json").exists():
+            raise UserError(
+                f"{model.lora} (named as {model}) is no LoRA: it has no adapter_config.json"
+            )
+    base = Path(model.model.path)
+    if (base / "adapter_config.json").exists() and not (base / "config.json").exists():
+        raise UserError(f"{model} is a LoRA; write its base model before it: BASE+{model}")
 
 
 def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:
@@ -221,11 +225,9 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
             here = _size(config, key)
             there = _size(donor_config, key)
             if here != there:
-                hint = (
-                    "; `tokenizer: {source: union}` aligns vocabularies"
-                    if key == "vocab_size"
-                    else ""
-                )
+                hint = ""
+                if key == "vocab_size":
+                    hint = "; `tokenizer: {source: union}` aligns vocabularies"
                 raise UserError(
                     f"{model} has another size than {job.donor}: `{key}` is {here!r}, not "
                     f"{there!r}{hint}"
@@ -422,24 +424,33 @@ def stored_headers(model: ModelReference, options: MergeOptions) -> Headers:
     shapes = {}
     dtypes = {}
     for shard in index.shards:
-        check_shard_name(Path(index.base_path, SAFE_WEIGHTS_INDEX_NAME), shard.filename)
-        path = Path(index.base_path, shard.filename)
-        if not path.exists():
-            raise UserError(f"{path} is missing, though the index of {model} names it")
-        try:
-            stored = list(_shard_headers(index, path))
-        except _UNREADABLE as error:
-            raise UserError(damage(path, error)) from error
-        for name, shape, dtype in stored:
-            if name not in index.tensor_paths and not name.endswith(NOT_PARAMETERS):
-                raise UserError(f"{path} holds {name}, which the index of {model} does not name")
+        for name, shape, dtype in _read_shard(model, index, shard):
             shapes[name] = shape
             dtypes[name] = dtype
-        names = {name for name, _, _ in stored}
-        lost = [name for name in shard.contained_keys if name not in names]
-        if lost:
-            raise UserError(f"{path} lacks {lost[0]}, though the index of {model} names it there")
     return Headers(shapes, dtypes)
+
+
+def _read_shard(
+    model: ModelReference, index: ShardedTensorIndex, shard: ShardInfo
+) -> list[StoredTensor]:
+    """What is in one file of a checkpoint. `UserError` where that is not what the index says."""
+    check_shard_name(Path(index.base_path, SAFE_WEIGHTS_INDEX_NAME), shard.filename)
+    path = Path(index.base_path, shard.filename)
+    if not path.exists():
+        raise UserError(f"{path} is missing, though the index of {model} names it")
+    try:
+        stored = list(_shard_headers(index, path))
+    except _UNREADABLE as error:
+        raise UserError(damage(path, error)) from error
+    names = [name for name, _, _ in stored]
+    for name in names:
+        if name not in index.tensor_paths and not name.endswith(NOT_PARAMETERS):
+            raise UserError(f"{path} holds {name}, which the index of {model} does not name")
+    lost = set(shard.contained_keys).difference(names)
+    for name in shard.contained_keys:
+        if name in lost:
+            raise UserError(f"{path} lacks {name}, though the index of {model} names it there")
+    return stored
 
 
 def _why_unreadable(model: ModelReference, error: Exception) -> str:
@@ -453,12 +464,12 @@ def _why_unreadable(model: ModelReference, error: Exception) -> str:
 
 
 def _without_prefix(headers: Headers, prefix: str) -> Headers:
+    """The headers of a part of a larger model (one of CLIP's towers) by the part's own names."""
     if not prefix or not any(name.startswith(prefix) for name in headers.shapes):
         return headers
     shapes = {name.removeprefix(prefix): shape for name, shape in headers.shapes.items()}
-    return Headers(
-        shapes, {name.removeprefix(prefix): dtype for name, dtype in headers.dtypes.items()}, prefix
-    )
+    dtypes = {name.removeprefix(prefix): dtype for name, dtype in headers.dtypes.items()}
+    return replace(headers, shapes=shapes, dtypes=dtypes, prefix=prefix)
 
 
 def _with_trunk(headers: Headers, trunk: str) -> Headers:
@@ -470,9 +481,7 @@ def _with_trunk(headers: Headers, trunk: str) -> Headers:
     return replace(headers, shapes=shapes, dtypes=dtypes, trunk=trunk)
 
 
-def _shard_headers(
-    index: ShardedTensorIndex, path: Path
-) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _shard_headers(index: ShardedTensorIndex, path: Path) -> Iterator[StoredTensor]:
     if index.is_safetensors:
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (not a dictionary)
@@ -491,34 +500,22 @@ def _check_headers(
     manifest: Manifest,
     vocabulary_may_differ: bool,
 ) -> None:
-    tied_here = (
-        manifest.vocabulary | manifest.tied.keys()
-        if getattr(config, "tie_word_embeddings", False)
-        else frozenset()
-    )
+    """`UserError` where a source lacks what its architecture has, holds it in another form, or
+    holds what has no place in the output.
+    """
+    tied_here: Collection[str] = frozenset()
+    if getattr(config, "tie_word_embeddings", False):
+        tied_here = manifest.vocabulary | manifest.tied.keys()
     for name, shape in manifest.shapes.items():
-        if name not in headers.shapes:
-            if name in tied_here and any(other in headers.shapes for other in tied_here):
-                continue
-            if tied_here and manifest.untied.get(name) in headers.shapes:
-                continue
-            lacking = [
-                each for each in manifest.shapes if each not in {*headers.shapes, *tied_here}
-            ]
+        if name in headers.shapes:
+            axis = manifest.token_axes.get(name) if vocabulary_may_differ else None
+            _check_form(model, headers, name, shape, axis)
+        elif not _is_tied_to_stored(name, headers, manifest, tied_here):
+            there = {*headers.shapes, *tied_here}
+            lacking = [each for each in manifest.shapes if each not in there]
             wrapper = wrapper_of(headers.shapes, lacking)
             hint = f": {wrapper}" if wrapper else ""
             raise UserError(f"{model} lacks the tensor {name}{hint}")
-        axis = manifest.token_axes.get(name) if vocabulary_may_differ else None
-        if _without_axis(headers.shapes[name], axis) != _without_axis(shape, axis):
-            raise UserError(
-                f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture "
-                f"wants {shape}"
-            )
-        if headers.dtypes[name] not in DTYPES.values():
-            raise UserError(
-                f"{name} of {model} is {headers.dtypes[name]}; only {', '.join(DTYPES.values())} "
-                "can be merged"
-            )
     for name in headers.shapes:
         if name in manifest.shapes or name in tied_here or manifest.is_computed(name):
             continue
@@ -527,6 +524,36 @@ def _check_headers(
             continue
         hint = ": its embeddings are not tied, the output's are" if name in manifest.tied else ""
         raise UserError(f"{name} of {model} has no place in the output{hint}")
+
+
+def _check_form(
+    model: ModelReference, headers: Headers, name: str, shape: tuple[int, ...], axis: int | None
+) -> None:
+    """`UserError` for a tensor of another shape, in which one axis may differ, or of a dtype that
+    is not merged.
+    """
+    if _without_axis(headers.shapes[name], axis) != _without_axis(shape, axis):
+        raise UserError(
+            f"{name} of {model} has the shape {headers.shapes[name]}, but its architecture "
+            f"wants {shape}"
+        )
+    if headers.dtypes[name] not in DTYPES.values():
+        raise UserError(
+            f"{name} of {model} is {headers.dtypes[name]}; only {', '.join(DTYPES.values())} "
+            "can be merged"
+        )
+
+
+def _is_tied_to_stored(
+    name: str, headers: Headers, manifest: Manifest, tied_here: Collection[str]
+) -> bool:
+    """Whether the files hold a tensor that this one, which they lack, is tied to.
+
+    `tied_here` are the names that the source's config ties; none where it ties nothing.
+    """
+    if name in tied_here and any(other in headers.shapes for other in tied_here):
+        return True
+    return bool(tied_here) and manifest.untied.get(name) in headers.shapes
 
 
 def _without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:

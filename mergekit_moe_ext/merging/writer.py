@@ -73,8 +73,8 @@ class BehindWriter(TensorWriter):
     """A `TensorWriter` whose shards are written behind the merge.
 
     Tensors lie in the shards in the order in which they come, but those of odd sizes lie last. They
-    are written in another one: what holds memory first, and what is still to be read whenever there
-    is nothing else.
+    are written in another order: what holds memory first, and what is still to be read whenever
+    there is nothing else.
     """
 
     current_shard_size: int  # which mergekit does not declare
@@ -165,7 +165,7 @@ class _Jobs:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self._done: deque[Future[None]] = deque()  # those not yet known to be done
+        self._pending: deque[Future[None]] = deque()  # those not yet known to be done
         self._lock = threading.Lock()
         self._first: deque[tuple[Callable[[], None], int]] = deque()
         self._others: deque[Callable[[], None]] = deque()
@@ -175,28 +175,30 @@ class _Jobs:
         """Adds a job that holds so many bytes of memory, once there is room for it. Raises what an
         earlier job raised.
         """
-        while self._done and (self._done[0].done() or self._lacks_room(held)):
-            self._done.popleft().result()
+        while self._pending and (self._pending[0].done() or self._lacks_room(held)):
+            self._pending.popleft().result()
         with self._lock:
             self._held += held
             if held or is_urgent:
                 self._first.append((job, held))
             else:
                 self._others.append(job)
-        self._done.append(self._thread.submit(self._do_next))
+        # One call per job, whichever job it takes: when all calls are over, all jobs are done.
+        self._pending.append(self._thread.submit(self._do_next))
 
     def await_all(self) -> None:
         """Waits for all jobs. Raises what one of them raised."""
-        while self._done:
-            self._done.popleft().result()
+        while self._pending:
+            self._pending.popleft().result()
 
     def stop(self) -> None:
         """Waits for the job that is being done; the others are not done any more."""
         self._thread.shutdown(cancel_futures=True)
 
     def _lacks_room(self, held: int) -> bool:
-        if len(self._done) >= _MOST_JOBS:
+        if len(self._pending) >= _MOST_JOBS:
             return True
+        # A tensor that is larger than the bound by itself waits until it is alone.
         return held > 0 and self._held > 0 and self._held + held > _MOST_WAITING
 
     def _do_next(self) -> None:

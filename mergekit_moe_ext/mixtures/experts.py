@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
@@ -115,19 +116,9 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
     for name in doubled.keys() - state.keys():
         template = _template(name, number, state)
         experts.setdefault(_layer_of(name), set()).add(template)
-    # Axes that are twice as long in it run over the experts.
     rows: dict[str, dict[str, int]] = {}
-    for name, tensor in state.items():
-        sizes = list(zip(tensor.shape, doubled[name].shape, strict=True))
-        axes = [axis for axis, (size, doubled_size) in enumerate(sizes) if size != doubled_size]
-        if not axes:
-            continue
-        if len(axes) > 1 or sizes[axes[0]] != (number, 2 * number):
-            raise UserError(
-                f"{name} of {architecture} does not hold one entry per expert, so experts cannot "
-                "be taken from it one by one"
-            )
-        rows.setdefault(_layer_of(name), {})[name] = axes[0]
+    for name, axis in _axes_of_experts(state, doubled, number, architecture).items():
+        rows.setdefault(_layer_of(name), {})[name] = axis
     hub_names = {id(tensor): name for name, tensor in state.items()}
     layers = {}
     for router_name, router in routers.items():
@@ -153,6 +144,27 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
     if experts.keys() - layers.keys() or rows.keys() - layers.keys():
         raise UserError(f"{architecture} has experts without a router that is known")
     return list(layers.values())
+
+
+def _axes_of_experts(
+    state: Mapping[str, Tensor], doubled: Mapping[str, Tensor], number: int, architecture: str
+) -> dict[str, int]:
+    """By tensor that holds all of so many experts, the axis that they lie along: the one that is
+    twice as long in the model with twice as many. `UserError` where it has no entry per expert.
+    """
+    axes_of_experts = {}
+    for name, tensor in state.items():
+        sizes = list(zip(tensor.shape, doubled[name].shape, strict=True))
+        axes = [axis for axis, (size, doubled_size) in enumerate(sizes) if size != doubled_size]
+        if not axes:
+            continue
+        if len(axes) > 1 or sizes[axes[0]] != (number, 2 * number):
+            raise UserError(
+                f"{name} of {architecture} does not hold one entry per expert, so experts cannot "
+                "be taken from it one by one"
+            )
+        axes_of_experts[name] = axes[0]
+    return axes_of_experts
 
 
 def _layer_of(name: str) -> str:

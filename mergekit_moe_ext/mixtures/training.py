@@ -158,30 +158,12 @@ def train(
         check_can_be_spread(model_path, config, headers.values())
     tokenizer = load_tokenizer(model_path, reading)
     with arguments.main_process_first(desc="reading the data"):
-        sources, held_out = read_sources(
-            data,
-            eval_data,
-            tokenizer,
-            config,
-            reading,
-            recipe,
-            completions_only=recipe.completions_only,
-            first_label=first_label,
-            max_source_length=recipe.max_source_length,
-            max_target_length=recipe.max_target_length,
-            prepare=pairs_of(tasks) if tasks else None,
+        sources, held_out, pairs = _read(
+            data, eval_data, tasks or {}, tokenizer, config, reading, recipe, first_label
         )
-        # The same rows are held out again, here as texts.
-        pairs: Mapping[str, Dataset] = {}
-        if tasks:
-            pairs = measured_pairs(tasks, data, eval_data, recipe, tokenizer)
     training = mixed(sources, weights or {}, recipe.seed)
     sampler = sampler_of(sources, recipe, arguments) if batches_per_step > 1 else None
-    settings = _settings(model_path, aim, training, held_out)
-    if sampler:
-        settings["rows"] = sampler.sizes
-    if tasks:
-        settings["tasks"] = {name: task.model_dump() for name, task in tasks.items()}
+    settings = _settings(model_path, aim, training, held_out, sampler, tasks or {})
     run.begin(settings, resume=resume)
 
     model = load_model(model_path, config, reading, headers=headers, dtype="auto")
@@ -251,6 +233,38 @@ def _aim(
     free_rows = _free_rows(config, chosen, only_experts)
     rate = _learning_rate(recipe, parts)
     return _Aim(chosen, parts, free_rows, rate, _settled(recipe, config, rate, parts))
+
+
+def _read(
+    data: Sequence[str],
+    eval_data: Sequence[str],
+    tasks: Mapping[str, Task],
+    tokenizer: Any,
+    config: Any,
+    reading: Reading,
+    recipe: Recipe,
+    first_label: int,
+) -> tuple[dict[str, Dataset], dict[str, Dataset], Mapping[str, Dataset]]:
+    """The rows of each source to train on, those held out of it, and, of tasks, the latter once
+    more as texts.
+    """
+    sources, held_out = read_sources(
+        data,
+        eval_data,
+        tokenizer,
+        config,
+        reading,
+        recipe,
+        completions_only=recipe.completions_only,
+        first_label=first_label,
+        max_source_length=recipe.max_source_length,
+        max_target_length=recipe.max_target_length,
+        prepare=pairs_of(tasks) if tasks else None,
+    )
+    pairs: Mapping[str, Dataset] = {}
+    if tasks:
+        pairs = measured_pairs(tasks, data, eval_data, recipe, tokenizer)
+    return sources, held_out, pairs
 
 
 def _trainer(
@@ -327,19 +341,30 @@ def _first_batches(training: Dataset, batch: Any) -> Iterator[dict[str, torch.Te
 
 
 def _settings(
-    model_path: str, aim: _Aim, training: Dataset, held_out: Mapping[str, Dataset]
+    model_path: str,
+    aim: _Aim,
+    training: Dataset,
+    held_out: Mapping[str, Dataset],
+    sampler: TaskSampler | None,
+    tasks: Mapping[str, Task],
 ) -> dict[str, Any]:
     """What must be the same when the training is resumed."""
     reference = ModelReference.model_validate(model_path)
-    return {
+    settings: dict[str, Any] = {
         "model": model_identity(model_path),
         "train": ", ".join(aim.chosen),
         "weights": checkpoint_fingerprint(reference, MergeOptions()),
         "data": fingerprint(training),
         "held_out_data": {name: fingerprint(rows) for name, rows in held_out.items()},
-        **({"only_experts": aim.free_rows} if aim.free_rows else {}),
-        **asdict(aim.recipe),
     }
+    if aim.free_rows:
+        settings["only_experts"] = aim.free_rows
+    settings |= asdict(aim.recipe)
+    if sampler:
+        settings["rows"] = sampler.sizes
+    if tasks:
+        settings["tasks"] = {name: task.model_dump() for name, task in tasks.items()}
+    return settings
 
 
 def _write(

@@ -91,9 +91,8 @@ class TaskUsage(BaseModel):
     data: str
     fingerprint: str  # sha256 of the token ids
     samples: int
-    layers: dict[
-        str, LayerUsage
-    ]  # by the router's name in the model, in order; a sequence MoE has one, `sequence`
+    # By the router's name in the model, in order; a sequence MoE has one, `sequence`.
+    layers: dict[str, LayerUsage]
 
 
 class Usage(BaseModel):

@@ -408,11 +408,14 @@ class SequenceMoEForCausalLM(PreTrainedModel, GenerationMixin):
         tied = {}
         for name in names:
             # experts.<index>.trunk.<name in the decoder>, or experts.<index>.lm_head.weight
-            _, index, inner, of_trunk = [*name.split(".", 3), "", "", ""][:4]
-            is_shared = any(pattern.search(of_trunk) for pattern in patterns)
-            if inner == "trunk" and index != "0" and is_shared:
-                tied[name] = first + of_trunk
-            is_head = inner == "lm_head" and of_trunk == "weight"
+            parts = name.split(".", 3)
+            if len(parts) < 4:  # outside of the experts
+                continue
+            _, index, module, inner = parts
+            is_shared = any(pattern.search(inner) for pattern in patterns)
+            if module == "trunk" and index != "0" and is_shared:
+                tied[name] = first + inner
+            is_head = module == "lm_head" and inner == "weight"
             if is_head and self._is_tied(int(index)):
                 tied[name] = f"experts.{index}.embed_tokens.weight"
         if self.config.embedding == "shared" and self.config.tie_word_embeddings:

@@ -83,7 +83,8 @@ class Ensemble:
                 self.routers[key] = CoefficientRouter(0, self.ensembling)
             else:
                 self._route_group(name, key, linears)
-        if (encoder := self._encoder()) is not None:
+        encoder = self._encoder()
+        if encoder is not None:
             encoder.register_forward_pre_hook(partial(_enter_encoder, self), with_kwargs=True)
             encoder.register_forward_hook(partial(_leave_encoder, self), always_call=True)
         self.post_init()  # type: ignore[attr-defined]

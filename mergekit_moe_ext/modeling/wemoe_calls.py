@@ -240,11 +240,11 @@ class EnsembleCall:
             (_DECODER_MASK, self.decoder_mask),
         ):
             if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-                shape = (
-                    f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else "of this kind"
-                )
+                form = "of this kind"
+                if isinstance(mask, Tensor):
+                    form = f"of shape {tuple(mask.shape)}"
                 raise ValueError(
-                    f"{name}= {shape} does not say which tokens are padding, which no router may "
+                    f"{name}= {form} does not say which tokens are padding, which no router may "
                     "count: give one of shape (rows, tokens), or coefficients="
                 )
 

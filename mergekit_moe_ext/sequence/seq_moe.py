@@ -84,7 +84,8 @@ class SeqMoe(StructuralMethod):
         donor = decoders[job.donor]
         manifests = {model: decoder.manifest for model, decoder in decoders.items()}
         headers = read_headers(job, configs, manifests)
-        # Where they share one head: the name that it has in a model which does not tie it, if any.
+        # A head that experts share is tied only if every source ties its own. Its tensors have the
+        # names that they have in a source that is tied or untied as the output is.
         is_tied = all(decoder.is_tied for decoder in decoders.values())
         headed = next((each for each in decoders.values() if each.is_tied == is_tied), donor)
         base = _base_expert(job)

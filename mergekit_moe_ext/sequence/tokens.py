@@ -19,6 +19,7 @@ ROLES = ("unk_token", "pad_token", "bos_token", "eos_token")  # the last of a to
 _BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "▁"
+_AT_THE_ENDS = ("Prepend", "Strip")  # normalizers that change a text's beginning and end alone
 # A way to write a space: as bytes of an alphabet of their own, as "▁", as it is, or not at all.
 _Spaces = Literal["byte_level", "metaspace", "literal", "dropped"]
 
@@ -58,9 +59,10 @@ class Tokens:
         )
         vocabulary = tokenizer.get_vocab()
         added = tokenizer.added_tokens_decoder
+        texts_of_model, unknown = _vocabulary_of_model(state["model"])
+        # Tokenizers disagree on which of their tokens they list as special: any list will do.
         special = set(tokenizer.all_special_ids)
         special |= {number for number, token in added.items() if token.special}
-        texts_of_model, unknown = _vocabulary_of_model(state["model"])
         if unknown in vocabulary:
             special.add(vocabulary[unknown])
         self.special: dict[str, int] = {}
@@ -71,7 +73,8 @@ class Tokens:
             if self._has_byte_tokens and _BYTE_TOKEN.fullmatch(text):
                 byte_tokens[number] = bytes.fromhex(text[3:5])
             elif number in special:
-                self.special[text] = self.markers[text] = number
+                self.special[text] = number
+                self.markers[text] = number
             # Some list tokens of the model among those that are added (Gemma's "▁▁"); they are
             # written as its others are.
             elif number in added and text not in texts_of_model:
@@ -262,6 +265,3 @@ def _without_added_spaces(state: dict[str, Any]) -> Tokenizer:
         if "add_prefix_space" in part:
             part["add_prefix_space"] = False
     return Tokenizer.from_str(json.dumps(changed))
-
-
-_AT_THE_ENDS = ("Prepend", "Strip")

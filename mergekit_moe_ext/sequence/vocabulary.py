@@ -84,9 +84,10 @@ class TokenRows:
         return logarithms
 
     def availability(self, *, with_stand_ins: bool) -> Tensor:
-        """(vocabulary,) in float32: 0 for tokens that the model has, and those that something
-        stands in for or not; `UNLIKELY` for all others, and for those that the donor's tokenizer
-        never makes. Tokens of one row have the logarithms of their parts of it, as in `shares`.
+        """(vocabulary,) in float32: 0 for tokens that the model has and, `with_stand_ins`, for
+        those that something stands in for; `UNLIKELY` for all others, and for those that the
+        donor's tokenizer never makes. Tokens that share a row have the logarithms of their parts of
+        it, as in `shares`.
         """
         logits = torch.full(self.own.shape, UNLIKELY)
         if with_stand_ins:
@@ -168,17 +169,13 @@ def rows_of(donor: Tokens, model: Tokens, size: int, number_of_rows: int) -> Tok
             examples["missing"].append(text)
     texts_of_markers = {token: text for text, token in donor.markers.items()}
     for token, content in donor.bytes_of.items():
-        row = model.markers.get(texts_of_markers.get(token, ""))
-        # A byte that no text is made into is that to the model, too.
-        if row is None and token in donor.never_made:
-            row = model.byte_tokens.get(content)
-        if row is None:
-            row = model.number_of(content)
+        row = _row_of_ordinary(donor, model, token, texts_of_markers.get(token, ""))
         if row is not None and row < number_of_rows:
             own[token] = row
             continue
+        # The rows of the tokens by which the model writes the same bytes stand in for it.
         spelling = model.spell(content)
-        bag = [row for row in spelling.tokens if row < number_of_rows]
+        bag = [piece for piece in spelling.tokens if piece < number_of_rows]
         if bag:
             stand_ins[token] = bag
         if spelling.is_whole and len(bag) == len(spelling.tokens):
@@ -208,6 +205,16 @@ def _row_of_special(donor: Tokens, model: Tokens, text: str, token: int) -> int 
         if donor.roles.get(role) == token and role in model.roles:
             row = model.roles[role]
     return row
+
+
+def _row_of_ordinary(donor: Tokens, model: Tokens, token: int, marker: str) -> int | None:
+    """The model's row of an ordinary token of the donor's, whose text is `marker` if it is one."""
+    row = model.markers.get(marker)
+    content = donor.bytes_of[token]
+    # A byte that no text is made into is that to the model, too.
+    if row is None and token in donor.never_made:
+        row = model.byte_tokens.get(content)
+    return model.number_of(content) if row is None else row
 
 
 class AlignedRows(Task[Tensor]):

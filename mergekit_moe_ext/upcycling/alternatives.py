@@ -34,12 +34,13 @@ def what_would_work(configs: Mapping[ModelReference, PretrainedConfig]) -> str:
         return "`merge_method: caem` merges models that are mixtures already"
     if architecture == "CLIPModel":
         return _TOWER.format(path=path)
-    if len({each.model_type for each in configs.values()}) == 1 and is_decoder:
+    model_types = {each.model_type for each in configs.values()}
+    if len(model_types) == 1 and is_decoder:
         with_head = [other for other, each in configs.items() if _has_head(each)]
         trunks = [other for other, each in configs.items() if _is_trunk(each)]
         if with_head and trunks and len(with_head) + len(trunks) == len(configs):
             return _TRUNK.format(path=with_head[0].model.path)
-    if len({each.model_type for each in configs.values()}) > 1 and is_decoder:
+    if len(model_types) > 1 and is_decoder:
         return "`merge_method: hetero_moe` takes decoders of several architectures"
     if is_decoder and _has_head(config):
         return _DECODER

@@ -136,34 +136,43 @@ def _by_running(layer: nn.Module, name: str) -> RoutedFFN:
     if len(linears) < 2:
         raise UserError(f"it has {len(linears)} linear modules; an FFN has two or more")
     _check_other_parameters(ffn)
-    widths = dict.fromkeys(_sizes(module)[0] for module in linears.values())
-    error: Exception | None = None
-    for width in widths:
-        calls: list[tuple[str, Tensor]] = []
-        hooks = []
-        for each, module in linears.items():
-            hooks.append(module.register_forward_pre_hook(_recorder(calls, each)))
-        try:
-            _run(ffn, width)
-            break
-        except Exception as failure:  # of any kind: it is code of any architecture
-            error = error or failure
-        finally:
-            for hook in hooks:
-                hook.remove()
-    else:
-        raise UserError(f"it cannot be run by itself ({first_line(error)})")  # type: ignore[arg-type]
+    calls, width = _calls_of(ffn, linears)
     order = [each for each, _ in calls]
     if sorted(order) != sorted(linears):
         raise UserError(f"it does not call each of {', '.join(linears)} once")
     read = calls[0][1]
     readers = [each for each, argument in calls if argument is read]
-    *others, writer = [each for each in order if each not in readers] or [""]
-    if not writer or order[-1] != writer:
+    others = [each for each in order if each not in readers]
+    if order[-1] in readers:
         raise UserError(f"{order[-1]}, which it calls last, reads its input")
-    routed = RoutedFFN(readers, writer, others)
+    routed = RoutedFFN(readers, others[-1], others[:-1])
     _check_routed(ffn, routed, name, width)
     return routed
+
+
+def _calls_of(
+    ffn: nn.Module, linears: Mapping[str, nn.Module]
+) -> tuple[list[tuple[str, Tensor]], int]:
+    """The calls of an FFN's linear modules in a run without memory, by name and input, and the
+    width of the states that it reads. `UserError` where it cannot be run.
+    """
+    first_error: Exception | None = None
+    # Nothing says which width an FFN reads: each that one of its linear modules reads is tried.
+    for width in dict.fromkeys(_sizes(module)[0] for module in linears.values()):
+        calls: list[tuple[str, Tensor]] = []
+        hooks = []
+        for name, module in linears.items():
+            hooks.append(module.register_forward_pre_hook(_recorder(calls, name)))
+        try:
+            _run(ffn, width)
+            return calls, width
+        except Exception as error:  # of any kind: it is code of any architecture
+            first_error = first_error or error
+        finally:
+            for hook in hooks:
+                hook.remove()
+    assert first_error is not None
+    raise UserError(f"it cannot be run by itself ({first_line(first_error)})")
 
 
 def _recorder(calls: list[tuple[str, Tensor]], name: str) -> Any:

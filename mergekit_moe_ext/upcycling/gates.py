@@ -42,19 +42,9 @@ def initial_gates(
     names = [stack.gate.format(layer=layer) for stack, layer in layers]
     if shapes is None:
         shapes = dict.fromkeys(names, (len(job.experts), inner.hidden_size))
-    gates: dict[str, Task] = {}
     if mode in DISTRIBUTIONS:
-        options_of_models = job.model_options
-        if any(each.positive_prompts or each.negative_prompts for each in options_of_models):
-            LOG.warning(
-                "gate_mode is %s, so the prompts are not used; `gate_mode: hidden` uses them", mode
-            )
         std = getattr(inner, "initializer_range", 0.02)  # as transformers initialises
-        for name in names:
-            gates[name] = RandomTensor(
-                name=name, shape=shapes[name], mode=mode, std=std, seed=job.seed, dtype=str(dtype)
-            )
-        return gates
+        return _gates_without_prompts(job, names, shapes, std, dtype)
     if config.is_encoder_decoder and mode != "cheap_embed":
         raise UserError(
             f"gate_mode: {mode} reads the states of one stack of layers, and "
@@ -73,8 +63,30 @@ def initial_gates(
         trust_remote_code=options.trust_remote_code,
         quiet=options.quiet,
     )
+    gates: dict[str, Task] = {}
     for index, name in enumerate(names):
         gates[name] = PromptGate(states=states, index=index, shape=shapes[name], dtype=str(dtype))
+    return gates
+
+
+def _gates_without_prompts(
+    job: Job,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    std: float,
+    dtype: torch.dtype,
+) -> dict[str, Task]:
+    """A task per gate that starts at random, or with zeros; a warning where models have prompts."""
+    mode = job.options.gate_mode
+    if any(each.positive_prompts or each.negative_prompts for each in job.model_options):
+        LOG.warning(
+            "gate_mode is %s, so the prompts are not used; `gate_mode: hidden` uses them", mode
+        )
+    gates: dict[str, Task] = {}
+    for name in names:
+        gates[name] = RandomTensor(
+            name=name, shape=shapes[name], mode=mode, std=std, seed=job.seed, dtype=str(dtype)
+        )
     return gates
 
 

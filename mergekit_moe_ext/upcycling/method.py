@@ -283,15 +283,12 @@ def _number_per_token(job: Job) -> int:
 
 def _options_of_family(job: Job, family: Upcycling) -> dict[str, Any]:
     """The options that only some architectures have. `UserError` where this one has not."""
-    options = {}
-    for key in ("expert_capacity",):
-        value = getattr(job.options, key)
-        if value is None:
-            continue
-        if key not in family.options:
-            raise UserError(f"{family.moe} has no `{key}`")
-        options[key] = value
-    return options
+    capacity = job.options.expert_capacity
+    if capacity is None:
+        return {}
+    if "expert_capacity" not in family.options:
+        raise UserError(f"{family.moe} has no `expert_capacity`")
+    return {"expert_capacity": capacity}
 
 
 def _smallest_vocabulary(headers: Iterable[Headers], dense: Manifest) -> int:

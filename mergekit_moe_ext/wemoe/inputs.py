@@ -5,7 +5,7 @@ order in which they come.
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -116,46 +116,51 @@ def labels_of(
     column = adaptation.label_column
     names = heads[source.name] if heads else class_names(config)
     size = len(names)
+    labels, complaint = _classes_in(rows, source, column, names)
+    if labels is not None and all(label is not None and 0 <= label < size for label in labels):
+        return labels
+    if adaptation.objective == "supervised":
+        raise UserError(
+            f"{source} (data {source.name!r}) {complaint}, and --objective supervised needs them"
+        )
+    if column in rows.features:
+        LOG.warning("%s (data %r) %s: its accuracy is not measured", source, source.name, complaint)
+    return None
+
+
+def _classes_in(
+    rows: Dataset, source: Source, column: str, names: Sequence[str]
+) -> tuple[list[Any] | None, str]:
+    """What a column says of the rows' classes, by the numbers of these names, and what is to be
+    said of it if not all of it is the number of a class; None where it says nothing of them.
+    """
+    size = len(names)
     numbers = {name: number for number, name in enumerate(names)}
     feature = rows.features.get(column)
-    labels = None
     if feature is None:
-        complaint = f"has no column {column!r} of classes (--label-column names another)"
-    elif isinstance(feature, ClassLabel):
-        complaint = (
-            f"has {feature.num_classes} classes, which are not the {size} of the model's head"
-        )
+        return None, f"has no column {column!r} of classes (--label-column names another)"
+    if isinstance(feature, ClassLabel):
         # Names say more than numbers, which two data sets may give to classes in another order.
+        labels = None
         if set(feature.names) <= numbers.keys():
             labels = [numbers[feature.names[value]] for value in rows[column]]
         elif feature.num_classes == size:
             labels = list(rows[column])
             if not names[0].startswith("LABEL_"):  # else the head has no names of its own
                 LOG.warning(
-                    (
-                        "%s (data %r) names other classes than the head: they are taken in order, "
-                        "%r for %r and so on"
-                    ),
+                    "%s (data %r) names other classes than the head: they are taken in order, "
+                    "%r for %r and so on",
                     source,
                     source.name,
                     feature.names[0],
                     names[0],
                 )
-    elif isinstance(feature, Value) and "int" in feature.dtype:
-        complaint = f"has classes in {column!r} that are none of 0 to {size - 1}"
-        labels = list(rows[column])
-    else:
-        complaint = f"has classes in {column!r} that the model's head does not name"
-        labels = [numbers.get(str(value), -1) for value in rows[column]]
-    if labels is not None and all(value is not None and 0 <= value < size for value in labels):
-        return labels
-    if adaptation.objective == "supervised":
-        raise UserError(
-            f"{source} (data {source.name!r}) {complaint}, and --objective supervised needs them"
-        )
-    if feature is not None:
-        LOG.warning("%s (data %r) %s: its accuracy is not measured", source, source.name, complaint)
-    return None
+        count = feature.num_classes
+        return labels, f"has {count} classes, which are not the {size} of the model's head"
+    if isinstance(feature, Value) and "int" in feature.dtype:
+        return list(rows[column]), f"has classes in {column!r} that are none of 0 to {size - 1}"
+    labels = [numbers.get(str(value), -1) for value in rows[column]]
+    return labels, f"has classes in {column!r} that the model's head does not name"
 
 
 def data_fingerprint(rows: Dataset, image_column: str) -> str:

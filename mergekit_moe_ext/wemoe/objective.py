@@ -104,4 +104,5 @@ class Patience(TrainerCallback):
             self.waited = self.waited + 1
         is_over = self.steps is not None and self.waited >= self.steps
         if is_over and not control.should_training_stop:
-            control.should_training_stop = control.should_evaluate = True
+            control.should_training_stop = True
+            control.should_evaluate = True  # so that the last step is measured, too

@@ -151,8 +151,10 @@ class AdaptationTrainer(TrainedOnly, BarTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for key, tensor in load_file(Path(resume_from_checkpoint) / _RUNNING).items():
-            owner, name, *task = key.split(".", 2)
+            # `patience.<name>`, or `guard.<name>.<task>`, in which a task may have dots.
+            owner, _, rest = key.partition(".")
             if owner == "patience":
-                setattr(self.patience, name, tensor)
-            else:
-                getattr(self.guard, name)[task[0]] = tensor
+                setattr(self.patience, rest, tensor)
+                continue
+            name, _, task = rest.partition(".")
+            getattr(self.guard, name)[task] = tensor

@@ -21,7 +21,7 @@ from _mergekit_moe_ext_common.staging import (
 from mergekit_moe_ext.merging.card import renew_loading
 from mergekit_moe_ext.merging.outputs import complete_model
 from mergekit_moe_ext.modeling.any_base import auto_class_of
-from mergekit_moe_ext.modeling.configuration_wemoe import vectors_of
+from mergekit_moe_ext.modeling.configuration_wemoe import Ensembling, vectors_of
 from mergekit_moe_ext.modeling.modeling_clip_heads import CLIPVisionForImageClassification
 from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
@@ -79,20 +79,38 @@ _WITHOUT_HEADS = "It is the vision tower alone: its heads stay in the files that
 
 @torch.no_grad()
 def _stock(model: Any, task: str | None) -> PreTrainedModel:
+    """The stock model of the base's class, with what `model` has at its constants and, of several
+    heads, that of the task.
+    """
     base = _base_of(type(model))
+    state = _merged_state(model)
+    config = _stock_config(model.config, base)
+    if model.ensembling.head:
+        _take_head(state, config, model.ensembling, task)
+    with torch.device("meta"):
+        stock = base._from_config(config, dtype=model.dtype)
+    stock.load_state_dict(state, assign=True)
+    stock.tie_weights()
+    if model.can_generate():
+        stock.generation_config = model.generation_config
+    return stock
+
+
+def _merged_state(model: Any) -> dict[str, Tensor]:
+    """The model's tensors without what is ours alone, their task vectors merged into them."""
+    ensembled: dict[str, EnsembledLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, EnsembledLinear):
+            ensembled[name] = module
+    vectors: set[str] = set()
+    if model.ensembling.per_tensor:
+        vectors.update(map(vectors_of, model.ensembling.groups))
     state: dict[str, Tensor] = {}
-    ensembled = {
-        name: each for name, each in model.named_modules() if isinstance(each, EnsembledLinear)
-    }
-    vectors = (
-        set(map(vectors_of, model.ensembling.groups)) if model.ensembling.per_tensor else set()
-    )
     for name, tensor in model.state_dict().items():
-        module, _, part = name.rpartition(".")
-        is_ours = name in vectors or (module in ensembled and part not in ("weight", "bias"))
-        if name.startswith("routers.") or is_ours:
-            continue
-        state[name] = tensor
+        owner, _, part = name.rpartition(".")
+        is_ours = name in vectors or (owner in ensembled and part not in ("weight", "bias"))
+        if not is_ours and not name.startswith("routers."):
+            state[name] = tensor
     for index, (group, linears) in enumerate(model.ensembling.groups.items()):
         c = model.routers["0" if model.ensembling.shared_router else str(index)].bias.float()
         if model.ensembling.per_tensor:
@@ -106,26 +124,31 @@ def _stock(model: Any, task: str | None) -> PreTrainedModel:
             if linear.bias is not None:
                 state[f"{name}.bias"] = (linear.bias + c @ linear.bias_vectors).to(dtype)
             linear.to("meta")  # its task vectors are not needed again
-    state |= {name: state[source] for name, source in model.all_tied_weights_keys.items()}
-    config = _stock_config(model.config, base)
-    head = model.ensembling.head
-    chosen = {name: state.pop(name) for name in list(state) if head and name.startswith(f"{head}.")}
-    if task:
-        number = list(model.ensembling.heads).index(task)
-        for part in ("weight", "bias"):
-            name = f"{head}.{number}.{part}"
-            if name in chosen:
-                state[f"{head}.{part}"] = chosen[name]
-        names = model.ensembling.heads[task]
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
-    with torch.device("meta"):
-        stock = base._from_config(config, dtype=model.dtype)
-    stock.load_state_dict(state, assign=True)
-    stock.tie_weights()
-    if model.can_generate():
-        stock.generation_config = model.generation_config
-    return stock
+    # Of tied tensors one alone was merged.
+    for name, source in model.all_tied_weights_keys.items():
+        state[name] = state[source]
+    return state
+
+
+def _take_head(
+    state: dict[str, Tensor], config: Any, ensembling: Ensembling, task: str | None
+) -> None:
+    """Puts the head of the task, if there is one, in the place of all heads, with its classes."""
+    head = ensembling.head
+    heads = {}
+    for name in list(state):
+        if name.startswith(f"{head}."):
+            heads[name] = state.pop(name)
+    if not task:
+        return
+    place = list(ensembling.heads).index(task)
+    for part in ("weight", "bias"):
+        name = f"{head}.{place}.{part}"
+        if name in heads:
+            state[f"{head}.{part}"] = heads[name]
+    classes = ensembling.heads[task]
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: number for number, name in enumerate(classes)}
 
 
 def _merged_parameter(model: Any, name: str, c: Tensor) -> Tensor:

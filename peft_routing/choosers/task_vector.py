@@ -207,9 +207,8 @@ class _Runs:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.expected = 0  # runs in the forward pass
-        self.pairs: list[
-            tuple[Tensor, Tensor]
-        ] = []  # inputs and output gradients of those backward
+        # The inputs and output gradients of those that have run backward.
+        self.pairs: list[tuple[Tensor, Tensor]] = []
 
 
 def squared_norms(x: Tensor, delta: Tensor) -> Tensor:

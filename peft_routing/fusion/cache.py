@@ -220,7 +220,9 @@ def for_each(
     state = processes()
     state.wait_for_everyone()  # so that all of them have looked before one writes
     with state.split_between_processes(lacking) as share:
-        total = sum(len(each.rows) for _, of_subject in share for each in of_subject)
+        total = 0
+        for _, of_subject in share:
+            total += sum(len(each.rows) for each in of_subject)
         with tqdm(total=total, unit="rows", disable=quiet or not total) as bar:
             base = None
             for subject, of_subject in share:

@@ -65,7 +65,7 @@ from peft_routing.fusion.strategies import (
     Tables,
 )
 from peft_routing.fusion.subjects import base_alone, one_expert
-from peft_routing.fusion.tasks import SPLITS, read_tasks
+from peft_routing.fusion.tasks import read_tasks
 from peft_routing.fusion.trained import Planned, Setting, Training, add_trained, planned_of
 from peft_routing.fusion.worst_case import PROGRAM_NEEDS_SCIPY, check_scipy
 from peft_routing.loading import CLASSES, empty_model
@@ -303,8 +303,8 @@ def _by_loss(
     the rest was measured.
     """
     columns = [one_expert(name, path) for name, path in asked.experts.items()] + [base_alone()]
-    everything = [each for split in SPLITS for each in texts[split]]
     not_train = [*texts["validation"], *texts["test"]]
+    everything = [*texts["train"], *not_train]
     work: list[tuple[Subject, Sequence[Texts]]] = [(subject, everything) for subject in columns]
     work += [(candidate.subject, not_train) for candidate in asked.candidates.values()]
     fill(store, work, load_base, pad_token_id, batch_size=batch_size, quiet=asked.reading.quiet)
@@ -367,11 +367,7 @@ def _check_strategies(
     for name in OF_CLUSTERS:
         if name in strategies and training.clusters is None:
             raise UserError(f"the strategy {name}: {NEEDS_CLUSTERS}")
-    usual = strategies or [name for name in STRATEGIES if name not in TRAINED]
-    if not strategies and training.clusters is None:
-        usual = [name for name in usual if name not in OF_CLUSTERS]
-    chosen = {"base", *usual, *(TRAINED if trained else ())}
-    wanted = [name for name in STRATEGIES if name in chosen]
+    wanted = _wanted(strategies, trained, has_clusters=training.clusters is not None)
     if training.clusters is not None and not set(OF_CLUSTERS) & set(wanted):
         raise UserError(
             f"--clusters-from is for --strategy with one of {', '.join(OF_CLUSTERS)}, and for "
@@ -392,6 +388,19 @@ def _check_strategies(
             wanted.remove(_NEEDS_SCIPY)
             left_out[_NEEDS_SCIPY] = error.message
     return wanted, left_out
+
+
+def _wanted(strategies: Collection[str], trained: bool, *, has_clusters: bool) -> list[str]:
+    """The strategies to compare, in the order of the table."""
+    chosen = {"base", *strategies}
+    if not strategies:
+        for name in STRATEGIES:
+            lacks_clusters = name in OF_CLUSTERS and not has_clusters
+            if name not in TRAINED and not lacks_clusters:
+                chosen.add(name)
+    if trained:
+        chosen.update(TRAINED)
+    return [name for name in STRATEGIES if name in chosen]
 
 
 def _check_experts(experts: Mapping[str, str], empty: nn.Module) -> None:

@@ -111,13 +111,14 @@ def distil(
     mixture = ensemble(routed.to(arguments.device).eval(), coefficients, beta=beta)
     teacher: Ensemble | None = mixture
     if not on_the_fly:
-        batch_size = recipe.per_device_eval_batch_size
-        total = len(training) + sum(map(len, held_out.values()))
-        disable = reading.quiet or arguments.process_index > 0
-        with tqdm(total=total, desc="the ensemble reads", unit="rows", disable=disable) as bar:
-            training = with_targets(mixture, training, pad_token_id, batch_size, bar=bar)
-            for name, rows in held_out.items():
-                held_out[name] = with_targets(mixture, rows, pad_token_id, batch_size, bar=bar)
+        training, held_out = _with_targets_of_all(
+            mixture,
+            training,
+            held_out,
+            pad_token_id,
+            recipe.per_device_eval_batch_size,
+            is_hidden=reading.quiet or arguments.process_index > 0,
+        )
         teacher = None
         del routed, mixture  # so that no two models are in memory
 
@@ -143,6 +144,27 @@ def distil(
         trainer.model.save_pretrained(str(directory))
         extend_card(directory, _card(data, recipe, losses, learning_rate))
     return losses
+
+
+def _with_targets_of_all(
+    mixture: Ensemble,
+    training: Dataset,
+    held_out: Mapping[str, Dataset],
+    pad_token_id: int,
+    batch_size: int,
+    *,
+    is_hidden: bool,
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """All rows with what the ensemble expects after each token, under one bar unless that is
+    hidden.
+    """
+    total = len(training) + sum(map(len, held_out.values()))
+    measured = {}
+    with tqdm(total=total, desc="the ensemble reads", unit="rows", disable=is_hidden) as bar:
+        training = with_targets(mixture, training, pad_token_id, batch_size, bar=bar)
+        for name, rows in held_out.items():
+            measured[name] = with_targets(mixture, rows, pad_token_id, batch_size, bar=bar)
+    return training, measured
 
 
 def _student(model: Any, sites: Iterable[str], rank: int, seed: int) -> Any:

@@ -260,9 +260,11 @@ def _kept(asked: Any, *values: Tensor) -> tuple[Tensor, ...]:
     """Of values (rows, tokens, …) those of the tokens that `logits_to_keep` asks for: the last so
     many, all for 0, or those of these places.
     """
-    places = slice(-asked, None) if isinstance(asked, int) and asked else asked
-    if isinstance(places, int):
-        return values
+    places = asked
+    if isinstance(asked, int):
+        if asked == 0:
+            return values
+        places = slice(-asked, None)
     return tuple(each[:, places] for each in values)
 
 

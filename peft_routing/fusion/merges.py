@@ -52,19 +52,22 @@ def write_merge(
     """
     check_mergeable(experts, empty)
     adapters = [read_expert(name, path, empty) for name, path in experts.items()]
-    modules = sorted({module for adapter in adapters for module in adapter.factors})
+    modules: set[str] = set()
+    for adapter in adapters:
+        modules |= adapter.factors.keys()
     factors = {}
     lost = 0.0  # squared norms
     whole = 0.0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for module in modules:
+        for module in sorted(modules):
             merged = _merged(strategy, adapters, module, density, device)
             rank = sum(adapter.rank(module) for adapter in adapters)
             a, b = _closest(merged, rank)
             lost += (merged - b @ a).square().sum().item()
             whole += merged.square().sum().item()
-            dtype = next(each for each in adapters if each.rank(module)).factors[module][0].dtype
+            first = next(adapter for adapter in adapters if adapter.rank(module))
+            dtype = first.factors[module][0].dtype
             factors[module] = (a.to(dtype), b.to(dtype))
     error = math.sqrt(lost / whole) if whole else 0.0
     config = lora_config(factors, base, adapters[0].config.get("task_type"))

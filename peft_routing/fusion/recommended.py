@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_routing.adapter_files import weights_file
 from peft_routing.fusion.report import Row
+from peft_routing.fusion.rows import coefficients_of
 from peft_routing.fusion.strategies import ENSEMBLE, PLAIN, composed_of
 from peft_routing.fusion.subjects import composed
 
@@ -72,9 +73,10 @@ def _set_top_k(adapter: Path, k: int) -> None:
 
 
 def _write_ensemble(row: Row, experts: Mapping[str, str], empty: nn.Module, out: Path) -> None:
-    # A posterior ensemble starts from equal coefficients, and names none.
-    coefficients = row.values.get("coefficients", dict.fromkeys(experts, 1 / len(experts)))
-    coefficients = {name: value for name, value in coefficients.items() if value > 0}
+    coefficients = {}
+    for name, value in coefficients_of(row, experts).items():
+        if value > 0:
+            coefficients[name] = value
     used = {name: experts[name] for name in coefficients}
     model = get_peft_model(empty, composed(used, router="uniform", mixing="full"))
     with torch.no_grad():

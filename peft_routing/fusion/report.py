@@ -11,6 +11,7 @@ import torch
 
 from _mergekit_moe_ext_common.cards import in_markdown
 from _mergekit_moe_ext_common.figures import pyplot
+from _mergekit_moe_ext_common.tables import in_columns
 from peft_routing.fusion.beside import REPORT, Beside
 from peft_routing.fusion.selection import NotFirst, own_experts, standard_error
 from peft_routing.fusion.strategies import BY_TASK, ENSEMBLE, OTHER, PLAIN, ROUTED, Tables
@@ -195,24 +196,23 @@ class Comparison:
         for row in self.rows:
             difference, error = row.difference(best)
             own_error = standard_error(torch.tensor(row.test))
-            lines.append(
-                [
-                    row.name,
-                    f"{row.test_loss:.4f}",
-                    _number(own_error),
-                    "" if row is best else f"{difference:+.4f}",
-                    "" if row is best else _number(error),
-                    f"{row.passes:.3g}",
-                    "" if row.milliseconds is None else f"{row.milliseconds:.3g}",
-                    f"{row.megabytes:.3g}",
-                    str(row.parameters),
-                ]
-            )
+            cells = [
+                row.name,
+                f"{row.test_loss:.4f}",
+                _number(own_error),
+                "" if row is best else f"{difference:+.4f}",
+                "" if row is best else _number(error),
+                f"{row.passes:.3g}",
+                "" if row.milliseconds is None else f"{row.milliseconds:.3g}",
+                f"{row.megabytes:.3g}",
+                str(row.parameters),
+            ]
             if row.scores is not None:
                 error_of_score = standard_error(torch.tensor(row.scores))
-                lines[-1] += [f"{_mean(row.scores):.3f}", _number(error_of_score)]
+                cells += [f"{_mean(row.scores):.3f}", _number(error_of_score)]
             for task in self.harness:
-                lines[-1] += _harness_cells(row.lm_eval.get(task))
+                cells += _harness_cells(row.lm_eval.get(task))
+            lines.append(cells)
         return lines
 
     def write(self, directory: Path) -> None:
@@ -233,15 +233,6 @@ class Comparison:
             values["difference_to_best"] = difference
             values["standard_error_of_difference"] = _finite(error)
             rows.append(values)
-        not_first = []
-        for each in self.not_first:
-            not_first.append({**asdict(each), "standard_error": _finite(each.standard_error)})
-        calibration = []
-        for gap in self.calibration:
-            calibration.append({**asdict(gap), "standard_error": _finite(gap.standard_error)})
-        beside = []
-        for pair in self.beside:
-            beside.append({**asdict(pair), "standard_error": _finite(pair.standard_error)})
         return {
             "base": self.base,
             "model": self.model,
@@ -254,9 +245,9 @@ class Comparison:
             "rows": rows,
             "left_out": self.left_out,
             "selected": asdict(self.selected),
-            "not_first": not_first,
-            "calibration": calibration,
-            "beside": beside,
+            "not_first": [_with_finite_error(each) for each in self.not_first],
+            "calibration": [_with_finite_error(gap) for gap in self.calibration],
+            "beside": [_with_finite_error(pair) for pair in self.beside],
             "losses": {
                 "columns": [*self.experts, "base model"],
                 "validation": self.tables.validation.losses.tolist(),
@@ -313,12 +304,7 @@ def _harness_cells(score: HarnessScore | None) -> list[str]:
 
 def table(comparison: Comparison) -> str:
     """The table for a terminal."""
-    lines = [comparison.headings, *comparison.cells()]
-    columns = []
-    for number, column in enumerate(zip(*lines, strict=True)):
-        width = max(map(len, column))
-        columns.append([cell.rjust(width) if number else cell.ljust(width) for cell in column])
-    return "\n".join("  ".join(cells) for cells in zip(*columns, strict=True))
+    return in_columns([comparison.headings, *comparison.cells()], labels=1)
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -588,6 +574,11 @@ def _mean(values: Sequence[float]) -> float:
 
 def _finite(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _with_finite_error(compared: NotFirst | Calibration | Beside) -> dict[str, Any]:
+    """The fields for JSON, which has no number for the standard error of a single value."""
+    return {**asdict(compared), "standard_error": _finite(compared.standard_error)}
 
 
 def _number(value: float) -> str:

@@ -122,6 +122,12 @@ def _row(
     )
 
 
+def coefficients_of(row: Row, experts: Collection[str]) -> dict[str, float]:
+    """The coefficients of an ensemble's experts, by name."""
+    # A posterior ensemble starts from equal coefficients, and names none.
+    return row.values.get("coefficients", dict.fromkeys(experts, 1 / len(experts)))
+
+
 def subject_of(
     row: Row,
     experts: Mapping[str, str],
@@ -132,9 +138,8 @@ def subject_of(
     if row.name in candidates:
         return candidates[row.name].subject
     if row.kind == ENSEMBLE:
-        # A posterior ensemble starts from equal coefficients, and names none.
-        coefficients = row.values.get("coefficients", dict.fromkeys(experts, 1 / len(experts)))
-        return mixture_of(row.name, experts, coefficients, beta=row.values.get("beta", 0.0))
+        beta = row.values.get("beta", 0.0)
+        return mixture_of(row.name, experts, coefficients_of(row, experts), beta=beta)
     expert = row.values["by_task"][task] if row.kind == BY_TASK else row.note
     if isinstance(expert, list):  # a cluster
         return mixture_of(row.name, experts, dict.fromkeys(expert, 1 / len(expert)))

@@ -116,12 +116,13 @@ def own_cluster_of_each_task(tables: Tables) -> Outcome | str:
     own = _own_columns(tables)
     if isinstance(own, str):
         return own
-    of_columns = [tables.clusters[name] for name in tables.test.experts]
-    members = []
-    for column in own:
-        members.append([other for other, of in enumerate(of_columns) if of == of_columns[column]])
+    clusters = [tables.clusters[name] for name in tables.test.experts]
+    members = []  # by task, the columns of the cluster
+    for own_column in own:
+        cluster = clusters[own_column]
+        members.append([column for column, other in enumerate(clusters) if other == cluster])
 
-    def of(table: Table) -> Tensor:
+    def log_probabilities_in(table: Table) -> Tensor:
         values = torch.empty(len(table.tasks_of), dtype=torch.float64)
         for task, columns in enumerate(members):
             is_of_task = table.tasks_of == task
@@ -133,7 +134,11 @@ def own_cluster_of_each_task(tables: Tables) -> Outcome | str:
     for task, columns in zip(tables.test.tasks, members, strict=True):
         by_task[task] = [tables.test.experts[column] for column in columns]
     return Outcome(
-        BY_TASK, of(tables.validation), of(tables.test), members, values={"by_task": by_task}
+        BY_TASK,
+        log_probabilities_in(tables.validation),
+        log_probabilities_in(tables.test),
+        members,
+        values={"by_task": by_task},
     )
 
 
@@ -155,7 +160,7 @@ def best_of_each_task(tables: Tables) -> Outcome:
 def _by_task(tables: Tables, columns: Sequence[int]) -> Outcome:
     chosen = torch.tensor(columns)
 
-    def of(table: Table) -> Tensor:
+    def log_probabilities_in(table: Table) -> Tensor:
         return table.log_probabilities.gather(1, chosen[table.tasks_of][:, None])[:, 0]
 
     names = [*tables.test.experts, "base model"]
@@ -164,8 +169,8 @@ def _by_task(tables: Tables, columns: Sequence[int]) -> Outcome:
         by_task[task] = names[column]
     return Outcome(
         BY_TASK,
-        of(tables.validation),
-        of(tables.test),
+        log_probabilities_in(tables.validation),
+        log_probabilities_in(tables.test),
         [[column] for column in columns],
         values={"by_task": by_task},
     )

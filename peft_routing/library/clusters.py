@@ -1,8 +1,9 @@
 """Clusters of adapters by the cosines of their updates (model-based clustering, Trade-offs 2.1)."""
 
+import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def cluster(
     `UserError` where there are fewer adapters than clusters, and without scipy.
     """
     check_scipy("clusters need scipy")
-    from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+    from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
     count = len(names)
@@ -84,28 +85,23 @@ def cluster(
     distances.fill_diagonal_(0)
     tree = linkage(squareform(distances.numpy(), checks=False), method="average")
 
-    of_number: Callable[[int], Tensor]
     if method == AVERAGE:
-
-        def cut(number: int) -> Tensor:
-            return torch.as_tensor(fcluster(tree, number, criterion="maxclust"))
-
-        of_number = cut
-
+        labels_of = functools.partial(_cut, tree)
     else:
         points = rows if method == MTTL else unit_vectors(cosines)
         assert points is not None
-        of_number = _kmeans(points, seed)
+        labels_of = functools.partial(_kmeans, points, seed)
 
     best = torch.zeros(count, dtype=torch.long)
-    best_silhouette = -2.0
+    best_silhouette = -2.0  # below any
     most = max(2, min(count - 1, _MOST_CLUSTERS))
     for number in [k] if k is not None else range(2, most + 1):
-        labels = of_number(number)
+        labels = labels_of(number)
         value = silhouette(distances, labels)
         if value > best_silhouette:
             best = labels
             best_silhouette = value
+    # Clusters are numbered in the order of the adapters.
     numbers: dict[int, int] = {}
     of = {}
     for name, label in zip(names, best.tolist(), strict=True):
@@ -120,29 +116,32 @@ def unit_vectors(cosines: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
-def _kmeans(points: Tensor, seed: int) -> Callable[[int], Tensor]:
-    """The function from a number of clusters to the label of each point."""
+def _cut(tree: Any, number: int) -> Tensor:
+    """(adapters,): the cluster of each leaf of a dendrogram that is cut into so many clusters."""
+    from scipy.cluster.hierarchy import fcluster
+
+    return torch.as_tensor(fcluster(tree, number, criterion="maxclust"))
+
+
+def _kmeans(points: Tensor, seed: int, number: int) -> Tensor:
+    """(points,): the cluster of each point by k-means, by the best of several starts."""
     import numpy as np
     from scipy.cluster.vq import kmeans2
 
     values = points.double().numpy()
-
-    def of_number(number: int) -> Tensor:
-        best = None
-        least = float("inf")
-        for start in range(_STARTS):
-            generator = np.random.default_rng([seed, start])
-            # An empty cluster is left empty: there are fewer of them then.
-            centres, labels = kmeans2(
-                values, number, iter=100, minit="++", missing="warn", rng=generator
-            )
-            spread = float(((values - centres[labels]) ** 2).sum())
-            if best is None or spread < least:
-                best = labels
-                least = spread
-        return torch.as_tensor(best)
-
-    return of_number
+    best = None
+    least = float("inf")
+    for start in range(_STARTS):
+        generator = np.random.default_rng([seed, start])
+        # An empty cluster is left empty: there are fewer of them then.
+        centres, labels = kmeans2(
+            values, number, iter=100, minit="++", missing="warn", rng=generator
+        )
+        spread = float(((values - centres[labels]) ** 2).sum())
+        if best is None or spread < least:
+            best = labels
+            least = spread
+    return torch.as_tensor(best)
 
 
 def silhouette(distances: Tensor, labels: Tensor) -> float:

@@ -66,12 +66,15 @@ def _lora(library: Library, names: Sequence[str]) -> dict[str, Any]:
     """What TRL is to train: a LoRA of the adapters' highest rank on all modules that they have."""
     entries = [library.entries[name] for name in names]
     rank = max(max(entry.ranks) for entry in entries)
+    targets: set[str] = set()
+    for entry in entries:
+        targets.update(entry.targets)
     return {
         "model_name_or_path": library.base,
         "use_peft": True,
         "lora_r": rank,
         "lora_alpha": 2 * rank,
-        "lora_target_modules": sorted({target for entry in entries for target in entry.targets}),
+        "lora_target_modules": sorted(targets),
     }
 
 

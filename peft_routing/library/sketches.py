@@ -26,6 +26,7 @@ from peft_routing.expert import Expert
 WIDTH = 64  # of a sketch: more is more exact, and takes more room
 # A file of another layout, or with other random matrices, has another name.
 _VERSION = 1
+_REMEDY = "remove the adapter from the library and add it again"
 # Adapters that are in memory at a time for exact products, twice.
 _BLOCK = 8
 
@@ -94,9 +95,6 @@ def _tensor(reader: Any, module: str, file: Path) -> Tensor:
     if tensor.shape != (WIDTH, WIDTH) or not torch.isfinite(tensor).all():
         raise UserError(f"{file} does not hold what its name says; {_REMEDY}")
     return tensor
-
-
-_REMEDY = "remove the adapter from the library and add it again"
 
 
 @torch.no_grad()

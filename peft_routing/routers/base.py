@@ -234,23 +234,7 @@ class Router(nn.Module):
         It is tried on a few hidden states once, when the experts are composed. No later call checks
         anything: a look at a number makes a GPU wait.
         """
-        where = f"router {self.name!r}"
-        inner = next((name for name in self.state_dict() if "." in name), None)
-        if inner is not None:
-            raise UserError(
-                f"{where}: {inner} lies in a submodule, where PEFT does not find it under another "
-                "name of the adapter: make it a parameter of the router itself, "
-                "self.weight = nn.Parameter(...)"
-            )
-        parameters = dict(self.named_parameters())
-        for name, of in self.rows.items():
-            rows = len(self.labels(of))
-            if name in parameters and parameters[name].shape[:1] != (rows,):
-                raise UserError(
-                    f"{where}: by its `rows`, {name} has a row per {of}, which are {rows}, and its "
-                    f"shape is {tuple(parameters[name].shape)}: store it with such rows, or write "
-                    "rows = {} if nothing has them"
-                )
+        self._check_parameters()
         tensors = [*self.parameters(), *self.buffers()]
         if any(tensor.is_meta for tensor in tensors):
             return
@@ -268,9 +252,31 @@ class Router(nn.Module):
         self._check_shape("coefficients", coefficients, hidden, torch.Size([len(self.experts)]))
         if scores.isnan().any() or coefficients.isnan().any():
             raise UserError(
-                f"{where}: its scores are NaN for hidden states that are not; is something divided "
-                "by 0, as the norm of a row of zeros?"
+                f"router {self.name!r}: its scores are NaN for hidden states that are not; is "
+                "something divided by 0, as the norm of a row of zeros?"
             )
+
+    def _check_parameters(self) -> None:
+        """`UserError` for a parameter in a submodule, and for one without the rows that `rows` says
+        it has.
+        """
+        where = f"router {self.name!r}"
+        inner = next((name for name in self.state_dict() if "." in name), None)
+        if inner is not None:
+            raise UserError(
+                f"{where}: {inner} lies in a submodule, where PEFT does not find it under another "
+                "name of the adapter: make it a parameter of the router itself, "
+                "self.weight = nn.Parameter(...)"
+            )
+        parameters = dict(self.named_parameters())
+        for name, of in self.rows.items():
+            rows = len(self.labels(of))
+            if name in parameters and parameters[name].shape[:1] != (rows,):
+                raise UserError(
+                    f"{where}: by its `rows`, {name} has a row per {of}, which are {rows}, and its "
+                    f"shape is {tuple(parameters[name].shape)}: store it with such rows, or write "
+                    "rows = {} if nothing has them"
+                )
 
     def _check_shape(self, what: str, result: Tensor, hidden: Tensor, number: torch.Size) -> None:
         """`UserError` for scores or coefficients that are not a row of so many per token, nor one
@@ -352,7 +358,7 @@ def _register(router: type[Router]) -> None:
             f"{where} has no method `scores(self, hidden)`, which maps hidden states (…, "
             "in_features) to scores (…, experts)"
         )
-    _check_rows(router.rows, where)
+    _check_form_of_rows(router.rows, where)
     if not is_of_package(router):
         # Ours are all imported first: one that came later would take the place of a namesake.
         other = all_routers().get(router.name)
@@ -365,7 +371,7 @@ def _register(router: type[Router]) -> None:
     _ROUTERS[router.name] = router
 
 
-def _check_rows(rows: Any, where: str) -> None:
+def _check_form_of_rows(rows: Any, where: str) -> None:
     """`UserError` for `rows` of another form than from a parameter's name to what its rows are of,
     which says how the same parameters are written right.
     """

@@ -141,8 +141,10 @@ def _select(magnitudes: Magnitudes, flat: torch.Tensor, count: int) -> Threshold
             most = high
         else:
             break
-        # The upper half; a single value where least and most are equal.
-        low = (least + most) // 2 + (least < most)
+        # The upper half, or the single value that is left.
+        low = (least + most) // 2
+        if least < most:
+            low += 1
         high = most
     # `count - above` elements of the bracket are kept: those above the magnitude, and of those
     # equal to it as many as are still lacking.
@@ -179,7 +181,12 @@ def _bracket(magnitudes: Magnitudes, numel: int, count: int, most: int) -> tuple
     first = size - 1 - math.floor(expected - margin)
     last = size - 1 - math.ceil(expected + margin)
     low, high = _order_statistics(sample, [max(last, 0), min(first, size - 1)])
-    return (low if last >= 0 else 0), (high if first < size else most)
+    # Beyond the ends of the sample there is no bound but those of all magnitudes.
+    if last < 0:
+        low = 0
+    if first >= size:
+        high = most
+    return low, high
 
 
 def _count(

@@ -140,7 +140,7 @@ def test_few_jobs_and_little_memory_wait(tmp_path, monkeypatch, elements):
     def add(job, held, *, is_urgent):
         stock(job, held, is_urgent=is_urgent)
         most_held.append(writer._jobs._held)
-        assert len(writer._jobs._done) <= 3
+        assert len(writer._jobs._pending) <= 3
 
     monkeypatch.setattr(writer._jobs, "add", add)
     for number in range(20):
