@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from _mergekit_moe_ext_common.options import is_there
+
 # What CommonMark, GitHub's tables and mathematics, or HTML read as more than a character.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$#])")
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
@@ -60,7 +62,7 @@ def _is_path(text: str) -> bool:
         return False
     # An id on the Hub has one slash. A sentence may have several, but then it has spaces, too.
     has_folders = text.count("/") > 1 and not re.search(r"\s", text)
-    return has_folders or _exists(text) or _exists(text.partition(":")[0])
+    return has_folders or is_there(text) or is_there(text.partition(":")[0])
 
 
 def without_folders(value: Any) -> Any:
@@ -71,7 +73,7 @@ def without_folders(value: Any) -> Any:
         return [without_folders(item) for item in value]
     if not isinstance(value, str):
         return value
-    if _exists(value):
+    if is_there(value):
         return last_part(value)
     return "".join(map(last_part, _SEPARATORS.split(value)))
 
@@ -146,10 +148,3 @@ def without_local_models(card: str) -> str:
         del fields["base_model"]
     metadata = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) if fields else ""
     return f"---\n{metadata}---\n" + card[matter.end() :]
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):  # too long for a path, or with a null character
-        return False

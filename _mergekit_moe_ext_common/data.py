@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from jinja2 import TemplateError
 
 from _mergekit_moe_ext_common.errors import UserError
-from _mergekit_moe_ext_common.options import USUAL_COLUMNS, Columns
+from _mergekit_moe_ext_common.options import USUAL_COLUMNS, Columns, is_there
 
 _BUILDERS = {
     ".arrow": "arrow",
@@ -45,7 +45,7 @@ _OPENERS: Mapping[str, Callable[[Path], Any]] = {
 _COMPRESSED = ("csv", "json", "text")  # builders that read compressed files
 _PART = r"\w+(?:\[[^\]]*\])?"
 _SPLIT = re.compile(rf"(.+?):({_PART}(?:\+{_PART})*)")
-_NAME = re.compile(r"([\w.-]+)=(.+)")
+_NAME = re.compile(r"([^=/:]+)=(.+)")
 # Rows in one call of a tokenizer. A call costs more than a short row does, and one for many long
 # rows holds all of their tokens before it cuts them.
 _ROWS_PER_CALL = 128
@@ -82,10 +82,10 @@ def _parse(text: str) -> Source:
     path = text
     split = "train"
     named = _NAME.fullmatch(text)
-    if named and not Path(text).exists():
+    if named and not is_there(text):
         name, path = named.groups()
     with_split = _SPLIT.fullmatch(path)
-    if with_split and not Path(path).exists():
+    if with_split and not is_there(path):
         path, split = with_split.groups()
     if not path:
         raise UserError(

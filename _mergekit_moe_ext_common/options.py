@@ -6,6 +6,7 @@ default and its help text. What only a command has is a click option.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -104,11 +105,29 @@ def _click_option(item: Any) -> Decorator:
     if get_origin(kind) is Literal:
         kind = click.Choice(get_args(kind))
     elif at_least is not None:
-        limited = click.IntRange if kind is int else click.FloatRange
+        limited = click.IntRange if kind is int else FiniteRange
         kind = limited(min=at_least)
     return click.option(
         flag, type=kind, default=item.default, show_default=item.default is not None, help=meaning
     )
+
+
+def is_there(text: str) -> bool:
+    """Whether a text is a path that leads somewhere."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a path, or with a null character
+        return False
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range. NaN is in none, and infinity is no number."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
 
 
 def values_by_name(option: str, texts: Sequence[str], form: str = "NAME=VALUE") -> dict[str, str]:

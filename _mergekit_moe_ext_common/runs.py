@@ -5,6 +5,7 @@ What each of them trains, on what and by which Trainer, is its own; the steps ar
 """
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from _mergekit_moe_ext_common.staging import check_output, check_room, staged
 from _mergekit_moe_ext_common.tables import in_columns
 from _mergekit_moe_ext_common.training import MEASURES, training_arguments
 
+LOG = logging.getLogger(__name__)
 _SETTINGS = "settings.json"
 Losses = dict[str, tuple[float, float]]  # of each source, before and after
 Measures = dict[str, Losses]  # of each task, by the name of what was measured
@@ -195,10 +197,13 @@ class Run:
         if self.is_main:
             self._keep_settings()
         try:
-            trainer.train(resume_from_checkpoint=self.starts[part])
-        except BaseException:
+            with _without_a_second_comparison():
+                trainer.train(resume_from_checkpoint=self.starts[part])
+        except BaseException as error:
             if self.is_main and self._is_new:
                 self._remove_what_is_empty(part)
+            if self.is_main and isinstance(error, KeyboardInterrupt):
+                self._say_how_to_go_on()
             raise
         # Let go of the model that is spread over the processes. Were it the last to hold their
         # group, the group would be taken down while Python's lock is held, and with Gloo that can
@@ -210,6 +215,10 @@ class Run:
         trainer.accelerator.free_memory()
         if self.is_split:
             make_whole(trainer.model, keeps=self.is_main)
+
+    def _say_how_to_go_on(self) -> None:
+        if any(self.checkpoints.glob("**/checkpoint-*/trainer_state.json")):
+            LOG.warning("%s has checkpoints: --resume goes on with the last", self.checkpoints)
 
     def _keep_settings(self) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -263,6 +272,23 @@ class Run:
         (self.checkpoints / _SETTINGS).unlink(missing_ok=True)
         with suppress(OSError):
             self.checkpoints.rmdir()
+
+
+@contextmanager
+def _without_a_second_comparison() -> Iterator[None]:
+    """Keeps transformers from comparing the arguments of a training that is resumed. `Run.begin`
+    has compared all of them, and steps that are given as a share are other ones to transformers.
+    """
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "do not match the ones in the `trainer_state.json`" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.trainer_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def checkpoints_written(arguments: TrainingArguments, rows: int) -> int:

@@ -17,6 +17,7 @@ from _mergekit_moe_ext_common.figures import check_new_figure
 from _mergekit_moe_ext_common.options import (
     RESUME,
     DeferredCommand,
+    FiniteRange,
     Reading,
     counting_options,
     in_order,
@@ -171,7 +172,7 @@ main.add_command(
         ),
         click.option(
             "--margin",
-            type=click.FloatRange(min=0),
+            type=FiniteRange(min=0),
             help="Difference of the new expert's mean logit from the mean of the others'. Above 0 "
             "the mixture is loaded for one forward pass. [default: 5]",
         ),

@@ -12,6 +12,7 @@ from _mergekit_moe_ext_common.figures import check_new_figure
 from _mergekit_moe_ext_common.options import (
     TRUST_REMOTE_CODE,
     DeferredCommand,
+    FiniteRange,
     Reading,
     counting_options,
     fields_as_options,
@@ -56,7 +57,7 @@ _CLUSTERS_FROM = click.option(
 _LEARNING_RATES = click.option(
     "--learning-rate",
     "learning_rates",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     multiple=True,
     default=LEARNING_RATES,
     show_default=True,
@@ -262,7 +263,7 @@ def train(
 )
 @click.option(
     "--beta",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
     help="How much the coefficients follow each text; 1 is Bayes' rule.",
@@ -272,7 +273,7 @@ def train(
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=2e-4,
     show_default=True,
     help="Learning rate of AdamW.",
@@ -402,6 +403,8 @@ def export(
 
     PEFT reads those without this package. Of the base model only the configuration is read.
     """
+    from peft_routing.exporting import folder_of
+
     exported = commands.export(
         adapter,
         output,
@@ -411,7 +414,7 @@ def export(
         trust_remote_code=trust_remote_code,
     )
     if not merged:
-        click.echo(f"{output}: {', '.join(exported.names)}")
+        click.echo(f"{output}: {', '.join(map(folder_of, exported.names))}")
         return
     accuracy = f", relative error of the updates {exported.error:.4f}" if rank else ""
     click.echo(f"{output}: one LoRA adapter{accuracy}")

@@ -9,6 +9,7 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import (
     TRUST_REMOTE_CODE,
     Decorator,
+    FiniteRange,
     Reading,
     in_order,
     options_of,
@@ -141,7 +142,7 @@ def remove(library: str, names: tuple[str, ...]) -> None:
 @_LIBRARY
 @click.option(
     "--within",
-    type=click.FloatRange(min=0, max=2),
+    type=FiniteRange(min=0, max=2),
     default=0.02,
     show_default=True,
     help="Greatest distance: 1 less the cosine of two updates.",

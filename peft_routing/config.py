@@ -242,7 +242,10 @@ class RoutedLoraConfig(PeftConfig):
         task = self.__dict__.get("_task_type")
         is_made = "sites" in self.__dict__
         if task is None and is_made and not self.is_composed:
-            task = common_task([*self.experts.values(), *self.general_experts.values()])
+            sources = [*self.experts.values(), *self.general_experts.values()]
+            # Where experts are added or taken out, they are described, and are no directories.
+            if all(isinstance(source, str) for source in sources):
+                task = common_task(sources)
         return task
 
     @task_type.setter

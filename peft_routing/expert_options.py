@@ -1,11 +1,11 @@
 """Options of several commands that name adapters, and what is written after them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.options import is_there
 
 EXPERTS = click.option(
     "--expert",
@@ -44,7 +44,7 @@ TASKS = click.option(
 
 def experts_written(option: str, texts: Sequence[str]) -> dict[str, str] | list[str]:
     """Experts by name where all have one, or a list, which is named by its directories."""
-    named = [text for text in texts if "=" in text and not Path(text).exists()]
+    named = [text for text in texts if "=" in text and not is_there(text)]
     if not named:
         return list(texts)
     if len(named) < len(texts):

@@ -30,11 +30,15 @@ def write_experts(experts: Sequence[Expert], directory: str) -> None:
 
     `UserError` where two names make one directory.
     """
-    # A name need not be a path: what could lead out of the directory is replaced.
-    folders = {re.sub(r"[^\w.-]|^\.+", "-", expert.name): expert for expert in experts}
-    if len(folders) < len(experts):
-        names = ", ".join(expert.name for expert in experts)
-        raise UserError(f"two experts would be written to one directory: {names}")
+    folders: dict[str, Expert] = {}
+    for expert in experts:
+        folder = folder_of(expert.name)
+        if folder in folders:
+            raise UserError(
+                f"the experts {folders[folder].name!r} and {expert.name!r} would both be written "
+                f"to {folder}: compose them with names that are further apart"
+            )
+        folders[folder] = expert
     with staged(check_output(directory)) as out:
         for folder, expert in folders.items():
             # `dtype` is ours: the experts of an adapter are kept in the widest, and go back here.
@@ -46,6 +50,13 @@ def write_experts(experts: Sequence[Expert], directory: str) -> None:
                 factors[module] = (a.to(dtype), b.to(dtype))
             biases = {module: bias.to(dtype) for module, bias in expert.biases.items()}
             write_adapter(factors, biases, config, out / folder, expert.head)
+
+
+def folder_of(name: str) -> str:
+    """The name of an expert's directory. A name need not be a path: what could lead out of the
+    directory is replaced.
+    """
+    return re.sub(r"[^\w.-]|^\.+", "-", name)
 
 
 def write_lora(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, GenerationConfig
 
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.host_cache import OUTPUT_NAME, generating, with_cache_renamed
@@ -29,7 +29,14 @@ from peft_routing.sharing import SharedChoice, choices_held, give_choices, open_
 _MIXED = (
     "adapter_names: routed adapters do not mix in a batch; run one per adapter, after set_adapter"
 )
-_NOT_PER_SEQUENCE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
+# Settings of `generate` by which the first pass is not the prompt: part of it, or a draft as well.
+_NOT_PER_SEQUENCE = (
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+    "assistant_model",
+    "assistant_early_exit",
+    "use_mtp",
+)
 # The ways into continuous batching; the first one goes through the second.
 _CONTINUOUS = ("generate_batch", "init_continuous_batching")
 
@@ -118,7 +125,8 @@ class _Generate(_Method):
     def __call__(self, *args: Any, coefficients: Tensor | None = None, **kwargs: Any) -> Any:
         if coefficients is None:
             model: Any = self.model()
-            with generating(model, _setting(model, kwargs, "guidance_scale")):
+            guidance = _setting(model, with_generation_config(args, kwargs), "guidance_scale")
+            with generating(model, guidance):
                 return self.replaced(*args, **kwargs)
         with given.given_coefficients(coefficients):
             return self.replaced(*args, **kwargs)
@@ -142,6 +150,14 @@ class _Continuous(_Method):
         return self.replaced(*args, **kwargs)
 
 
+def with_generation_config(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `generate` with its configuration, which may be given by place."""
+    for argument in args:
+        if isinstance(argument, GenerationConfig):
+            return {**kwargs, "generation_config": argument}
+    return kwargs
+
+
 def refuse_mixed_batches(kwargs: dict[str, Any]) -> None:
     """`UserError` where a batch is to use several adapters."""
     if kwargs.get("adapter_names") is not None:
@@ -159,7 +175,7 @@ def refuse_unkept_choices(model: Any, kwargs: dict[str, Any]) -> None:
     if not any(config.routes_sequences for config in _watched(model)):
         return
     for name in _NOT_PER_SEQUENCE:
-        if _setting(model, kwargs, name) is not None:
+        if _setting(model, kwargs, name) not in (None, False):
             raise UserError(
                 f"{name}: routing per sequence chooses by the first pass, which must be the prompt",
             )

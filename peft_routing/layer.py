@@ -27,6 +27,10 @@ from peft_routing.routers.tensors import Source, is_captured, wait_for
 _CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+# What keys of `Experts` end in. PEFT tells by the end of a key which adapter it is of.
+NAMES_OF_TENSORS = ("A", "B", "biases")
+
+
 class Experts(nn.Module):
     """The frozen factors of all experts at one module."""
 
@@ -59,8 +63,9 @@ class Experts(nn.Module):
 
     def fill(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Put each expert's A (rank, in) and B (out, rank) in, on the CPU or where they are."""
-        a = torch.cat([a for a, _ in factors]).to(self.A.dtype)
-        b = torch.cat([b.mT for _, b in factors]).to(self.B.dtype)
+        # Cast one by one, since float8 cannot be joined with another dtype.
+        a = torch.cat([a.to(self.A.dtype) for a, _ in factors])
+        b = torch.cat([b.mT.to(self.B.dtype) for _, b in factors])
         # not by setattr: under `low_cpu_mem_usage` PEFT would send a new parameter to the meta
         # device
         self._parameters["A"] = nn.Parameter(a, requires_grad=False)

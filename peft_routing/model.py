@@ -24,8 +24,9 @@ from peft_routing.hooks import (
     share,
     unwatch,
     watch,
+    with_generation_config,
 )
-from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear, updates
+from peft_routing.layer import NAMES_OF_TENSORS, RoutedLoraLayer, RoutedLoraLinear, updates
 from peft_routing.loading import check_adapter
 from peft_routing.routers import Router, SharedRouter
 from peft_routing.routers.fixed import FixedRouter
@@ -63,6 +64,11 @@ class RoutedLoraModel(BaseTuner):
 
         Where the configuration names directories, the experts are read and checked before that.
         """
+        if adapter_name in NAMES_OF_TENSORS:
+            raise UserError(
+                f"an adapter cannot be called {adapter_name!r}: routed adapters have tensors of "
+                "that name, and PEFT would leave out those of the others on saving; take another"
+            )
         config = self.peft_config[adapter_name]
         source = config.source
         if source is None:
@@ -156,7 +162,8 @@ class RoutedLoraModel(BaseTuner):
 
     def export_experts(self, directory: str, adapter_name: str | None = None) -> None:
         """Write each expert, the general ones too, as an ordinary LoRA directory,
-        `<directory>/<name>`, its tensors as they came in.
+        `<directory>/<name>`, its tensors as they came in. In the name of a directory `-` stands for
+        what is no letter, no number and none of `_.-`.
 
         Nothing is subtracted from anything. An expert gets the head that it has here, which is its
         own only for `head="own"`.
@@ -481,7 +488,7 @@ class RoutedLoraModel(BaseTuner):
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         refuse_mixed_batches(kwargs)
-        refuse_unkept_choices(self.model, kwargs)
+        refuse_unkept_choices(self.model, with_generation_config(args, kwargs))
         yield
 
 

@@ -186,9 +186,11 @@ def _warn_of_vetoes(
     if config.experts_per_sequence == 1 or config.combine == "probabilities":
         return
     for model, of_model in rows.items():
-        number = len(of_model.missing)
-        if job.options.spelled_tokens == "unavailable":
-            number += len(of_model.spelled)
+        vetoed = of_model.lacking
+        if job.options.spelled_tokens != "unavailable":
+            # Rows stand in for a token that the model writes in pieces, be one its unknown token.
+            vetoed = [token for token in vetoed if token not in of_model.stand_ins]
+        number = len(vetoed)
         if number:
             LOG.warning(
                 "%s cannot give %d of the donor's tokens, and with combine: logits neither can a "

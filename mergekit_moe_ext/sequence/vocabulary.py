@@ -49,10 +49,14 @@ class TokenRows:
     examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
+    def lacking(self) -> list[int]:
+        """The tokens that the model has no row of their own for."""
+        return (self.own < 0).nonzero()[:, 0].tolist()
+
+    @property
     def missing(self) -> list[int]:
         """The tokens that the model cannot write."""
-        lacking = (self.own < 0).nonzero()[:, 0].tolist()
-        return [token for token in lacking if token not in self.spelled]
+        return [token for token in self.lacking if token not in self.spelled]
 
     def first_pieces(self) -> "TokenRows":
         """The same rows, with the first of its stand-ins alone for each token that has any."""

@@ -130,7 +130,8 @@ class Ensemble:
         @functools.wraps(forward)
         def mixed(*args: Any, **kwargs: Any) -> Any:
             arguments = inspect.signature(forward).bind_partial(*args, **kwargs)
-            named = {**arguments.arguments, **arguments.arguments.pop("kwargs", {})}
+            named = dict(arguments.arguments)
+            named |= named.pop("kwargs", {})
             return self._mixed(forward, named)
 
         base.forward = mixed
@@ -201,7 +202,8 @@ class Ensemble:
             return cache
         if cache.get_seq_length():
             raise UserError(
-                "the key-value cache was filled without the ensemble: give it an empty one"
+                "the key-value cache was filled without the ensemble: give it an empty one, and "
+                "leave out guidance_scale, for which generate makes a second one"
             )
         others = [copy.deepcopy(cache) for _ in self._places[1:]]
         followed: Any = cache

@@ -28,9 +28,10 @@ def top_right_singular_vectors(factors: Sequence[tuple[Tensor, Tensor]]) -> Tens
         by_shape.setdefault((a.shape[0], b.shape[0]), []).append(index)
     for (rank, _), indices in by_shape.items():
         if rank:
+            # Made float64 one by one, since float8 cannot be stacked with another dtype.
             vectors[indices] = _of_one_shape(
-                torch.stack([factors[index][0] for index in indices]).double(),
-                torch.stack([factors[index][1] for index in indices]).double(),
+                torch.stack([factors[index][0].double() for index in indices]),
+                torch.stack([factors[index][1].double() for index in indices]),
             )
     return vectors
 

@@ -182,6 +182,7 @@ def test_inspect_tells_coefficients_per_task_and_module(here):
         (["--weight", "law=1", "--weight", "law=2"], "'law' is named twice, with 1 and 2"),
         (["--router", "distance"], "run its file, which ends with a call of peft_routing.cli.main"),
         (["--expert", "tax=nowhere"], "nowhere"),
+        (["--expert", f"{'x' * 300}=nowhere"], "nowhere"),
         (["--expert", "tax=./base"], "has no adapter_config.json"),
     ],
 )
@@ -218,6 +219,26 @@ def test_a_random_start_is_that_of_its_seed(here):
         Path(name, "adapter_model.safetensors").read_bytes() for name in ("one", "same", "other")
     )
     assert one == same != other
+
+
+def test_names_may_have_spaces_and_signs(here):
+    names = {"math v1.0": "math", "code+x": "code"}
+    options = [f"--expert={name}={path}" for name, path in names.items()]
+    assert route("compose", "base", *options, "-o", "named").exit_code == 0
+    inspected = route("inspect", "named", "--data", "math v1.0=news.jsonl", "-o", "named.json")
+    assert inspected.exit_code == 0, inspected.output
+    assert "math v1.0" in json.loads(Path("named.json").read_text())["tasks"]
+    exported = route("export", "named", "-o", "experts")
+    assert exported.output.endswith("experts: math-v1.0, code-x\n")
+    folders = sorted(path.name for path in Path("experts").iterdir())
+    assert folders == ["code-x", "math-v1.0"]
+
+
+@pytest.mark.parametrize("rate", ["nan", "inf", "0"])
+def test_a_learning_rate_is_a_number_above_0(here, rate):
+    assert compose("--router", "linear").exit_code == 0
+    result = route("train", "routed", "--data", "news.jsonl", "--learning-rate", rate)
+    assert result.exit_code == 2 and rate in result.output and "Traceback" not in result.output
 
 
 def test_an_output_that_exists_is_left_alone(here):

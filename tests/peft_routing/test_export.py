@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_routing import RoutedLoraConfig
+from peft_routing import RoutedLoraConfig, UserError
 from peft_routing.cli import main
 from tests.conftest import read_tensors
 from tests.peft_routing.adapters import make_base, save_experts, save_lora
@@ -91,6 +91,30 @@ def test_a_mixture_that_depends_on_the_input_is_refused(experts, tmp_path, route
     with pytest.raises(ValueError, match="depend on the input"):
         routed(experts, router).to_lora(str(tmp_path / "one"))
     assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize("tasks", [(None, None, None), ("CAUSAL_LM", None, None)])
+def test_experts_without_a_task_come_and_go(tmp_path, tasks):
+    experts = {}
+    for seed, (name, task) in enumerate(zip(("math", "code", "law"), tasks, strict=True), 1):
+        experts[name] = str(save_lora(tmp_path / name, seed, task_type=task))
+    ids = torch.arange(2, 12)[None]
+    first = {name: experts[name] for name in ("math", "code")}
+    model = get_peft_model(make_base(), RoutedLoraConfig(experts=first, router="uniform"))
+    model.add_expert("law", experts["law"])
+    whole = get_peft_model(make_base(), RoutedLoraConfig(experts=experts, router="uniform"))
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits)
+    model.remove_expert("law")
+    before = get_peft_model(make_base(), RoutedLoraConfig(experts=first, router="uniform"))
+    torch.testing.assert_close(model(ids).logits, before(ids).logits)
+
+
+def test_names_that_would_be_one_directory_are_told(tmp_path):
+    names = {f"a{sign}b": str(save_lora(tmp_path / f"{ord(sign)}", 1)) for sign in " +"}
+    model = get_peft_model(make_base(), RoutedLoraConfig(experts=names))
+    with pytest.raises(UserError, match=r"'a b' and 'a\+b' would both be written to a-b: compose"):
+        model.export_experts(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_experts_come_out_as_they_came_in(tmp_path):

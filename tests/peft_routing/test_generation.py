@@ -337,14 +337,27 @@ def test_padding_has_no_part_in_the_choice(experts):
 
 @pytest.mark.parametrize(
     "options",
-    [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}],
+    [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}, {"assistant_early_exit": 1}],
     ids=lambda o: next(iter(o)),
 )
 def test_a_first_pass_that_is_not_the_prompt_is_refused_per_sequence(experts, options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))}: .* must be the prompt"):
-        generate(routed(experts, granularity="sequence"), PROMPT[:1], **options)
+    complaint = f"{next(iter(options))}: .* must be the prompt"
+    per_sequence = routed(experts, granularity="sequence")
+    with pytest.raises(ValueError, match=complaint):
+        generate(per_sequence, PROMPT[:1], **options)
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, **options)
+    with pytest.raises(ValueError, match=complaint):
+        per_sequence.generate(PROMPT[:1], settings)
     expected = generate(routed(experts), PROMPT[:1]).sequences
     assert torch.equal(generate(routed(experts), PROMPT[:1], **options).sequences, expected)
+
+
+def test_guidance_in_a_configuration_given_by_place_is_that_of_the_argument(experts):
+    model = routed(experts, granularity="sequence")
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(PROMPT[:1], guidance_scale=1.5, **options)
+    settings = GenerationConfig(guidance_scale=1.5, **options)
+    assert torch.equal(model.generate(PROMPT[:1], settings), expected)
 
 
 def test_a_model_without_a_cache_is_refused_per_sequence(tmp_path):

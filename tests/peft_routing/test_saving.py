@@ -1296,3 +1296,14 @@ def test_the_card_has_names_escaped_and_no_path(place: Place, tmp_path: Path) ->
     model.get_base_model().config._name_or_path = "owner/base"
     model.save_pretrained(tmp_path / "out")
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "owner/base"
+
+
+@pytest.mark.parametrize("name", ["A", "B", "biases"])
+def test_an_adapter_is_not_called_like_its_tensors(tmp_path: Path, name: str) -> None:
+    """PEFT tells by the end of a key whose it is, and leaves out those of other adapters."""
+    experts = save_experts(tmp_path)
+    model = get_peft_model(make_base(), RoutedLoraConfig(experts=experts))
+    with pytest.raises(UserError, match=f"an adapter cannot be called '{name}'"):
+        model.add_adapter(name, RoutedLoraConfig(experts=experts))
+    with pytest.raises(UserError, match=f"an adapter cannot be called '{name}'"):
+        get_peft_model(make_base(), RoutedLoraConfig(experts=experts), adapter_name=name)

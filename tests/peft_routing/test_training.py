@@ -450,10 +450,16 @@ def test_a_split_model_that_was_interrupted_and_resumed_trains_as_a_whole_one(he
 
 def test_interrupted_and_resumed_equals_uninterrupted(here):
     settings = recipe(
-        max_steps=6, save_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2
+        max_steps=6,
+        save_steps=2,
+        held_out=0,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
     )
-    data, rates = ["news.jsonl", "law.jsonl"], (0.01, 0.001)
-    train("routed", "whole", data, READING, settings, learning_rates=rates)
+    data = ["news.jsonl", "law.jsonl"]
+    held_out = ["law.jsonl"]
+    rates = (0.01, 0.001)
+    train("routed", "whole", data, READING, settings, learning_rates=rates, eval_data=held_out)
     calls = []
 
     def interrupted(self, *args, **kwargs):
@@ -467,12 +473,51 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
     stock = shared_training.TokenTrainer.training_step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shared_training.TokenTrainer, "training_step", interrupted)
-        train("routed", "out", data, READING, settings, learning_rates=rates)
+        train("routed", "out", data, READING, settings, learning_rates=rates, eval_data=held_out)
     assert not (here / "out").exists()
     with pytest.raises(click.ClickException, match="--resume goes on"):
-        train("routed", "out", data, READING, settings, learning_rates=rates)
+        train("routed", "out", data, READING, settings, learning_rates=rates, eval_data=held_out)
     with pytest.raises(click.ClickException, match="had another learning rates"):
-        train("routed", "out", data, READING, settings, learning_rates=(0.01, 0.1), resume=True)
+        train(
+            "routed",
+            "out",
+            data,
+            READING,
+            settings,
+            learning_rates=(0.01, 0.1),
+            eval_data=held_out,
+            resume=True,
+        )
+    # What was measured on other texts, or with another base, is not compared.
+    with pytest.raises(click.ClickException, match="had another held out data"):
+        train(
+            "routed",
+            "out",
+            data,
+            READING,
+            settings,
+            learning_rates=rates,
+            eval_data=["news.jsonl"],
+            resume=True,
+        )
+    weights = here / "base" / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(kept[:-64] + bytes(64))
+    with pytest.raises(click.ClickException, match="had another base weights"):
+        train(
+            "routed",
+            "out",
+            data,
+            READING,
+            settings,
+            learning_rates=rates,
+            eval_data=held_out,
+            resume=True,
+        )
+    weights.write_bytes(kept)
+    # A result that was not written to its end is none.
+    (here / "out.checkpoints" / "lr-0.01" / "result.json.partial").write_text("{")
     before = len(calls)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -480,7 +525,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
             "training_step",
             lambda *a, **k: (calls.append(a), stock(*a, **k))[1],
         )
-        train("routed", "out", data, READING, settings, learning_rates=rates, resume=True)
+        train(
+            "routed",
+            "out",
+            data,
+            READING,
+            settings,
+            learning_rates=rates,
+            eval_data=held_out,
+            resume=True,
+        )
     assert len(calls) - before == 4  # two steps of two passes
     expected, got = read_tensors(here / "whole"), read_tensors(here / "out")
     for name, tensor in expected.items():

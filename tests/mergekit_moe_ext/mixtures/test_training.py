@@ -366,16 +366,17 @@ def test_a_split_model_that_was_interrupted_and_resumed_trains_as_a_whole_one(mo
     assert not (moe / "two.checkpoints").exists()
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(moe):
+def test_interrupted_and_resumed_equals_uninterrupted(moe, caplog):
     settings = recipe(
         max_steps=7,
         save_steps=2,
-        held_out=2,
+        held_out=0,
         gradient_accumulation_steps=2,
         per_device_train_batch_size=2,
     )
     data = ["news.jsonl", "law.jsonl"]
-    train("moe", "whole", "all", data, READING, settings)
+    held_out = ["law.jsonl"]
+    train("moe", "whole", "all", data, READING, settings, eval_data=held_out)
     calls = []
 
     def interrupted(self, *args):
@@ -387,11 +388,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(moe):
     stock = trainers.MoeTrainer.training_step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trainers.MoeTrainer, "training_step", interrupted)
-        train("moe", "out", "all", data, READING, settings)
+        train("moe", "out", "all", data, READING, settings, eval_data=held_out)
     assert not (moe / "out").exists()
+    assert "out.checkpoints has checkpoints: --resume goes on with the last" in caplog.text
     assert (moe / "out.checkpoints" / "checkpoint-4" / "trained.safetensors").exists()
     with pytest.raises(click.ClickException, match="--resume goes on"):
-        train("moe", "out", "all", data, READING, settings)
+        train("moe", "out", "all", data, READING, settings, eval_data=held_out)
     with pytest.raises(click.ClickException, match="had another learning rate"):
         train(
             "moe",
@@ -400,10 +402,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(moe):
             data,
             READING,
             recipe(**{**vars(settings), "learning_rate": 0.5}),
+            eval_data=held_out,
             resume=True,
         )
+    with pytest.raises(click.ClickException, match="had another held out data"):
+        train("moe", "out", "all", data, READING, settings, eval_data=["news.jsonl"], resume=True)
+    monitored = logging.getLogger("transformers")
+    monitored.addHandler(caplog.handler)
+    caplog.clear()
     (moe / "out.checkpoints" / "checkpoint-6").mkdir()  # killed while it was written
-    train("moe", "out", "all", data, READING, settings, resume=True)
+    train("moe", "out", "all", data, READING, settings, eval_data=held_out, resume=True)
+    monitored.removeHandler(caplog.handler)
+    assert "trainer_state.json" not in caplog.text  # 0.1 of the steps are no other number of steps
     expected, got = read_tensors(moe / "whole"), read_tensors(moe / "out")
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():

@@ -2,6 +2,8 @@
 against the sources' own probabilities.
 """
 
+import re
+
 import click
 import pytest
 import torch
@@ -525,3 +527,23 @@ def test_a_sum_of_logits_in_which_an_expert_rules_tokens_out_is_warned_about(of_
         caplog.clear()
         mergekit_moe_ext.plan(config)
         assert ("with combine: logits neither can" in caplog.text) == is_told
+
+
+@pytest.mark.parametrize("spelled_tokens", ["share", "mean", "unavailable"])
+def test_only_tokens_that_are_ruled_out_are_counted(of_kinds, caplog, spelled_tokens):
+    """Not those that are written as the unknown token: against the logits of the one expert."""
+    config = document("hetero_moe", ["byte_level", "wordpiece"], "./byte_level")
+    config["parameters"] = {"embedding": "separate", "spelled_tokens": spelled_tokens}
+    out = merge(config)
+    told = re.search(r"wordpiece cannot give (\d+) of the donor's tokens", caplog.text)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([[3, 4, 5]]), coefficients=torch.tensor([[0.0, 1.0]])).logits
+    probabilities = logits[0, -1].softmax(-1)
+    rows = rows_of(
+        *(Tokens(AutoTokenizer.from_pretrained(name)) for name in ("byte_level", "wordpiece")),
+        len(probabilities),
+        AutoModelForCausalLM.from_pretrained("wordpiece").config.vocab_size,
+    )
+    ruled_out = set((probabilities < 1e-9).nonzero()[:, 0].tolist()) - rows.never_made
+    assert int(told[1]) if told else len(ruled_out) == 0
