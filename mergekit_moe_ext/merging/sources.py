@@ -243,7 +243,11 @@ def _warn_of_other_behaviour(
     """
     of_model = _behaviour(config)
     of_donor = _behaviour(donor_config)
-    for key in sorted(of_model.keys() | of_donor.keys()):
+    keys = of_model.keys() | of_donor.keys()
+    if config.model_type == donor_config.model_type:
+        # Each has what the architecture reads. What one has alone, nothing reads any more.
+        keys = of_model.keys() & of_donor.keys()
+    for key in sorted(keys):
         here = of_model.get(key)
         there = of_donor.get(key)
         # Architectures that are like each other leave out what they do not have.
