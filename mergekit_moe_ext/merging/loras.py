@@ -29,10 +29,11 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import equal, nn
 from transformers import PreTrainedModel
 
+from _mergekit_moe_ext_common.checkpoints import first_line
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import embedding_and_head
 from mergekit_moe_ext.merging.method import Job
-from mergekit_moe_ext.merging.sources import first_line, stored_headers
+from mergekit_moe_ext.merging.sources import stored_headers
 
 LOG = logging.getLogger(__name__)
 _PARTIAL = ".partial-"

@@ -31,6 +31,7 @@ from _mergekit_moe_ext_common.checkpoints import (
     check_regular,
     check_shard_name,
     damage,
+    first_line,
     no_weights,
     wrapper_of,
 )
@@ -562,9 +563,3 @@ def _is_tied_to_stored(
 
 def _without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
     return tuple(size for index, size in enumerate(shape) if index != axis)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message, and the second where the first announces it."""
-    lines = [line.strip() for line in (str(error) or type(error).__name__).strip().splitlines()]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
