@@ -41,6 +41,7 @@ from mergekit.merge_methods.base import BasePolicy
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner as StockMergePlanner
 
+from _mergekit_moe_ext_common.checkpoints import wrapper_of
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.layouts import renaming_layer
 from mergekit_moe_ext.merging.loras import merged_or_base
@@ -311,10 +312,12 @@ class MergePlanner(StockMergePlanner):
             for model, of_model in headers.items():
                 if model in holders or (len(parts) > 1 and parts & of_model.shapes.keys()):
                     continue
+                wrapper = wrapper_of(of_model.shapes, names & headers[holders[0]].shapes.keys())
+                hint = ". If it is there under another name, load the model with its class of "
+                hint += "transformers and save it again"
                 raise UserError(
                     f"{self._method.spec.name} cannot merge {weight.name}: {model} does not hold "
-                    f"it, and {holders[0]} does. If it is there under another name, load the model "
-                    "with its class of transformers and save it again"
+                    f"it, and {holders[0]} does{f': {wrapper}' if wrapper else hint}"
                 )
 
     def _drop_unneeded(self, headers: Mapping[ModelReference, Headers]) -> None:

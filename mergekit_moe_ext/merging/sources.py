@@ -185,8 +185,14 @@ def _check_paths(model: ModelReference) -> None:
                 f"{model.lora} (named as {model}) is no LoRA: it has no adapter_config.json"
             )
     base = Path(model.model.path)
-    if (base / "adapter_config.json").exists() and not (base / "config.json").exists():
+    if not base.is_dir() or (base / "config.json").exists():
+        return
+    if (base / "adapter_config.json").exists():
         raise UserError(f"{model} is a LoRA; write its base model before it: BASE+{model}")
+    # A training leaves its checkpoints so, and the Hub's cache its snapshots.
+    inside = [*sorted(base.glob("*/config.json")), *base.glob("snapshots/*/config.json")]
+    hint = f"; {inside[-1].parent} has one" if inside else ""
+    raise UserError(f"{model} has no config.json: it is not a model{hint}")
 
 
 def tokenizer_of(model: ModelReference, options: MergeOptions) -> Any:

@@ -257,6 +257,26 @@ def test_a_config_with_a_wrong_value(here, key, value):
     refused(here, document(models=["odd", "math"]), "the config of ./odd", key)
 
 
+@pytest.mark.parametrize("inside", ["checkpoint-100", "snapshots/0123"])
+def test_a_directory_of_models_is_no_model(here, inside):
+    shutil.copytree(here / "math", here / "run" / inside)
+    for method in ("moe_linear", "dare"):
+        refused(
+            here,
+            document(method, models=["base", "run"]),
+            "./run has no config.json: it is not a model; run/",
+            f"{inside} has one",
+        )
+
+
+def test_names_of_a_wrapper_in_a_dense_merge(here, damaged):
+    tensors = load_file(damaged / "model.safetensors")
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    save_file(wrapped, damaged / "model.safetensors", PLAIN)
+    fragments = ["./damaged does not hold it", "have `_orig_mod.` in them, as torch.compile leaves"]
+    refused(here, document("dare", models=["damaged"]), *fragments)
+
+
 def test_a_config_by_which_no_model_can_be_built(here):
     make_model(here / "odd", 1)
     path = here / "odd" / "config.json"
