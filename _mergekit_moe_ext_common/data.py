@@ -84,6 +84,7 @@ def _parse(text: str) -> Source:
     named = _NAME.fullmatch(text)
     if named and not is_there(text):
         name, path = named.groups()
+        name = name.strip()
     with_split = _SPLIT.fullmatch(path)
     if with_split and not is_there(path):
         path, split = with_split.groups()

@@ -17,8 +17,9 @@ from torch import Tensor
 # trained is another one.
 _FEW_ROWS = 1024
 _FEW_NUMBERS = 2**22
-# Of matrices like these a mixture may have thousands.
-_OF_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+# Of matrices like these a mixture may have thousands: `experts.3.up_proj.weight`, Switch's
+# `experts.expert_3.wo.weight`.
+_OF_ONE_EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.\w+){1,3}$")
 
 
 def weights_fingerprint(files: Iterable[Path]) -> str:
@@ -32,16 +33,13 @@ def fingerprint_of(tensors: Iterable[tuple[str, Sequence[int], Any]]) -> str:
 
     tensors: the name and the shape of each, and what gives its rows by slices, which are tensors.
     """
-    sampled = {}
+    lines = []
     for name, shape, rows in tensors:
         sample = _sample(name, shape, rows).contiguous().reshape(-1).view(torch.uint8)
-        sampled[name] = (tuple(shape), sample.numpy().tobytes())
+        content = hashlib.sha256(sample.numpy().tobytes()).hexdigest()
+        lines.append(f"{name} {tuple(shape)} {content}")
     # Sorted, since shards may hold the same tensors in another order.
-    digest = hashlib.sha256()
-    for name in sorted(sampled):
-        shape, content = sampled[name]
-        digest.update(f"{name} {shape}".encode() + content)
-    return digest.hexdigest()
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _sample(name: str, shape: Sequence[int], rows: Any) -> Tensor:
@@ -50,10 +48,10 @@ def _sample(name: str, shape: Sequence[int], rows: Any) -> Tensor:
     """
     if len(shape) > 2:
         return rows[:, :1]
-    has_few = len(shape) < 2 or shape[0] <= _FEW_ROWS
-    if has_few and math.prod(shape) < _FEW_NUMBERS and not _OF_ONE_EXPERT.search(name):
+    if len(shape) < 2:
         return rows[:]
-    return rows[:1]
+    is_small = shape[0] <= _FEW_ROWS and math.prod(shape) < _FEW_NUMBERS
+    return rows[:] if is_small and not _OF_ONE_EXPERT.search(name) else rows[:1]
 
 
 def _of_files(files: Iterable[Path]) -> Iterator[tuple[str, Sequence[int], Any]]:

@@ -49,6 +49,8 @@ from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.options import Reading
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# These and others: T5's spiece.model, XLM-R's sentencepiece.bpe.model, Marian's source.spm.
+_VOCABULARY = re.compile(r"tokenizer\.json|vocab.*|.*\.(model|spm|tiktoken|bpe)|tekken\.json")
 # Modules are made one by one, so that a number of them that is out of all proportion is not an
 # error of its own but a wait without end. By how keys end: the most that are taken.
 _MOST_MODULES = {"layer": 1_000, "layers": 1_000, "experts": 10_000}
@@ -205,22 +207,36 @@ def read_tokenizer(place: str, name: str, **options: Any) -> Any:
     `NoTokenizerError` where a directory has none. Another `UserError` where it cannot be read: for
     want of a library that it needs, say.
     """
-    directory = Path(place).expanduser()
-    has_files = any((directory / file).exists() for file in TOKENIZER_FILES)
-    might_have_none = directory.is_dir() and not has_files
+    has_none = _has_no_vocabulary(Path(place).expanduser())
+    words: set[str] = set()
     try:
         with explained(f"cannot read the tokenizer of {name}", place):
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            if has_none:
+                words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     except UserError as error:
-        if might_have_none and not isinstance(error.__cause__, ImportError):
+        if has_none:
             raise NoTokenizerError(f"{name} has no tokenizer") from error
         raise
-    # Some need no such files (ByT5), or have one of another name (T5's spiece.model). Where there
-    # is nothing at all, transformers makes up a tokenizer that knows no words for many models.
-    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-    if might_have_none and not words:
+    # Some need no file with words (ByT5). For many other models transformers makes up a tokenizer
+    # that knows none.
+    if has_none and not words:
         raise NoTokenizerError(f"{name} has no tokenizer")
     return tokenizer
+
+
+def _has_no_vocabulary(directory: Path) -> bool:
+    """Whether nothing in a directory is the vocabulary of a tokenizer, whole or damaged, nor names
+    code that might have one.
+    """
+    if not directory.is_dir():
+        return False
+    if any(_VOCABULARY.fullmatch(path.name) for path in directory.iterdir()):
+        return False
+    settings = directory / "tokenizer_config.json"
+    if not settings.exists():
+        return True
+    return damaged_file(directory, settings.name) is None and "auto_map" not in settings.read_text()
 
 
 def vocabulary_of(config: Any) -> int | None:

@@ -41,6 +41,7 @@ from _mergekit_moe_ext_common.training import MEASURES, training_arguments
 
 LOG = logging.getLogger(__name__)
 _SETTINGS = "settings.json"
+_NOT_KEPT_EARLIER = ("held_out_data", "base_weights")
 Losses = dict[str, tuple[float, float]]  # of each source, before and after
 Measures = dict[str, Losses]  # of each task, by the name of what was measured
 
@@ -152,6 +153,8 @@ class Run:
         earlier = json.loads((self.checkpoints / _SETTINGS).read_text(encoding="utf-8"))
         earlier.setdefault("fsdp", False)  # runs of earlier versions, which split no model
         for name, value in self.settings.items():
+            if name in _NOT_KEPT_EARLIER and name not in earlier:
+                continue
             if earlier.get(name) != value:
                 raise UserError(
                     f"the training in {self.checkpoints} had another {name.replace('_', ' ')}: "
@@ -218,7 +221,7 @@ class Run:
 
     def _say_how_to_go_on(self) -> None:
         if any(self.checkpoints.glob("**/checkpoint-*/trainer_state.json")):
-            LOG.warning("%s has checkpoints: --resume goes on with the last", self.checkpoints)
+            LOG.warning("%s has checkpoints: a resumed run goes on from the last", self.checkpoints)
 
     def _keep_settings(self) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)

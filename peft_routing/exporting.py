@@ -36,7 +36,7 @@ def write_experts(experts: Sequence[Expert], directory: str) -> None:
         if folder in folders:
             raise UserError(
                 f"the experts {folders[folder].name!r} and {expert.name!r} would both be written "
-                f"to {folder}: compose them with names that are further apart"
+                f"to {folder}: compose them with names that differ in more than such signs"
             )
         folders[folder] = expert
     with staged(check_output(directory)) as out:

@@ -175,7 +175,8 @@ def refuse_unkept_choices(model: Any, kwargs: dict[str, Any]) -> None:
     if not any(config.routes_sequences for config in _watched(model)):
         return
     for name in _NOT_PER_SEQUENCE:
-        if _setting(model, kwargs, name) not in (None, False):
+        value = _setting(model, kwargs, name)
+        if value is not None and value is not False:
             raise UserError(
                 f"{name}: routing per sequence chooses by the first pass, which must be the prompt",
             )

@@ -27,10 +27,6 @@ from peft_routing.routers.tensors import Source, is_captured, wait_for
 _CAN_BE_ADDED_TO = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-# What keys of `Experts` end in. PEFT tells by the end of a key which adapter it is of.
-NAMES_OF_TENSORS = ("A", "B", "biases")
-
-
 class Experts(nn.Module):
     """The frozen factors of all experts at one module."""
 

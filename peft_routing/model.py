@@ -26,7 +26,7 @@ from peft_routing.hooks import (
     watch,
     with_generation_config,
 )
-from peft_routing.layer import NAMES_OF_TENSORS, RoutedLoraLayer, RoutedLoraLinear, updates
+from peft_routing.layer import RoutedLoraLayer, RoutedLoraLinear, updates
 from peft_routing.loading import check_adapter
 from peft_routing.routers import Router, SharedRouter
 from peft_routing.routers.fixed import FixedRouter
@@ -64,20 +64,17 @@ class RoutedLoraModel(BaseTuner):
 
         Where the configuration names directories, the experts are read and checked before that.
         """
-        if adapter_name in NAMES_OF_TENSORS:
-            raise UserError(
-                f"an adapter cannot be called {adapter_name!r}: routed adapters have tensors of "
-                "that name, and PEFT would leave out those of the others on saving; take another"
-            )
         config = self.peft_config[adapter_name]
         source = config.source
         if source is None:
+            _check_names(self.peft_config, config)
             self._make_room(model, adapter_name, config, **kwargs)
             heads.make_room(model, adapter_name)
         else:
             paths = {**source.experts, **source.general_experts}
             experts = [read_expert(name, path, model) for name, path in paths.items()]
             made = composed(source, experts, model)
+            _check_names(self.peft_config, made)
             # The object that was given is kept, unless another model holds it.
             if config.is_locked:
                 config = made
@@ -563,6 +560,31 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
             f"{type(model).__name__} has no place: load the base model with the class for "
             f"{config.task_type or 'its task'}, such as AutoModelForSequenceClassification"
         )
+
+
+def _check_names(configs: Mapping[str, Any], added: RoutedLoraConfig) -> None:
+    """`UserError` where one of several adapters is called like a part of another's keys.
+
+    PEFT tells by any part of a key whose it is: on saving it would leave these keys out.
+    """
+    if len(configs) == 1:
+        return
+    parts = {"base_model", "model", "routed_lora_experts", "routed_lora_router"}
+    for config in (*configs.values(), added):
+        if not isinstance(config, RoutedLoraConfig) or not config.is_composed:
+            continue
+        parts |= {"A", "B", "biases"}
+        for module in config.sites:
+            parts |= set(module.split("."))
+        router = config.router_class(config, config.names, in_features=1)
+        for name, _ in router.named_parameters():
+            parts |= set(name.split("."))
+    for name in configs:
+        if name in parts:
+            raise UserError(
+                f"an adapter beside others cannot be called {name!r}: tensors of routed adapters "
+                "have that in their names, and PEFT would leave them out on saving; take another"
+            )
 
 
 def _without(by_expert: Mapping[str, Any], name: str) -> dict[str, Any]:

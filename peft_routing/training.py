@@ -21,7 +21,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainingArguments
 
 from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
-from _mergekit_moe_ext_common.checkpoints import weight_files
+from _mergekit_moe_ext_common.checkpoints import damaged_file, weight_files
 from _mergekit_moe_ext_common.data import fingerprint, training_batches
 from _mergekit_moe_ext_common.errors import UserError
 from _mergekit_moe_ext_common.fingerprints import weights_fingerprint
@@ -293,6 +293,9 @@ def _check_trainable(routed: Any, config: RoutedLoraConfig, device: torch.device
 
 
 def _read_result(directory: Path, learning_rate: float) -> Result:
+    damaged = damaged_file(directory, _RESULT)
+    if damaged:
+        raise UserError(f"{damaged}; remove it, and its learning rate is trained again")
     pairs = json.loads((directory / _RESULT).read_text(encoding="utf-8"))
     losses = {name: (before, after) for name, (before, after) in pairs.items()}
     return Result(learning_rate, losses)

@@ -111,8 +111,8 @@ def _overview(records: Mapping[str, Record]) -> str:
         )
     lines += [
         "",
-        "A claim that two experiments test counts twice. Variants of ours do not count, and neither",
-        "do the mixtures that were trained for nine steps.",
+        "A claim that two experiments test counts twice. Variants of ours do not count. Neither do",
+        "the mixtures that were trained for nine steps.",
     ]
     return "\n".join(lines)
 

@@ -199,7 +199,10 @@ def check_usage_is_of(
     """
     stored = stored_model(job, model)
     if usage.checkpoint != checkpoint_fingerprint(stored, job.merge_options):
-        raise UserError(f"{path} is the usage of another model ({usage.model}), not of {model}")
+        raise UserError(
+            f"{path} is the usage of another model ({usage.model}), not of {model}, or of an "
+            "earlier version: count it again with `mergekit-moe-ext usage`"
+        )
     sizes_of_model = {layer.router: num_experts(config) for layer in layers}
     for task, task_usage in usage.tasks.items():
         sizes = {router: len(layer.counts) for router, layer in task_usage.layers.items()}

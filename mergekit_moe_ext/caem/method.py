@@ -42,6 +42,7 @@ from mergekit_moe_ext.merging.sources import (
     stored_model,
     untied_if_any_is,
     views_of,
+    warn_of_other_behaviour,
 )
 from mergekit_moe_ext.merging.tasks import ExpertRows
 from mergekit_moe_ext.merging.wrappers import copied_outside
@@ -103,6 +104,7 @@ class CaemMethod(StructuralMethod):
         configs = read_configs(job)
         check_one_family(job, configs)
         check_same_size(job, configs)
+        warn_of_other_behaviour(job, configs)
         layers = {model: moe_layers(config) for model, config in configs.items()}
         check_same_layers(job, layers)
         manifests = {model: manifest_of(config) for model, config in configs.items()}
@@ -171,7 +173,8 @@ def _tied_alike(
     if donor.is_encoder_decoder:
         return alike
     for model, config in configs.items():
-        if config.tie_word_embeddings and not donor.tie_word_embeddings:
+        is_tied = getattr(config, "tie_word_embeddings", False)
+        if is_tied and not getattr(donor, "tie_word_embeddings", False):
             untied = copy.deepcopy(config)
             untied.tie_word_embeddings = False
             alike[model] = manifest_of(untied)

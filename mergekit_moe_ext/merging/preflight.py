@@ -390,22 +390,23 @@ def _check_tokenizer_of_base(
     base: ModelReference, tokenizer: Any, options: MergeOptions, *, is_union: bool
 ) -> None:
     """Check that mergekit can change the tokenizer of the base as it does where tokens are aligned:
-    it adds to one for a union, and takes tokens away that the model has no rows for.
+    for a union it adds tokens, and it takes those away that the model has no rows for.
     """
     kind = type(tokenizer).__name__
-    if is_union and not tokenizer.is_fast:
+    is_fast = getattr(tokenizer, "is_fast", False)
+    if is_union and not is_fast:
         raise UserError(
-            f"{base}: its tokenizer, a {kind}, is none of the fast ones, and mergekit makes a "
-            "union of such alone: take `base`, or the path of a model"
+            f"{base}: its tokenizer, a {kind}, is not a fast one, and mergekit makes unions of "
+            "fast tokenizers only: take `base`, or the path of a model"
         )
     rows = vocabulary_of(config_of(base, options))
     last = max(tokenizer.get_vocab().values(), default=0)
     if rows is None or last < rows:
         return
-    if not tokenizer.is_fast or type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
+    if not is_fast or type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
         raise UserError(
             f"{base}: its tokenizer, a {kind}, has the token {last}, and the model only {rows} "
-            "rows; mergekit takes tokens away from fast BPE tokenizers alone: resize the model's "
+            "rows; mergekit takes tokens away from fast BPE tokenizers only: resize the model's "
             "embeddings, or take the tokens away"
         )
 

@@ -6,6 +6,7 @@ any tensor. Only tensors that may be tied are compared by their values.
 
 import copy
 import functools
+import inspect
 import logging
 import pickle
 import re
@@ -61,14 +62,14 @@ _SIZES = (
 # other differs, the output does as the donor does.
 _WITHOUT_EFFECT = re.compile(
     # what it is called, how it was saved, and what else it can be asked for
-    r"_.*|architectures|model_type|transformers_version|(torch_)?dtype|auto_map|use_cache|output_.*"
-    r"|return_dict|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params"
+    r"_.*|architectures|model_type|transformers_version|(torch_)?dtype|auto_map|use_cache"
+    r"|output_(attentions|hidden_states|router_logits|scores|past)|return_dict|id2label|label2id"
+    r"|num_labels|problem_type|finetuning_task|task_specific_params|chunk_size_feed_forward"
     # its tokens, which `tokenizer:` aligns; a head of its own, and the number of experts
-    r"|vocab_size|.*token_(ids?|index)|.*_token|tie_word_embeddings|(num|n|moe_num)_(.*_)?experts"
+    r"|vocab_size|.*token_(ids?|index)|tie_word_embeddings|(num|n|moe_num)_(.*_)?experts"
     # what matters in training alone
-    r"|.*drop(out)?|.*dropout.*|.*pdrop|.*drop_.*|.*layerdrop|.*initializ.*|init_.*|.*_init.*"
-    r"|.*aux_loss.*|.*z_loss.*|.*jitter.*|gradient_.*|pretraining_tp|max_position_embeddings"
-    r"|unsloth.*"
+    r"|(?!token_).*(dropout|pdrop|layerdrop|drop_path|drop_rate).*|.*_drop|.*initializer.*|init_std"
+    r"|initializ.*|.*aux_loss.*|.*z_loss.*|.*jitter.*|gradient_checkpointing|pretraining_tp"
 )
 # What a damaged index, safetensors file or pickle makes its reader raise.
 _UNREADABLE = (
@@ -218,10 +219,7 @@ def names_of(models: list[ModelReference]) -> list[str]:
 
 
 def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
-    """All sources must have the sizes of the donor. `UserError` names the key that differs.
-
-    Keys that change what a model computes, but not its sizes, are warned about.
-    """
+    """All sources must have the sizes of the donor. `UserError` names the key that differs."""
     keys = list(_SIZES)
     if not _vocabulary_may_differ(job):
         keys.append("vocab_size")
@@ -239,45 +237,41 @@ def check_same_size(job: Job, configs: Mapping[ModelReference, PretrainedConfig]
                     f"{model} has another size than {job.donor}: `{key}` is {here!r}, not "
                     f"{there!r}{hint}"
                 )
-        _warn_of_other_behaviour(job, model, whole, configs[job.donor])
 
 
-def _warn_of_other_behaviour(
-    job: Job, model: ModelReference, config: PretrainedConfig, donor_config: PretrainedConfig
-) -> None:
+def warn_of_other_behaviour(job: Job, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
     """Warn of each key that lets a source compute something else than the donor, which is what the
     output does.
     """
-    of_model = _behaviour(config)
-    of_donor = _behaviour(donor_config)
-    keys = of_model.keys() | of_donor.keys()
-    if config.model_type == donor_config.model_type:
-        # Each has what the architecture reads. What one has alone, nothing reads any more.
-        keys = of_model.keys() & of_donor.keys()
-    for key in sorted(keys):
-        here = of_model.get(key)
-        there = of_donor.get(key)
-        # Architectures that are like each other leave out what they do not have.
-        if here != there and (here or there):
-            LOG.warning(
-                "`%s` of %s is %s; the output has that of %s: %s",
-                key,
-                model,
-                here,
-                job.donor,
-                there,
-            )
+    of_donor = _behaviour(configs[job.donor])
+    for model, config in configs.items():
+        of_model = _behaviour(config)
+        for key in sorted(of_model.keys() | of_donor.keys()):
+            here = of_model.get(key)
+            there = of_donor.get(key)
+            # Architectures that are like each other leave out what they do not have.
+            if here != there and (here or there):
+                LOG.warning(
+                    "`%s` of %s is %s; the output has that of %s: %s",
+                    key,
+                    model,
+                    here,
+                    job.donor,
+                    there,
+                )
 
 
 def _behaviour(config: PretrainedConfig) -> dict[str, Any]:
     """What a config and those inside it say of what the model computes, by key; inner keys have the
     outer one before them.
     """
+    # What the class declares: a file may have further keys, of earlier versions and of other
+    # libraries, which nothing reads.
     behaviour = {}
-    for key, value in config.to_dict().items():
-        inner = getattr(config, key, None)
-        if isinstance(inner, PretrainedConfig):
-            for inner_key, inner_value in _behaviour(inner).items():
+    for key in inspect.signature(type(config)).parameters:
+        value = getattr(config, key, None)
+        if isinstance(value, PretrainedConfig):
+            for inner_key, inner_value in _behaviour(value).items():
                 behaviour[f"{key}.{inner_key}"] = inner_value
         elif key not in _SIZES and not _WITHOUT_EFFECT.fullmatch(key):
             behaviour[key] = value
@@ -310,7 +304,10 @@ def untied_if_any_is(
     donor = configs[job.donor]
     if donor.is_encoder_decoder or not getattr(donor, "tie_word_embeddings", False):
         return donor
-    untied = [model for model, config in configs.items() if not config.tie_word_embeddings]
+    untied = []
+    for model, config in configs.items():
+        if not getattr(config, "tie_word_embeddings", False):
+            untied.append(model)
     if not untied:
         return donor
     LOG.warning(

@@ -23,6 +23,7 @@ from mergekit_moe_ext.merging.sources import (
     read_configs,
     read_headers,
     views_of,
+    warn_of_other_behaviour,
 )
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
 from mergekit_moe_ext.sequence.options import (
@@ -81,6 +82,8 @@ class SeqMoe(StructuralMethod):
         decoders = read_decoders(configs)
         _check_one_architecture(job, decoders)
         check_same_size(job, configs)
+        if job.options.mix == "ffn":  # else each expert runs by its own config
+            warn_of_other_behaviour(job, configs)
         donor = decoders[job.donor]
         manifests = {model: decoder.manifest for model, decoder in decoders.items()}
         headers = read_headers(job, configs, manifests)

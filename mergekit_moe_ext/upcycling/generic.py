@@ -22,6 +22,7 @@ from mergekit_moe_ext.merging.sources import (
     output_dtype,
     read_headers,
     views_of,
+    warn_of_other_behaviour,
 )
 from mergekit_moe_ext.merging.tasks import StackedExperts
 from mergekit_moe_ext.merging.wrappers import copied_outside, language_config
@@ -151,6 +152,7 @@ def plan_upcycled(
             "a generic mixture does not truncate embeddings; align vocabularies with `tokenizer:`"
         )
     check_same_size(job, configs)
+    warn_of_other_behaviour(job, configs)
     headers = read_headers(job, configs, dict.fromkeys(configs, dense.manifest))
     config = upcycled_config(donor, dense.ffns, len(job.experts), experts_per_token)
     network, state = hub_state(config)

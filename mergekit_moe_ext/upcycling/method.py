@@ -35,6 +35,7 @@ from mergekit_moe_ext.merging.sources import (
     read_headers,
     untied_if_any_is,
     views_of,
+    warn_of_other_behaviour,
 )
 from mergekit_moe_ext.merging.tasks import Filled, StackedExperts
 from mergekit_moe_ext.merging.wrappers import copied_outside, language_config
@@ -131,6 +132,7 @@ class MoeMethod(StructuralMethod):
             defaults = _mergeme_defaults(job, self._shared)
             return _generic_plan(job, configs, donor, defaults, reason)
         check_same_size(job, configs)
+        warn_of_other_behaviour(job, configs)
         experts_per_token = _experts_per_token(job, family)
         config = family.output_config(
             donor, len(experts), experts_per_token, **_options_of_family(job, family)

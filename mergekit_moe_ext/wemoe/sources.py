@@ -20,6 +20,7 @@ from mergekit_moe_ext.merging.sources import (
     read_configs,
     read_headers,
     untied_if_any_is,
+    warn_of_other_behaviour,
 )
 from mergekit_moe_ext.merging.views import derived_shapes
 from mergekit_moe_ext.modeling.any_base import auto_class_of
@@ -103,6 +104,7 @@ def read_sources(job: Job, method: str) -> Sources:
     configs |= {model: as_tower(configs[model]) for model in projecting}
     _check_one_architecture(base, configs)
     check_same_size(job, configs)
+    warn_of_other_behaviour(job, configs)
     networks = {model: hub_state(config) for model, config in configs.items()}
     manifests = {model: manifest_from(*each) for model, each in networks.items()}
     manifests |= {model: with_projection(manifests[model], configs[model]) for model in projecting}

@@ -18,8 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from _mergekit_moe_ext_common.cards import extend_card, sources_in_markdown
+from _mergekit_moe_ext_common.checkpoints import weight_files
 from _mergekit_moe_ext_common.data import collate, fingerprint
 from _mergekit_moe_ext_common.errors import UserError
+from _mergekit_moe_ext_common.fingerprints import weights_fingerprint
 from _mergekit_moe_ext_common.loading import (
     load_model,
     load_tokenizer,
@@ -97,7 +99,9 @@ def distil(
     settings = {
         "adapter": adapter_fingerprint(adapter, adapter),
         "base_model": base,
+        "base_weights": weights_fingerprint(weight_files(base)),
         "data": fingerprint(training),
+        "held_out_data": {name: fingerprint(rows) for name, rows in held_out.items()},
         **asdict(recipe),
         "coefficients": dict(coefficients or {}),
         "beta": beta,

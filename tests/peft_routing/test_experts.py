@@ -858,3 +858,19 @@ def test_an_encoder_decoder_has_no_prefix(
         model.add_adapter("second", config)
     assert list(model.peft_config) == ["default"]
     assert torch.equal(family.output(model), routed)
+
+
+@pytest.mark.parametrize("router", ["arrow", "uniform"])
+def test_an_expert_in_float8_is_composed_with_others(tmp_path, router):
+    """PyTorch promotes float8 to no other dtype."""
+    experts = save_experts(tmp_path)
+    for file in Path(experts["math"]).glob("*.safetensors"):
+        rounded = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
+        save_file(rounded, file)
+    model = get_peft_model(make_base(), RoutedLoraConfig(experts=experts, router=router)).eval()
+    ids = torch.arange(2, 12)[None]
+    for index, path in enumerate(experts.values()):
+        alone = PeftModel.from_pretrained(make_base(), path).eval()
+        one_hot = torch.nn.functional.one_hot(torch.tensor([index]), 3).float()
+        got = model(ids, coefficients=one_hot).logits
+        torch.testing.assert_close(got, alone(ids).logits, atol=1e-5, rtol=1e-5)

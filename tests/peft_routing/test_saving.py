@@ -1298,12 +1298,20 @@ def test_the_card_has_names_escaped_and_no_path(place: Place, tmp_path: Path) ->
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "owner/base"
 
 
-@pytest.mark.parametrize("name", ["A", "B", "biases"])
-def test_an_adapter_is_not_called_like_its_tensors(tmp_path: Path, name: str) -> None:
-    """PEFT tells by the end of a key whose it is, and leaves out those of other adapters."""
+@pytest.mark.parametrize("name", ["A", "B", "weight", "layers", "0"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_adapter_beside_others_is_not_called_like_their_tensors(
+    tmp_path: Path, name: str, is_first: bool
+) -> None:
+    """PEFT tells by any part of a key whose it is, and leaves out those of other adapters."""
     experts = save_experts(tmp_path)
-    model = get_peft_model(make_base(), RoutedLoraConfig(experts=experts))
-    with pytest.raises(UserError, match=f"an adapter cannot be called '{name}'"):
-        model.add_adapter(name, RoutedLoraConfig(experts=experts))
-    with pytest.raises(UserError, match=f"an adapter cannot be called '{name}'"):
-        get_peft_model(make_base(), RoutedLoraConfig(experts=experts), adapter_name=name)
+    names = (name, "other") if is_first else ("other", name)
+    config = RoutedLoraConfig(experts=experts, router="linear")
+    model = get_peft_model(make_base(), config, adapter_name=names[0])
+    with pytest.raises(UserError, match=f"an adapter beside others cannot be called '{name}'"):
+        model.add_adapter(names[1], RoutedLoraConfig(experts=experts))
+    model.save_pretrained(str(tmp_path / "saved"))
+    place = tmp_path / "saved" if names[0] == "default" else tmp_path / "saved" / names[0]
+    loaded = PeftModel.from_pretrained(make_base(), place)
+    ids = torch.arange(2, 10)[None]
+    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)

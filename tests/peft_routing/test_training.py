@@ -516,8 +516,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
             resume=True,
         )
     weights.write_bytes(kept)
-    # A result that was not written to its end is none.
-    (here / "out.checkpoints" / "lr-0.01" / "result.json.partial").write_text("{")
+    result = here / "out.checkpoints" / "lr-0.01" / "result.json"
+    whole = result.read_text()
+    result.write_text(whole[:-5])
+    with pytest.raises(click.ClickException, match=r"result.json is damaged: .*; remove it, and"):
+        train(
+            "routed",
+            "out",
+            data,
+            READING,
+            settings,
+            learning_rates=rates,
+            eval_data=held_out,
+            resume=True,
+        )
+    result.write_text(whole)
     before = len(calls)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

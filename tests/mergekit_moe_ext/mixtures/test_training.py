@@ -390,7 +390,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(moe, caplog):
         patch.setattr(trainers.MoeTrainer, "training_step", interrupted)
         train("moe", "out", "all", data, READING, settings, eval_data=held_out)
     assert not (moe / "out").exists()
-    assert "out.checkpoints has checkpoints: --resume goes on with the last" in caplog.text
+    assert "out.checkpoints has checkpoints: a resumed run goes on from the last" in caplog.text
     assert (moe / "out.checkpoints" / "checkpoint-4" / "trained.safetensors").exists()
     with pytest.raises(click.ClickException, match="--resume goes on"):
         train("moe", "out", "all", data, READING, settings, eval_data=held_out)

@@ -137,6 +137,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(here, monkeypatch):
         distil_here("stopped", save_steps=2)
     with pytest.raises(UserError, match="had another max steps: 4, not 5"):
         distil_here("stopped", save_steps=2, max_steps=5, resume=True)
+    weights = here / "base" / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-64] + bytes(64))
+    with pytest.raises(UserError, match="had another base weights"):
+        distil_here("stopped", save_steps=2, resume=True)
+    weights.write_bytes(kept)
     resumed = distil_here("stopped", save_steps=2, resume=True)
     assert len(steps) == 4 + 2
     assert resumed == expected
