@@ -599,7 +599,8 @@ def save(trunk: Dinov2Model, head: Tensor, classes: list[str], scale: Scale, fol
     model = Dinov2ForImageClassification(config)
     model.dinov2.load_state_dict(trunk.state_dict())
     with torch.no_grad():
-        center, weight = head[0], head[1:]
+        center = head[0]
+        weight = head[1:]
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(-center if scale.head == "cosine" else -(weight @ center))
     model.save_pretrained(folder)
@@ -630,8 +631,9 @@ def make_bench(
     models = {task: root / f"seed{seed}" / task for task in TASKS}
     is_made = heads_file.is_file() and all(path.is_dir() for path in models.values())
     lower = {}
-    for task in TASKS if not is_made else ():
-        lower[task] = lower_part(trunk, data[task].train, scale.frozen)
+    if not is_made:
+        for task in TASKS:
+            lower[task] = lower_part(trunk, data[task].train, scale.frozen)
     if not heads_file.is_file():
         heads = {}
         for task, below in lower.items():
