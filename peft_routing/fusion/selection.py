@@ -85,13 +85,14 @@ def greedy(losses: Tensor) -> Selection:
     def gain(expert: int) -> float:
         return (so_far - of_experts[:, expert]).clamp(min=0).mean().item()
 
-    # Of equal gains the first expert is taken.
+    # The expert with the largest bound comes first; of equal ones, the first expert.
     bounds = [(-gain(expert), expert) for expert in range(of_experts.shape[1])]
     heapq.heapify(bounds)
     order: list[int] = []
     while bounds:
         _, expert = heapq.heappop(bounds)
         now = (-gain(expert), expert)
+        # Another's bound is larger than this gain, which is a bound from now on.
         if bounds and bounds[0] < now:
             heapq.heappush(bounds, now)
             continue
