@@ -9,7 +9,6 @@ bytes as the output has. Planning is timed on tiny mixtures with very many exper
 that grows with their square would show; there the limit is to read the headers alone.
 """
 
-import shutil
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import click
 import torch
 import yaml
-from merge import BIN, IMPORT, copy_measured, report, run_measured
+from merge import BIN, IMPORT, in_turn, report
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -104,15 +103,7 @@ def whole_merges(layers: int, repeats: int) -> str:
         for name in NAMES:
             inputs += (root / name).glob("*.safetensors")
         bytes_read = sum(path.stat().st_size for path in inputs)
-        runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in tools}
-        copies: dict[str, list[float]] = {name: [] for name in tools if name != IMPORT}
-        for _ in range(repeats):
-            for name, command in tools.items():
-                runs[name].append(run_measured(command, root))
-                size = sum(path.stat().st_size for path in root.glob("out/*.safetensors"))
-                shutil.rmtree(root / "out", ignore_errors=True)
-                if name in copies:
-                    copies[name].append(copy_measured(inputs, root / "copy.bin", size))
+        runs, copies = in_turn(tools, root, inputs, repeats)
     return f"read {bytes_read / 1e9:.2f} GB; {repeats} runs each\n\n{report(runs, copies)}"
 
 

@@ -24,7 +24,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,6 +273,14 @@ def one_library(
     size = sum(file.stat().st_size for file in (root / "library").rglob("*") if file.is_file())
     click.echo(f"  {'its files':<34} {'':>10} {size / 1e6:>8.1f} MB")
 
+    find_duplicates(at, adapters, root_of)
+    find_clusters(at, root_of)
+    select_for_tasks(at, root, texts, root_of, generator)
+    route_texts(at, root, texts, root_of, generator, numbers)
+
+
+def find_duplicates(at: str, adapters: Sequence[Adapter], root_of: Mapping[str, int]) -> None:
+    """Says how many copies `dedupe` names, and of which root."""
     duplicates, _ = measured("dedupe", lambda: library.dedupe(at, READING))
     named = {each.name for each in duplicates}
     copies = {adapter.name for adapter in adapters if adapter.is_copy}
@@ -282,6 +290,10 @@ def one_library(
         f"{len(named & copies)} of {len(copies)}, and {len(named - copies)} others; "
         f"{of_right_root} of {len(named)} of the right root",
     )
+
+
+def find_clusters(at: str, root_of: Mapping[str, int]) -> None:
+    """Says how many adapters `cluster` puts with most of their root."""
     for method in ("average", "kmeans"):
         clusters, _ = measured(
             f"cluster, {method}",
@@ -292,10 +304,15 @@ def one_library(
             right += Counter(root_of[name] for name in members).most_common(1)[0][1]
         truth(
             "clusters",
-            f"{len(clusters.members)} of {ROOTS}, {right} of {len(adapters)} adapters with most of "
+            f"{len(clusters.members)} of {ROOTS}, {right} of {len(root_of)} adapters with most of "
             f"their root, silhouette {clusters.silhouette:.2f}",
         )
 
+
+def select_for_tasks(
+    at: str, root: Path, texts: Texts, root_of: Mapping[str, int], generator: torch.Generator
+) -> None:
+    """Says of how many roots the adapters are that `select` takes for the tasks of all roots."""
     tasks = {}
     for task in range(ROOTS):
         rows = texts.draw(task, 16, generator)
@@ -307,6 +324,18 @@ def one_library(
         f"{len(found)} of {ROOTS}, test loss {chosen.test[0]:.3f} to {chosen.test[-1]:.3f}",
     )
 
+
+def route_texts(
+    at: str,
+    root: Path,
+    texts: Texts,
+    root_of: Mapping[str, int],
+    generator: torch.Generator,
+    numbers: Sequence[int],
+) -> None:
+    """Says for how many texts `route` names an adapter of the right root, for each number of texts,
+    and what a further text costs.
+    """
     times = []
     for number in numbers:
         requests = torch.cat(

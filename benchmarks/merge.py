@@ -76,7 +76,11 @@ def write_configs(root: Path) -> None:
     (root / "mergekit-moe.yml").write_text(yaml.safe_dump(moe))
 
 
-def run_measured(command: Sequence[str | Path], root: Path) -> tuple[float, float, float]:
+# The wall seconds of a run, its peak anonymous memory and its peak resident memory, both in GB.
+Run = tuple[float, float, float]
+
+
+def run_measured(command: Sequence[str | Path], root: Path) -> Run:
     """The wall seconds of a command, its peak anonymous memory and its peak resident memory (with
     mapped files), both in GB.
     """
@@ -85,7 +89,8 @@ def run_measured(command: Sequence[str | Path], root: Path) -> tuple[float, floa
         process = subprocess.Popen(
             [str(part) for part in command], cwd=root, stdout=log, stderr=log
         )
-        anonymous = resident = 0
+        anonymous = 0
+        resident = 0
         while process.poll() is None:
             try:
                 status = Path(f"/proc/{process.pid}/status").read_text()
@@ -124,6 +129,34 @@ def forget(paths: Sequence[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def in_turn(
+    tools: Mapping[str, Sequence[str | Path]],
+    root: Path,
+    inputs: Sequence[Path],
+    repeats: int,
+    cold: bool = False,
+) -> tuple[dict[str, list[Run]], dict[str, list[float]]]:
+    """The runs of the tools, which take turns, and after each run of a merge the seconds of a copy
+    of its output's size.
+
+    cold: whether every run and every copy reads the inputs from the disk.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in tools}
+    copies: dict[str, list[float]] = {name: [] for name in tools if name != IMPORT}
+    for _ in range(repeats):
+        for name, command in tools.items():
+            if cold:
+                forget(inputs)
+            runs[name].append(run_measured(command, root))
+            size = sum(path.stat().st_size for path in root.glob("out/*.safetensors"))
+            shutil.rmtree(root / "out", ignore_errors=True)
+            if name in copies:
+                if cold:
+                    forget(inputs)
+                copies[name].append(copy_measured(inputs, root / "copy.bin", size))
+    return runs, copies
+
+
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option(
     "--layers", default=16, show_default=True, help="Number of layers of each source model."
@@ -149,19 +182,7 @@ def main(layers: int, width: int, repeats: int, cold: bool, only: tuple[str, ...
         write_configs(root)
         inputs = [root / name / "model.safetensors" for name in NAMES]
         bytes_read = sum(path.stat().st_size for path in inputs)
-        runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in tools}
-        copies: dict[str, list[float]] = {name: [] for name in tools if name != IMPORT}
-        for _ in range(repeats):
-            for name, command in tools.items():
-                if cold:
-                    forget(inputs)
-                runs[name].append(run_measured(command, root))
-                size = sum(path.stat().st_size for path in root.glob("out/*.safetensors"))
-                shutil.rmtree(root / "out", ignore_errors=True)
-                if name in copies:
-                    if cold:
-                        forget(inputs)
-                    copies[name].append(copy_measured(inputs, root / "copy.bin", size))
+        runs, copies = in_turn(tools, root, inputs, repeats, cold)
     source = " from the disk" if cold else ""
     click.echo(
         f"read {bytes_read / 1e9:.2f} GB{source}; {repeats} runs each: medians, and the range of "
@@ -171,7 +192,7 @@ def main(layers: int, width: int, repeats: int, cold: bool, only: tuple[str, ...
 
 
 def report(
-    runs: Mapping[str, Sequence[tuple[float, float, float]]],
+    runs: Mapping[str, Sequence[Run]],
     copies: Mapping[str, Sequence[float]],
 ) -> str:
     """A line per tool: the median of its seconds, of those that a copy takes and of its peak

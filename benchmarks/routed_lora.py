@@ -100,14 +100,20 @@ class Row:
     def __str__(self) -> str:
         ours = self.seconds["routed"]
         lora = self.seconds["one plain LoRA"]
-        arrow = self.seconds.get(PEFTS)
+        work = "forward" if self.work is forward else "+backward"
+        arrow_ms = "-"
+        arrow_ratio = "-"
+        arrow_mb = "-"
+        if PEFTS in self.seconds:
+            arrow = self.seconds[PEFTS]
+            arrow_ms = f"{arrow * 1e3:.2f}"
+            arrow_ratio = f"{arrow / ours:.1f}"
+            arrow_mb = f"{self.extra[PEFTS] / 1e6:.1f}"
         return (
             f"{self.sizes[0]:>5} x {self.sizes[1]:<4} {self.rank:>3} {self.experts:>4} {self.k:>4} "
-            f"{self.tokens:>6} {'forward' if self.work is forward else '+backward':>9} "
-            f"{self.seconds['base layer'] * 1e3:>8.2f} {lora * 1e3:>8.2f} {ours * 1e3:>8.2f} "
-            f"{f'{arrow * 1e3:.2f}' if arrow else '-':>9} {ours / lora:>7.2f} "
-            f"{f'{arrow / ours:.1f}' if arrow else '-':>7} {self.extra['routed'] / 1e6:>8.1f} "
-            f"{f'{self.extra[PEFTS] / 1e6:.1f}' if arrow else '-':>9}"
+            f"{self.tokens:>6} {work:>9} {self.seconds['base layer'] * 1e3:>8.2f} "
+            f"{lora * 1e3:>8.2f} {ours * 1e3:>8.2f} {arrow_ms:>9} {ours / lora:>7.2f} "
+            f"{arrow_ratio:>7} {self.extra['routed'] / 1e6:>8.1f} {arrow_mb:>9}"
         )
 
 

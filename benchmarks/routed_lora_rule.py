@@ -89,6 +89,49 @@ WORKS = (forward, forward_and_backward)
 NOT_CHOSEN = ("gathered", forward_and_backward)  # it would keep its copies
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A row of the table: a case whose ways were timed.
+
+    milliseconds: by way and work.
+    choices: the way that the rule chooses for each of `WORKS`.
+    """
+
+    case: Case
+    ways: list[mixing.Way]
+    milliseconds: dict[tuple[mixing.Way, Callable[..., None]], float]
+    choices: list[mixing.Way]
+
+    def __str__(self) -> str:
+        cells = []
+        for way in self.ways:
+            times = []
+            for work, choice in zip(WORKS, self.choices, strict=True):
+                star = "*" if way == choice else ""
+                times.append(f" {self.milliseconds[way, work]:.2f}{star}")
+            cells.append(way + "/".join(times))
+        return f"{self.case}  {'  '.join(cells)}"
+
+    def regrets(self) -> list[float]:
+        """The share by which the rule's choice takes longer than the best way, for each work."""
+        regrets = []
+        for work, choice in zip(WORKS, self.choices, strict=True):
+            times = [self.milliseconds[way, work] for way in self.ways if (way, work) != NOT_CHOSEN]
+            regrets.append(self.milliseconds[choice, work] / min(times) - 1)
+        return regrets
+
+
+def timed(case: Case, dtype: torch.dtype) -> Timed:
+    """The case with the best time of each way, forward and forward with backward."""
+    ways, choices = case.ways(dtype)
+    works = {}
+    for (name, way), work in itertools.product(ways.items(), WORKS):
+        works[name, work] = partial(work, way)
+    best = best_in_turn(works, "cpu", 0.3)
+    milliseconds = {key: seconds * 1e3 for key, seconds in best.items()}
+    return Timed(case, list(ways), milliseconds, choices)
+
+
 @click.command()
 @click.option(
     "--experts",
@@ -152,36 +195,17 @@ def main(
         f"{'in x out':>12} {'E':>4} {'r':>3} {'k':>2} {'tokens':>6}  ms, and * for the rule's "
         "choice"
     )
-    measured: list[tuple[Case, dict[mixing.Way, float]]] = []
-    regrets: list[tuple[float, ...]] = []
+    measured: list[Timed] = []
     for sizes, experts, rank, k, count in itertools.product(shapes, counts, ranks, ks, tokens):
         if k < experts:
-            case = Case(count, experts, rank, k, sizes)
-            ways, choices = case.ways(getattr(torch, dtype))
-            works = {}
-            for (name, way), work in itertools.product(ways.items(), WORKS):
-                works[name, work] = partial(work, way)
-            best = {
-                name: seconds * 1e3 for name, seconds in best_in_turn(works, "cpu", 0.3).items()
-            }
-            cells = []
-            for name in ways:
-                times = []
-                for work, choice in zip(WORKS, choices, strict=True):
-                    times.append(f" {best[name, work]:.2f}{'*' if name == choice else ''}")
-                cells.append(name + "/".join(times))
-            click.echo(f"{case}  {'  '.join(cells)}")
-            measured.append((case, {name: best[name, forward] for name in ways}))
-            of_works = []
-            for work, choice in zip(WORKS, choices, strict=True):
-                least = min(best[name, work] for name in ways if (name, work) != NOT_CHOSEN)
-                of_works.append(best[choice, work] / least - 1)
-            regrets.append(tuple(of_works))
+            row = timed(Case(count, experts, rank, k, sizes), getattr(torch, dtype))
+            click.echo(str(row))
+            measured.append(row)
     for index, name_of_work in enumerate(("forward", "forward and backward")):
-        regrets_of_work = [regret[index] for regret in regrets]
+        regrets = [row.regrets()[index] for row in measured]
         click.echo(
-            f"{name_of_work}: the rule takes {np.mean(regrets_of_work):.1%} more than the best "
-            f"way, at worst {max(regrets_of_work):.0%}"
+            f"{name_of_work}: the rule takes {np.mean(regrets):.1%} more than the best "
+            f"way, at worst {max(regrets):.0%}"
         )
     if fit:
         for name_of_way in mixing.COSTS:
@@ -189,9 +213,12 @@ def main(
             click.echo(f'    "{name_of_way}": ({constants}),')
 
 
-def fitted(measured: Sequence[tuple[Case, dict[mixing.Way, float]]], way: mixing.Way) -> Any:
+def fitted(measured: Sequence[Timed], way: mixing.Way) -> Any:
     """The non-negative milliseconds per unit of work with the least mean squared relative error."""
-    rows = [np.array(case.work()[way]) / best[way] for case, best in measured if way in best]
+    rows = []
+    for row in measured:
+        if way in row.ways:
+            rows.append(np.array(row.case.work()[way]) / row.milliseconds[way, forward])
     return nnls(np.stack(rows), np.ones(len(rows)))[0]
 
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
@@ -30,8 +31,18 @@ METHODS = ("ties", "fast_ties", "dare_linear", "dare")
 DENSITY = 0.8
 
 
-def measure(shape: tuple[int, int], device: str) -> list[tuple[str, str, int, float, float]]:
-    """The rows of the table: method, dtype, number of sources, seconds, extra memory in tensors."""
+class Row(NamedTuple):
+    """A row of the table; extra memory is in units of one input tensor."""
+
+    method: str
+    dtype: str
+    sources: int
+    seconds: float
+    extra: float
+
+
+def measure(shape: tuple[int, int], device: str) -> list[Row]:
+    """The rows of the table, which are printed as they are measured."""
     rows = []
     for dtype_name, dtype in DTYPES.items():
         inputs = [torch.randn(shape, device=device).to(dtype) for _ in range(9)]
@@ -46,9 +57,9 @@ def measure(shape: tuple[int, int], device: str) -> list[tuple[str, str, int, fl
             jobs += [(name, count, partial(_merge, used, name)) for name in METHODS]
         for name, count, job in jobs:
             extra = peak_extra_bytes(job, device) / size  # and a warm-up
-            row = (name, dtype_name, count, best_seconds(job, device), extra)
-            rows.append(row)
-            click.echo(f"{name:26}{dtype_name:10}{count:3}{row[3]:10.3f} s{row[4]:8.2f} tensors")
+            seconds = best_seconds(job, device)
+            rows.append(Row(name, dtype_name, count, seconds, extra))
+            click.echo(f"{name:26}{dtype_name:10}{count:3}{seconds:10.3f} s{extra:8.2f} tensors")
     return rows
 
 
@@ -63,23 +74,23 @@ def _merge(tensors: list[torch.Tensor], method: str) -> torch.Tensor:
     )
 
 
-def write(rows: list[tuple[str, str, int, float, float]], title: str, folder: Path) -> None:
+def write(rows: list[Row], title: str, folder: Path) -> None:
     """Writes the table and a figure of it."""
     lines = [f"# Kernels\n\n{title}. Made by `python benchmarks/tensor_methods.py --write docs`.\n"]
     lines.append("![Seconds of each method](kernels.png)\n")
     lines.append(
         "| | dtype | sources | seconds | extra memory (tensors) |\n|---|---|---:|---:|---:|"
     )
-    lines += [
-        f"| {name} | {dtype} | {n} | {seconds:.3f} | {extra:.2f} |"
-        for name, dtype, n, seconds, extra in rows
-    ]
+    for row in rows:
+        lines.append(
+            f"| {row.method} | {row.dtype} | {row.sources} | {row.seconds:.3f} | {row.extra:.2f} |"
+        )
     (folder / "kernels.md").write_text("\n".join(lines) + "\n")
 
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, dtype in zip(axes, DTYPES, strict=True):
         for index, name in enumerate(("copy", *METHODS)):
-            seconds = [row[3] for row in rows if row[0] == name and row[1] == dtype]
+            seconds = [row.seconds for row in rows if (row.method, row.dtype) == (name, dtype)]
             axis.bar(
                 [group + (index - 2) * 0.17 for group in range(3)], seconds, width=0.16, label=name
             )

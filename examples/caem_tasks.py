@@ -16,7 +16,6 @@ It shows how the pieces fit together, not that one allocation is better: one see
 very little training. It takes about half an hour on two cores; `--steps 1` shows that it runs.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -29,9 +28,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
 import yaml
-from demo import BLOCK, DOMAINS, blocks, table
+from demo import BLOCK, DOMAINS, blocks, table, write_blocks
 from mergeme_homogeneous import BATCH, READING, write_texts
-from real_data import domains, smollm2
+from real_data import Domain, domains, smollm2
 from transformers import AutoTokenizer
 
 from mergekit_moe_ext import Recipe, UserError, count_usage, train
@@ -87,6 +86,26 @@ def fine_tune(
     return losses or {}
 
 
+def make_source(
+    upcycled: Path, name: str, text: Domain, data: str, steps: int, tokenizer: Any, usage_file: Path
+) -> Path:
+    """A fine-tune of the mixture on one task, beside it, whose usage of experts on texts of the
+    task is written to a file.
+
+    data: the file of blocks that it is trained on.
+    """
+    click.echo(f"fine-tuning on {name}", err=True)
+    model = upcycled.with_name(f"moe-{name}")
+    fine_tune(upcycled, model, [data], steps, [])
+    documents = text.train[len(text.train) // 2 :]
+    calibration = upcycled.with_name(f"{name}-calibration.jsonl")
+    write_blocks(calibration, tokenizer, blocks(tokenizer, documents, CALIBRATION_BLOCKS))
+    usage = count_usage(str(model), [f"{name}={calibration}"], reading=READING, batch_size=2)
+    assert usage is not None  # this is the only process
+    usage.write(usage_file)
+    return model
+
+
 @click.command(help=__doc__.splitlines()[0] if __doc__ else None)
 @click.option(
     "--output",
@@ -118,21 +137,9 @@ def main(output: Path, steps: int) -> None:
         )
         entries: dict[str, list[dict[str, Any]]] = {"entropy": [], "fixed": []}
         for name, data in zip(DOMAINS, files["train"], strict=True):
-            click.echo(f"fine-tuning on {name}", err=True)
-            model = folder / f"moe-{name}"
-            fine_tune(upcycled, model, [data], steps, [])
-            documents = texts[name].train[len(texts[name].train) // 2 :]
-            rows = blocks(tokenizer, documents, CALIBRATION_BLOCKS)
-            calibration = folder / f"{name}-calibration.jsonl"
-            calibration.write_text(
-                "".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows)
-            )
-            usage = count_usage(
-                str(model), [f"{name}={calibration}"], reading=READING, batch_size=2
-            )
-            assert usage is not None  # this is the only process
-            usage.write(output / f"{name}.usage.json")
-            parameters = {"usage": str(output / f"{name}.usage.json")}
+            usage_file = output / f"{name}.usage.json"
+            model = make_source(upcycled, name, texts[name], data, steps, tokenizer, usage_file)
+            parameters = {"usage": str(usage_file)}
             entries["entropy"].append({"model": str(model), "parameters": parameters})
             entries["fixed"].append(
                 {"model": str(model), "parameters": {**parameters, "experts": FIXED[name]}}

@@ -90,6 +90,12 @@ def blocks(
     raise ValueError(f"The documents fill {len(ids) // size} blocks, not {count}.")
 
 
+def write_blocks(path: Path, tokenizer: Any, ids: torch.Tensor) -> None:
+    """Writes blocks (count, length) of ids as rows of text, which `--data` reads."""
+    rows = [json.dumps({"text": tokenizer.decode(block)}) + "\n" for block in ids]
+    path.write_text("".join(rows))
+
+
 def held_out_blocks(tokenizer: Any, texts: dict[str, Domain]) -> dict[str, torch.Tensor]:
     """The held-out blocks of each domain: (HELD_OUT_BLOCKS, BLOCK) ids."""
     return {name: blocks(tokenizer, text.held_out, HELD_OUT_BLOCKS) for name, text in texts.items()}
@@ -271,7 +277,7 @@ def train_gates(output: Path, tokenizer: Any, texts: dict[str, Domain], quiet: b
     for name in DOMAINS:
         rows = blocks(tokenizer, texts[name].train[::-1], blocks_per_domain)
         path = output / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
+        write_blocks(path, tokenizer, rows)
         arguments += ["--data", str(path)]
     arguments += ["--max-length", str(BLOCK)]
     arguments += ["--max-steps", str(GATE_TRAINING.steps)]

@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import click
 import torch
 from demo import Recipe as LoraRecipe
-from demo import blocks
+from demo import blocks, write_blocks
 from demo import train as train_dense
 from mergekit.options import MergeOptions
 from mergeme_homogeneous import run_mergekit
@@ -120,10 +120,7 @@ def make_loras(base: Path, texts: dict[str, Domain], recipe: LoraRecipe) -> dict
 
 def write_rows(path: Path, tokenizer: Any, documents: list[str], count: int) -> str:
     """Write blocks of text to train gates on, and return the `--data` that names them."""
-    rows = []
-    for block in blocks(tokenizer, documents, count, BLOCK):
-        rows.append(json.dumps({"text": tokenizer.decode(block)}) + "\n")
-    path.write_text("".join(rows))
+    write_blocks(path, tokenizer, blocks(tokenizer, documents, count, BLOCK))
     return f"{path.stem}={path}"
 
 

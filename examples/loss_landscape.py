@@ -243,22 +243,20 @@ def main(
                 f"{path} is {names[path] or 'of no class'}; both must be one of transformers'"
             )
     loaded = {task: load(path, architecture, device) for task, path in models.items()}
-    batches = {
-        task: list(
-            read_batches(
-                models[task],
-                loaded[task],
-                source,
-                reading,
-                batch_size=batch_size,
-                max_samples=max_samples,
-                with_labels=True,
-                image_column=image_column,
-                label_column=label_column,
-            )
+    batches = {}
+    for task, source in sources.items():
+        of_task = read_batches(
+            models[task],
+            loaded[task],
+            source,
+            reading,
+            batch_size=batch_size,
+            max_samples=max_samples,
+            with_labels=True,
+            image_column=image_column,
+            label_column=label_column,
         )
-        for task, source in sources.items()
-    }
+        batches[task] = list(of_task)
     # rounded, so that 0 and 1 are met exactly
     spaced = torch.linspace(*limits, points, dtype=torch.float64).tolist()
     scales = [round(value, 9) for value in spaced]

@@ -39,7 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import click
 import torch
 import yaml
-from demo import BLOCK, DOMAINS, blocks
+from demo import BLOCK, DOMAINS, blocks, write_blocks
 from demo import Recipe as ExpertRecipe
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -385,7 +385,7 @@ def measure_untrained(
     alone = {name: only_music.expand(len(rows), -1) for name, rows in held_out.ids.items()}
     results.add("music expert, base's tokenizer", losses_of(model, held_out, alone))
     config = model.config
-    usual = config.routing, config.experts_per_sequence, config.combine
+    usual = {key: getattr(config, key) for key in ("routing", "experts_per_sequence", "combine")}
     config.routing = "perplexity"
     config.experts_per_sequence = len(experts)
     of_all = choices(model, held_out.ids)
@@ -399,7 +399,8 @@ def measure_untrained(
             if combine == "probabilities":
                 row += ", probabilities"
             results.add(row, losses_of(model, held_out, coefficients), coefficients)
-    config.routing, config.experts_per_sequence, config.combine = usual
+    for key, value in usual.items():
+        setattr(config, key, value)
 
 
 def merge(
@@ -431,8 +432,7 @@ def write_training(
     for name in names:
         rows = blocks(tokenizer, texts[name].train, -(-count // len(names)))
         path = folder / f"{name}.jsonl"
-        lines = [json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows]
-        path.write_text("".join(lines))
+        write_blocks(path, tokenizer, rows)
         named.append(f"{name}={path}")
     return named
 

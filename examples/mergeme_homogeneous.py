@@ -36,11 +36,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import click
 import torch
 import yaml
-from demo import BLOCK, DOMAINS, blocks, table
+from demo import BLOCK, DOMAINS, blocks, table, write_blocks
 from demo import Recipe as ExpertRecipe
 from demo import train as train_dense
 from real_data import SMOLLM2, Domain, cache_dir, domains, smollm2, written_at_once
-from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verdicts import judge
@@ -185,12 +184,6 @@ def write_texts(
             write_blocks(path, tokenizer, blocks(tokenizer, documents, count))
             named[part].append(f"{name}={path}")
     return named
-
-
-def write_blocks(path: Path, tokenizer: Any, ids: Tensor) -> None:
-    """Writes blocks (count, BLOCK) as rows of text."""
-    rows = [json.dumps({"text": tokenizer.decode(block)}) for block in ids]
-    path.write_text("\n".join(rows) + "\n")
 
 
 def merge(row: str, models: dict[str, Path], output: Path, seed: int) -> None:

@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
 import torch
-from demo import BLOCK, DOMAINS, blocks
+from demo import BLOCK, DOMAINS, blocks, write_blocks
 from demo import Recipe as ExpertRecipe
 from mergeme_homogeneous import (
     ROWS,
@@ -41,7 +41,6 @@ from mergeme_homogeneous import (
     make_experts,
     merge,
     run,
-    write_blocks,
     write_report,
 )
 from real_data import Domain, domains

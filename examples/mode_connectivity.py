@@ -66,7 +66,7 @@ def mean_loss(model: Any, batches: Sequence[dict[str, Any]], coefficients: torch
 def measure(
     base: str, experts: dict[str, str], data: Sequence[str], points: int, max_samples: int | None
 ) -> dict[str, Any]:
-    """By way and task the loss at each alpha."""
+    """The `alphas`, and by way and task the `losses` at each of them."""
     alphas = [step / (points - 1) for step in range(points)]
     losses: dict[str, dict[str, list[float]]] = {}
     for way, mixing in WAYS.items():
@@ -92,6 +92,12 @@ def mean_of(losses: dict[str, list[float]]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*losses.values(), strict=True)]
 
 
+def of_better_adapters(measured: dict[str, Any]) -> float:
+    """The mean over tasks of the loss of that adapter which is better on the task."""
+    ends = [min(values[0], values[-1]) for values in measured["losses"]["updates"].values()]
+    return sum(ends) / len(ends)
+
+
 def table(measured: dict[str, Any]) -> str:
     """The losses and barriers of each way, and what the choice of the better adapter gives."""
     lines = []
@@ -106,8 +112,7 @@ def table(measured: dict[str, Any]) -> str:
         for task, values in losses.items():
             barriers.append(f"{task} {barrier(values, measured['alphas']):.4f}")
         lines.append(f"barriers: {', '.join(barriers)}")
-    ends = [min(values[0], values[-1]) for values in measured["losses"]["updates"].values()]
-    lines.append(f"the better adapter of each task: {sum(ends) / len(ends):.4f}")
+    lines.append(f"the better adapter of each task: {of_better_adapters(measured):.4f}")
     return "\n".join(lines)
 
 
@@ -117,8 +122,8 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for way, losses in measured["losses"].items():
         axes.plot(measured["alphas"], mean_of(losses), label=f"{way} interpolated")
-    ends = [min(values[0], values[-1]) for values in measured["losses"]["updates"].values()]
-    axes.axhline(sum(ends) / len(ends), color="tab:pink", label="the better adapter of each task")
+    best = of_better_adapters(measured)
+    axes.axhline(best, color="tab:pink", label="the better adapter of each task")
     axes.set_xlabel("alpha")
     axes.set_ylabel("mean loss of both tasks (nats per token)")
     axes.legend(fontsize=8)

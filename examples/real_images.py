@@ -156,11 +156,7 @@ def dinov2(side: int, quiet: bool = False) -> Path:
                 tensors[f"{module}.weight"] = torch.tensor(arrays[operand].T.copy())
     of_class = torch.tensor(arrays[operands["/backbone/embeddings/Concat_6"][0]])
     of_patches = torch.tensor(arrays[operands["/backbone/embeddings/Reshape_1"][0]])
-    patches = side // 14
-    grid = int(of_patches.shape[1] ** 0.5)
-    squares = of_patches.reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
-    squares = functional.interpolate(squares, (patches, patches), mode="bicubic")
-    resized = squares.flatten(2).transpose(1, 2)
+    resized = _resized(of_patches, side // 14)
     tensors["embeddings.position_embeddings"] = torch.cat([of_class, resized], dim=1)
     tensors["embeddings.mask_token"] = torch.zeros(1, 384)
     config = Dinov2Config(
@@ -170,6 +166,16 @@ def dinov2(side: int, quiet: bool = False) -> Path:
         config.save_pretrained(unfinished)
         save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def _resized(of_patches: torch.Tensor, side: int) -> torch.Tensor:
+    """Position embeddings (1, patches, width) of a square of patches, for one with `side` of them a
+    side.
+    """
+    grid = int(of_patches.shape[1] ** 0.5)
+    squares = of_patches.reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    squares = functional.interpolate(squares, (side, side), mode="bicubic")
+    return squares.flatten(2).transpose(1, 2)
 
 
 def recipe() -> str:

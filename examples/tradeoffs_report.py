@@ -34,7 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
 import torch
-from demo import BLOCK, blocks
+from demo import BLOCK, blocks, write_blocks
 from real_data import Domain, Unavailable, debian_version, domains, smollm2
 from tradeoffs_routers import BATCH, SHARED, Lora, loras, make_lora
 from transformers import AutoTokenizer
@@ -156,8 +156,7 @@ def write_texts(
         paths = []
         for split, rows in splits.items():
             path = folder / f"{name}-{split}.jsonl"
-            lines = [json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows]
-            path.write_text("".join(lines))
+            write_blocks(path, tokenizer, rows)
             paths.append(str(path))
         tasks[name] = ",".join(paths)
     return tasks

@@ -39,7 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
 import torch
-from demo import BLOCK, LORA, SEED, blocks, start_worker
+from demo import BLOCK, LORA, SEED, blocks, start_worker, write_blocks
 from demo import Recipe as ExpertRecipe
 from demo import train as train_lora
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -253,7 +253,7 @@ def write_texts(folder: Path, tokenizer: Any, texts: dict[str, Domain], steps: i
     for name, text in texts.items():
         rows = blocks(tokenizer, text.train[::-1], -(-steps * BATCH // len(texts)))
         path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
+        write_blocks(path, tokenizer, rows)
         named.append(f"{name}={path}")
     return named
 

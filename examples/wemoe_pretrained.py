@@ -224,7 +224,7 @@ CLAIMS_UNSEEN = [
     ("WEMoE (0-layer)", "Task arithmetic"),
     ("Task arithmetic", "Ties-Merging"),
 ]
-Hidden = dict[str, Tensor]  # by task, what the lower blocks give for the test images
+Hidden = dict[str, Tensor]  # by task, what the lower blocks give for images
 
 
 def prepared(images: Images, scale: Scale) -> Images:
@@ -599,7 +599,8 @@ def save(trunk: Dinov2Model, head: Tensor, classes: list[str], scale: Scale, fol
     model = Dinov2ForImageClassification(config)
     model.dinov2.load_state_dict(trunk.state_dict())
     with torch.no_grad():
-        center, weight = head[0], head[1:]
+        center = head[0]
+        weight = head[1:]
         model.classifier.weight.copy_(weight)
         model.classifier.bias.copy_(-center if scale.head == "cosine" else -(weight @ center))
     model.save_pretrained(folder)
@@ -630,16 +631,11 @@ def make_bench(
     models = {task: root / f"seed{seed}" / task for task in TASKS}
     is_made = heads_file.is_file() and all(path.is_dir() for path in models.values())
     lower = {}
-    for task in TASKS if not is_made else ():
-        lower[task] = lower_part(trunk, data[task].train, scale.frozen)
+    if not is_made:
+        for task in TASKS:
+            lower[task] = lower_part(trunk, data[task].train, scale.frozen)
     if not heads_file.is_file():
-        heads = {}
-        for task, below in lower.items():
-            features = features_of(trunk, below, scale.frozen)
-            labels = torch.as_tensor(data[task].train_labels)
-            heads[task] = prototype_head(features, labels, len(data[task].classes), scale)
-        with written_at_once(heads_file.parent) as unfinished:
-            save_file(heads, unfinished / heads_file.name)
+        write_heads(heads_file, trunk, lower, data, scale)
     heads = load_file(heads_file)
     for task, folder in models.items():
         if not folder.is_dir():
@@ -655,14 +651,7 @@ def make_bench(
             head = heads[TASKS[0]]
             classes = [f"LABEL_{number}" for number in range(len(head) - 1)]
             save(trunk, head, classes, scale, unfinished)
-    trunks = {}
-    for name in ("base", *TASKS):
-        trunks[name] = root / f"seed{seed}" / "trunks" / name
-        if not trunks[name].is_dir():
-            # Stock mergekit looks for the names that transformers has in memory.
-            with written_at_once(trunks[name]) as unfinished:
-                whole = Dinov2Model.from_pretrained(base if name == "base" else models[name])
-                whole.save_pretrained(unfinished, save_original_format=False)
+    trunks = make_trunks(root / f"seed{seed}" / "trunks", {"base": base, **models})
     hidden = {task: lower_part(trunk, data[task].test, scale.frozen) for task in TASKS}
     tests = write_tests(data, scratch / "tests")
     return Bench(
@@ -681,6 +670,32 @@ def make_bench(
         steps=steps,
         corruptions=corruptions,
     )
+
+
+def write_heads(
+    path: Path, trunk: Dinov2Model, lower: Hidden, data: dict[str, Images], scale: Scale
+) -> None:
+    """Writes the head of each task, from what the lower blocks give for its training images."""
+    heads = {}
+    for task, hidden in lower.items():
+        features = features_of(trunk, hidden, scale.frozen)
+        labels = torch.as_tensor(data[task].train_labels)
+        heads[task] = prototype_head(features, labels, len(data[task].classes), scale)
+    with written_at_once(path.parent) as unfinished:
+        save_file(heads, unfinished / path.name)
+
+
+def make_trunks(folder: Path, models: Mapping[str, Path]) -> dict[str, Path]:
+    """The trunks of models, in a folder by their names; they are written once and kept."""
+    trunks = {}
+    for name, model in models.items():
+        trunks[name] = folder / name
+        if not trunks[name].is_dir():
+            # Stock mergekit looks for the names that transformers has in memory.
+            with written_at_once(trunks[name]) as unfinished:
+                trunk = Dinov2Model.from_pretrained(model)
+                trunk.save_pretrained(unfinished, save_original_format=False)
+    return trunks
 
 
 def table2(bench: Bench, results: Results) -> None:

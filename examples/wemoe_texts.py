@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
 import torch
-from demo import BLOCK, DOMAINS, blocks
+from demo import BLOCK, DOMAINS, blocks, write_blocks
 from mergeme_homogeneous import EXPERT, make_experts, run_mergekit
 from real_data import domains, smollm2
 from torch import Tensor
@@ -148,9 +148,7 @@ def write_texts(folder: Path, tokenizer: Any, sequences: dict[str, Tensor]) -> l
     named = []
     for name, ids in sequences.items():
         path = folder / f"{name}.jsonl"
-        path.write_text(
-            "".join(json.dumps({"text": tokenizer.decode(block)}) + "\n" for block in ids)
-        )
+        write_blocks(path, tokenizer, ids)
         named.append(f"{name}={path}")
     return named
 

@@ -47,13 +47,14 @@ class ChosenExperts:
         if key not in self._groups:
             members: dict[tuple[int, float], list[int]] = {}
             for row in range(rows):
-                for expert, coefficient in enumerate(self.sets[row * len(self.sets) // rows]):
+                # A batch of several rows per set has those of one set beside each other.
+                of_row = self.sets[row * len(self.sets) // rows]
+                for expert, coefficient in enumerate(of_row):
                     if coefficient:
                         members.setdefault((expert, coefficient), []).append(row)
-            ordered = sorted(members.items())
             groups: list[tuple[int, float, int]] = []
             order: list[int] = []
-            for (expert, coefficient), rows_of_group in ordered:
+            for (expert, coefficient), rows_of_group in sorted(members.items()):
                 groups.append((expert, coefficient, len(rows_of_group)))
                 order += rows_of_group
             is_all = len(groups) == 1 and len(order) == rows

@@ -179,16 +179,20 @@ class _Means:
 def _recorded(model: Any) -> Iterator[_Means]:
     """The means of all that the model's experts are given while this is open."""
     means = _Means()
+
+    def recorder(module: str, count: int) -> Any:
+        def record(_: Any, inputs: tuple[Any, ...]) -> None:
+            x, coefficients, *_others = inputs
+            means.add(module, x, coefficients[..., :count])
+
+        return record
+
     handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            key = name.removeprefix("base_model.model.").partition(".routed_lora_")[0]
-            count = len(module.site.ranks) - module.site.general  # without general experts
-
-            def record(_: Any, inputs: tuple[Any, ...], key: str = key, count: int = count) -> None:
-                means.add(key, inputs[0], inputs[1][..., :count])
-
-            handles.append(module.register_forward_pre_hook(record))
+    for name, experts in model.named_modules():
+        if isinstance(experts, Experts):
+            module = name.removeprefix("base_model.model.").partition(".routed_lora_")[0]
+            count = len(experts.site.ranks) - experts.site.general  # without general experts
+            handles.append(experts.register_forward_pre_hook(recorder(module, count)))
     try:
         yield means
     finally:

@@ -95,9 +95,9 @@ def load_routed(
 def check_routed(
     adapter: str, config: RoutedLoraConfig, base: str, base_config: Any, reading: Reading
 ) -> Mapping[str, Stored]:
-    """The tensors of the base model, if they and those of the adapter are what they must be.
+    """The tensors that the base model's files hold, by name, without reading them.
 
-    Of the base model only headers are read. `UserError` as above.
+    `UserError` where these, or those of the adapter, are not what they must be.
     """
     load_on_empty(adapter, config, base, base_config, reading)
     return check_model(
@@ -121,7 +121,8 @@ def _not_stored(config: RoutedLoraConfig) -> Sequence[str]:
 def load_on_empty(
     adapter: str, config: RoutedLoraConfig, base: str, base_config: Any, reading: Reading
 ) -> Any:
-    """The adapter on its base model's architecture, without its weights. `UserError` as above.
+    """The adapter on its base model's architecture, without the base's weights. `UserError` where
+    they do not fit.
 
     From now on `base_config` says as many labels as the adapter's head has.
     """

@@ -106,13 +106,13 @@ def enter(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     active = []
     if any(config.head == "own" for config in configs):
         active = _active_own(model)
-    own = {name: value for name, value in arguments.items() if name != "task"}
+    without_task = {name: value for name, value in arguments.items() if name != "task"}
     if not active:
         # Some base model may have a `task` of its own.
-        if task is None or "task" not in inspect.signature(type(model).forward).parameters:
-            _check_task(task, configs)
-            return own
-        return arguments
+        if task is not None and "task" in inspect.signature(type(model).forward).parameters:
+            return arguments
+        _check_task(task, configs)
+        return without_task
     experts = active[0][1].experts
     if task is None and len(experts) == 1:
         task = experts[0]
@@ -122,9 +122,9 @@ def enter(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     for of_base, heads in active:
         # The base model's loss is for as many classes as its own head has.
         if _classes(of_base) != _classes(heads[experts.index(task)]):
-            labels = own.pop("labels", labels)
+            labels = without_task.pop("labels", labels)
     _NOW.chosen = TaskOfPass(model, task, labels, _current())
-    return own
+    return without_task
 
 
 def _check_task(task: Any, configs: Sequence[RoutedLoraConfig]) -> None:

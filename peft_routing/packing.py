@@ -15,6 +15,7 @@ def documents_in(position_ids: Tensor) -> Tensor | None:
     of_row = find_packed_sequence_indices(position_ids)
     if of_row is None:
         return None
+    # Through all rows: a row's first document comes after those of the rows above it.
     counts = of_row[:, -1:] + 1
     return of_row + counts.cumsum(dim=0) - counts
 
@@ -23,6 +24,7 @@ def places_in(documents: Tensor) -> Tensor:
     """The place of each token in its document (rows, tokens), from 0."""
     places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     before = torch.nn.functional.pad(documents[:, :-1], (1, 0), value=-1)
+    # The place of the document's first token, which is the last first token up to here.
     first = torch.where(documents != before, places, 0).cummax(dim=1).values
     return places - first
 

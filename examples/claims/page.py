@@ -171,7 +171,8 @@ def _line(claim: Claim, verdict: Verdict | None, record: Record, experiment: Exp
     if verdict is None:
         cells = [claim.where, claim.says, claim.paper, "", "", "", NOT_RUN]
         return "| " + " | ".join(cells) + " |"
-    factor, digits = (100, 1) if experiment.percent else (1, 3)
+    factor = 100 if experiment.percent else 1
+    digits = 1 if experiment.percent else 3
     difference = f"{factor * verdict.mean:+.{digits}f}"
     if verdict.error is not None:
         difference += f" ± {factor * verdict.error:.{digits}f}"

@@ -608,14 +608,15 @@ TRADEOFFS = Paper(
             "tradeoffs_report",
             "eight LoRA adapters of SmolLM2-135M-Instruct",
             (
-                _fusion("Figure 2", "nothing beats the oracle", "own_expert", "linear", "", True),
+                _fusion(
+                    "Figure 2", "nothing beats the oracle", "own_expert", "linear", is_drawn=True
+                ),
                 _fusion(
                     "Figure 2",
                     "learned routing beats learned ensembling",
                     "linear",
                     "learned_ensemble",
-                    "",
-                    True,
+                    is_drawn=True,
                 ),
                 _fusion(
                     "Figure 2",
@@ -628,8 +629,7 @@ TRADEOFFS = Paper(
                     "learned ensembling beats learned merging",
                     "learned_ensemble",
                     "global",
-                    "",
-                    True,
+                    is_drawn=True,
                 ),
                 _fusion(
                     "Figure 2",
@@ -657,24 +657,21 @@ TRADEOFFS = Paper(
                     "learning improves the merge",
                     "global",
                     "uniform_low_rank",
-                    "",
-                    True,
+                    is_drawn=True,
                 ),
                 _fusion(
                     "Figure 2",
                     "global merging beats merging per layer",
                     "global",
                     "layer",
-                    "",
-                    True,
+                    is_drawn=True,
                 ),
                 _fusion(
                     "Figure 2",
                     "learned routing beats learned merging",
                     "linear",
                     "global",
-                    "",
-                    True,
+                    is_drawn=True,
                 ),
                 _fusion(
                     "Figure 2", "learned routing beats Arrow", "linear", "arrow_top4", "", True
@@ -684,16 +681,14 @@ TRADEOFFS = Paper(
                     "Arrow is the better start for clusters",
                     "hierarchical_arrow",
                     "hierarchical",
-                    "",
-                    True,
+                    is_drawn=True,
                 ),
                 _fusion(
                     "Figure 2",
                     "clusters from Arrow beat all merging",
                     "hierarchical_arrow",
                     "global",
-                    "",
-                    True,
+                    is_drawn=True,
                 ),
                 _fusion(
                     "Figure 4",

@@ -12,8 +12,8 @@ from _mergekit_moe_ext_common.data import Source, load
 from _mergekit_moe_ext_common.loading import load_tokenizer
 from _mergekit_moe_ext_common.options import Reading
 from mergekit_moe_ext.recipes import Adaptation
-from mergekit_moe_ext.wemoe.adaptation import Predictions
 from mergekit_moe_ext.wemoe.inputs import Kind, load_image_processor, model_inputs
+from mergekit_moe_ext.wemoe.predictions import Predictions
 
 
 def read_batches(

@@ -22,7 +22,9 @@ from mergekit_moe_ext.wemoe.groups import ensembled_groups, weighed_tensors
 from mergekit_moe_ext.wemoe.loading import read_ensemble
 from mergekit_moe_ext.wemoe.options import WemoeOptions, check_all
 
-_TASK_VECTORS = re.compile(r"vectors[^.]*$|\.values$")  # what modules hold besides parameters
+# The names of task vectors among a model's tensors: whole ones, of weights, biases or any
+# parameters, and the values of sparse ones.
+_TASK_VECTORS = re.compile(r"vectors[^.]*$|\.values$")
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def _counts(model: Any) -> ParameterCounts:
     routers = _size(model.routers.parameters())
     heads = _size(_of_heads(model))
     parameters = _size(model.parameters())
-    # Each head belongs to one fine-tune. A single one for all is not among `heads`, and counts with
-    # the rest, once per fine-tune.
+    # Each of several heads belongs to one fine-tune. A single head for all tasks is not counted as
+    # one of them but with the rest, once per fine-tune.
     without_heads = parameters - routers - heads
     return ParameterCounts(
         tasks=tasks,

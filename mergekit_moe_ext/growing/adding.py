@@ -1,6 +1,5 @@
 """The plan of a mixture of experts with dense models as further experts."""
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -79,7 +78,10 @@ def _sources_and_view(
         view = headers.seen_through(shown).view
         held = rewritten_manifest(held, rewritten(family, config, held.shapes, mixture.dtype))
     sources = expert_sources(mixture.config, mixture.layers, mixture.manifest, family, model, held)
-    check_changes_ffns(model, list(itertools.chain.from_iterable(each.modules for each in sources)))
+    ffns: list[str] = []
+    for source in sources:
+        ffns += source.modules
+    check_changes_ffns(model, ffns)
     return sources, view
 
 

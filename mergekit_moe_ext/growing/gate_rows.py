@@ -78,6 +78,7 @@ def offset_of_row(states: Sequence[tuple[float, torch.Tensor]], margin: float) -
     """
     matrix = torch.stack([state.double() for _, state in states])
     targets = matrix.new_tensor([sign * margin for sign, _ in states])
+    # The pseudo-inverse gives the shortest of all solutions: other tokens' logits move least.
     return torch.linalg.pinv(matrix) @ targets
 
 

@@ -15,14 +15,13 @@ from transformers import PretrainedConfig
 from _mergekit_moe_ext_common.errors import UserError
 from mergekit_moe_ext.merging.manifest import Manifest
 from mergekit_moe_ext.merging.wrappers import language_config
-from mergekit_moe_ext.mixtures.experts import MoeLayer
+from mergekit_moe_ext.mixtures.experts import MoeLayer, layer_of
 from mergekit_moe_ext.modeling.configuration_upcycled_moe import routed_ffns
 from mergekit_moe_ext.upcycling.families import Stack, Upcycling, families_into
 from mergekit_moe_ext.upcycling.generic import check_same_ffns
 from mergekit_moe_ext.upcycling.wrapped import family_of_all
 
 _EXPERT = "experts.{expert}."
-_LAYER = re.compile(r".*?\.\d+\.")
 # Config keys by which an FFN is known: its sizes are compared as shapes.
 _OF_FFNS = ("hidden_size", "num_hidden_layers", "num_decoder_layers", "hidden_act", "dense_act_fn")
 
@@ -178,18 +177,16 @@ def _by_names(
     """The dense model's namesakes of the tensors of an expert, where all else in its layer has the
     names and shapes that it has in the mixture.
     """
-    if (
-        _of_all_experts(layer, held)
-        or not layer.experts
-        or any(_EXPERT not in each for each in layer.experts)
-    ):
+    are_named = bool(layer.experts) and all(_EXPERT in each for each in layer.experts)
+    if not are_named or _of_all_experts(layer, held):
         raise UserError(
             f"no dense model is known whose FFNs could be the experts of {architecture}"
         )
     apart = {template: template.replace(_EXPERT, "") for template in layer.experts}
     block = layer.experts[0].partition(_EXPERT)[0]
-    layer_name = _LAYER.match(layer.experts[0])
-    start = layer_name.group() if layer_name else ""
+    # A dense FFN can be an expert only where it reads what the experts read: the rest of the layer
+    # must be built as in the mixture.
+    start = layer_of(layer.experts[0])
     here = {name: shape for name, shape in dense.shapes.items() if name.startswith(start)}
     there = {name: shape for name, shape in held.shapes.items() if name.startswith(start)}
     for name in sorted(here.keys() | there.keys()):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from _mergekit_moe_ext_common.errors import UserError
@@ -115,19 +115,16 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
     experts: dict[str, set[str]] = {}
     for name in doubled.keys() - state.keys():
         template = _template(name, number, state)
-        experts.setdefault(_layer_of(name), set()).add(template)
+        experts.setdefault(layer_of(name), set()).add(template)
     rows: dict[str, dict[str, int]] = {}
     for name, axis in _axes_of_experts(state, doubled, number, architecture).items():
-        rows.setdefault(_layer_of(name), {})[name] = axis
+        rows.setdefault(layer_of(name), {})[name] = axis
     hub_names = {id(tensor): name for name, tensor in state.items()}
     layers = {}
     for router_name, router in routers.items():
-        router_tensors = []
-        for _name, tensor in sorted(router.state_dict(keep_vars=True).items()):
-            if id(tensor) in hub_names:
-                router_tensors.append(hub_names[id(tensor)])
+        router_tensors = _tensors_of(router, hub_names)
         # By the name of a tensor, since the module may lie elsewhere in the model (Nemotron-H).
-        key = _layer_of(router_tensors[0] if router_tensors else router_name)
+        key = layer_of(router_tensors[0] if router_tensors else router_name)
         if key in layers or key not in rows:
             raise UserError(f"the experts of {architecture} do not lie as in other architectures")
         if not set(router_tensors) <= rows[key].keys():
@@ -137,13 +134,22 @@ def moe_layers(config: PretrainedConfig) -> list[MoeLayer]:
             )
         layers[key] = MoeLayer(
             router=router_name,
-            router_tensors=tuple(router_tensors),
+            router_tensors=router_tensors,
             experts=tuple(sorted(experts.get(key, ()))),
             rows=rows[key],
         )
     if experts.keys() - layers.keys() or rows.keys() - layers.keys():
         raise UserError(f"{architecture} has experts without a router that is known")
     return list(layers.values())
+
+
+def _tensors_of(router: nn.Module, hub_names: Mapping[int, str]) -> tuple[str, ...]:
+    """The hub names of a router's parameters, in the order of their names in the router."""
+    names = []
+    for _name, tensor in sorted(router.state_dict(keep_vars=True).items()):
+        if id(tensor) in hub_names:
+            names.append(hub_names[id(tensor)])
+    return tuple(names)
 
 
 def _axes_of_experts(
@@ -167,8 +173,10 @@ def _axes_of_experts(
     return axes_of_experts
 
 
-def _layer_of(name: str) -> str:
-    """The beginning of a name, up to the number of its layer."""
+def layer_of(name: str) -> str:
+    """The beginning of a tensor's name, up to the number of its layer and the dot behind it; empty
+    for a tensor outside of all layers.
+    """
     match = _LAYER.match(name)
     return match.group() if match else ""
 

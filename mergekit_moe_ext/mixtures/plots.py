@@ -1,6 +1,5 @@
 """Figures of expert usage, and a page of it with texts. matplotlib is needed only for figures."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,25 +97,27 @@ def plot_allocation(
     )
     # By layer, a list of shares per source.
     shares: list[list[list[float]]] = []
+    # One scale of shades for all heat maps, so that they can be compared.
+    highest = 0.0
     for layer_counts in counts:
         of_layer = []
         for source_counts in layer_counts:
             total = sum(source_counts)
-            of_layer.append([count / total for count in source_counts])
+            of_source = [count / total for count in source_counts]
+            of_layer.append(of_source)
+            highest = max(highest, *of_source)
         shares.append(of_layer)
-    # One scale of shades for all heat maps, so that they can be compared.
-    rows = itertools.chain.from_iterable(shares)
-    highest = max(itertools.chain.from_iterable(rows))
     for stack_panels, (stack, names) in zip(panels, stacks.items(), strict=True):
         layers = [routers.index(name) for name in names]
         for index, (axes, model) in enumerate(zip(stack_panels, models, strict=True)):
             image = heat_map(axes, [shares[layer][index] for layer in layers], highest)
-            crosses = []
+            columns = []
+            rows = []
             for row, layer in enumerate(layers):
-                crosses += [(expert, row) for expert in chosen[layer][index]]
-            axes.scatter(
-                *zip(*crosses, strict=True), marker="x", s=18, linewidths=1.2, color="tab:orange"
-            )
+                for expert in chosen[layer][index]:
+                    columns.append(expert)
+                    rows.append(row)
+            axes.scatter(columns, rows, marker="x", s=18, linewidths=1.2, color="tab:orange")
             name = Path(model).name
             axes.set_title(f"{name} ({stack})" if len(stacks) > 1 else name, fontsize=9)
         stack_panels[0].set_ylabel("MoE layer")

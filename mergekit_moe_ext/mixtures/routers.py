@@ -89,7 +89,9 @@ def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
         if isinstance(module, PreTrainedModel):
             recordable = getattr(module, "_can_record_outputs", None) or {}
             recorders = recordable.get("router_logits", [])
-            for recorder in recorders if isinstance(recorders, list) else [recorders]:
+            if not isinstance(recorders, list):
+                recorders = [recorders]
+            for recorder in recorders:
                 positions[recorder.target_class] = recorder.index
     routers = {}
     for name, module in model.named_modules():
@@ -131,40 +133,56 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Choice]]:
 
 def _choice(router: Any, output: Any, logits_at: int) -> Choice:
     """The choice in a router's output, of which three forms are known: (logits, weights, experts),
-    Switch's (dispatch mask, weights, logits), and Llama 4's (weights of all experts, logits), where
-    an expert that was not chosen has the weight 0.
+    Switch's and Llama 4's. `UserError` for any other.
     """
-    if isinstance(output, tuple) and len(output) == 2 and logits_at == 1:
-        of_all, logits = map(_by_token, output)
-        weights, experts = of_all.topk(int((of_all > 0).sum(dim=-1).max()), dim=-1)
-        experts = experts.masked_fill(weights == 0, -1)
-        return Choice(logits=logits, weights=weights, experts=experts)
-    if isinstance(output, tuple) and len(output) >= 3:
-        first, second, third = output[:3]
-        if logits_at == 0 and not third.is_floating_point():
-            return Choice(
-                logits=_by_token(first), weights=_by_token(second), experts=_by_token(third)
-            )
-        if logits_at == 2 and not first.is_floating_point():
-            # The mask is zero for a token that came after its expert's capacity was full.
-            is_sent, sent_to = _by_token(first).max(dim=-1, keepdim=True)
-            weights = _by_token(second)
-            logits = _by_token(third)
-            # NLLB chooses two experts, and its second choice is not in what it returns.
-            if weights.shape == sent_to.shape:
-                # The router takes the largest probability in these dtypes, where more of them tie
-                # than of the logits.
-                probabilities = logits.softmax(dim=-1, dtype=router.dtype).to(weights.dtype)
-                largest = probabilities.argmax(dim=-1, keepdim=True)
-                return Choice(
-                    logits=logits,
-                    weights=weights,
-                    experts=torch.where(is_sent > 0, sent_to, largest),
-                    dropped=is_sent == 0,
-                )
-    raise UserError(
-        f"{type(router).__name__} does not return what it chose in a form that is known here, "
-        "so its use of experts cannot be counted"
+    parts = output if isinstance(output, tuple) else ()
+    choice = None
+    if len(parts) == 2 and logits_at == 1:
+        choice = _choice_of_llama4(*parts)
+    elif len(parts) >= 3 and logits_at == 0 and not parts[2].is_floating_point():
+        choice = Choice(
+            logits=_by_token(parts[0]), weights=_by_token(parts[1]), experts=_by_token(parts[2])
+        )
+    elif len(parts) >= 3 and logits_at == 2 and not parts[0].is_floating_point():
+        choice = _choice_of_switch(router, *parts[:3])
+    if choice is None:
+        raise UserError(
+            f"{type(router).__name__} does not return what it chose in a form that is known here, "
+            "so its use of experts cannot be counted"
+        )
+    return choice
+
+
+def _choice_of_llama4(weights_of_all: torch.Tensor, logits: torch.Tensor) -> Choice:
+    """The choice by the weights of all experts (…, experts), 0 for those that were not chosen."""
+    weights_of_all = _by_token(weights_of_all)
+    most_chosen = int((weights_of_all > 0).sum(dim=-1).max())
+    weights, experts = weights_of_all.topk(most_chosen, dim=-1)
+    experts = experts.masked_fill(weights == 0, -1)
+    return Choice(logits=_by_token(logits), weights=weights, experts=experts)
+
+
+def _choice_of_switch(
+    router: Any, dispatch_mask: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor
+) -> Choice | None:
+    """The choice of a router with an expert capacity, which returns a mask (…, experts) of what it
+    sends where; None for NLLB, which chooses two experts and does not return the second.
+    """
+    # The mask is zero for a token that came after its expert's capacity was full.
+    is_sent, sent_to = _by_token(dispatch_mask).max(dim=-1, keepdim=True)
+    weights = _by_token(weights)
+    logits = _by_token(logits)
+    if weights.shape != sent_to.shape:
+        return None
+    # The router takes the largest probability in these dtypes, where more of them tie than of the
+    # logits.
+    probabilities = logits.softmax(dim=-1, dtype=router.dtype).to(weights.dtype)
+    largest = probabilities.argmax(dim=-1, keepdim=True)
+    return Choice(
+        logits=logits,
+        weights=weights,
+        experts=torch.where(is_sent > 0, sent_to, largest),
+        dropped=is_sent == 0,
     )
 
 

@@ -79,8 +79,9 @@ class Ensembling:
 
         JSON sorts keys, and puts layer 10 before layer 2.
         """
+        groups = dict(sorted(self.groups.items(), key=_in_order_of_layers))
         heads = {task: self.heads[task] for task in self.experts if task in self.heads}
-        object.__setattr__(self, "groups", dict(sorted(self.groups.items(), key=_with_numbers)))
+        object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "heads", heads)
 
     @property
@@ -104,22 +105,32 @@ def vectors_of(parameter: str) -> str:
 
 
 def _check_layers(groups: dict[str, list[str]]) -> None:
+    """`ValueError` where a router would weigh modules of a layer that it does not stand in."""
     for reader, linears in groups.items():
-        layer = _numbers(reader)
+        layer = _numbers_in(reader)
         for linear in linears:
-            if _numbers(linear)[: len(layer)] != layer:
+            if _numbers_in(linear)[: len(layer)] != layer:
                 raise ValueError(
                     f"`groups` under `ensembling` puts {linear} under {reader}, which is in "
                     "another layer"
                 )
 
 
-def _numbers(name: str) -> list[str]:
+def _numbers_in(name: str) -> list[str]:
+    """The parts of a module's name that are numbers: its layer's, and what follows it."""
     return [part for part in name.split(".") if part.isdecimal()]
 
 
-def _with_numbers(group: tuple[str, list[str]]) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in group[0].split(".")]
+def _in_order_of_layers(group: tuple[str, list[str]]) -> list[tuple[int, str]]:
+    """A key that sorts groups by the names of their readers, layer 2 before layer 10.
+
+    Of two parts of names at one place, words come before numbers.
+    """
+    reader, _linears = group
+    key = []
+    for part in reader.split("."):
+        key.append((int(part), "") if part.isdecimal() else (-1, part))
+    return key
 
 
 def class_names(config: PretrainedConfig) -> list[str]:

@@ -41,13 +41,15 @@ class MixedFFNs:
     @contextmanager
     def running(self, shares: Sequence[Share] | None, rows: int) -> Iterator[None]:
         """A context in which the first expert's FFNs give the sum of these shares."""
-        before = self._running.shares, self._running.rows
+        shares_before = self._running.shares
+        rows_before = self._running.rows
         self._running.shares = shares
         self._running.rows = rows
         try:
             yield
         finally:
-            self._running.shares, self._running.rows = before
+            self._running.shares = shares_before
+            self._running.rows = rows_before
 
     def checkpoint(self, checkpointing: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a layer under a checkpoint, as part of the pass that is running now."""

@@ -23,9 +23,11 @@ class PackedRows:
 
     def __init__(self, of_row: Tensor) -> None:
         """`of_row` (rows, tokens) is the number of each token's document in its row, from 0."""
+        # Through all rows: a row's first document comes after those of the rows above it.
         counts = of_row[:, -1:] + 1
         self.documents = of_row + counts.cumsum(dim=0) - counts
-        # The place of a token in its row less that of its document's first token.
+        # A token's place in its row less that of its document's first token, which is the last
+        # first token up to it.
         places = torch.arange(of_row.shape[1], device=of_row.device).expand_as(of_row)
         is_first = torch.ones_like(of_row, dtype=torch.bool)
         is_first[:, 1:] = of_row[:, 1:] != of_row[:, :-1]

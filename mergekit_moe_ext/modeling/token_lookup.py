@@ -29,6 +29,7 @@ def tokens_of(
     squares = table.float().square().sum(dim=-1)
     tokens = []
     for part in vectors.split(_AT_ONCE):
+        # Minus the squared distance of a vector v to each row, but for |v|², the same for all rows.
         nearness = 2 * part.float() @ table.float().T - squares
         nearest = nearness.topk(min(_NEAREST, len(table)), dim=-1).indices
         is_same = (table[nearest] == part[:, None]).all(dim=-1)

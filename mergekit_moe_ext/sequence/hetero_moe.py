@@ -31,6 +31,7 @@ from mergekit_moe_ext.merging.tasks import Filled, RandomTensor
 from mergekit_moe_ext.modeling import SequenceMoEConfig
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
 from mergekit_moe_ext.sequence.options import (
+    MERGEME,
     SequenceOptions,
     learned_router,
     sequence_config,
@@ -45,7 +46,6 @@ from mergekit_moe_ext.sequence.vocabulary import (
 )
 
 LOG = logging.getLogger(__name__)
-_MERGEME = "https://arxiv.org/abs/2502.00997"
 
 
 class HeteroMoeOptions(SequenceOptions):
@@ -364,7 +364,7 @@ def _notes(job: Job, rows: Mapping[ModelReference, TokenRows], vocab_size: int) 
 HETERO_MOE = HeteroMoe(
     "hetero_moe",
     "MergeME (mixture of decoders of different architectures)",
-    _MERGEME,
+    MERGEME,
     "dense models of different architectures become experts behind projectors, of which each "
     "sequence chooses some",
 )

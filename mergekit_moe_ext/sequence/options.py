@@ -15,6 +15,7 @@ from mergekit_moe_ext.merging.tasks import RandomTensor
 from mergekit_moe_ext.modeling import SequenceMoEConfig
 from mergekit_moe_ext.sequence.decoders import Decoder, special_token_ids
 
+MERGEME = "https://arxiv.org/abs/2502.00997"
 # Values that the output takes from the donor's configuration.
 _DONOR_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 

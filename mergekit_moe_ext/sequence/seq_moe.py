@@ -8,6 +8,7 @@ method that `shared:` names, and stored once.
 
 import inspect
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mergekit.common import ModelReference
@@ -18,6 +19,7 @@ from mergekit_moe_ext.merging.layers import attention_and_ffn
 from mergekit_moe_ext.merging.manifest import SharedTensor
 from mergekit_moe_ext.merging.method import CopiedTensor, Job, Plan, StructuralMethod
 from mergekit_moe_ext.merging.sources import (
+    Headers,
     check_same_size,
     output_dtype,
     read_configs,
@@ -27,13 +29,12 @@ from mergekit_moe_ext.merging.sources import (
 )
 from mergekit_moe_ext.sequence.decoders import Decoder, read_decoders
 from mergekit_moe_ext.sequence.options import (
+    MERGEME,
     SequenceOptions,
     learned_router,
     sequence_config,
     untrained_router,
 )
-
-_MERGEME = "https://arxiv.org/abs/2502.00997"
 
 
 class SeqMoeOptions(SequenceOptions):
@@ -87,10 +88,8 @@ class SeqMoe(StructuralMethod):
         donor = decoders[job.donor]
         manifests = {model: decoder.manifest for model, decoder in decoders.items()}
         headers = read_headers(job, configs, manifests)
-        # A head that experts share is tied only if every source ties its own. Its tensors have the
-        # names that they have in a source that is tied or untied as the output is.
+        # A head that experts share is tied only if every source ties its own.
         is_tied = all(decoder.is_tied for decoder in decoders.values())
-        headed = next((each for each in decoders.values() if each.is_tied == is_tied), donor)
         base = _base_expert(job)
         _check_task_vector_layers(options, donor.config.num_hidden_layers)
         patterns = _shared_patterns(donor, options)
@@ -115,32 +114,11 @@ class SeqMoe(StructuralMethod):
         )
         dtype = output_dtype(job, headers)
         config.dtype = dtype
-
-        def copied(model: ModelReference, name: str) -> CopiedTensor:
-            return CopiedTensor(model, name, headers[model].shapes[name])
-
-        # Parameters that experts share are stored with the first expert alone.
-        copies: dict[str, CopiedTensor] = {}
-        shared: dict[str, SharedTensor] = {}
-        for index, model in enumerate(job.experts):
-            for name in donor.trunk:
-                if not any(re.search(pattern, name) for pattern in patterns):
-                    copies[f"experts.{index}.trunk.{name}"] = copied(model, name)
-                elif index == 0:
-                    shared[f"experts.0.trunk.{name}"] = donor.manifest.shared_tensor(name)
+        copies, shared = _trunks(job, donor, headers, patterns)
         if options.embedding == "merged":
-            # Where vocabularies are aligned, those of the sources may have any size until then.
-            manifest = headed.manifest.with_vocabulary(config.vocab_size)
-            for key, name in headed.embedding.items():
-                shared[f"embed_tokens.{key}"] = manifest.shared_tensor(name)
-            for key, name in headed.head.items():
-                shared[f"lm_head.{key}"] = manifest.shared_tensor(name)
+            shared |= _merged_ends(decoders, donor, is_tied, config.vocab_size)
         else:
-            for index, model in enumerate(job.experts):
-                for key, name in decoders[model].embedding.items():
-                    copies[f"experts.{index}.embed_tokens.{key}"] = copied(model, name)
-                for key, name in decoders[model].head.items():
-                    copies[f"experts.{index}.lm_head.{key}"] = copied(model, name)
+            copies |= _separate_ends(job, decoders, headers)
         return Plan(
             config=config,
             num_experts=len(job.experts),
@@ -163,6 +141,64 @@ def _check_one_architecture(job: Job, decoders: dict[ModelReference, Decoder]) -
                 f"{model} is a {decoder.config.architectures[0]} and {job.donor} a "
                 f"{architecture}; `merge_method: hetero_moe` takes different architectures"
             )
+
+
+def _trunks(
+    job: Job,
+    donor: Decoder,
+    headers: Mapping[ModelReference, Headers],
+    patterns: Sequence[str],
+) -> tuple[dict[str, CopiedTensor], dict[str, SharedTensor]]:
+    """The tensors of the experts without embedding and head, by their names in the output: each
+    expert's own, and those that experts share by the patterns of their names.
+    """
+    copies: dict[str, CopiedTensor] = {}
+    shared: dict[str, SharedTensor] = {}
+    for index, model in enumerate(job.experts):
+        for name in donor.trunk:
+            if not any(re.search(pattern, name) for pattern in patterns):
+                copies[f"experts.{index}.trunk.{name}"] = _copied(headers, model, name)
+            elif index == 0:  # what experts share is stored with the first one alone
+                shared[f"experts.0.trunk.{name}"] = donor.manifest.shared_tensor(name)
+    return copies, shared
+
+
+def _merged_ends(
+    decoders: Mapping[ModelReference, Decoder], donor: Decoder, is_tied: bool, vocab_size: int
+) -> dict[str, SharedTensor]:
+    """The tensors of the one embedding and head for all experts, by their names in the output."""
+    # They are merged under the names that they have in a source that is tied or untied as the
+    # output is.
+    headed = next((each for each in decoders.values() if each.is_tied == is_tied), donor)
+    # Where vocabularies are aligned, those of the sources may have any size until then.
+    manifest = headed.manifest.with_vocabulary(vocab_size)
+    shared: dict[str, SharedTensor] = {}
+    for key, name in headed.embedding.items():
+        shared[f"embed_tokens.{key}"] = manifest.shared_tensor(name)
+    for key, name in headed.head.items():
+        shared[f"lm_head.{key}"] = manifest.shared_tensor(name)
+    return shared
+
+
+def _separate_ends(
+    job: Job,
+    decoders: Mapping[ModelReference, Decoder],
+    headers: Mapping[ModelReference, Headers],
+) -> dict[str, CopiedTensor]:
+    """The tensors of each expert's own embedding and head, by their names in the output."""
+    copies: dict[str, CopiedTensor] = {}
+    for index, model in enumerate(job.experts):
+        for key, name in decoders[model].embedding.items():
+            copies[f"experts.{index}.embed_tokens.{key}"] = _copied(headers, model, name)
+        for key, name in decoders[model].head.items():
+            copies[f"experts.{index}.lm_head.{key}"] = _copied(headers, model, name)
+    return copies
+
+
+def _copied(
+    headers: Mapping[ModelReference, Headers], model: ModelReference, name: str
+) -> CopiedTensor:
+    return CopiedTensor(model, name, headers[model].shapes[name])
 
 
 def _base_expert(job: Job) -> int:
@@ -240,7 +276,7 @@ def _mixed_ffns(donor: Decoder, options: SeqMoeOptions) -> list[str] | None:
 SEQ_MOE = SeqMoe(
     "seq_moe",
     "MergeME (mixture of whole decoders, routed per sequence)",
-    _MERGEME,
+    MERGEME,
     "dense models of one architecture become experts, of which each sequence chooses some: by "
     "perplexity, for example",
 )

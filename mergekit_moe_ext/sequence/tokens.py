@@ -60,9 +60,7 @@ class Tokens:
         vocabulary = tokenizer.get_vocab()
         added = tokenizer.added_tokens_decoder
         texts_of_model, unknown = _vocabulary_of_model(state["model"])
-        # Tokenizers disagree on which of their tokens they list as special: any list will do.
-        special = set(tokenizer.all_special_ids)
-        special |= {number for number, token in added.items() if token.special}
+        special = _special_numbers(tokenizer)
         if unknown in vocabulary:
             special.add(vocabulary[unknown])
         self.special: dict[str, int] = {}
@@ -217,6 +215,13 @@ class Tokens:
             continuing_subword_prefix="",
             max_input_chars_per_word=100,
         )
+
+
+def _special_numbers(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that any of the tokenizer's lists calls special: they disagree on which are."""
+    added = tokenizer.added_tokens_decoder
+    special = {number for number, token in added.items() if token.special}
+    return special | set(tokenizer.all_special_ids)
 
 
 def _vocabulary_of_model(state: dict[str, Any]) -> tuple[set[str], str]:

@@ -49,10 +49,7 @@ def find_ffns(model: PreTrainedModel) -> dict[str, RoutedFFN]:
             is_module = len(modules) == 1 and not _is_linear(layer.get_submodule(modules[0]))
             try:
                 if is_module:
-                    alike = _likeness(layer, modules[0])
-                    if alike not in known:
-                        known[alike] = _by_running(layer, modules[0])
-                    ffn = known[alike]
+                    ffn = _by_running_once(layer, modules[0], known)
                 else:
                     ffn = _by_place(layer, modules)
             except UserError as error:
@@ -129,6 +126,16 @@ def _by_place(layer: nn.Module, modules: Sequence[str]) -> RoutedFFN:
     return RoutedFFN([reader], writer)
 
 
+def _by_running_once(layer: nn.Module, name: str, known: dict[Any, RoutedFFN]) -> RoutedFFN:
+    """The roles in an FFN that is a module of its own, which is run unless one like it is `known`
+    already, and is known from then on.
+    """
+    alike = _likeness(layer, name)
+    if alike not in known:
+        known[alike] = _by_running(layer, name)
+    return known[alike]
+
+
 def _by_running(layer: nn.Module, name: str) -> RoutedFFN:
     """The roles of the linear modules of an FFN, by a run without memory."""
     ffn = layer.get_submodule(name)
@@ -140,6 +147,8 @@ def _by_running(layer: nn.Module, name: str) -> RoutedFFN:
     order = [each for each, _ in calls]
     if sorted(order) != sorted(linears):
         raise UserError(f"it does not call each of {', '.join(linears)} once")
+    # What the first call is given is the FFN's input: whichever modules are given the same tensor
+    # read it, too. The last of the others writes.
     read = calls[0][1]
     readers = [each for each, argument in calls if argument is read]
     others = [each for each in order if each not in readers]

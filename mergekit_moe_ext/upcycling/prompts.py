@@ -53,13 +53,7 @@ def hidden_states(
     total = torch.zeros(len(ffns), language_config(model.config).hidden_size, device=on_cpu)
     try:
         for start in range(0, len(prompts), _BATCH):
-            batch = []
-            for prompt in prompts[start : start + _BATCH]:
-                batch.append(torch.tensor(prompt, device=on_cpu))
-            lengths = torch.tensor([len(prompt) for prompt in batch], device=on_cpu)
-            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
-            places = torch.arange(ids.shape[1], device=on_cpu)
-            real = places < lengths[:, None]
+            ids, real = _padded(prompts[start : start + _BATCH])
             inputs = {"input_ids": ids, "attention_mask": real.long()}
             if model.config.is_encoder_decoder:  # both read the prompt
                 inputs["decoder_input_ids"] = ids
@@ -67,11 +61,7 @@ def hidden_states(
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             with torch.no_grad():
                 model(**inputs, use_cache=False)
-            # Weights (prompts, tokens) that sum up to one for each prompt.
-            if average:
-                weights = real / lengths[:, None]
-            else:
-                weights = (places == lengths[:, None] - 1).float()
+            weights = _weights_of_tokens(real, average)
             for layer, name in enumerate(ffns):
                 # Some modules receive (prompts * tokens, hidden).
                 states = received.pop(name).float().cpu().reshape(*ids.shape, -1)
@@ -80,6 +70,29 @@ def hidden_states(
         for hook in hooks:
             hook.remove()
     return total / len(prompts)
+
+
+def _padded(prompts: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as one batch (prompts, tokens) on the CPU, padded at the right: the token ids, and
+    where they are not padding.
+    """
+    on_cpu = torch.device("cpu")
+    rows = [torch.tensor(prompt, device=on_cpu) for prompt in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=on_cpu)
+    real = torch.arange(ids.shape[1], device=on_cpu) < lengths[:, None]
+    return ids, real
+
+
+def _weights_of_tokens(real: torch.Tensor, average: bool) -> torch.Tensor:
+    """What each token (prompts, tokens) counts for, 1 in sum for each prompt: all tokens that are
+    not padding alike, or the last of them alone.
+    """
+    lengths = real.sum(dim=1, keepdim=True)
+    if average:
+        return real / lengths
+    places = torch.arange(real.shape[1], device=real.device)
+    return (places == lengths - 1).float()
 
 
 def embedding_states(embedding: torch.Tensor, prompts: Tokens) -> torch.Tensor:

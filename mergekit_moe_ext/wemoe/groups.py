@@ -29,28 +29,7 @@ def ensembled_groups(
     """
     groups: dict[str, list[str]] = {}
     for name, layer in chosen_layers(model, layers).items():
-        layer_parts = parts_of(layer)
-        # Cross attention is left out: it reads another stack's states, which no coefficients of
-        # this one are for.
-        attention = layer_parts.attention
-        # A router reads the input of one MLP, so of several the first is weighed.
-        ffn = layer_parts.ffns[0] if layer_parts.ffns else []
-        lacking = not attention if upscale == "attention" else not ffn
-        if lacking:
-            part = "attention" if upscale == "attention" else "MLP"
-            raise UserError(
-                f"layer {name} of {type(model).__name__} has no {part} that can be told by its "
-                f"class{_hint(model, upscale)}"
-            )
-        each_attention = [[part] for part in attention]
-        # Each inner list is what one router weighs.
-        choices = {
-            "mlp": [ffn],
-            "attention": each_attention,
-            "attention+mlp": [*each_attention, ffn],
-            "block": [[*attention, *ffn]],
-        }
-        for modules in choices[upscale]:
+        for modules in _modules_by_router(model, name, layer, upscale):
             linears = []
             for module in modules:
                 of_module = linears_in(layer, module)
@@ -63,6 +42,37 @@ def ensembled_groups(
             reader = name if upscale == "block" else f"{name}.{modules[0]}"
             groups[reader] = linears
     return groups
+
+
+def _modules_by_router(
+    model: PreTrainedModel, name: str, layer: nn.Module, upscale: Grouping
+) -> list[list[str]]:
+    """For each router of the layer of this name, the modules in the layer that it weighs together.
+
+    `UserError` where the layer lacks the attention or MLP that `upscale` names.
+    """
+    parts = parts_of(layer)
+    # Cross attention is left out: it reads another stack's states, which no coefficients of this
+    # one are for.
+    attention = parts.attention
+    # A router reads the input of one MLP, so of several the first is weighed.
+    ffn = parts.ffns[0] if parts.ffns else []
+    # Where both are weighed, a layer without attention has its MLP alone weighed.
+    needed = attention if upscale == "attention" else ffn
+    if not needed:
+        lacking = "attention" if upscale == "attention" else "MLP"
+        raise UserError(
+            f"layer {name} of {type(model).__name__} has no {lacking} that can be told by its "
+            f"class{_hint(model, upscale)}"
+        )
+    each_attention = [[module] for module in attention]
+    groupings = {
+        "mlp": [ffn],
+        "attention": each_attention,
+        "attention+mlp": [*each_attention, ffn],
+        "block": [[*attention, *ffn]],
+    }
+    return groupings[upscale]
 
 
 def _hint(model: PreTrainedModel, upscale: Grouping) -> str:

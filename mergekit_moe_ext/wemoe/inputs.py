@@ -131,8 +131,11 @@ def labels_of(
 def _classes_in(
     rows: Dataset, source: Source, column: str, names: Sequence[str]
 ) -> tuple[list[Any] | None, str]:
-    """What a column says of the rows' classes, by the numbers of these names, and what is to be
-    said of it if not all of it is the number of a class; None where it says nothing of them.
+    """The classes of the rows by a column, and a complaint about that column.
+
+    The classes are places in `names`, of which some may be impossible (-1, say); None where the
+    column is missing, or is of other classes. The complaint ends a sentence that begins with the
+    source, for a caller that cannot use the classes.
     """
     size = len(names)
     numbers = {name: number for number, name in enumerate(names)}
@@ -205,11 +208,13 @@ class Rounds(torch.utils.data.Dataset):
         return self._steps * len(self._tasks) * self._batch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # The index follows from the position alone, so that a resumed training meets the same rows.
-        number, place = divmod(index, self._batch)
-        step, task = divmod(number, len(self._tasks))
+        # The row follows from the index alone, so that a resumed training meets the same rows.
+        batch_number, place_in_batch = divmod(index, self._batch)
+        step, task = divmod(batch_number, len(self._tasks))
         name, rows = self._tasks[task]
-        epoch, position = divmod(step * self._batch + place, len(rows))
+        # Every step before this one took a whole batch of this task's rows.
+        taken_before = step * self._batch + place_in_batch
+        epoch, position = divmod(taken_before, len(rows))
         return {name: rows[int(self._order(task, epoch)[position])]}
 
 

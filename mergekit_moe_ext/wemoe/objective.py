@@ -18,10 +18,16 @@ _LEAST_GAIN = 1e-3  # the share by which the objective must fall to count as pro
 def entropy(logits: Tensor) -> Tensor:
     """The entropy of softmax(logits), in nats: (…, classes) to (…) (WEMoE, equation 5)."""
     logs = logits.log_softmax(-1)
-    return _entropy(logs.exp(), logs)
+    return _minus_mean_log(logs.exp(), logs)
 
 
-def _entropy(p: Tensor, logs: Tensor) -> Tensor:
+def _entropy_of_probabilities(p: Tensor) -> Tensor:
+    """The entropy of probabilities p, in nats: (…, classes) to (…)."""
+    return _minus_mean_log(p, p.clamp(min=torch.finfo(p.dtype).tiny).log())
+
+
+def _minus_mean_log(p: Tensor, logs: Tensor) -> Tensor:
+    """Minus the sum of p log p over the classes, where the logarithms are known."""
     # A probability of zero has a logarithm of minus infinity, and 0 times that would be NaN.
     return -(p * logs.clamp(min=torch.finfo(p.dtype).min)).sum(-1)
 
@@ -35,6 +41,13 @@ class Guard:
     entropy that the mean had while it filled, since a small first batch has few of the classes. The
     gradient is taken as if all of the mean had moved as the last batch did. Below the floor,
     entropy and penalty together are the information-maximisation loss of SHOT (Liang et al. 2020).
+
+    Checkpoints hold its state, each a tensor by task:
+
+    mean: the running mean of the predictions (classes,).
+    floor: the least entropy of that mean that costs nothing, a scalar.
+    acted: the number of steps in which the guard acted.
+    steps: the number of steps.
     """
 
     def __init__(self) -> None:
@@ -48,7 +61,19 @@ class Guard:
         and their number.
         """
         batch_mean = mean.detach()
-        weight = min(1.0, max(_LEAST_WEIGHT, number / (_PER_CLASS * len(mean))))
+        self._take(task, batch_mean, number)
+        floor = self.floor[task].to(batch_mean.device)
+        # `mean - batch_mean` is zero, and carries the gradient into the running mean.
+        shortfall = floor - _entropy_of_probabilities(self.mean[task] + mean - batch_mean)
+        if shortfall > 0:
+            self.acted[task] = self.acted[task] + 1
+        return shortfall.clamp(min=0)
+
+    def _take(self, task: str, batch_mean: Tensor, number: float) -> None:
+        """Take a batch's mean prediction (classes,), of that number, into the running mean, and
+        raise the floor while that mean fills.
+        """
+        weight = min(1.0, max(_LEAST_WEIGHT, number / (_PER_CLASS * len(batch_mean))))
         if task not in self.mean:
             self.mean[task] = batch_mean.clone()
             self.floor[task] = batch_mean.new_zeros(())
@@ -58,20 +83,11 @@ class Guard:
             before = self.mean[task].to(batch_mean.device)
             self.mean[task] = (1 - weight) * before + weight * batch_mean
         self.steps[task] = self.steps[task] + 1
-        floor = self.floor[task].to(batch_mean.device)
-        # The floor rises as long as the mean fills: until the weights of its batches sum up to 1.
+        # The mean fills until the weights of its batches sum up to 1.
         if self.steps[task] == 1 or self.steps[task] * weight <= 1:
-            floor = floor.maximum(_FLOOR * _entropy_of(self.mean[task]))
-            self.floor[task] = floor
-        # `mean - batch_mean` is zero, and carries the gradient into the running mean.
-        shortfall = floor - _entropy_of(self.mean[task] + mean - batch_mean)
-        if shortfall > 0:
-            self.acted[task] = self.acted[task] + 1
-        return shortfall.clamp(min=0)
-
-
-def _entropy_of(p: Tensor) -> Tensor:
-    return _entropy(p, p.clamp(min=torch.finfo(p.dtype).tiny).log())
+            floor = self.floor[task].to(batch_mean.device)
+            share = _FLOOR * _entropy_of_probabilities(self.mean[task])
+            self.floor[task] = floor.maximum(share)
 
 
 class Patience(TrainerCallback):

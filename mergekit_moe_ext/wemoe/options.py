@@ -129,7 +129,11 @@ def _numbers(layers: int | str) -> list[int] | None:
     numbers: list[int] = []
     for part in str(layers).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        interval = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        interval = range(0)
+        if match:
+            first = int(match[1])
+            last = int(match[2] or first)
+            interval = range(first, last + 1)
         if not interval:
             raise UserError("write all, or numbers and ranges that go up, such as 6-11 or 0,3,6")
         numbers += interval

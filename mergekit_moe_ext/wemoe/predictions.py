@@ -119,6 +119,6 @@ class Predictions:
         """Means over all predictions, from sums and numbers as `by_row` gives them."""
         sums: Any = prediction.predictions
         means = sums.sum(axis=0, dtype=np.float64) / prediction.label_ids.sum()
-        values = dict(zip(("entropy", self._second), map(float, means), strict=True))
+        values = {"entropy": float(means[0]), self._second: float(means[1])}
         # The second measure is NaN where the right classes are unknown.
         return {name: value for name, value in values.items() if not np.isnan(value)}

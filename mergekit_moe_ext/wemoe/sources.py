@@ -110,6 +110,7 @@ def read_sources(job: Job, method: str) -> Sources:
     manifests |= {model: with_projection(manifests[model], configs[model]) for model in projecting}
     headers = read_headers(job, configs, manifests)
     network, state = networks[base]
+    # The output has a head of its own where any source has: the base is then taken as untied, too.
     untied = untied_if_any_is(job, configs)
     if untied is not configs[base]:
         configs[base] = untied
@@ -117,6 +118,8 @@ def read_sources(job: Job, method: str) -> Sources:
         manifests[base] = manifest_from(network, state)
     stored = hub_names(network, state)
     manifest = manifests[base]
+    # Routers weigh linear modules one by one. Where files hold the weights of several joined, the
+    # parts are read instead, through a view and under their names in the network.
     joined = joined_tensors(network, state)
     if joined:
         layer = tuple(joined.values())
@@ -124,7 +127,8 @@ def read_sources(job: Job, method: str) -> Sources:
         manifest = replace(manifest, shapes=derived_shapes(manifest.shapes, layer))
     parts = {name: derivation.names[1:] for name, derivation in joined.items()}
     for names in parts.values():
-        stored |= dict(zip(names, names, strict=True))
+        for name in names:
+            stored[name] = name
     return Sources(base, configs, headers, network, manifest, stored, parts, clip_heads, projecting)
 
 

@@ -140,13 +140,15 @@ class AdaptationTrainer(TrainedOnly, BarTrainer):
         super()._save(output_dir, state_dict)
         # The guard and patience go on from what they have seen when the training resumes.
         tensors = {}
+        # Copies, since safetensors refuses tensors that share memory, as `best` and `running` may.
         for name in ("running", "best", "waited"):
-            tensors[f"patience.{name}"] = getattr(self.patience, name)
-        for name in ("mean", "floor", "acted", "steps") if self.guard else ():
-            for task, value in getattr(self.guard, name).items():
-                tensors[f"guard.{name}.{task}"] = value
+            tensors[f"patience.{name}"] = getattr(self.patience, name).clone()
+        if self.guard is not None:
+            for name in ("mean", "floor", "acted", "steps"):
+                for task, value in getattr(self.guard, name).items():
+                    tensors[f"guard.{name}.{task}"] = value.clone()
         directory = Path(output_dir or self.args.output_dir)
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / _RUNNING)
+        save_file(tensors, directory / _RUNNING)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

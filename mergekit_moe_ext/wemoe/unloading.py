@@ -3,6 +3,7 @@ of its base.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mergekit_moe_ext.modeling.wemoe_products import EnsembledLinear
 from mergekit_moe_ext.wemoe.loading import load_ensemble, read_ensemble
 
 LOG = logging.getLogger(__name__)
+_WITHOUT_HEADS = "It is the vision tower alone: its heads stay in the files that they came from."
 
 
 def unload(model_path: str, output: str, task: str | None = None) -> type[PreTrainedModel]:
@@ -41,8 +43,8 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
     if ensembling["router_layers"]:
         raise UserError(
             f"the coefficients of {model_path} depend on the input (router_layers: "
-            f"{ensembling['router_layers']}), so "
-            "that no single set of weights stands for it; merge with router_layers: 0"
+            f"{ensembling['router_layers']}), so that no single set of weights stands for it; "
+            "merge with router_layers: 0"
         )
     is_tower = issubclass(architecture, CLIPVisionForImageClassification)
     heads = {} if is_tower else ensembling["heads"]
@@ -68,13 +70,13 @@ def unload(model_path: str, output: str, task: str | None = None) -> type[PreTra
             "Its coefficients were constants and are merged into the weights: a stock "
             f"{type(stock).__name__}{head}."
         )
-        extend_card(directory, ["## Unloaded", "", note, *([_WITHOUT_HEADS] if is_tower else [])])
+        lines = ["## Unloaded", "", note]
+        if is_tower:
+            lines.append(_WITHOUT_HEADS)
+        extend_card(directory, lines)
     if is_tower:
         LOG.info(_WITHOUT_HEADS)
     return type(stock)
-
-
-_WITHOUT_HEADS = "It is the vision tower alone: its heads stay in the files that they came from."
 
 
 @torch.no_grad()
@@ -102,17 +104,10 @@ def _merged_state(model: Any) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, EnsembledLinear):
             ensembled[name] = module
-    vectors: set[str] = set()
-    if model.ensembling.per_tensor:
-        vectors.update(map(vectors_of, model.ensembling.groups))
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        owner, _, part = name.rpartition(".")
-        is_ours = name in vectors or (owner in ensembled and part not in ("weight", "bias"))
-        if not is_ours and not name.startswith("routers."):
-            state[name] = tensor
+    state = _state_of_base(model, ensembled)
     for index, (group, linears) in enumerate(model.ensembling.groups.items()):
-        c = model.routers["0" if model.ensembling.shared_router else str(index)].bias.float()
+        router = model.routers["0" if model.ensembling.shared_router else str(index)]
+        c = router.bias.float()  # a router without layers is its bias (WEMoE, equation 4)
         if model.ensembling.per_tensor:
             state[group] = _merged_parameter(model, group, c)
             continue
@@ -130,10 +125,27 @@ def _merged_state(model: Any) -> dict[str, Tensor]:
     return state
 
 
+def _state_of_base(model: Any, ensembled: Mapping[str, EnsembledLinear]) -> dict[str, Tensor]:
+    """The tensors that the stock model has, too: neither task vectors nor routers.
+
+    ensembled: the ensembled linear modules by name.
+    """
+    vectors: set[str] = set()
+    if model.ensembling.per_tensor:
+        vectors.update(map(vectors_of, model.ensembling.groups))
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        owner, _, part = name.rpartition(".")
+        is_ours = name in vectors or (owner in ensembled and part not in ("weight", "bias"))
+        if not is_ours and not name.startswith("routers."):
+            state[name] = tensor
+    return state
+
+
 def _take_head(
     state: dict[str, Tensor], config: Any, ensembling: Ensembling, task: str | None
 ) -> None:
-    """Puts the head of the task, if there is one, in the place of all heads, with its classes."""
+    """Put the head of the task, if there is one, in the place of all heads, with its classes."""
     head = ensembling.head
     heads = {}
     for name in list(state):
@@ -161,13 +173,14 @@ def _merged_parameter(model: Any, name: str, c: Tensor) -> Tensor:
 
 
 def _base_of(architecture: type[PreTrainedModel]) -> Any:
+    """The class of transformers that one of ours is derived from."""
     return next(
         each for each in architecture.__mro__ if each.__module__.startswith("transformers.")
     )
 
 
 def _stock_config(config: Any, base: Any) -> Any:
+    """The configuration of the stock class `base`, with all values of ours that it knows."""
     ours = ("model_type", "architectures", "auto_map", "ensembling", "transformers_version")
-    return base.config_class(
-        **{name: value for name, value in config.to_dict().items() if name not in ours}
-    )
+    values = {name: value for name, value in config.to_dict().items() if name not in ours}
+    return base.config_class(**values)

@@ -64,7 +64,8 @@ class Questions:
                 )
             prompts.append(prompt)
             answers.append(answer)
-            cut += max_length is not None and len(row["labels"]) >= max_length
+            if max_length is not None and len(row["labels"]) >= max_length:
+                cut += 1
         if not prompts:
             raise UserError(f"task {texts.task!r}, {texts.split}: there is no answer to generate")
         left_out = len(texts.rows) - len(prompts)
@@ -102,18 +103,10 @@ def scored(
     `UserError` where the metric returns no number.
     """
     of_rows = []
-    asked_of: dict[str, Subject] = {}
-    lacking: dict[str, dict[Path, Texts]] = {}
     for row in rows:
-        subjects = [subject_of(row, experts, candidates, each.texts.task) for each in questions]
-        of_rows.append(subjects)
-        # Several rows may ask for the same.
-        for subject, each in zip(subjects, questions, strict=True):
-            file = _file(cache, subject, each)
-            if not file.exists():
-                asked_of[subject.fingerprint] = subject
-                lacking.setdefault(subject.fingerprint, {})[file] = each.texts
-    work = [(asked_of[own], list(files.values())) for own, files in lacking.items()]
+        of_rows.append(
+            [subject_of(row, experts, candidates, each.texts.task) for each in questions]
+        )
     by_task = {each.texts.task: each for each in questions}
 
     def answer_and_keep(model: Any, subject: Subject, texts: Texts, bar: Any) -> None:
@@ -132,7 +125,7 @@ def scored(
         with new_file(_file(cache, subject, asked)) as partial:
             partial.write_text(json.dumps([answers[number] for number in numbers]))
 
-    for_each(work, answer_and_keep, load_base, quiet=quiet)
+    for_each(_lacking(of_rows, questions, cache), answer_and_keep, load_base, quiet=quiet)
     with_scores = []
     for row, subjects in zip(rows, of_rows, strict=True):
         scores = []
@@ -143,6 +136,27 @@ def scored(
     return with_scores
 
 
+def _lacking(
+    of_rows: Sequence[Sequence[Subject]], questions: Sequence[Questions], cache: Cache
+) -> list[tuple[Subject, list[Texts]]]:
+    """The subjects whose answers the cache lacks, each with the texts that it is yet to answer.
+
+    of_rows: by row the subject that answers each task's questions. Several rows may have the same.
+    """
+    subject_by_fingerprint: dict[str, Subject] = {}
+    texts_by_fingerprint: dict[str, dict[Path, Texts]] = {}
+    for subjects in of_rows:
+        for subject, each in zip(subjects, questions, strict=True):
+            file = _file(cache, subject, each)
+            if not file.exists():
+                subject_by_fingerprint[subject.fingerprint] = subject
+                texts_by_fingerprint.setdefault(subject.fingerprint, {})[file] = each.texts
+    lacking = []
+    for fingerprint, texts in texts_by_fingerprint.items():
+        lacking.append((subject_by_fingerprint[fingerprint], list(texts.values())))
+    return lacking
+
+
 def _file(cache: Cache, subject: Subject, questions: Questions) -> Path:
     """The file of a subject's answers to a task's prompts."""
     measured = cache.path(subject, questions.texts)
@@ -150,7 +164,7 @@ def _file(cache: Cache, subject: Subject, questions: Questions) -> Path:
 
 
 def _read(file: Path, count: int) -> list[str]:
-    """`UserError` for a file that does not hold so many answers."""
+    """The answers in a file. `UserError` where it does not hold so many."""
     remedy = "remove it, and they are generated again"
     try:
         answers = json.loads(file.read_text(encoding="utf-8"))

@@ -50,9 +50,15 @@ _KINDS = {"LORA": PLAIN, "ROUTED_LORA": ROUTED}
 
 @dataclass(frozen=True)
 class Candidate:
-    """An adapter that is put on the base model and measured: its kind, its size in bytes, what is
-    to be said of it, the directory of one that was written for it, its passes per text, what
-    `recommended` needs to know of it, and how many numbers were learned.
+    """An adapter that is put on the base model and measured.
+
+    kind: that of its row, as `strategies` calls them.
+    size: the bytes of its tensors.
+    note: what is to be said of it.
+    directory: that of an adapter that was written to be measured; empty for others.
+    passes: the forward passes per text.
+    values: what `recommended` needs to know of it.
+    parameters: how many numbers were learned.
     """
 
     subject: Subject
@@ -77,6 +83,28 @@ def candidates_of(
     Why a strategy cannot be composed of these experts goes into `left_out`. `UserError` for a
     fusion of the user's that cannot be read or has a strategy's name.
     """
+    candidates = _candidates_of_strategies(experts, wanted, empty, left_out)
+    for name, path in fusions.items():
+        if name in STRATEGIES or TOP in name:
+            raise UserError(f"--fusion {name}={path}: a row has that name; give another")
+        subject = any_adapter(name, path, f"--fusion {name}={path}")
+        with warnings.catch_warnings():
+            # torch warns that nothing is copied into a model without memory.
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+            subject.put_on(copy.deepcopy(empty))  # says now what does not fit
+        peft_type = read_config(path, name).get("peft_type")
+        kind = _KINDS.get(str(peft_type), OTHER)
+        add_adapter(candidates, name, Candidate(subject, kind, size_of(path, name)), path)
+    return candidates
+
+
+def _candidates_of_strategies(
+    experts: Mapping[str, str],
+    wanted: Collection[str],
+    empty: nn.Module,
+    left_out: dict[str, str],
+) -> dict[str, Candidate]:
+    """The strategies that need nothing but the experts, by name, as far as they can be composed."""
     sizes = [size_of(path, name) for name, path in experts.items()]
     candidates = {}
     composable = composed_of(len(experts))
@@ -96,17 +124,6 @@ def candidates_of(
             left_out[name] = str(error)
             continue
         candidates[name] = _composed(name, kind, options, experts, sizes)
-    for name, path in fusions.items():
-        if name in STRATEGIES or TOP in name:
-            raise UserError(f"--fusion {name}={path}: a row has that name; give another")
-        subject = any_adapter(name, path, f"--fusion {name}={path}")
-        with warnings.catch_warnings():
-            # torch warns that nothing is copied into a model without memory.
-            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
-            subject.put_on(copy.deepcopy(empty))  # says now what does not fit
-        peft_type = read_config(path, name).get("peft_type")
-        kind = _KINDS.get(str(peft_type), OTHER)
-        add_adapter(candidates, name, Candidate(subject, kind, size_of(path, name)), path)
     return candidates
 
 
@@ -117,7 +134,9 @@ def add_adapter(
     with fewer experts.
     """
     candidates[name] = candidate
-    for k in _ks_of(path) if candidate.kind == ROUTED else ():
+    if candidate.kind != ROUTED:
+        return
+    for k in _ks_of(path):
         candidates[top_k_name(name, k)] = replace(
             candidate,
             subject=with_top_k(candidate.subject, k),
@@ -211,8 +230,8 @@ def _merge(
         one_expert(strategy, str(merged)),
         PLAIN,
         size_of(str(merged), strategy),
-        f"the limited rank loses {error_of(merged):.0%} of the merged update's norm",
-        str(merged),
+        note=f"the limited rank loses {error_of(merged):.0%} of the merged update's norm",
+        directory=str(merged),
     )
 
 

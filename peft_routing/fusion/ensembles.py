@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 _MOST_BETA = 2.0  # beyond 1 a posterior is more certain than Bayes' rule
+_MOST_HALVINGS = 8  # of a Newton step
+_ROUNDING = 1e-13  # of a loss: what two ways to add up the same numbers may differ by
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,6 @@ def learned(
     return Learned(coefficients, loss, certificate, steps)
 
 
-# Of a loss: what two ways to add up the same numbers may differ by.
-_ROUNDING = 1e-13
-
-
 def _better(probabilities: Tensor, weights: Tensor, coefficients: Tensor, gains: Tensor) -> Tensor:
     """(experts,): coefficients with a lower loss, by the gains of those that there are."""
 
@@ -97,7 +95,8 @@ def _better(probabilities: Tensor, weights: Tensor, coefficients: Tensor, gains:
     # The parabola that touches the loss plus the sum of the coefficients, whose least value on all
     # that is not negative lies on the simplex. Its slope is 1 - gains, and H lambda = gains.
     scaled = probabilities * (weights.sqrt() / (probabilities @ coefficients))[:, None]
-    lowest = _not_negative(scaled.T @ scaled, 2 * gains - 1)
+    lowest = _least_not_negative(scaled.T @ scaled, 2 * gains - 1)
+    # Along the way to it, halved until the loss is as low as after the other step.
     direction = lowest / lowest.sum() - coefficients
     length = 1.0
     for _ in range(_MOST_HALVINGS):
@@ -108,10 +107,7 @@ def _better(probabilities: Tensor, weights: Tensor, coefficients: Tensor, gains:
     return multiplied
 
 
-_MOST_HALVINGS = 8
-
-
-def _not_negative(h: Tensor, slopes: Tensor) -> Tensor:
+def _least_not_negative(h: Tensor, slopes: Tensor) -> Tensor:
     """(n,): where x H x / 2 - slopes x is least among x that are not negative.
 
     The active-set method of Lawson and Hanson: the entry whose slope is steepest becomes free, and
@@ -225,6 +221,8 @@ def learned_beta(
 
 def _least(loss: Callable[[float], float], low: float, high: float, width: float) -> float:
     """Where a function of one minimum is least, to within `width`."""
+    # By the golden ratio one of the two points inside a section is also one of the next, shorter
+    # section, so that each step computes one loss.
     ratio = (math.sqrt(5) - 1) / 2
     left = high - ratio * (high - low)
     right = low + ratio * (high - low)

@@ -55,16 +55,9 @@ def rows_of_tables(
         size = sum(sizes[column] for column in set(used) if column < len(sizes))
         count = len(outcome.used)
         cost = _sum([costs[column] for column in used])
-        rows.append(
-            _row(
-                name,
-                outcome,
-                tables,
-                len(used) / count,
-                None if cost is None else cost / count,
-                size,
-            )
-        )
+        mean_cost = None if cost is None else cost / count
+        passes = len(used) / count
+        rows.append(_row(name, outcome, tables, passes=passes, cost=mean_cost, size=size))
     return rows
 
 
@@ -96,7 +89,8 @@ def rows_of_candidates(
             values=candidate.values,
         )
         cost = milliseconds_per_token(measured["test"])
-        rows.append(_row(name, outcome, tables, candidate.passes, cost, candidate.size))
+        row = _row(name, outcome, tables, passes=candidate.passes, cost=cost, size=candidate.size)
+        rows.append(row)
     return rows
 
 
@@ -104,21 +98,25 @@ def _row(
     name: str,
     outcome: Outcome,
     tables: Tables,
+    *,
     passes: float,
     cost: float | None,
     size: int,
 ) -> Row:
+    """The row of an outcome, whose passes per text cost so many milliseconds per token, and for
+    which `size` bytes are kept.
+    """
     return Row(
-        name,
-        outcome.kind,
-        tables.validation.task_losses(outcome.validation).tolist(),
-        tables.test.task_losses(outcome.test).tolist(),
-        passes,
-        cost,
-        size / 1e6,
-        outcome.parameters,
-        outcome.note,
-        outcome.values,
+        name=name,
+        kind=outcome.kind,
+        validation=tables.validation.task_losses(outcome.validation).tolist(),
+        test=tables.test.task_losses(outcome.test).tolist(),
+        passes=passes,
+        milliseconds=cost,
+        megabytes=size / 1e6,
+        parameters=outcome.parameters,
+        note=outcome.note,
+        values=outcome.values,
     )
 
 

@@ -85,13 +85,14 @@ def greedy(losses: Tensor) -> Selection:
     def gain(expert: int) -> float:
         return (so_far - of_experts[:, expert]).clamp(min=0).mean().item()
 
-    # Of equal gains the first expert is taken.
+    # The expert with the largest bound comes first; of equal ones, the first expert.
     bounds = [(-gain(expert), expert) for expert in range(of_experts.shape[1])]
     heapq.heapify(bounds)
     order: list[int] = []
     while bounds:
         _, expert = heapq.heappop(bounds)
         now = (-gain(expert), expert)
+        # Another's bound is larger than this gain, which is a bound from now on.
         if bounds and bounds[0] < now:
             heapq.heappush(bounds, now)
             continue
@@ -154,22 +155,28 @@ def not_first(validation: Table, test: Table, own: Sequence[int | None]) -> list
         better = int(losses[task].argmin())
         if losses[task, better] == losses[task, expert]:
             continue
-        # A text is one observation: its tokens are not independent of each other.
-        is_task = test.tasks_of == task
-        of_task = test.log_probabilities[is_task].double()
-        texts = test.texts_of[is_task].unique_consecutive(return_inverse=True)[1]
-        sums = torch.zeros(int(texts.max()) + 1, dtype=torch.float64)
-        sums.index_add_(0, texts, of_task[:, better] - of_task[:, expert])
+        differences = _differences_of_texts(test, task, expert, better)
         beaten.append(
             NotFirst(
-                test.experts[expert],
-                test.experts[better],
-                sums.mean().item(),
-                standard_error(sums),
-                len(sums),
+                expert=test.experts[expert],
+                better=test.experts[better],
+                difference=differences.mean().item(),
+                standard_error=standard_error(differences),
+                texts=len(differences),
             )
         )
     return beaten
+
+
+def _differences_of_texts(table: Table, task: int, expert: int, other: int) -> Tensor:
+    """(texts,): for each text of a task, the loss of an expert less that of another, in nats."""
+    # A text is one observation: its tokens are not independent of each other.
+    is_of_task = table.tasks_of == task
+    of_task = table.log_probabilities[is_of_task].double()
+    _texts, text_of_token = table.texts_of[is_of_task].unique_consecutive(return_inverse=True)
+    differences = torch.zeros(int(text_of_token.max()) + 1, dtype=torch.float64)
+    differences.index_add_(0, text_of_token, of_task[:, other] - of_task[:, expert])
+    return differences
 
 
 def standard_error(values: Tensor) -> float:

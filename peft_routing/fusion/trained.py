@@ -169,8 +169,8 @@ def _add(candidates: dict[str, Candidate], name: str, plan: Planned, path: Path)
         subject,
         plan.kind,
         size_of(str(path), name),
-        f"trained at the learning rate {notes['learning_rate']:g}",
-        str(path),
+        note=f"trained at the learning rate {notes['learning_rate']:g}",
+        directory=str(path),
         values=notes,
         parameters=plan.parameters,
     )

@@ -54,12 +54,12 @@ def linear_program(log_probabilities: Tensor, tasks_of: Tensor, tasks: int) -> W
     check_scipy(PROGRAM_NEEDS_SCIPY)
     from scipy.optimize import linprog
 
-    losses = task_means(-log_probabilities, tasks_of, tasks).numpy()  # (tasks, experts)
+    losses = task_means(-log_probabilities, tasks_of, tasks)  # (tasks, experts)
     experts = losses.shape[1]
     # The unknowns are the coefficients and c, of which c is minimised.
     objective = torch.zeros(experts + 1).double()
     objective[-1] = 1
-    below_c = torch.cat([torch.as_tensor(losses), -torch.ones(tasks, 1).double()], dim=1)
+    below_c = torch.cat([losses, -torch.ones(tasks, 1).double()], dim=1)
     sum_to_one = torch.ones(1, experts + 1).double()
     sum_to_one[0, -1] = 0
     solution = linprog(

@@ -134,9 +134,10 @@ def embeddings(model: Any, rows: Dataset, pad_token_id: int, batch_size: int) ->
     device = next(model.parameters()).device
     means = []
     for start in range(0, len(rows), batch_size):
-        items = list(rows.select(range(start, min(start + batch_size, len(rows)))))
-        ids_and_mask = [{"input_ids": item["input_ids"]} for item in items]
-        batch = {key: each.to(device) for key, each in collate(ids_and_mask, pad_token_id).items()}
+        items = rows.select(range(start, min(start + batch_size, len(rows))))
+        only_ids = [{"input_ids": item["input_ids"]} for item in items]
+        collated = collate(only_ids, pad_token_id)
+        batch = {key: tensor.to(device) for key, tensor in collated.items()}
         states = model(**batch, output_hidden_states=True, use_cache=False).hidden_states
         middle = states[len(states) // 2].float()
         counted = batch["attention_mask"].float()
@@ -154,6 +155,7 @@ def nearest(texts: Tensor, centroids: Tensor, count: int) -> Tensor:
     states point nearly the same way, whatever they are of.
     """
     common = centroids.mean(dim=0)
-    to = torch.nn.functional.normalize(centroids - common, dim=1)
-    of = torch.nn.functional.normalize(texts - common, dim=1)
-    return (of @ to.T).topk(count, dim=1).indices
+    centroid_directions = torch.nn.functional.normalize(centroids - common, dim=1)
+    text_directions = torch.nn.functional.normalize(texts - common, dim=1)
+    cosines = text_directions @ centroid_directions.T
+    return cosines.topk(count, dim=1).indices

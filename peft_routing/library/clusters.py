@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,22 +92,33 @@ def cluster(
         assert points is not None
         labels_of = functools.partial(_kmeans, points, seed)
 
-    best = torch.zeros(count, dtype=torch.long)
-    best_silhouette = -2.0  # below any
     most = max(2, min(count - 1, _MOST_CLUSTERS))
-    for number in [k] if k is not None else range(2, most + 1):
+    tried = [k] if k is not None else range(2, most + 1)
+    labels, value = _of_largest_silhouette(distances, labels_of, tried)
+    # Clusters are numbered in the order of the adapters.
+    numbers: dict[int, int] = {}
+    of = {}
+    for name, label in zip(names, labels.tolist(), strict=True):
+        of[name] = numbers.setdefault(label, len(numbers))
+    order = [names[place] for place in leaves_list(tree)]
+    return Clusters(method, of, value, order)
+
+
+def _of_largest_silhouette(
+    distances: Tensor, labels_of: Callable[[int], Tensor], tried: Iterable[int]
+) -> tuple[Tensor, float]:
+    """The labels (points,) and their silhouette for that one of the tried numbers of clusters whose
+    silhouette is largest; the first of equal ones.
+    """
+    best = torch.zeros(len(distances), dtype=torch.long)
+    best_silhouette = -2.0  # below any
+    for number in tried:
         labels = labels_of(number)
         value = silhouette(distances, labels)
         if value > best_silhouette:
             best = labels
             best_silhouette = value
-    # Clusters are numbered in the order of the adapters.
-    numbers: dict[int, int] = {}
-    of = {}
-    for name, label in zip(names, best.tolist(), strict=True):
-        of[name] = numbers.setdefault(label, len(numbers))
-    order = [names[place] for place in leaves_list(tree)]
-    return Clusters(method, of, best_silhouette, order)
+    return best, best_silhouette
 
 
 def unit_vectors(cosines: Tensor) -> Tensor:
@@ -157,10 +168,13 @@ def silhouette(distances: Tensor, labels: Tensor) -> float:
         return 0.0
     belongs = torch.nn.functional.one_hot(label_of).double()  # (points, clusters)
     sizes = belongs.sum(dim=0)
+    # By point and cluster, the sum of the distances to the cluster's points.
     sums = distances.double() @ belongs
+    # a: the distance of a point to itself is 0, so that its own cluster has one point fewer.
     own = sums.gather(1, label_of[:, None])[:, 0]
     others = (sizes[label_of] - 1).clamp(min=1)
     inside = own / others
+    # b: of the clusters that the point is not in, the nearest.
     nearest = (sums / sizes).masked_fill(belongs.bool(), float("inf")).amin(dim=1)
     larger = torch.maximum(inside, nearest)
     values = torch.where(larger > 0, (nearest - inside) / larger, 0.0)
@@ -190,7 +204,8 @@ def mttl_rows(experts: Iterable[Expert]) -> Tensor:
     for module in vectors[0]:
         rows = torch.stack([of_expert[module].to_dense().double() for of_expert in vectors])
         products += rows @ rows.T
-    # The left singular vectors times the singular values, by the small matrix of products.
+    # The left singular vectors times the singular values, by the small matrix of products, whose
+    # eigenvalues, in ascending order, are the squares of these.
     values, left = torch.linalg.eigh(products)
     kept = (left * values.clamp(min=0).sqrt())[:, -_COMPONENTS:]
     kept = kept / kept.norm(dim=1, keepdim=True)

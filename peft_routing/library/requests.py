@@ -146,15 +146,15 @@ def _scores(
 
 
 def _request(names: Sequence[str], scores: Tensor, count: int) -> Request:
-    """The best by the scores (adapters + 1,) of a text of `count` scored tokens."""
+    """What a text of `count` scored tokens is served with, by its scores (adapters + 1,)."""
     called = [*names, ""]
-    read_it = [number for number, score in enumerate(scores.tolist()) if score > float("-inf")]
     posterior = torch.softmax(scores, dim=0)
     losses = {}
     weights = {}
-    for number in read_it:
-        losses[called[number]] = -scores[number].item() / max(count, 1)
-        weights[called[number]] = posterior[number].item()
+    for number, score in enumerate(scores.tolist()):
+        if score > float("-inf"):  # else the adapter has not read the text
+            losses[called[number]] = -score / max(count, 1)
+            weights[called[number]] = posterior[number].item()
     best = called[int(scores.argmax())] if count else ""
     return Request(best or None, losses, weights)
 

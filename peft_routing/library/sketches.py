@@ -53,8 +53,9 @@ def sketch(expert: Expert) -> dict[str, Tensor]:
 @lru_cache(maxsize=32)
 def _random(side: str, size: int) -> Tensor:
     """(64, size): the same each time, by side and size."""
-    seed = int.from_bytes(hashlib.sha256(f"{side} {size}".encode()).digest()[:8], "little")
-    generator = torch.Generator().manual_seed(seed >> 1)
+    digest = hashlib.sha256(f"{side} {size}".encode()).digest()
+    seed = int.from_bytes(digest[:8], "little") >> 1  # 63 bits, which torch takes as they are
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(WIDTH, size, generator=generator) / WIDTH**0.5
 
 
@@ -109,6 +110,8 @@ def exact_products(count: int, read: Callable[[int], Expert]) -> Tensor:
         read: an adapter by its number.
     """
     products = torch.zeros(count, count, dtype=torch.float64)
+    # Each block of adapters stays in memory while those from it on come by, one block at a time.
+    # What lies below the diagonal is what lies above it.
     blocks = [range(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
     for place, rows in enumerate(blocks):
         of_rows = [read(number) for number in rows]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from _mergekit_moe_ext_common.errors import UserError
 from peft_routing.routers.base import RouterSettings
 from peft_routing.routers.linear import LinearOptions, LinearRouter
-from peft_routing.routers.prototypes import top_right_singular_vectors
 from peft_routing.routers.tensors import wide
 
 
@@ -99,7 +98,4 @@ class HierarchicalRouter(LinearRouter):
                 merged.append((sum(down[1:], down[0]), sum(up[1:], up[0])))
             else:  # the sum of the updates, as one update whose rank is the sum of their ranks
                 merged.append((torch.cat(down), torch.cat(up, dim=1)))
-        vectors = top_right_singular_vectors(merged)
-        self.weight = nn.Parameter(
-            vectors.to(torch.float32), requires_grad=self.weight.requires_grad
-        )
+        self._start_as_prototypes(merged)

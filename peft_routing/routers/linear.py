@@ -71,10 +71,14 @@ class LinearRouter(Router):
         self, factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], mixing: str
     ) -> None:
         if self.from_arrow:
-            vectors = top_right_singular_vectors(factors)
-            self.weight = nn.Parameter(
-                vectors.to(torch.float32), requires_grad=self.weight.requires_grad
-            )
+            self._start_as_prototypes(factors)
+
+    def _start_as_prototypes(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make each row Arrow's prototype of the update whose A and B stand at its place."""
+        vectors = top_right_singular_vectors(factors)
+        self.weight = nn.Parameter(
+            vectors.to(torch.float32), requires_grad=self.weight.requires_grad
+        )
 
 
 class ArrowRouter(LinearRouter):
