@@ -52,6 +52,9 @@ def check_launch(*, splits: bool) -> None:
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
         instead = _REPLACEMENT if splits else "use `accelerate launch --multi_gpu`"
         raise UserError(f"DeepSpeed is not supported; {instead}")
+    # Processes that torchrun starts on CPUs find each other only where accelerate is told so.
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     if not is_split_wanted():
         return
     if not splits:

@@ -439,7 +439,12 @@ def with_predicted(encoded: Dataset, source: Source, first_label: int) -> Datase
     rows = encoded.filter(teaches, desc="leaving out rows that teach nothing")
     if len(rows) == 0:
         position = f"position {first_label} or after"
-        raise UserError(f"data {source.name!r} has no row with a token to predict at {position}")
+        hint = ""
+        if first_label > 1:
+            hint = "; take longer texts, or a model with a smaller routing_tokens"
+        raise UserError(
+            f"data {source.name!r} has no row with a token to predict at {position}{hint}"
+        )
     return rows
 
 

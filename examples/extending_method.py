@@ -40,7 +40,7 @@ class PoolOptions(MethodOptions):
         "linear", description="Tensor method that merges all but experts and gates."
     )
     experts_per_token: int | None = Field(
-        None, ge=1, description="Experts that a token passes; by default as in the first model."
+        None, ge=1, description="Experts that a token is sent to; by default as in the first model."
     )
 
 

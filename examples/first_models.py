@@ -4,7 +4,7 @@
 
 A Llama of 0.1 million parameters learns sentences about sums and lines of Python for some seconds.
 Then copies of it, and adapters for it, learn more of one of the two. This writes base/, math/,
-code/, math-lora/, code-lora/, math.jsonl and code.jsonl, and prints nothing.
+code/, math-lora/, code-lora/, math.jsonl and code.jsonl, and prints nothing of its own.
 """
 
 import json

@@ -482,12 +482,17 @@ def doctor() -> None:
     is_right = not any(selftest.returncode for selftest in selftests)
     if not is_found:
         click.echo("\n".join(reasons))
+        if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+            click.echo(
+                "TORCH_DEVICE_BACKEND_AUTOLOAD is 0, which keeps the hosts from finding this "
+                "package: unset it."
+            )
         click.echo(
             "A host that does not find this package says `Unimplemented merge method` (mergekit), "
             "`KeyError: 'ROUTED_LORA'` (PEFT) or asks for trust_remote_code (transformers). As "
             "long as the versions fit, `mergekit-moe-ext yaml`, `import peft_routing` and "
-            "`import mergekit_moe_ext` work; else reinstall with "
-            "`pip install --force-reinstall --no-deps mergekit-moe-ext`."
+            "`import mergekit_moe_ext` work; else install it again from its repository with "
+            "`pip install --force-reinstall --no-deps .`"
         )
     if not is_right:
         click.echo(

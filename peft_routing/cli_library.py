@@ -24,7 +24,13 @@ _EXACT = click.option(
     is_flag=True,
     help="Compare the updates themselves, not their sketches: minutes for hundreds of adapters.",
 )
-_SEED = click.option("--seed", type=int, default=42, show_default=True, help="Seed of chance.")
+_SEED = click.option(
+    "--seed",
+    type=int,
+    default=42,
+    show_default=True,
+    help="Seed of whatever is drawn at random.",
+)
 
 
 def _passes(samples: str) -> Decorator:

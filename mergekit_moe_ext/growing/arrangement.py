@@ -83,7 +83,9 @@ def arranged_config(
     changed = with_num_experts(config, len(order))
     per_token = experts_per_token(config)
     if per_token > len(order):
-        raise UserError(f"a token passes {per_token} experts, and only {len(order)} would be left")
+        raise UserError(
+            f"a token is sent to {per_token} experts, and only {len(order)} would be left"
+        )
     check_routing(changed, len(order))
     names = [*expert_names(config), *new_names]
     set_expert_names(changed, [names[index] for index in order])

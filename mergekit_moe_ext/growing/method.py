@@ -44,7 +44,7 @@ class GrowingOptions(MoeOptionsWithShared):
     shared_expert: str | None = Field(
         None,
         description="the model, one of the merge, whose FFNs become the shared expert, which every "
-        "token passes, in architectures that have one [default: a silent one]",
+        "token goes through, in architectures that have one [default: a silent one]",
     )
     into: str | None = Field(
         None,

@@ -147,7 +147,7 @@ def _model(index: int, expert: "Expert", mode: str) -> dict[str, Any]:
 
 
 def _shared_expert(config: "MoEMergeConfig") -> str | None:
-    """The model whose FFNs every token passes, if there is one."""
+    """The model whose FFNs every token goes through, if there is one."""
     shared = config.shared_experts or []
     if not shared:
         return None

@@ -121,6 +121,7 @@ def check_tensor_merge(
         _check_keys(parameters, keys, f"{where} ({method.spec.name})")
         stated |= set(parameters)
     _check_required(method, stated)
+    _check_values(method, config)
     allow_nonfinite = (config.parameters or {}).get("allow_nonfinite", False)
     if not isinstance(allow_nonfinite, bool):
         raise UserError(f"`allow_nonfinite` is {allow_nonfinite!r}, neither true nor false")
@@ -518,6 +519,35 @@ def _check_shared_inputs(job: Job) -> None:
     for entry in job.config.models or []:
         stated |= set(entry.parameters or {})
     _check_required(job.shared_method, stated | NEUTRAL_PARAMETERS.keys())
+    _check_values(job.shared_method, job.config)
+
+
+def _check_values(method: MergeMethod, config: MergeConfiguration) -> None:
+    """Check the values of a method's parameters wherever they stand: alone, in a gradient or under
+    a filter.
+    """
+    parameters = {parameter.name: parameter for parameter in method.spec.parameters}
+    for where, stated in _all_parameters(config):
+        for key in stated.keys() & parameters.keys():
+            for value in _single_values(stated[key]):
+                try:
+                    parameters[key].validate(value)
+                except pydantic.ValidationError as error:
+                    raise UserError(
+                        f"{method.spec.name} cannot merge with `{key}: {value}` under {where}: "
+                        f"{error.errors()[0]['msg']}"
+                    ) from error
+
+
+def _single_values(value: Any) -> Iterator[Any]:
+    """What is stated for a parameter, without gradients and filters."""
+    if isinstance(value, ConditionalParameter):
+        yield from _single_values(value.value)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _single_values(each)
+    elif value is not None:
+        yield value
 
 
 def _check_required(method: MergeMethod, stated: Collection[str]) -> None:

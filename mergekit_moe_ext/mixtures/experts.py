@@ -45,7 +45,7 @@ class MoeLayer:
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
-    """The number of experts that a token passes. `UserError` where the config does not say."""
+    """The number of experts that a token is sent to. `UserError` where the config does not say."""
     inner = routing_config(config)
     for key in ("num_experts_per_tok", "moe_topk", "moe_k", "experts_per_sequence"):
         if isinstance(getattr(inner, key, None), int):
@@ -53,7 +53,7 @@ def experts_per_token(config: PretrainedConfig) -> int:
     if config.model_type == "switch_transformers":  # always one, and no key
         return 1
     raise UserError(
-        f"the config of {config.architectures[0]} does not say how many experts a token passes"
+        f"the config of {config.architectures[0]} does not say how many experts a token is sent to"
     )
 
 

@@ -315,7 +315,7 @@ def _shared_tensors(
 ) -> dict[str, SharedTensor]:
     """The tensors that are merged, by their names in the output: all that are not of an FFN, nor
     `outside` the language model, and those that the family merges of the FFNs for a part that every
-    token passes.
+    token goes through.
     """
     left_out = _names_of_experts(layers) | set(outside)
     shared = {}

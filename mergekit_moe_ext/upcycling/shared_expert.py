@@ -1,4 +1,4 @@
-"""A shared expert, which every token passes, with the FFNs of one of the models.
+"""A shared expert, which every token goes through, with the FFNs of one of the models.
 
 Without one, the shared expert of a family that always has it stays silent (its `down_proj` is
 zero).

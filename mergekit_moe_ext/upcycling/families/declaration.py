@@ -33,8 +33,8 @@ class Stack:
     merged: {tensor of the output: the dense tensor that is merged over the sources to make it}.
     zeros: tensors that start at zero.
     constants: {tensor of the output: the value that all its elements have}.
-    shared_expert: {tensor of the expert that every token passes: the dense tensor that it is made
-        of, where the user names a model for that}.
+    shared_expert: {tensor of the expert that every token goes through: the dense tensor that it is
+        made of, where the user names a model for that}.
     """
 
     ffn: str
@@ -74,9 +74,9 @@ class Upcycling:
     dense: the dense architectures, by model type.
     moe: the MoE architecture.
     output_config: a function of the dense config, the number of experts and the number that a token
-        passes, and of `options` as keywords; it gives the output's config.
+        is sent to, and of `options` as keywords; it gives the output's config.
     refuse: a function of the dense config that says what in it has no place in the MoE, or None.
-    experts_per_token: the number of experts that a token passes, if the architecture leaves no
+    experts_per_token: the number of experts that a token is sent to, if the architecture leaves no
         choice.
     options: the names of options of the merge that only this architecture has.
     rewritings: by model type, the tensors of dense models that are stored or used in another way

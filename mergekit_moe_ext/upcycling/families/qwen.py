@@ -120,8 +120,8 @@ QWEN2_MOE = Upcycling(
             ffn=_FFN,
             experts=EXPERTS,
             gate=GATE,
-            # The architecture has a shared expert that every token passes. Its own gate has no
-            # bias, so it cannot be shut; a zero `down_proj` keeps it silent, and still gets a
+            # The architecture has a shared expert, which every token goes through. Its own gate has
+            # no bias, so it cannot be shut; a zero `down_proj` keeps it silent, and still gets a
             # gradient as soon as it is trained.
             merged={
                 f"{_FFN}.shared_expert.gate_proj.weight": f"{_FFN}.gate_proj.weight",
