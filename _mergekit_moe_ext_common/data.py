@@ -188,7 +188,10 @@ def dataset_arguments(source: Source) -> dict[str, Any]:
         }
     if path.is_dir():
         return {"path": str(path), "split": source.split}
-    if source.path.startswith((".", "/", "~")) or path.suffix in {*_BUILDERS, *_OPENERS}:
+    # A name with an owner may be one of the Hub, but not within a directory that is there.
+    has_folder = "/" in source.path and path.parent.is_dir()
+    is_local = source.path.startswith((".", "/", "~")) or has_folder
+    if is_local or path.suffix in {*_BUILDERS, *_OPENERS}:
         raise UserError(f"{source.path} does not exist (data {source.name!r})")
     # owner/name[/config], or the name alone of a dataset without an owner
     parts = source.path.rstrip("/").split("/")

@@ -41,12 +41,12 @@ def extend_merge_module(merge: Any) -> None:
     merge.MultiGPUExecutor = CollectingExecutor
     merge.get_architecture_info = _planning_our_methods(merge.get_architecture_info)
     merge.run_merge = _staging_our_methods(merge.run_merge, merge)
-    _explain_mergekit_moe(merge.MergeConfiguration)
+    _explain_configurations(merge.MergeConfiguration)
 
 
-def _explain_mergekit_moe(configuration: Any) -> None:
-    """Make mergekit say what a configuration in the form of mergekit-moe is, which it refuses in
-    any case.
+def _explain_configurations(configuration: Any) -> None:
+    """Make mergekit say what is wrong with configurations that it refuses in any case: those in the
+    form of mergekit-moe, and those with the bare path of a model.
     """
     from _mergekit_moe_ext_common.errors import UserError
     from mergekit_moe_ext.merging.mergekit_moe import is_mergekit_moe
@@ -61,6 +61,11 @@ def _explain_mergekit_moe(configuration: Any) -> None:
                 "`source_model:`): run it with `mergekit-moe`, or with `mergekit-moe-ext yaml`, "
                 "which converts it to `merge_method: moe`"
             )
+        models = document.get("models") if isinstance(document, dict) else None
+        for index, model in enumerate(models if isinstance(models, list) else []):
+            if isinstance(model, str):
+                path = model.removeprefix("model").strip(": ")
+                raise UserError(f"models[{index}] is {model!r}: write `- model: {path}`")
         return stock(cls, document, *arguments, **keywords)
 
     configuration.model_validate = classmethod(model_validate)

@@ -52,7 +52,7 @@ class MoeLoraMethod(MoeMethod):
             raise UserError(
                 "moe_lora writes a mixture with all its weights: say so by `merge_experts: true`. "
                 "A small adapter that holds the experts and a router is made by: "
-                f"peft-route compose {base} {_experts_of_compose(base, config)} --router layer "
+                f"peft-route compose {base} {_experts_of_compose(base, config)} --router arrow "
                 "-o DIR"
             )
         models = []

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import click
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+from mergekit_moe_ext import UserError, plan
 from tests.conftest import document, make_model, merge, read_tensors, run
 
 PLAIN = {"format": "pt"}
@@ -550,3 +553,36 @@ def test_a_weight_that_the_shared_method_does_not_have_is_a_warning(here, caplog
     got = read_tensors(merge(weighed, "weighed"))
     assert "karcher has no `weight`: that of models[1].parameters counts nothing" in caplog.text
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("entry", ["./math", "model ./math"])
+@pytest.mark.parametrize("method", ["moe_linear", "linear"])
+def test_a_bare_path_among_the_models(here, method, entry):
+    config = {"merge_method": method, "models": [{"model": "./base"}, entry]}
+    Path("config.yml").write_text(yaml.safe_dump(config))
+    for command in (
+        ["mergekit-yaml", "config.yml", "out"],
+        ["mergekit-moe-ext", "plan", "config.yml"],
+    ):
+        result = run(*command)
+        assert result.returncode == 1
+        assert f"models[1] is '{entry}': write `- model: ./math`" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("parameters", "fragments"),
+    [
+        ({"density": 80}, ["`density: 80` under parameters", "less than or equal to 1"]),
+        ({"density": [0.5, 1.5]}, ["`density: 1.5`"]),
+        ({"density": [{"filter": "mlp", "value": "hello"}]}, ["`density: hello`", "valid number"]),
+        ({"normalize": "maybe"}, ["`normalize: maybe`", "boolean"]),
+    ],
+)
+def test_values_of_the_shared_method_are_checked_by_plan(here, parameters, fragments):
+    for method in ("moe_ties", "moe"):
+        shared = {"shared": "fast_ties"} if method == "moe" else {}
+        with pytest.raises(UserError) as caught:
+            plan(document(method, parameters={**parameters, **shared}))
+        for fragment in fragments:
+            assert fragment in caught.value.message, caught.value.message
