@@ -349,8 +349,11 @@ def inspect(
     batch_size: int,
     reading: Reading,
 ) -> None:
-    """Show who is chosen where: each expert's mean coefficient per source, and per module with
-    --plot or -o.
+    """Show who is chosen where: each expert's mean coefficient per source of texts, and per module
+    with --plot or -o.
+
+    ADAPTER is a directory that `compose` or `train` wrote. A SOURCE is a file, a directory or a
+    dataset on the Hub.
     """
     if plot:
         check_new_figure(plot)
@@ -447,8 +450,8 @@ def export(
     "strategies",
     multiple=True,
     metavar="NAME",
-    help="Fusion to compare, beside the base model. May be repeated. [default: all that need no "
-    "training]",
+    help="Fusion to compare, beside the base model, such as own_expert, uniform_ensemble or "
+    "arrow_top1; an unknown name lists them all. May be repeated. [default: all that need no training]",
 )
 @click.option(
     "--trained",

@@ -12,7 +12,8 @@ EXPERTS = click.option(
     "experts",
     multiple=True,
     metavar="[NAME=]DIR",
-    help="LoRA adapter that becomes an expert. May be repeated.",
+    help="LoRA adapter that becomes an expert, by default with the last part of its path as its "
+    "name. May be repeated.",
 )
 EXPERTS_FROM = click.option(
     "--experts-from",
