@@ -256,9 +256,9 @@ class Reading:
     max_length: int = option(1024, "Number of tokens of a row; longer rows are cut.", at_least=2)
     text_column: str = option("text", "Column of texts, for decoders.")
     messages_column: str = option("messages", "Column of chats, for decoders.")
-    input_column: str = option("input", "Column of inputs: encoder-decoders, --completions-only.")
+    input_column: str = option("input", "Column of inputs (encoder-decoder, --completions-only).")
     target_column: str = option(
-        "target", "Column of targets: encoder-decoders, --completions-only."
+        "target", "Column of targets (encoder-decoder, --completions-only)."
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model (danger).")
     quiet: bool = option(False, "Hide progress bars.")

@@ -451,7 +451,8 @@ def export(
     multiple=True,
     metavar="NAME",
     help="Fusion to compare, beside the base model, such as own_expert, uniform_ensemble or "
-    "arrow_top1; an unknown name lists them all. May be repeated. [default: all that need no training]",
+    "arrow_top1; an unknown name lists them all. May be repeated. [default: all that need no "
+    "training]",
 )
 @click.option(
     "--trained",
