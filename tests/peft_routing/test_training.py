@@ -459,7 +459,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
     data = ["news.jsonl", "law.jsonl"]
     held_out = ["law.jsonl"]
     rates = (0.01, 0.001)
-    train("routed", "whole", data, READING, settings, learning_rates=rates, eval_data=held_out)
+
+    def trained(output, **changes):
+        options = {"learning_rates": rates, "eval_data": held_out, **changes}
+        return train("routed", output, data, READING, settings, **options)
+
+    trained("whole")
     calls = []
 
     def interrupted(self, *args, **kwargs):
@@ -473,63 +478,27 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
     stock = shared_training.TokenTrainer.training_step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shared_training.TokenTrainer, "training_step", interrupted)
-        train("routed", "out", data, READING, settings, learning_rates=rates, eval_data=held_out)
+        trained("out")
     assert not (here / "out").exists()
     with pytest.raises(click.ClickException, match="--resume goes on"):
-        train("routed", "out", data, READING, settings, learning_rates=rates, eval_data=held_out)
+        trained("out")
     with pytest.raises(click.ClickException, match="had another learning rates"):
-        train(
-            "routed",
-            "out",
-            data,
-            READING,
-            settings,
-            learning_rates=(0.01, 0.1),
-            eval_data=held_out,
-            resume=True,
-        )
+        trained("out", learning_rates=(0.01, 0.1), resume=True)
     # What was measured on other texts, or with another base, is not compared.
     with pytest.raises(click.ClickException, match="had another held out data"):
-        train(
-            "routed",
-            "out",
-            data,
-            READING,
-            settings,
-            learning_rates=rates,
-            eval_data=["news.jsonl"],
-            resume=True,
-        )
+        trained("out", eval_data=["news.jsonl"], resume=True)
     weights = here / "base" / "model.safetensors"
     kept = weights.read_bytes()
     weights.unlink()
     weights.write_bytes(kept[:-64] + bytes(64))
     with pytest.raises(click.ClickException, match="had another base weights"):
-        train(
-            "routed",
-            "out",
-            data,
-            READING,
-            settings,
-            learning_rates=rates,
-            eval_data=held_out,
-            resume=True,
-        )
+        trained("out", resume=True)
     weights.write_bytes(kept)
     result = here / "out.checkpoints" / "lr-0.01" / "result.json"
     whole = result.read_text()
     result.write_text(whole[:-5])
     with pytest.raises(click.ClickException, match=r"result.json is damaged: .*; remove it, and"):
-        train(
-            "routed",
-            "out",
-            data,
-            READING,
-            settings,
-            learning_rates=rates,
-            eval_data=held_out,
-            resume=True,
-        )
+        trained("out", resume=True)
     result.write_text(whole)
     before = len(calls)
     with pytest.MonkeyPatch.context() as patch:
@@ -538,16 +507,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(here):
             "training_step",
             lambda *a, **k: (calls.append(a), stock(*a, **k))[1],
         )
-        train(
-            "routed",
-            "out",
-            data,
-            READING,
-            settings,
-            learning_rates=rates,
-            eval_data=held_out,
-            resume=True,
-        )
+        trained("out", resume=True)
     assert len(calls) - before == 4  # two steps of two passes
     expected, got = read_tensors(here / "whole"), read_tensors(here / "out")
     for name, tensor in expected.items():
