@@ -563,27 +563,25 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
 
 
 def _check_names(configs: Mapping[str, Any], added: RoutedLoraConfig) -> None:
-    """`UserError` where one of several adapters is called like a part of another's keys.
+    """`UserError` where one of several adapters is called like a tensor of routed adapters.
 
-    PEFT tells by any part of a key whose it is: on saving it would leave these keys out.
+    PEFT tells by any part of a key whose it is: on saving it would leave these keys out. (It does so
+    with parts of modules' names as well, for all kinds of adapters.)
     """
     if len(configs) == 1:
         return
-    parts = {"base_model", "model", "routed_lora_experts", "routed_lora_router"}
+    taken = {"A", "B", "biases", "routed_lora_experts", "routed_lora_router"}
     for config in (*configs.values(), added):
         if not isinstance(config, RoutedLoraConfig) or not config.is_composed:
             continue
-        parts |= {"A", "B", "biases"}
-        for module in config.sites:
-            parts |= set(module.split("."))
         router = config.router_class(config, config.names, in_features=1)
         for name, _ in router.named_parameters():
-            parts |= set(name.split("."))
+            taken |= set(name.split("."))
     for name in configs:
-        if name in parts:
+        if name in taken:
             raise UserError(
                 f"an adapter beside others cannot be called {name!r}: tensors of routed adapters "
-                "have that in their names, and PEFT would leave them out on saving; take another"
+                "are, and PEFT would leave them out on saving; take another name"
             )
 
 
