@@ -565,8 +565,8 @@ def _check_model(config: RoutedLoraConfig, model: nn.Module) -> None:
 def _check_names(configs: Mapping[str, Any], added: RoutedLoraConfig) -> None:
     """`UserError` where one of several adapters is called like a tensor of routed adapters.
 
-    PEFT tells by any part of a key whose it is: on saving it would leave these keys out. (It does so
-    with parts of modules' names as well, for all kinds of adapters.)
+    PEFT tells by any part of a key whose it is: on saving it would leave these keys out. (So it
+    does, for all kinds of adapters, with parts of modules' names.)
     """
     if len(configs) == 1:
         return
