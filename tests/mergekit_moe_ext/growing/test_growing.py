@@ -291,7 +291,7 @@ def test_names_are_kept_and_found(moe):
     for experts, message in {
         ("tax",): r"no expert 'tax': they are 0 to 3; .* 2 \(law\), 3 \(code\)",
         ("law", "2"): "twice",
-        ("law", "code", "0"): "passes 2 experts, and only 1 would be left",
+        ("law", "code", "0"): "is sent to 2 experts, and only 1 would be left",
         ("0", "1", "2", "3"): "no expert would be left",
     }.items():
         with pytest.raises(click.ClickException, match=message):
