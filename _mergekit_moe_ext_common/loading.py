@@ -183,7 +183,7 @@ def _numbers(values: Mapping[str, Any], keys: Sequence[str]) -> list[int]:
 
 def load_tokenizer(model: str, reading: Reading) -> Any:
     """The tokenizer of a model, a directory or a name on the Hub."""
-    _existing(model)
+    _existing(model)  # refuses a path that leads nowhere
     path = _expanded(model)
     try:
         tokenizer = read_tokenizer(path, model, trust_remote_code=reading.trust_remote_code)
@@ -236,7 +236,9 @@ def _has_no_vocabulary(directory: Path) -> bool:
     settings = directory / "tokenizer_config.json"
     if not settings.exists():
         return True
-    return damaged_file(directory, settings.name) is None and "auto_map" not in settings.read_text()
+    if damaged_file(directory, settings.name) is not None:
+        return False
+    return "auto_map" not in settings.read_text(encoding="utf-8")
 
 
 def vocabulary_of(config: Any) -> int | None:

@@ -53,7 +53,8 @@ def check_launch(*, splits: bool) -> None:
         instead = _REPLACEMENT if splits else "use `accelerate launch --multi_gpu`"
         raise UserError(f"DeepSpeed is not supported; {instead}")
     # Processes that torchrun starts on CPUs find each other only where accelerate is told so.
-    if not torch.accelerator.is_available():
+    is_one_of_several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if is_one_of_several and not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     if not is_split_wanted():
         return

@@ -363,7 +363,7 @@ def _check_tokenizers(
     if source is None:
         return
     key = "tokenizer: source" if aligned else "tokenizer_source"
-    _check_tokenizer_source(source, key, models, options)
+    foreign = _foreign_tokenizer(source, key, models, options)
     tokens = aligned.tokens or {} if aligned else {}
     _check_models_of_tokens(tokens, merged)
     multiple = aligned.pad_to_multiple_of if aligned else None
@@ -381,9 +381,8 @@ def _check_tokenizers(
     _check_tokenizer_of_base(base, tokenizers[base], options, is_union=source == "union")
     vocabularies = {model: tokenizer.get_vocab() for model, tokenizer in tokenizers.items()}
     _check_tokens(tokens, vocabularies, options)
-    # The tokenizer may come from a model that is not merged.
-    if isinstance(source, ModelReference) and source not in vocabularies:
-        vocabularies[source] = tokenizer_of(source, options).get_vocab()
+    if foreign is not None:
+        vocabularies[source] = foreign.get_vocab()
     _check_embeddings_per_layer(models, vocabularies, options)
 
 
@@ -432,17 +431,17 @@ def _check_embeddings_per_layer(
             )
 
 
-def _check_tokenizer_source(
+def _foreign_tokenizer(
     source: Any, key: str, models: Sequence[ModelReference], options: MergeOptions
-) -> None:
-    """Check that the source of the tokenizer, where it is none of the models, has one that can be
-    read. mergekit takes any text but base and union for the path of a model.
+) -> Any:
+    """The tokenizer of its source, where that is none of the models; else None. `UserError` where
+    it cannot be read: mergekit takes any text but base and union for the path of a model.
     """
-    if source is None or isinstance(source, str) or source in models:
-        return
+    if isinstance(source, str) or source in models:
+        return None
     path = source.model.path
     try:
-        tokenizer_of(source, options)
+        return tokenizer_of(source, options)
     except UserError as error:
         if Path(path).is_dir():
             raise UserError(f"{key}: {error.message}") from error
